@@ -1,0 +1,52 @@
+# make train   environment, build, then the main job: GRPO of a small model on real vLLM
+# make test    environment, build, then the whole test suite
+# make gpu     on a CUDA machine that has torch: build, tests on CUDA, timings as JSON in OUT
+PYTHON ?= python3
+PIP_FLAGS ?=
+OUT ?= bench/results/gpu
+RUN ?= runs/arithmetic
+PYTEST_FLAGS ?= -m "not slow"
+
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+
+.PHONY: train test slow gpu lint types clean
+.DELETE_ON_ERROR:
+
+train: $(VENV)/built
+	$(BIN)/python -m warpo.engine.arithmetic $(RUN)
+	$(BIN)/warpo train engine/arithmetic.yaml --output_dir $(RUN)/out
+
+test: $(VENV)/built
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+gpu:
+	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable .
+	mkdir -p $(OUT)
+	WARPO_TEST_DEVICE=cuda $(PYTHON) -m pytest tests/kernels -q --junitxml=$(OUT)/tests.xml
+	$(PYTHON) -m warpo.bench.kernels --device cuda --out $(OUT)
+
+lint: $(VENV)/built
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy does not see the mapping of folders to packages that setup.py makes
+types: $(VENV)/built
+	mkdir -p .typing/warpo
+	for folder in kernels engine bench; do ln -sfn ../../$$folder .typing/warpo/$$folder; done
+	MYPYPATH=.typing $(BIN)/mypy --namespace-packages --explicit-package-bases -p warpo.kernels -p warpo.engine -p warpo.bench
+
+clean:
+	rm -rf build .typing runs kernels/*.so *.egg-info
+
+# The stamps are written last, so that an interrupted attempt is taken up again.
+$(VENV)/installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "warpo needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps $(PIP_FLAGS) --requirement requirements.txt
+	touch $@
+
+$(VENV)/built: $(VENV)/installed $(SOURCES)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-build-isolation --no-deps --editable .
+	touch $@
