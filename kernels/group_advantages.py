@@ -1,0 +1,220 @@
+"""Group-relative advantages: mean, standard deviation and advantages of every group in one pass.
+
+    A_i = c (r_i - mean) / (std + eps)        c = 1, or n / (n - 1) with leave_one_out
+
+std is that of the group (sample: divided by n - 1; population: by n) or left out. With leave_one_out the baseline of
+an answer is the mean of the other n - 1: r_i - mean_{j != i} r_j = n / (n - 1) (r_i - mean).
+A group whose rewards are all equal, of one answer too, teaches nothing: A = 0 exactly, std = 0, and it is counted.
+
+Sources: GRPO, https://arxiv.org/abs/2402.03300 section 4.1.2; without std, Dr. GRPO, https://arxiv.org/abs/2503.20783;
+leave-one-out, RLOO, https://arxiv.org/abs/2402.14740 eq. 8.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from warpo.kernels import dispatch, reference
+from warpo.kernels.checks import FLOATS, check_tensor
+
+STD_MODES = ("none", "sample", "population")
+
+
+class GroupAdvantages(NamedTuple):
+    advantages: Tensor
+    mean: Tensor
+    std: Tensor
+    num_degenerate: Tensor
+
+
+def group_advantages(
+    rewards: Tensor,
+    group_size: int | None = None,
+    *,
+    group_ids: Tensor | None = None,
+    num_groups: int | None = None,
+    std: str = "sample",
+    leave_one_out: bool = False,
+    eps: float = 1e-6,
+    backend: str | None = None,
+) -> GroupAdvantages:
+    """Advantage of each answer relative to the other answers to its prompt.
+
+    Args:
+        rewards: (B,) float32 | bfloat16 | float16, any stride. Differentiable. A NaN stays in its group.
+        group_size: G: group g is rewards[g G : (g + 1) G]. B must be a multiple of it.
+        group_ids: (B,) int64 in [0, num_groups), in any order; instead of group_size.
+        num_groups: number of groups, with group_ids only. A group without members has mean and std 0.
+        std: "sample" | "population" | "none".
+        leave_one_out: baseline is the mean of the other answers.
+        eps: added to the standard deviation.
+        backend: reference | cpu | triton | cuda; chosen by device if not given.
+
+    Returns:
+        advantages: (B,) float32.
+        mean, std: (groups,) float32; std is 0 where it is "none" or all rewards are equal.
+        num_degenerate: () int32, on the device: groups whose rewards are all equal.
+
+    Raises:
+        ValueError: a shape, dtype, device or option is not as above.
+
+    Memory beyond arguments and results: none with group_size; 24 bytes an answer with group_ids.
+    """
+    groups = _check(rewards, group_size, group_ids, num_groups, std, eps)
+    name = dispatch.choose(rewards, backend)
+    if name == "reference":
+        ids = group_ids
+        if ids is None:
+            ids = torch.arange(rewards.numel(), device=rewards.device) // group_size
+        return GroupAdvantages(
+            *reference.group_advantages(
+                rewards.float(), ids, groups, std=std, leave_one_out=leave_one_out, eps=eps
+            )
+        )
+    order = offsets = None
+    if group_ids is not None:
+        ordered_ids, order = group_ids.sort(stable=True)
+        bounds = torch.arange(groups + 1, device=rewards.device)
+        offsets = torch.searchsorted(ordered_ids, bounds)
+    return GroupAdvantages(
+        *_forward(
+            rewards,
+            group_size or 0,
+            groups,
+            order,
+            offsets,
+            STD_MODES.index(std),
+            leave_one_out,
+            eps,
+            name,
+        )
+    )
+
+
+def _check(
+    rewards: Tensor,
+    group_size: int | None,
+    group_ids: Tensor | None,
+    num_groups: int | None,
+    std: str,
+    eps: float,
+) -> int:
+    check_tensor("rewards", rewards, FLOATS)
+    if rewards.dim() != 1:
+        raise ValueError(f"rewards must be (B,), got {tuple(rewards.shape)}")
+    if std not in STD_MODES:
+        raise ValueError(f"std must be one of {', '.join(STD_MODES)}; got {std!r}")
+    if not eps >= 0:
+        raise ValueError(f"eps must be >= 0, got {eps}")
+    if (group_size is None) == (group_ids is None):
+        raise ValueError("give either group_size or group_ids with num_groups")
+    if group_ids is None:
+        if num_groups is not None:
+            raise ValueError(
+                "num_groups goes with group_ids; group_size alone says how many there are"
+            )
+        if group_size < 1 or rewards.numel() % group_size:
+            raise ValueError(
+                f"group_size must divide the number of rewards, {rewards.numel()}, got {group_size}"
+            )
+        return rewards.numel() // group_size
+    check_tensor("group_ids", group_ids, (torch.int64,), rewards.shape, rewards)
+    if num_groups is None or num_groups < 0:
+        raise ValueError(f"group_ids needs num_groups >= 0, got {num_groups}")
+    return num_groups
+
+
+@torch.library.custom_op("warpo::group_advantages", mutates_args=())
+def _forward(
+    rewards: Tensor,
+    group_size: int,
+    num_groups: int,
+    order: Tensor | None,
+    offsets: Tensor | None,
+    std_mode: int,
+    leave_one_out: bool,
+    eps: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    advantages, mean, std, degenerate = _allocate(rewards, num_groups)
+    if num_groups:
+        dispatch.load(backend).group_advantages_forward(
+            rewards, group_size, order, offsets, std_mode, leave_one_out, eps,
+            advantages, mean, std, degenerate,
+        )  # fmt: skip
+    return advantages, mean, std, degenerate
+
+
+def _allocate(rewards: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    # zeros: an answer whose group id is out of range belongs to no group
+    return (
+        rewards.new_zeros(rewards.shape, dtype=torch.float32),
+        rewards.new_empty((num_groups,), dtype=torch.float32),
+        rewards.new_empty((num_groups,), dtype=torch.float32),
+        rewards.new_zeros((), dtype=torch.int32),
+    )
+
+
+@_forward.register_fake
+def _(rewards, group_size, num_groups, *_):
+    return _allocate(rewards, num_groups)
+
+
+@torch.library.custom_op("warpo::group_advantages_backward", mutates_args=())
+def _backward(
+    rewards: Tensor,
+    group_size: int,
+    order: Tensor | None,
+    offsets: Tensor | None,
+    std_mode: int,
+    leave_one_out: bool,
+    eps: float,
+    mean: Tensor,
+    std: Tensor,
+    grad_advantages: Tensor,
+    backend: str,
+) -> Tensor:
+    grad_rewards = rewards.new_zeros(rewards.shape, dtype=torch.float32)
+    if mean.numel():
+        dispatch.load(backend).group_advantages_backward(
+            rewards, group_size, order, offsets, std_mode, leave_one_out, eps,
+            mean, std, grad_advantages, grad_rewards,
+        )  # fmt: skip
+    return grad_rewards
+
+
+@_backward.register_fake
+def _(rewards, *_):
+    return rewards.new_empty(rewards.shape, dtype=torch.float32)
+
+
+def _save(ctx, inputs, output) -> None:
+    rewards, ctx.group_size, _, order, offsets, *ctx.options, ctx.backend = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(rewards, order, offsets, *output[1:3])
+
+
+def _differentiate(ctx, grad_advantages, grad_mean, grad_std, _grad_degenerate):
+    if grad_mean is not None or grad_std is not None:
+        raise RuntimeError(
+            "mean and std of group_advantages are not differentiable; its advantages are"
+        )
+    if grad_advantages is None:
+        return (None,) * 9
+    rewards, order, offsets, mean, std = ctx.saved_tensors
+    grad_rewards = _backward(
+        rewards,
+        ctx.group_size,
+        order,
+        offsets,
+        *ctx.options,
+        mean,
+        std,
+        grad_advantages,
+        ctx.backend,
+    )
+    return (grad_rewards.to(rewards.dtype), *(None,) * 8)
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)

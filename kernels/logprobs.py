@@ -1,0 +1,262 @@
+"""Log-probability of each taken token, and the entropy of its distribution, from logits.
+
+With z = logits / T, m = max_j z_j, d = sum_j e^(z_j - m), w = sum_j e^(z_j - m) (z_j - m) and target y:
+
+    logp    = (z_y - m) - log d                    min with 0
+    entropy = log d - w / d
+
+Backward, with p_j = e^(z_j - m) / d, upstream g for logp and h for the entropy:
+
+    d logits_j = (g (1[j = y] - p_j) - h p_j (log p_j + entropy)) / T
+
+One read of the logits and one exponential an element give both results: online softmax,
+https://arxiv.org/abs/1805.02867 algorithm 3. Saved for backward: max_j logits_j and log d, 8 bytes a token.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from warpo.kernels import dispatch, reference
+from warpo.kernels.checks import FLOATS, as_rows, check_mask, check_no_grad, check_tensor
+
+
+class LogprobsAndEntropy(NamedTuple):
+    logprobs: Tensor
+    entropy: Tensor
+
+
+def logprobs(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    mask: Tensor | None = None,
+    ignore_index: int = -100,
+    inplace_backward: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Log-probability of each taken token: logp = (logits / T)[y] - logsumexp(logits / T).
+
+    Args:
+        logits: (..., V) float32 | bfloat16 | float16, last stride 1; the leading dimensions may be any view
+            that two strides describe, so `logits[:, :-1]` is not copied. -inf is legal. Differentiable.
+        targets: (...) int64 in [0, V). A target outside poisons its row with NaN; nothing is synchronised
+            to find out.
+        temperature: T > 0, a number or one float32 a token. Not differentiable.
+        mask: (...) bool | uint8. Where 0, the logits are not read (they may hold NaN), the result is 0 and
+            the gradient 0.
+        ignore_index: a target of this value counts as masked.
+        inplace_backward: write the gradient over the logits, which saves their size in memory. The logits
+            are then gone, and a second backward raises. Eager mode only.
+        backend: reference | cpu | triton | cuda; chosen by device if not given.
+
+    Returns:
+        (...) float32, natural log, <= 0.
+
+    Raises:
+        ValueError: a shape, dtype, stride, device or option is not as above.
+
+    Source: https://arxiv.org/abs/1805.02867. Memory beyond the arguments: 12 bytes a token forward;
+    the size of the logits backward, nothing with inplace_backward.
+    """
+    return _run(logits, targets, temperature, mask, ignore_index, False, inplace_backward, backend)[
+        0
+    ]
+
+
+def logprobs_and_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    mask: Tensor | None = None,
+    ignore_index: int = -100,
+    inplace_backward: bool = False,
+    backend: str | None = None,
+) -> LogprobsAndEntropy:
+    """`logprobs` and, from the same pass, the entropy H = -sum_j p_j log p_j of softmax(logits / T).
+
+    Arguments and errors are those of `logprobs`. Both results are differentiable.
+
+    Returns:
+        logprobs: (...) float32, natural log, <= 0.
+        entropy: (...) float32, nats, >= 0 up to rounding. 0 where masked, NaN where the target is out of range.
+    """
+    logp, entropy = _run(
+        logits, targets, temperature, mask, ignore_index, True, inplace_backward, backend
+    )
+    return LogprobsAndEntropy(logp, entropy)
+
+
+def _run(
+    logits: Tensor,
+    targets: Tensor,
+    temperature: float | Tensor,
+    mask: Tensor | None,
+    ignore_index: int,
+    with_entropy: bool,
+    inplace_backward: bool,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    shape = _check(logits, targets, temperature, mask)
+    name = dispatch.choose(logits, backend)
+    if name == "reference":
+        if inplace_backward:
+            raise ValueError("inplace_backward is not supported by backend 'reference'")
+        logp, entropy = reference.logprobs(logits.float(), targets, temperature, mask, ignore_index)
+        return logp, entropy
+    if inplace_backward:
+        _check_inplace(logits)
+    per_token = isinstance(temperature, Tensor)
+    logp, entropy, _ = _forward(
+        as_rows("logits", logits, keep=1),
+        as_rows("targets", targets),
+        1.0 if per_token else temperature,
+        as_rows("temperature", temperature) if per_token else None,
+        None if mask is None else as_rows("mask", mask),
+        ignore_index,
+        with_entropy,
+        inplace_backward,
+        name,
+    )
+    return logp.view(shape), entropy.view(shape) if with_entropy else entropy
+
+
+def _check(
+    logits: Tensor, targets: Tensor, temperature: float | Tensor, mask: Tensor | None
+) -> torch.Size:
+    check_tensor("logits", logits, FLOATS)
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"logits must be (..., V) with V >= 1, got {tuple(logits.shape)}")
+    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
+        raise ValueError(
+            f"the last stride of logits must be 1, got strides {logits.stride()}: pass logits.contiguous()"
+        )
+    shape = logits.shape[:-1]
+    check_tensor("targets", targets, (torch.int64,), shape, logits)
+    check_mask("mask", mask, shape, logits)
+    if isinstance(temperature, Tensor):
+        check_tensor("temperature", temperature, (torch.float32,), shape, logits)
+        check_no_grad("temperature", temperature)
+    elif not temperature > 0:
+        raise ValueError(
+            f"temperature must be > 0, got {temperature}: greedy choice has no logprobs"
+        )
+    return shape
+
+
+def _check_inplace(logits: Tensor) -> None:
+    if torch.compiler.is_compiling():
+        raise ValueError(
+            "inplace_backward is not supported under torch.compile: leave it False there"
+        )
+    if any(
+        stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True)
+    ):
+        raise ValueError(
+            f"inplace_backward needs rows of their own, got strides {logits.stride()}: "
+            "pass logits.contiguous() or inplace_backward=False"
+        )
+
+
+@torch.library.custom_op("warpo::logprobs", mutates_args=())
+def _forward(
+    logits: Tensor,
+    targets: Tensor,
+    temperature: float,
+    token_temperature: Tensor | None,
+    mask: Tensor | None,
+    ignore_index: int,
+    with_entropy: bool,
+    inplace_backward: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    logp, entropy, stats = _allocate(logits, with_entropy)
+    if logp.numel():
+        dispatch.load(backend).logprobs_forward(
+            logits, targets, temperature, token_temperature, mask, ignore_index,
+            logp, entropy if with_entropy else None, stats,
+        )  # fmt: skip
+    return logp, entropy, stats
+
+
+def _allocate(logits: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+    rows, steps, _ = logits.shape
+    return (
+        logits.new_empty((rows, steps), dtype=torch.float32),
+        logits.new_empty((rows, steps) if with_entropy else (0,), dtype=torch.float32),
+        logits.new_empty((rows, steps, 2), dtype=torch.float32),
+    )
+
+
+@_forward.register_fake
+def _(logits, targets, temperature, token_temperature, mask, ignore_index, with_entropy, *_):
+    return _allocate(logits, with_entropy)
+
+
+@torch.library.custom_op("warpo::logprobs_backward", mutates_args=())
+def _backward(
+    logits: Tensor,
+    targets: Tensor,
+    temperature: float,
+    token_temperature: Tensor | None,
+    mask: Tensor | None,
+    ignore_index: int,
+    entropy: Tensor | None,
+    stats: Tensor,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    backend: str,
+) -> Tensor:
+    grad_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    if grad_logits.numel():
+        dispatch.load(backend).logprobs_backward(
+            logits, targets, temperature, token_temperature, mask, ignore_index, entropy, stats,
+            grad_logprobs, grad_entropy, grad_logits,
+        )  # fmt: skip
+    return grad_logits
+
+
+@_backward.register_fake
+def _(logits, *_):
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def _save(ctx, inputs, output) -> None:
+    logits, targets, temperature, token_temperature, mask, ignore_index = inputs[:6]
+    with_entropy, ctx.inplace, ctx.backend = inputs[6:]
+    _, entropy, stats = output
+    ctx.temperature, ctx.ignore_index, ctx.spent = temperature, ignore_index, False
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(
+        logits, targets, token_temperature, mask, entropy if with_entropy else None, stats
+    )
+
+
+def _differentiate(ctx, grad_logprobs, grad_entropy, _grad_stats):
+    if ctx.spent:
+        raise RuntimeError(
+            "logprobs was called with inplace_backward=True, so its logits are overwritten by the first "
+            "backward: call it with inplace_backward=False to go through the graph twice"
+        )
+    logits, targets, token_temperature, mask, entropy, stats = ctx.saved_tensors
+    arguments = (logits, targets, ctx.temperature, token_temperature, mask, ctx.ignore_index)
+    if grad_logprobs is None and grad_entropy is None:
+        grad_logits = None
+    elif ctx.inplace:
+        ctx.spent = True
+        with torch.no_grad():
+            grad_logits = logits.detach()
+            dispatch.load(ctx.backend).logprobs_backward(
+                *arguments, entropy, stats, grad_logprobs, grad_entropy, grad_logits
+            )
+    else:
+        grad_logits = _backward(
+            *arguments, entropy, stats, grad_logprobs, grad_entropy, ctx.backend
+        )
+    return (grad_logits, *(None,) * 8)
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
