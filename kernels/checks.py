@@ -1,4 +1,6 @@
-"""Checks of arguments that all operations share. Each error names the argument, what is wanted and what came."""
+"""Checks of arguments that all operations share. Each error names the argument, what is wanted and
+what came.
+"""
 
 from collections.abc import Sequence
 
@@ -20,7 +22,9 @@ def check_tensor(
     shape: Sequence[int] | None = None,
     like: Tensor | None = None,
 ) -> None:
-    """dtype, shape and device of one argument; a sharded tensor is refused with the way to gather it."""
+    """dtype, shape and device of one argument; a sharded tensor is refused with the way to gather
+    it.
+    """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
     if type(tensor).__name__ == "DTensor":
@@ -42,7 +46,9 @@ def check_tensor(
 
 
 def check_mask(name: str, mask: Tensor | None, shape: Sequence[int], like: Tensor) -> None:
-    """An optional bool or uint8 tensor; another dtype is refused, as its meaning would be a guess."""
+    """An optional bool or uint8 tensor; another dtype is refused, as its meaning would be a
+    guess.
+    """
     if mask is None:
         return
     if isinstance(mask, Tensor) and mask.dtype not in FLAGS:
@@ -61,7 +67,8 @@ def check_no_grad(name: str, tensor: Tensor | None) -> None:
 
 
 def as_rows(name: str, tensor: Tensor, keep: int = 0) -> Tensor:
-    """A view `[rows, steps]` plus the last `keep` dimensions; leading dimensions are merged, never copied.
+    """A view `[rows, steps]` plus the last `keep` dimensions; leading dimensions are merged, never
+    copied.
 
     Raises:
         ValueError: the strides of the leading dimensions do not allow a view.

@@ -1,4 +1,5 @@
-"""Which backend runs: by the device of the tensors, by `backend=`, by the environment variable WARPO_BACKEND.
+"""Which backend runs: by the device of the tensors, by `backend=`, by the environment variable
+WARPO_BACKEND.
 
 reference  plain PyTorch, any device        cpu   C++ (always built)
 triton     CUDA; CPU under TRITON_INTERPRET  cuda  CUDA C++ (built where nvcc is found)
@@ -19,7 +20,8 @@ _CUDA_DEFAULT = "cuda" if importlib.util.find_spec("warpo.kernels._cuda") else "
 
 
 def choose(tensor: Tensor, backend: str | None) -> str:
-    """Name of the backend for this tensor: `backend`, else WARPO_BACKEND, else cpu | cuda | triton by device.
+    """Name of the backend for this tensor: `backend`, else WARPO_BACKEND, else cpu | cuda | triton
+    by device.
 
     Raises:
         ValueError: no such backend, or it does not run on the device of the tensor.
@@ -55,7 +57,8 @@ def load(name: str) -> Backend:
     """The backend itself.
 
     Raises:
-        RuntimeError: it is not built or its package is not installed; the message says how to get it.
+        RuntimeError: it is not built or its package is not installed; the message says how to get
+            it.
     """
     if name == "triton":
         if importlib.util.find_spec("triton") is None:

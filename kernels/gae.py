@@ -3,12 +3,12 @@
     delta_t = r_t + gamma V_{t+1} - V_t
     A_t     = delta_t + gamma lambda A_{t+1}            returns_t = A_t + V_t
 
-Where an episode ends at t the scan is cut: `terminated` drops V_{t+1} and A_{t+1}, `truncated` replaces V_{t+1} by
-the value of the final observation and drops A_{t+1}. The backward pass is the adjoint of the same recursion, walked
-forward in time.
+Where an episode ends at t the scan is cut: `terminated` drops V_{t+1} and A_{t+1}, `truncated`
+replaces V_{t+1} by the value of the final observation and drops A_{t+1}. The backward pass is the
+adjoint of the same recursion, walked forward in time.
 
-Source: https://arxiv.org/abs/1506.02438 eq. 16; the scan as affine maps: Blelloch, "Prefix sums and their
-applications", section 1.4.
+Source: https://arxiv.org/abs/1506.02438 eq. 16; the scan as affine maps: Blelloch, "Prefix sums and
+their applications", section 1.4.
 """
 
 from typing import NamedTuple
@@ -46,29 +46,32 @@ def gae(
     time_dim: int = -1,
     backend: str | None = None,
 ) -> Gae:
-    """Advantages and returns of rewards `[B, T]` (tokens), `[N, T]` or `[T, N]` (environment steps).
+    """Advantages and returns of rewards `[B, T]` (tokens), `[N, T]` or `[T, N]` (environment
+    steps).
 
     Args:
         rewards: 2-D float32 | bfloat16 | float16, any strides. Differentiable, as are all values.
         values: like rewards; values[t] belongs to the state before step t.
         gamma: discount in [0, 1].
         gae_lambda: lambda in [0, 1].
-        mask: like rewards, bool | uint8. Masked slots are never read (they may hold NaN); both results are
-            0 there.
-        mask_mode: what a masked step does to the steps before it. "carry": V and A of the next valid step
-            pass through it. "zero": it counts as a step with reward 0 and value 0, and decays the trace.
+        mask: like rewards, bool | uint8. Masked slots are never read (they may hold NaN); both
+            results are 0 there.
+        mask_mode: what a masked step does to the steps before it. "carry": V and A of the next
+            valid step pass through it. "zero": it counts as a step with reward 0 and value 0, and
+            decays the trace.
         terminated: like rewards, bool | uint8: the episode ended for good, the next value is 0.
         truncated: like rewards, bool | uint8: the episode was cut, the next value is final_values.
-        last_values: values after the last step, one a sequence or environment; 0 if not given, as after the
-            last token of a response.
-        final_values: like rewards: value of the final observation of step t, read where truncated only.
-            Required with truncated.
-        done_convention: "ends_at_t": a flag at t says that step t ended an episode. "starts_at_t": it says
-            that t is the first step of a new one, so that step t - 1 ended; the flags after the last step
-            are last_terminated and last_truncated (none if not given).
+        last_values: values after the last step, one a sequence or environment; 0 if not given, as
+            after the last token of a response.
+        final_values: like rewards: value of the final observation of step t, read where truncated
+            only. Required with truncated.
+        done_convention: "ends_at_t": a flag at t says that step t ended an episode. "starts_at_t":
+            it says that t is the first step of a new one, so that step t - 1 ended; the flags after
+            the last step are last_terminated and last_truncated (none if not given).
         last_terminated: one bool | uint8 a sequence or environment; with "starts_at_t" only.
         last_truncated: likewise.
-        time_dim: the dimension of time, -1 (or 1) for [B, T] and [N, T], 0 for [T, N]. No copy is made.
+        time_dim: the dimension of time, -1 (or 1) for [B, T] and [N, T], 0 for [T, N]. No copy is
+            made.
         backend: reference | cpu | triton | cuda; chosen by device if not given.
 
     Returns:
@@ -198,7 +201,9 @@ def _forward(
 
 
 def _empty_like(rewards: Tensor) -> Tensor:
-    """Uninitialised float32 whose fast dimension is that of `rewards`, dense whatever its strides are."""
+    """Uninitialised float32 whose fast dimension is that of `rewards`, dense whatever its strides
+    are.
+    """
     if rewards.stride(0) < rewards.stride(1):
         return rewards.new_empty(rewards.shape[::-1], dtype=torch.float32).t()
     return rewards.new_empty(rewards.shape, dtype=torch.float32)
@@ -257,7 +262,8 @@ def _save(ctx, inputs, output) -> None:
         None if x is None else x.dtype for x in (rewards, values, last_values, final_values)
     ]
     ctx.set_materialize_grads(False)
-    # rewards are saved for their shape and layout: the recursion is linear, so no value is read again
+    # rewards are saved for their shape and layout: the recursion is linear, so no value is read
+    # again
     ctx.save_for_backward(rewards, *inputs[4:9])
 
 

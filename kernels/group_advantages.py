@@ -2,12 +2,13 @@
 
     A_i = c (r_i - mean) / (std + eps)        c = 1, or n / (n - 1) with leave_one_out
 
-std is that of the group (sample: divided by n - 1; population: by n) or left out. With leave_one_out the baseline of
-an answer is the mean of the other n - 1: r_i - mean_{j != i} r_j = n / (n - 1) (r_i - mean).
-A group whose rewards are all equal, of one answer too, teaches nothing: A = 0 exactly, std = 0, and it is counted.
+std is that of the group (sample: divided by n - 1; population: by n) or left out. With
+leave_one_out the baseline of an answer is the mean of the other n - 1: r_i - mean_{j != i} r_j = n
+/ (n - 1) (r_i - mean). A group whose rewards are all equal, of one answer too, teaches nothing: A =
+0 exactly, std = 0, and it is counted.
 
-Sources: GRPO, https://arxiv.org/abs/2402.03300 section 4.1.2; without std, Dr. GRPO, https://arxiv.org/abs/2503.20783;
-leave-one-out, RLOO, https://arxiv.org/abs/2402.14740 eq. 8.
+Sources: GRPO, https://arxiv.org/abs/2402.03300 section 4.1.2; without std, Dr. GRPO,
+https://arxiv.org/abs/2503.20783; leave-one-out, RLOO, https://arxiv.org/abs/2402.14740 eq. 8.
 """
 
 from typing import NamedTuple
@@ -42,10 +43,12 @@ def group_advantages(
     """Advantage of each answer relative to the other answers to its prompt.
 
     Args:
-        rewards: (B,) float32 | bfloat16 | float16, any stride. Differentiable. A NaN stays in its group.
+        rewards: (B,) float32 | bfloat16 | float16, any stride. Differentiable. A NaN stays in its
+            group.
         group_size: G: group g is rewards[g G : (g + 1) G]. B must be a multiple of it.
         group_ids: (B,) int64 in [0, num_groups), in any order; instead of group_size.
-        num_groups: number of groups, with group_ids only. A group without members has mean and std 0.
+        num_groups: number of groups, with group_ids only. A group without members has mean and std
+            0.
         std: "sample" | "population" | "none".
         leave_one_out: baseline is the mean of the other answers.
         eps: added to the standard deviation.

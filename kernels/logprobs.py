@@ -1,6 +1,7 @@
 """Log-probability of each taken token, and the entropy of its distribution, from logits.
 
-With z = logits / T, m = max_j z_j, d = sum_j e^(z_j - m), w = sum_j e^(z_j - m) (z_j - m) and target y:
+With z = logits / T, m = max_j z_j, d = sum_j e^(z_j - m), w = sum_j e^(z_j - m) (z_j - m) and
+target y:
 
     logp    = (z_y - m) - log d                    min with 0
     entropy = log d - w / d
@@ -10,7 +11,8 @@ Backward, with p_j = e^(z_j - m) / d, upstream g for logp and h for the entropy:
     d logits_j = (g (1[j = y] - p_j) - h p_j (log p_j + entropy)) / T
 
 One read of the logits and one exponential an element give both results: online softmax,
-https://arxiv.org/abs/1805.02867 algorithm 3. Saved for backward: max_j logits_j and log d, 8 bytes a token.
+https://arxiv.org/abs/1805.02867 algorithm 3. Saved for backward: max_j logits_j and log d, 8 bytes
+a token.
 """
 
 from typing import NamedTuple
@@ -40,16 +42,17 @@ def logprobs(
     """Log-probability of each taken token: logp = (logits / T)[y] - logsumexp(logits / T).
 
     Args:
-        logits: (..., V) float32 | bfloat16 | float16, last stride 1; the leading dimensions may be any view
-            that two strides describe, so `logits[:, :-1]` is not copied. -inf is legal. Differentiable.
-        targets: (...) int64 in [0, V). A target outside poisons its row with NaN; nothing is synchronised
-            to find out.
+        logits: (..., V) float32 | bfloat16 | float16, last stride 1; the leading dimensions may be
+            any view that two strides describe, so `logits[:, :-1]` is not copied. -inf is legal.
+            Differentiable.
+        targets: (...) int64 in [0, V). A target outside poisons its row with NaN; nothing is
+            synchronised to find out.
         temperature: T > 0, a number or one float32 a token. Not differentiable.
-        mask: (...) bool | uint8. Where 0, the logits are not read (they may hold NaN), the result is 0 and
-            the gradient 0.
+        mask: (...) bool | uint8. Where 0, the logits are not read (they may hold NaN), the result
+            is 0 and the gradient 0.
         ignore_index: a target of this value counts as masked.
-        inplace_backward: write the gradient over the logits, which saves their size in memory. The logits
-            are then gone, and a second backward raises. Eager mode only.
+        inplace_backward: write the gradient over the logits, which saves their size in memory. The
+            logits are then gone, and a second backward raises. Eager mode only.
         backend: reference | cpu | triton | cuda; chosen by device if not given.
 
     Returns:
@@ -76,13 +79,15 @@ def logprobs_and_entropy(
     inplace_backward: bool = False,
     backend: str | None = None,
 ) -> LogprobsAndEntropy:
-    """`logprobs` and, from the same pass, the entropy H = -sum_j p_j log p_j of softmax(logits / T).
+    """`logprobs` and, from the same pass, the entropy H = -sum_j p_j log p_j of softmax(logits /
+    T).
 
     Arguments and errors are those of `logprobs`. Both results are differentiable.
 
     Returns:
         logprobs: (...) float32, natural log, <= 0.
-        entropy: (...) float32, nats, >= 0 up to rounding. 0 where masked, NaN where the target is out of range.
+        entropy: (...) float32, nats, >= 0 up to rounding. 0 where masked, NaN where the target is
+            out of range.
     """
     logp, entropy = _run(
         logits, targets, temperature, mask, ignore_index, True, inplace_backward, backend
@@ -243,6 +248,8 @@ def _differentiate(ctx, grad_logprobs, grad_entropy, _grad_stats):
         )
     logits, targets, token_temperature, mask, entropy, stats = ctx.saved_tensors
     arguments = (logits, targets, ctx.temperature, token_temperature, mask, ctx.ignore_index)
+    if entropy is None:
+        grad_entropy = None  # of the empty tensor that stands for it
     if grad_logprobs is None and grad_entropy is None:
         grad_logits = None
     elif ctx.inplace:

@@ -23,17 +23,17 @@ class Objective:
     """A clipped policy objective.
 
     Attributes:
-        ratio_level: "token": exp(logp_t - old_t). "sequence": exp of the mean of logp_t - old_t over the
-            valid tokens, the same for each of them.
+        ratio_level: "token": exp(logp_t - old_t). "sequence": exp of the mean of logp_t - old_t
+            over the valid tokens, the same for each of them.
         clip_low: the ratio is clipped below at 1 - clip_low.
         clip_high: the ratio is clipped above at 1 + clip_high.
         kl_coef: weight of the KL term; 0 leaves it out, and no reference is needed.
         kl_estimator: with d = ref - logp: k1 = -d, k2 = d^2 / 2, k3 = e^d - 1 - d
             (http://joschu.net/blog/kl-approx.html).
-        aggregation: how the losses of the tokens become one number, before it is divided by `denominator`:
-            "token-mean"                    sum over tokens; denominator: number of valid tokens
-            "sequence-mean-token-mean"      sum over sequences of their token mean; number of sequences
-            "sequence-mean-token-sum"       sum over tokens; number of sequences
+        aggregation: how the losses of the tokens become one number, before it is divided by
+            `denominator`: "token-mean"                    sum over tokens; denominator: number of
+            valid tokens "sequence-mean-token-mean"      sum over sequences of their token mean;
+            number of sequences "sequence-mean-token-sum"       sum over tokens; number of sequences
             "sequence-mean-token-sum-norm"  sum over tokens; number of sequences x a constant length
         log_ratio_limit: arguments of exp are clamped to +- this; the gradient is 0 where they are.
     """

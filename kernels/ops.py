@@ -1,20 +1,23 @@
-"""The public face of the kernels: every operation, checked, dispatched to the backend of its device.
+"""The public face of the kernels: every operation, checked, dispatched to the backend of its
+device.
 
 from warpo.kernels import ops
 
 logp = ops.logprobs(logits, targets)
 groups = ops.group_advantages(rewards, group_size=8)
-loss, metrics = ops.policy_loss(logp, old_logprobs, groups.advantages, "grpo", mask=mask, ref_logprobs=ref)
-advantages, returns = ops.gae(rewards, values, gamma=1.0, gae_lambda=0.95, mask=mask)
+loss, metrics = ops.policy_loss(logp, old_logprobs, groups.advantages, "grpo", mask=mask,
+ref_logprobs=ref) advantages, returns = ops.gae(rewards, values, gamma=1.0, gae_lambda=0.95,
+mask=mask)
 """
 
 from warpo.kernels.gae import Gae, gae
 from warpo.kernels.group_advantages import GroupAdvantages, group_advantages
 from warpo.kernels.logprobs import LogprobsAndEntropy, logprobs, logprobs_and_entropy
 from warpo.kernels.objectives import OBJECTIVES, Objective, get_objective
-from warpo.kernels.policy_loss import PolicyLoss, add_metrics, policy_loss, policy_metrics
+from warpo.kernels.policy_loss import METRICS, PolicyLoss, add_metrics, policy_loss, policy_metrics
 
 __all__ = [
+    "METRICS",
     "OBJECTIVES",
     "Gae",
     "GroupAdvantages",

@@ -1,17 +1,20 @@
 """The clipped policy loss with a KL penalty: loss, gradient and metrics of all tokens in one pass.
 
-    ratio_t = exp(logp_t - old_t), or for ratio_level "sequence" exp(mean over the sequence of logp - old)
-    loss_t  = -min(ratio_t A_t, clip(ratio_t, 1 - clip_low, 1 + clip_high) A_t) + kl_coef kl(logp_t, ref_t)
-    loss    = sum of w_t loss_t,   w_t = 1 / denominator, or 1 / (tokens of the sequence x denominator)
+    ratio_t = exp(logp_t - old_t), or for ratio_level "sequence" exp(mean over the sequence of logp
+    - old) loss_t  = -min(ratio_t A_t, clip(ratio_t, 1 - clip_low, 1 + clip_high) A_t) + kl_coef
+    kl(logp_t, ref_t) loss    = sum of w_t loss_t,   w_t = 1 / denominator, or 1 / (tokens of the
+    sequence x denominator)
 
 Backward, where the unclipped branch is the smaller one or both are equal (0 elsewhere):
 
     d loss / d logp_t = -w_t ratio_t A_t                                     token level
-                      = -(1 / n) sum_u w_u ratio A_u                         sequence level, n valid tokens
+                      = -(1 / n) sum_u w_u ratio A_u                         sequence level, n valid
+                      tokens
     plus kl_coef w_t (1 | -d | 1 - e^d) for k1 | k2 | k3, with d = ref_t - logp_t
 
-Sources: PPO, https://arxiv.org/abs/1707.06347 eq. 7; GRPO, https://arxiv.org/abs/2402.03300 eq. 3; sequence level,
-GSPO, https://arxiv.org/abs/2507.18071 eq. 5; estimators of the KL, http://joschu.net/blog/kl-approx.html.
+Sources: PPO, https://arxiv.org/abs/1707.06347 eq. 7; GRPO, https://arxiv.org/abs/2402.03300 eq. 3;
+sequence level, GSPO, https://arxiv.org/abs/2507.18071 eq. 5; estimators of the KL,
+http://joschu.net/blog/kl-approx.html.
 """
 
 from typing import NamedTuple
@@ -54,34 +57,40 @@ def policy_loss(
     denominator: float | Tensor | None = None,
     backend: str | None = None,
 ) -> PolicyLoss:
-    """Loss of a batch of sequences under an objective of `objectives.OBJECTIVES`, or one of your own.
+    """Loss of a batch of sequences under an objective of `objectives.OBJECTIVES`, or one of your
+    own.
 
     Args:
-        logprobs: (B, T) padded, or (N,) packed with cu_seqlens. float32 | bfloat16 | float16, any strides.
-            Differentiable.
+        logprobs: (B, T) padded, or (N,) packed with cu_seqlens. float32 | bfloat16 | float16, any
+            strides. Differentiable.
         old_logprobs: like logprobs: of the policy when the step began. A constant.
-        advantages: like logprobs, or one a sequence: (B,). Where both fit, N = B, it is one a token.
-            A constant.
+        advantages: like logprobs, or one a sequence: (B,). Where both fit, N = B, it is one a
+            token. A constant.
         objective: name of a row ("grpo", "dapo", ...) or an `Objective`.
-        mask: like logprobs, bool | uint8. Masked slots are never read (they may hold NaN); their gradient
-            is 0.
+        mask: like logprobs, bool | uint8. Masked slots are never read (they may hold NaN); their
+            gradient is 0.
         cu_seqlens: (B + 1,) int32: sequence b is logprobs[cu_seqlens[b] : cu_seqlens[b + 1]].
-        ref_logprobs: like logprobs: of the frozen reference. Required where kl_coef > 0. A constant.
-        denominator: what the aggregation divides by, a number or a float32 scalar tensor. For gradients
-            that do not depend on the split into micro-batches, pass the count of the whole optimizer step:
-            valid tokens for "token-mean", sequences for the others, times the constant length for
-            "...-norm". Not given: the count in this call; "...-norm" has no default. 0 gives loss 0.
+        ref_logprobs: like logprobs: of the frozen reference. Required where kl_coef > 0. A
+            constant.
+        denominator: what the aggregation divides by, a number or a float32 scalar tensor. For
+            gradients that do not depend on the split into micro-batches, pass the count of the
+            whole optimizer step: valid tokens for "token-mean", sequences for the others, times the
+            constant length for "...-norm". Not given: the count in this call; "...-norm" has no
+            default. 0 gives loss 0.
         backend: reference | cpu | triton | cuda; chosen by device if not given.
 
     Returns:
-        loss: () float32, differentiable with respect to logprobs. The gradient is computed with the loss.
-        metrics: (10,) float32 in the order of METRICS, on the device; `policy_metrics` reads it. The two
-            losses are final; the others are sums over valid tokens, so that those of micro-batches add up.
+        loss: () float32, differentiable with respect to logprobs. The gradient is computed with the
+            loss.
+        metrics: (10,) float32 in the order of METRICS, on the device; `policy_metrics` reads it.
+            The two losses are final; the others are sums over valid tokens, so that those of
+            micro-batches add up.
 
     Raises:
         ValueError: a shape, dtype, device or option is not as above.
 
-    Source: see the module and the row of the objective. Memory beyond arguments and results: 4 bytes a token
+    Source: see the module and the row of the objective. Memory beyond arguments and results: 4
+        bytes a token
     (the gradient) and 40 bytes a sequence.
     """
     objective = get_objective(objective)
@@ -129,9 +138,10 @@ def policy_metrics(metrics: Tensor) -> dict[str, float]:
     """The metrics vector, or the sum of several, as means over tokens. Reads the device once.
 
     Returns:
-        loss/policy, loss/kl: as they enter the loss, before kl_coef. ratio/clip_frac_low, ratio/clip_frac_high:
-        share of tokens at which the clipped branch is active at that bound. ratio/mean, ratio/min, ratio/max.
-        kl/approx: k3 of old against new policy. kl/ref: the estimator against the reference. All 0 without tokens.
+        loss/policy, loss/kl: as they enter the loss, before kl_coef. ratio/clip_frac_low,
+        ratio/clip_frac_high: share of tokens at which the clipped branch is active at that bound.
+        ratio/mean, ratio/min, ratio/max. kl/approx: k3 of old against new policy. kl/ref: the
+        estimator against the reference. All 0 without tokens.
     """
     row = dict(zip(METRICS, metrics.tolist(), strict=True))
     tokens = max(row["tokens"], 1.0)
@@ -150,7 +160,9 @@ def policy_metrics(metrics: Tensor) -> dict[str, float]:
 
 
 def add_metrics(total: Tensor | None, metrics: Tensor) -> Tensor:
-    """Sum of the metrics of two micro-batches; the extreme ratios combine by min and max. No synchronisation."""
+    """Sum of the metrics of two micro-batches; the extreme ratios combine by min and max. No
+    synchronisation.
+    """
     if total is None:
         return metrics
     summed = total + metrics

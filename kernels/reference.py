@@ -1,8 +1,8 @@
 """Every operation in plain PyTorch: the definition that all backends are tested against.
 
-Any floating dtype up to float64, differentiable by autograd, no speed intended. Arguments mean what they mean in
-`ops`; they are checked there. Masked slots are replaced before any arithmetic, so that NaN in them reaches neither
-results nor gradients.
+Any floating dtype up to float64, differentiable by autograd, no speed intended. Arguments mean what
+they mean in `ops`; they are checked there. Masked slots are replaced before any arithmetic, so that
+NaN in them reaches neither results nor gradients.
 """
 
 from typing import NamedTuple
@@ -20,7 +20,9 @@ def logprobs(
     mask: Tensor | None = None,
     ignore_index: int = -100,
 ) -> tuple[Tensor, Tensor]:
-    """(logp, entropy), each `[...]` for logits `[..., V]`, of the distribution softmax(logits / temperature)."""
+    """(logp, entropy), each `[...]` for logits `[..., V]`, of the distribution softmax(logits /
+    temperature).
+    """
     vocab = logits.shape[-1]
     valid = targets != ignore_index
     if mask is not None:
@@ -64,7 +66,9 @@ def gae(
     last_truncated: Tensor | None = None,
     time_dim: int = -1,
 ) -> GaeOutput:
-    """Generalised advantage estimation by the recursion itself, one step at a time from the last."""
+    """Generalised advantage estimation by the recursion itself, one step at a time from the
+    last.
+    """
     rewards, values = rewards.movedim(time_dim, -1), values.movedim(time_dim, -1)
 
     def ends(flags: Tensor | None, last: Tensor | None) -> Tensor:
@@ -79,7 +83,7 @@ def gae(
     terminal, cut = ends(terminated, last_terminated), ends(truncated, last_truncated)
     valid = torch.ones_like(terminal) if mask is None else mask.movedim(time_dim, -1).bool()
     final = None if final_values is None else final_values.movedim(time_dim, -1)
-    zero = torch.zeros_like(values[..., 0])
+    zero = values.new_zeros(values.shape[:-1])
     next_value = zero if last_values is None else last_values
     next_advantage = zero
     advantages: list[Tensor] = []
@@ -122,7 +126,9 @@ def policy_loss(
     cu_seqlens: Tensor | None = None,
     ref: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(loss, metrics) in the order of `METRICS`. logp `[B, T]`, or `[N]` with cu_seqlens; advantages per token."""
+    """(loss, metrics) in the order of `METRICS`. logp `[B, T]`, or `[N]` with cu_seqlens;
+    advantages per token.
+    """
     if cu_seqlens is None:
         num_sequences = logp.shape[0]
         sequence = (
@@ -182,7 +188,9 @@ def policy_loss(
 
 
 def kl_estimate(logp: Tensor, ref: Tensor, estimator: str, limit: float) -> Tensor:
-    """k1, k2 or k3 of KL(policy || reference) from samples of the policy, http://joschu.net/blog/kl-approx.html."""
+    """k1, k2 or k3 of KL(policy || reference) from samples of the policy,
+    http://joschu.net/blog/kl-approx.html.
+    """
     difference = ref - logp
     if estimator == "k1":
         return -difference
@@ -201,7 +209,9 @@ def group_advantages(
     leave_one_out: bool = False,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(advantages [B], mean [groups], std [groups], number of groups whose rewards are all equal)."""
+    """(advantages [B], mean [groups], std [groups], number of groups whose rewards are all
+    equal).
+    """
     advantages = torch.zeros_like(rewards)
     means, stds, degenerate = [], [], 0
     for group in range(num_groups):

@@ -1,0 +1,41 @@
+"""Which backends the kernel tests run, and how to make their inputs.
+
+On the CPU: the C++ kernels, and Triton's under its interpreter. With WARPO_TEST_DEVICE=cuda: Triton
+and CUDA on the GPU.
+"""
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+DEVICE = os.environ.get("WARPO_TEST_DEVICE", "cpu")
+BACKENDS = ("cpu", "triton") if DEVICE == "cpu" else ("triton", "cuda")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def dtypes(backend: str) -> tuple[torch.dtype, ...]:
+    """Triton's interpreter truncates where a GPU rounds, so it is held to float32 alone."""
+    return (torch.float32,) if DEVICE == "cpu" and backend == "triton" else DTYPES
+
+
+def examples(backend: str, number: int) -> int:
+    """The interpreter takes a tenth of a second for what takes a compiled kernel microseconds."""
+    return max(1, number // 5) if DEVICE == "cpu" and backend == "triton" else number
+
+
+def strided(tensor: Tensor, layout: str) -> Tensor:
+    """The same values on the test device: "dense", "sliced" out of something larger, "transposed"."""
+    tensor = tensor.to(DEVICE)
+    if layout == "sliced":
+        shape = [size + 3 for size in tensor.shape]
+        larger = torch.full(shape, 77, dtype=tensor.dtype, device=DEVICE)
+        view = larger[tuple(slice(1, 1 + size) for size in tensor.shape)]
+        view.copy_(tensor)
+        return view
+    if layout == "transposed" and tensor.dim() >= 2:
+        return tensor.transpose(0, 1).contiguous().transpose(0, 1)
+    return tensor.contiguous()

@@ -1,0 +1,186 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.kernels.backends import BACKENDS, DEVICE, dtypes, each_backend, examples, strided
+from tests.tolerance import SUM_RELATIVE, assert_close
+
+from warpo.kernels import ops, reference
+
+
+@st.composite
+def cases(draw, backend: str):
+    """Rewards of equal or unequal groups: continuous, few-valued, all equal, far from zero."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    dtype = draw(st.sampled_from(dtypes(backend)))
+    size = draw(st.sampled_from([1, 2, 3, 8, 70, 300]))
+    groups = draw(st.sampled_from([0, 1, 2, 9]))
+    count = size * groups
+    kind = draw(st.sampled_from(["normal", "binary", "equal", "far"]))
+    rewards = torch.randn(count, generator=generator)
+    if kind == "binary":
+        rewards = (rewards > 1).float()
+    elif kind == "equal":
+        rewards = torch.full((count,), 0.1)
+    elif kind == "far":
+        rewards = rewards + 100
+    options = {
+        "std": draw(st.sampled_from(["none", "sample", "population"])),
+        "leave_one_out": draw(st.booleans()),
+        "eps": draw(st.sampled_from([1e-6, 1e-4])),
+    }
+    ids = None
+    if draw(st.booleans()):
+        groups += draw(st.sampled_from([0, 2]))
+        if groups:
+            ids = torch.randint(0, groups, (count,), generator=generator).to(DEVICE)
+    rewards = strided(rewards.to(dtype), draw(st.sampled_from(["dense", "sliced"])))
+    return rewards, size, ids, groups, options
+
+
+@each_backend
+def test_values_and_gradients_equal_float64(backend):
+    @settings(max_examples=examples(backend, 200))
+    @given(cases(backend))
+    def check(case):
+        rewards, size, ids, groups, options = case
+        rewards = rewards.detach().requires_grad_()
+        exact = rewards.detach().double().requires_grad_()
+        where = {"group_size": size} if ids is None else {"group_ids": ids, "num_groups": groups}
+        result = ops.group_advantages(rewards, **where, **options, backend=backend)
+        if ids is None:
+            ids = torch.arange(rewards.numel(), device=DEVICE) // size
+        wanted = reference.group_advantages(exact, ids, groups, **options)
+        # rewards near 100 keep 1e-5 of their spread in float32
+        for name, a, b in zip(("advantages", "mean", "std"), result, wanted, strict=False):
+            assert_close(a, b, relative=SUM_RELATIVE, absolute=5e-5, what=name)
+        assert result.num_degenerate.dtype == torch.int32
+        assert int(result.num_degenerate) == int(wanted[3])
+        upstream = torch.linspace(-1, 1, rewards.numel(), device=DEVICE)
+        result.advantages.backward(upstream)
+        if wanted[0].requires_grad:
+            wanted[0].backward(upstream.double())
+        gradient = torch.zeros_like(exact) if exact.grad is None else exact.grad
+        scale = gradient.abs().max().item() if gradient.numel() else 0
+        assert_close(
+            rewards.grad, gradient, relative=1e-4, absolute=1e-4 * (1 + scale), what="gradient"
+        )
+
+    check()
+
+
+@each_backend
+@pytest.mark.parametrize("std", ["none", "sample", "population"])
+@pytest.mark.parametrize("leave_one_out", [False, True])
+def test_groups_without_a_difference_are_exactly_zero_and_counted(backend, std, leave_one_out):
+    # 0.1 summed seven times and divided by seven is not 0.1
+    rewards = torch.tensor([0.1] * 7 + [5.0] * 7 + [1.0] * 6 + [0.0], device=DEVICE)
+    result = ops.group_advantages(rewards, 7, std=std, leave_one_out=leave_one_out, backend=backend)
+    assert (result.advantages[:14] == 0).all() and (result.advantages[14:] != 0).all()
+    assert result.mean[0] == rewards[0] and (result.std[:2] == 0).all()
+    assert int(result.num_degenerate) == 2
+    single = ops.group_advantages(rewards, 1, std=std, leave_one_out=leave_one_out, backend=backend)
+    assert (single.advantages == 0).all() and int(single.num_degenerate) == 21
+
+
+@each_backend
+def test_leave_one_out_is_the_mean_of_the_others(backend):
+    rewards = torch.tensor([1.0, 0.0, 0.0, 3.0], device=DEVICE)
+    result = ops.group_advantages(rewards, 4, std="none", leave_one_out=True, backend=backend)
+    others = (rewards.sum() - rewards) / 3
+    assert torch.allclose(result.advantages, rewards - others)
+
+
+@each_backend
+def test_a_nan_stays_in_its_group(backend):
+    rewards = torch.tensor([1.0, 0.0, torch.nan, 1.0, 0.0, 2.0], device=DEVICE)
+    advantages = ops.group_advantages(rewards, 2, backend=backend).advantages
+    assert advantages.isnan().tolist() == [False, False, True, True, False, False]
+
+
+@each_backend
+def test_an_id_out_of_range_belongs_to_no_group(backend):
+    ids = torch.tensor([0, 0, 5, -1], device=DEVICE)
+    result = ops.group_advantages(
+        torch.tensor([1.0, 0.0, 9.0, 9.0], device=DEVICE),
+        group_ids=ids,
+        num_groups=1,
+        backend=backend,
+    )
+    assert (result.advantages[2:] == 0).all() and result.mean.tolist() == [0.5]
+
+
+@each_backend
+def test_order_of_groups_does_not_matter(backend):
+    rewards = torch.randn(24, device=DEVICE)
+    ids = torch.arange(24, device=DEVICE) // 8
+    shuffled = torch.randperm(24).to(DEVICE)
+    plain = ops.group_advantages(rewards, 8, backend=backend)
+    mixed = ops.group_advantages(
+        rewards[shuffled], group_ids=ids[shuffled], num_groups=3, backend=backend
+    )
+    assert torch.allclose(mixed.advantages, plain.advantages[shuffled], atol=1e-5)
+
+
+@each_backend
+def test_opcheck(backend):
+    rewards = torch.randn(12, device=DEVICE, requires_grad=True)
+    order = torch.randperm(12).to(DEVICE)
+    offsets = torch.tensor([0, 5, 12], device=DEVICE)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    for members in ((4, 3, None, None), (0, 2, order, offsets)):
+        torch.library.opcheck(
+            torch.ops.warpo.group_advantages.default,
+            (rewards, *members, 1, True, 1e-6, backend),
+            test_utils=checks,
+        )
+
+
+@pytest.mark.parametrize("backend", BACKENDS[:1])
+def test_compiles_without_a_graph_break(backend):
+    def advantages(rewards):
+        return ops.group_advantages(rewards * 2, 4, backend=backend).advantages
+
+    compiled = torch.compile(advantages, fullgraph=True, backend="aot_eager")
+    for groups in (2, 3, 5):
+        rewards = torch.randn(4 * groups, device=DEVICE, requires_grad=True)
+        assert torch.equal(advantages(rewards), compiled(rewards))
+        (gradient,) = torch.autograd.grad(compiled(rewards)[0], rewards)
+        (wanted,) = torch.autograd.grad(advantages(rewards)[0], rewards)
+        assert torch.equal(gradient, wanted)
+
+
+def test_mean_and_std_refuse_a_gradient():
+    rewards = torch.randn(8, device=DEVICE, requires_grad=True)
+    with pytest.raises(
+        RuntimeError, match="mean and std of group_advantages are not differentiable"
+    ):
+        ops.group_advantages(rewards, 4).mean.sum().backward()
+
+
+R, IDS = torch.zeros(6), torch.zeros(6, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    "arguments, options, message",
+    [
+        ((R, 4), {}, "group_size must divide the number of rewards, 6, got 4"),
+        ((R, 0), {}, "group_size must divide"),
+        ((R,), {}, "give either group_size or group_ids with num_groups"),
+        ((R, 3), {"group_ids": IDS, "num_groups": 1}, "give either group_size or group_ids"),
+        ((R,), {"group_ids": IDS}, "group_ids needs num_groups >= 0, got None"),
+        ((R, 3), {"num_groups": 2}, "num_groups goes with group_ids"),
+        ((R,), {"group_ids": IDS[:3], "num_groups": 1}, r"group_ids must be of shape \(6,\)"),
+        (
+            (R, 3),
+            {"std": "unbiased"},
+            "std must be one of none, sample, population; got 'unbiased'",
+        ),
+        ((R, 3), {"eps": -1.0}, "eps must be >= 0"),
+        ((R[None], 3), {}, r"rewards must be \(B,\), got \(1, 6\)"),
+        ((R.long(), 3), {}, "rewards must be float32"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, options, message):
+    with pytest.raises(ValueError, match=message):
+        ops.group_advantages(*arguments, **options)

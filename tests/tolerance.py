@@ -1,0 +1,54 @@
+"""Every tolerance of the suite, with its reason. Errors are against float64 on the same inputs."""
+
+import torch
+
+# Rounding to the nearest value of the result type, as a relative error at the start of a binade.
+ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+
+# log-sum-exp in float32: the exponential is good to 2 ulp, a sum of V terms in blocks of 4096 to
+# sqrt(V) ulp; logp itself is a difference of numbers near |logp|.
+LOGPROB_RELATIVE = 2e-6
+LOGPROB_ABSOLUTE = 4e-6
+
+# p_j = e^(z_j - m - log d): an absolute error of |z| ulp in the exponent is a relative one in p.
+GRADIENT_RELATIVE = 2e-5
+GRADIENT_ABSOLUTE = 2e-7
+
+# Recursions of at most a few hundred float32 steps with gamma lambda <= 1: errors add up linearly.
+SCAN_RELATIVE = 2e-5
+SCAN_ABSOLUTE = 2e-5
+
+# Sums over tokens of terms of both signs: relative to the sum of magnitudes, which tests pass in.
+SUM_RELATIVE = 2e-5
+
+
+def assert_close(
+    actual: torch.Tensor,
+    expected: torch.Tensor,
+    *,
+    relative: float,
+    absolute: float,
+    what: str,
+) -> None:
+    """|actual - expected| <= absolute + (relative + rounding of actual's dtype) |expected|; NaN and
+    infinities must be the same on both sides."""
+    assert actual.shape == expected.shape, f"{what}: {tuple(actual.shape)}, {tuple(expected.shape)}"
+    relative += ROUNDING[actual.dtype]
+    actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
+    finite = expected.isfinite()
+    torch.testing.assert_close(
+        actual[~finite],
+        expected[~finite],
+        rtol=0,
+        atol=0,
+        equal_nan=True,
+        msg=lambda m: f"{what}: {m}",
+    )
+    excess = (actual - expected).abs() - absolute - relative * expected.abs()
+    excess = torch.where(finite, excess, -1.0).nan_to_num(torch.inf)
+    if excess.numel() and excess.max() > 0:
+        at = int(excess.argmax())
+        raise AssertionError(
+            f"{what}: element {at} is {actual.flatten()[at]:.9g}, float64 says "
+            f"{expected.flatten()[at]:.9g} ({int((excess > 0).sum())} of {excess.numel()} are off)"
+        )
