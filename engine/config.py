@@ -1,0 +1,294 @@
+"""Every setting of a run: one tree of frozen dataclasses, validated before a model is loaded.
+
+The text under a field is its line in `warpo train --help`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import field, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+from warpo.engine.config_file import read_tree
+from warpo.engine.errors import ConfigError
+from warpo.kernels.objectives import OBJECTIVES, Objective
+
+Text = Annotated[str, Field(min_length=1)]
+Count = Annotated[int, Field(ge=1)]
+CountOrNone = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+_checked = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+@dataclass(frozen=True, kw_only=True, config=_checked)
+class Data:
+    """Prompts to learn from and to be measured on."""
+
+    train: Text
+    """JSONL file; each line {"prompt": text or [{"role", "content"}, ...], further fields}."""
+    eval: str = ""
+    """JSONL file of held-out prompts, same form. Empty: none."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_checked)
+class Reward:
+    """The function that scores completions; it runs in a process of its own."""
+
+    function: Text
+    """module:function, called as function(completions, **fields) -> list of numbers. The module is
+    searched in the current directory too."""
+    deadline_s: Positive = 30.0
+    """Seconds one call may take. The worker process is killed then."""
+    success: float = 1.0
+    """A completion with at least this reward counts as correct in the accuracy."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_checked)
+class Rollout:
+    """What is sampled in a step."""
+
+    prompts_per_step: Count = 8
+    """Prompts drawn in a step."""
+    group_size: Annotated[int, Field(ge=2)] = 8
+    """Completions of each prompt. Their mean reward is the baseline, hence two at least."""
+    temperature: Positive = 1.0
+    """Sampling temperature in training."""
+    max_new_tokens: Count = 256
+    """Length limit of a completion, in tokens."""
+    max_model_len: Count = 1024
+    """Length limit of prompt and completion together, in tokens."""
+    dtype: Literal["same", "float32", "bfloat16", "float16"] = "same"
+    """Type of the sampler's weights. "same": that of the learner."""
+    kv_cache_gib: Positive = 4.0
+    """Memory of vLLM's KV cache in GiB. The transformers sampler has no such cache."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_checked)
+class WarmStart:
+    """Supervised fine-tuning before the first reinforcement-learning step."""
+
+    data: str = ""
+    """JSONL file; each line {"prompt", "completion"}. Empty: no warm start."""
+    steps: CountOrNone = 0
+    """Optimizer steps."""
+    batch_size: Count = 16
+    """Examples in an optimizer step."""
+    lr: Positive = 1e-5
+    """Learning rate."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_checked)
+class Loss:
+    """Objective of the policy. "objective" stands for the value in the published objective."""
+
+    objective: Text = "grpo"
+    """Row of the table in warpo.kernels.objectives: ppo, grpo, dr_grpo, dapo, gspo, ..."""
+    clip_low: Fraction | Literal["objective"] = "objective"
+    """The ratio is clipped below at 1 - clip_low."""
+    clip_high: NonNegative | Literal["objective"] = "objective"
+    """The ratio is clipped above at 1 + clip_high."""
+    kl_coef: NonNegative | Literal["objective"] = "objective"
+    """Weight of the KL to the model that step 1 starts from. 0 needs no reference model."""
+    kl_estimator: Literal["objective", "k1", "k2", "k3"] = "objective"
+    """Estimator of that KL."""
+    advantage_std: Literal["objective", "sample", "population", "none"] = "objective"
+    """What divides reward - group mean: the group's standard deviation (n - 1 or n in the
+    denominator) or nothing. "objective": none for dr_grpo, sample for the others."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_checked)
+class Update:
+    """AdamW on the rollouts of a step."""
+
+    lr: Positive = 1e-6
+    """Learning rate after warm-up."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """Decay of AdamW's first and second moment."""
+    weight_decay: NonNegative = 0.0
+    """Decoupled weight decay."""
+    max_grad_norm: Positive = 1.0
+    """The gradient is scaled down to this L2 norm. A large number switches it off."""
+    warmup_steps: CountOrNone = 0
+    """Optimizer steps in which the learning rate rises linearly to lr."""
+    epochs: Count = 1
+    """Passes over the rollouts of a step."""
+    minibatches: Count = 1
+    """Optimizer steps in a pass."""
+    token_budget: Count = 16384
+    """Tokens of a micro-batch. Changes memory and speed, never the gradient."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_checked)
+class Probe:
+    """Proof at every step that learner and sampler hold the same weights."""
+
+    tolerance: Positive = 1e-2
+    """Largest |learner - sampler| logprob that is taken for rounding."""
+    num_sequences: CountOrNone = 4
+    """Rollouts that are compared. 0: none."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_checked)
+class Evaluation:
+    """Accuracy on data.eval."""
+
+    every_steps: CountOrNone = 0
+    """Evaluate after every so many steps. 0: never."""
+    max_prompts: Count = 256
+    """Prompts that are evaluated, the first of the file."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_checked)
+class Checkpoint:
+    """Saved to output_dir/checkpoints; the last step is always saved."""
+
+    every_steps: CountOrNone = 0
+    """Save after every so many steps. 0: after the last only."""
+    keep: CountOrNone = 2
+    """Newest checkpoints that are kept. 0: all."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_checked)
+class Config:
+    """One run."""
+
+    model: Text
+    """Directory of a Hugging Face model, or its name on the hub."""
+    output_dir: Text
+    """Where metrics, plot and checkpoints go."""
+    steps: Count
+    """Reinforcement-learning steps in all."""
+    seed: CountOrNone = 0
+    """Fixes data order and every draw."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the learner runs. "auto": cuda if there is one."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the learner's weights."""
+    sampler: Literal["vllm", "transformers"] = "vllm"
+    """Engine that samples."""
+    resume: bool = False
+    """Continue from the newest checkpoint in output_dir."""
+    data: Data
+    reward: Reward
+    rollout: Rollout = field(default_factory=Rollout)
+    warm_start: WarmStart = field(default_factory=WarmStart)
+    loss: Loss = field(default_factory=Loss)
+    update: Update = field(default_factory=Update)
+    probe: Probe = field(default_factory=Probe)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+
+    def __post_init__(self) -> None:
+        _check_inputs(self)
+        _check_lengths(self)
+        _check_schedule(self)
+        resolve_objective(self.loss)
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        return self.rollout.max_model_len - self.rollout.max_new_tokens
+
+
+def _check_inputs(config: Config) -> None:
+    if config.model.startswith(("/", "./", "../", "~")) and not Path(config.model).is_dir():
+        raise ConfigError(f"model: there is no directory {config.model}")
+    module, colon, function = config.reward.function.partition(":")
+    if not (module and colon and function):
+        raise ConfigError(
+            f"reward.function must be module:function, got {config.reward.function!r}"
+        )
+    if config.evaluation.every_steps and not config.data.eval:
+        raise ConfigError(
+            f"evaluation.every_steps = {config.evaluation.every_steps} needs data.eval: "
+            "give a JSONL file of held-out prompts, or set evaluation.every_steps to 0"
+        )
+    warm = config.warm_start
+    if warm.data and not warm.steps:
+        raise ConfigError("warm_start.data is given but warm_start.steps is 0: set both or neither")
+    if warm.steps and not warm.data:
+        raise ConfigError(f"warm_start.steps = {warm.steps} needs warm_start.data")
+
+
+def _check_lengths(config: Config) -> None:
+    rollout, budget = config.rollout, config.update.token_budget
+    if rollout.max_new_tokens >= rollout.max_model_len:
+        raise ConfigError(
+            f"rollout.max_new_tokens = {rollout.max_new_tokens} leaves no room for a prompt: "
+            f"it must be below rollout.max_model_len = {rollout.max_model_len}"
+        )
+    if budget < rollout.max_model_len:
+        raise ConfigError(
+            f"update.token_budget = {budget} cannot hold the longest rollout: raise it to "
+            f"rollout.max_model_len = {rollout.max_model_len} or lower that"
+        )
+
+
+def _check_schedule(config: Config) -> None:
+    update, rollout = config.update, config.rollout
+    num_rollouts = rollout.prompts_per_step * rollout.group_size
+    if update.minibatches > num_rollouts:
+        raise ConfigError(
+            f"update.minibatches = {update.minibatches} is more than the {num_rollouts} rollouts "
+            "of a step (rollout.prompts_per_step x rollout.group_size)"
+        )
+    num_updates = config.steps * update.epochs * update.minibatches
+    if update.warmup_steps >= num_updates > 1:
+        raise ConfigError(
+            f"update.warmup_steps = {update.warmup_steps} must be below the {num_updates} "
+            "optimizer steps of the run (steps x update.epochs x update.minibatches)"
+        )
+
+
+def resolve_objective(loss: Loss) -> Objective:
+    """The row of the table that `loss` names, with its overrides.
+
+    Raises:
+        ConfigError: there is no such row, or an override would have no effect.
+    """
+    if loss.objective not in OBJECTIVES:
+        near = difflib.get_close_matches(loss.objective, OBJECTIVES, n=1)
+        raise ConfigError(
+            f"loss.objective = {loss.objective!r} is unknown"
+            + (f", did you mean {near[0]!r}?" if near else "")
+            + f" Known: {', '.join(OBJECTIVES)}"
+        )
+    names = ("clip_low", "clip_high", "kl_coef", "kl_estimator")
+    given = {name: getattr(loss, name) for name in names if getattr(loss, name) != "objective"}
+    objective = replace(OBJECTIVES[loss.objective], **given)
+    if "kl_estimator" in given and objective.kl_coef == 0:
+        raise ConfigError(
+            f"loss.kl_estimator = {loss.kl_estimator!r} has no effect: loss.kl_coef is 0"
+            + ("" if "kl_coef" in given else f" in objective {loss.objective!r}")
+        )
+    return objective
+
+
+def resolve_advantage_std(loss: Loss) -> Literal["sample", "population", "none"]:
+    """What divides the advantages, with "objective" looked up."""
+    if loss.advantage_std != "objective":
+        return loss.advantage_std
+    return "none" if loss.objective == "dr_grpo" else "sample"
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The settings in a YAML file, changed by `--key value` and `--section.key value`.
+
+    Raises:
+        ConfigError: a key is unknown, a value malformed, or the whole cannot run here.
+    """
+    config = read_tree(Config, Path(path), overrides)
+    if config.sampler == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise ConfigError(
+            "sampler = 'vllm', but vLLM is not installed: install vllm, or pass "
+            "--sampler transformers"
+        )
+    return config

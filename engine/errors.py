@@ -1,0 +1,29 @@
+"""Failures that the user can cure; the command line prints their message without traceback."""
+
+
+class WarpoError(Exception):
+    """The message names the value, the place and the cure."""
+
+
+class ConfigError(WarpoError, ValueError):
+    """A setting is unknown, malformed or cannot run."""
+
+
+class DataError(WarpoError, ValueError):
+    """A dataset cannot be used; the message names file and line."""
+
+
+class RewardError(WarpoError, RuntimeError):
+    """A reward function cannot be loaded, failed, or ran past its deadline."""
+
+
+class CheckpointError(WarpoError, RuntimeError):
+    """A checkpoint is missing, incomplete or belongs to another model or data set."""
+
+
+class TrainingError(WarpoError, RuntimeError):
+    """A step produced something that cannot be trained on."""
+
+
+class WeightMismatch(WarpoError, RuntimeError):
+    """The sampler does not hold the learner's weights."""

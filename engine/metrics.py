@@ -1,0 +1,256 @@
+"""What a run shows and keeps: a live line, a table row a step, metrics.jsonl and TensorBoard.
+
+`RunLog` times the phases of a step, and each is an NVTX range where the package `nvtx` is there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from torch.utils.tensorboard import SummaryWriter
+
+from warpo.engine.config import Config
+from warpo.engine.errors import CheckpointError, ConfigError
+
+ReportProgress = Callable[[int, int], None]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Column:
+    """A column of the terminal table: the metric, its short and long head, its number format."""
+
+    metric: str
+    short: str
+    long: str
+    form: str
+
+
+# From the first to the last in the order in which a narrow terminal keeps them.
+COLUMNS = (
+    Column("step", "step", "step", "d"),
+    Column("reward/mean", "reward", "reward", ".4f"),
+    Column("reward/accuracy", "acc", "accuracy", ".3f"),
+    Column("eval/accuracy", "eval", "eval accuracy", ".3f"),
+    Column("kl/mean", "KL", "KL", ".2e"),
+    Column("ratio/clip_frac", "clip", "clip fraction", ".4f"),
+    Column("entropy/mean", "entropy", "entropy", ".4f"),
+    Column("completion/length_mean", "length", "length", ".1f"),
+    Column("perf/tokens_per_s", "tok/s", "tokens/s", ".0f"),
+    Column("perf/step_s", "sec", "seconds", ".1f"),
+)
+_HEAD_EVERY_ROWS = 25
+_WIDTH_WITHOUT_TERMINAL = 120
+
+
+class RunLog:
+    """Output of one run. Use it as a context manager: leaving it closes files and the live line.
+
+    Args:
+        output_dir: gets metrics.jsonl, tensorboard/ and config.yaml.
+        config: written to config.yaml. With `resume` set, the files of output_dir are continued.
+        resume_step: step that a resumed run has reached; rows of later steps are dropped, so that
+            metrics.jsonl has one row a step.
+        console: where the table goes; standard output.
+
+    Raises:
+        ConfigError: the run begins, but output_dir holds metrics of another.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | Path,
+        config: Config,
+        *,
+        resume_step: int = 0,
+        console: Console | None = None,
+    ) -> None:
+        directory = Path(output_dir)
+        self._path = directory / "metrics.jsonl"
+        if not config.resume and self._path.exists() and self._path.stat().st_size:
+            raise ConfigError(
+                f"output_dir = {directory} holds the metrics of a run: pass --resume to continue "
+                "it, or choose another output_dir"
+            )
+        directory.mkdir(parents=True, exist_ok=True)
+        settings = yaml.safe_dump(
+            json.loads(json.dumps(dataclasses.asdict(config))), sort_keys=False
+        )
+        (directory / "config.yaml").write_text(settings)
+        if config.resume:
+            _drop_rows_after(self._path, resume_step)
+        self._file = self._path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(
+            str(directory / "tensorboard"), purge_step=resume_step + 1 if config.resume else None
+        )
+        self._console = console or Console()
+        self._table = _Table(self._console)
+        self._live = _live_line(self._console)
+        self._seconds: dict[str, float] = {}
+        self._step_start: float | None = None
+
+    def __enter__(self) -> RunLog:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._live:
+            self._live.stop()
+        self._file.close()
+        self._board.close()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[ReportProgress]:
+        """Time a phase of the step and show it; yields a function to report (done, total).
+
+        Its seconds join the metrics of the next row as perf/<name>_s, added up if it comes again.
+        """
+        start = time.perf_counter()
+        if self._step_start is None:
+            self._step_start = start
+        task = self._live.add_task(name, total=None, counts="") if self._live else None
+
+        def report(done: int, total: int) -> None:
+            if self._live and task is not None:
+                self._live.update(task, completed=done, total=total, counts=f"{done}/{total}")
+
+        try:
+            with _nvtx_range(name):
+                yield report
+        finally:
+            seconds = time.perf_counter() - start
+            metric = f"perf/{name.replace(' ', '_')}_s"
+            self._seconds[metric] = self._seconds.get(metric, 0.0) + seconds
+            if self._live and task is not None:
+                self._live.remove_task(task)
+
+    def start_step(self) -> None:
+        """Start the clock of perf/step_s, which leaves out what came before, such as loading."""
+        self._step_start = time.perf_counter()
+
+    def say(self, text: str) -> None:
+        """A line above the live line, which stays."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """Keep and show the metrics of a step, with the seconds of its phases.
+
+        Adds perf/step_s, the seconds since `start_step` or else since the first phase after the
+        last row, and where perf/tokens is given, perf/tokens_per_s. A value that is not finite
+        becomes null in the file, as JSON has no NaN.
+
+        Returns:
+            What was written.
+        """
+        now = time.perf_counter()
+        row = {name: float(value) for name, value in metrics.items()}
+        row |= self._seconds
+        row["perf/step_s"] = now - (self._step_start if self._step_start is not None else now)
+        if "perf/tokens" in row and row["perf/step_s"] > 0:
+            row["perf/tokens_per_s"] = row["perf/tokens"] / row["perf/step_s"]
+        self._seconds, self._step_start = {}, None
+        finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
+        self._file.write(json.dumps({"step": step} | finite) + "\n")
+        self._file.flush()
+        for name, value in row.items():
+            self._board.add_scalar(name, value, step)
+        for line in self._table.lines({"step": step} | row):
+            self.say(line)
+        return {"step": step} | finite
+
+
+class _Table:
+    """Rows of fixed width, as wide as fits; the head comes again from time to time."""
+
+    def __init__(self, console: Console) -> None:
+        width = console.width if console.is_terminal else _WIDTH_WITHOUT_TERMINAL
+        long = sum(max(8, len(c.long)) + 2 for c in COLUMNS) <= width
+        self._cells: list[tuple[Column, str, int]] = []
+        for column in COLUMNS:
+            head = column.long if long else column.short
+            cell = max(8 if long else 6, len(head), 8 if column.form == ".2e" else 0)
+            used = sum(size + 1 + long for _, _, size in self._cells)
+            if used + cell <= width:
+                self._cells.append((column, head, cell))
+        self._gap = "  " if long else " "
+        self._rows = 0
+
+    def lines(self, row: Mapping[str, float]) -> list[str]:
+        body = self._gap.join(
+            format(row[column.metric], column.form).rjust(size)
+            if column.metric in row
+            else " " * size
+            for column, _, size in self._cells
+        ).rstrip()
+        lines = [body]
+        if self._rows % _HEAD_EVERY_ROWS == 0:
+            head = self._gap.join(head.rjust(size) for _, head, size in self._cells)
+            lines = [head, body]
+        self._rows += 1
+        return lines
+
+
+def _live_line(console: Console) -> Progress | None:
+    """None where nobody watches: a file or a pipe gets rows and no control codes."""
+    if not console.is_terminal:
+        return None
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=30),
+        TextColumn("{task.fields[counts]}"),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        refresh_per_second=4,
+    )
+
+
+def _nvtx_range(name: str) -> Any:
+    if importlib.util.find_spec("nvtx") is None:
+        return nullcontext()
+    import nvtx
+
+    return nvtx.annotate(name, domain="warpo")
+
+
+def read_rows(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl, without a last line that a crash cut short.
+
+    Raises:
+        CheckpointError: a line before the last is no JSON.
+    """
+    rows = []
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise CheckpointError(f"{path}:{number}: not JSON: {error.msg}") from None
+    return rows
+
+
+def _drop_rows_after(path: Path, step: int) -> None:
+    rows = read_rows(path) if path.exists() else []
+    kept = path.with_suffix(".tmp")
+    kept.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
+    os.replace(kept, path)

@@ -1,0 +1,161 @@
+import pytest
+
+from warpo.engine.config import Config, load_config, resolve_advantage_std, resolve_objective
+from warpo.engine.config_file import keys
+from warpo.engine.errors import ConfigError
+
+MINIMAL = """\
+model: some-org/some-model
+output_dir: runs/a
+steps: 3
+sampler: transformers
+data:
+  train: prompts.jsonl
+reward:
+  function: rewards:exact
+"""
+
+
+@pytest.fixture
+def load(tmp_path):
+    def load_text(text: str, *overrides: str) -> Config:
+        path = tmp_path / "run.yaml"
+        path.write_text(text)
+        return load_config(path, overrides)
+
+    return load_text
+
+
+def test_yaml_gives_values_and_the_rest_are_defaults(load):
+    config = load(MINIMAL + "update: {lr: 1e-5, betas: [0.9, 0.95]}\n")
+    assert config.update.lr == 1e-5  # YAML 1.1 reads 1e-5 as text
+    assert config.update.betas == (0.9, 0.95)
+    assert config.rollout.group_size == 8
+    assert config.max_prompt_tokens == 1024 - 256
+
+
+def test_overrides_win_over_yaml_and_are_coerced(load):
+    config = load(
+        MINIMAL,
+        *("--steps", "7", "--update.lr=2e-4", "--update.betas", "0.8", "0.9", "--resume"),
+        *("--rollout.group-size", "4", "--loss.clip_low", "0.1", "--data.eval", ""),
+    )
+    assert (config.steps, config.update.lr, config.update.betas) == (7, 2e-4, (0.8, 0.9))
+    assert (config.resume, config.rollout.group_size, config.loss.clip_low) == (True, 4, 0.1)
+
+
+def test_an_override_supplies_what_the_file_lacks(load):
+    assert load(MINIMAL.replace("steps: 3\n", ""), "--steps", "5").steps == 5
+
+
+def test_an_empty_section_means_its_defaults(load):
+    assert load(MINIMAL + "update:\n").update.lr == 1e-6
+
+
+def test_the_tree_has_at_most_60_keys_each_with_a_text():
+    every_key = keys(Config)
+    assert len(every_key) <= 60
+    assert [key.name for key in every_key.values() if not key.text] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stepz: 3\n", r"run\.yaml:9: unknown key stepz: did you mean steps\?"),
+        ("update:\n  max_gradnorm: 1\n", r"yaml:10: .*did you mean update\.max_grad_norm\?"),
+        ("lr: 1\n", r"unknown key lr: did you mean warm_start\.lr or update\.lr\?"),
+        ("update: {zzz: 1}\n", r"unknown key update\.zzz: update has update\.lr, "),
+        ("qqq: 1\n", r"unknown key qqq: `warpo train --help` lists all keys"),
+        ("loss: grpo\n", r"loss is a section, wanted its keys: loss\.objective"),
+        ("seed: 1\nseed: 2\n", r"yaml:10: seed is set a second time, first at .*run\.yaml:9"),
+        ("update: {lr: fast}\n", r"yaml:9: update\.lr = 'fast': wanted a number > 0"),
+        ("update: {lr: .nan}\n", r"update\.lr = nan: wanted a number > 0"),
+        ("update: {betas: [0.9]}\n", r"betas = \[0\.9\]: wanted 2 values, each a number >= 0 and"),
+        ("rollout: {group_size: 1}\n", r"group_size = 1: wanted an integer >= 2"),
+        ("seed: true\n", r"seed = True: wanted an integer >= 0"),
+        ("dtype: fp16\n", r"dtype = 'fp16': wanted float32 or bfloat16"),
+        ("loss: {clip_low: 2}\n", r"clip_low = 2: wanted a number >= 0 and < 1, or objective"),
+        ("resume: maybe\n", r"resume = 'maybe': wanted true or false"),
+        ("a: [\n", r"run\.yaml:10: not YAML"),
+        ("seed: !!python/name:os.system\n", r"run\.yaml:9: not YAML: could not determine"),
+    ],
+)
+def test_faults_in_the_file_name_line_key_value_and_wish(load, text, message):
+    with pytest.raises(ConfigError, match=message):
+        load(MINIMAL + text)
+
+
+def test_all_faults_are_told_at_once(load):
+    with pytest.raises(ConfigError) as caught:
+        load("steps: 0\nseed: -1\n")
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 6
+    assert any("data.train is required" in line and "--data.train VALUE" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--stepz=3"], r"--stepz: unknown key stepz: did you mean steps\?"),
+        (["--steps"], r"--steps: wanted one value \(an integer >= 1\), got 0"),
+        (["--steps", "3", "4"], r"wanted one value .* got 2"),
+        (["steps", "3"], r"'steps': wanted --key value"),
+        (["--update", "3"], r"update is a section"),
+        (["--update.lr", "-1"], r"--update\.lr: update\.lr = '-1': wanted a number > 0"),
+    ],
+)
+def test_faults_in_overrides_name_the_option(load, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        load(MINIMAL, *overrides)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("evaluation: {every_steps: 2}\n", r"evaluation\.every_steps = 2 needs data\.eval"),
+        ("warm_start: {steps: 2}\n", r"warm_start\.steps = 2 needs warm_start\.data"),
+        ("warm_start: {data: a.jsonl}\n", r"warm_start\.steps is 0"),
+        ("rollout: {max_new_tokens: 1024}\n", r"leaves no room for a prompt"),
+        ("update: {token_budget: 512}\n", r"raise it to rollout\.max_model_len = 1024"),
+        ("update: {minibatches: 65}\n", r"more than the 64 rollouts of a step"),
+        ("update: {warmup_steps: 3}\n", r"must be below the 3 optimizer steps"),
+        ("loss: {objective: grop}\n", r"'grop' is unknown, did you mean 'grpo'\? Known: ppo"),
+        ("loss: {objective: dapo, kl_estimator: k1}\n", r"no effect: .* in objective 'dapo'"),
+        ("loss: {kl_coef: 0, kl_estimator: k1}\n", r"no effect: loss\.kl_coef is 0$"),
+    ],
+)
+def test_settings_that_cannot_run_together_are_refused(load, text, message):
+    with pytest.raises(ConfigError, match=message):
+        load(MINIMAL + text)
+
+
+def test_other_refusals(load, tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match="No such file"):
+        load_config(tmp_path / "absent.yaml")
+    with pytest.raises(ConfigError, match="reward.function must be module:function"):
+        load(MINIMAL, "--reward.function", "rewards.exact")
+    with pytest.raises(ConfigError, match="model: there is no directory ./absent"):
+        load(MINIMAL, "--model", "./absent")
+    (tmp_path / "bytes.yaml").write_bytes(b"model: \xff")
+    with pytest.raises(ConfigError, match="not UTF-8 at byte 7"):
+        load_config(tmp_path / "bytes.yaml")
+    with pytest.raises(ConfigError, match="wanted `key: value` lines"):
+        load("- a\n")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="vLLM is not installed.*--sampler transformers"):
+        load(MINIMAL, "--sampler", "vllm")
+
+
+def test_the_objective_is_its_row_with_the_overrides(load):
+    dapo = resolve_objective(load(MINIMAL, "--loss.objective", "dapo").loss)
+    assert (dapo.clip_low, dapo.clip_high, dapo.kl_coef) == (0.2, 0.28, 0.0)
+    changed = load(MINIMAL, "--loss.clip_high", "0.3", "--loss.kl_coef", "0").loss
+    assert (resolve_objective(changed).clip_high, resolve_objective(changed).kl_coef) == (0.3, 0)
+
+
+def test_dr_grpo_divides_by_no_std_unless_told(load):
+    assert resolve_advantage_std(load(MINIMAL).loss) == "sample"
+    dr_grpo = load(MINIMAL, "--loss.objective", "dr_grpo").loss
+    assert resolve_advantage_std(dr_grpo) == "none"
+    told = load(MINIMAL, "--loss.objective", "dr_grpo", "--loss.advantage_std", "population").loss
+    assert resolve_advantage_std(told) == "population"
