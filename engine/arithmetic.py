@@ -1,0 +1,181 @@
+"""A task to learn in minutes on a CPU: the sum of two two-digit numbers, by column addition.
+
+The prompt is "57+68=". The completion holds the digits of the sum from the units up, the order in
+which column addition finds them: "521" for 125.
+
+The demonstrations of the warm start are a careless pupil's. The digits of a column are added
+correctly, and each carry out of a column is forgotten with probability CARRY_FORGOTTEN: "57+68="
+gets "511", "52" or "51" as well. Imitation teaches the format and the columns and no more, for the
+pupil forgets more carries than not. A reward that checks the answer teaches the carry.
+
+Held-out problems occur neither in the demonstrations nor in the prompts that are learned from, not
+even with the two numbers exchanged.
+
+    python -m warpo.engine.arithmetic DIR --seed 0
+
+writes the model and its tokenizer to DIR/model, and three JSONL files beside it. The reward
+function is warpo.engine.arithmetic:reward.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Iterable, Sequence
+from itertools import combinations_with_replacement
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+# The worker process of the reward function imports this module: torch and transformers wait until
+# a model is made.
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
+
+CARRY_FORGOTTEN = 0.6
+NUM_DEMONSTRATIONS = 12_800
+NUM_HELD_OUT = 400
+
+SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")
+CHARACTERS = "0123456789+="
+# A user's message reads as the same prompt would as text.
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+)
+
+Problem = tuple[int, int]
+
+
+def reward(completions: Sequence[str], answer: Sequence[str], **fields: object) -> list[float]:
+    """1.0 where the completion is the answer, written from the units up; 0.0 where it is not.
+
+    Args:
+        completions: what the model wrote, without special tokens.
+        answer: the sums in their usual notation, one for each completion.
+        fields: further fields of the data, of no importance here.
+    """
+    return [
+        float(completion == right[::-1])
+        for completion, right in zip(completions, answer, strict=True)
+    ]
+
+
+def column_addition(x: int, y: int, forget: float, rng: random.Random) -> str:
+    """Digits of x + y from the units up; each carry is forgotten with probability `forget`."""
+    digits = ""
+    carry = 0
+    while x or y or carry:
+        column = x % 10 + y % 10 + carry
+        digits += str(column % 10)
+        carry = int(column >= 10 and rng.random() >= forget)
+        x, y = x // 10, y // 10
+    return digits
+
+
+def split_problems(rng: random.Random) -> tuple[list[Problem], list[Problem]]:
+    """All sums of two two-digit numbers as problems to learn from and held-out ones.
+
+    x + y and y + x are always on the same side. One of the two is a held-out problem.
+    """
+    pairs = list(combinations_with_replacement(range(10, 100), 2))
+    rng.shuffle(pairs)
+    held_out = [tuple(rng.sample(pair, 2)) for pair in pairs[:NUM_HELD_OUT]]
+    train = [order for x, y in pairs[NUM_HELD_OUT:] for order in {(x, y), (y, x)}]
+    rng.shuffle(train)
+    return train, held_out
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a character. Text gets a <bos>; what the task does not use becomes <unk>."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: i for i, token in enumerate((*SPECIAL_TOKENS, *CHARACTERS))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"(?s)."), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", vocabulary["<bos>"])]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=64,
+    )
+
+
+def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausalLM:
+    """A Qwen2 model of 1.7 million parameters with random float32 weights."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        intermediate_size=768,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        # About 1 / sqrt(hidden_size). With the default of 0.02, made for models many times as
+        # wide, a model this small needs several times as many steps to learn to add.
+        initializer_range=0.06,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Qwen2ForCausalLM(config)
+
+
+def write(folder: Path, seed: int) -> None:
+    """Write the model, the tokenizer and the data; the same seed writes the same bytes."""
+    rng = random.Random(seed)
+    train, held_out = split_problems(rng)
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(folder / "model")
+    make_model(tokenizer, seed).save_pretrained(folder / "model")
+    demonstrated = rng.choices(train, k=NUM_DEMONSTRATIONS)
+    _write_jsonl(
+        folder / "warm_start.jsonl",
+        (
+            {"prompt": f"{x}+{y}=", "completion": column_addition(x, y, CARRY_FORGOTTEN, rng)}
+            for x, y in demonstrated
+        ),
+    )
+    for name, problems in (("train", train), ("eval", held_out)):
+        _write_jsonl(
+            folder / f"{name}.jsonl",
+            ({"prompt": f"{x}+{y}=", "answer": str(x + y)} for x, y in problems),
+        )
+
+
+def _write_jsonl(path: Path, rows: Iterable[dict[str, str]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m warpo.engine.arithmetic",
+        description="Make a small Qwen2 model with random weights, and the data to teach it the "
+        "addition of two-digit numbers: DIR/model, DIR/warm_start.jsonl (demonstrations with "
+        "mistakes), DIR/train.jsonl (prompts) and DIR/eval.jsonl (held-out prompts).",
+    )
+    parser.add_argument("folder", metavar="DIR", type=Path, help="where to write")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="fixes weights, problems and mistakes (default: 0)"
+    )
+    args = parser.parse_args(argv)
+    write(args.folder, args.seed)
+    print(f"model and data written to {args.folder}")
+
+
+if __name__ == "__main__":
+    main()

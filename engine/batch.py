@@ -1,0 +1,127 @@
+"""What travels through a step: rollouts from the sampler, packed micro-batches to the learner."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Completion:
+    """One sampled answer: token ids as the sampler produced them, never re-tokenised.
+
+    Attributes:
+        token_ids: sampled ids, the end-of-sequence token included where it was sampled.
+        logprobs: natural-log probability of each id at the sampling temperature.
+        finished: True if the model ended the sequence, False if it was cut at the length limit.
+        weight_version: number of publishes the sampling weights had received.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    finished: bool
+    weight_version: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rollout:
+    """A prompt, one completion of it and what the step learned about that completion."""
+
+    prompt_ids: list[int]
+    completion: Completion
+    reward: float
+    advantage: float
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_ids) + len(self.completion.token_ids)
+
+
+@dataclass(kw_only=True, slots=True)
+class Batch:
+    """One packed micro-batch: N tokens of B sequences in one row, M of them completion tokens.
+
+    Attributes:
+        input_ids: (1, N) int64.
+        position_ids: (1, N) int64, restarting at 0 with each sequence.
+        cu_seqlens: (B + 1,) int32, where each sequence starts among the N tokens.
+        max_seqlen: longest sequence, in tokens.
+        predictors: (M,) int64, index of the token whose logits predict each completion token.
+        targets: (M,) int64, the completion tokens.
+        completion_cu_seqlens: (B + 1,) int32, where each completion starts among the M tokens.
+        old_logprobs: (M,) float32.
+        advantages: (B,) float32.
+        ref_logprobs: (M,) float32, None where the objective has no KL term.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+    predictors: Tensor
+    targets: Tensor
+    completion_cu_seqlens: Tensor
+    old_logprobs: Tensor
+    advantages: Tensor
+    ref_logprobs: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> Batch:
+        moved = {
+            field.name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+            for field in fields(self)
+            for value in [getattr(self, field.name)]
+        }
+        return Batch(**moved)
+
+
+def _starts(lengths: Sequence[int]) -> Tensor:
+    return torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0).to(torch.int32)
+
+
+def pack(rollouts: Sequence[Rollout]) -> Batch:
+    """One micro-batch of these rollouts, back to back and without padding."""
+    lengths = [rollout.num_tokens for rollout in rollouts]
+    completions = [rollout.completion for rollout in rollouts]
+    cu_seqlens = _starts(lengths)
+    predictors = [
+        start + len(rollout.prompt_ids) - 1 + i
+        for start, rollout in zip(cu_seqlens.tolist(), rollouts, strict=False)
+        for i in range(len(rollout.completion.token_ids))
+    ]
+    ids = [token for r in rollouts for token in r.prompt_ids + r.completion.token_ids]
+    return Batch(
+        input_ids=torch.tensor([ids]),
+        position_ids=torch.cat([torch.arange(n) for n in lengths])[None],
+        cu_seqlens=cu_seqlens,
+        max_seqlen=max(lengths),
+        predictors=torch.tensor(predictors),
+        targets=torch.tensor([token for c in completions for token in c.token_ids]),
+        completion_cu_seqlens=_starts([len(c.token_ids) for c in completions]),
+        old_logprobs=torch.tensor([logp for c in completions for logp in c.logprobs]),
+        advantages=torch.tensor([rollout.advantage for rollout in rollouts]),
+    )
+
+
+def split_by_tokens(rollouts: Sequence[Rollout], token_budget: int) -> list[list[Rollout]]:
+    """Micro-batches of at most `token_budget` tokens each, in the given order.
+
+    Raises:
+        ValueError: one rollout alone exceeds the budget.
+    """
+    micro_batches: list[list[Rollout]] = []
+    room = 0
+    for rollout in rollouts:
+        if rollout.num_tokens > token_budget:
+            raise ValueError(
+                f"a rollout of {rollout.num_tokens} tokens does not fit a micro-batch of "
+                f"{token_budget}: raise update.token_budget or lower rollout.max_new_tokens"
+            )
+        if rollout.num_tokens > room:
+            micro_batches.append([])
+            room = token_budget
+        micro_batches[-1].append(rollout)
+        room -= rollout.num_tokens
+    return micro_batches

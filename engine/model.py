@@ -1,0 +1,120 @@
+"""The learner: a Hugging Face causal model that reads packed sequences."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from warpo.engine.batch import Batch
+from warpo.kernels import ops
+
+ATTENTION = "warpo_packed"
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """Causal attention within each sequence of a packed row; the interface of transformers'
+    attentions.
+
+    The row is cut into a padded batch for this product alone, so that its cost is B x max_seqlen^2
+    and not N^2. Padding follows the tokens, where the causal mask hides it.
+
+    Args:
+        query: (1, heads, N, D).  key, value: (1, kv heads, N, D).
+        cu_seqlens: (B + 1,) int32, where each sequence starts.
+        max_seqlen: longest sequence, in tokens.
+
+    Returns:
+        (1, N, heads, D), and None in place of attention weights.
+
+    Raises:
+        ValueError: the model's sliding window is shorter than a sequence.
+    """
+    if sliding_window is not None and sliding_window < max_seqlen:
+        raise ValueError(
+            f"the model attends to {sliding_window} tokens back, a sequence has {max_seqlen}: "
+            "lower rollout.max_model_len, sliding windows are not supported"
+        )
+    starts = cu_seqlens[:-1].long()
+    slots = starts[:, None] + torch.arange(max_seqlen, device=query.device)
+    slots = slots.clamp(max=query.shape[2] - 1)
+
+    def unpack(x: Tensor) -> Tensor:
+        rows = x[0].transpose(0, 1).flatten(1).index_select(0, slots.flatten())
+        return rows.view(*slots.shape, x.shape[1], x.shape[3]).transpose(1, 2)
+
+    out = F.scaled_dot_product_attention(
+        unpack(query),
+        unpack(key),
+        unpack(value),
+        is_causal=True,
+        dropout_p=dropout,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    tokens = torch.arange(query.shape[2], device=query.device)
+    sequence = torch.searchsorted(cu_seqlens[1:].long(), tokens, right=True)
+    place = sequence * max_seqlen + tokens - starts[sequence]
+    rows = out.transpose(1, 2).flatten(2).flatten(0, 1).index_select(0, place)
+    return rows.view(1, -1, query.shape[1], query.shape[3]), None
+
+
+AttentionInterface.register(ATTENTION, packed_attention)
+
+
+def load_model(path: str, dtype: str, device: torch.device) -> nn.Module:
+    """The model of a Hugging Face directory, in training mode without dropout, attending in
+    packs.
+    """
+    transformers_logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=ATTENTION)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    model.config.attention_dropout = 0.0
+    return model.to(device)
+
+
+def load_tokenizer(path: str):
+    """The tokenizer that belongs to the model."""
+    return AutoTokenizer.from_pretrained(path)
+
+
+def eos_token_ids(model: nn.Module, tokenizer) -> list[int]:
+    """The ids that end a completion: those of the model's generation config and of its
+    tokenizer.
+    """
+    configured = model.generation_config.eos_token_id
+    ids = set(configured if isinstance(configured, list) else [configured])
+    return sorted(token for token in ids | {tokenizer.eos_token_id} if token is not None)
+
+
+def token_logprobs(model: nn.Module, batch: Batch, temperature: float) -> ops.LogprobsAndEntropy:
+    """logprobs and entropy, each (M,), of the completion tokens of a packed micro-batch.
+
+    Logits are computed for the M tokens that predict completion tokens only.
+    """
+    output = model(
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        cu_seqlens=batch.cu_seqlens,
+        max_seqlen=batch.max_seqlen,
+        logits_to_keep=batch.predictors,
+        use_cache=False,
+    )
+    return ops.logprobs_and_entropy(output.logits[0], batch.targets, temperature=temperature)

