@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging as transformers_logging
 
 from warpo.engine.batch import Batch
@@ -90,12 +97,16 @@ def load_model(path: str, dtype: str, device: torch.device) -> nn.Module:
     return model.to(device)
 
 
-def load_tokenizer(path: str):
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """The tokenizer that belongs to the model."""
+    saved_as = get_tokenizer_config(path).get("tokenizer_class")
+    if saved_as in ("TokenizersBackend", "PreTrainedTokenizerFast"):
+        # AutoTokenizer prefers the class of the model's type, which splits text by its own rules.
+        return PreTrainedTokenizerFast.from_pretrained(path)
     return AutoTokenizer.from_pretrained(path)
 
 
-def eos_token_ids(model: nn.Module, tokenizer) -> list[int]:
+def eos_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids that end a completion: those of the model's generation config and of its
     tokenizer.
     """

@@ -29,11 +29,13 @@ def check_tensor(
         raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
     if type(tensor).__name__ == "DTensor":
         raise ValueError(
-            f"{name} is a DTensor, of which a kernel sees only the local shard: pass {name}.full_tensor()"
+            f"{name} is a DTensor, of which a kernel sees only the local shard: "
+            f"pass {name}.full_tensor()"
         )
     if tensor.numel() == 0 and hasattr(tensor, "ds_id"):
         raise ValueError(
-            f"{name} is an empty ZeRO-3 shard: call within deepspeed.zero.GatheredParameters([{name}])"
+            f"{name} is an empty ZeRO-3 shard: "
+            f"call within deepspeed.zero.GatheredParameters([{name}])"
         )
     if tensor.dtype not in dtypes:
         raise ValueError(f"{name} must be {_names(dtypes)}, got {_names([tensor.dtype])}")
@@ -85,6 +87,7 @@ def as_rows(name: str, tensor: Tensor, keep: int = 0) -> Tensor:
         )
     except RuntimeError:
         raise ValueError(
-            f"{name} of shape {tuple(tensor.shape)} and strides {tensor.stride()} cannot be viewed as rows: "
+            f"{name} of shape {tuple(tensor.shape)} and strides {tensor.stride()} "
+            "cannot be viewed as rows: "
             f"pass {name}.contiguous()"
         ) from None

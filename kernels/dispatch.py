@@ -34,11 +34,13 @@ def choose(tensor: Tensor, backend: str | None) -> str:
         if device == "cuda":
             return _CUDA_DEFAULT
         raise ValueError(
-            f"no backend for device {device!r}: move the tensors to cpu or cuda, or pass backend='reference'"
+            f"no backend for device {device!r}: "
+            "move the tensors to cpu or cuda, or pass backend='reference'"
         )
     if name not in BACKENDS:
         raise ValueError(
-            f"backend (argument or WARPO_BACKEND) must be one of {', '.join(BACKENDS)}; got {name!r}"
+            f"backend (argument or WARPO_BACKEND) must be one of {', '.join(BACKENDS)}; "
+            f"got {name!r}"
         )
     if name in ("cpu", "cuda") and device != name:
         raise ValueError(

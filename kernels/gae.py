@@ -151,8 +151,8 @@ def _check_ends(
     check_mask("truncated", truncated, rewards.shape, rewards)
     if (truncated is None) != (final_values is None):
         raise ValueError(
-            "truncated and final_values go together: final_values[t] is the value of the observation "
-            "that a truncated step t ended with"
+            "truncated and final_values go together: final_values[t] is the value of the "
+            "observation that a truncated step t ended with"
         )
     if final_values is not None:
         check_tensor("final_values", final_values, FLOATS, rewards.shape, rewards)

@@ -137,7 +137,8 @@ def _check(
         raise ValueError(f"logits must be (..., V) with V >= 1, got {tuple(logits.shape)}")
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
         raise ValueError(
-            f"the last stride of logits must be 1, got strides {logits.stride()}: pass logits.contiguous()"
+            f"the last stride of logits must be 1, got strides {logits.stride()}: "
+            "pass logits.contiguous()"
         )
     shape = logits.shape[:-1]
     check_tensor("targets", targets, (torch.int64,), shape, logits)
@@ -243,8 +244,8 @@ def _save(ctx, inputs, output) -> None:
 def _differentiate(ctx, grad_logprobs, grad_entropy, _grad_stats):
     if ctx.spent:
         raise RuntimeError(
-            "logprobs was called with inplace_backward=True, so its logits are overwritten by the first "
-            "backward: call it with inplace_backward=False to go through the graph twice"
+            "logprobs was called with inplace_backward=True, so its logits are overwritten by the "
+            "first backward: call it with inplace_backward=False to go through the graph twice"
         )
     logits, targets, token_temperature, mask, entropy, stats = ctx.saved_tensors
     arguments = (logits, targets, ctx.temperature, token_temperature, mask, ctx.ignore_index)

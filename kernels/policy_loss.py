@@ -200,8 +200,8 @@ def _check(
     check_tensor("advantages", advantages, FLOATS, like=logprobs)
     if advantages.shape != shape and advantages.shape != (num_sequences,):
         raise ValueError(
-            f"advantages must be one a token, {tuple(shape)}, or one a sequence, ({num_sequences},), "
-            f"got {tuple(advantages.shape)}"
+            f"advantages must be one a token, {tuple(shape)}, or one a sequence, "
+            f"({num_sequences},), got {tuple(advantages.shape)}"
         )
     check_mask("mask", mask, shape, logprobs)
     if objective.kl_coef > 0 and ref_logprobs is None:
@@ -229,7 +229,8 @@ def _denominator(
         return logprobs.new_full((), denominator, dtype=torch.float32)
     if objective.aggregation == "sequence-mean-token-sum-norm":
         raise ValueError(
-            "aggregation 'sequence-mean-token-sum-norm' needs denominator = sequences x a constant length"
+            "aggregation 'sequence-mean-token-sum-norm' needs "
+            "denominator = sequences x a constant length"
         )
     if objective.aggregation != "token-mean":
         return logprobs.new_full((), num_sequences, dtype=torch.float32)
