@@ -1,4 +1,4 @@
-"""What is timed: each operation at the sizes of real models, beside the plain PyTorch that users run.
+"""What is timed: each operation at the sizes of real models, beside the plain PyTorch of users.
 
 `traffic` counts the bytes that the operation cannot avoid moving, in one commented line each.
 """
@@ -84,16 +84,19 @@ def logprobs_cases(device: str, rows: int, vocab: int, dtype: torch.dtype) -> li
     once = rows * vocab * element
     return [
         # read the logits
-        Case(name="logprobs", size=size, make=lambda b: lambda: run(b, False), error=error, traffic=once),
+        Case(
+            name="logprobs", size=size, traffic=once, error=error,
+            make=lambda b: lambda: run(b, False),
+        ),
         # read the logits
         Case(
-            name="logprobs_and_entropy", size=size, make=lambda b: lambda: run(b, True), error=error,
-            traffic=once,
+            name="logprobs_and_entropy", size=size, traffic=once, error=error,
+            make=lambda b: lambda: run(b, True),
         ),
         # read the logits twice, write their gradient
         Case(
-            name="logprobs forward + backward", size=size, make=lambda b: lambda: train(b), error=error,
-            traffic=3 * once,
+            name="logprobs forward + backward", size=size, traffic=3 * once, error=error,
+            make=lambda b: lambda: train(b),
         ),
     ]  # fmt: skip
 
@@ -178,7 +181,7 @@ def policy_loss_case(device: str, rows: int, steps: int) -> Case:
         size=f"{rows} x {steps} float32",
         make=make,
         error=error,
-        # read logp, old, ref (4 bytes each) and mask (1), write the gradient, scale it (read, write)
+        # read logp, old, ref (4 bytes each), mask (1); write the gradient (4), scale it (8)
         traffic=rows * steps * 25,
     )
 

@@ -2,8 +2,8 @@
 
     python -m warpo.bench.kernels --device cpu --out bench/results/my-machine
 
-Writes OUT/kernels.jsonl, one row for each operation, size and provider, with machine, versions, date
-and command. A backend that is wrong against float64 gets no time.
+Writes OUT/kernels.jsonl, one row for each operation, size and provider, with machine, versions,
+date and command. A backend that is wrong against float64 gets no time.
 """
 
 import argparse
@@ -32,7 +32,7 @@ WARM_UP_S, BUDGET_S = 0.2, 1.5
 
 
 def measure(device: str, calls: dict[str, Call]) -> dict[str, list[float]]:
-    """Milliseconds of each call, the providers taking turns so that drift hits all of them alike."""
+    """Milliseconds of each call; the providers take turns, so that drift hits all of them alike."""
     timer = _cuda_ms if device == "cuda" else _cpu_ms
     flush = torch.empty(1 << 26, device=device) if device == "cuda" else None
     for call in calls.values():
@@ -175,7 +175,8 @@ def table_of(rows: list[dict], gb_per_s: float) -> Table:
 
 def run(device: str, out: Path, groups: list[Callable[[], list[Case]]]) -> list[dict]:
     """Time all cases; rows are written as they come, so that an interrupt keeps them."""
-    console = Console()
+    # a pipe has no width: the table is as wide as its text
+    console = Console(width=None if sys.stdout.isatty() else 140)
     common = environment(device)
     gb_per_s = copy_bandwidth(device)
     out.mkdir(parents=True, exist_ok=True)
