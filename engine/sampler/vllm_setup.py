@@ -63,8 +63,8 @@ def _import_vllm() -> ModuleType:
     return vllm
 
 
-def _plain_linear(layer: nn.Module, remove_weight: bool) -> None:
-    layer.cpu_linear = torch.nn.functional.linear
+def _plain_linear(layer: Any, remove_weight: bool) -> None:
+    layer.cpu_linear = nn.functional.linear
 
 
 def _count_at_least(x: Tensor, values: Tensor) -> Tensor:
@@ -98,12 +98,13 @@ def _replace(module: ModuleType, name: str, value: Callable[..., Any]) -> None:
 @contextmanager
 def _unbound_memory() -> Iterator[None]:
     """vLLM's CPU worker would bind this process's memory, the learner's too, to one NUMA node."""
-    bind = torch.ops._C.init_cpu_memory_env
-    torch.ops._C.init_cpu_memory_env = lambda nodes: None
+    operators: Any = torch.ops._C
+    bind = operators.init_cpu_memory_env
+    operators.init_cpu_memory_env = lambda nodes: None
     try:
         yield
     finally:
-        torch.ops._C.init_cpu_memory_env = bind
+        operators.init_cpu_memory_env = bind
 
 
 def torch_generators_kept() -> AbstractContextManager[None]:

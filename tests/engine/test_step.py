@@ -4,9 +4,9 @@ import random
 
 import pytest
 import torch
-from tests.engine.models import new_learner
 from transformers import AutoModelForCausalLM
 
+from tests.engine.models import new_learner
 from warpo.engine.batch import Completion, Rollout, pack, split_by_tokens
 from warpo.engine.data import Example
 from warpo.engine.errors import TrainingError, WeightMismatch

@@ -1,0 +1,83 @@
+"""What every sampler checks before it draws, and the seeds it draws with."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+
+from warpo.engine.batch import Completion
+from warpo.engine.sampler.base import SamplingOptions
+
+# vLLM raises a smaller temperature to 0.01 without an error, and the logprobs with it.
+MIN_TEMPERATURE = 0.01
+
+
+def check_request(
+    prompts: Sequence[Sequence[int]],
+    options: SamplingOptions,
+    *,
+    max_model_len: int,
+    vocab_size: int,
+) -> None:
+    """Refuse what cannot be sampled, before anything runs.
+
+    Raises:
+        ValueError: an option is out of range, a prompt is empty or holds an id outside the
+            vocabulary, or prompt and completion together exceed `max_model_len`.
+    """
+    if options.group_size < 1:
+        raise ValueError(f"group_size must be at least 1, got {options.group_size}")
+    if options.max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {options.max_new_tokens}")
+    if options.temperature != 0 and not MIN_TEMPERATURE <= options.temperature < math.inf:
+        raise ValueError(
+            f"temperature must be 0 (greedy) or at least {MIN_TEMPERATURE}, "
+            f"got {options.temperature}"
+        )
+    check_ids(prompts, vocab_size=vocab_size, noun="prompt")
+    for index, prompt in enumerate(prompts):
+        if len(prompt) + options.max_new_tokens > max_model_len:
+            raise ValueError(
+                f"prompt {index} has {len(prompt)} tokens: with max_new_tokens = "
+                f"{options.max_new_tokens} it exceeds max_model_len = {max_model_len}"
+            )
+
+
+def check_ids(sequences: Sequence[Sequence[int]], *, vocab_size: int, noun: str) -> None:
+    """Refuse empty sequences and ids outside the vocabulary: a GPU would read past the table."""
+    for index, ids in enumerate(sequences):
+        if not ids:
+            raise ValueError(f"{noun} {index} is empty")
+        if min(ids) < 0 or max(ids) >= vocab_size:
+            raise ValueError(
+                f"{noun} {index} holds ids from {min(ids)} to {max(ids)}: the model's vocabulary "
+                f"is 0 to {vocab_size - 1}; is this the model's own tokenizer?"
+            )
+
+
+def check_lengths(sequences: Sequence[Sequence[int]], *, max_model_len: int) -> None:
+    for index, ids in enumerate(sequences):
+        if len(ids) > max_model_len:
+            raise ValueError(
+                f"sequence {index} has {len(ids)} tokens, more than max_model_len = {max_model_len}"
+            )
+
+
+def prompt_seed(options: SamplingOptions, prompt: int) -> int:
+    """Seed of the first completion of a prompt; completion i of the group draws with this + i.
+
+    Scrambled, because callers number their steps: seed 7's prompt 1 would otherwise repeat the
+    draws of seed 8's prompt 0.
+    """
+    return random.Random(options.seed).getrandbits(60) + prompt * options.group_size
+
+
+def check_logprobs(prompt: int, completion: Completion) -> Completion:
+    """The completion, unless a logprob is NaN or infinite: the weights are, then, too."""
+    if not math.isfinite(sum(completion.logprobs)):
+        raise RuntimeError(
+            f"a completion of prompt {prompt} has logprobs {completion.logprobs[:4]}...: weight "
+            f"version {completion.weight_version} is not finite, or the sampler ran under autocast"
+        )
+    return completion

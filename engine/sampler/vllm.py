@@ -1,0 +1,265 @@
+"""vLLM in the learner's process. On a machine with no GPU: its CPU build, the same engine.
+
+All that knows vLLM's inside is this file and `vllm_setup`. vLLM is imported when a `VllmSampler`
+is built, not with this module.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+
+from warpo.engine.batch import Completion
+from warpo.engine.resync import CopyPlan
+from warpo.engine.sampler.base import Interrupted, SamplingOptions
+from warpo.engine.sampler.requests import (
+    check_ids,
+    check_lengths,
+    check_logprobs,
+    check_request,
+    prompt_seed,
+)
+from warpo.engine.sampler.vllm_setup import (
+    build_llm,
+    can_release_kv,
+    is_cpu_build,
+    torch_generators_kept,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class VllmSampler:
+    """Samples with an in-process vLLM whose weights `publish` overwrites.
+
+    Every request carries its own seed, so sampling draws nothing from the global generators.
+    At temperature 0 logprobs are those of temperature 1.
+
+    Args:
+        model_path: folder of a Hugging Face checkpoint.
+        dtype: float32 | bfloat16 | float16, of the sampler's weights.
+        max_model_len: most tokens of a prompt and its completion together.
+        kv_cache_gib: memory of the KV cache, GiB.
+        eos_token_ids: the ids that end a completion.
+
+    Raises:
+        RuntimeError: vLLM is missing or of an unsupported version; several ranks and no
+            process group.
+        ValueError: the model cannot be published to (quantised; mixture of experts on a CPU).
+    """
+
+    def __init__(
+        self,
+        model_path: str,
+        *,
+        dtype: str,
+        max_model_len: int,
+        kv_cache_gib: float,
+        eos_token_ids: Sequence[int],
+    ) -> None:
+        vllm, self._llm = build_llm(
+            model_path, dtype=dtype, max_model_len=max_model_len, kv_cache_gib=kv_cache_gib
+        )
+        from vllm.sampling_params import RequestOutputKind
+
+        config = self._llm.llm_engine.model_config
+        if config.quantization is not None:
+            raise ValueError(
+                f"{model_path} is quantised ({config.quantization}): publishing needs plain weights"
+            )
+        on_cpu = is_cpu_build()
+        if config.is_moe and on_cpu:
+            raise ValueError(
+                f"{model_path} is a mixture of experts: vLLM's CPU build packs its weights and "
+                "computes with the old ones after an update; set sampler: transformers"
+            )
+        self.weight_version = 0
+        self._max_model_len = max_model_len
+        self._vocab_size = config.get_vocab_size()
+        self._eos_token_ids = list(eos_token_ids)
+        self._sampling_params = vllm.SamplingParams
+        self._final_only = RequestOutputKind.FINAL_ONLY
+        self._plan: CopyPlan | None = None
+        self._kv_released = False
+        self._can_release_kv = can_release_kv(vllm)
+        if not on_cpu and not self._can_release_kv:
+            logger.warning(
+                "vLLM %s cannot release its KV cache alone: %g GiB stay taken during updates",
+                vllm.__version__,
+                kv_cache_gib,
+            )
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        options: SamplingOptions,
+        stop: Callable[[], bool] = lambda: False,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> list[list[Completion]]:
+        """`group_size` completions of each prompt, in the order of the prompts.
+
+        Raises:
+            Interrupted: `stop` returned True; the requests left are aborted.
+            ValueError: a prompt or an option cannot be sampled.
+            RuntimeError: the KV cache is released, or the weights are not finite.
+        """
+        check_request(
+            prompts, options, max_model_len=self._max_model_len, vocab_size=self._vocab_size
+        )
+        # vLLM refuses several greedy completions of one prompt: they are all the same one.
+        copies = options.group_size if options.temperature == 0 else 1
+        requests = [
+            (
+                prompt,
+                self._sampling_params(
+                    n=options.group_size // copies,
+                    # Child i of a request draws with seed + i.
+                    seed=prompt_seed(options, index),
+                    temperature=options.temperature,
+                    max_tokens=options.max_new_tokens,
+                    logprobs=0,
+                    stop_token_ids=self._eos_token_ids,
+                    # The ids above are all that ends a completion, whatever the checkpoint says.
+                    ignore_eos=True,
+                    detokenize=False,
+                    output_kind=self._final_only,
+                ),
+            )
+            for index, prompt in enumerate(prompts)
+        ]
+        total = len(prompts) * options.group_size
+        outputs = self._run(requests, stop, lambda done: progress(done * copies, total))
+        return [
+            [
+                check_logprobs(index, self._completion(sample))
+                for sample in output.outputs
+                for _ in range(copies)
+            ]
+            for index, output in enumerate(outputs)
+        ]
+
+    def _completion(self, sample: Any) -> Completion:
+        token_ids = list(sample.token_ids)
+        if sample.finish_reason not in ("stop", "length"):
+            raise RuntimeError(f"vLLM ended a completion with {sample.finish_reason!r}")
+        return Completion(
+            token_ids=token_ids,
+            logprobs=[
+                at[token].logprob for at, token in zip(sample.logprobs, token_ids, strict=True)
+            ],
+            finished=sample.finish_reason == "stop",
+            weight_version=self.weight_version,
+        )
+
+    def _run(
+        self,
+        requests: Sequence[tuple[Sequence[int], Any]],
+        stop: Callable[[], bool] = lambda: False,
+        progress: Callable[[int], None] = lambda done: None,
+    ) -> list[Any]:
+        """Step the engine until every request has its output; leave none behind."""
+        if self._kv_released:
+            raise RuntimeError("the KV cache is released: call resume_kv first")
+        engine = self._llm.llm_engine
+        outputs: dict[str, Any] = {}
+        try:
+            for index, (prompt, params) in enumerate(requests):
+                engine.add_request(str(index), {"prompt_token_ids": list(prompt)}, params)
+            total = engine.get_num_unfinished_requests()
+            while engine.has_unfinished_requests():
+                if stop():
+                    done = total - engine.get_num_unfinished_requests()
+                    raise Interrupted(f"stopped with {done} of {total} completions sampled")
+                # The CPU build draws from the global generator before it reads a request's own.
+                with torch_generators_kept():
+                    finished = engine.step()
+                outputs.update((output.request_id, output) for output in finished)
+                progress(total - engine.get_num_unfinished_requests())
+        finally:
+            self._drain()
+        return [outputs[str(index)] for index in range(len(requests))]
+
+    def _drain(self) -> None:
+        engine = self._llm.llm_engine
+        left = list(engine.output_processor.request_states)
+        if left:
+            # A request left behind would make the next run hang.
+            engine.abort_request(left, internal=True)
+        # The scheduler tells its workers of finished requests one step late.
+        engine.step()
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-probability (temperature 1) of token 1, 2, ... of each sequence given those before.
+
+        Raises:
+            ValueError: a sequence is empty or longer than `max_model_len`.
+        """
+        check_ids(sequences, vocab_size=self._vocab_size, noun="sequence")
+        check_lengths(sequences, max_model_len=self._max_model_len)
+        # vLLM always samples a token. Asked for the logprob of the last id there, a sequence of
+        # max_model_len tokens leaves room for it.
+        requests = [
+            (
+                sequence[:-1],
+                self._sampling_params(
+                    seed=0,
+                    temperature=1.0,
+                    max_tokens=1,
+                    prompt_logprobs=0,
+                    logprob_token_ids=[sequence[-1]],
+                    detokenize=False,
+                    output_kind=self._final_only,
+                ),
+            )
+            for sequence in sequences
+            if len(sequence) > 1
+        ]
+        outputs = iter(self._run(requests))
+        return [
+            self._scores(sequence, next(outputs)) if len(sequence) > 1 else []
+            for sequence in sequences
+        ]
+
+    def _scores(self, sequence: Sequence[int], output: Any) -> list[float]:
+        # vLLM's first entry is None: nothing comes before token 0.
+        steps = [*output.prompt_logprobs[1:], output.outputs[0].logprobs[0]]
+        return [at[token].logprob for at, token in zip(steps, sequence[1:], strict=True)]
+
+    def publish(self, model: nn.Module) -> int:
+        """Copy the learner's parameters over vLLM's, forget cached prefixes, count a version.
+
+        Returns:
+            Bytes copied.
+
+        Raises:
+            ValueError: a parameter of either side has no counterpart.
+            RuntimeError: vLLM did not let go of its cached prefixes.
+        """
+        if self._plan is None or not self._plan.fits(model):
+            sampler_model = self._llm.apply_model(lambda module: module)[0]
+            self._plan = CopyPlan(sampler_model.load_weights, sampler_model, model)
+        num_bytes = self._plan.replay()
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError(
+                "vLLM kept its prefix cache, whose keys and values are those of the old weights: "
+                "requests are still running"
+            )
+        self.weight_version += 1
+        return num_bytes
+
+    def release_kv(self) -> None:
+        """Give the KV cache's memory to the learner; the weights stay. Nothing on a CPU."""
+        if self._can_release_kv and not self._kv_released:
+            self._llm.sleep(level=0)
+            self._llm.release_kv_cache_memory()
+            self._kv_released = True
+
+    def resume_kv(self) -> None:
+        """Take the memory back before sampling."""
+        if self._kv_released:
+            if not self._llm.wake_up(["kv_cache"]):
+                raise RuntimeError("vLLM did not wake up: other parts of it are asleep")
+            self._kv_released = False

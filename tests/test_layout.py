@@ -1,0 +1,87 @@
+"""The rules of the tree that no tool checks."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+# who may import whom; csrc and torch are below all of them
+ALLOWED = {"kernels": {"kernels"}, "engine": {"engine", "kernels"}, "bench": {"bench", "kernels"}}
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            found.add(node.module)
+    return found
+
+
+def test_imports_run_one_way():
+    for folder, allowed in ALLOWED.items():
+        for path in (ROOT / folder).rglob("*.py"):
+            for name in imports(path):
+                if name.split(".")[0] == "warpo":
+                    other = (name.split(".") + [""])[1]
+                    assert other in allowed or not other, f"{path} imports {name}"
+
+
+def test_the_reference_stands_alone():
+    names = imports(ROOT / "kernels/reference.py")
+    assert names == {"typing", "torch", "warpo.kernels.objectives"}
+
+
+def test_csrc_knows_nothing_of_torch_or_python_but_in_the_bindings():
+    for path in (ROOT / "csrc").rglob("*"):
+        if path.is_file() and path.name != "bindings.cpp":
+            text = path.read_text()
+            for header in ("torch/", "ATen/", "c10/", "pybind11/", "Python.h"):
+                assert f"#include <{header}" not in text, path
+
+
+def test_the_folders_do_not_shadow_packages_of_their_names():
+    """transformers imports a package `kernels`; started in our root, Python must not find ours.
+
+    A folder without __init__.py gives way to an installed package and lets transformers see that
+    there is none.
+    """
+    for folder in ALLOWED:
+        assert not (ROOT / folder / "__init__.py").exists()
+    code = "import transformers; transformers.Qwen2ForCausalLM; transformers.LlamaForCausalLM"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_importing_the_kernels_loads_neither_engine_nor_transformers_nor_triton():
+    code = (
+        "import sys; from warpo.kernels import ops; "
+        "loaded = {'transformers', 'vllm', 'triton', 'pydantic'} & set(sys.modules); "
+        "print(sorted(loaded))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "[]"
+
+
+def test_files_can_be_read_in_one_sitting():
+    for folder in ALLOWED:
+        for path in (ROOT / folder).rglob("*.py"):
+            lines = len(path.read_text().splitlines())
+            assert lines <= 400, f"{path} has {lines} lines"
+    for path in (ROOT / "csrc").rglob("*"):
+        if path.is_file():
+            assert len(path.read_text().splitlines()) <= 400, path
+
+
+def test_one_training_step_is_six_files():
+    """From the command line to optimizer.step, and on to the sampler's weights."""
+    files = ["cli.py", "train.py", "step.py", "batch.py", "sampler/vllm.py", "resync.py"]
+    read = {file: (ROOT / "engine" / file).read_text() for file in files}
+    assert "run(config)" in read["cli.py"]
+    assert "train_step(" in read["train.py"] and ".publish(" in read["train.py"]
+    assert "optimizer.step()" in read["step.py"] and "pack(" in read["step.py"]
+    assert "CopyPlan" in read["sampler/vllm.py"] and "class CopyPlan" in read["resync.py"]
