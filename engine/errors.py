@@ -27,3 +27,7 @@ class TrainingError(WarpoError, RuntimeError):
 
 class WeightMismatch(WarpoError, RuntimeError):
     """The sampler does not hold the learner's weights."""
+
+
+class SamplerError(WarpoError, RuntimeError):
+    """The sampler cannot be built, or cannot hold the learner's weights."""

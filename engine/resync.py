@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from warpo.engine.errors import SamplerError
+
 LoadWeights = Callable[[Iterable[tuple[str, Tensor]]], object]
 
 
@@ -58,7 +60,7 @@ def trace_writes(load_weights: LoadWeights, learner: nn.Module) -> list[Write]:
     """The copies that `load_weights` makes of the learner's parameters; none is carried out.
 
     Raises:
-        ValueError: the loader refuses a parameter; it is named.
+        SamplerError: the loader refuses a parameter; it is named.
     """
     writes: list[Write] = []
     current = ""
@@ -73,7 +75,7 @@ def trace_writes(load_weights: LoadWeights, learner: nn.Module) -> list[Write]:
         with torch.no_grad():
             load_weights(weights())
     except (AssertionError, KeyError, ValueError, RuntimeError) as error:
-        raise ValueError(
+        raise SamplerError(
             f"the sampler's model has no place for the learner's {current}: "
             f"{error or type(error).__name__}"
         ) from error
@@ -93,7 +95,7 @@ def _check_sources(writes: list[Write], learner: nn.Module) -> None:
     """Every parameter of the learner is copied, whole, once, from its own memory."""
     for write in writes:
         if write.target.shape != write.source.shape:
-            raise ValueError(
+            raise SamplerError(
                 f"the learner's {write.name} is copied as {tuple(write.source.shape)} into "
                 f"{tuple(write.target.shape)}: the sampler holds another model"
             )
@@ -103,7 +105,7 @@ def _check_sources(writes: list[Write], learner: nn.Module) -> None:
     addresses = {name: _address(p) for name, p in learner.named_parameters()}
     for write in writes:
         if _address(write.source) != addresses[write.name]:
-            raise ValueError(
+            raise SamplerError(
                 f"the sampler's loader transforms the learner's {write.name} instead of copying "
                 "it: its weights cannot be kept up to date by a copy plan"
             )
@@ -113,7 +115,7 @@ def _check_sources(writes: list[Write], learner: nn.Module) -> None:
         if copied.get(name, 0) != p.numel()
     ]
     if wrong:
-        raise ValueError(
+        raise SamplerError(
             f"the sampler's loader does not copy these learner parameters exactly once: "
             f"{_some(wrong)}"
         )
@@ -131,7 +133,7 @@ def _check_targets(writes: list[Write], sampler: nn.Module) -> None:
         rows = getattr(module, "org_vocab_size", None)
         expected = parameter.numel() if rows is None else parameter[:rows].numel()
         if count != expected:
-            raise ValueError(
+            raise SamplerError(
                 f"the sampler's {name} {tuple(parameter.shape)} would get {count} of its "
                 f"{expected} elements: the learner lacks a parameter, or ties one that the "
                 "sampler does not tie"
@@ -157,7 +159,7 @@ class CopyPlan:
             learner: the module whose parameters are read; a tied one counts once.
 
         Raises:
-            ValueError: a parameter of either side has no counterpart of its shape; it is named.
+            SamplerError: a parameter of either side has no counterpart of its shape; it is named.
         """
         writes = trace_writes(load_weights, learner)
         _check_sources(writes, learner)

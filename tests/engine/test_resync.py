@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from tests.engine.models import CONFIGS, LOGPROB_ATOL, logprobs_of, new_learner
+from warpo.engine.errors import SamplerError
 from warpo.engine.resync import CopyPlan
 from warpo.engine.sampler.base import Sampler, SamplingOptions
 
@@ -191,7 +192,7 @@ def test_another_model_is_refused_by_name(
 ) -> None:
     sampler = build(kind, "qwen2")
     version = sampler.weight_version
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(SamplerError, match=message):
         sampler.publish(learner())
     assert sampler.weight_version == version
     assert score_error(sampler, new_learner("qwen2")) < LOGPROB_ATOL
@@ -202,7 +203,7 @@ def test_a_tied_learner_is_refused_by_an_untied_sampler(
 ) -> None:
     learner = new_learner("qwen2-untied")
     learner.lm_head.weight = learner.model.embed_tokens.weight
-    with pytest.raises(ValueError, match="lm_head.weight"):
+    with pytest.raises(SamplerError, match="lm_head.weight"):
         build(kind, "qwen2-untied").publish(learner)
 
 
@@ -225,7 +226,7 @@ def test_a_loader_that_does_not_copy_is_refused(
         for _, weight in weights:
             load(sampler.weight.data, weight)
 
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(SamplerError, match=message):
         CopyPlan(load_weights, sampler, learner)
 
 
@@ -237,5 +238,5 @@ def test_a_fused_parameter_missing_a_part_is_refused() -> None:
         for _, weight in weights:
             sampler.qkv.weight.data[:4].copy_(weight)
 
-    with pytest.raises(ValueError, match=r"qkv.weight \(12, 4\) would get 16 of its 48 elements"):
+    with pytest.raises(SamplerError, match=r"qkv.weight \(12, 4\) would get 16 of its 48 elements"):
         CopyPlan(load_weights, sampler, learner)
