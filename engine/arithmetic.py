@@ -1,12 +1,12 @@
 """A task to learn in minutes on a CPU: the sum of two two-digit numbers, by column addition.
 
-The prompt is "57+68=". The completion holds the digits of the sum from the units up, the order in
-which column addition finds them: "521" for 125.
+The prompt is "57+68=". The completion works from the units up, as one does on paper: the digit of a
+column, then the carry out of it. "5121" for 125: write 5, carry 1, write 2, carry 1.
 
-The demonstrations of the warm start are a careless pupil's. The digits of a column are added
-correctly, and each carry out of a column is forgotten with probability CARRY_FORGOTTEN: "57+68="
-gets "511", "52" or "51" as well. Imitation teaches the format and the columns and no more, for the
-pupil forgets more carries than not. A reward that checks the answer teaches the carry.
+The demonstrations of the warm start are a careless pupil's. The digits of a column and the carry
+into it are added correctly, and a carry of 1 is written as 0 with probability CARRY_FORGOTTEN:
+"57+68=" gets "5011", "5120" or "5010" as well. Imitation teaches the form and the columns and no
+more, for the pupil forgets more carries than not. A reward that checks the sum teaches the carry.
 
 Held-out problems occur neither in the demonstrations nor in the prompts that are learned from, not
 even with the two numbers exchanged.
@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 from collections.abc import Iterable, Sequence
 from itertools import combinations_with_replacement
 from pathlib import Path
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
 CARRY_FORGOTTEN = 0.6
-NUM_DEMONSTRATIONS = 12_800
+NUM_DEMONSTRATIONS = 22_400
 NUM_HELD_OUT = 400
 
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")
@@ -48,7 +49,10 @@ Problem = tuple[int, int]
 
 
 def reward(completions: Sequence[str], answer: Sequence[str], **fields: object) -> list[float]:
-    """1.0 where the completion is the answer, written from the units up; 0.0 where it is not.
+    """1.0 where the completion leads to the answer; 0.0 where it does not or is malformed.
+
+    The sum is read from the two digits and the last carry. The carry between the columns is the
+    model's own affair.
 
     Args:
         completions: what the model wrote, without special tokens.
@@ -56,21 +60,29 @@ def reward(completions: Sequence[str], answer: Sequence[str], **fields: object) 
         fields: further fields of the data, of no importance here.
     """
     return [
-        float(completion == right[::-1])
+        float(read_sum(completion) == int(right))
         for completion, right in zip(completions, answer, strict=True)
     ]
 
 
+def read_sum(completion: str) -> int | None:
+    """The sum that a completion states; None if it is malformed."""
+    match = re.fullmatch("([0-9])[01]([0-9])([01])", completion)
+    if match is None:
+        return None
+    units, tens, hundreds = map(int, match.groups())
+    return units + 10 * tens + 100 * hundreds
+
+
 def column_addition(x: int, y: int, forget: float, rng: random.Random) -> str:
-    """Digits of x + y from the units up; each carry is forgotten with probability `forget`."""
-    digits = ""
+    """Digit and carry of each column; `forget` is the probability that a carry of 1 becomes 0."""
+    written = ""
     carry = 0
-    while x or y or carry:
-        column = x % 10 + y % 10 + carry
-        digits += str(column % 10)
-        carry = int(column >= 10 and rng.random() >= forget)
-        x, y = x // 10, y // 10
-    return digits
+    for column in (x % 10 + y % 10, x // 10 + y // 10):
+        total = column + carry
+        carry = int(total >= 10 and rng.random() >= forget)
+        written += f"{total % 10}{carry}"
+    return written
 
 
 def split_problems(rng: random.Random) -> tuple[list[Problem], list[Problem]]:
@@ -81,7 +93,7 @@ def split_problems(rng: random.Random) -> tuple[list[Problem], list[Problem]]:
     pairs = list(combinations_with_replacement(range(10, 100), 2))
     rng.shuffle(pairs)
     held_out = [tuple(rng.sample(pair, 2)) for pair in pairs[:NUM_HELD_OUT]]
-    train = [order for x, y in pairs[NUM_HELD_OUT:] for order in {(x, y), (y, x)}]
+    train = [order for x, y in pairs[NUM_HELD_OUT:] for order in sorted({(x, y), (y, x)})]
     rng.shuffle(train)
     return train, held_out
 
@@ -93,7 +105,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
     vocabulary = {token: i for i, token in enumerate((*SPECIAL_TOKENS, *CHARACTERS))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"(?s)."), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<bos> $A", special_tokens=[("<bos>", vocabulary["<bos>"])]

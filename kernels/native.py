@@ -1,7 +1,8 @@
-"""The compiled backends: tensors to pointers, one function an operation, for `_cpu` and `_cuda` alike.
+"""The compiled backends `_cpu` and `_cuda`: tensors to pointers, one function an operation.
 
-Each backend has the functions of `Backend`; arguments are checked and outputs allocated by the caller.
-Per-token tensors are 2-D `[rows, steps]` with any strides, logits are `[rows, steps, V]` with last stride 1.
+Each backend has the functions of `Backend`; arguments are checked and outputs allocated by the
+caller. Per-token tensors are 2-D `[rows, steps]` with any strides, logits are `[rows, steps, V]`
+with last stride 1.
 With `cu_seqlens` they are `[1, tokens]`.
 """
 
@@ -23,7 +24,7 @@ DTYPE_CODES = {
 
 
 class Backend(Protocol):
-    """What a backend offers. Every output is allocated by the caller; `None` is an absent optional tensor."""
+    """What a backend offers. The caller allocates every output; `None` is an absent optional."""
 
     def logprobs_forward(
         self,
@@ -171,12 +172,13 @@ def _no_stream(x: Tensor) -> tuple[()]:
 
 
 def _current_stream(x: Tensor) -> tuple[int, int]:
-    """What a CUDA function takes at the end: device index and stream, of the device of its first output."""
+    """What a CUDA function takes at the end: index and current stream of the device of `x`."""
     device = x.get_device()
     return (device, torch._C._cuda_getCurrentRawStream(device))
 
 
-class Native:
+# fmt: off
+class Native(Backend):
     """`Backend` by a compiled module: `warpo.kernels._cpu` or `warpo.kernels._cuda`."""
 
     def __init__(self, module: ModuleType) -> None:

@@ -232,7 +232,7 @@ def group_advantages(
         if all_equal:
             degenerate += 1
             continue
-        centred = (r - mean) * (n / (n - 1) if leave_one_out else 1)
+        centred = (r - mean) * (n / max(n - 1, 1) if leave_one_out else 1)
         scaled = centred if std == "none" else centred / (spread + eps)
         advantages = advantages.masked_scatter(members, scaled)
     empty = rewards.new_zeros(0)

@@ -2,9 +2,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from tests.kernels.backends import BACKENDS, DEVICE, dtypes, each_backend, examples, strided
 from tests.tolerance import SCAN_ABSOLUTE, SCAN_RELATIVE, assert_close
-
 from warpo.kernels import ops, reference
 
 FLOATS = ("rewards", "values", "last_values", "final_values")

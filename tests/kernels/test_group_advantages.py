@@ -2,9 +2,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from tests.kernels.backends import BACKENDS, DEVICE, dtypes, each_backend, examples, strided
 from tests.tolerance import SUM_RELATIVE, assert_close
-
 from warpo.kernels import ops, reference
 
 

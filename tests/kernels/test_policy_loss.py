@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from tests.kernels.backends import BACKENDS, DEVICE, dtypes, each_backend, examples, strided
 from tests.tolerance import ROUNDING, SUM_RELATIVE, assert_close
-
 from warpo.kernels import ops, reference
 from warpo.kernels.objectives import AGGREGATIONS, OBJECTIVES, Objective
 

@@ -1,0 +1,115 @@
+// Group-relative advantages: (r - mean) f / (std + eps) within each group, f = n / (n - 1) with
+// leave-one-out, else 1.
+#include <math.h>
+
+#include "cpu/cpu.h"
+#include "cpu/load.h"
+
+namespace warpo::cpu::WARPO_ISA {
+namespace {
+
+struct Group {
+    const int64_t* order;  // nullptr: the members are first, first + 1, ...
+    int64_t first, count;
+
+    int64_t member(int64_t i) const { return order ? order[first + i] : first + i; }
+};
+
+Group group_of(const GroupAdvantages& a, int64_t group) {
+    if (!a.order) return {nullptr, group * a.group_size, a.group_size};
+    return {a.order, a.offsets[group], a.offsets[group + 1] - a.offsets[group]};
+}
+
+struct Stats {
+    double mean = 0, std = 0;
+    double degrees = 1;  // the variance is the sum of squares over this
+    bool all_equal = true;
+};
+
+// Two passes: E[x^2] - E[x]^2 would lose all digits where the mean is large beside the spread.
+Stats stats_of(const GroupAdvantages& a, const Group& group) {
+    Stats stats;
+    if (group.count == 0) return stats;
+    const float first = load_one(a.rewards, 0, group.member(0));
+    double sum = 0, squares = 0;
+    for (int64_t i = 0; i < group.count; ++i) {
+        const float reward = load_one(a.rewards, 0, group.member(i));
+        sum += reward;
+        stats.all_equal = stats.all_equal && reward == first;  // false for NaN
+    }
+    stats.mean = stats.all_equal ? first : sum / (double)group.count;
+    if (stats.all_equal || a.std_mode == kNoStd) return stats;
+    for (int64_t i = 0; i < group.count; ++i) {
+        const double centred = load_one(a.rewards, 0, group.member(i)) - stats.mean;
+        squares += centred * centred;
+    }
+    stats.degrees = (double)(a.std_mode == kSampleStd ? group.count - 1 : group.count);
+    stats.std = sqrt(squares / stats.degrees);
+    return stats;
+}
+
+// What (r - mean) is multiplied with; not for all-equal groups.
+double factor_of(const GroupAdvantages& a, const Group& group, const Stats& stats) {
+    const double factor = a.leave_one_out ? (double)group.count / (double)(group.count - 1) : 1.0;
+    return a.std_mode == kNoStd ? factor : factor / (stats.std + a.eps);
+}
+
+bool forward_group(const GroupAdvantages& a, int64_t index) {
+    const Group group = group_of(a, index);
+    const Stats stats = stats_of(a, group);
+    a.mean[index] = (float)stats.mean;
+    a.std[index] = (float)stats.std;
+    const double factor = stats.all_equal ? 0.0 : factor_of(a, group, stats);
+    for (int64_t i = 0; i < group.count; ++i) {
+        const int64_t member = group.member(i);
+        const double centred = load_one(a.rewards, 0, member) - stats.mean;
+        a.advantages[member] = stats.all_equal ? 0.0f : (float)(centred * factor);
+    }
+    return stats.all_equal && group.count > 0;
+}
+
+// With c = r - mean and a = c f / (std + eps):
+//   dr_i = f / (std + eps) (g_i - mean(g)) - sum(g c) f / (std + eps)^2 c_i / (degrees std)
+void backward_group(const GroupAdvantages& a, const GroupAdvantagesBackward& g, int64_t index) {
+    const Group group = group_of(a, index);
+    const Stats stats = stats_of(a, group);
+    double mean_grad = 0, grad_dot_centred = 0;
+    for (int64_t i = 0; i < group.count; ++i) {
+        const int64_t member = group.member(i);
+        const double grad = load_one(g.grad_advantages, 0, member);
+        mean_grad += grad / (double)group.count;
+        grad_dot_centred += grad * (load_one(a.rewards, 0, member) - stats.mean);
+    }
+    const double factor = stats.all_equal ? 0.0 : factor_of(a, group, stats);
+    const double through_std =
+        a.std_mode == kNoStd
+            ? 0.0
+            : grad_dot_centred * factor / ((stats.std + a.eps) * stats.degrees * stats.std);
+    for (int64_t i = 0; i < group.count; ++i) {
+        const int64_t member = group.member(i);
+        const double grad = load_one(g.grad_advantages, 0, member) - mean_grad;
+        const double centred = load_one(a.rewards, 0, member) - stats.mean;
+        g.grad_rewards[member] =
+            stats.all_equal ? 0.0f : (float)(grad * factor - through_std * centred);
+    }
+}
+
+int64_t work_of(const GroupAdvantages& a) {
+    return a.offsets ? a.offsets[a.groups] : a.groups * a.group_size;
+}
+
+}  // namespace
+
+void group_advantages_forward(const GroupAdvantages& a) {
+    int32_t degenerate = 0;
+#pragma omp parallel for reduction(+ : degenerate) if (work_of(a) >= kParallelWork)
+    for (int64_t group = 0; group < a.groups; ++group) degenerate += forward_group(a, group);
+    *a.degenerate += degenerate;
+}
+
+void group_advantages_backward(const GroupAdvantages& a, const GroupAdvantagesBackward& g) {
+#pragma omp parallel for if (work_of(a) >= kParallelWork)
+    for (int64_t group = 0; group < a.groups; ++group) backward_group(a, g, group);
+}
+
+}  // namespace warpo::cpu::WARPO_ISA
