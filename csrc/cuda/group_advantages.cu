@@ -1,0 +1,144 @@
+// Rewards minus the mean of their group, over its standard deviation: one warp a group, and the
+// gradient.
+#include "cuda/device.h"
+#include "cuda/launch.h"
+
+namespace warpo::cuda {
+namespace {
+
+constexpr int kThreads = 128, kWarps = kThreads / 32;
+
+struct Group {
+    int64_t index, first, size;
+};
+
+__device__ __forceinline__ Group own_group(const GroupAdvantages& a) {
+    Group g;
+    g.index = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
+    g.first = g.index * a.group_size;
+    g.size = a.group_size;
+    if (a.offsets && g.index < a.groups) {
+        g.first = a.offsets[g.index];
+        g.size = a.offsets[g.index + 1] - g.first;
+    }
+    return g;
+}
+
+__device__ __forceinline__ int64_t member(const GroupAdvantages& a, const Group& g, int64_t i) {
+    return a.order ? a.order[g.first + i] : g.first + i;
+}
+
+__device__ __forceinline__ float load_reward(const GroupAdvantages& a, const Group& g, int64_t i) {
+    return load_float(a.rewards, 0, member(a, g, i));
+}
+
+__device__ __forceinline__ int own_lane() { return static_cast<int>(threadIdx.x % 32); }
+
+struct Centre {
+    float mean;
+    bool all_equal;
+};
+
+// Sums differences from the first reward, so that a common offset of the rewards costs the mean no
+// digits.
+__device__ __forceinline__ Centre find_centre(const GroupAdvantages& a, const Group& g) {
+    const float first = load_reward(a, g, 0);
+    float sum = 0.0f;
+    bool differs = false;
+    for (int64_t i = own_lane(); i < g.size; i += 32) {
+        const float reward = load_reward(a, g, i);
+        sum += reward - first;
+        differs = differs || !(reward == first);
+    }
+    const bool all_equal = !__any_sync(kAllLanes, differs);
+    sum = warp_sum(sum);
+    return {all_equal ? first : first + sum / static_cast<float>(g.size), all_equal};
+}
+
+__device__ __forceinline__ float degrees_of_freedom(const GroupAdvantages& a, const Group& g) {
+    return static_cast<float>(a.std_mode == kSampleStd ? g.size - 1 : g.size);
+}
+
+// Of rewards that are not all equal; 0 with kNoStd.
+__device__ __forceinline__ float find_std(const GroupAdvantages& a, const Group& g, float mean) {
+    if (a.std_mode == kNoStd) return 0.0f;
+    float squares = 0.0f;
+    for (int64_t i = own_lane(); i < g.size; i += 32) {
+        const float centred = load_reward(a, g, i) - mean;
+        squares = fmaf(centred, centred, squares);
+    }
+    return sqrtf(warp_sum(squares) / degrees_of_freedom(a, g));
+}
+
+// What a centred reward is multiplied with.
+__device__ __forceinline__ float find_scale(const GroupAdvantages& a, const Group& g, float std) {
+    const float size = static_cast<float>(g.size);
+    const float scale = a.leave_one_out ? size / (size - 1.0f) : 1.0f;
+    return a.std_mode == kNoStd ? scale : scale / (std + a.eps);
+}
+
+__global__ __launch_bounds__(kThreads) void forward_kernel(const GroupAdvantages a) {
+    const Group g = own_group(a);
+    if (g.index >= a.groups) return;
+    Centre centre = {0.0f, true};
+    float std = 0.0f;
+    if (g.size > 0) centre = find_centre(a, g);
+    if (!centre.all_equal) std = find_std(a, g, centre.mean);
+    if (own_lane() == 0) {
+        a.mean[g.index] = centre.mean;
+        a.std[g.index] = std;
+        if (g.size > 0 && centre.all_equal) atomicAdd(a.degenerate, 1);
+    }
+    const float scale = centre.all_equal ? 0.0f : find_scale(a, g, std);
+    for (int64_t i = own_lane(); i < g.size; i += 32) {
+        const float centred = load_reward(a, g, i) - centre.mean;
+        a.advantages[member(a, g, i)] = centre.all_equal ? 0.0f : centred * scale;
+    }
+}
+
+// With centred c, scale k, std s and G = grad_advantages:
+// grad_j = k (G_j - mean G) - k c_j (sum_i G_i c_i) / ((s + eps) s degrees_of_freedom)
+__global__ __launch_bounds__(kThreads) void backward_kernel(const GroupAdvantages a,
+                                                            const GroupAdvantagesBackward b) {
+    const Group g = own_group(a);
+    if (g.index >= a.groups || g.size == 0) return;
+    const Centre centre = find_centre(a, g);
+    float grad_sum = 0.0f, moment = 0.0f;
+    for (int64_t i = own_lane(); i < g.size; i += 32) {
+        const float grad = load_float(b.grad_advantages, 0, member(a, g, i));
+        grad_sum += grad;
+        moment = fmaf(grad, load_reward(a, g, i) - centre.mean, moment);
+    }
+    grad_sum = warp_sum(grad_sum);
+    moment = warp_sum(moment);
+    const float std = a.std[g.index], scale = find_scale(a, g, std);
+    const float grad_mean = grad_sum / static_cast<float>(g.size);
+    // The rewards differ, but the square of the difference may be below the smallest float.
+    const bool has_std = a.std_mode != kNoStd && std != 0.0f;
+    const float slope = has_std ? moment / ((std + a.eps) * std * degrees_of_freedom(a, g)) : 0.0f;
+    for (int64_t i = own_lane(); i < g.size; i += 32) {
+        const int64_t j = member(a, g, i);
+        const float centred = load_reward(a, g, i) - centre.mean;
+        const float grad = load_float(b.grad_advantages, 0, j) - grad_mean - slope * centred;
+        b.grad_rewards[j] = centre.all_equal ? 0.0f : scale * grad;
+    }
+}
+
+}  // namespace
+
+void group_advantages_forward(const GroupAdvantages& a, Stream stream) {
+    DeviceGuard guard(stream.device, "group_advantages");
+    if (a.groups == 0) return;
+    launch("group_advantages", stream, (a.groups + kWarps - 1) / kWarps, kThreads, forward_kernel,
+           a);
+}
+
+void group_advantages_backward(const GroupAdvantages& a, const GroupAdvantagesBackward& b,
+                               Stream stream) {
+    DeviceGuard guard(stream.device, "group_advantages_backward");
+    if (a.groups == 0) return;
+    launch("group_advantages_backward", stream, (a.groups + kWarps - 1) / kWarps, kThreads,
+           backward_kernel, a, b);
+}
+
+}  // namespace warpo::cuda

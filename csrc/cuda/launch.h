@@ -1,0 +1,61 @@
+// Host side of a launch: the right device, the grid limit, and errors that say what to do.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "cuda/cuda.h"
+
+namespace warpo::cuda {
+
+inline void check(cudaError_t status, const char* operation) {
+    if (status == cudaSuccess) return;
+    std::string message = std::string(operation) + ": " + cudaGetErrorString(status);
+    if (status == cudaErrorInsufficientDriver || status == cudaErrorNoDevice) {
+        message += status == cudaErrorNoDevice
+                       ? ". No CUDA device is visible on this machine"
+                       : ". No CUDA driver for this build is on this machine";
+        message +=
+            ": move the tensors to the CPU, or install an NVIDIA driver and make a GPU visible";
+    } else if (status == cudaErrorNoKernelImageForDevice) {
+        message +=
+            ". The library is built for compute capability 8.0, 9.0 and 10.0: rebuild it for this "
+            "GPU";
+    }
+    throw std::runtime_error(message);
+}
+
+// Makes the device of the stream current, and the previous one again at the end of the scope.
+class DeviceGuard {
+public:
+    DeviceGuard(int device, const char* operation) {
+        check(cudaGetDevice(&previous_), operation);
+        changed_ = device != previous_;
+        if (changed_) check(cudaSetDevice(device), operation);
+    }
+    ~DeviceGuard() {
+        if (changed_) cudaSetDevice(previous_);
+    }
+    DeviceGuard(const DeviceGuard&) = delete;
+    DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+private:
+    int previous_ = 0;
+    bool changed_ = false;
+};
+
+template <typename... Parameters>
+void launch(const char* operation, Stream stream, int64_t blocks, int threads,
+            void (*kernel)(Parameters...), Parameters... arguments) {
+    if (blocks > INT32_MAX) {
+        throw std::runtime_error(std::string(operation) + ": needs " + std::to_string(blocks) +
+                                 " blocks, a launch has at most 2147483647: split the batch");
+    }
+    kernel<<<static_cast<unsigned>(blocks), threads, 0, static_cast<cudaStream_t>(stream.stream)>>>(
+        arguments...);
+    check(cudaGetLastError(), operation);
+}
+
+}  // namespace warpo::cuda

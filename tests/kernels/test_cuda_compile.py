@@ -1,0 +1,98 @@
+"""What the CUDA kernels compile to, and how the library fails where there is no GPU. Needs none."""
+
+import importlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+
+
+def _find(tool: str) -> str | None:
+    """A tool of the CUDA toolkit: on the PATH, under CUDA_HOME, or in the package of Triton."""
+    folders = [os.environ.get("PATH", "")]
+    if "CUDA_HOME" in os.environ:
+        folders.append(f"{os.environ['CUDA_HOME']}/bin")
+    triton = importlib.util.find_spec("triton")
+    if triton and triton.origin:
+        folders.append(str(Path(triton.origin).parent / "backends" / "nvidia" / "bin"))
+    return shutil.which(tool, path=os.pathsep.join(folders))
+
+
+NVCC, CUOBJDUMP = shutil.which("nvcc") or _find("nvcc"), _find("cuobjdump")
+needs_tools = pytest.mark.skipif(
+    NVCC is None or CUOBJDUMP is None,
+    reason=f"needs nvcc (found: {NVCC}) and cuobjdump (found: {CUOBJDUMP})",
+)
+
+
+def _run(*command: str | Path) -> str:
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """Source to cubin for sm_90, each compiled once."""
+    folder = tmp_path_factory.mktemp("cubin")
+
+    def compile_once(source: Path) -> Path:
+        cubin = folder / f"{source.stem}.cubin"
+        if not cubin.exists():
+            _run(
+                NVCC, "-O3", "-std=c++17", "-arch=sm_90", "-cubin", f"-I{ROOT / 'csrc'}",
+                "-o", cubin, source,
+            )  # fmt: skip
+        return cubin
+
+    return compile_once
+
+
+def _kernels(listing: str, header: str) -> dict[str, str]:
+    """A listing of cuobjdump by kernel; `header` is what stands before a kernel's name."""
+    parts = re.split(rf"^\s*{header}\s*(\S+?):?\s*$", listing, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+@needs_tools
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_no_register_spills_and_no_local_memory(compiled, source):
+    kernels = _kernels(_run(CUOBJDUMP, "--dump-resource-usage", compiled(source)), "Function")
+    assert kernels
+    for name, usage in kernels.items():
+        used = dict(re.findall(r"\b([A-Z]+):(\d+)", usage))
+        assert used["STACK"] == "0" and used["LOCAL"] == "0", f"{name}: {usage}"
+
+
+@needs_tools
+def test_logits_move_16_bytes_at_a_time(compiled):
+    source = ROOT / "csrc" / "cuda" / "logprobs.cu"
+    kernels = _kernels(_run(CUOBJDUMP, "--dump-sass", compiled(source)), "Function :")
+    # three dtypes, with and without entropy, forward and backward
+    assert len(kernels) == 12
+    for name, code in kernels.items():
+        assert len(re.findall(r"\bLDG\.E\S*\.128\b", code)) >= 4, name
+        assert bool(re.search(r"\bSTG\.E\S*\.128\b", code)) == ("backward" in name), name
+        assert not re.search(r"\b(LDL|STL)\b", code), name
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("warpo.kernels._cuda") is None,
+    reason="warpo.kernels._cuda is not built: pip install -e . with nvcc on the PATH",
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_the_library_imports_and_a_call_says_what_is_missing():
+    library = importlib.import_module("warpo.kernels._cuda")
+    rewards = (0, 0, 1, 0)
+    with pytest.raises(RuntimeError, match="group_advantages: .*CUDA (driver|device).*CPU"):
+        library.group_advantages_forward(
+            1, rewards, 1, 0, 0, 0, False, 1e-6, 0, 0, 0, 0, 0, 0
+        )  # fmt: skip
