@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,12 +70,13 @@ class Batch:
     ref_logprobs: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
-        moved = {
-            field.name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        """The same batch on a device."""
+        tensors: dict[str, Any] = {
+            field.name: value.to(device, non_blocking=True)
             for field in fields(self)
-            for value in [getattr(self, field.name)]
+            if isinstance(value := getattr(self, field.name), Tensor)
         }
-        return Batch(**moved)
+        return replace(self, **tensors)
 
 
 def _starts(lengths: Sequence[int]) -> Tensor:

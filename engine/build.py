@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from warpo.engine import checkpoint
 from warpo.engine.config import Config, resolve_objective
@@ -34,8 +35,8 @@ class Parts:
         probe_error: largest difference between learner and sampler logprobs at the last probe.
     """
 
-    tokenizer: Any
-    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    model: PreTrainedModel
     sampler: Sampler
     reward: Reward
     stream: PromptStream
@@ -120,8 +121,8 @@ def _device(config: Config) -> torch.device:
     return torch.device(name)
 
 
-def _sampler(config: Config, model: nn.Module, tokenizer: Any) -> Sampler:
-    options = {
+def _sampler(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Sampler:
+    options: dict[str, Any] = {
         "dtype": config.dtype if config.rollout.dtype == "same" else config.rollout.dtype,
         "max_model_len": config.rollout.max_model_len,
         "eos_token_ids": eos_token_ids(model, tokenizer),
@@ -139,8 +140,9 @@ def make_reference(config: Config, parts: Parts) -> None:
     """Freeze the model that step 1 starts from, and keep it on disk for a resumed run."""
     if parts.objective.kl_coef == 0:
         return
-    parts.reference = copy.deepcopy(parts.model).requires_grad_(False).eval()
-    parts.reference.save_pretrained(_reference_dir(config))
+    reference = copy.deepcopy(parts.model).requires_grad_(False).eval()
+    reference.save_pretrained(_reference_dir(config))
+    parts.reference = reference
 
 
 def load_reference(config: Config, parts: Parts) -> None:

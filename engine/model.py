@@ -9,6 +9,7 @@ from transformers import (
     AttentionInterface,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
@@ -84,7 +85,7 @@ def packed_attention(
 AttentionInterface.register(ATTENTION, packed_attention)
 
 
-def load_model(path: str, dtype: str, device: torch.device) -> nn.Module:
+def load_model(path: str, dtype: str, device: torch.device) -> PreTrainedModel:
     """The model of a Hugging Face directory, in training mode without dropout, attending in
     packs.
     """
@@ -94,7 +95,8 @@ def load_model(path: str, dtype: str, device: torch.device) -> nn.Module:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     model.config.attention_dropout = 0.0
-    return model.to(device)
+    model.to(device)  # type: ignore[arg-type]  # its wrapper hides the signature of nn.Module.to
+    return model
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
@@ -106,13 +108,13 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(path)
 
 
-def eos_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids that end a completion: those of the model's generation config and of its
     tokenizer.
     """
     configured = model.generation_config.eos_token_id
-    ids = set(configured if isinstance(configured, list) else [configured])
-    return sorted(token for token in ids | {tokenizer.eos_token_id} if token is not None)
+    ids = {*(configured if isinstance(configured, list) else [configured]), tokenizer.eos_token_id}
+    return sorted(token for token in ids if token is not None)
 
 
 def token_logprobs(model: nn.Module, batch: Batch, temperature: float) -> ops.LogprobsAndEntropy:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +52,20 @@ def denominator(batches: Sequence[Batch], objective: Objective, max_new_tokens: 
     return sequences
 
 
+class StepResult(NamedTuple):
+    """What an optimizer step reports, on the device.
+
+    Attributes:
+        metrics: the vector of `ops.policy_loss`, summed over micro-batches.
+        entropy: summed over tokens, nats.
+        grad_norm: L2 norm before clipping.
+    """
+
+    metrics: Tensor
+    entropy: Tensor
+    grad_norm: Tensor
+
+
 def train_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -60,7 +75,7 @@ def train_step(
     temperature: float,
     max_new_tokens: int,
     max_grad_norm: float,
-) -> dict[str, Tensor]:
+) -> StepResult:
     """One optimizer step over packed micro-batches.
 
     loss = sum over the micro-batches of sum_t w_t loss_t / denominator, where the denominator is
@@ -76,7 +91,8 @@ def train_step(
         TrainingError: the gradient is not finite. The weights are those before the step.
     """
     total = denominator(batches, objective, max_new_tokens)
-    metrics = entropy = None
+    metrics = []
+    entropy = torch.zeros((), device=batches[0].targets.device)
     for batch in batches:
         current = token_logprobs(model, batch, temperature)
         loss, batch_metrics = ops.policy_loss(
@@ -89,11 +105,10 @@ def train_step(
             denominator=total,
         )
         loss.backward()
-        metrics = ops.add_metrics(metrics, batch_metrics)
-        batch_entropy = current.entropy.detach().sum()
-        entropy = batch_entropy if entropy is None else entropy + batch_entropy
+        metrics.append(batch_metrics)
+        entropy += current.entropy.detach().sum()
     grad_norm = apply_gradients(model, optimizer, max_grad_norm)
-    return {"metrics": metrics, "entropy": entropy, "grad_norm": grad_norm}
+    return StepResult(ops.sum_metrics(metrics), entropy, grad_norm)
 
 
 def apply_gradients(

@@ -201,8 +201,7 @@ def _update(config: Config, parts: Parts, minibatches, progress) -> Metrics:
     """epochs x minibatches optimizer steps on the rollouts of a step; metrics are means over all of
     them.
     """
-    total = entropy = None
-    grad_norms = []
+    results = []
     updates = config.update.epochs * len(minibatches)
     for update in range(updates):
         parts.whole = False
@@ -217,10 +216,9 @@ def _update(config: Config, parts: Parts, minibatches, progress) -> Metrics:
             parts.whole = update == 0
             raise
         parts.schedule.step()
-        total = ops.add_metrics(total, result["metrics"])
-        entropy = result["entropy"] if entropy is None else entropy + result["entropy"]
-        grad_norms.append(result["grad_norm"])
+        results.append(result)
         progress(update + 1, updates)
+    total = ops.sum_metrics([result.metrics for result in results])
     metrics = ops.policy_metrics(total)
     tokens = total[ops.METRICS.index("tokens")].item()
     return metrics | {
@@ -228,9 +226,9 @@ def _update(config: Config, parts: Parts, minibatches, progress) -> Metrics:
         "loss/kl": metrics["loss/kl"] / updates,
         "kl/mean": metrics["kl/ref" if parts.reference is not None else "kl/approx"],
         "ratio/clip_frac": metrics["ratio/clip_frac_low"] + metrics["ratio/clip_frac_high"],
-        "entropy/mean": entropy.item() / tokens,
-        "grad_norm": torch.stack(grad_norms).mean().item(),
-        "lr": parts.schedule.get_last_lr()[0],
+        "entropy/mean": sum(result.entropy.item() for result in results) / tokens,
+        "grad_norm": sum(result.grad_norm.item() for result in results) / updates,
+        "lr": float(parts.schedule.get_last_lr()[0]),
     }
 
 

@@ -97,18 +97,22 @@ def gae(
         )  # fmt: skip
         return Gae(*result)
 
-    def rows(tensor: Tensor | None) -> Tensor | None:
-        return tensor if tensor is None or time_dim != 0 else tensor.t()
-
-    def column(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor[:, None]
-
+    if time_dim == 0:
+        rewards, values = rewards.t(), values.t()
+        final_values, mask, terminated, truncated = (
+            None if tensor is None else tensor.t()
+            for tensor in (final_values, mask, terminated, truncated)
+        )
+    last_values, last_terminated, last_truncated = (
+        None if tensor is None else tensor[:, None]
+        for tensor in (last_values, last_terminated, last_truncated)
+    )
     advantages, returns = _forward(
-        rows(rewards), rows(values), column(last_values), rows(final_values), rows(mask),
-        rows(terminated), rows(truncated), column(last_terminated), column(last_truncated),
+        rewards, values, last_values, final_values, mask,
+        terminated, truncated, last_terminated, last_truncated,
         gamma, gae_lambda, mask_mode == "carry", done_convention == "starts_at_t", name,
     )  # fmt: skip
-    return Gae(rows(advantages), rows(returns))
+    return Gae(advantages.t(), returns.t()) if time_dim == 0 else Gae(advantages, returns)
 
 
 def _check(

@@ -69,7 +69,7 @@ def group_advantages(
     if name == "reference":
         ids = group_ids
         if ids is None:
-            ids = torch.arange(rewards.numel(), device=rewards.device) // group_size
+            ids = torch.arange(groups, device=rewards.device).repeat_interleave(group_size or 1)
         return GroupAdvantages(
             *reference.group_advantages(
                 rewards.float(), ids, groups, std=std, leave_one_out=leave_one_out, eps=eps
@@ -110,9 +110,12 @@ def _check(
         raise ValueError(f"std must be one of {', '.join(STD_MODES)}; got {std!r}")
     if not eps >= 0:
         raise ValueError(f"eps must be >= 0, got {eps}")
-    if (group_size is None) == (group_ids is None):
-        raise ValueError("give either group_size or group_ids with num_groups")
-    if group_ids is None:
+    if group_ids is not None and group_size is None:
+        check_tensor("group_ids", group_ids, (torch.int64,), rewards.shape, rewards)
+        if num_groups is None or num_groups < 0:
+            raise ValueError(f"group_ids needs num_groups >= 0, got {num_groups}")
+        return num_groups
+    if group_size is not None and group_ids is None:
         if num_groups is not None:
             raise ValueError(
                 "num_groups goes with group_ids; group_size alone says how many there are"
@@ -122,10 +125,7 @@ def _check(
                 f"group_size must divide the number of rewards, {rewards.numel()}, got {group_size}"
             )
         return rewards.numel() // group_size
-    check_tensor("group_ids", group_ids, (torch.int64,), rewards.shape, rewards)
-    if num_groups is None or num_groups < 0:
-        raise ValueError(f"group_ids needs num_groups >= 0, got {num_groups}")
-    return num_groups
+    raise ValueError("give either group_size or group_ids with num_groups")
 
 
 @torch.library.custom_op("warpo::group_advantages", mutates_args=())

@@ -114,12 +114,14 @@ def _run(
         return logp, entropy
     if inplace_backward:
         _check_inplace(logits)
-    per_token = isinstance(temperature, Tensor)
+    token_temperature = None
+    if isinstance(temperature, Tensor):
+        token_temperature, temperature = as_rows("temperature", temperature), 1.0
     logp, entropy, _ = _forward(
         as_rows("logits", logits, keep=1),
         as_rows("targets", targets),
-        1.0 if per_token else temperature,
-        as_rows("temperature", temperature) if per_token else None,
+        temperature,
+        token_temperature,
         None if mask is None else as_rows("mask", mask),
         ignore_index,
         with_entropy,

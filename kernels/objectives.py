@@ -7,6 +7,7 @@ loss      = aggregate(loss_t) over the valid tokens, with an explicit denominato
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 RATIO_LEVELS = ("token", "sequence")
 KL_ESTIMATORS = ("k1", "k2", "k3")
@@ -62,7 +63,7 @@ class Objective:
                 "exp overflows float32 above 88"
             )
 
-    def replace(self, **changes: object) -> "Objective":
+    def replace(self, **changes: Any) -> "Objective":
         """The same objective with some fields changed."""
         return replace(self, **changes)
 

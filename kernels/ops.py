@@ -14,7 +14,7 @@ from warpo.kernels.gae import Gae, gae
 from warpo.kernels.group_advantages import GroupAdvantages, group_advantages
 from warpo.kernels.logprobs import LogprobsAndEntropy, logprobs, logprobs_and_entropy
 from warpo.kernels.objectives import OBJECTIVES, Objective, get_objective
-from warpo.kernels.policy_loss import METRICS, PolicyLoss, add_metrics, policy_loss, policy_metrics
+from warpo.kernels.policy_loss import METRICS, PolicyLoss, policy_loss, policy_metrics, sum_metrics
 
 __all__ = [
     "METRICS",
@@ -24,7 +24,6 @@ __all__ = [
     "LogprobsAndEntropy",
     "Objective",
     "PolicyLoss",
-    "add_metrics",
     "gae",
     "get_objective",
     "group_advantages",
@@ -32,4 +31,5 @@ __all__ = [
     "logprobs_and_entropy",
     "policy_loss",
     "policy_metrics",
+    "sum_metrics",
 ]

@@ -17,6 +17,7 @@ sequence level, GSPO, https://arxiv.org/abs/2507.18071 eq. 5; estimators of the 
 http://joschu.net/blog/kl-approx.html.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -159,17 +160,13 @@ def policy_metrics(metrics: Tensor) -> dict[str, float]:
     }
 
 
-def add_metrics(total: Tensor | None, metrics: Tensor) -> Tensor:
-    """Sum of the metrics of two micro-batches; the extreme ratios combine by min and max. No
-    synchronisation.
-    """
-    if total is None:
-        return metrics
-    summed = total + metrics
+def sum_metrics(metrics: Sequence[Tensor]) -> Tensor:
+    """The metrics vectors of several micro-batches as one: sums, and the extremes of the ratio."""
+    stacked = torch.stack(list(metrics))
+    total = stacked.sum(0)
     low, high = METRICS.index("ratio_min"), METRICS.index("ratio_max")
-    summed[low] = torch.minimum(total[low], metrics[low])
-    summed[high] = torch.maximum(total[high], metrics[high])
-    return summed
+    total[low], total[high] = stacked[:, low].amin(), stacked[:, high].amax()
+    return total
 
 
 def _check(
@@ -269,15 +266,17 @@ def _forward(
     loss, metrics, gradient = _allocate(logprobs, with_gradient)
     sequences = logprobs.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     partials = logprobs.new_empty((sequences, len(METRICS)), dtype=torch.float32)
-    per_token = (logprobs, old_logprobs, advantages, ref_logprobs, mask)
     if cu_seqlens is not None:
         # every sequence sees the one packed row: row stride 0
         rows = (sequences, logprobs.shape[1])
-        per_token = tuple(None if x is None else x.expand(rows) for x in per_token)
+        logprobs, old_logprobs = logprobs.expand(rows), old_logprobs.expand(rows)
+        advantages = advantages.expand(rows)
+        ref_logprobs = None if ref_logprobs is None else ref_logprobs.expand(rows)
+        mask = None if mask is None else mask.expand(rows)
     dispatch.load(backend).policy_loss(
-        *per_token, cu_seqlens, sequence_level, sequence_mean, ratio_low, ratio_high,
-        kl, kl_coef, log_ratio_limit, denominator,
-        gradient if with_gradient else None, partials, loss, metrics,
+        logprobs, old_logprobs, advantages, ref_logprobs, mask, cu_seqlens,
+        sequence_level, sequence_mean, ratio_low, ratio_high, kl, kl_coef, log_ratio_limit,
+        denominator, gradient if with_gradient else None, partials, loss, metrics,
     )  # fmt: skip
     return loss, metrics, gradient
 

@@ -28,7 +28,7 @@ def examples(backend: str, number: int) -> int:
 
 
 def strided(tensor: Tensor, layout: str) -> Tensor:
-    """The same values on the test device: "dense", "sliced" out of something larger, "transposed"."""
+    """The same values on the test device: dense, sliced out of something larger, transposed."""
     tensor = tensor.to(DEVICE)
     if layout == "sliced":
         shape = [size + 3 for size in tensor.shape]
