@@ -4,7 +4,7 @@
 PYTHON ?= python3
 PIP_FLAGS ?=
 OUT ?= bench/results/gpu
-RUN ?= runs/arithmetic
+SEED ?= 0
 PYTEST_FLAGS ?= -m "not slow"
 
 VENV := .venv
@@ -15,8 +15,9 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 .DELETE_ON_ERROR:
 
 train: $(VENV)/built
-	$(BIN)/python -m warpo.engine.arithmetic $(RUN)
-	$(BIN)/warpo train engine/arithmetic.yaml --output_dir $(RUN)/out
+	rm -rf runs/arithmetic
+	$(BIN)/python -m warpo.engine.arithmetic runs/arithmetic --seed $(SEED)
+	$(BIN)/warpo train engine/arithmetic.yaml --seed $(SEED)
 
 test: $(VENV)/built
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)

@@ -20,7 +20,7 @@ from warpo.engine.build import Parts, build, load_reference, make_reference
 from warpo.engine.config import Config, resolve_advantage_std
 from warpo.engine.data import Prompt, columns
 from warpo.engine.errors import TrainingError
-from warpo.engine.metrics import RunLog
+from warpo.engine.metrics import RunLog, read_rows
 from warpo.engine.sampler.base import Interrupted, SamplingOptions
 from warpo.engine.step import (
     EQUAL_LOGPROBS,
@@ -58,8 +58,7 @@ def run(config: Config) -> None:
                     log.write(parts.step, metrics)
                 if _due(parts.step, config.checkpoint.every_steps, config.steps):
                     _save(config, parts, log)
-        picture = plot.plot_run(Path(config.output_dir) / "metrics.jsonl")
-        log.say(f"learning curves: {picture}")
+        _report(Path(config.output_dir) / "metrics.jsonl", log)
 
 
 def _prepare(config: Config, parts: Parts, log: RunLog, resume_from: Path | None) -> None:
@@ -261,6 +260,18 @@ def _evaluation(config: Config, parts: Parts, log: RunLog) -> Metrics:
         groups = _generate(parts, parts.eval_prompts, options, lambda: False, progress)
         rewards = _rewards(parts, parts.eval_prompts, groups)
     return {"eval/accuracy": _accuracy(config, rewards), "eval/reward": sum(rewards) / len(rewards)}
+
+
+def _report(metrics_path: Path, log: RunLog) -> None:
+    """What was learned, in a line and in a picture."""
+    evaluated = [row for row in read_rows(metrics_path) if "eval/accuracy" in row]
+    if len(evaluated) > 1:
+        first, last = evaluated[0], evaluated[-1]
+        log.say(
+            f"held-out accuracy: {first['eval/accuracy']:.3f} after step {first['step']}, "
+            f"{last['eval/accuracy']:.3f} after step {last['step']}"
+        )
+    log.say(f"learning curves: {plot.plot_run(metrics_path)}")
 
 
 def _due(step: int, every: int, last: int) -> bool:
