@@ -75,14 +75,18 @@ def _title(path: Path, rows: Sequence[dict[str, Any]]) -> str:
         return f"{path.parent.name}, {steps}"
     settings = yaml.safe_load(settings_path.read_text(encoding="utf-8"))
     objective = settings["loss"]["objective"]
-    model = Path(settings["model"]).name
-    return f"{model}, {objective}, {settings['sampler']} sampler, {steps}"
+    return f"{settings['model']}, {objective}, sampled by {settings['sampler']}, {steps}"
 
 
 def _draw(axes: Axes, panel: Panel, rows: Sequence[dict[str, Any]]) -> None:
     drawn = 0
     for (metric, name), color in zip(panel.curves, (_BLUE, _ORANGE), strict=False):
-        points = [(row["step"], row[metric]) for row in rows if row.get(metric) is not None]
+        # row 0 is an evaluation of the model that the first step starts from
+        points = [
+            (row["step"], row[metric])
+            for row in rows
+            if row.get(metric) is not None and (row["step"] or metric.startswith("eval/"))
+        ]
         if not points:
             continue
         steps, values = zip(*points, strict=True)
@@ -98,7 +102,8 @@ def _draw(axes: Axes, panel: Panel, rows: Sequence[dict[str, Any]]) -> None:
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(colors=_INK)
-    axes.margins(x=0.02)
+    last = rows[-1]["step"]
+    axes.set_xlim(-0.02 * last, 1.02 * last)
     axes.set_ylim(*panel.limits)
     if len(panel.curves) > 1 and drawn:
         axes.legend(frameon=False, loc="lower right")
