@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
 CARRY_FORGOTTEN = 0.6
-NUM_DEMONSTRATIONS = 22_400
+NUM_DEMONSTRATIONS = 19_200
 NUM_HELD_OUT = 400
 
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")

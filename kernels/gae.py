@@ -208,7 +208,7 @@ def _empty_like(rewards: Tensor) -> Tensor:
     """Uninitialised float32 whose fast dimension is that of `rewards`, dense whatever its strides
     are.
     """
-    if rewards.stride(0) < rewards.stride(1):
+    if rewards.stride(0) <= rewards.stride(1):
         return rewards.new_empty(rewards.shape[::-1], dtype=torch.float32).t()
     return rewards.new_empty(rewards.shape, dtype=torch.float32)
 

@@ -264,6 +264,8 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     loss, metrics, gradient = _allocate(logprobs, with_gradient)
+    if cu_seqlens is not None:
+        gradient.zero_()  # of tokens that belong to no sequence
     sequences = logprobs.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     partials = logprobs.new_empty((sequences, len(METRICS)), dtype=torch.float32)
     if cu_seqlens is not None:

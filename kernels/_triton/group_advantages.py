@@ -1,0 +1,181 @@
+"""Group-relative advantages: one program a group, which walks its members in blocks."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from warpo.kernels._triton.launch import kernel
+
+BLOCK = 128
+WARPS = 1
+
+SAMPLE_STD = tl.constexpr(1)
+
+
+@triton.jit
+def _bounds(group, group_size, offsets_ptr):
+    """First member and number of members of a group."""
+    if offsets_ptr is None:
+        start = group * group_size
+        count = group_size
+    else:
+        start = tl.load(offsets_ptr + group)
+        count = tl.load(offsets_ptr + group + 1) - start
+    return start, count
+
+
+@triton.jit
+def _members(order_ptr, start, block, count, BLOCK: tl.constexpr):
+    """Indices of a block of members, and which of them exist."""
+    member = block + tl.arange(0, BLOCK)
+    inside = member < count
+    index = start + member
+    if order_ptr is not None:
+        index = tl.load(order_ptr + index, mask=inside, other=0)
+    return index, inside
+
+
+@kernel()
+def _group_advantages_fwd_kernel(
+    rewards_ptr, rewards_stride: tl.int64, group_size: tl.int64, order_ptr, offsets_ptr,
+    eps: tl.float32, advantages_ptr, mean_ptr, std_ptr, degenerate_ptr,
+    STD: tl.constexpr, LEAVE_ONE_OUT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    group = tl.program_id(0).to(tl.int64)
+    start, count = _bounds(group, group_size, offsets_ptr)
+    first, _ = _members(order_ptr, start, 0, tl.minimum(count, 1), 1)
+    reference = tl.load(
+        rewards_ptr + first * rewards_stride, mask=tl.full([1], 0, tl.int64) < count, other=0
+    ).to(tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    # counted rather than max - min: NaN differs from all, itself too
+    different = tl.zeros([BLOCK], tl.int32)
+    for block in range(0, count, BLOCK):
+        index, inside = _members(order_ptr, start, block, count, BLOCK)
+        reward = tl.load(rewards_ptr + index * rewards_stride, mask=inside, other=0).to(tl.float32)
+        total += reward
+        different += (inside & (reward != reference)).to(tl.int32)
+    size = tl.maximum(count, 1).to(tl.float32)
+    all_equal = tl.sum(different) == 0
+    mean = tl.where(all_equal, tl.sum(reference), tl.sum(total) / size)
+
+    squares = tl.zeros([BLOCK], tl.float32)
+    if STD != 0:
+        for block in range(0, count, BLOCK):
+            index, inside = _members(order_ptr, start, block, count, BLOCK)
+            reward = tl.load(rewards_ptr + index * rewards_stride, mask=inside, other=0)
+            centred = tl.where(inside, reward.to(tl.float32) - mean, 0.0)
+            squares += centred * centred
+    freedom = tl.maximum(size - 1.0, 1.0) if STD == SAMPLE_STD else size
+    std = tl.where(all_equal, 0.0, tl.sqrt_rn(tl.sum(squares) / freedom))
+
+    scale = 1.0 / (std + eps) if STD != 0 else 1.0
+    if LEAVE_ONE_OUT:
+        scale *= size / tl.maximum(size - 1.0, 1.0)
+    for block in range(0, count, BLOCK):
+        index, inside = _members(order_ptr, start, block, count, BLOCK)
+        reward = tl.load(rewards_ptr + index * rewards_stride, mask=inside, other=0).to(tl.float32)
+        advantage = tl.where(all_equal, 0.0, (reward - mean) * scale)
+        tl.store(advantages_ptr + index, advantage, mask=inside)
+    tl.store(mean_ptr + group, mean)
+    tl.store(std_ptr + group, std)
+    tl.atomic_add(degenerate_ptr, 1, mask=all_equal & (count > 0))
+
+
+@kernel()
+def _group_advantages_bwd_kernel(
+    rewards_ptr, rewards_stride: tl.int64, group_size: tl.int64, order_ptr, offsets_ptr,
+    eps: tl.float32, mean_ptr, std_ptr, grad_advantages_ptr, grad_advantages_stride: tl.int64,
+    grad_rewards_ptr,
+    STD: tl.constexpr, LEAVE_ONE_OUT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    group = tl.program_id(0).to(tl.int64)
+    start, count = _bounds(group, group_size, offsets_ptr)
+    mean = tl.load(mean_ptr + group)
+    std = tl.load(std_ptr + group)
+    total = tl.zeros([BLOCK], tl.float32)
+    projection = tl.zeros([BLOCK], tl.float32)
+    different = tl.zeros([BLOCK], tl.int32)
+    for block in range(0, count, BLOCK):
+        index, inside = _members(order_ptr, start, block, count, BLOCK)
+        reward = tl.load(rewards_ptr + index * rewards_stride, mask=inside, other=0).to(tl.float32)
+        pointers = grad_advantages_ptr + index * grad_advantages_stride
+        grad = tl.load(pointers, mask=inside, other=0)
+        total += grad
+        projection += tl.where(inside, grad * (reward - mean), 0.0)
+        # the mean of equal rewards is exactly the reward
+        different += (inside & (reward != mean)).to(tl.int32)
+    size = tl.maximum(count, 1).to(tl.float32)
+    all_equal = tl.sum(different) == 0
+    mean_grad = tl.sum(total) / size
+
+    # d std / d r_i = (r_i - mean) / (freedom std)
+    scale, slope = 1.0, 0.0
+    if STD != 0:
+        freedom = tl.maximum(size - 1.0, 1.0) if STD == SAMPLE_STD else size
+        scale = 1.0 / (std + eps)
+        slope = tl.where(std == 0, 0.0, tl.sum(projection) * scale / (freedom * std))
+    if LEAVE_ONE_OUT:
+        scale *= size / tl.maximum(size - 1.0, 1.0)
+    for block in range(0, count, BLOCK):
+        index, inside = _members(order_ptr, start, block, count, BLOCK)
+        pointers = grad_advantages_ptr + index * grad_advantages_stride
+        grad = tl.load(pointers, mask=inside, other=0)
+        result = grad - mean_grad
+        if STD != 0:
+            reward = tl.load(rewards_ptr + index * rewards_stride, mask=inside, other=0)
+            result -= slope * (reward.to(tl.float32) - mean)
+        tl.store(grad_rewards_ptr + index, tl.where(all_equal, 0.0, scale * result), mask=inside)
+
+
+def group_advantages_forward(
+    rewards: Tensor,
+    group_size: int,
+    order: Tensor | None,
+    offsets: Tensor | None,
+    std_mode: int,
+    leave_one_out: bool,
+    eps: float,
+    advantages: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    degenerate: Tensor,
+) -> None:
+    """See `Backend`."""
+    groups = mean.numel()
+    if groups == 0:
+        return
+    with torch.cuda.device_of(rewards):
+        _group_advantages_fwd_kernel[(groups,)](
+            rewards, rewards.stride(0), group_size, order, offsets, float(eps),
+            advantages, mean, std, degenerate,
+            STD=std_mode, LEAVE_ONE_OUT=leave_one_out, BLOCK=BLOCK, num_warps=WARPS,
+            enable_fp_fusion=True,
+        )  # fmt: skip
+
+
+def group_advantages_backward(
+    rewards: Tensor,
+    group_size: int,
+    order: Tensor | None,
+    offsets: Tensor | None,
+    std_mode: int,
+    leave_one_out: bool,
+    eps: float,
+    mean: Tensor,
+    std: Tensor,
+    grad_advantages: Tensor,
+    grad_rewards: Tensor,
+) -> None:
+    """See `Backend`."""
+    groups = mean.numel()
+    if groups == 0:
+        return
+    with torch.cuda.device_of(rewards):
+        _group_advantages_bwd_kernel[(groups,)](
+            rewards, rewards.stride(0), group_size, order, offsets, float(eps), mean, std,
+            grad_advantages, grad_advantages.stride(0), grad_rewards,
+            STD=std_mode, LEAVE_ONE_OUT=leave_one_out, BLOCK=BLOCK, num_warps=WARPS,
+            enable_fp_fusion=True,
+        )  # fmt: skip
