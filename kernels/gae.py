@@ -18,6 +18,7 @@ from torch import Tensor
 
 from warpo.kernels import dispatch, reference
 from warpo.kernels.checks import FLOATS, check_mask, check_tensor
+from warpo.kernels.registration import Operator
 
 MASK_MODES = ("carry", "zero")
 DONE_CONVENTIONS = ("ends_at_t", "starts_at_t")
@@ -107,7 +108,7 @@ def gae(
         None if tensor is None else tensor[:, None]
         for tensor in (last_values, last_terminated, last_truncated)
     )
-    advantages, returns = _forward(
+    advantages, returns = _operator(
         rewards, values, last_values, final_values, mask,
         terminated, truncated, last_terminated, last_truncated,
         gamma, gae_lambda, mask_mode == "carry", done_convention == "starts_at_t", name,
@@ -177,7 +178,6 @@ def _check_last_flags(
         check_mask(name, flags, [rewards.shape[1 - time_dim % 2]], rewards)
 
 
-@torch.library.custom_op("warpo::gae", mutates_args=())
 def _forward(
     rewards: Tensor,
     values: Tensor,
@@ -213,12 +213,10 @@ def _empty_like(rewards: Tensor) -> Tensor:
     return rewards.new_empty(rewards.shape, dtype=torch.float32)
 
 
-@_forward.register_fake
-def _(rewards, *_):
+def _fake_forward(rewards, *_):
     return _empty_like(rewards), _empty_like(rewards)
 
 
-@torch.library.custom_op("warpo::gae_backward", mutates_args=())
 def _backward(
     rewards: Tensor,
     mask: Tensor | None,
@@ -253,9 +251,11 @@ def _allocate_gradients(
     return _empty_like(rewards), _empty_like(rewards), last, final
 
 
-@_backward.register_fake
-def _(rewards, mask, terminated, truncated, *_):
+def _fake_backward(rewards, mask, terminated, truncated, *_):
     return _allocate_gradients(rewards, truncated)
+
+
+_backward_operator = Operator("gae_backward", _backward, _fake_backward)
 
 
 def _save(ctx, inputs, output) -> None:
@@ -274,7 +274,7 @@ def _save(ctx, inputs, output) -> None:
 def _differentiate(ctx, grad_advantages, grad_returns):
     if grad_advantages is None and grad_returns is None:
         return (None,) * 14
-    gradients = _backward(
+    gradients = _backward_operator(
         *ctx.saved_tensors, *ctx.options, grad_advantages, grad_returns, ctx.backend
     )
     cast = [
@@ -284,4 +284,4 @@ def _differentiate(ctx, grad_advantages, grad_returns):
     return (*cast, *(None,) * 10)
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
+_operator = Operator("gae", _forward, _fake_forward, _save, _differentiate)

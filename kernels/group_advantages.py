@@ -18,6 +18,7 @@ from torch import Tensor
 
 from warpo.kernels import dispatch, reference
 from warpo.kernels.checks import FLOATS, check_tensor
+from warpo.kernels.registration import Operator
 
 STD_MODES = ("none", "sample", "population")
 
@@ -81,7 +82,7 @@ def group_advantages(
         bounds = torch.arange(groups + 1, device=rewards.device)
         offsets = torch.searchsorted(ordered_ids, bounds)
     return GroupAdvantages(
-        *_forward(
+        *_operator(
             rewards,
             group_size or 0,
             groups,
@@ -128,7 +129,6 @@ def _check(
     raise ValueError("give either group_size or group_ids with num_groups")
 
 
-@torch.library.custom_op("warpo::group_advantages", mutates_args=())
 def _forward(
     rewards: Tensor,
     group_size: int,
@@ -159,12 +159,10 @@ def _allocate(rewards: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tensor,
     )
 
 
-@_forward.register_fake
-def _(rewards, group_size, num_groups, *_):
+def _fake_forward(rewards, group_size, num_groups, *_):
     return _allocate(rewards, num_groups)
 
 
-@torch.library.custom_op("warpo::group_advantages_backward", mutates_args=())
 def _backward(
     rewards: Tensor,
     group_size: int,
@@ -187,9 +185,11 @@ def _backward(
     return grad_rewards
 
 
-@_backward.register_fake
-def _(rewards, *_):
+def _fake_backward(rewards, *_):
     return rewards.new_empty(rewards.shape, dtype=torch.float32)
+
+
+_backward_operator = Operator("group_advantages_backward", _backward, _fake_backward)
 
 
 def _save(ctx, inputs, output) -> None:
@@ -206,7 +206,7 @@ def _differentiate(ctx, grad_advantages, grad_mean, grad_std, _grad_degenerate):
     if grad_advantages is None:
         return (None,) * 9
     rewards, order, offsets, mean, std = ctx.saved_tensors
-    grad_rewards = _backward(
+    grad_rewards = _backward_operator(
         rewards,
         ctx.group_size,
         order,
@@ -220,4 +220,4 @@ def _differentiate(ctx, grad_advantages, grad_mean, grad_std, _grad_degenerate):
     return (grad_rewards.to(rewards.dtype), *(None,) * 8)
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
+_operator = Operator("group_advantages", _forward, _fake_forward, _save, _differentiate)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from warpo.kernels import dispatch, reference
 from warpo.kernels.checks import FLOATS, as_rows, check_mask, check_no_grad, check_tensor
+from warpo.kernels.registration import Operator
 
 
 class LogprobsAndEntropy(NamedTuple):
@@ -117,7 +118,7 @@ def _run(
     token_temperature = None
     if isinstance(temperature, Tensor):
         token_temperature, temperature = as_rows("temperature", temperature), 1.0
-    logp, entropy, _ = _forward(
+    logp, entropy, _ = _operator(
         as_rows("logits", logits, keep=1),
         as_rows("targets", targets),
         temperature,
@@ -169,7 +170,6 @@ def _check_inplace(logits: Tensor) -> None:
         )
 
 
-@torch.library.custom_op("warpo::logprobs", mutates_args=())
 def _forward(
     logits: Tensor,
     targets: Tensor,
@@ -199,12 +199,12 @@ def _allocate(logits: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor, Tenso
     )
 
 
-@_forward.register_fake
-def _(logits, targets, temperature, token_temperature, mask, ignore_index, with_entropy, *_):
+def _fake_forward(
+    logits, targets, temperature, token_temperature, mask, ignore_index, with_entropy, *_
+):
     return _allocate(logits, with_entropy)
 
 
-@torch.library.custom_op("warpo::logprobs_backward", mutates_args=())
 def _backward(
     logits: Tensor,
     targets: Tensor,
@@ -227,9 +227,11 @@ def _backward(
     return grad_logits
 
 
-@_backward.register_fake
-def _(logits, *_):
+def _fake_backward(logits, *_):
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+_backward_operator = Operator("logprobs_backward", _backward, _fake_backward)
 
 
 def _save(ctx, inputs, output) -> None:
@@ -263,10 +265,10 @@ def _differentiate(ctx, grad_logprobs, grad_entropy, _grad_stats):
                 *arguments, entropy, stats, grad_logprobs, grad_entropy, grad_logits
             )
     else:
-        grad_logits = _backward(
+        grad_logits = _backward_operator(
             *arguments, entropy, stats, grad_logprobs, grad_entropy, ctx.backend
         )
     return (grad_logits, *(None,) * 8)
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
+_operator = Operator("logprobs", _forward, _fake_forward, _save, _differentiate)

@@ -26,6 +26,7 @@ from torch import Tensor
 from warpo.kernels import dispatch, reference
 from warpo.kernels.checks import FLOATS, as_rows, check_mask, check_no_grad, check_tensor
 from warpo.kernels.objectives import KL_ESTIMATORS, Objective, get_objective
+from warpo.kernels.registration import Operator
 
 METRICS = (
     "policy_loss",
@@ -114,7 +115,7 @@ def policy_loss(
         advantages = advantages[:, None].expand(logprobs.shape)
     elif cu_seqlens is not None and advantages.numel() == num_sequences != logprobs.numel():
         advantages = advantages[:, None].expand(num_sequences, logprobs.numel())
-    loss, metrics, _ = _forward(
+    loss, metrics, _ = _operator(
         as_rows("logprobs", logprobs),
         as_rows("old_logprobs", old_logprobs),
         as_rows("advantages", advantages),
@@ -244,7 +245,6 @@ def _per_token(advantages: Tensor, logprobs: Tensor, cu_seqlens: Tensor | None) 
     return advantages.repeat_interleave(cu_seqlens.diff().long(), output_size=logprobs.numel())
 
 
-@torch.library.custom_op("warpo::policy_loss", mutates_args=())
 def _forward(
     logprobs: Tensor,
     old_logprobs: Tensor,
@@ -291,8 +291,7 @@ def _allocate(logprobs: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor, Te
     )
 
 
-@_forward.register_fake
-def _(logprobs, *arguments):
+def _fake_forward(logprobs, *arguments):
     return _allocate(logprobs, arguments[-2])
 
 
@@ -309,4 +308,4 @@ def _differentiate(ctx, grad_loss, _grad_metrics, _grad_gradient):
     return ((gradient * grad_loss).to(ctx.dtype), *(None,) * 15)
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
+_operator = Operator("policy_loss", _forward, _fake_forward, _save, _differentiate)
