@@ -43,7 +43,8 @@ class Operator:
                 return results
 
             members = {"forward": staticmethod(forward), "backward": staticmethod(differentiate)}
-            self._apply = type(name, (torch.autograd.Function,), members).apply
+            function: Any = type(name, (torch.autograd.Function,), members)
+            self._apply = function.apply
 
     def __call__(self, first: Tensor, *arguments: Any) -> Any:
         if torch.compiler.is_compiling() or type(first) not in (Tensor, nn.Parameter):

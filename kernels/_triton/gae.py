@@ -266,10 +266,12 @@ def _gae_bwd_kernel(
         tl.store(pointers, gamma * last_adjoint, mask=row < rows)
 
 
-def _tile(dense_steps: tuple[int, int, int], *tensors: Tensor | None) -> tuple[int, dict[str, int]]:
+def _tile(
+    dense_steps: tuple[int, int, int], first: Tensor, *others: Tensor | None
+) -> tuple[int, dict[str, int]]:
     """Number of programs and the tile, by which dimension of the first tensor is dense."""
-    rows, steps = tensors[0].shape
-    stride_row, stride_step = tensors[0].stride()
+    rows, steps = first.shape
+    stride_row, stride_step = first.stride()
     # equal strides are those of one column [T, 1]
     time_axis = 0 if stride_row <= stride_step else 1
     if time_axis == 0:
@@ -281,7 +283,8 @@ def _tile(dense_steps: tuple[int, int, int], *tensors: Tensor | None) -> tuple[i
         "BLOCK_T": block_t,
         "TIME_AXIS": time_axis,
         "DENSE": all(
-            x is None or x.shape[time_axis] == 1 or x.stride(time_axis) == 1 for x in tensors
+            x is None or x.shape[time_axis] == 1 or x.stride(time_axis) == 1
+            for x in (first, *others)
         ),
         "num_warps": warps,
     }
