@@ -8,6 +8,7 @@ date and command. A backend that is wrong against float64 gets no time.
 
 import argparse
 import datetime
+import importlib.metadata
 import json
 import platform
 import shlex
@@ -19,8 +20,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from warpo.bench.cases import Call, Case, cases
 
@@ -124,8 +123,6 @@ def rows_of(case: Case, device: str, gb_per_s: float) -> Iterator[dict]:
 
 def environment(device: str) -> dict:
     """What a reader needs to judge and repeat the run."""
-    import triton
-
     name = torch.cuda.get_device_name() if device == "cuda" else _processor()
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
@@ -135,7 +132,7 @@ def environment(device: str) -> dict:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": triton.__version__,
+        "triton": importlib.metadata.version("triton"),
         "commit": commit or "unknown",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["python", "-m", "warpo.bench.kernels", *sys.argv[1:]]),
@@ -153,43 +150,51 @@ def _processor() -> str:
     return f"{model}, {sum(line.startswith('processor') for line in lines)} cores"
 
 
-def table_of(rows: list[dict], gb_per_s: float) -> Table:
-    table = Table(title=f"copy bandwidth in this run: {gb_per_s:.0f} GB/s")
-    for head in ("operation", "size", "provider", "ms", "p20 to p80", "of copy", "x eager"):
-        table.add_column(
-            head, justify="left" if head in ("operation", "size", "provider") else "right"
-        )
+def table_of(rows: list[dict], gb_per_s: float) -> str:
+    """The rows as aligned text."""
+    lines = [["operation", "size", "provider", "ms", "p20 to p80", "of copy", "x eager"]]
     eager = {(r["operation"], r["size"]): r.get("ms") for r in rows if r["provider"] == "eager"}
     for row in rows:
-        what = [row["operation"], row["size"], row["provider"]]
+        line = [row["operation"], row["size"], row["provider"]]
         if "problem" in row:
-            table.add_row(*what, row["problem"])
+            lines.append([*line, row["problem"][:40], "", "", ""])
             continue
         base = eager[row["operation"], row["size"]]
-        table.add_row(
-            *what, f"{row['ms']:.3f}", f"{row['p20_ms']:.3f} to {row['p80_ms']:.3f}",
-            f"{row['share_of_copy']:.0%}", f"{base / row['ms']:.1f}" if base else "",
-        )  # fmt: skip
-    return table
+        lines.append(
+            [
+                *line,
+                f"{row['ms']:.3f}",
+                f"{row['p20_ms']:.3f} to {row['p80_ms']:.3f}",
+                f"{row['share_of_copy']:.0%}",
+                f"{base / row['ms']:.1f}" if base else "",
+            ]
+        )
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    text = [
+        "  ".join(
+            cell.ljust(width) if i < 3 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    ]
+    return "\n".join([f"copy bandwidth in this run: {gb_per_s:.0f} GB/s", "", *text])
 
 
 def run(device: str, out: Path, groups: list[Callable[[], list[Case]]]) -> list[dict]:
     """Time all cases; rows are written as they come, so that an interrupt keeps them."""
-    # a pipe has no width: the table is as wide as its text
-    console = Console(width=None if sys.stdout.isatty() else 140)
     common = environment(device)
     gb_per_s = copy_bandwidth(device)
     out.mkdir(parents=True, exist_ok=True)
     rows: list[dict] = []
-    with (out / "kernels.jsonl").open("w", encoding="utf-8") as file, console.status("") as status:
-        for group in groups:
+    with (out / "kernels.jsonl").open("w", encoding="utf-8") as file:
+        for number, group in enumerate(groups, 1):
             for case in group():
-                status.update(f"{case.name} {case.size}")
+                print(f"[{number}/{len(groups)}] {case.name} {case.size}", file=sys.stderr)
                 for row in rows_of(case, device, gb_per_s):
                     rows.append(row)
                     file.write(json.dumps(row | {"copy_gb_per_s": gb_per_s} | common) + "\n")
                 file.flush()
-    console.print(table_of(rows, gb_per_s))
+    print(table_of(rows, gb_per_s))
     return rows
 
 

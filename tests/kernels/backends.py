@@ -23,8 +23,8 @@ def dtypes(backend: str) -> tuple[torch.dtype, ...]:
 
 
 def examples(backend: str, number: int) -> int:
-    """The interpreter takes a tenth of a second for what takes a compiled kernel microseconds."""
-    return max(1, number // 5) if DEVICE == "cpu" and backend == "triton" else number
+    """Fewer for Triton: its interpreter is slow, and on a GPU most cases compile a kernel anew."""
+    return max(1, number // 5) if backend == "triton" else number
 
 
 def strided(tensor: Tensor, layout: str) -> Tensor:
