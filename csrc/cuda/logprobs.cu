@@ -159,8 +159,8 @@ __device__ __forceinline__ SoftmaxState read_row(const typename Element<kDType>:
     return state;
 }
 
-// Three blocks per multiprocessor: with four 16-byte loads a thread, 96 KiB can be in flight, several
-// times what latency times bandwidth asks for, so that other rows cover the end of one.
+// Three blocks per multiprocessor: with four 16-byte loads a thread, 96 KiB can be in flight,
+// several times what latency times bandwidth asks for, so that other rows cover the end of one.
 template <int kDType, bool kEntropy>
 __global__ __launch_bounds__(kForwardThreads, 3) void forward_kernel(const Logprobs a) {
     using E = Element<kDType>;
@@ -366,12 +366,9 @@ void logprobs_forward(const Logprobs& a, Stream stream) {
     check_sizes(a, "logprobs");
     if (a.rows * a.steps == 0) return;
     switch (a.logits.dtype) {
-        case kBFloat16:
-            return forward<kBFloat16>(a, stream);
-        case kFloat16:
-            return forward<kFloat16>(a, stream);
-        default:
-            return forward<kFloat32>(a, stream);
+        case kBFloat16: return forward<kBFloat16>(a, stream);
+        case kFloat16: return forward<kFloat16>(a, stream);
+        default: return forward<kFloat32>(a, stream);
     }
 }
 
@@ -380,12 +377,9 @@ void logprobs_backward(const Logprobs& a, const LogprobsBackward& b, Stream stre
     check_sizes(a, "logprobs_backward");
     if (a.rows * a.steps == 0) return;
     switch (a.logits.dtype) {
-        case kBFloat16:
-            return backward<kBFloat16>(a, b, stream);
-        case kFloat16:
-            return backward<kFloat16>(a, b, stream);
-        default:
-            return backward<kFloat32>(a, b, stream);
+        case kBFloat16: return backward<kBFloat16>(a, b, stream);
+        case kFloat16: return backward<kFloat16>(a, b, stream);
+        default: return backward<kFloat32>(a, b, stream);
     }
 }
 

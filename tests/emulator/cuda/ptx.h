@@ -1,0 +1,99 @@
+// In place of csrc/cuda/ptx.h: the same functions in C++, with the alignment that the instructions
+// ask for checked. Not shown: the text of the real file, and cache hints.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+#include <string>
+
+#include "language.h"
+
+namespace warpo::cuda {
+
+inline void check_alignment(const void* address) {
+    const auto past = reinterpret_cast<uintptr_t>(address) % 16;
+    if (past != 0) {
+        emulator::fail("16-byte access " + std::to_string(past) + " bytes past a boundary");
+    }
+}
+
+inline uint4 load_read_only(const void* address) {
+    check_alignment(address);
+    uint4 v;
+    memcpy(&v, address, sizeof v);
+    return v;
+}
+
+inline uint4 load_once(const void* address) { return load_read_only(address); }
+
+inline void store_streaming(void* address, uint4 v) {
+    check_alignment(address);
+    memcpy(address, &v, sizeof v);
+}
+
+inline uint32_t shift_bytes(uint32_t low, uint32_t high, int bytes) {
+    const uint64_t both = static_cast<uint64_t>(high) << 32 | low;
+    return static_cast<uint32_t>(both >> (8 * bytes));
+}
+
+template <typename Value>
+Value as_pair(uint32_t word) {
+    Value value;
+    memcpy(&value, &word, sizeof word);
+    return value;
+}
+
+template <typename Value>
+uint32_t as_word(Value value) {
+    uint32_t word;
+    memcpy(&word, &value, sizeof word);
+    return word;
+}
+
+inline float float_from_bf16(uint32_t bits) { return as_pair<float>(bits << 16); }
+
+inline float float_from_f16(uint32_t bits) {
+    const uint16_t half = static_cast<uint16_t>(bits);
+    _Float16 value;
+    memcpy(&value, &half, sizeof half);
+    return static_cast<float>(value);
+}
+
+// To the nearest, ties to even.
+inline uint32_t bf16_from_float(float value) {
+    if (std::isnan(value)) return 0x7fff;
+    const uint32_t word = as_word(value);
+    return (word + 0x7fff + (word >> 16 & 1)) >> 16;
+}
+
+inline uint32_t f16_from_float(float value) {
+    const _Float16 half = static_cast<_Float16>(value);
+    uint16_t bits;
+    memcpy(&bits, &half, sizeof bits);
+    return bits;
+}
+
+inline uint32_t pack_bf16x2(float low, float high) {
+    return bf16_from_float(low) | bf16_from_float(high) << 16;
+}
+
+inline uint32_t pack_f16x2(float low, float high) {
+    return f16_from_float(low) | f16_from_float(high) << 16;
+}
+
+inline float2 unpack_f16x2(uint32_t word) {
+    return {float_from_f16(word & 0xffff), float_from_f16(word >> 16)};
+}
+
+// Of a NaN and a number, the number.
+inline uint32_t max_bf16x2(uint32_t a, uint32_t b) {
+    return pack_bf16x2(fmaxf(float_from_bf16(a & 0xffff), float_from_bf16(b & 0xffff)),
+                       fmaxf(float_from_bf16(a >> 16), float_from_bf16(b >> 16)));
+}
+
+inline uint32_t max_f16x2(uint32_t a, uint32_t b) {
+    const float2 x = unpack_f16x2(a), y = unpack_f16x2(b);
+    return pack_f16x2(fmaxf(x.x, y.x), fmaxf(x.y, y.y));
+}
+
+}  // namespace warpo::cuda

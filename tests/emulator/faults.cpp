@@ -1,0 +1,81 @@
+// One kernel, and the faults that the emulator must see in it: `faults NAME` says on stderr what it
+// saw and fails; `faults none` passes.
+#include <cstdio>
+#include <exception>
+#include <string>
+
+#include "cuda/launch.h"
+#include "cuda/ptx.h"
+
+namespace warpo::cuda {
+namespace {
+
+constexpr int kThreads = 64;
+
+enum Fault {
+    kNone,
+    kReadBeforeWritten,
+    kOverwrittenBeforeRead,
+    kHalfAWarpShuffles,
+    kAThreadReturns,
+    kMisalignedVector,
+    kPastSharedMemory,
+    kNoBlocks,
+    kNumFaults
+};
+
+const char* const kNames[kNumFaults] = {
+    "none",
+    "read_before_written",
+    "overwritten_before_read",
+    "half_a_warp_shuffles",
+    "a_thread_returns",
+    "misaligned_vector",
+    "past_shared_memory",
+    "no_blocks",
+};
+
+// Reverses the values in each warp, and in the block, twice: to where they were.
+__global__ void reverse_twice(int* values, Fault fault) {
+    __shared__ int shared[kThreads];
+    const int own = static_cast<int>(threadIdx.x), other = kThreads - 1 - own;
+    if (fault == kMisalignedVector) load_read_only(values + 1);
+    for (int round = 0; round < 2; ++round) {
+        if (fault == kHalfAWarpShuffles && own < 16) return;
+        values[own] = __shfl_xor_sync(0xffffffffu, values[own], 31);
+        if (fault == kAThreadReturns && own == 5) return;
+        shared[fault == kPastSharedMemory ? own + 1 : own] = values[own];
+        if (fault != kReadBeforeWritten) __syncthreads();
+        values[own] = shared[other];
+        if (fault != kOverwrittenBeforeRead) __syncthreads();
+    }
+}
+
+void run(Fault fault) {
+    alignas(16) int values[kThreads];
+    for (int i = 0; i < kThreads; ++i) values[i] = i + 1;
+    launch("reverse_twice", Stream{}, fault == kNoBlocks ? 0 : 1, kThreads, reverse_twice,
+           static_cast<int*>(values), fault);
+    for (int i = 0; i < kThreads; ++i) {
+        if (values[i] != i + 1) throw std::runtime_error("wrong result");
+    }
+}
+
+}  // namespace
+}  // namespace warpo::cuda
+
+int main(int argc, char** argv) {
+    using namespace warpo::cuda;
+    for (int fault = 0; fault < kNumFaults; ++fault) {
+        if (argc != 2 || std::string(argv[1]) != kNames[fault]) continue;
+        try {
+            run(static_cast<Fault>(fault));
+            return 0;
+        } catch (const std::exception& error) {
+            std::fprintf(stderr, "%s\n", error.what());
+            return 1;
+        }
+    }
+    std::fprintf(stderr, "usage: faults NAME, with NAME one of those in faults.cpp\n");
+    return 2;
+}
