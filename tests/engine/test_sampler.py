@@ -19,7 +19,6 @@ from tests.engine.models import (
     new_learner,
 )
 from warpo.engine.batch import Completion
-from warpo.engine.errors import SamplerError
 from warpo.engine.sampler import vllm_setup
 from warpo.engine.sampler.base import Interrupted, Sampler, SamplingOptions
 
@@ -245,7 +244,7 @@ def test_a_request_that_the_engine_refuses_leaves_nothing_behind(
         add_request(request_id, *args)
 
     monkeypatch.setattr(engine, "add_request", refuse_the_third)
-    with pytest.raises(SamplerError, match="refused"):
+    with pytest.raises(ValueError, match="refused"):
         sampler.generate(PROMPTS, options())
     monkeypatch.undo()
     assert engine.get_num_unfinished_requests() == 0
