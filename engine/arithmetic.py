@@ -149,6 +149,9 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausalL
 
 def write(folder: Path, seed: int) -> None:
     """Write the model, the tokenizer and the data; the same seed writes the same bytes."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     rng = random.Random(seed)
     train, held_out = split_problems(rng)
     tokenizer = make_tokenizer()

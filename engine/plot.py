@@ -46,7 +46,8 @@ PANELS = (
 def plot_run(metrics_path: str | Path) -> Path:
     """Draw learning.png beside a metrics.jsonl; config.yaml, if it is there too, gives the title.
 
-    Curves of noisy training metrics are drawn twice: each step faintly, and their running mean.
+    Training metrics of 20 steps or more are drawn twice: each step faintly, and their running
+    mean. Evaluations are drawn as they are.
 
     Returns:
         Path of the picture, 1400 x 800 pixels.
@@ -91,7 +92,7 @@ def _draw(axes: Axes, panel: Panel, rows: Sequence[dict[str, Any]]) -> None:
             continue
         steps, values = zip(*points, strict=True)
         drawn += 1
-        if len(points) >= 20 and 2 * len(points) > len(rows):
+        if len(points) >= 20 and not metric.startswith("eval/"):
             axes.plot(steps, values, color=color, alpha=0.25, linewidth=1)
             axes.plot(steps, _running_mean(values), color=color, linewidth=2, label=name)
         else:
