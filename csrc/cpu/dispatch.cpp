@@ -1,6 +1,8 @@
 // Chooses the instruction set once and forwards every call to it.
 #include <cstdlib>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 
 #include "cpu/cpu.h"
 
@@ -21,21 +23,27 @@ Isa detect() {
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
         best = kAvx512;
 #endif
-    if (const char* wanted = std::getenv("WARPO_ISA"))
-        for (int lower = kPortable; lower < best; ++lower)
-            if (!std::strcmp(wanted, kNames[lower])) return static_cast<Isa>(lower);
-    return best;
+    const char* wanted = std::getenv("WARPO_ISA");
+    if (!wanted) return best;
+    for (int isa = kPortable; isa <= best; ++isa)
+        if (!std::strcmp(wanted, kNames[isa])) return static_cast<Isa>(isa);
+    throw std::runtime_error(
+        std::string("WARPO_ISA must be portable, avx2 or avx512, at most the ") + kNames[best] +
+        " of this processor; got " + wanted);
 }
 
-const Isa chosen = detect();
+Isa chosen() {
+    static const Isa isa = detect();
+    return isa;
+}
 
 }  // namespace
 
-const char* instruction_set() { return kNames[chosen]; }
+const char* instruction_set() { return kNames[chosen()]; }
 
 #ifdef __x86_64__
 #define CALL(function, ...)                                 \
-    switch (chosen) {                                       \
+    switch (chosen()) {                                     \
         case kAvx512: return avx512::function(__VA_ARGS__); \
         case kAvx2: return avx2::function(__VA_ARGS__);     \
         default: return portable::function(__VA_ARGS__);    \

@@ -34,7 +34,8 @@ def cases(draw, backend: str):
     packed = draw(st.booleans())
     lengths = draw(st.lists(st.sampled_from([0, 1, 2, 17, 130]), max_size=5))
     shape = (sum(lengths),) if packed else (len(lengths), draw(st.sampled_from([0, 1, 3, 40, 200])))
-    spread = draw(st.sampled_from([1e-3, 0.3, 3.0]))
+    # ratios of e^12 give gradients that float16 does not hold
+    spread = draw(st.sampled_from([1e-3, 0.3] if dtype is torch.float16 else [1e-3, 0.3, 3.0]))
 
     def near(x):
         return x + spread * torch.randn(shape, generator=generator)

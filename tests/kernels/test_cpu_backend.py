@@ -1,0 +1,83 @@
+"""What is particular to the C++ kernels of the CPU: instruction sets, threads, the OpenMP pool."""
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.kernels.backends import DEVICE
+
+pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="`make gpu` tests the GPU's kernels")
+
+LEVELS = ("portable", "avx2", "avx512")
+
+
+def python(code: str, **environment: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def chosen(**environment: str) -> str:
+    code = "import torch; from warpo.kernels import _cpu; print(_cpu.instruction_set())"
+    return python(code, **environment)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="only x86-64 has several")
+@pytest.mark.parametrize("level", LEVELS)
+def test_every_instruction_set_passes_the_tests_of_the_kernels(level):
+    if LEVELS.index(level) > LEVELS.index(chosen()):
+        pytest.skip(f"this processor has no {level}")
+    assert chosen(WARPO_ISA=level) == level
+    if level == chosen():
+        return  # the tests in this process run on it
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-k", "float64 and cpu", "tests/kernels",
+         "--ignore", "tests/kernels/test_cuda_emulated.py", "-p", "no:cacheprovider"],
+        env=os.environ | {"WARPO_ISA": level}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert " passed" in result.stdout
+
+
+def test_an_unknown_instruction_set_is_refused():
+    code = "import torch; from warpo.kernels import _cpu; _cpu.instruction_set()"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"WARPO_ISA": "avx1024"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode != 0 and "avx1024" in result.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="needs Linux's list of libraries")
+def test_the_threads_are_those_of_torch():
+    """A second OpenMP runtime would start threads of its own, twice as many as there are cores."""
+    code = """
+import torch
+from warpo.kernels import ops
+ops.logprobs(torch.randn(64, 50000), torch.zeros(64, dtype=torch.int64))
+lines = open("/proc/self/maps").read().split()
+print(len({word for word in lines if "gomp" in word or "libomp" in word or "iomp" in word}))
+"""
+    assert python(code) == "1"
+
+
+def test_set_num_threads_is_obeyed():
+    code = """
+import time, torch
+from warpo.kernels import ops
+torch.set_num_threads(1)
+logits, targets = torch.randn(256, 100000), torch.zeros(256, dtype=torch.int64)
+ops.logprobs(logits, targets)
+wall, busy = time.perf_counter(), time.process_time()
+for _ in range(20):
+    ops.logprobs(logits, targets)
+print((time.process_time() - busy) / (time.perf_counter() - wall))
+"""
+    assert float(python(code)) < 1.1
+    assert torch.get_num_threads() >= 1
