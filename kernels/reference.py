@@ -152,7 +152,7 @@ def policy_loss(
     log_ratio = logp - old
     if objective.ratio_level == "sequence":
         log_ratio = (per_sequence(log_ratio) / counts.clamp(min=1))[sequence]
-    log_ratio = log_ratio.clamp(-limit, limit)
+    log_ratio = _bounded(log_ratio, limit)
     ratio = log_ratio.exp()
     low, high = 1 - objective.clip_low, 1 + objective.clip_high
     unclipped, clipped = ratio * advantages, ratio.clamp(low, high) * advantages
@@ -196,8 +196,13 @@ def kl_estimate(logp: Tensor, ref: Tensor, estimator: str, limit: float) -> Tens
         return -difference
     if estimator == "k2":
         return difference.square() / 2
-    bounded = difference.clamp(-limit, limit)
+    bounded = _bounded(difference, limit)
     return torch.expm1(bounded) - bounded
+
+
+def _bounded(x: Tensor, limit: float) -> Tensor:
+    """Clamp to +-limit with gradient 0 outside; unlike torch.clamp, NaN keeps its gradient."""
+    return torch.where(x > limit, limit, torch.where(x < -limit, -limit, x))
 
 
 def group_advantages(

@@ -98,7 +98,7 @@ void evaluate(const PolicyLoss& a, int count, Tile& tile, Sums& sums) {
         const float bounded = clamp_symmetric(tile.log_ratio[i], limit);
         const float ratio = exp_f32(bounded);
         const Surrogate s = clipped_surrogate(ratio, tile.advantage[i], ratio_low, ratio_high);
-        const float derivative = bounded == tile.log_ratio[i] ? s.derivative : 0.0f;
+        const float derivative = is_outside(tile.log_ratio[i], limit) ? 0.0f : s.derivative;
         tile.surrogate_grad[i] = keep ? -derivative : 0.0f;
         policy -= keep ? s.value : 0.0f;
         low += keep ? s.clipped_low : 0.0f;

@@ -42,7 +42,7 @@ struct Ratio {
 
 __device__ __forceinline__ Ratio make_ratio(float log_ratio, float limit) {
     const float bounded = clamp_symmetric(log_ratio, limit);
-    return {bounded, exp_f32(bounded), log_ratio >= -limit && log_ratio <= limit};
+    return {bounded, exp_f32(bounded), !is_outside(log_ratio, limit)};
 }
 
 struct Sums {

@@ -27,6 +27,9 @@ WARPO_HD float clamp_symmetric(float x, float limit) {
     return below < -limit ? -limit : below;
 }
 
+// Where the gradient of the clamp is 0. A NaN is not outside: it reaches the gradient.
+WARPO_HD bool is_outside(float x, float limit) { return x > limit || x < -limit; }
+
 struct Surrogate {
     float value;       // min(ratio A, clip(ratio) A), to be maximised
     float derivative;  // of value with respect to log ratio: ratio A, or 0 where the clipped branch
@@ -62,13 +65,13 @@ struct KlTerm {
 WARPO_HD KlTerm kl_estimate(float logp, float ref, int kl, float limit) {
     const float difference = ref - logp;
     const float bounded = clamp_symmetric(difference, limit);
-    const bool inside = difference >= -limit && difference <= limit;
     KlTerm term;
     term.value = kl == 1   ? -difference
                  : kl == 2 ? 0.5f * difference * difference
                            : exp_minus_1_minus_x(bounded);
     // d/dlogp k3 = 1 - e^(ref - logp); at ref = logp all digits of the difference matter
-    const float k3_derivative = inside ? -(exp_minus_1_minus_x(bounded) + bounded) : 0.0f;
+    const float k3_derivative =
+        is_outside(difference, limit) ? 0.0f : -(exp_minus_1_minus_x(bounded) + bounded);
     term.derivative = kl == 1 ? 1.0f : kl == 2 ? -difference : k3_derivative;
     return term;
 }

@@ -53,6 +53,12 @@ def _clamp(x, low, high):
 
 
 @triton.jit
+def _is_outside(x, limit):
+    # a NaN is not: it reaches the gradient
+    return (x > limit) | (x < -limit)
+
+
+@triton.jit
 def _surrogate(ratio, advantage, ratio_low, ratio_high):
     """min(ratio A, clip(ratio) A), its derivative in log ratio, and which bound made it smaller."""
     unclipped = ratio * advantage
@@ -78,7 +84,7 @@ def _kl_estimate(logp, ref, limit, KL: tl.constexpr):
         bounded = _clamp(difference, -limit, limit)
         value = _exp_minus_1_minus_x(bounded)
         # 1 - e^(ref - logp): at ref = logp all digits of the difference matter
-        derivative = tl.where(bounded == difference, -(value + bounded), 0.0)
+        derivative = tl.where(_is_outside(difference, limit), 0.0, -(value + bounded))
     return value, derivative
 
 
@@ -201,7 +207,7 @@ def _policy_loss_kernel(
         bounded = _clamp(log_ratio, -limit, limit)
         ratio = _exp(bounded)
         value, derivative, low, high = _surrogate(ratio, advantage, ratio_low, ratio_high)
-        derivative = tl.where(keep & (bounded == log_ratio), derivative, 0.0)
+        derivative = tl.where(keep & ~_is_outside(log_ratio, limit), derivative, 0.0)
         valid_sum += tl.where(keep, 1.0, 0.0)
         surrogate_sum += tl.where(keep, value, 0.0)
         clipped_low += tl.where(keep & low, 1.0, 0.0)

@@ -216,6 +216,21 @@ def test_log_ratios_beyond_the_limit_have_no_gradient(backend):
 
 
 @each_backend
+@pytest.mark.parametrize("name", ["ppo", "grpo", "gspo"])
+def test_a_nan_that_is_not_masked_reaches_loss_and_gradient(backend, name):
+    """A clamp that dropped it would train on without a word."""
+    logp = torch.full((2, 3), -1.0, device=DEVICE)
+    logp[0, 1] = torch.nan
+    logp.requires_grad_()
+    old, advantages = torch.full((2, 3), -1.1, device=DEVICE), torch.ones(2, device=DEVICE)
+    loss, _ = ops.policy_loss(
+        logp, old, advantages, name, ref_logprobs=old, denominator=1.0, backend=backend
+    )
+    loss.backward()
+    assert loss.isnan() and logp.grad[0, 1].isnan() and logp.grad[1].isfinite().all()
+
+
+@each_backend
 @pytest.mark.parametrize("name", list(OBJECTIVES))
 def test_micro_batches_add_up(backend, name):
     """Loss, gradient and metrics of a batch are the sums of those of its parts."""
