@@ -22,11 +22,17 @@ train: $(VENV)/built
 test: $(VENV)/built
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
+# Timings are taken even where a test fails: time on a GPU is scarce. Tests share the cores, since
+# most of their time is Triton's compiler.
 gpu:
+	@$(PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make gpu needs a CUDA device that torch sees; on this machine use make test")'
 	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable .
 	mkdir -p $(OUT)
-	WARPO_TEST_DEVICE=cuda $(PYTHON) -m pytest tests/kernels -q --junitxml=$(OUT)/tests.xml
-	$(PYTHON) -m warpo.bench.kernels --device cuda --out $(OUT)
+	status=0; \
+	WARPO_TEST_DEVICE=cuda $(PYTHON) -m pytest tests/kernels -q --junitxml=$(OUT)/tests.xml \
+	    $$($(PYTHON) -c 'import xdist' 2>/dev/null && printf -- '-n 8 --dist loadfile') || status=1; \
+	$(PYTHON) -m warpo.bench.kernels --device cuda --out $(OUT) || status=1; \
+	exit $$status
 
 lint: $(VENV)/built
 	$(BIN)/ruff check .
