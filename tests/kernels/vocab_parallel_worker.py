@@ -52,4 +52,6 @@ for dtype in (torch.float32,) if backend == "triton" else (torch.float32, torch.
 outside = ops.logprobs(torch.zeros(2, 4), torch.tensor([8, 3]), process_group=group)
 assert outside.isnan().tolist() == [True, False]
 
+# A group that is still referenced when Python exits ends the process: its threads are running.
+del group
 distributed.destroy_process_group()
