@@ -74,8 +74,7 @@ def build(config: Config) -> Parts:
         if missing:
             raise DataError(
                 f"{config.data.eval} lacks the field {sorted(missing)[0]!r} of "
-                f"{config.data.train}, "
-                "which the reward function may read"
+                f"{config.data.train}, which the reward function may read"
             )
     examples: list[Example] = []
     if config.warm_start.steps:

@@ -86,9 +86,7 @@ AttentionInterface.register(ATTENTION, packed_attention)
 
 
 def load_model(path: str, dtype: str, device: torch.device) -> PreTrainedModel:
-    """The model of a Hugging Face directory, in training mode without dropout, attending in
-    packs.
-    """
+    """The model of a Hugging Face directory, without dropout, reading packed sequences."""
     transformers_logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=ATTENTION)
     for module in model.modules():
@@ -109,9 +107,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that end a completion: those of the model's generation config and of its
-    tokenizer.
-    """
+    """The ids that end a completion, of the model's generation config and of its tokenizer."""
     configured = model.generation_config.eos_token_id
     ids = {*(configured if isinstance(configured, list) else [configured]), tokenizer.eos_token_id}
     return sorted(token for token in ids if token is not None)

@@ -25,9 +25,7 @@ EQUAL_LOGPROBS = 1e-4
 def make_minibatches(
     rollouts: Sequence[Rollout], minibatches: int, token_budget: int, seed: int
 ) -> list[list[Batch]]:
-    """The rollouts, dealt at random into minibatches, each packed into micro-batches of a token
-    budget.
-    """
+    """The rollouts, dealt at random into minibatches, each of them packed by a token budget."""
     shuffled = list(rollouts)
     random.Random(seed).shuffle(shuffled)
     dealt = [shuffled[i::minibatches] for i in range(minibatches)]

@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 
 from warpo.engine import checkpoint, plot
-from warpo.engine.batch import Completion, Rollout
+from warpo.engine.batch import Batch, Completion, Rollout
 from warpo.engine.build import Parts, build, load_reference, make_reference
 from warpo.engine.config import Config, resolve_advantage_std
 from warpo.engine.data import Prompt, columns
 from warpo.engine.errors import TrainingError
-from warpo.engine.metrics import RunLog, read_rows
+from warpo.engine.metrics import ReportProgress, RunLog, read_rows
 from warpo.engine.sampler.base import Interrupted, SamplingOptions
 from warpo.engine.step import (
     EQUAL_LOGPROBS,
@@ -96,9 +96,7 @@ def _prepare(config: Config, parts: Parts, log: RunLog, resume_from: Path | None
 def _step(
     config: Config, parts: Parts, log: RunLog, stop: Callable[[], bool]
 ) -> tuple[Metrics, list[list[int]]]:
-    """Sample, reward, score and update; returns metrics, and some of the sequences for the
-    probe.
-    """
+    """Sample, reward, score and update; returns metrics, and sequences to probe with."""
     step = parts.step + 1
     log.start_step()
     rollouts, metrics = _rollouts(config, parts, log, stop, step)
@@ -176,7 +174,7 @@ def _generate(
     prompts: list[Prompt],
     options: SamplingOptions,
     stop: Callable[[], bool],
-    progress: Callable[[int, int], None],
+    progress: ReportProgress,
 ) -> list[list[Completion]]:
     try:
         ids = [prompt.token_ids for prompt in prompts]
@@ -196,10 +194,10 @@ def _accuracy(config: Config, rewards: list[float]) -> float:
     return sum(reward >= config.reward.success for reward in rewards) / len(rewards)
 
 
-def _update(config: Config, parts: Parts, minibatches, progress) -> Metrics:
-    """epochs x minibatches optimizer steps on the rollouts of a step; metrics are means over all of
-    them.
-    """
+def _update(
+    config: Config, parts: Parts, minibatches: list[list[Batch]], progress: ReportProgress
+) -> Metrics:
+    """epochs x minibatches optimizer steps on the rollouts of a step, and their mean metrics."""
     results = []
     updates = config.update.epochs * len(minibatches)
     for update in range(updates):

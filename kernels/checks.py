@@ -68,6 +68,15 @@ def check_no_grad(name: str, tensor: Tensor | None) -> None:
         )
 
 
+def check_unspent(spent: bool) -> None:
+    """Refuse a second backward through logits that the first one has overwritten."""
+    if spent:
+        raise RuntimeError(
+            "logprobs was called with inplace_backward=True, so its logits are overwritten by the "
+            "first backward: call it with inplace_backward=False to go through the graph twice"
+        )
+
+
 def as_rows(name: str, tensor: Tensor, keep: int = 0) -> Tensor:
     """A view `[rows, steps]` plus the last `keep` dimensions; leading dimensions are merged, never
     copied.

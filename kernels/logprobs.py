@@ -22,7 +22,14 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from warpo.kernels import dispatch, reference
-from warpo.kernels.checks import FLOATS, as_rows, check_mask, check_no_grad, check_tensor
+from warpo.kernels.checks import (
+    FLOATS,
+    as_rows,
+    check_mask,
+    check_no_grad,
+    check_tensor,
+    check_unspent,
+)
 from warpo.kernels.registration import Operator
 from warpo.kernels.vocab_parallel import VocabParallelLogprobs, check_group
 
@@ -253,11 +260,7 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, grad_logprobs, grad_entropy, _grad_stats):
-    if ctx.spent:
-        raise RuntimeError(
-            "logprobs was called with inplace_backward=True, so its logits are overwritten by the "
-            "first backward: call it with inplace_backward=False to go through the graph twice"
-        )
+    check_unspent(ctx.spent)
     logits, targets, token_temperature, mask, entropy, stats = ctx.saved_tensors
     arguments = (logits, targets, ctx.temperature, token_temperature, mask, ctx.ignore_index)
     if entropy is None:

@@ -145,13 +145,8 @@ class Backend(Protocol):
     ) -> None: ...
 
 
-def _view(x: Tensor) -> tuple[int, int, int, int]:
-    """The C++ View of a 2-D tensor, or of the leading dimensions of a 3-D one."""
-    stride = x.stride()
-    return (x.data_ptr(), stride[0], stride[1], DTYPE_CODES[x.dtype])
-
-
-def _optional(x: Tensor | None) -> tuple[int, int, int, int] | None:
+def _view(x: Tensor | None) -> tuple[int, int, int, int] | None:
+    """The C++ View of a 2-D tensor, or of the leading dimensions of a 3-D one; None if absent."""
     if x is None:
         return None
     stride = x.stride()
@@ -199,8 +194,8 @@ class Native(Backend):
         rows, steps, vocab = logits.shape
         self._logprobs_forward(
             rows, steps, vocab, _view(logits), _view(targets), temperature,
-            _optional(token_temperature), _optional(mask), ignore_index,
-            _view(logprobs), _optional(entropy), stats.data_ptr(), *self._stream(logprobs),
+            _view(token_temperature), _view(mask), ignore_index,
+            _view(logprobs), _view(entropy), stats.data_ptr(), *self._stream(logprobs),
         )
 
     def logprobs_backward(
@@ -210,9 +205,9 @@ class Native(Backend):
         rows, steps, vocab = logits.shape
         self._logprobs_backward(
             rows, steps, vocab, _view(logits), _view(targets), temperature,
-            _optional(token_temperature), _optional(mask), ignore_index,
-            _optional(entropy), stats.data_ptr(), _optional(grad_logprobs),
-            _optional(grad_entropy), _view(grad_logits), *self._stream(grad_logits),
+            _view(token_temperature), _view(mask), ignore_index,
+            _view(entropy), stats.data_ptr(), _view(grad_logprobs),
+            _view(grad_entropy), _view(grad_logits), *self._stream(grad_logits),
         )
 
     def gae_forward(
@@ -222,9 +217,9 @@ class Native(Backend):
     ) -> None:
         rows, steps = rewards.shape
         self._gae_forward(
-            rows, steps, _view(rewards), _view(values), _optional(last_values),
-            _optional(final_values), _optional(mask), _optional(terminated), _optional(truncated),
-            _optional(last_terminated), _optional(last_truncated),
+            rows, steps, _view(rewards), _view(values), _view(last_values),
+            _view(final_values), _view(mask), _view(terminated), _view(truncated),
+            _view(last_terminated), _view(last_truncated),
             gamma, gae_lambda, carry, starts_at_t,
             _view(advantages), _view(returns), *self._stream(advantages),
         )
@@ -236,12 +231,12 @@ class Native(Backend):
     ) -> None:
         rows, steps = grad_rewards.shape
         self._gae_backward(
-            rows, steps, _optional(mask), _optional(terminated), _optional(truncated),
-            _optional(last_terminated), _optional(last_truncated),
+            rows, steps, _view(mask), _view(terminated), _view(truncated),
+            _view(last_terminated), _view(last_truncated),
             gamma, gae_lambda, carry, starts_at_t,
-            _optional(grad_advantages), _optional(grad_returns),
-            _view(grad_rewards), _view(grad_values), _optional(grad_last_values),
-            _optional(grad_final_values), *self._stream(grad_rewards),
+            _view(grad_advantages), _view(grad_returns),
+            _view(grad_rewards), _view(grad_values), _view(grad_last_values),
+            _view(grad_final_values), *self._stream(grad_rewards),
         )
 
     def policy_loss(
@@ -251,7 +246,7 @@ class Native(Backend):
     ) -> None:
         self._policy_loss(
             partials.shape[0], logprobs.shape[1], _view(logprobs), _view(old_logprobs),
-            _view(advantages), _optional(ref_logprobs), _optional(mask), _pointer(cu_seqlens),
+            _view(advantages), _view(ref_logprobs), _view(mask), _pointer(cu_seqlens),
             sequence_level, sequence_mean, ratio_low, ratio_high, kl, kl_coef, log_ratio_limit,
             denominator.data_ptr(), _pointer(grad_logprobs), partials.data_ptr(),
             loss.data_ptr(), metrics.data_ptr(), *self._stream(loss),

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+from warpo.kernels.checks import check_unspent
 from warpo.kernels.native import Backend
 
 Arguments = tuple[float, Tensor | None, Tensor | None, int]
@@ -60,11 +61,7 @@ class VocabParallelLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None) -> Any:
-        if ctx.spent:
-            raise RuntimeError(
-                "logprobs was called with inplace_backward=True, so its logits are overwritten by "
-                "the first backward: pass inplace_backward=False to go through the graph twice"
-            )
+        check_unspent(ctx.spent)
         logits, local, present, token_temperature, mask, entropy, stats = ctx.saved_tensors
         temperature, ignore_index = ctx.constants
         if (grad_logp is None and grad_entropy is None) or not local.numel():

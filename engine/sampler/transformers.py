@@ -231,7 +231,7 @@ class TransformersSampler:
             Bytes copied.
 
         Raises:
-            ValueError: a parameter of either side has no counterpart.
+            SamplerError: a parameter of either side has no counterpart.
         """
         if self._plan is None or not self._plan.fits(model):
             self._plan = CopyPlan(self._load_weights, self._model, model)

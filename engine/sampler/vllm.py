@@ -235,7 +235,7 @@ class VllmSampler:
             Bytes copied.
 
         Raises:
-            ValueError: a parameter of either side has no counterpart.
+            SamplerError: a parameter of either side has no counterpart.
             RuntimeError: vLLM did not let go of its cached prefixes.
         """
         if self._plan is None or not self._plan.fits(model):
