@@ -9,10 +9,9 @@ import functools
 import importlib
 import importlib.util
 import os
+from typing import Any
 
 from torch import Tensor
-
-from warpo.kernels.native import Backend
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 _REQUESTED = os.environ.get("WARPO_BACKEND", "")
@@ -55,8 +54,8 @@ def choose(tensor: Tensor, backend: str | None) -> str:
 
 
 @functools.cache
-def load(name: str) -> Backend:
-    """The backend itself.
+def load(name: str) -> Any:
+    """The backend itself: its operations take the arguments that `native` describes.
 
     Raises:
         RuntimeError: it is not built or its package is not installed; the message says how to get

@@ -197,7 +197,7 @@ def _forward(
     advantages, returns = _empty_like(rewards), _empty_like(rewards)
     if rewards.numel():
         dispatch.load(backend).gae_forward(
-            rewards, values, last_values, final_values, mask, terminated, truncated,
+            *rewards.shape, rewards, values, last_values, final_values, mask, terminated, truncated,
             last_terminated, last_truncated, gamma, gae_lambda, carry, starts_at_t,
             advantages, returns,
         )  # fmt: skip
@@ -234,10 +234,11 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     gradients = _allocate_gradients(rewards, truncated)
     if rewards.numel():
+        final = None if truncated is None else gradients[3]
         dispatch.load(backend).gae_backward(
-            mask, terminated, truncated, last_terminated, last_truncated,
-            gamma, gae_lambda, carry, starts_at_t, grad_advantages, grad_returns,
-            *gradients[:3], None if truncated is None else gradients[3],
+            *rewards.shape, None, None, None, final, mask, terminated, truncated,
+            last_terminated, last_truncated, gamma, gae_lambda, carry, starts_at_t, None, None,
+            grad_advantages, grad_returns, *gradients[:3], final,
         )  # fmt: skip
     return gradients
 

@@ -143,7 +143,7 @@ def _forward(
     advantages, mean, std, degenerate = _allocate(rewards, num_groups)
     if num_groups:
         dispatch.load(backend).group_advantages_forward(
-            rewards, group_size, order, offsets, std_mode, leave_one_out, eps,
+            num_groups, rewards, group_size, order, offsets, std_mode, leave_one_out, eps,
             advantages, mean, std, degenerate,
         )  # fmt: skip
     return advantages, mean, std, degenerate
@@ -179,8 +179,8 @@ def _backward(
     grad_rewards = rewards.new_zeros(rewards.shape, dtype=torch.float32)
     if mean.numel():
         dispatch.load(backend).group_advantages_backward(
-            rewards, group_size, order, offsets, std_mode, leave_one_out, eps,
-            mean, std, grad_advantages, grad_rewards,
+            mean.numel(), rewards, group_size, order, offsets, std_mode, leave_one_out, eps,
+            None, mean, std, None, grad_advantages, grad_rewards,
         )  # fmt: skip
     return grad_rewards
 

@@ -198,7 +198,7 @@ def _forward(
     logp, entropy, stats = _allocate(logits, with_entropy)
     if logp.numel():
         dispatch.load(backend).logprobs_forward(
-            logits, targets, temperature, token_temperature, mask, ignore_index,
+            *logits.shape, logits, targets, temperature, token_temperature, mask, ignore_index,
             logp, entropy if with_entropy else None, stats,
         )  # fmt: skip
     return logp, entropy, stats
@@ -235,7 +235,8 @@ def _backward(
     grad_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
     if grad_logits.numel():
         dispatch.load(backend).logprobs_backward(
-            logits, targets, temperature, token_temperature, mask, ignore_index, entropy, stats,
+            *logits.shape, logits, targets, temperature, token_temperature, mask, ignore_index,
+            None, entropy, stats,
             grad_logprobs, grad_entropy, grad_logits,
         )  # fmt: skip
     return grad_logits
@@ -272,8 +273,9 @@ def _differentiate(ctx, grad_logprobs, grad_entropy, _grad_stats):
         with torch.no_grad():
             grad_logits = logits.detach()
             dispatch.load(ctx.backend).logprobs_backward(
-                *arguments, entropy, stats, grad_logprobs, grad_entropy, grad_logits
-            )
+                *logits.shape, *arguments, None, entropy, stats, grad_logprobs, grad_entropy,
+                grad_logits,
+            )  # fmt: skip
     else:
         grad_logits = _backward_operator(
             *arguments, entropy, stats, grad_logprobs, grad_entropy, ctx.backend

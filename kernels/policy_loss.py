@@ -276,7 +276,8 @@ def _forward(
         ref_logprobs = None if ref_logprobs is None else ref_logprobs.expand(rows)
         mask = None if mask is None else mask.expand(rows)
     dispatch.load(backend).policy_loss(
-        logprobs, old_logprobs, advantages, ref_logprobs, mask, cu_seqlens,
+        sequences, logprobs.shape[1], cu_seqlens,
+        logprobs, old_logprobs, advantages, ref_logprobs, mask,
         sequence_level, sequence_mean, ratio_low, ratio_high, kl, kl_coef, log_ratio_limit,
         denominator, gradient if with_gradient else None, partials, loss, metrics,
     )  # fmt: skip

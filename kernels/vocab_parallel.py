@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, distributed
 
 from warpo.kernels.checks import check_unspent
-from warpo.kernels.native import Backend
 
 Arguments = tuple[float, Tensor | None, Tensor | None, int]
 
@@ -31,7 +30,7 @@ class VocabParallelLogprobs(torch.autograd.Function):
         targets: Tensor,
         arguments: Arguments,
         inplace: bool,
-        backend: Backend,
+        backend: Any,
         group: distributed.ProcessGroup,
     ) -> tuple[Tensor, Tensor]:
         temperature, token_temperature, mask, ignore_index = arguments
@@ -43,7 +42,7 @@ class VocabParallelLogprobs(torch.autograd.Function):
         logp, entropy = (logits.new_empty(targets.shape, dtype=torch.float32) for _ in range(2))
         stats = logits.new_empty((*targets.shape, 2), dtype=torch.float32)
         if logp.numel():
-            backend.logprobs_forward(logits, local, *arguments, logp, entropy, stats)
+            backend.logprobs_forward(*logits.shape, logits, local, *arguments, logp, entropy, stats)
         skipped = ignored if mask is None else ignored | (mask == 0)
         chosen = logits.gather(-1, torch.where(present, local, 0)[..., None])[..., 0].float()
         parts = logits.new_empty((ranks, *targets.shape, 4), dtype=torch.float32)
@@ -79,8 +78,8 @@ class VocabParallelLogprobs(torch.autograd.Function):
             first_grad -= grad_entropy * term
         grad_logits = logits.detach() if ctx.inplace else torch.empty_like(logits)
         ctx.backend.logprobs_backward(
-            logits.detach(), local, temperature, token_temperature, mask, ignore_index,
-            entropy, stats, grad_logp, grad_entropy, grad_logits,
+            *logits.shape, logits.detach(), local, temperature, token_temperature, mask,
+            ignore_index, None, entropy, stats, grad_logp, grad_entropy, grad_logits,
         )  # fmt: skip
         absent = ~present & (local != ignore_index)
         if mask is not None:

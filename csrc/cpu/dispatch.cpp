@@ -42,26 +42,19 @@ Isa chosen() {
 const char* instruction_set() { return kNames[chosen()]; }
 
 #ifdef __x86_64__
-#define CALL(function, ...)                                 \
-    switch (chosen()) {                                     \
-        case kAvx512: return avx512::function(__VA_ARGS__); \
-        case kAvx2: return avx2::function(__VA_ARGS__);     \
-        default: return portable::function(__VA_ARGS__);    \
+#define WARPO_FORWARD(operation, Arguments)                  \
+    void operation(const Arguments& arguments) {             \
+        switch (chosen()) {                                  \
+            case kAvx512: return avx512::operation(arguments); \
+            case kAvx2: return avx2::operation(arguments);   \
+            default: return portable::operation(arguments);  \
+        }                                                    \
     }
 #else
-#define CALL(function, ...) portable::function(__VA_ARGS__);
+#define WARPO_FORWARD(operation, Arguments) \
+    void operation(const Arguments& arguments) { portable::operation(arguments); }
 #endif
 
-void logprobs_forward(const Logprobs& a) { CALL(logprobs_forward, a) }
-void logprobs_backward(const Logprobs& a, const LogprobsBackward& g) {
-    CALL(logprobs_backward, a, g)
-}
-void gae_forward(const Gae& a) { CALL(gae_forward, a) }
-void gae_backward(const Gae& a, const GaeBackward& g) { CALL(gae_backward, a, g) }
-void policy_loss(const PolicyLoss& a) { CALL(policy_loss, a) }
-void group_advantages_forward(const GroupAdvantages& a) { CALL(group_advantages_forward, a) }
-void group_advantages_backward(const GroupAdvantages& a, const GroupAdvantagesBackward& g) {
-    CALL(group_advantages_backward, a, g)
-}
+WARPO_OPERATIONS(WARPO_FORWARD)
 
 }  // namespace warpo::cpu

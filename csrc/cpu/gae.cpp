@@ -119,7 +119,8 @@ void gae_forward(const Gae& a) {
     for (int64_t row = 0; row < a.rows; row += kLanes) forward_rows(a, row, lanes_of(a, row));
 }
 
-void gae_backward(const Gae& a, const GaeBackward& g) {
+void gae_backward(const GaeBackward& g) {
+    const Gae& a = g.forward;
 #pragma omp parallel for if (a.rows * a.steps >= kParallelWork)
     for (int64_t row = 0; row < a.rows; row += kLanes) backward_rows(a, g, row, lanes_of(a, row));
 }

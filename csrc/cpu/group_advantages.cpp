@@ -107,7 +107,8 @@ void group_advantages_forward(const GroupAdvantages& a) {
     *a.degenerate += degenerate;
 }
 
-void group_advantages_backward(const GroupAdvantages& a, const GroupAdvantagesBackward& g) {
+void group_advantages_backward(const GroupAdvantagesBackward& g) {
+    const GroupAdvantages& a = g.forward;
 #pragma omp parallel for if (work_of(a) >= kParallelWork)
     for (int64_t group = 0; group < a.groups; ++group) backward_group(a, g, group);
 }

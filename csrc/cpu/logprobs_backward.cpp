@@ -110,7 +110,8 @@ void backward(const Logprobs& a, const LogprobsBackward& g) {
 
 }  // namespace
 
-void logprobs_backward(const Logprobs& a, const LogprobsBackward& g) {
+void logprobs_backward(const LogprobsBackward& g) {
+    const Logprobs& a = g.forward;
     switch (a.logits.dtype) {
         case kFloat32: return backward<float>(a, g);
         case kBFloat16: return backward<BFloat16>(a, g);

@@ -11,12 +11,8 @@ struct Stream {
     void* stream;  // cudaStream_t; nullptr is the default stream
 };
 
-void logprobs_forward(const Logprobs&, Stream);
-void logprobs_backward(const Logprobs&, const LogprobsBackward&, Stream);
-void gae_forward(const Gae&, Stream);
-void gae_backward(const Gae&, const GaeBackward&, Stream);
-void policy_loss(const PolicyLoss&, Stream);
-void group_advantages_forward(const GroupAdvantages&, Stream);
-void group_advantages_backward(const GroupAdvantages&, const GroupAdvantagesBackward&, Stream);
+#define WARPO_DECLARE(operation, Arguments) void operation(const Arguments&, Stream);
+WARPO_OPERATIONS(WARPO_DECLARE)
+#undef WARPO_DECLARE
 
 }  // namespace warpo::cuda

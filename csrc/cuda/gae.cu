@@ -216,8 +216,8 @@ __global__ __launch_bounds__(32 * kWarps, 32 / kWarps) void forward_kernel(const
 
 // The adjoint of the recursion, forward in time: what an advantage and a value owe to the steps
 // before them. One thread a row.
-__global__ __launch_bounds__(kBackwardThreads) void backward_kernel(const Gae a,
-                                                                    const GaeBackward b) {
+__global__ __launch_bounds__(kBackwardThreads) void backward_kernel(const GaeBackward b) {
+    const Gae& a = b.forward;
     const int64_t row = static_cast<int64_t>(blockIdx.x) * kBackwardThreads + threadIdx.x;
     if (row >= a.rows) return;
     float owed_value = 0.0f, owed_advantage = 0.0f;
@@ -288,12 +288,13 @@ void gae_forward(const Gae& a, Stream stream) {
     return a.steps <= 512 ? forward<4, 4, false>(a, stream) : forward<16, 4, false>(a, stream);
 }
 
-void gae_backward(const Gae& a, const GaeBackward& b, Stream stream) {
+void gae_backward(const GaeBackward& b, Stream stream) {
+    const Gae& a = b.forward;
     DeviceGuard guard(stream.device, "gae_backward");
     check_steps(a, "gae_backward");
     if (a.rows == 0) return;
     const int64_t blocks = (a.rows + kBackwardThreads - 1) / kBackwardThreads;
-    launch("gae_backward", stream, blocks, kBackwardThreads, backward_kernel, a, b);
+    launch("gae_backward", stream, blocks, kBackwardThreads, backward_kernel, b);
 }
 
 }  // namespace warpo::cuda

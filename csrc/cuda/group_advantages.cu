@@ -98,8 +98,8 @@ __global__ __launch_bounds__(kThreads) void forward_kernel(const GroupAdvantages
 
 // With centred c, scale k, std s and G = grad_advantages:
 // grad_j = k (G_j - mean G) - k c_j (sum_i G_i c_i) / ((s + eps) s degrees_of_freedom)
-__global__ __launch_bounds__(kThreads) void backward_kernel(const GroupAdvantages a,
-                                                            const GroupAdvantagesBackward b) {
+__global__ __launch_bounds__(kThreads) void backward_kernel(const GroupAdvantagesBackward b) {
+    const GroupAdvantages& a = b.forward;
     const Group g = own_group(a);
     if (g.index >= a.groups || g.size == 0) return;
     const Centre centre = find_centre(a, g);
@@ -133,12 +133,12 @@ void group_advantages_forward(const GroupAdvantages& a, Stream stream) {
            a);
 }
 
-void group_advantages_backward(const GroupAdvantages& a, const GroupAdvantagesBackward& b,
-                               Stream stream) {
+void group_advantages_backward(const GroupAdvantagesBackward& b, Stream stream) {
+    const GroupAdvantages& a = b.forward;
     DeviceGuard guard(stream.device, "group_advantages_backward");
     if (a.groups == 0) return;
     launch("group_advantages_backward", stream, (a.groups + kWarps - 1) / kWarps, kThreads,
-           backward_kernel, a, b);
+           backward_kernel, b);
 }
 
 }  // namespace warpo::cuda

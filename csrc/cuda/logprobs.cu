@@ -300,9 +300,9 @@ __device__ __forceinline__ void write_columns(const typename Element<kDType>::Bi
 }
 
 template <int kDType, bool kEntropy>
-__global__ __launch_bounds__(kBackwardThreads, 6) void backward_kernel(const Logprobs a,
-                                                                       const LogprobsBackward b,
+__global__ __launch_bounds__(kBackwardThreads, 6) void backward_kernel(const LogprobsBackward b,
                                                                        int chunks) {
+    const Logprobs& a = b.forward;
     using E = Element<kDType>;
     const unsigned index = blockIdx.x / static_cast<unsigned>(chunks);
     const int chunk = static_cast<int>(blockIdx.x % static_cast<unsigned>(chunks));
@@ -350,12 +350,13 @@ void forward(const Logprobs& a, Stream stream) {
 }
 
 template <int kDType>
-void backward(const Logprobs& a, const LogprobsBackward& b, Stream stream) {
+void backward(const LogprobsBackward& b, Stream stream) {
+    const Logprobs& a = b.forward;
     const int64_t columns = int64_t{kLoads} * kBackwardThreads * Element<kDType>::kPerVector;
     const int chunks = static_cast<int>((a.vocab + columns - 1) / columns);
     const auto kernel =
         b.grad_entropy.data ? backward_kernel<kDType, true> : backward_kernel<kDType, false>;
-    launch("logprobs_backward", stream, a.rows * a.steps * chunks, kBackwardThreads, kernel, a, b,
+    launch("logprobs_backward", stream, a.rows * a.steps * chunks, kBackwardThreads, kernel, b,
            chunks);
 }
 
@@ -372,14 +373,15 @@ void logprobs_forward(const Logprobs& a, Stream stream) {
     }
 }
 
-void logprobs_backward(const Logprobs& a, const LogprobsBackward& b, Stream stream) {
+void logprobs_backward(const LogprobsBackward& b, Stream stream) {
+    const Logprobs& a = b.forward;
     DeviceGuard guard(stream.device, "logprobs_backward");
     check_sizes(a, "logprobs_backward");
     if (a.rows * a.steps == 0) return;
     switch (a.logits.dtype) {
-        case kBFloat16: return backward<kBFloat16>(a, b, stream);
-        case kFloat16: return backward<kFloat16>(a, b, stream);
-        default: return backward<kFloat32>(a, b, stream);
+        case kBFloat16: return backward<kBFloat16>(b, stream);
+        case kFloat16: return backward<kFloat16>(b, stream);
+        default: return backward<kFloat32>(b, stream);
     }
 }
 

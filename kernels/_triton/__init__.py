@@ -1,4 +1,4 @@
-"""The operations in Triton: this module is a `warpo.kernels.native.Backend`.
+"""The operations in Triton: a backend with the functions that `native` describes.
 
 Every shape, stride and number is a run-time argument: a kernel is compiled once for each set of
 dtypes, present optional tensors and flags, logits also by alignment. With TRITON_INTERPRET=1 set

@@ -291,6 +291,8 @@ def _tile(
 
 
 def gae_forward(
+    rows: int,
+    steps: int,
     rewards: Tensor,
     values: Tensor,
     last_values: Tensor | None,
@@ -307,8 +309,8 @@ def gae_forward(
     advantages: Tensor,
     returns: Tensor,
 ) -> None:
-    """See `Backend`."""
-    if rewards.numel() == 0:
+    """The fields of `Gae`."""
+    if rows * steps == 0:
         return
     programs, tile = _tile(
         DENSE_STEPS, rewards, values, final_values, mask, terminated, truncated, advantages, returns
@@ -318,13 +320,19 @@ def gae_forward(
             *strided(rewards), *strided(values), *column(last_values), *strided(final_values),
             *strided(mask), *strided(terminated), *strided(truncated),
             *column(last_terminated), *column(last_truncated),
-            float(gamma), float(gae_lambda), *rewards.shape,
+            float(gamma), float(gae_lambda), rows, steps,
             *strided(advantages), *strided(returns),
             CARRY=carry, STARTS_AT_T=starts_at_t, **tile, enable_fp_fusion=True,
         )  # fmt: skip
 
 
 def gae_backward(
+    rows: int,
+    steps: int,
+    _rewards: None,
+    _values: None,
+    _last_values: None,
+    _final_values: None,
     mask: Tensor | None,
     terminated: Tensor | None,
     truncated: Tensor | None,
@@ -334,6 +342,8 @@ def gae_backward(
     gae_lambda: float,
     carry: bool,
     starts_at_t: bool,
+    _advantages: None,
+    _returns: None,
     grad_advantages: Tensor | None,
     grad_returns: Tensor | None,
     grad_rewards: Tensor,
@@ -341,8 +351,8 @@ def gae_backward(
     grad_last_values: Tensor | None,
     grad_final_values: Tensor | None,
 ) -> None:
-    """See `Backend`. The recursion is linear, so that rewards and values are not needed."""
-    if grad_rewards.numel() == 0:
+    """The fields of `GaeBackward`. The recursion is linear: rewards and values are not needed."""
+    if rows * steps == 0:
         return
     programs, tile = _tile(
         DENSE_STEPS_BACKWARD, grad_rewards, grad_values, grad_advantages, grad_returns,
@@ -352,7 +362,7 @@ def gae_backward(
         _gae_bwd_kernel[(programs,)](
             *strided(mask), *strided(terminated), *strided(truncated),
             *column(last_terminated), *column(last_truncated),
-            float(gamma), float(gae_lambda), *grad_rewards.shape,
+            float(gamma), float(gae_lambda), rows, steps,
             *strided(grad_advantages), *strided(grad_returns),
             *strided(grad_rewards), *strided(grad_values),
             *column(grad_last_values), *strided(grad_final_values),

@@ -130,6 +130,7 @@ def _group_advantages_bwd_kernel(
 
 
 def group_advantages_forward(
+    groups: int,
     rewards: Tensor,
     group_size: int,
     order: Tensor | None,
@@ -142,8 +143,7 @@ def group_advantages_forward(
     std: Tensor,
     degenerate: Tensor,
 ) -> None:
-    """See `Backend`."""
-    groups = mean.numel()
+    """The fields of `GroupAdvantages`."""
     if groups == 0:
         return
     with torch.cuda.device_of(rewards):
@@ -156,6 +156,7 @@ def group_advantages_forward(
 
 
 def group_advantages_backward(
+    groups: int,
     rewards: Tensor,
     group_size: int,
     order: Tensor | None,
@@ -163,13 +164,14 @@ def group_advantages_backward(
     std_mode: int,
     leave_one_out: bool,
     eps: float,
+    _advantages: None,
     mean: Tensor,
     std: Tensor,
+    _degenerate: None,
     grad_advantages: Tensor,
     grad_rewards: Tensor,
 ) -> None:
-    """See `Backend`."""
-    groups = mean.numel()
+    """The fields of `GroupAdvantagesBackward`."""
     if groups == 0:
         return
     with torch.cuda.device_of(rewards):

@@ -200,6 +200,9 @@ def _rows(tensor: Tensor, width: int) -> tuple[Tensor, int, int]:
 
 
 def logprobs_forward(
+    rows: int,
+    steps: int,
+    vocab: int,
     logits: Tensor,
     targets: Tensor,
     temperature: float,
@@ -210,8 +213,7 @@ def logprobs_forward(
     entropy: Tensor | None,
     stats: Tensor,
 ) -> None:
-    """See `Backend`."""
-    rows, steps, vocab = logits.shape
+    """The fields of `Logprobs`."""
     if rows * steps == 0:
         return
     width = _load_width(logits)
@@ -227,20 +229,25 @@ def logprobs_forward(
 
 
 def logprobs_backward(
+    rows: int,
+    steps: int,
+    vocab: int,
     logits: Tensor,
     targets: Tensor,
     temperature: float,
     token_temperature: Tensor | None,
     mask: Tensor | None,
     ignore_index: int,
+    _logprobs: None,
     entropy: Tensor | None,
     stats: Tensor,
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
     grad_logits: Tensor,
 ) -> None:
-    """See `Backend`. `grad_logits` may be `logits`: each piece is read before it is written."""
-    rows, steps, vocab = logits.shape
+    """The fields of `LogprobsBackward`. `grad_logits` may be `logits`: each piece is read before it
+    is written.
+    """
     if rows * steps == 0:
         return
     width = _load_width(logits, grad_logits)

@@ -272,12 +272,14 @@ def _reduce_kernel(
 
 
 def policy_loss(
+    sequences: int,
+    steps: int,
+    cu_seqlens: Tensor | None,
     logprobs: Tensor,
     old_logprobs: Tensor,
     advantages: Tensor,
     ref_logprobs: Tensor | None,
     mask: Tensor | None,
-    cu_seqlens: Tensor | None,
     sequence_level: bool,
     sequence_mean: bool,
     ratio_low: float,
@@ -291,13 +293,12 @@ def policy_loss(
     loss: Tensor,
     metrics: Tensor,
 ) -> None:
-    """See `Backend`."""
-    sequences = partials.shape[0]
+    """The fields of `PolicyLoss`."""
     with torch.cuda.device_of(logprobs):
         if sequences:
             _policy_loss_kernel[(sequences,)](
                 *strided(logprobs), *strided(old_logprobs), *strided(advantages),
-                *strided(ref_logprobs), *strided(mask), cu_seqlens, logprobs.shape[1],
+                *strided(ref_logprobs), *strided(mask), cu_seqlens, steps,
                 float(ratio_low), float(ratio_high), float(kl_coef), float(log_ratio_limit),
                 denominator, grad_logprobs, partials,
                 SEQUENCE_LEVEL=sequence_level, SEQUENCE_MEAN=sequence_mean, KL=kl,

@@ -28,8 +28,11 @@ def test_host_cost_above_the_launch():
     backend = dispatch.load("cpu")
     logits, targets = torch.randn(2, 4, 8), torch.randint(0, 8, (2, 4))
     row, stats = torch.empty(2, 4), torch.empty(2, 4, 2)
+    shape = logits.shape
     launch = microseconds(
-        lambda: backend.logprobs_forward(logits, targets, 1.0, None, None, -100, row, None, stats)
+        lambda: backend.logprobs_forward(
+            *shape, logits, targets, 1.0, None, None, -100, row, None, stats
+        )
     )
     leaf = logits.clone().requires_grad_()
     logp, count = row.clone().requires_grad_(), torch.tensor(8.0)

@@ -94,5 +94,5 @@ def test_without_a_gpu_the_library_imports_and_a_call_says_what_is_missing():
     rewards = (0, 0, 1, 0)
     with pytest.raises(RuntimeError, match="group_advantages: .*CUDA (driver|device).*CPU"):
         library.group_advantages_forward(
-            1, rewards, 1, 0, 0, 0, False, 1e-6, 0, 0, 0, 0, 0, 0
+            1, rewards, 1, None, None, 0, False, 1e-6, None, None, None, None, 0, 0
         )  # fmt: skip

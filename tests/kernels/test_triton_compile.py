@@ -43,9 +43,17 @@ def logprobs(
     row = torch.empty(1, tokens)
     entropy, token_temperature = (row, row) if full else (None, None)
     stats = torch.empty(1, tokens, 2)
-    common = (logits, targets, temperature, token_temperature, _flags(row, full), -100)
+    common = (
+        *logits.shape,
+        logits,
+        targets,
+        temperature,
+        token_temperature,
+        _flags(row, full),
+        -100,
+    )
     _triton.logprobs_forward(*common, row, entropy, stats)
-    _triton.logprobs_backward(*common, entropy, stats, row, entropy, torch.empty_like(logits))
+    _triton.logprobs_backward(*common, None, entropy, stats, row, entropy, torch.empty_like(logits))
 
 
 def gae(
@@ -62,11 +70,12 @@ def gae(
     flags = [_flags(token, full) for _ in range(3)]
     options = (gamma, 0.95, not starts_at_t, starts_at_t)
     _triton.gae_forward(
-        token, token, last, final, *flags, last_flag, last_flag, *options, token, token
+        rows, steps, token, token, last, final, *flags, last_flag, last_flag, *options, token, token
     )
     _triton.gae_backward(
-        *flags, last_flag, last_flag, *options, token, token, token, token, last, final
-    )
+        rows, steps, None, None, None, final, *flags, last_flag, last_flag, *options, None, None,
+        token, token, token, token, last, final,
+    )  # fmt: skip
 
 
 def policy_loss(
@@ -80,7 +89,7 @@ def policy_loss(
     cu_seqlens = torch.zeros(rows + 1, dtype=torch.int32) if packed else None
     scalar, gradient = torch.empty(()), torch.empty(rows, steps)
     _triton.policy_loss(
-        token, token, token, ref, _flags(token, mean), cu_seqlens, sequence, mean,
+        rows, steps, cu_seqlens, token, token, token, ref, _flags(token, mean), sequence, mean,
         1 - clip, 1 + clip, kl, clip / 2, 100 * clip, scalar, gradient,
         torch.empty(rows, 10), scalar, torch.empty(10),
     )  # fmt: skip
@@ -92,11 +101,19 @@ def group_advantages(std: int, leave_one_out: bool, by_id: bool, groups: int = 4
     answers = torch.empty(8 * groups)
     order, offsets = (torch.empty(n, dtype=torch.int64) for n in (8 * groups, groups + 1))
     statistic = torch.empty(groups)
-    common = (answers, 0 if by_id else 8, order if by_id else None, offsets if by_id else None)
+    common = (
+        groups,
+        answers,
+        0 if by_id else 8,
+        order if by_id else None,
+        offsets if by_id else None,
+    )
     options = (std, leave_one_out, 1e-6)
     count = torch.zeros((), dtype=torch.int32)
     _triton.group_advantages_forward(*common, *options, answers, statistic, statistic, count)
-    _triton.group_advantages_backward(*common, *options, statistic, statistic, answers, answers)
+    _triton.group_advantages_backward(
+        *common, *options, None, statistic, statistic, None, answers, answers
+    )
 
 
 def _configurations(all_of_them: bool) -> Iterator[tuple[str, Callable[[], None]]]:

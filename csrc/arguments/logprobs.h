@@ -1,0 +1,26 @@
+#pragma once
+#include "view.h"
+
+namespace warpo {
+
+struct Logprobs {
+    int64_t rows, steps, vocab;
+    View logits;  // (b, t) strides; the vocabulary has stride 1; float32 | bfloat16 | float16
+    View targets;            // int64
+    float temperature;       // used where token_temperature is absent
+    View token_temperature;  // float32
+    View mask;               // uint8; 0: the token is not read, its results are 0
+    int64_t ignore_index;
+    View logprobs;  // float32 out of the forward pass
+    View entropy;   // float32, optional; out of the forward pass, into the backward pass
+    // (rows, steps, 2) float32: max_j x_j and log sum_j exp((x_j - max) / temperature)
+    float* stats;
+};
+
+struct LogprobsBackward {
+    Logprobs forward;  // without its outputs, but for entropy and stats
+    View grad_logprobs, grad_entropy;  // float32, optional
+    View grad_logits;                  // dtype of logits; may be the logits themselves
+};
+
+}  // namespace warpo

@@ -1,0 +1,17 @@
+// How an array is passed: raw pointer and strides, no torch.
+#pragma once
+#include <cstdint>
+
+namespace warpo {
+
+enum DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kUInt8 = 3, kInt32 = 4, kInt64 = 5 };
+
+// A per-token array over (row, step): element (b, t) lies at data[b * stride0 + t * stride1].
+// Strides count elements and may be 0. data == nullptr is an absent optional argument.
+struct View {
+    void* data = nullptr;
+    int64_t stride0 = 0, stride1 = 0;
+    int dtype = kFloat32;
+};
+
+}  // namespace warpo
