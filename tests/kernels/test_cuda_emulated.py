@@ -33,6 +33,8 @@ KERNEL_FLAGS = [
     "-O2", "-fsanitize=undefined", "-fno-sanitize-recover=all", "-U_FORTIFY_SOURCE",
     "-include", f"{EMULATOR / 'language.h'}", "-x", "c++",
 ]  # fmt: skip
+# An operation with CUDA kernels, whose tests are in the file of the same name.
+OPERATIONS = sorted(source.stem for source in (ROOT / "csrc" / "cuda").glob("*.cu"))
 # Of the tests of an operation, those that run a kernel for its values: registration and tracing are
 # the same as for the CPU kernels.
 SELECTION = "cpu and not opcheck and not compiles"
@@ -84,7 +86,7 @@ sys.exit(pytest.main(sys.argv[1:]))
 
 
 @pytest.mark.parametrize("order", ["reverse", "random"])
-@pytest.mark.parametrize("operation", ["logprobs", "gae", "policy_loss", "group_advantages"])
+@pytest.mark.parametrize("operation", OPERATIONS)
 def test_the_tests_of_the_operation_pass(emulated, operation, order):
     path = [str(emulated), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {

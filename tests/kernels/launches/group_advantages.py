@@ -1,0 +1,40 @@
+"""Launches of the Triton kernels of group_advantages, for test_triton_compile."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+
+Launch = tuple[str, Callable[[], None]]
+
+
+def group_advantages(std: int, leave_one_out: bool, by_id: bool, groups: int = 4) -> None:
+    from warpo.kernels import _triton
+
+    answers = torch.empty(8 * groups)
+    order, offsets = (torch.empty(n, dtype=torch.int64) for n in (8 * groups, groups + 1))
+    statistic = torch.empty(groups)
+    common = (
+        groups,
+        answers,
+        0 if by_id else 8,
+        order if by_id else None,
+        offsets if by_id else None,
+    )
+    options = (std, leave_one_out, 1e-6)
+    count = torch.zeros((), dtype=torch.int32)
+    _triton.group_advantages_forward(*common, *options, answers, statistic, statistic, count)
+    _triton.group_advantages_backward(
+        *common, *options, None, statistic, statistic, None, answers, answers
+    )
+
+
+def configurations(all_of_them: bool) -> Iterator[Launch]:
+    for std in range(3) if all_of_them else (1,):
+        by_id = std == 1
+        yield f"std {std}{' by id' * by_id}", partial(group_advantages, std, by_id, by_id)
+
+
+def variations() -> Iterator[Callable[[], None]]:
+    for groups in (1, 2, 16):
+        yield partial(group_advantages, 1, True, True, groups=groups)
