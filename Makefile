@@ -1,9 +1,10 @@
 # make train   environment, build, then the main job: GRPO of a small model on real vLLM
 # make test    environment, build, then the whole test suite
+# make bench   environment, build, peers, then kernel timings with their goals as a table and in OUT
 # make gpu     on a CUDA machine that has torch: build, tests on CUDA, timings as JSON in OUT
 PYTHON ?= python3
 PIP_FLAGS ?=
-OUT ?= bench/results/gpu
+OUT ?= bench/results/latest
 SEED ?= 0
 PYTEST_FLAGS ?= -m "not slow"
 
@@ -11,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: train test slow gpu lint types clean
+.PHONY: train test bench peers gpu lint types clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/built
@@ -21,6 +22,16 @@ train: $(VENV)/built
 
 test: $(VENV)/built
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+bench: $(VENV)/built peers
+	PYTHONPATH=.peers $(BIN)/python -m warpo.bench.kernels --device cpu --out $(OUT)
+
+peers: .peers/built
+
+.peers/built: bench/peers.txt $(VENV)/built
+	rm -rf .peers
+	$(BIN)/pip install --quiet --no-deps --target .peers $(PIP_FLAGS) -r bench/peers.txt
+	touch $@
 
 # Timings are taken even where a test fails: time on a GPU is scarce. Tests share the cores, since
 # most of their time is Triton's compiler.

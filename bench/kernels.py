@@ -1,15 +1,20 @@
-"""Time every operation on one device, beside plain PyTorch and the copy bandwidth of the same run.
+"""Time every operation on one device, beside PyTorch, torch.compile and, where `make peers` has
+installed them, TRL and verl, and beside the bandwidth of the same run.
 
     python -m warpo.bench.kernels --device cpu --out bench/results/my-machine
 
-Writes OUT/kernels.jsonl, one row for each operation, size and provider, with machine, versions,
-date and command. A backend that is wrong against float64 gets no time.
+Prints a table of times and one of goals. Writes OUT/kernels.jsonl, one row for each operation, size
+and provider, with machine, versions, date and command. A backend that is wrong against float64 gets
+no time.
 """
 
 import argparse
+import contextlib
 import datetime
 import importlib.metadata
+import itertools
 import json
+import os
 import platform
 import shlex
 import statistics
@@ -18,15 +23,18 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from warpo.bench.cases import Call, Case, cases
+from warpo.bench import peers
+from warpo.bench.case import Call, Case
+from warpo.bench.cases import cases
+from warpo.kernels import dispatch
 
 # Largest error against float64, relative to the largest value: float32 arithmetic with a bfloat16
 # gradient rounded once.
 TOLERANCE = 5e-3
-BACKENDS = {"cpu": ("eager", "cpu"), "cuda": ("eager", "triton", "cuda")}
 WARM_UP_S, BUDGET_S = 0.2, 1.5
 
 
@@ -66,59 +74,92 @@ def _cuda_ms(call: Call) -> float:
     return start.elapsed_time(end)
 
 
-def copy_bandwidth(device: str) -> float:
-    """GB/s of a copy, bytes read and written counted."""
+def bandwidths(device: str) -> dict[str, float]:
+    """GB/s of a copy, bytes read and written counted, and of a sum, which only reads."""
     count = 1 << (30 if device == "cuda" else 27)
-    source, target = (torch.empty(count, dtype=torch.uint8, device=device) for _ in range(2))
-    source.fill_(1)
-    times = measure(device, {"copy": lambda: target.copy_(source)})
-    return 2 * count / statistics.median(times["copy"]) / 1e6
+    source, target = (torch.empty(count // 4, device=device).fill_(1) for _ in range(2))
+    calls: dict[str, Call] = {
+        "copy": lambda: target.copy_(source),
+        "read": lambda: source.sum(),
+    }
+    times = measure(device, calls)
+    moved = {"copy": 2 * count, "read": count}
+    return {name: moved[name] / statistics.median(times[name]) / 1e6 for name in calls}
 
 
-def peak_bytes(device: str, call: Call) -> int | None:
-    """Memory that a call takes beyond what is allocated; None on the CPU, which does not tell."""
-    if device != "cuda":
-        return None
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the profiler writes to the standard error of the process."""
+    saved = os.dup(2)
+    with Path(os.devnull).open("w") as nothing:
+        os.dup2(nothing.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
 
 
-def rows_of(case: Case, device: str, gb_per_s: float) -> Iterator[dict]:
-    """A row for each provider; one that is wrong or fails has the reason in place of a time."""
+def peak_bytes(device: str, call: Call) -> int:
+    """The most memory that torch had allocated during a call, beyond what was before it."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with (
+        _quiet(),
+        torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        ) as profile,
+    ):
+        call()
+    assert profile.profiler is not None and profile.profiler.kineto_results is not None
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    sizes = [e.nbytes() for e in sorted(events, key=lambda event: event.start_ns())]
+    return max(itertools.accumulate(sizes, initial=0))
+
+
+def rows_of(case: Case, device: str, limits: dict[str, float]) -> Iterator[dict]:
+    """A row for each provider; one that is wrong, fails or is missing has the reason in place of a
+    time.
+    """
     calls, problems = {}, {}
-    for backend in BACKENDS[device]:
-        call = case.make(backend)
+    for name, make in case.providers.items():
         try:
-            error = 0.0 if backend == "eager" else case.error(backend)
+            error = case.error(name) if name in dispatch.BACKENDS else 0.0
+            call = make()
             call()
         except (RuntimeError, ValueError) as failure:
-            problems[backend] = f"{type(failure).__name__}: {failure}"
+            problems[name] = f"{type(failure).__name__}: {failure}"
             continue
         if error > TOLERANCE:
-            problems[backend] = f"wrong: error {error:.1e} against float64"
+            problems[name] = f"wrong: error {error:.1e} against float64"
         else:
-            calls[backend] = call
+            calls[name] = call
     times = measure(device, calls)
-    for backend in BACKENDS[device]:
-        row = {"operation": case.name, "size": case.size, "provider": backend}
-        if backend in problems:
-            yield row | {"problem": problems[backend]}
+    for name in case.providers:
+        row: dict[str, Any] = {"operation": case.name, "size": case.size, "provider": name}
+        if name in problems:
+            yield row | {"problem": problems[name]}
             continue
-        ordered = sorted(times[backend])
+        ordered = sorted(time / case.repeat for time in times[name])
         median = statistics.median(ordered)
-        yield row | {
+        row |= {
             "ms": median,
             "p20_ms": ordered[len(ordered) // 5],
             "p80_ms": ordered[len(ordered) * 4 // 5],
             "runs": len(ordered),
             "gb_per_s": case.traffic / median / 1e6,
-            "share_of_copy": case.traffic / median / 1e6 / gb_per_s,
-            "peak_bytes": peak_bytes(device, calls[backend]),
+            "bound": case.bound,
+            "share_of_bound": case.traffic / median / 1e6 / limits[case.bound],
         }
+        if case.tokens:
+            row["peak_bytes"] = peak_bytes(device, calls[name])
+            row["peak_bytes_a_token"] = row["peak_bytes"] / case.tokens
+        yield row
 
 
 def environment(device: str) -> dict:
@@ -133,6 +174,7 @@ def environment(device: str) -> dict:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": importlib.metadata.version("triton"),
+        **peers.versions(),
         "commit": commit or "unknown",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["python", "-m", "warpo.bench.kernels", *sys.argv[1:]]),
@@ -150,62 +192,119 @@ def _processor() -> str:
     return f"{model}, {sum(line.startswith('processor') for line in lines)} cores"
 
 
-def table_of(rows: list[dict], gb_per_s: float) -> str:
+def table_of(rows: list[dict]) -> str:
     """The rows as aligned text."""
-    lines = [["operation", "size", "provider", "ms", "p20 to p80", "of copy", "x eager"]]
+    lines = [
+        [
+            "operation",
+            "size",
+            "provider",
+            "ms",
+            "p20 to p80",
+            "of bound",
+            "x eager",
+            "bytes a token",
+        ]
+    ]
     eager = {(r["operation"], r["size"]): r.get("ms") for r in rows if r["provider"] == "eager"}
     for row in rows:
         line = [row["operation"], row["size"], row["provider"]]
         if "problem" in row:
-            lines.append([*line, row["problem"][:40], "", "", ""])
+            lines.append([*line, row["problem"][:60], "", "", "", ""])
             continue
-        base = eager[row["operation"], row["size"]]
+        base = eager.get((row["operation"], row["size"]))
         lines.append(
             [
                 *line,
-                f"{row['ms']:.3f}",
-                f"{row['p20_ms']:.3f} to {row['p80_ms']:.3f}",
-                f"{row['share_of_copy']:.0%}",
+                f"{row['ms']:.4g}",
+                f"{row['p20_ms']:.4g} to {row['p80_ms']:.4g}",
+                f"{row['share_of_bound']:.0%} {row['bound']}",
                 f"{base / row['ms']:.1f}" if base else "",
+                f"{row['peak_bytes_a_token']:.0f}" if "peak_bytes_a_token" in row else "",
             ]
         )
+    return _aligned(lines)
+
+
+def goals_of(case: Case, rows: list[dict]) -> Iterator[dict]:
+    """What the backend "cpu" is held to, and what it reached in this run."""
+    by_provider = {row["provider"]: row for row in rows}
+    mine = by_provider["cpu"]
+    for against, goal in case.goals.items():
+        reached = None
+        if "problem" not in mine:
+            if against == "microseconds":
+                reached = 1e3 * mine["ms"]
+            elif against == "bytes a token":
+                reached = mine["peak_bytes_a_token"]
+            elif against == case.bound:
+                reached = mine["share_of_bound"]
+            elif "ms" in by_provider[against]:
+                reached = by_provider[against]["ms"] / mine["ms"]
+        at_most = against in ("microseconds", "bytes a token")
+        met = reached is not None and (reached <= goal if at_most else reached >= goal)
+        yield {
+            "operation": case.name, "size": case.size, "against": against, "goal": goal,
+            "at_most": at_most, "reached": reached, "met": met,
+        }  # fmt: skip
+
+
+def goals_table(goals: list[dict]) -> str:
+    lines = [["operation", "size", "against", "goal", "reached", ""]]
+    for goal in goals:
+        bound = f"{'<=' if goal['at_most'] else '>='} {goal['goal']:.4g}"
+        reached = "not measured" if goal["reached"] is None else f"{goal['reached']:.4g}"
+        lines.append([goal["operation"], goal["size"], goal["against"], bound, reached,
+                      "met" if goal["met"] else "missed"])  # fmt: skip
+    return _aligned(lines)
+
+
+def _aligned(lines: list[list[str]]) -> str:
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    text = [
+    return "\n".join(
         "  ".join(
             cell.ljust(width) if i < 3 else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
+        ).rstrip()
         for line in lines
-    ]
-    return "\n".join([f"copy bandwidth in this run: {gb_per_s:.0f} GB/s", "", *text])
+    )
 
 
-def run(device: str, out: Path, groups: list[Callable[[], list[Case]]]) -> list[dict]:
+def run(device: str, out: Path, groups: list[Callable[[], list[Case]]], only: str) -> None:
     """Time all cases; rows are written as they come, so that an interrupt keeps them."""
-    common = environment(device)
-    gb_per_s = copy_bandwidth(device)
+    limits = bandwidths(device)
+    common = environment(device) | {f"{name}_gb_per_s": x for name, x in limits.items()}
     out.mkdir(parents=True, exist_ok=True)
     rows: list[dict] = []
+    goals: list[dict] = []
     with (out / "kernels.jsonl").open("w", encoding="utf-8") as file:
         for number, group in enumerate(groups, 1):
             for case in group():
+                if only not in case.name:
+                    continue
                 print(f"[{number}/{len(groups)}] {case.name} {case.size}", file=sys.stderr)
-                for row in rows_of(case, device, gb_per_s):
-                    rows.append(row)
-                    file.write(json.dumps(row | {"copy_gb_per_s": gb_per_s} | common) + "\n")
+                found = list(rows_of(case, device, limits))
+                rows += found
+                goals += goals_of(case, found) if case.goals else []
+                file.writelines(json.dumps(row | common) + "\n" for row in found)
                 file.flush()
-    print(table_of(rows, gb_per_s))
-    return rows
+    bandwidth = ", ".join(f"{name} {value:.0f} GB/s" for name, value in limits.items())
+    print(f"bandwidth in this run: {bandwidth}\n\n{table_of(rows)}")
+    if goals:
+        print(f"\n{goals_table(goals)}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--device", choices=list(BACKENDS), default="cpu")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help="operations with TEXT in the name"
+    )
     parser.add_argument("--out", type=Path, default=Path("bench/results/latest"), metavar="DIR")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch sees no CUDA device: pass --device cpu")
-    run(args.device, args.out, cases(args.device))
+    run(args.device, args.out, cases(args.device), args.only)
 
 
 if __name__ == "__main__":
