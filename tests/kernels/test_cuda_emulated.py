@@ -34,10 +34,10 @@ KERNEL_FLAGS = [
     "-include", f"{EMULATOR / 'language.h'}", "-x", "c++",
 ]  # fmt: skip
 # An operation with CUDA kernels, whose tests are in the file of the same name.
-OPERATIONS = sorted(source.stem for source in (ROOT / "csrc" / "cuda").glob("*.cu"))
+OPERATIONS = [*sorted(path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu")), "contract"]
 # Of the tests of an operation, those that run a kernel for its values: registration and tracing are
 # the same as for the CPU kernels.
-SELECTION = "cpu and not opcheck and not compiles"
+SELECTION = "cpu and not opcheck and not compiles and not host_cost"
 
 pytestmark = [
     pytest.mark.skipif(DEVICE != "cpu", reason="the kernels themselves run on this device"),

@@ -1,0 +1,312 @@
+"""What every kernel promises, as a matrix: operation x promise x backend.
+
+contract.txt shows the matrix; `python -m tests.kernels.test_contract` writes it anew. A cell that
+cannot exist says why; every other cell is a test below: of the backends cpu and triton here, of
+triton and cuda on a GPU, and of cuda also by test_cuda_emulated. The backend reference is the
+definition. Values and gradients against float64 are in the file of each operation.
+"""
+
+import ast
+import timeit
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from tests.kernels.backends import BACKENDS, DEVICE, dtypes, strided
+from tests.kernels.operations import HELPERS, OPERATIONS, Operation
+from warpo.kernels import dispatch, ops
+
+PROMISES = {
+    1: "bfloat16, float16 and float32 in; float32 arithmetic and results",
+    2: "any row stride; incoming gradients of any stride, 0 included",
+    3: "sizes and scalars are run-time arguments",
+    4: "masked slots are never read",
+    5: "no host synchronisation",
+    6: "deterministic; a row does not depend on how many rows there are",
+    7: "one exponential an element; 8 bytes a token saved for backward",
+    8: "-inf logits are legal; logprob <= 0; a target out of range poisons its row",
+    9: "an option outside the supported set raises",
+    10: "no graph break under torch.compile; opcheck",
+    11: "a DTensor or an empty ZeRO-3 shard raises with the fix",
+    12: "host cost of a call",
+}
+# The promise is 15 us above the launch on an idle machine; CI shares its two cores.
+HOST_COST_US = 30.0
+ROOT = Path(__file__).parents[2]
+MATRIX = Path(__file__).with_name("contract.txt")
+
+
+def why_not(operation: Operation, promise: int, backend: str) -> str | None:
+    """Why a cell of the matrix cannot exist."""
+    if promise in operation.not_promised:
+        return operation.not_promised[promise]
+    if promise == 3 and backend != "triton":
+        return "nothing is compiled at run time"
+    if promise in (7, 8) and operation.vocabulary is None:
+        return "it has no vocabulary"
+    if promise == 10 and backend == "triton" and DEVICE == "cpu":
+        return "torch.compile cannot trace Triton's interpreter; the registration is the same"
+    if promise == 12 and backend != "cpu":
+        return "on a GPU the launch itself takes the host's time; the benchmark shows it"
+    return None
+
+
+def cells(promise: int) -> Any:
+    """The cells of a promise that exist, as parameters of its test."""
+    return pytest.mark.parametrize(
+        "operation, backend",
+        [
+            pytest.param(operation, backend, id=f"{operation.name}-{backend}")
+            for operation in OPERATIONS
+            for backend in BACKENDS
+            if why_not(operation, promise, backend) is None
+        ],
+    )
+
+
+def run(
+    operation: Operation, tensors: dict[str, Tensor], backend: str, expand: bool = False
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Results, and the gradients of the sum of the differentiable ones."""
+    leaves = {name: tensors[name].detach().requires_grad_() for name in operation.differentiable}
+    results = operation({**tensors, **leaves}, backend)
+    chosen = [x for x in results[: operation.outputs] if x.requires_grad]
+    upstream = [torch.ones((), device=DEVICE).expand(x.shape) for x in chosen]
+    if not expand:
+        upstream = [x.contiguous() for x in upstream]
+    gradients = torch.autograd.grad(chosen, list(leaves.values()), upstream) if leaves else ()
+    return [x.detach() for x in results], list(gradients)
+
+
+def assert_same(a: Any, b: Any) -> None:
+    """Bit for bit, results and gradients."""
+    for mine, other in zip([*a[0], *a[1]], [*b[0], *b[1]], strict=True):
+        assert mine.dtype == other.dtype
+        assert torch.equal(mine.nan_to_num(7e7), other.nan_to_num(7e7)), (mine, other)
+
+
+def test_every_public_operation_is_in_the_matrix():
+    assert {operation.name for operation in OPERATIONS} | set(HELPERS) == {
+        name for name in ops.__all__ if name[0].islower()
+    }
+
+
+@cells(1)
+def test_promise_1_dtypes(operation, backend):
+    tensors = operation.tensors()
+    for dtype in dtypes(backend):
+        low = {n: x.to(dtype) if n in operation.floats else x for n, x in tensors.items()}
+        high = {n: x.float() if n in operation.floats else x for n, x in low.items()}
+        results, gradients = run(operation, low, backend)
+        wanted, wanted_gradients = run(operation, high, backend)
+        assert all(x.dtype != dtype or dtype is torch.float32 for x in results)
+        rounded = [
+            gradient.to(low[name].dtype)
+            for name, gradient in zip(operation.differentiable, wanted_gradients, strict=True)
+        ]
+        assert_same((results, gradients), (wanted, rounded))
+
+
+@cells(2)
+def test_promise_2_strides(operation, backend):
+    tensors = operation.tensors()
+    dense = run(operation, tensors, backend)
+    keep_last = operation.vocabulary
+    sliced = {
+        n: strided(x, "sliced") if n != keep_last else torch.cat([x, x], -2).chunk(2, -2)[0]
+        for n, x in tensors.items()
+    }
+    assert_same(run(operation, sliced, backend, expand=True), dense)
+
+
+@cells(3)
+def test_promise_3_run_time_arguments(operation, backend):
+    """test_triton_compile runs the launches; here: that the operation has some."""
+    assert (ROOT / f"tests/kernels/launches/{operation.kernels}.py").exists()
+
+
+@cells(4)
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_promise_4_masked_slots(operation, backend, poison):
+    tensors = operation.tensors()
+    masked = tensors["mask"] == 0
+    assert masked.any()
+    clean, poisoned = dict(tensors), dict(tensors)
+    for name in operation.masked:
+        where = masked if tensors[name].dim() == masked.dim() else masked[..., None]
+        clean[name] = tensors[name].masked_fill(where, 0.25)
+        poisoned[name] = tensors[name].masked_fill(where, poison)
+    results, gradients = run(operation, poisoned, backend)
+    assert_same((results, gradients), run(operation, clean, backend))
+    for name, gradient in zip(operation.differentiable, gradients, strict=True):
+        if name in operation.masked:
+            assert (gradient[masked] == 0).all()
+
+
+@cells(5)
+def test_promise_5_no_synchronisation(operation, backend):
+    if DEVICE == "cuda":
+        tensors = operation.tensors()
+        run(operation, tensors, backend)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            run(operation, tensors, backend)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return
+    # a fake tensor has no value to read
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes = {n: mode.from_tensor(x) for n, x in operation.tensors().items()}
+        for name in operation.differentiable:
+            fakes[name].requires_grad_()
+        results = [x for x in operation(fakes, backend)[: operation.outputs] if x.requires_grad]
+        if results:
+            leaves = [fakes[n] for n in operation.differentiable]
+            torch.autograd.grad([x.sum() for x in results], leaves)
+
+
+@cells(6)
+def test_promise_6_determinism(operation, backend):
+    tensors = operation.tensors()
+    first = run(operation, tensors, backend)
+    for _ in range(3):
+        assert_same(run(operation, tensors, backend), first)
+    if DEVICE == "cpu" and backend == "cpu":
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            assert_same(run(operation, tensors, backend), first)
+        finally:
+            torch.set_num_threads(threads)
+    if operation.batched:
+        alone = {n: x[:1] if n in operation.batched else x for n, x in tensors.items()}
+        results, gradients = run(operation, alone, backend)
+        assert_same(
+            (results, gradients), ([x[: len(y)] for x, y in zip(first[0], results, strict=True)],
+                                   [x[: len(y)] for x, y in zip(first[1], gradients, strict=True)]),
+        )  # fmt: skip
+
+
+@cells(7)
+def test_promise_7_saved_for_backward(operation, backend):
+    tensors = operation.tensors()
+    leaf = tensors[operation.vocabulary].requires_grad_()
+    known = {x.untyped_storage().data_ptr() for x in tensors.values()}
+    saved: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        results = operation(tensors, backend)
+    known |= {x.untyped_storage().data_ptr() for x in results}
+    tokens = leaf.shape[:-1].numel()
+    assert sum(size for key, size in saved.items() if key not in known) <= 8 * tokens
+
+
+@cells(8)
+def test_promise_8_minus_infinity_and_targets(operation, backend):
+    tensors = operation.tensors()
+    tensors.pop("mask", None)
+    logits, targets = tensors[operation.vocabulary], tensors["targets"]
+    column = torch.arange(logits.shape[-1], device=DEVICE)
+    logits.masked_fill_((column % 5 == 1) & (column != targets[..., None]), -torch.inf)
+    targets[0, 0], targets[0, 1] = logits.shape[-1], -100
+    results, (gradient,) = run(operation, tensors, backend)
+    for result in results[:2]:
+        assert result[0, 0].isnan() and result[0, 1] == 0
+        assert result.flatten()[2:].isfinite().all()
+    assert (results[0].flatten()[1:] <= 0).all()
+    assert gradient[0, 0].isnan().all() and (gradient[0, 1] == 0).all()
+    assert gradient.flatten(0, 1)[2:].isfinite().all()
+
+
+@cells(9)
+def test_promise_9_unknown_options(operation, backend):
+    option, value = operation.wrong
+    with pytest.raises(ValueError, match=f"one of .*{value!r}"):
+        operation(operation.tensors(), **({"backend": backend} | {option: value}))
+    with pytest.raises(TypeError, match="fast_path"):
+        operation(operation.tensors(), backend, fast_path=True)
+
+
+@cells(10)
+def test_promise_10_compiles(operation, backend):
+    tensors = operation.tensors()
+    compiled = torch.compile(
+        lambda tensors: operation(tensors, backend), fullgraph=True, backend="aot_eager"
+    )
+    results, _ = run(operation, tensors, backend)
+    assert_same((compiled(tensors), []), (results, []))
+    tests = ast.parse((ROOT / f"tests/kernels/test_{operation.kernels}.py").read_text())
+    names = [node.name for node in tests.body if isinstance(node, ast.FunctionDef)]
+    assert any("opcheck" in name for name in names)
+
+
+@cells(11)
+def test_promise_11_shards(operation, backend):
+    for name in operation.floats:
+        tensors = operation.tensors()
+        tensors[name] = torch.empty(0, device=DEVICE)
+        tensors[name].ds_id = 1
+        with pytest.raises(ValueError, match=f"{name}.*deepspeed.zero.GatheredParameters"):
+            operation(tensors, backend)
+
+        class DTensor(torch.Tensor):
+            """Known by its name, so that importing the kernels does not import DTensor."""
+
+        tensors[name] = operation.tensors()[name].as_subclass(DTensor)
+        with pytest.raises(ValueError, match=rf"{name}.*full_tensor\(\)"):
+            operation(tensors, backend)
+
+
+def microseconds(call: Callable[[], object]) -> float:
+    """The best of many short windows, so that another process on the core does not count."""
+    call()
+    return min(timeit.repeat(call, number=20, repeat=200)) / 20 * 1e6
+
+
+@cells(12)
+def test_promise_12_host_cost(operation, backend):
+    tensors = operation.tensors()
+    one = torch.zeros(1)
+    launch = (1, one, 1, None, None, 0, False, 0.0, one, one, one, one.int())
+    native = dispatch.load(backend)
+    for name in operation.differentiable:
+        tensors[name].requires_grad_()
+    cost = microseconds(lambda: operation(tensors, backend))
+    assert cost - microseconds(lambda: native.group_advantages_forward(*launch)) < HOST_COST_US
+
+
+def matrix() -> str:
+    """x: tested. A letter: why there is nothing to test."""
+    reasons: dict[str, str] = {}
+    width = max(len(operation.name) for operation in OPERATIONS)
+    lines = [f"{'':{width}}  {'backend':8}" + "".join(f"{n:>3}" for n in PROMISES)]
+    for operation in OPERATIONS:
+        for backend in ("cpu", "triton", "cuda"):
+            line = f"{operation.name:{width}}  {backend:8}"
+            for promise in PROMISES:
+                reason = why_not(operation, promise, backend)
+                if reason is not None:
+                    reasons.setdefault(reason, chr(ord("a") + len(reasons)))
+                line += "  x" if reason is None else f"  {reasons[reason]}"
+            lines.append(line)
+    lines += ["", *(f"{number:>2}  {text}" for number, text in PROMISES.items()), ""]
+    lines += [" x  tested", *(f" {letter}  {reason}" for reason, letter in reasons.items())]
+    return "\n".join(lines) + "\n"
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the matrix is that of a machine without a GPU")
+def test_the_matrix_is_what_contract_txt_shows():
+    assert MATRIX.read_text() == matrix(), "run python -m tests.kernels.test_contract"
+
+
+if __name__ == "__main__":
+    MATRIX.write_text(matrix())
