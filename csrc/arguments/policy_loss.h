@@ -44,7 +44,7 @@ enum Metric : int {
     kApproxKl,  // k3 of old against new: ratio - 1 - log ratio
     kKl,        // the estimator against the reference
     kEntropy,
-    kCorrectionSum,  // of the weights
+    kCorrectionSum,  // of the weights, each 1 without a correction
     kCorrected,      // tokens whose weight was truncated, or set to 0
     kNumMetrics
 };
