@@ -49,6 +49,10 @@ enum Metric : int {
     kNumMetrics
 };
 
+// A GPU splits the sequences of a small batch into parts, each with a row of partial sums: at most
+// this many rows, unless there are more sequences.
+constexpr int64_t kMinPartials = 512;
+
 struct PolicyLoss {
     int64_t sequences, steps;   // steps: length of a row; with cu_seqlens: total tokens
     const int32_t* cu_seqlens;  // (sequences + 1), or nullptr
@@ -73,9 +77,9 @@ struct PolicyLoss {
     bool sequence_mean;        // weight = 1 / (valid tokens of the sequence * denominator)
     const float* denominator;  // one float on the device; 0 gives loss 0 and gradients 0
     float *grad_logprobs, *grad_entropy;  // contiguous (rows * steps), float32; nullptr: not wanted
-    float* partials;                      // (sequences, kNumMetrics) float32 workspace
-    float* loss;                          // ()
-    float* metrics;                       // (kNumMetrics)
+    float* partials;  // (max(sequences, kMinPartials), kNumMetrics) float32 workspace
+    float* loss;      // ()
+    float* metrics;   // (kNumMetrics)
 };
 
 }  // namespace warpo
