@@ -176,6 +176,7 @@ def _part(
         if SURROGATE == GEOMETRIC:
             _, is_low, is_high = geometric_log_ratio(own_log_ratio, advantage, bounds)
         by_log_ratio = tl.where(is_outside(log_ratio, limit), 0.0, by_log_ratio)
+        correction = zeros + 1.0
         if CORRECTION != 0:
             log_weight = zeros + sequence_log_weight
             if not CORRECTION_SEQUENCE:
@@ -185,7 +186,6 @@ def _part(
             )
             value, by_log_ratio = value * correction, by_log_ratio * correction
             by_logp *= correction
-            correction_sum += tl.where(keep, correction, 0.0)
             corrected_sum += tl.where(keep & corrected, 1.0, 0.0)
         if RATIO_LEVEL == SEQUENCE_RATIO:
             by_log_ratio = zeros + shared_derivative
@@ -194,6 +194,7 @@ def _part(
         gradient = -(by_log_ratio + by_logp)
         valid_sum += tl.where(keep, 1.0, 0.0)
         policy_sum += tl.where(keep, value, 0.0)
+        correction_sum += tl.where(keep, correction, 0.0)
         low_sum += tl.where(keep & is_low, 1.0, 0.0)
         high_sum += tl.where(keep & is_high, 1.0, 0.0)
         dual_sum += tl.where(keep & is_dual, 1.0, 0.0)
