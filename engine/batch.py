@@ -53,7 +53,8 @@ class Batch:
         predictors: (M,) int64, index of the token whose logits predict each completion token.
         targets: (M,) int64, the completion tokens.
         completion_cu_seqlens: (B + 1,) int32, where each completion starts among the M tokens.
-        old_logprobs: (M,) float32.
+        sampler_logprobs: (M,) float32, as the sampler computed them.
+        old_logprobs: (M,) float32, the sampler's or the learner's.
         advantages: (B,) float32.
         ref_logprobs: (M,) float32, None where the objective has no KL term.
     """
@@ -65,6 +66,7 @@ class Batch:
     predictors: Tensor
     targets: Tensor
     completion_cu_seqlens: Tensor
+    sampler_logprobs: Tensor
     old_logprobs: Tensor
     advantages: Tensor
     ref_logprobs: Tensor | None = None
@@ -94,6 +96,7 @@ def pack(rollouts: Sequence[Rollout]) -> Batch:
         for i in range(len(rollout.completion.token_ids))
     ]
     ids = [token for r in rollouts for token in r.prompt_ids + r.completion.token_ids]
+    sampler_logprobs = torch.tensor([logp for c in completions for logp in c.logprobs])
     return Batch(
         input_ids=torch.tensor([ids]),
         position_ids=torch.cat([torch.arange(n) for n in lengths])[None],
@@ -102,7 +105,8 @@ def pack(rollouts: Sequence[Rollout]) -> Batch:
         predictors=torch.tensor(predictors),
         targets=torch.tensor([token for c in completions for token in c.token_ids]),
         completion_cu_seqlens=_starts([len(c.token_ids) for c in completions]),
-        old_logprobs=torch.tensor([logp for c in completions for logp in c.logprobs]),
+        sampler_logprobs=sampler_logprobs,
+        old_logprobs=sampler_logprobs,
         advantages=torch.tensor([rollout.advantage for rollout in rollouts]),
     )
 

@@ -91,7 +91,7 @@ class Loss:
     """Objective of the policy. "objective" stands for the value in the published objective."""
 
     objective: Text = "grpo"
-    """Row of the table in warpo.kernels.objectives: ppo, grpo, dr_grpo, dapo, gspo, ..."""
+    """Row of the table in warpo.kernels.objectives: ppo, grpo, dr_grpo, dapo, gspo, cispo, ..."""
     clip_low: Fraction | Literal["objective"] = "objective"
     """The ratio is clipped below at 1 - clip_low."""
     clip_high: NonNegative | Literal["objective"] = "objective"
@@ -248,11 +248,24 @@ def _check_schedule(config: Config) -> None:
         )
 
 
+# Rows whose paper has other advantages than those that this engine computes, which are relative
+# to the group.
+_OTHER_ADVANTAGES = {
+    "reinforce": "a moving average of the rewards as baseline",
+    "rloo": "the mean of the other answers as baseline",
+    "remax": "the reward of the greedy answer as baseline",
+    "reinforce_plus_plus": "rewards shaped by the KL and normalised over the batch",
+    "reinforce_plus_plus_baseline": "advantages normalised over the batch",
+    "ppo_kl": "a critic, and a coefficient that adapts",
+}
+
+
 def resolve_objective(loss: Loss) -> Objective:
     """The row of the table that `loss` names, with its overrides.
 
     Raises:
-        ConfigError: there is no such row, or an override would have no effect.
+        ConfigError: there is no such row, its advantages are not those of the engine, or an
+            override would have no effect.
     """
     if loss.objective not in OBJECTIVES:
         near = difflib.get_close_matches(loss.objective, OBJECTIVES, n=1)
@@ -260,6 +273,12 @@ def resolve_objective(loss: Loss) -> Objective:
             f"loss.objective = {loss.objective!r} is unknown"
             + (f", did you mean {near[0]!r}?" if near else "")
             + f" Known: {', '.join(OBJECTIVES)}"
+        )
+    if loss.objective in _OTHER_ADVANTAGES:
+        raise ConfigError(
+            f"loss.objective = {loss.objective!r} needs {_OTHER_ADVANTAGES[loss.objective]}; the "
+            "engine has advantages relative to the group: "
+            + ", ".join(name for name in OBJECTIVES if name not in _OTHER_ADVANTAGES)
         )
     names = ("clip_low", "clip_high", "kl_coef", "kl_estimator")
     given = {name: getattr(loss, name) for name in names if getattr(loss, name) != "objective"}
