@@ -20,6 +20,8 @@
     X(logprobs_backward, LogprobsBackward)                \
     X(gae_forward, Gae)                                   \
     X(gae_backward, GaeBackward)                          \
+    X(shaped_gae, ShapedGae)                              \
+    X(vtrace, Vtrace)                                     \
     X(policy_loss, PolicyLoss)                            \
     X(group_advantages_forward, GroupAdvantages)          \
     X(group_advantages_backward, GroupAdvantagesBackward)
