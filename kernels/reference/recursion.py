@@ -78,9 +78,9 @@ def recursion(
         bootstrap = torch.where(term & keep, 0, bootstrap)
         trace = torch.where((term | cut[..., t]) & keep, 0, next_x)
         delta = reward + gamma * bootstrap - value
-        x = torch.where(keep, rho[..., t], 1) * delta
-        x = x + gamma * gae_lambda * torch.where(keep, c[..., t], 1) * trace
-        q = torch.where(keep, pg[..., t], 1) * (delta + gamma * trace)
+        x = rho[..., t] * delta
+        x = x + gamma * gae_lambda * c[..., t] * trace
+        q = pg[..., t] * (delta + gamma * trace)
         xs.append(torch.where(keep, x, 0))
         qs.append(torch.where(keep, q, 0))
         if mask_mode == "zero":
