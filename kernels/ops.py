@@ -15,6 +15,7 @@ from warpo.kernels.group_advantages import GroupAdvantages, group_advantages
 from warpo.kernels.logprobs import LogprobsAndEntropy, logprobs, logprobs_and_entropy
 from warpo.kernels.objectives import OBJECTIVES, Objective, get_objective
 from warpo.kernels.policy_loss import METRICS, PolicyLoss, policy_loss, policy_metrics, sum_metrics
+from warpo.kernels.whiten import whiten
 
 __all__ = [
     "METRICS",
@@ -32,4 +33,5 @@ __all__ = [
     "policy_loss",
     "policy_metrics",
     "sum_metrics",
+    "whiten",
 ]

@@ -9,6 +9,7 @@ from warpo.kernels.reference.gae import gae
 from warpo.kernels.reference.group_advantages import group_advantages
 from warpo.kernels.reference.logprobs import logprobs
 from warpo.kernels.reference.policy_loss import kl_estimate, policy_loss
+from warpo.kernels.reference.whiten import whiten
 
 __all__ = [
     "gae",
@@ -16,4 +17,5 @@ __all__ = [
     "kl_estimate",
     "logprobs",
     "policy_loss",
+    "whiten",
 ]
