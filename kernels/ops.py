@@ -18,6 +18,7 @@ from warpo.kernels.policy_loss import METRICS, PolicyLoss, policy_loss, policy_m
 from warpo.kernels.returns import discounted_returns, lambda_returns
 from warpo.kernels.shaped_gae import ShapedGae, shaped_gae
 from warpo.kernels.vtrace import Vtrace, vtrace
+from warpo.kernels.whiten import whiten
 
 __all__ = [
     "METRICS",
@@ -41,4 +42,5 @@ __all__ = [
     "shaped_gae",
     "sum_metrics",
     "vtrace",
+    "whiten",
 ]

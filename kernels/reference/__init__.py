@@ -11,6 +11,7 @@ from warpo.kernels.reference.logprobs import logprobs
 from warpo.kernels.reference.policy_loss import kl_estimate, policy_loss
 from warpo.kernels.reference.shaped_gae import shaped_gae
 from warpo.kernels.reference.vtrace import vtrace
+from warpo.kernels.reference.whiten import whiten
 
 __all__ = [
     "discounted_returns",
@@ -22,4 +23,5 @@ __all__ = [
     "policy_loss",
     "shaped_gae",
     "vtrace",
+    "whiten",
 ]
