@@ -13,6 +13,7 @@
 #include "arguments/group_advantages.h"
 #include "arguments/logprobs.h"
 #include "arguments/policy_loss.h"
+#include "arguments/whiten.h"
 
 // clang-format off
 #define WARPO_OPERATIONS(X)                               \
@@ -20,7 +21,11 @@
     X(logprobs_backward, LogprobsBackward)                \
     X(gae_forward, Gae)                                   \
     X(gae_backward, GaeBackward)                          \
+    X(shaped_gae, ShapedGae)                              \
+    X(vtrace, Vtrace)                                     \
     X(policy_loss, PolicyLoss)                            \
     X(group_advantages_forward, GroupAdvantages)          \
-    X(group_advantages_backward, GroupAdvantagesBackward)
+    X(group_advantages_backward, GroupAdvantagesBackward) \
+    X(whiten_forward, Whiten)                             \
+    X(whiten_backward, WhitenBackward)
 // clang-format on
