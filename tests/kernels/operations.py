@@ -26,6 +26,7 @@ class Operation:
         wrong: an option and a value outside its set.
         not_promised: number of a promise -> why it has no meaning here.
         kernels: the file of its tests and launches.
+        mutates: it writes to its arguments.
     """
 
     name: str
@@ -40,9 +41,12 @@ class Operation:
     vocabulary: str | None = None
     wrong: tuple[str, Any] = ("backend", "fastest")
     not_promised: dict[int, str] = field(default_factory=dict)
+    mutates: bool = False
 
     def __call__(self, tensors: dict[str, Tensor], backend: str, **options: Any) -> list[Tensor]:
         """All results, in order."""
+        if self.mutates:
+            tensors = {name: x.clone() for name, x in tensors.items()}
         arguments = {**tensors, **self.options, "backend": backend, **options}
         results = getattr(ops, self.name)(**arguments)
         return [results] if isinstance(results, Tensor) else list(results)
@@ -99,43 +103,295 @@ _LOGPROBS: dict[str, Any] = {
     "vocabulary": "logits",
 }
 _NO_MASK = "it takes no mask"
+_SCAN: dict[str, Any] = {
+    "kernels": "gae",
+    "tensors": _token_level,
+    "options": {"gamma": 0.9, "gae_lambda": 0.8},
+    "floats": ("rewards", "values"),
+    "differentiable": ("rewards", "values"),
+    "masked": ("rewards", "values"),
+    "batched": ("rewards", "values", "mask"),
+    "wrong": ("mask_mode", "skip"),
+}
+_POLICY_FLOATS = ("logprobs", "old_logprobs", "ref_logprobs", "advantages")
+_GROUPS: dict[str, Any] = {"floats": ("rewards",), "wrong": ("std", "robust")}
+_MATRIX_PRODUCT = "its result is that of a matrix product, which BLAS rounds by shape and layout"
+_MATRIX_TIME = "its launches are matrix products"
+_GRADIENT_SAVED = "what it saves is the gradient"
+_LOSS_ONLY = "its result is a loss, not logprobs; its own tests have such logits"
+
+
+def _returns_only() -> dict[str, Tensor]:
+    return {name: x for name, x in _token_level().items() if name != "values"}
+
+
+def _log_ratios() -> dict[str, Tensor]:
+    policy = _policy()
+    return _token_level() | {n: policy[n] for n in ("logprobs", "old_logprobs")}
+
+
+def _shaped() -> dict[str, Tensor]:
+    policy = _policy()
+    return _token_level() | {n: policy[n] for n in ("logprobs", "ref_logprobs")}
+
+
+def _values() -> dict[str, Tensor]:
+    values = _numbers(B, T)
+    return {
+        "values": values,
+        "old_values": values.flip(0),
+        "returns": values.flip(1),
+        "mask": _mask(B, T),
+    }
+
+
+def _steps_of_answers() -> dict[str, Tensor]:
+    """Four answers of two steps each, over T tokens."""
+    return {
+        "step_rewards": _numbers(8),
+        "step_offsets": torch.arange(0, 9, 2, device=DEVICE),
+        "step_ends": torch.tensor([2, 5] * 4, device=DEVICE),
+    }
+
+
+def _linear() -> dict[str, Tensor]:
+    return {
+        "hidden": _numbers(B, T, 5),
+        "weight": _numbers(V, 5),
+        "targets": _targets(V, B, T),
+        "mask": _mask(B, T),
+    }
+
+
+def _kept() -> dict[str, Tensor]:
+    ids = torch.arange(4 * V, device=DEVICE) % V
+    return {
+        "hidden": _numbers(4, 8),
+        "weight": _numbers(V, 8),
+        "targets": _targets(V, 4),
+        "kept_ids": ids,
+        "kept_offsets": torch.arange(0, 4 * V + 1, V, device=DEVICE),
+    }
+
+
+def _pairs() -> dict[str, Tensor]:
+    chosen, mask = -_numbers(B, T).abs(), _mask(B, T)
+    return {
+        "chosen_logprobs": chosen,
+        "rejected_logprobs": chosen.flip(0),
+        "ref_chosen_logprobs": chosen.flip(1),
+        "ref_rejected_logprobs": chosen.flip(0, 1),
+        "chosen_mask": mask,
+        "rejected_mask": mask.flip(0),
+    }
+
+
+def _moments() -> dict[str, Tensor]:
+    master = _numbers(64)
+    return {
+        "grad": master.flip(0),
+        "master": master,
+        "exp_avg": 0.1 * master,
+        "exp_avg_sq": master.square(),
+        "published": master.bfloat16(),
+    }
+
 
 OPERATIONS = [
     Operation(name="logprobs", **_LOGPROBS),
     Operation(name="logprobs_and_entropy", **_LOGPROBS),
     Operation(
-        name="gae",
-        kernels="gae",
-        tensors=_token_level,
-        options={"gamma": 0.9, "gae_lambda": 0.8},
-        floats=("rewards", "values"),
-        differentiable=("rewards", "values"),
-        masked=("rewards", "values"),
-        batched=("rewards", "values", "mask"),
-        wrong=("mask_mode", "skip"),
+        name="linear_logprobs",
+        kernels="linear_logprobs",
+        tensors=_linear,
+        floats=("hidden", "weight"),
+        differentiable=("hidden", "weight"),
+        masked=("hidden",),
+        wrong=("logits_dtype", "float64"),
+        not_promised={1: _MATRIX_PRODUCT, 3: "it composes logprobs", 12: _MATRIX_TIME},
+    ),
+    Operation(
+        name="linear_logprobs_and_entropy",
+        kernels="linear_logprobs",
+        tensors=_linear,
+        floats=("hidden", "weight"),
+        differentiable=("hidden", "weight"),
+        masked=("hidden",),
+        wrong=("logits_dtype", "float64"),
+        not_promised={1: _MATRIX_PRODUCT, 3: "it composes logprobs", 12: _MATRIX_TIME},
+    ),
+    Operation(
+        name="kept_set_logprobs",
+        kernels="kept_set_logprobs",
+        tensors=_kept,
+        floats=("hidden", "weight"),
+        differentiable=("hidden", "weight"),
+        not_promised={4: _NO_MASK},
     ),
     Operation(
         name="policy_loss",
         kernels="policy_loss",
         tensors=_policy,
         options={"objective": "grpo", "denominator": 3.0},
-        floats=("logprobs", "old_logprobs", "ref_logprobs", "advantages"),
+        floats=_POLICY_FLOATS,
         differentiable=("logprobs",),
-        masked=("logprobs", "old_logprobs", "ref_logprobs", "advantages"),
+        masked=_POLICY_FLOATS,
         wrong=("objective", "grppo"),
+    ),
+    Operation(
+        name="policy_loss_from_logits",
+        kernels="policy_loss_from_logits",
+        tensors=lambda: _logits() | {n: x for n, x in _policy().items() if n != "logprobs"},
+        options={"objective": "grpo", "denominator": 3.0},
+        floats=("logits", "old_logprobs", "ref_logprobs", "advantages"),
+        differentiable=("logits",),
+        masked=("logits", "old_logprobs", "ref_logprobs", "advantages"),
+        vocabulary="logits",
+        wrong=("objective", "grppo"),
+        not_promised={7: _GRADIENT_SAVED, 8: _LOSS_ONLY},
+    ),
+    Operation(
+        name="policy_loss_from_hidden",
+        kernels="policy_loss_from_hidden",
+        tensors=lambda: _linear() | {n: x for n, x in _policy().items() if n != "logprobs"},
+        options={"objective": "grpo", "denominator": 3.0},
+        floats=("hidden", "weight"),
+        differentiable=("hidden", "weight"),
+        masked=("hidden", "old_logprobs", "ref_logprobs", "advantages"),
+        wrong=("objective", "grppo"),
+        not_promised={
+            1: _MATRIX_PRODUCT, 3: "it composes policy_loss_from_logits", 12: _MATRIX_TIME,
+        },
+    ),
+    Operation(name="gae", **_SCAN),
+    Operation(name="lambda_returns", **_SCAN),
+    Operation(
+        name="discounted_returns",
+        **_SCAN
+        | {
+            "tensors": _returns_only,
+            "options": {"gamma": 0.9},
+            "floats": ("rewards",),
+            "differentiable": ("rewards",),
+            "masked": ("rewards",),
+            "batched": ("rewards", "mask"),
+        },
+    ),
+    Operation(
+        name="shaped_gae",
+        **_SCAN
+        | {
+            "kernels": "shaped_gae",
+            "tensors": _shaped,
+            "options": _SCAN["options"] | {"kl_coef": 0.1},
+            "floats": ("rewards", "values", "logprobs", "ref_logprobs"),
+            "differentiable": (),
+            "masked": ("rewards", "values", "logprobs", "ref_logprobs"),
+            "batched": ("rewards", "values", "logprobs", "ref_logprobs", "mask"),
+        },
+    ),
+    Operation(
+        name="vtrace",
+        **_SCAN
+        | {
+            "kernels": "vtrace",
+            "tensors": _log_ratios,
+            "floats": ("rewards", "values", "logprobs", "old_logprobs"),
+            "differentiable": (),
+            "masked": ("rewards", "values", "logprobs", "old_logprobs"),
+            "batched": ("rewards", "values", "logprobs", "old_logprobs", "mask"),
+        },
+    ),
+    Operation(
+        name="whiten",
+        kernels="whiten",
+        tensors=lambda: {"x": _numbers(B, T), "mask": _mask(B, T)},
+        floats=("x",),
+        differentiable=("x",),
+        masked=("x",),
     ),
     Operation(
         name="group_advantages",
         kernels="group_advantages",
         tensors=lambda: {"rewards": _numbers(12)},
         options={"group_size": 4},
-        floats=("rewards",),
         differentiable=("rewards",),
         outputs=1,
+        not_promised={4: _NO_MASK},
+        **_GROUPS,
+    ),
+    Operation(
+        name="process_advantages",
+        kernels="process_advantages",
+        tensors=_steps_of_answers,
+        options={"num_tokens": T, "group_size": 2},
+        floats=("step_rewards",),
         wrong=("std", "robust"),
         not_promised={4: _NO_MASK},
     ),
-]
+    Operation(
+        name="value_loss",
+        kernels="value_loss",
+        tensors=_values,
+        options={"denominator": 3.0},
+        floats=("values", "old_values", "returns"),
+        differentiable=("values",),
+        outputs=1,
+        masked=("values", "old_values", "returns"),
+        wrong=("loss", "mae"),
+    ),
+    Operation(
+        name="preference_loss",
+        kernels="preference_loss",
+        tensors=_pairs,
+        floats=tuple(name for name in _pairs() if name.endswith("logprobs")),
+        differentiable=("chosen_logprobs", "rejected_logprobs"),
+        outputs=1,
+        wrong=("loss", "dpoo"),
+        not_promised={4: "its two masks are in its own tests"},
+    ),
+    Operation(
+        name="reward_model_loss",
+        kernels="reward_model_loss",
+        tensors=lambda: {
+            "chosen_scores": _numbers(12),
+            "rejected_scores": _numbers(12).flip(0),
+            "mask": _mask(12),
+        },
+        floats=("chosen_scores", "rejected_scores"),
+        differentiable=("chosen_scores", "rejected_scores"),
+        outputs=1,
+        masked=("chosen_scores", "rejected_scores"),
+    ),
+    Operation(
+        name="ranking_loss",
+        kernels="reward_model_loss",
+        tensors=lambda: {
+            "scores": _numbers(12),
+            "ranks": (torch.arange(12, device=DEVICE) * 5 % 4),
+            "cu_groups": torch.arange(0, 13, 4, dtype=torch.int32, device=DEVICE),
+            "mask": _mask(12),
+        },
+        floats=("scores",),
+        differentiable=("scores",),
+        outputs=1,
+        masked=("scores",),
+    ),
+    Operation(
+        name="adamw_publish",
+        kernels="adamw_publish",
+        tensors=_moments,
+        options={
+            "lr": 1e-3, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1, "step": 3,
+        },
+        floats=("grad",),
+        mutates=True,
+        not_promised={
+            2: "master and moments are dense; a strided gradient raises",
+            4: _NO_MASK,
+        },
+    ),
+]  # fmt: skip
 
 # public functions that compute nothing on tensors of tokens
 HELPERS = ("policy_metrics", "sum_metrics", "get_objective")
