@@ -86,8 +86,9 @@ struct Tile {
     void load_log_ratio(const PolicyLoss& a, const Span& span, int64_t start, int count) {
         logp = logp_storage.load(a.logprobs, span, start, count);
         old = old_storage.load(a.old_logprobs, span, start, count);
+        const float *now = logp, *then = old;
 #pragma omp simd
-        for (int i = 0; i < count; ++i) log_ratio[i] = logp[i] - old[i];
+        for (int i = 0; i < count; ++i) log_ratio[i] = now[i] - then[i];
     }
 
     void load_advantage(const PolicyLoss& a, const Span& span, int64_t start, int count) {
