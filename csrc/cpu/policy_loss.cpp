@@ -4,105 +4,11 @@
 #include <math.h>
 #include <omp.h>
 
-#include <vector>
-
 #include "cpu/cpu.h"
-#include "cpu/load.h"
+#include "cpu/policy_loss_tile.h"
 
 namespace warpo::cpu::WARPO_ISA {
 namespace {
-
-// Tokens whose sums are float32 before they are added up in double, and stay in the L1 cache.
-constexpr int kTile = 256;
-// Tokens of a sequence that one thread takes. Sums are made part by part, however many threads
-// there are, so the result does not depend on their number.
-constexpr int64_t kPart = 8192;
-
-// The tokens of one sequence, steps [first, first + count) of a row of the views.
-struct Span {
-    int64_t row, first, count;
-    int64_t grad;  // offset of its gradients
-};
-
-Span span_of(const PolicyLoss& a, int64_t sequence) {
-    if (!a.cu_seqlens) return {sequence, 0, a.steps, sequence * a.steps};
-    const int64_t first = a.cu_seqlens[sequence];
-    return {sequence, first, a.cu_seqlens[sequence + 1] - first, first};
-}
-
-Span part_of(const Span& span, int64_t part) {
-    const int64_t start = part * kPart, rest = span.count - start;
-    return {span.row, span.first + start, rest < kPart ? rest : kPart, span.grad + start};
-}
-
-// The sums of all parts of a sequence, in their order.
-template <class Result, class Function>
-Result sum_parts(const Span& span, bool parallel, Function part) {
-    const int64_t parts = (span.count + kPart - 1) / kPart;
-    Result total;
-    if (!parallel) {
-        for (int64_t p = 0; p < parts; ++p) total.add(part(part_of(span, p)));
-        return total;
-    }
-    std::vector<Result> results(parts);
-#pragma omp parallel for schedule(dynamic)
-    for (int64_t p = 0; p < parts; ++p) results[p] = part(part_of(span, p));
-    for (const Result& result : results) total.add(result);
-    return total;
-}
-
-// Up to kTile tokens as float32: where they lie, or converted into `storage`.
-class Column {
-public:
-    const float* load(const View& view, const Span& span, int64_t start, int count) {
-        if (view.dtype == kFloat32 && view.stride1 == 1)
-            return address<float>(view, span.row, span.first + start);
-        load_steps(view, span.row, span.first + start, count, storage_);
-        return storage_;
-    }
-
-private:
-    alignas(64) float storage_[kTile];
-};
-
-struct Tile {
-    Column logp_storage, old_storage, advantage_storage, ref_storage, sampler_storage;
-    const float *logp, *old, *advantage, *ref, *sampler;
-    alignas(64) float log_ratio[kTile], correction[kTile], unwanted[kTile];
-    alignas(64) int32_t keep[kTile];
-
-    void load_keep(const PolicyLoss& a, const Span& span, int64_t start, int count) {
-        if (!a.mask.data) {
-            for (int i = 0; i < count; ++i) keep[i] = 1;
-            return;
-        }
-        const uint8_t* mask = address<uint8_t>(a.mask, span.row, span.first + start);
-        if (a.mask.stride1 == 1) {
-#pragma omp simd
-            for (int i = 0; i < count; ++i) keep[i] = mask[i] != 0;
-        } else {
-            for (int i = 0; i < count; ++i) keep[i] = mask[i * a.mask.stride1] != 0;
-        }
-    }
-
-    // Log ratios of the tokens; masked ones hold anything.
-    void load_log_ratio(const PolicyLoss& a, const Span& span, int64_t start, int count) {
-        logp = logp_storage.load(a.logprobs, span, start, count);
-        old = old_storage.load(a.old_logprobs, span, start, count);
-#pragma omp simd
-        for (int i = 0; i < count; ++i) log_ratio[i] = logp[i] - old[i];
-    }
-
-    void load_advantage(const PolicyLoss& a, const Span& span, int64_t start, int count) {
-        advantage = advantage_storage.load(a.advantages, span, start, count);
-    }
-};
-
-template <class Function>
-void for_each_tile(const Span& span, Function body) {
-    for (int64_t start = 0; start < span.count; start += kTile)
-        body(start, span.count - start < kTile ? (int)(span.count - start) : kTile);
-}
 
 // What the tokens of a sequence share, and must be known before any of them is evaluated.
 struct Shared {
@@ -134,9 +40,10 @@ float sum_log_ratio(const PolicyLoss& a, int count, const Tile& tile) {
     float sum = 0;
     if (a.surrogate == kGeometric) {
         const GeometricBounds bounds = geometric_bounds(a);
+        const float* advantage = tile.advantage;
 #pragma omp simd reduction(+ : sum)
         for (int i = 0; i < count; ++i) {
-            const GeometricTerm term = geometric_log_ratio(tile.log_ratio[i], tile.advantage[i],
+            const GeometricTerm term = geometric_log_ratio(tile.log_ratio[i], advantage[i],
                                                            bounds.log_low, bounds.log_high);
             sum += tile.keep[i] ? term.log_ratio : 0.0f;
         }
@@ -148,9 +55,10 @@ float sum_log_ratio(const PolicyLoss& a, int count, const Tile& tile) {
 }
 
 float sum_log_weight(int count, const Tile& tile) {
+    const float *old = tile.old, *sampler = tile.sampler;
     float sum = 0;
 #pragma omp simd reduction(+ : sum)
-    for (int i = 0; i < count; ++i) sum += tile.keep[i] ? tile.old[i] - tile.sampler[i] : 0.0f;
+    for (int i = 0; i < count; ++i) sum += tile.keep[i] ? old[i] - sampler[i] : 0.0f;
     return sum;
 }
 
@@ -206,26 +114,26 @@ struct Weights {
 };
 
 // Sums of a tile of surrogates and KLs, and the gradient of each token by itself.
-template <int kSurrogate, int kKl>
+template <int kSurrogate, int kKl, bool kStraightThrough>
 void evaluate(const PolicyLoss& a, const Weights& weights, int count, const Tile& tile, float* grad,
               Sums& sums) {
     const SurrogateOptions options = surrogate_options(a);
     const bool of_sequence = a.ratio_level == kSequenceRatio;
-    const bool straight_through = a.kl_straight_through;
     const float policy_weight = weights.policy, kl_weight = weights.kl;
+    // Read from the tile within the loop, pointers would keep it from vectorising.
+    const float *logp = tile.logp, *advantage = tile.advantage, *ref = tile.ref;
     float policy = 0, kl = 0, low = 0, high = 0, dual = 0, ratio = 0, approx_kl = 0, derivative = 0;
     float smallest = INFINITY, largest = -INFINITY;
 #pragma omp simd reduction(+ : policy, kl, low, high, dual, ratio, approx_kl, derivative) \
     reduction(min : smallest) reduction(max : largest)
     for (int i = 0; i < count; ++i) {
         const bool keep = tile.keep[i];
-        const TokenTerms terms = token_terms<kSurrogate>(options, tile.log_ratio[i], tile.logp[i],
-                                                         tile.advantage[i], tile.correction[i]);
-        float own = policy_weight * ((of_sequence ? 0.0f : terms.by_log_ratio) + terms.by_logp);
-        own = -own;
+        const TokenTerms terms = token_terms<kSurrogate>(options, tile.log_ratio[i], logp[i],
+                                                         advantage[i], tile.correction[i]);
+        float own = -policy_weight * ((of_sequence ? 0.0f : terms.by_log_ratio) + terms.by_logp);
         if (kKl != kNoKl) {
-            const KlTerm term = kl_estimate(tile.logp[i], tile.ref[i], kKl, straight_through,
-                                            options.log_ratio_limit);
+            const KlTerm term =
+                kl_estimate(logp[i], ref[i], kKl, kStraightThrough, options.log_ratio_limit);
             own += kl_weight * term.derivative;
             kl += keep ? term.value : 0.0f;
         }
@@ -257,35 +165,41 @@ void evaluate(const PolicyLoss& a, const Weights& weights, int count, const Tile
 using Evaluate = void (*)(const PolicyLoss&, const Weights&, int, const Tile&, float*, Sums&);
 
 template <int kSurrogate>
-Evaluate choose_kl(int kl) {
+Evaluate choose_kl(int kl, bool straight_through) {
     switch (kl) {
-        case kNoKl: return evaluate<kSurrogate, kNoKl>;
-        case kK1: return evaluate<kSurrogate, kK1>;
-        case kK2: return evaluate<kSurrogate, kK2>;
-        default: return evaluate<kSurrogate, kK3>;
+        case kNoKl: return evaluate<kSurrogate, kNoKl, false>;
+        case kK1:
+            return straight_through ? evaluate<kSurrogate, kK1, true>
+                                    : evaluate<kSurrogate, kK1, false>;
+        case kK2: return evaluate<kSurrogate, kK2, true>;
+        default:
+            return straight_through ? evaluate<kSurrogate, kK3, true>
+                                    : evaluate<kSurrogate, kK3, false>;
     }
 }
 
-Evaluate choose(int surrogate, int kl) {
+Evaluate choose(int surrogate, int kl, bool straight_through) {
     switch (surrogate) {
-        case kClip: return choose_kl<kClip>(kl);
-        case kDualClip: return choose_kl<kDualClip>(kl);
-        case kStopGradient: return choose_kl<kStopGradient>(kl);
-        case kMaskOutside: return choose_kl<kMaskOutside>(kl);
-        case kReinforce: return choose_kl<kReinforce>(kl);
-        case kSoftGate: return choose_kl<kSoftGate>(kl);
-        default: return choose_kl<kUnclipped>(kl);  // kGeometric: its bounds act on log ratios
+        case kClip: return choose_kl<kClip>(kl, straight_through);
+        case kDualClip: return choose_kl<kDualClip>(kl, straight_through);
+        case kStopGradient: return choose_kl<kStopGradient>(kl, straight_through);
+        case kMaskOutside: return choose_kl<kMaskOutside>(kl, straight_through);
+        case kReinforce: return choose_kl<kReinforce>(kl, straight_through);
+        case kSoftGate: return choose_kl<kSoftGate>(kl, straight_through);
+        // kGeometric: its bounds act on log ratios
+        default: return choose_kl<kUnclipped>(kl, straight_through);
     }
 }
 
 // Counts the tokens whose log ratio is cut, before the mean replaces it.
 void count_cut(const PolicyLoss& a, int count, const Tile& tile, Sums& sums) {
     const GeometricBounds bounds = geometric_bounds(a);
+    const float* advantage = tile.advantage;
     float low = 0, high = 0;
 #pragma omp simd reduction(+ : low, high)
     for (int i = 0; i < count; ++i) {
-        const GeometricTerm term = geometric_log_ratio(tile.log_ratio[i], tile.advantage[i],
-                                                       bounds.log_low, bounds.log_high);
+        const GeometricTerm term =
+            geometric_log_ratio(tile.log_ratio[i], advantage[i], bounds.log_low, bounds.log_high);
         low += tile.keep[i] ? term.clipped_low : 0.0f;
         high += tile.keep[i] ? term.clipped_high : 0.0f;
     }
@@ -313,10 +227,11 @@ void correct(const PolicyLoss& a, const Shared& shared, int count, Tile& tile, S
     const bool sequence = a.correction_sequence;
     const int mode = a.correction;
     const float low = a.correction_low, high = a.correction_high, limit = a.log_ratio_limit;
+    const float *old = tile.old, *sampler = tile.sampler;
     float total = 0, corrected = 0;
 #pragma omp simd reduction(+ : total, corrected)
     for (int i = 0; i < count; ++i) {
-        const float log_weight = sequence ? of_sequence : tile.old[i] - tile.sampler[i];
+        const float log_weight = sequence ? of_sequence : old[i] - sampler[i];
         const CorrectionTerm term = correction_weight(log_weight, mode, low, high, limit);
         tile.correction[i] = term.weight;
         total += tile.keep[i] ? term.weight : 0.0f;
@@ -342,7 +257,7 @@ void add_entropy(const PolicyLoss& a, const Weights& weights, const Span& span, 
 
 Sums evaluate_part(const PolicyLoss& a, const Shared& shared, const Weights& weights,
                    const Span& span) {
-    const Evaluate evaluate_tile = choose(a.surrogate, a.kl);
+    const Evaluate evaluate_tile = choose(a.surrogate, a.kl, a.kl_straight_through);
     Tile tile;
     Sums sums;
     double prefix = 0;
@@ -374,9 +289,10 @@ void spread(const PolicyLoss& a, const Span& span, float grad) {
         if (a.surrogate == kGeometric) {
             tile.load_log_ratio(a, span, start, count);
             tile.load_advantage(a, span, start, count);
+            const float* advantage = tile.advantage;
 #pragma omp simd
             for (int i = 0; i < count; ++i) {
-                const GeometricTerm term = geometric_log_ratio(tile.log_ratio[i], tile.advantage[i],
+                const GeometricTerm term = geometric_log_ratio(tile.log_ratio[i], advantage[i],
                                                                bounds.log_low, bounds.log_high);
                 const bool cut = term.clipped_low + term.clipped_high > 0.0f;
                 out[i] += tile.keep[i] && !cut ? grad : 0.0f;

@@ -16,6 +16,8 @@ constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int kReduceThreads = 32 * kNumMetrics;
 // Tokens that a thread reads at once where it sums over a whole sequence.
 constexpr int kAtOnce = 4;
+// Rows of partial sums that a thread reads at once.
+constexpr int kRowsAtOnce = 8;
 
 // The tokens of a block: steps [begin, end) of a sequence, whose step 0 lies at `first` of its row.
 struct Part {
@@ -39,30 +41,39 @@ __device__ __forceinline__ Part find_part(const PolicyLoss& a, unsigned parts) {
     return p;
 }
 
-// Elements t, t + kThreads, ... of a sequence; 0, and not read, where not kept.
+// Elements t, t + kThreads, ... of a sequence as they lie in memory, so that no load waits for the
+// conversion of another; 0, and not read, where not kept.
 template <int kItems>
-__device__ __forceinline__ void load_steps(float (&out)[kItems], const View& view, const Part& p,
-                                           int t, const bool (&keep)[kItems]) {
+__device__ __forceinline__ void load_steps(uint32_t (&bits)[kItems], const View& view,
+                                           const Part& p, int t, const bool (&keep)[kItems]) {
     const int64_t offset = offset_of(view, p.row, p.first + t), apart = kThreads * view.stride1;
     if (view.dtype == kFloat32) {
-        const float* data = static_cast<const float*>(view.data) + offset;
+        const uint32_t* data = static_cast<const uint32_t*>(view.data) + offset;
 #pragma unroll
-        for (int i = 0; i < kItems; ++i) out[i] = keep[i] ? data[i * apart] : 0.0f;
+        for (int i = 0; i < kItems; ++i) bits[i] = keep[i] ? data[i * apart] : 0;
     } else {
+        const uint16_t* data = static_cast<const uint16_t*>(view.data) + offset;
 #pragma unroll
-        for (int i = 0; i < kItems; ++i)
-            out[i] = keep[i] ? load_float(view, offset + i * apart) : 0;
+        for (int i = 0; i < kItems; ++i) bits[i] = keep[i] ? data[i * apart] : 0;
     }
+}
+
+__device__ __forceinline__ float to_float(const View& view, uint32_t bits) {
+    if (view.dtype == kFloat16) return unpack_f16x2(bits).x;
+    return float_from_bits(view.dtype == kFloat32 ? bits : bits << 16);
 }
 
 template <int kItems>
 __device__ __forceinline__ void load_keep(bool (&keep)[kItems], const PolicyLoss& a, const Part& p,
                                           int t, int end) {
 #pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-        const int step = t + i * kThreads;
-        keep[i] = step < end && (!a.mask.data || load_flag(a.mask, p.row, p.first + step));
-    }
+    for (int i = 0; i < kItems; ++i) keep[i] = t + i * kThreads < end;
+    if (!a.mask.data) return;
+    const uint8_t* flags =
+        static_cast<const uint8_t*>(a.mask.data) + offset_of(a.mask, p.row, p.first + t);
+    const int64_t apart = kThreads * a.mask.stride1;
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) keep[i] = keep[i] && flags[i * apart] != 0;
 }
 
 __device__ __forceinline__ GeometricTerm clip_geometric(const PolicyLoss& a, float log_ratio,
@@ -93,7 +104,8 @@ __device__ __forceinline__ void sum_logarithms(const PolicyLoss& a, const Part& 
     for (int start = 0; start < p.length; start += kThreads * kAtOnce) {
         const int t = start + static_cast<int>(threadIdx.x);
         bool keep[kAtOnce];
-        float logp[kAtOnce] = {}, old[kAtOnce] = {}, advantage[kAtOnce] = {}, sampler[kAtOnce] = {};
+        uint32_t logp[kAtOnce] = {}, old[kAtOnce] = {}, advantage[kAtOnce] = {};
+        uint32_t sampler[kAtOnce] = {};
         load_keep(keep, a, p, t, p.length);
         if (with_ratio || with_weight) load_steps(old, a.old_logprobs, p, t, keep);
         if (with_ratio) load_steps(logp, a.logprobs, p, t, keep);
@@ -103,10 +115,13 @@ __device__ __forceinline__ void sum_logarithms(const PolicyLoss& a, const Part& 
         for (int i = 0; i < kAtOnce; ++i) {
             if (!keep[i]) continue;
             tokens += 1.0f;
-            const float own = logp[i] - old[i];
-            log_ratio +=
-                kSurrogate == kGeometric ? clip_geometric(a, own, advantage[i]).log_ratio : own;
-            log_weight += old[i] - sampler[i];
+            const float old_logp = to_float(a.old_logprobs, old[i]);
+            float own = to_float(a.logprobs, logp[i]) - old_logp;
+            if (kSurrogate == kGeometric) {
+                own = clip_geometric(a, own, to_float(a.advantages, advantage[i])).log_ratio;
+            }
+            log_ratio += own;
+            log_weight += old_logp - to_float(a.sampler_logprobs, sampler[i]);
         }
     }
     s.tokens = fmaxf(block_sum<kWarps>(tokens, scratch), 1.0f);
@@ -122,7 +137,7 @@ __device__ __forceinline__ void sum_derivatives(const PolicyLoss& a, const Part&
     for (int start = 0; start < p.length; start += kThreads * kAtOnce) {
         const int t = start + static_cast<int>(threadIdx.x);
         bool keep[kAtOnce];
-        float advantage[kAtOnce], old[kAtOnce] = {}, sampler[kAtOnce] = {};
+        uint32_t advantage[kAtOnce], old[kAtOnce] = {}, sampler[kAtOnce] = {};
         load_keep(keep, a, p, t, p.length);
         load_steps(advantage, a.advantages, p, t, keep);
         if (with_weight) {
@@ -132,10 +147,12 @@ __device__ __forceinline__ void sum_derivatives(const PolicyLoss& a, const Part&
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) {
             if (!keep[i]) continue;
-            const float weight = correct(a, s.log_weight, old[i], sampler[i]).weight;
+            const float weight = correct(a, s.log_weight, to_float(a.old_logprobs, old[i]),
+                                         to_float(a.sampler_logprobs, sampler[i]))
+                                     .weight;
             // logp does not enter the derivative
-            total += token_terms<kSurrogate>(surrogate_options(a), s.log_ratio, 0.0f, advantage[i],
-                                             weight)
+            total += token_terms<kSurrogate>(surrogate_options(a), s.log_ratio, 0.0f,
+                                             to_float(a.advantages, advantage[i]), weight)
                          .by_log_ratio;
         }
     }
@@ -213,11 +230,12 @@ __device__ __forceinline__ float add_token(Sums& sums, const PolicyLoss& a, cons
                                            const Token& token, const SequenceTerms& s,
                                            float kl_coef) {
     const bool keep[1] = {true};
-    float sampler[1] = {}, ref[1], entropy[1] = {};
+    uint32_t sampler[1] = {}, ref[1] = {}, entropy[1] = {};
     if (a.correction != kNoCorrection) load_steps(sampler, a.sampler_logprobs, p, t, keep);
     if (a.kl != kNoKl) load_steps(ref, a.ref_logprobs, p, t, keep);
     if (a.entropy.data) load_steps(entropy, a.entropy, p, t, keep);
-    const CorrectionTerm correction = correct(a, s.log_weight, token.old, sampler[0]);
+    const CorrectionTerm correction =
+        correct(a, s.log_weight, token.old, to_float(a.sampler_logprobs, sampler[0]));
     TokenTerms terms = token_terms<kSurrogate>(surrogate_options(a), token.log_ratio, token.logp,
                                                token.advantage, correction.weight);
     if (a.ratio_level == kSequenceRatio) terms.by_log_ratio = s.by_log_ratio;
@@ -229,7 +247,8 @@ __device__ __forceinline__ float add_token(Sums& sums, const PolicyLoss& a, cons
     }
     KlTerm kl = {0.0f, 0.0f};
     if (a.kl != kNoKl) {
-        kl = kl_estimate(token.logp, ref[0], a.kl, a.kl_straight_through, a.log_ratio_limit);
+        kl = kl_estimate(token.logp, to_float(a.ref_logprobs, ref[0]), a.kl, a.kl_straight_through,
+                         a.log_ratio_limit);
     }
     // The weighted sums are those of kKl and kEntropy times the weight.
     const float added[kNumMetrics] = {-terms.value,
@@ -244,7 +263,7 @@ __device__ __forceinline__ float add_token(Sums& sums, const PolicyLoss& a, cons
                                       terms.ratio,
                                       terms.approx_kl,
                                       kl.value,
-                                      entropy[0],
+                                      to_float(a.entropy, entropy[0]),
                                       correction.weight,
                                       correction.corrected};
 #pragma unroll
@@ -271,12 +290,13 @@ __global__ __launch_bounds__(kThreads) void part_kernel(const PolicyLoss a, unsi
     for (int start = p.begin; start < p.end; start += kThreads) {
         const int t = start + static_cast<int>(threadIdx.x);
         bool keep[1];
-        float logp[1], old[1], advantage[1];
+        uint32_t logp[1], old[1], advantage[1];
         load_keep(keep, a, p, t, p.end);
         load_steps(logp, a.logprobs, p, t, keep);
         load_steps(old, a.old_logprobs, p, t, keep);
         load_steps(advantage, a.advantages, p, t, keep);
-        Token token = {logp[0], old[0], advantage[0], s.log_ratio};
+        Token token = {to_float(a.logprobs, logp[0]), to_float(a.old_logprobs, old[0]),
+                       to_float(a.advantages, advantage[0]), s.log_ratio};
         if (a.ratio_level != kSequenceRatio) token.log_ratio = token.logp - token.old;
         if (kSurrogate == kStopGradient && a.ratio_level == kPrefixRatio) {
             token.log_ratio = scan_block(token.log_ratio, carry, scratch);
@@ -312,9 +332,15 @@ __global__ __launch_bounds__(kReduceThreads) void reduce_kernel(const PolicyLoss
     const int metric = static_cast<int>(threadIdx.x / 32),
               lane = static_cast<int>(threadIdx.x % 32);
     float value = first_of(metric);
-#pragma unroll 8
-    for (int64_t row = lane; row < rows; row += 32) {
-        value = reduce_pair(metric, value, a.partials[row * kNumMetrics + metric]);
+    for (int64_t start = lane; start < rows; start += 32 * kRowsAtOnce) {
+        float values[kRowsAtOnce];
+#pragma unroll
+        for (int i = 0; i < kRowsAtOnce; ++i) {
+            const int64_t row = start + 32 * i;
+            values[i] = row < rows ? a.partials[row * kNumMetrics + metric] : first_of(metric);
+        }
+#pragma unroll
+        for (int i = 0; i < kRowsAtOnce; ++i) value = reduce_pair(metric, value, values[i]);
     }
     value = reduce_warp(metric, value);
     if (lane == 0) a.metrics[metric] = totals[metric] = value;

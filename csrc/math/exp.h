@@ -60,6 +60,27 @@ WARPO_HD float exp_f32(float x) {
 #endif
 }
 
+// The same for |x| <= 85, where one power of two suffices: half the instructions. NaN stays NaN.
+WARPO_HD float exp_bounded(float x) {
+#ifdef __CUDA_ARCH__
+    return expf(x);
+#else
+    const float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
+    const float rounded = x * kLog2e + kRound;
+    const float n = rounded - kRound;
+    const float r = (x - n * ln2_high) - n * ln2_low;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    const uint32_t exponent = bits_from_float(rounded) - bits_from_float(kRound) + 127u;
+    return p * float_from_bits(exponent << 23);
+#endif
+}
+
 // Arguments of exp2_softmax below this give its 2^x, 4.7e-38: nothing beside the 1 of the largest
 // element.
 constexpr float kExp2Floor = -124.0f;

@@ -9,8 +9,8 @@
 
 namespace warpo {
 
-// e^x - 1 - x without cancellation; the k3 estimator (http://joschu.net/blog/kl-approx.html) at x =
-// log(q / p).
+// e^x - 1 - x without cancellation, |x| <= 85; the k3 estimator
+// (http://joschu.net/blog/kl-approx.html) at x = log(q / p).
 WARPO_HD float exp_minus_1_minus_x(float x) {
     // sum of x^n / n!, n = 2 .. 8: the next term is below 4e-8 of the sum at |x| = 1/2
     float series = 1.0f / 40320.0f;
@@ -20,7 +20,7 @@ WARPO_HD float exp_minus_1_minus_x(float x) {
     series = series * x + 1.0f / 24.0f;
     series = series * x + 1.0f / 6.0f;
     series = series * x + 0.5f;
-    const float direct = exp_f32(x) - 1.0f - x;
+    const float direct = exp_bounded(x) - 1.0f - x;
     return (x > -0.5f && x < 0.5f) ? series * x * x : direct;
 }
 
@@ -67,7 +67,7 @@ template <int kSurrogate>
 WARPO_HD TokenTerms token_terms(const SurrogateOptions& options, float log_ratio, float logp,
                                 float advantage, float correction) {
     const float bounded = clamp_symmetric(log_ratio, options.log_ratio_limit);
-    const float ratio = exp_f32(bounded);
+    const float ratio = exp_bounded(bounded);
     const bool below = ratio<options.ratio_low, above = ratio> options.ratio_high;
     const float clipped_ratio = clamp_between(ratio, options.ratio_low, options.ratio_high);
     const float unclipped = ratio * advantage, clipped = clipped_ratio * advantage;
@@ -167,7 +167,7 @@ struct CorrectionTerm {
 // log_weight: old - sampler of the token, or its sum over the valid tokens of the sequence.
 WARPO_HD CorrectionTerm correction_weight(float log_weight, int correction, float low, float high,
                                           float limit) {
-    const float weight = exp_f32(clamp_symmetric(log_weight, limit));
+    const float weight = exp_bounded(clamp_symmetric(log_weight, limit));
     const bool outside = weight < low || weight > high;
     const float replacement = correction == kTruncate ? clamp_between(weight, low, high) : 0.0f;
     CorrectionTerm term;
