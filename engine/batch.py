@@ -53,7 +53,8 @@ class Batch:
         predictors: (M,) int64, index of the token whose logits predict each completion token.
         targets: (M,) int64, the completion tokens.
         completion_cu_seqlens: (B + 1,) int32, where each completion starts among the M tokens.
-        old_logprobs: (M,) float32.
+        old_logprobs: (M,) float32, of the policy when the step began.
+        sampler_logprobs: (M,) float32, as the sampler computed them.
         advantages: (B,) float32.
         ref_logprobs: (M,) float32, None where the objective has no KL term.
     """
@@ -66,6 +67,7 @@ class Batch:
     targets: Tensor
     completion_cu_seqlens: Tensor
     old_logprobs: Tensor
+    sampler_logprobs: Tensor
     advantages: Tensor
     ref_logprobs: Tensor | None = None
 
@@ -93,6 +95,7 @@ def pack(rollouts: Sequence[Rollout]) -> Batch:
         for start, rollout in zip(cu_seqlens.tolist(), rollouts, strict=False)
         for i in range(len(rollout.completion.token_ids))
     ]
+    logprobs = torch.tensor([logp for c in completions for logp in c.logprobs])
     ids = [token for r in rollouts for token in r.prompt_ids + r.completion.token_ids]
     return Batch(
         input_ids=torch.tensor([ids]),
@@ -102,7 +105,8 @@ def pack(rollouts: Sequence[Rollout]) -> Batch:
         predictors=torch.tensor(predictors),
         targets=torch.tensor([token for c in completions for token in c.token_ids]),
         completion_cu_seqlens=_starts([len(c.token_ids) for c in completions]),
-        old_logprobs=torch.tensor([logp for c in completions for logp in c.logprobs]),
+        old_logprobs=logprobs,
+        sampler_logprobs=logprobs,
         advantages=torch.tensor([rollout.advantage for rollout in rollouts]),
     )
 

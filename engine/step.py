@@ -55,12 +55,10 @@ class StepResult(NamedTuple):
 
     Attributes:
         metrics: the vector of `ops.policy_loss`, summed over micro-batches.
-        entropy: summed over tokens, nats.
         grad_norm: L2 norm before clipping.
     """
 
     metrics: Tensor
-    entropy: Tensor
     grad_norm: Tensor
 
 
@@ -81,16 +79,13 @@ def train_step(
     micro-batches.
 
     Returns:
-        metrics: the vector of `ops.policy_loss`; entropy: sum over tokens; grad_norm: before
-            clipping.
-        On the device.
+        metrics: the vector of `ops.policy_loss`; grad_norm: before clipping. On the device.
 
     Raises:
         TrainingError: the gradient is not finite. The weights are those before the step.
     """
     total = denominator(batches, objective, max_new_tokens)
     metrics = []
-    entropy = torch.zeros((), device=batches[0].targets.device)
     for batch in batches:
         current = token_logprobs(model, batch, temperature)
         loss, batch_metrics = ops.policy_loss(
@@ -100,13 +95,14 @@ def train_step(
             objective,
             cu_seqlens=batch.completion_cu_seqlens,
             ref_logprobs=batch.ref_logprobs,
+            sampler_logprobs=batch.sampler_logprobs,
+            entropy=current.entropy,
             denominator=total,
         )
         loss.backward()
         metrics.append(batch_metrics)
-        entropy += current.entropy.detach().sum()
     grad_norm = apply_gradients(model, optimizer, max_grad_norm)
-    return StepResult(ops.sum_metrics(metrics), entropy, grad_norm)
+    return StepResult(ops.sum_metrics(metrics), grad_norm)
 
 
 def apply_gradients(

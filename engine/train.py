@@ -217,13 +217,12 @@ def _update(
         progress(update + 1, updates)
     total = ops.sum_metrics([result.metrics for result in results])
     metrics = ops.policy_metrics(total)
-    tokens = total[ops.METRICS.index("tokens")].item()
     return metrics | {
         "loss/policy": metrics["loss/policy"] / updates,
         "loss/kl": metrics["loss/kl"] / updates,
+        "loss/entropy": metrics["loss/entropy"] / updates,
         "kl/mean": metrics["kl/ref" if parts.reference is not None else "kl/approx"],
         "ratio/clip_frac": metrics["ratio/clip_frac_low"] + metrics["ratio/clip_frac_high"],
-        "entropy/mean": sum(result.entropy.item() for result in results) / tokens,
         "grad_norm": sum(result.grad_norm.item() for result in results) / updates,
         "lr": float(parts.schedule.get_last_lr()[0]),
     }
