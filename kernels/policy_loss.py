@@ -72,7 +72,8 @@ def policy_loss(
         sampler_logprobs: like logprobs: as the sampler computed them. Required where the objective
             has a correction, unused elsewhere. A constant.
         entropy: like logprobs: of the policy's distribution at each token, nats. Differentiable.
-            Required where entropy_coef is not 0; elsewhere it enters the metrics alone.
+            Required where entropy_coef is not 0; elsewhere it enters the metrics alone, without a
+            gradient.
         kl_coef: in place of that of the objective: a number, or a float32 scalar tensor on the
             device, which may change from step to step at no cost (the adaptive coefficient of PPO).
         denominator: what the aggregation divides by, a number or a float32 scalar tensor. For
@@ -121,7 +122,7 @@ def policy_loss(
                 logprobs.float(), old_logprobs.float(),
                 _per_token(advantages.float(), logprobs, cu_seqlens), objective, denominator,
                 mask=mask, cu_seqlens=cu_seqlens, kl_coef=kl_coef,
-                ref=ref_logprobs.float() if kl else None,
+                ref=None if kl == 0 or ref_logprobs is None else ref_logprobs.float(),
                 sampler=None if sampler_logprobs is None else sampler_logprobs.float(),
                 entropy=None if entropy is None else entropy.float(),
             )
@@ -146,10 +147,14 @@ def policy_loss(
         objective.aggregation == "sequence-mean-token-mean",
         denominator,
         recording and logprobs.requires_grad,
-        recording and entropy is not None and entropy.requires_grad,
+        recording and objective.entropy_coef != 0 and _requires_grad(entropy),
         name,
     )
     return PolicyLoss(loss, metrics)
+
+
+def _requires_grad(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.requires_grad
 
 
 def _check_tensors(
