@@ -12,7 +12,7 @@ namespace {
 // A row is reduced chunk by chunk, each within the L1 cache, and the chunks are merged in order:
 // the tree depends on the vocabulary alone, never on the number of rows or threads.
 constexpr int kChunk = 4096;
-constexpr int kBlock = 512;
+constexpr int kLanes = 64;
 
 struct Softmax {
     float max = -INFINITY;
@@ -36,41 +36,67 @@ WARPO_HD Softmax merge(Softmax a, Softmax b, float scale) {
     return merged;
 }
 
+// The largest element, and all as floats in `buffer` unless they are floats.
 template <class T>
-const float* as_floats(const T* source, int count, float* buffer) {
-#pragma omp simd
-    for (int i = 0; i < count; ++i) buffer[i] = to_float(source[i]);
-    return buffer;
+float convert_and_max(const T* source, int count, float* buffer) {
+    float largest = -INFINITY;
+#pragma omp simd reduction(max : largest)
+    for (int i = 0; i < count; ++i) {
+        const float x = to_float(source[i]);
+        if (sizeof(T) != sizeof(float)) buffer[i] = x;
+        largest = x > largest ? x : largest;
+    }
+    return largest;
 }
 
-const float* as_floats(const float* source, int, float*) { return source; }
+struct Sums {
+    float sum = 0, weighted = 0;
+};
+
+template <bool kEntropy>
+Sums sum_exponentials(const float* x, int count, float max, float scale, const char* prefetch,
+                      int bytes) {
+    alignas(64) float sum[kLanes] = {}, weighted[kLanes] = {};
+    int start = 0;
+    for (; start + kLanes <= count; start += kLanes) {
+        for (int line = 0; line < bytes; line += 64) __builtin_prefetch(prefetch + line);
+        prefetch += bytes;
+#pragma omp simd
+        for (int lane = 0; lane < kLanes; ++lane) {
+            float d = (x[start + lane] - max) * scale;
+            const bool low = d < kExp2Floor;
+            const float e = exp2_bounded(low ? kExp2Floor : d);
+            sum[lane] += e;
+            if (kEntropy) weighted[lane] += e * (low ? kExp2Floor : d);
+        }
+    }
+    Sums sums;
+#pragma omp simd
+    for (int lane = 0; lane < count - start; ++lane) {
+        float d = (x[start + lane] - max) * scale;
+        d = d < kExp2Floor ? kExp2Floor : d;
+        const float e = exp2_bounded(d);
+        sum[lane] += e;
+        if (kEntropy) weighted[lane] += e * d;
+    }
+    for (int lane = 0; lane < kLanes; ++lane) {
+        sums.sum += sum[lane];
+        sums.weighted += weighted[lane];
+    }
+    return sums;
+}
 
 template <class T, bool kEntropy>
 Softmax reduce_chunk(const T* source, int count, float scale) {
     alignas(64) float buffer[kChunk];
     Softmax chunk;
-    const float* x = as_floats(source, count, buffer);
-    float largest = -INFINITY;
-#pragma omp simd reduction(max : largest)
-    for (int i = 0; i < count; ++i) largest = x[i] > largest ? x[i] : largest;
-    chunk.max = largest;
-    const float max = chunk.max == -INFINITY ? 0.0f : chunk.max;
-    for (int start = 0; start < count; start += kBlock) {
-        const int stop = start + kBlock < count ? start + kBlock : count;
-        float sum = 0, weighted = 0;
-        for (int i = start; i < stop; i += (int)(64 / sizeof(T)))
-            __builtin_prefetch(source + kChunk + i);
-#pragma omp simd reduction(+ : sum, weighted)
-        for (int i = start; i < stop; ++i) {
-            float d = (x[i] - max) * scale;
-            d = d < kExp2Floor ? kExp2Floor : d;
-            const float e = exp2_softmax(d);
-            sum += e;
-            if (kEntropy) weighted += e * d;
-        }
-        chunk.sum += sum;
-        chunk.weighted += weighted;
-    }
+    chunk.max = convert_and_max(source, count, buffer);
+    const float* x = sizeof(T) == sizeof(float) ? (const float*)source : buffer;
+    const Sums sums =
+        sum_exponentials<kEntropy>(x, count, chunk.max == -INFINITY ? 0.0f : chunk.max, scale,
+                                   (const char*)(source + kChunk), kLanes * (int)sizeof(T));
+    chunk.sum = sums.sum;
+    chunk.weighted = sums.weighted;
     if (chunk.max == -INFINITY && chunk.sum == chunk.sum) chunk.sum = chunk.weighted = 0;
     return chunk;
 }

@@ -314,6 +314,7 @@ def logprobs_forward(
     lanes = 32 * FORWARD_WARPS
     columns_of_a_chunk = triton.cdiv(vocab, BLOCK * CHUNKS) * BLOCK
     chunks = triton.cdiv(vocab, columns_of_a_chunk)
+    partials = None if chunks == 1 else partials
 
     def launch(mode: str, programs: int, warps: int) -> None:
         _logprobs_fwd_kernel[(programs,)](
@@ -325,7 +326,7 @@ def logprobs_forward(
         )  # fmt: skip
 
     with torch.cuda.device_of(logits):
-        if partials is None or chunks == 1:
+        if partials is None:
             return launch("row", tokens, FORWARD_WARPS)
         launch("chunk", tokens * chunks, FORWARD_WARPS)
         launch("merge", tokens, 1)
