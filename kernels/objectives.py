@@ -186,14 +186,14 @@ _GRPO = Objective(kl_coef=0.04, aggregation="sequence-mean-token-mean")
 
 OBJECTIVES: dict[str, Objective] = {
     "reinforce": _REINFORCE,
-    # https://arxiv.org/abs/2402.14740 eq. 7: leave-one-out baseline, KL in the reward
+    # https://arxiv.org/abs/2402.14740 eq. 8: leave-one-out baseline, KL in the reward
     "rloo": _REINFORCE,
-    # https://arxiv.org/abs/2310.10505 algorithm 2: baseline is the reward of the greedy answer
+    # https://arxiv.org/abs/2310.10505 algorithm 1: baseline is the reward of the greedy answer
     "remax": _REINFORCE,
     # https://arxiv.org/abs/2504.02546: mean over the tokens of all answers
     "gpg": Objective(surrogate="reinforce"),
-    # https://arxiv.org/abs/2501.03262: PPO's clipping without a critic, KL in the reward; advantages
-    # normalised over the batch
+    # https://arxiv.org/abs/2501.03262: PPO's clipping without a critic, KL in the reward,
+    # advantages normalised over the batch
     "reinforce_plus_plus": Objective(aggregation="sequence-mean-token-mean"),
     # the same paper, baseline of the group: KL in the loss, estimated by k2; the coefficient is a
     # setting of the run
@@ -204,9 +204,10 @@ OBJECTIVES: dict[str, Objective] = {
     "ppo": Objective(),
     # https://arxiv.org/abs/1912.09729 eq. 8
     "ppo_dual_clip": Objective(surrogate="dual_clip", dual_clip=3.0),
-    # https://arxiv.org/abs/1707.06347 eq. 8, KL of new from old (ref_logprobs = old_logprobs) from
-    # samples; pass kl_coef to `policy_loss` to adapt it
-    "ppo_kl": Objective(surrogate="none", kl_coef=1.0),
+    # https://arxiv.org/abs/1707.06347 eq. 8, with ref_logprobs = old_logprobs; pass kl_coef to
+    # `policy_loss` to adapt it. The samples are the old policy's, so KL(old || new) is estimated by
+    # k2, which to second order serves both directions
+    "ppo_kl": Objective(surrogate="none", kl_coef=1.0, kl_estimator="k2"),
     "grpo": _GRPO,
     # https://arxiv.org/abs/2503.20783 section 3.2: no length and no std normalisation
     "dr_grpo": Objective(aggregation="sequence-mean-token-sum-norm"),
@@ -248,9 +249,7 @@ OBJECTIVES: dict[str, Objective] = {
     # https://fengyao.notion.site/off-policy-rl, cap 2
     "grpo_tis": _GRPO.replace(correction="truncate", correction_high=2.0),
     # masked importance sampling of whole answers: https://richardli.xyz/rl-collapse, cap 2
-    "grpo_mis": _GRPO.replace(
-        correction="mask", correction_level="sequence", correction_high=2.0
-    ),
+    "grpo_mis": _GRPO.replace(correction="mask", correction_level="sequence", correction_high=2.0),
     # IcePop, https://arxiv.org/abs/2510.18855: tokens outside [0.5, 5]
     "grpo_icepop": _GRPO.replace(correction="mask", correction_low=0.5, correction_high=5.0),
 }
