@@ -13,6 +13,7 @@
 #include "arguments/group_advantages.h"
 #include "arguments/logprobs.h"
 #include "arguments/policy_loss.h"
+#include "arguments/policy_loss_from_logits.h"
 
 // clang-format off
 #define WARPO_OPERATIONS(X)                               \
@@ -21,6 +22,8 @@
     X(gae_forward, Gae)                                   \
     X(gae_backward, GaeBackward)                          \
     X(policy_loss, PolicyLoss)                            \
+    X(policy_loss_from_logits, PolicyLossFromLogits)      \
+    X(scale_gradient, ScaleGradient)                      \
     X(group_advantages_forward, GroupAdvantages)          \
     X(group_advantages_backward, GroupAdvantagesBackward)
 // clang-format on

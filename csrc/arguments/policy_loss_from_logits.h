@@ -5,8 +5,8 @@
 namespace warpo {
 
 // The gradient of a policy loss whose coefficient for a token follows from the logits of that
-// token alone. All arrays are one a token, over the (rows, steps) of the logits. The names are those
-// of PolicyLoss.
+// token alone. All arrays are one a token, over the (rows, steps) of the logits. The names are
+// those of PolicyLoss.
 struct PolicyLossFromLogits {
     Logprobs forward;           // entropy and stats may be absent
     int64_t sequences;          // with cu_seqlens, which cut the one row of steps
