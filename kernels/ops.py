@@ -15,6 +15,7 @@ from warpo.kernels.group_advantages import GroupAdvantages, group_advantages
 from warpo.kernels.logprobs import LogprobsAndEntropy, logprobs, logprobs_and_entropy
 from warpo.kernels.objectives import OBJECTIVES, Objective, get_objective
 from warpo.kernels.policy_loss import PolicyLoss, policy_loss
+from warpo.kernels.policy_loss_from_logits import PolicyLossFromLogits, policy_loss_from_logits
 from warpo.kernels.policy_metrics import METRICS, policy_metrics, sum_metrics
 
 __all__ = [
@@ -25,12 +26,14 @@ __all__ = [
     "LogprobsAndEntropy",
     "Objective",
     "PolicyLoss",
+    "PolicyLossFromLogits",
     "gae",
     "get_objective",
     "group_advantages",
     "logprobs",
     "logprobs_and_entropy",
     "policy_loss",
+    "policy_loss_from_logits",
     "policy_metrics",
     "sum_metrics",
 ]

@@ -8,7 +8,6 @@
 namespace warpo::cuda {
 
 constexpr int kLoads = 4;  // 16-byte loads in flight per thread
-constexpr int kForwardThreads = 512, kForwardWarps = kForwardThreads / 32;
 
 // Of token `index` of the flattened (rows, steps).
 struct Token {
@@ -50,11 +49,11 @@ __device__ __forceinline__ float load_logit(const typename Element<kDType>::Bits
 }
 
 // This thread's vectors of a tile; columns past the end are -inf.
-template <int kDType>
+template <int kDType, int kThreads>
 __device__ __forceinline__ void load_tile(uint4 (&tile)[kLoads],
                                           const typename Element<kDType>::Bits* row, int tile_start,
                                           int vocab, int misalignment) {
-    constexpr int kPerVector = Element<kDType>::kPerVector, kStride = kForwardThreads * kPerVector;
+    constexpr int kPerVector = Element<kDType>::kPerVector, kStride = kThreads * kPerVector;
     constexpr int kColumns = kLoads * kStride;
     const int first = tile_start + static_cast<int>(threadIdx.x) * kPerVector;
     // A misaligned vector is cut out of aligned ones, which must not begin before the row or end
@@ -120,58 +119,82 @@ __device__ __forceinline__ SoftmaxState merge_lanes(SoftmaxState state, float sc
 }
 
 // Columns of a chunk of the row: tiles enough for at most kLogprobsChunks chunks.
-template <int kDType>
+template <int kDType, int kThreads>
 __host__ __device__ __forceinline__ int chunk_columns(int vocab) {
-    constexpr int kTile = kLoads * kForwardThreads * Element<kDType>::kPerVector;
+    constexpr int kTile = kLoads * kThreads * Element<kDType>::kPerVector;
     return ((vocab - 1) / (kTile * kLogprobsChunks) + 1) * kTile;
 }
 
 // The state of columns [start, end) in the lanes of each warp: one a warp.
-template <int kDType, bool kEntropy>
+template <int kDType, int kThreads, bool kEntropy>
 __device__ __forceinline__ SoftmaxState read_chunk(const typename Element<kDType>::Bits* row,
                                                    int start, int end, int vocab, float scale) {
     const int misalignment = misalignment_of(row);
     SoftmaxState state = softmax_empty();
-    for (; start < end; start += kLoads * kForwardThreads * Element<kDType>::kPerVector) {
+    for (; start < end; start += kLoads * kThreads * Element<kDType>::kPerVector) {
         uint4 tile[kLoads];
-        load_tile<kDType>(tile, row, start, vocab, misalignment);
+        load_tile<kDType, kThreads>(tile, row, start, vocab, misalignment);
         add_tile<kDType, kEntropy>(state, tile, scale);
     }
     return merge_lanes<kEntropy>(state, scale);
 }
 
-using Chunks = SoftmaxState[kLogprobsChunks][kForwardWarps];
+template <int kThreads>
+using Chunks = SoftmaxState[kLogprobsChunks][kThreads / 32];
 
 // The state of a chunk from those of its warps, in every lane.
-template <bool kEntropy>
-__device__ __forceinline__ SoftmaxState merge_warps(const Chunks& parts, int chunk, float scale) {
+template <int kThreads, bool kEntropy>
+__device__ __forceinline__ SoftmaxState merge_warps(const Chunks<kThreads>& parts, int chunk,
+                                                    float scale) {
     const int lane = threadIdx.x % 32;
-    return merge_lanes<kEntropy>(lane < kForwardWarps ? parts[chunk][lane] : softmax_empty(),
+    return merge_lanes<kEntropy>(lane < kThreads / 32 ? parts[chunk][lane] : softmax_empty(),
                                  scale);
 }
 
 // The state of the row in the lanes of warp 0; other warps get nothing.
-template <int kDType, bool kEntropy>
-__device__ __forceinline__ SoftmaxState read_row(Chunks& parts,
+template <int kDType, int kThreads, bool kEntropy>
+__device__ __forceinline__ SoftmaxState read_row(Chunks<kThreads>& parts,
                                                  const typename Element<kDType>::Bits* row,
                                                  int vocab, float scale) {
-    const int columns = chunk_columns<kDType>(vocab);
+    const int columns = chunk_columns<kDType, kThreads>(vocab);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     int chunks = 0;
     for (int start = 0; start < vocab; start += columns, ++chunks) {
         const int end = min(vocab - start, columns) + start;
-        const SoftmaxState state = read_chunk<kDType, kEntropy>(row, start, end, vocab, scale);
+        const SoftmaxState state =
+            read_chunk<kDType, kThreads, kEntropy>(row, start, end, vocab, scale);
         if (lane == 0) parts[chunks][warp] = state;
     }
     __syncthreads();
     if (warp < chunks) {
-        const SoftmaxState state = merge_warps<kEntropy>(parts, warp, scale);
+        const SoftmaxState state = merge_warps<kThreads, kEntropy>(parts, warp, scale);
         if (lane == 0) parts[warp][0] = state;
     }
     __syncthreads();
     if (warp > 0) return softmax_empty();
     const SoftmaxState state = lane < chunks ? parts[lane][0] : softmax_empty();
     return merge_lanes<kEntropy>(state, scale);
+}
+
+__device__ __forceinline__ void store_token(const Logprobs& a, const Token& token, unsigned index,
+                                            float logp, float entropy, float max, float log_sum) {
+    store_float(a.logprobs, token.row, token.step, logp);
+    if (a.entropy.data) store_float(a.entropy, token.row, token.step, entropy);
+    if (a.stats) reinterpret_cast<float2*>(a.stats)[index] = make_float2(max, log_sum);
+}
+
+// Of a token whose logits are not read.
+__device__ __forceinline__ void store_unread(const Logprobs& a, const Token& token,
+                                             unsigned index) {
+    const float value = token.valid ? NAN : 0.0f;
+    store_token(a, token, index, value, value, value, value);
+}
+
+// chosen: the logit of the target.
+__device__ __forceinline__ float logp_of(float chosen, float max, float log_sum,
+                                         float temperature) {
+    const float logp = (chosen - max) / temperature - log_sum;
+    return logp > 0.0f ? 0.0f : logp;
 }
 
 // A tile more than the vocabulary must fit into int32.

@@ -9,14 +9,7 @@
 namespace warpo::cuda {
 namespace {
 
-constexpr int kBackwardThreads = 256;
-
-__device__ __forceinline__ void store_token(const Logprobs& a, const Token& token, unsigned index,
-                                            float logp, float entropy, float max, float log_sum) {
-    store_float(a.logprobs, token.row, token.step, logp);
-    if (a.entropy.data) store_float(a.entropy, token.row, token.step, entropy);
-    reinterpret_cast<float2*>(a.stats)[index] = make_float2(max, log_sum);
-}
+constexpr int kForwardThreads = 512, kBackwardThreads = 256;
 
 // chosen: the logit of the target.
 __device__ __forceinline__ void finish_token(const Logprobs& a, unsigned index,
@@ -24,22 +17,15 @@ __device__ __forceinline__ void finish_token(const Logprobs& a, unsigned index,
     // Loaded for the second time: held over the loop it would take registers of it.
     const Token token = load_token(a, index);
     const SoftmaxRow result = softmax_finish(state);
-    const float logp = (chosen - state.max) / load_temperature(a, token) - result.log_sum;
-    store_token(a, token, index, logp > 0.0f ? 0.0f : logp, result.entropy, state.max,
-                result.log_sum);
-}
-
-__device__ __forceinline__ void store_unread(const Logprobs& a, const Token& token,
-                                             unsigned index) {
-    const float value = token.valid ? NAN : 0.0f;
-    store_token(a, token, index, value, value, value, value);
+    const float logp = logp_of(chosen, state.max, result.log_sum, load_temperature(a, token));
+    store_token(a, token, index, logp, result.entropy, state.max, result.log_sum);
 }
 
 // Three blocks per multiprocessor: with four 16-byte loads a thread, 96 KiB can be in flight,
 // several times what latency times bandwidth asks for, so that other rows cover the end of one.
 template <int kDType, bool kEntropy>
 __global__ __launch_bounds__(kForwardThreads, 3) void forward_kernel(const Logprobs a) {
-    __shared__ Chunks parts;
+    __shared__ Chunks<kForwardThreads> parts;
     // Written and read by thread 0 alone: in shared memory it takes no register of the loop.
     __shared__ float chosen;
     const Token token = load_token(a, blockIdx.x);
@@ -51,28 +37,29 @@ __global__ __launch_bounds__(kForwardThreads, 3) void forward_kernel(const Logpr
     if (threadIdx.x == 0) chosen = load_logit<kDType>(row, token.target);
     const float scale = kLog2e / load_temperature(a, token);
     const SoftmaxState state =
-        read_row<kDType, kEntropy>(parts, row, static_cast<int>(a.vocab), scale);
+        read_row<kDType, kForwardThreads, kEntropy>(parts, row, static_cast<int>(a.vocab), scale);
     if (threadIdx.x == 0) finish_token(a, blockIdx.x, state, chosen);
 }
 
 // A block a chunk. Rows are few: registers serve better than a third block on a multiprocessor.
 template <int kDType, bool kEntropy>
 __global__ __launch_bounds__(kForwardThreads, 2) void chunk_kernel(const Logprobs a, int chunks) {
-    __shared__ Chunks parts;
+    __shared__ Chunks<kForwardThreads> parts;
     const unsigned index = blockIdx.x / static_cast<unsigned>(chunks);
     const int chunk = static_cast<int>(blockIdx.x % static_cast<unsigned>(chunks));
     const Token token = load_token(a, index);
     if (!token.valid || !token.in_range) return;
     const float scale = kLog2e / load_temperature(a, token);
-    const int vocab = static_cast<int>(a.vocab), columns = chunk_columns<kDType>(vocab);
+    const int vocab = static_cast<int>(a.vocab),
+              columns = chunk_columns<kDType, kForwardThreads>(vocab);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int start = chunk * columns, end = min(vocab - start, columns) + start;
-    const SoftmaxState state =
-        read_chunk<kDType, kEntropy>(row_of<kDType>(a.logits, token), start, end, vocab, scale);
+    const SoftmaxState state = read_chunk<kDType, kForwardThreads, kEntropy>(
+        row_of<kDType>(a.logits, token), start, end, vocab, scale);
     if (lane == 0) parts[0][warp] = state;
     __syncthreads();
     if (warp > 0) return;
-    const SoftmaxState merged = merge_warps<kEntropy>(parts, 0, scale);
+    const SoftmaxState merged = merge_warps<kForwardThreads, kEntropy>(parts, 0, scale);
     float4* out = reinterpret_cast<float4*>(a.partials) + index * kLogprobsChunks + chunk;
     if (lane == 0) *out = make_float4(merged.max, merged.sum, merged.weighted, 0.0f);
 }
@@ -132,7 +119,7 @@ __global__ __launch_bounds__(kBackwardThreads, 6) void backward_kernel(const Log
 template <int kDType, bool kEntropy>
 void forward(const Logprobs& a, Stream stream) {
     const int64_t tokens = a.rows * a.steps;
-    const int columns = chunk_columns<kDType>(static_cast<int>(a.vocab));
+    const int columns = chunk_columns<kDType, kForwardThreads>(static_cast<int>(a.vocab));
     const int chunks = static_cast<int>((a.vocab - 1) / columns + 1);
     if (!a.partials || chunks == 1) {
         return launch("logprobs", stream, tokens, kForwardThreads, forward_kernel<kDType, kEntropy>,
