@@ -39,7 +39,7 @@ class Sequences:
         return (self.sum(x) / self.counts.clamp(min=1))[self.index]
 
     def prefix_sum(self, x: Tensor) -> Tensor:
-        return torch.cat([part.cumsum(0) for part in x.split(self.lengths)])
+        return torch.cat([x[:0], *(part.cumsum(0) for part in x.split(self.lengths or [0]))])
 
 
 class Surrogate(NamedTuple):
@@ -170,7 +170,8 @@ def _surrogate(objective: Objective, ratio: Tensor, logp: Tensor, advantages: Te
     if objective.surrogate == "reinforce":
         return Surrogate(advantages * logp, none, none, none)
     if objective.surrogate == "soft_gate":
-        tau = torch.where(advantages > 0, objective.tau_positive, objective.tau_negative)
+        tau = torch.full_like(advantages, objective.tau_negative)
+        tau = torch.where(advantages > 0, objective.tau_positive, tau)
         gate = 4 / tau * torch.sigmoid(tau * (ratio - 1))
         return Surrogate(gate * advantages, none, none, none)
     return Surrogate(unclipped, none, none, none)
