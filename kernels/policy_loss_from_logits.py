@@ -22,7 +22,7 @@ Sources: those of `logprobs` and `policy_loss`.
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from warpo.kernels import dispatch
 from warpo.kernels.checks import as_rows
@@ -304,22 +304,28 @@ def _differentiate(ctx, grad_loss, *_):
     nothing = (None,) * 32
     if grad_loss is None:
         return (None, *nothing)
+    (gradient,) = ctx.saved_tensors
+    return (gradient * grad_loss, *nothing)
+
+
+def _differentiate_eager(ctx, grad_loss, *_):
+    """What arrives is multiplied into the gradient on the device; 1 costs no pass over it."""
     if ctx.spent:
         raise RuntimeError(
             "policy_loss_from_logits computes its gradient once, with the loss: "
             "call policy_loss_from_logits again, or logprobs and policy_loss, "
             "to go through the graph twice"
         )
-    (gradient,) = ctx.saved_tensors
-    if torch.compiler.is_compiling() or type(gradient) not in (Tensor, nn.Parameter):
-        return (gradient * grad_loss, *nothing)
+    if grad_loss is None:
+        return (None,)
     ctx.spent = True
-    gradient = gradient.detach()
+    gradient = ctx.saved_tensors[0].detach()
     if gradient.numel():
         dispatch.load(ctx.backend).scale_gradient(*gradient.shape, gradient, grad_loss)
-    return (gradient, *nothing)
+    return (gradient,)
 
 
 _operator = Operator(
-    "policy_loss_from_logits", _forward, _fake_forward, _save, _differentiate, differentiable=1
-)
+    "policy_loss_from_logits", _forward, _fake_forward, _save, _differentiate, differentiable=1,
+    differentiate_eager=_differentiate_eager,
+)  # fmt: skip
