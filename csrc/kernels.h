@@ -13,6 +13,7 @@
 #include "arguments/group_advantages.h"
 #include "arguments/logprobs.h"
 #include "arguments/policy_loss.h"
+#include "arguments/policy_loss_from_logits.h"
 #include "arguments/whiten.h"
 
 // clang-format off
@@ -24,6 +25,8 @@
     X(shaped_gae, ShapedGae)                              \
     X(vtrace, Vtrace)                                     \
     X(policy_loss, PolicyLoss)                            \
+    X(policy_loss_from_logits, PolicyLossFromLogits)      \
+    X(scale_gradient, ScaleGradient)                      \
     X(group_advantages_forward, GroupAdvantages)          \
     X(group_advantages_backward, GroupAdvantagesBackward) \
     X(whiten_forward, Whiten)                             \

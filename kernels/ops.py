@@ -16,6 +16,7 @@ from warpo.kernels.group_advantages import GroupAdvantages, group_advantages
 from warpo.kernels.logprobs import LogprobsAndEntropy, logprobs, logprobs_and_entropy
 from warpo.kernels.objectives import OBJECTIVES, Objective, get_objective
 from warpo.kernels.policy_loss import PolicyLoss, policy_loss
+from warpo.kernels.policy_loss_from_logits import PolicyLossFromLogits, policy_loss_from_logits
 from warpo.kernels.policy_metrics import METRICS, policy_metrics, sum_metrics
 from warpo.kernels.returns import discounted_returns, lambda_returns
 from warpo.kernels.shaped_gae import ShapedGae, shaped_gae
@@ -30,6 +31,7 @@ __all__ = [
     "LogprobsAndEntropy",
     "Objective",
     "PolicyLoss",
+    "PolicyLossFromLogits",
     "ShapedGae",
     "Vtrace",
     "discounted_returns",
@@ -40,6 +42,7 @@ __all__ = [
     "logprobs",
     "logprobs_and_entropy",
     "policy_loss",
+    "policy_loss_from_logits",
     "policy_metrics",
     "shaped_gae",
     "sum_metrics",

@@ -42,7 +42,9 @@ class VocabParallelLogprobs(torch.autograd.Function):
         logp, entropy = (logits.new_empty(targets.shape, dtype=torch.float32) for _ in range(2))
         stats = logits.new_empty((*targets.shape, 2), dtype=torch.float32)
         if logp.numel():
-            backend.logprobs_forward(*logits.shape, logits, local, *arguments, logp, entropy, stats)
+            backend.logprobs_forward(
+                *logits.shape, logits, local, *arguments, logp, entropy, stats, None
+            )
         skipped = ignored if mask is None else ignored | (mask == 0)
         chosen = logits.gather(-1, torch.where(present, local, 0)[..., None])[..., 0].float()
         parts = logits.new_empty((ranks, *targets.shape, 4), dtype=torch.float32)
@@ -79,7 +81,7 @@ class VocabParallelLogprobs(torch.autograd.Function):
         grad_logits = logits.detach() if ctx.inplace else torch.empty_like(logits)
         ctx.backend.logprobs_backward(
             *logits.shape, logits.detach(), local, temperature, token_temperature, mask,
-            ignore_index, None, entropy, stats, grad_logp, grad_entropy, grad_logits,
+            ignore_index, None, entropy, stats, None, grad_logp, grad_entropy, grad_logits,
         )  # fmt: skip
         absent = ~present & (local != ignore_index)
         if mask is not None:
