@@ -13,6 +13,8 @@
 #include "arguments/group_advantages.h"
 #include "arguments/logprobs.h"
 #include "arguments/policy_loss.h"
+#include "arguments/reward_model_loss.h"
+#include "arguments/value_loss.h"
 
 // clang-format off
 #define WARPO_OPERATIONS(X)                               \
@@ -21,6 +23,9 @@
     X(gae_forward, Gae)                                   \
     X(gae_backward, GaeBackward)                          \
     X(policy_loss, PolicyLoss)                            \
+    X(value_loss, ValueLoss)                              \
+    X(reward_model_loss, RewardModelLoss)                 \
+    X(ranking_loss, RankingLoss)                          \
     X(group_advantages_forward, GroupAdvantages)          \
     X(group_advantages_backward, GroupAdvantagesBackward)
 // clang-format on

@@ -15,21 +15,47 @@ from warpo.kernels.group_advantages import GroupAdvantages, group_advantages
 from warpo.kernels.logprobs import LogprobsAndEntropy, logprobs, logprobs_and_entropy
 from warpo.kernels.objectives import OBJECTIVES, Objective, get_objective
 from warpo.kernels.policy_loss import METRICS, PolicyLoss, policy_loss, policy_metrics, sum_metrics
+from warpo.kernels.reward_model_loss import (
+    REWARD_METRICS,
+    RewardModelLoss,
+    merge_reward_model_metrics,
+    ranking_loss,
+    reward_model_loss,
+    reward_model_metrics,
+)
+from warpo.kernels.value_loss import (
+    VALUE_METRICS,
+    ValueLoss,
+    merge_value_metrics,
+    value_loss,
+    value_metrics,
+)
 
 __all__ = [
     "METRICS",
     "OBJECTIVES",
+    "REWARD_METRICS",
+    "VALUE_METRICS",
     "Gae",
     "GroupAdvantages",
     "LogprobsAndEntropy",
     "Objective",
     "PolicyLoss",
+    "RewardModelLoss",
+    "ValueLoss",
     "gae",
     "get_objective",
     "group_advantages",
     "logprobs",
     "logprobs_and_entropy",
+    "merge_reward_model_metrics",
+    "merge_value_metrics",
     "policy_loss",
     "policy_metrics",
+    "ranking_loss",
+    "reward_model_loss",
+    "reward_model_metrics",
     "sum_metrics",
+    "value_loss",
+    "value_metrics",
 ]

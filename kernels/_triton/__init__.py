@@ -13,6 +13,8 @@ from warpo.kernels._triton.group_advantages import (
 )
 from warpo.kernels._triton.logprobs import logprobs_backward, logprobs_forward
 from warpo.kernels._triton.policy_loss import policy_loss
+from warpo.kernels._triton.reward_model_loss import ranking_loss, reward_model_loss
+from warpo.kernels._triton.value_loss import value_loss
 
 __all__ = [
     "gae_backward",
@@ -22,4 +24,7 @@ __all__ = [
     "logprobs_backward",
     "logprobs_forward",
     "policy_loss",
+    "ranking_loss",
+    "reward_model_loss",
+    "value_loss",
 ]

@@ -9,6 +9,8 @@ from warpo.kernels.reference.gae import gae
 from warpo.kernels.reference.group_advantages import group_advantages
 from warpo.kernels.reference.logprobs import logprobs
 from warpo.kernels.reference.policy_loss import kl_estimate, policy_loss
+from warpo.kernels.reference.reward_model_loss import ranking_loss, reward_model_loss
+from warpo.kernels.reference.value_loss import value_loss
 
 __all__ = [
     "gae",
@@ -16,4 +18,7 @@ __all__ = [
     "kl_estimate",
     "logprobs",
     "policy_loss",
+    "ranking_loss",
+    "reward_model_loss",
+    "value_loss",
 ]
