@@ -13,6 +13,7 @@
 #include "arguments/group_advantages.h"
 #include "arguments/logprobs.h"
 #include "arguments/policy_loss.h"
+#include "arguments/preference_loss.h"
 #include "arguments/reward_model_loss.h"
 #include "arguments/value_loss.h"
 
@@ -26,6 +27,8 @@
     X(value_loss, ValueLoss)                              \
     X(reward_model_loss, RewardModelLoss)                 \
     X(ranking_loss, RankingLoss)                          \
+    X(preference_loss, PreferenceLoss)                    \
+    X(kto_loss, KtoLoss)                                  \
     X(group_advantages_forward, GroupAdvantages)          \
     X(group_advantages_backward, GroupAdvantagesBackward)
 // clang-format on

@@ -12,9 +12,23 @@ mask=mask)
 
 from warpo.kernels.gae import Gae, gae
 from warpo.kernels.group_advantages import GroupAdvantages, group_advantages
+from warpo.kernels.kto_loss import (
+    KTO_METRICS,
+    KtoLoss,
+    kto_loss,
+    kto_metrics,
+    kto_reference_point,
+)
 from warpo.kernels.logprobs import LogprobsAndEntropy, logprobs, logprobs_and_entropy
 from warpo.kernels.objectives import OBJECTIVES, Objective, get_objective
 from warpo.kernels.policy_loss import METRICS, PolicyLoss, policy_loss, policy_metrics, sum_metrics
+from warpo.kernels.preference_loss import (
+    PREFERENCE_METRICS,
+    PreferenceLoss,
+    preference_loss,
+    preference_metrics,
+)
+from warpo.kernels.preferences import PREFERENCES, Preference, get_preference
 from warpo.kernels.reward_model_loss import (
     REWARD_METRICS,
     RewardModelLoss,
@@ -32,26 +46,38 @@ from warpo.kernels.value_loss import (
 )
 
 __all__ = [
+    "KTO_METRICS",
     "METRICS",
     "OBJECTIVES",
+    "PREFERENCES",
+    "PREFERENCE_METRICS",
     "REWARD_METRICS",
     "VALUE_METRICS",
     "Gae",
     "GroupAdvantages",
+    "KtoLoss",
     "LogprobsAndEntropy",
     "Objective",
     "PolicyLoss",
+    "Preference",
+    "PreferenceLoss",
     "RewardModelLoss",
     "ValueLoss",
     "gae",
     "get_objective",
+    "get_preference",
     "group_advantages",
+    "kto_loss",
+    "kto_metrics",
+    "kto_reference_point",
     "logprobs",
     "logprobs_and_entropy",
     "merge_reward_model_metrics",
     "merge_value_metrics",
     "policy_loss",
     "policy_metrics",
+    "preference_loss",
+    "preference_metrics",
     "ranking_loss",
     "reward_model_loss",
     "reward_model_metrics",

@@ -10,7 +10,7 @@ Backward: d loss / d v_t = w_t f'(v_t - R_t) within the clip range, its bounds i
 u_t is larger; 0 where c_t is larger; half of it on a tie outside, as torch.max has it.
 
 Sources: PPO2's value clipping, https://arxiv.org/abs/2005.12729 section 3; the trust region of
-values that it stands for, https://arxiv.org/abs/1506.02438 eq. 29.
+values that it stands for, https://arxiv.org/abs/1506.02438 section 5.
 """
 
 import math

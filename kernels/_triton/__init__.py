@@ -13,6 +13,7 @@ from warpo.kernels._triton.group_advantages import (
 )
 from warpo.kernels._triton.logprobs import logprobs_backward, logprobs_forward
 from warpo.kernels._triton.policy_loss import policy_loss
+from warpo.kernels._triton.preference_loss import kto_loss, preference_loss
 from warpo.kernels._triton.reward_model_loss import ranking_loss, reward_model_loss
 from warpo.kernels._triton.value_loss import value_loss
 
@@ -21,9 +22,11 @@ __all__ = [
     "gae_forward",
     "group_advantages_backward",
     "group_advantages_forward",
+    "kto_loss",
     "logprobs_backward",
     "logprobs_forward",
     "policy_loss",
+    "preference_loss",
     "ranking_loss",
     "reward_model_loss",
     "value_loss",

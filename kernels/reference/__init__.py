@@ -9,6 +9,7 @@ from warpo.kernels.reference.gae import gae
 from warpo.kernels.reference.group_advantages import group_advantages
 from warpo.kernels.reference.logprobs import logprobs
 from warpo.kernels.reference.policy_loss import kl_estimate, policy_loss
+from warpo.kernels.reference.preference_loss import kto_loss, preference_loss
 from warpo.kernels.reference.reward_model_loss import ranking_loss, reward_model_loss
 from warpo.kernels.reference.value_loss import value_loss
 
@@ -16,8 +17,10 @@ __all__ = [
     "gae",
     "group_advantages",
     "kl_estimate",
+    "kto_loss",
     "logprobs",
     "policy_loss",
+    "preference_loss",
     "ranking_loss",
     "reward_model_loss",
     "value_loss",
