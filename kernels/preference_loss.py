@@ -91,21 +91,13 @@ def preference_loss(
     """
     row = get_preference(loss)
     pairs = _check_side(
-        "chosen",
-        chosen_logprobs,
-        ref_chosen_logprobs,
-        chosen_mask,
-        chosen_cu_seqlens,
+        "chosen", chosen_logprobs, ref_chosen_logprobs, chosen_mask, chosen_cu_seqlens,
         row.reference,
-    )
+    )  # fmt: skip
     others = _check_side(
-        "rejected",
-        rejected_logprobs,
-        ref_rejected_logprobs,
-        rejected_mask,
-        rejected_cu_seqlens,
+        "rejected", rejected_logprobs, ref_rejected_logprobs, rejected_mask, rejected_cu_seqlens,
         row.reference,
-    )
+    )  # fmt: skip
     if pairs != others:
         raise ValueError(f"chosen_logprobs has {pairs} answers, rejected_logprobs {others}")
     if chosen_logprobs.device != rejected_logprobs.device:
@@ -118,11 +110,10 @@ def preference_loss(
         ref_chosen_logprobs = ref_rejected_logprobs = None
     name = dispatch.choose(chosen_logprobs, backend)
     if name == "reference":
-        refs = (ref_chosen_logprobs, ref_rejected_logprobs)
         return PreferenceLoss(
             *reference.preference_loss(
                 chosen_logprobs.float(), rejected_logprobs.float(),
-                *(None if x is None else x.float() for x in refs), scale,
+                _as_float(ref_chosen_logprobs), _as_float(ref_rejected_logprobs), scale,
                 chosen_mask=chosen_mask, rejected_mask=rejected_mask,
                 chosen_cu_seqlens=chosen_cu_seqlens, rejected_cu_seqlens=rejected_cu_seqlens,
                 **asdict(row),
@@ -206,6 +197,10 @@ def _label_weights(row: Preference) -> tuple[float, float]:
     if row.odds:
         scale *= row.beta
     return scale * (1 - row.label_smoothing), scale * flipped
+
+
+def _as_float(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.float()
 
 
 def _rows(name: str, tensor: Tensor | None) -> Tensor | None:

@@ -23,6 +23,7 @@ from warpo.kernels.registration import Operator
 from warpo.kernels.sequences import as_denominator, merge_moments
 
 REWARD_METRICS = ("loss", "pairs", "correct", "margin", "scores", "score_mean", "score_m2")
+# of every backend: a row of partials for each block
 PAIRS_PER_BLOCK = 256
 
 

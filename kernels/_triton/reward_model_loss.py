@@ -11,7 +11,7 @@ from warpo.kernels._triton.launch import kernel
 from warpo.kernels._triton.logistic import log_sigmoid
 from warpo.kernels._triton.sequences import inverse_or_zero, merge_partials
 
-PAIRS_BLOCK = 256
+PAIRS_BLOCK = 256  # as `kernels.reward_model_loss.PAIRS_PER_BLOCK`
 GROUP_BLOCK = 16
 # columns of the metrics vector, `kernels.reward_model_loss.REWARD_METRICS`
 NUM_METRICS = tl.constexpr(7)

@@ -2,9 +2,10 @@
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from warpo.kernels.reference.sequences import over_denominator, sequences_of
+
+logsigmoid = torch.nn.functional.logsigmoid
 
 
 def preference_loss(

@@ -2,9 +2,10 @@
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from warpo.kernels.reference.sequences import mean_and_m2, over_denominator
+
+logsigmoid = torch.nn.functional.logsigmoid
 
 
 def reward_model_loss(

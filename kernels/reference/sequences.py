@@ -11,7 +11,7 @@ class Sequences(NamedTuple):
     are.
     """
 
-    index: Tensor
+    sequence: Tensor
     valid: Tensor
     number: int
 
@@ -21,7 +21,9 @@ class Sequences(NamedTuple):
 
     def sum(self, x: Tensor) -> Tensor:
         """One sum a sequence."""
-        return torch.zeros(self.number, dtype=x.dtype, device=x.device).index_add(0, self.index, x)
+        return torch.zeros(self.number, dtype=x.dtype, device=x.device).index_add(
+            0, self.sequence, x
+        )
 
 
 def sequences_of(like: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Sequences:

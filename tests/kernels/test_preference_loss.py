@@ -102,6 +102,21 @@ def test_the_reference_is_the_paper(name):
     check()
 
 
+def test_the_backend_reference_is_the_reference():
+    chosen, rejected, ref = -torch.rand(3, 4, 9, device=DEVICE, dtype=torch.bfloat16)
+    desirable = torch.tensor([True, False, True, True], device=DEVICE)
+    runs = [
+        [ops.kto_loss(chosen, ref, desirable, kl=0.5, backend=backend).metrics]
+        + [
+            ops.preference_loss(chosen, rejected, ref, ref, loss=name, backend=backend).metrics
+            for name in PREFERENCES
+        ]
+        for backend in ("reference", BACKENDS[0])
+    ]
+    for one, two in zip(*runs, strict=True):
+        assert one.dtype == torch.float32 and torch.allclose(one, two, rtol=1e-5, atol=1e-5)
+
+
 @each_backend
 def test_odds_near_probability_one_are_finite(backend):
     """Every token certain, to float32: infinite odds, of which 0 * inf would make a NaN."""

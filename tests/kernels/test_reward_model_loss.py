@@ -149,6 +149,22 @@ def test_the_reference_of_rankings_is_the_paper(case):
         np.testing.assert_allclose(mine, theirs, rtol=1e-10, atol=1e-14)
 
 
+def test_the_backend_reference_is_the_reference():
+    chosen, rejected = torch.randn(2, 9, device=DEVICE, dtype=torch.bfloat16)
+    ranks = torch.arange(9).to(DEVICE)
+    starts = torch.tensor([0, 3, 9], dtype=torch.int32, device=DEVICE)
+    runs = [
+        (
+            ops.reward_model_loss(chosen, rejected, margins=rejected, backend=backend),
+            ops.ranking_loss(chosen, ranks, starts, mask=rejected > 0, backend=backend),
+        )
+        for backend in ("reference", BACKENDS[0])
+    ]
+    for one, two in zip(*runs, strict=True):
+        assert one.metrics.dtype == torch.float32
+        assert torch.allclose(one.metrics, two.metrics, rtol=1e-5, atol=1e-5)
+
+
 @each_backend
 def test_a_pair_is_a_ranking_of_two(backend):
     chosen, rejected = torch.randn(2, 8, device=DEVICE)

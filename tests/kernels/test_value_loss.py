@@ -140,6 +140,18 @@ def test_the_reference_is_the_paper(case):
     assert read == pytest.approx(wanted_metrics, rel=1e-9, abs=1e-9)
 
 
+def test_the_backend_reference_is_the_reference():
+    values, old, returns = torch.randn(3, 4, 9, device=DEVICE, dtype=torch.bfloat16)
+    starts = torch.tensor([0, 3, 3, 9], dtype=torch.int32, device=DEVICE)
+    for tensors, starts_or_none in (((values, old, returns), None), ((values[0],) * 3, starts)):
+        one, two = (
+            ops.value_loss(*tensors, cu_seqlens=starts_or_none, loss="huber", backend=backend)
+            for backend in ("reference", BACKENDS[0])
+        )
+        assert one.metrics.dtype == torch.float32
+        assert torch.allclose(one.metrics, two.metrics, rtol=1e-5, atol=1e-5)
+
+
 @each_backend
 def test_ties_follow_autograd(backend):
     """At both bounds, inside, and outside where both branches are equal."""
