@@ -5,6 +5,7 @@
 #include "cpu/load.h"
 
 namespace warpo::cpu::WARPO_ISA {
+namespace {
 
 // Steps [first, first + count) of a row of the views; `offset` of the first in a dense output.
 struct Span {
@@ -92,4 +93,5 @@ void merge_partials(const float* partials, int64_t rows, float* loss, float* met
     *loss = metrics[0];
 }
 
+}  // namespace
 }  // namespace warpo::cpu::WARPO_ISA

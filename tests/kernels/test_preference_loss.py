@@ -49,7 +49,7 @@ def exact_loss(chosen, rejected, row, denominator):
 
 @each_backend
 def test_loss_gradients_and_metrics_equal_float64(backend):
-    @settings(max_examples=examples(backend, 250))
+    @settings(max_examples=examples(backend, 120))
     @given(cases(backend))
     def check(case):
         chosen, rejected, row, denominator = case

@@ -79,7 +79,7 @@ def undecided(tensors, options) -> torch.Tensor:
 
 @each_backend
 def test_loss_gradient_and_metrics_equal_float64(backend):
-    @settings(max_examples=examples(backend, 200))
+    @settings(max_examples=examples(backend, 120))
     @given(cases(backend))
     def check(case):
         tensors, options = case
