@@ -14,6 +14,9 @@
 #include "arguments/logprobs.h"
 #include "arguments/policy_loss.h"
 #include "arguments/policy_loss_from_logits.h"
+#include "arguments/preference_loss.h"
+#include "arguments/reward_model_loss.h"
+#include "arguments/value_loss.h"
 #include "arguments/whiten.h"
 
 // clang-format off
@@ -27,6 +30,11 @@
     X(policy_loss, PolicyLoss)                            \
     X(policy_loss_from_logits, PolicyLossFromLogits)      \
     X(scale_gradient, ScaleGradient)                      \
+    X(value_loss, ValueLoss)                              \
+    X(reward_model_loss, RewardModelLoss)                 \
+    X(ranking_loss, RankingLoss)                          \
+    X(preference_loss, PreferenceLoss)                    \
+    X(kto_loss, KtoLoss)                                  \
     X(group_advantages_forward, GroupAdvantages)          \
     X(group_advantages_backward, GroupAdvantagesBackward) \
     X(whiten_forward, Whiten)                             \

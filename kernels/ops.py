@@ -13,39 +13,91 @@ device.
 
 from warpo.kernels.gae import Gae, gae
 from warpo.kernels.group_advantages import GroupAdvantages, group_advantages
+from warpo.kernels.kto_loss import (
+    KTO_METRICS,
+    KtoLoss,
+    kto_loss,
+    kto_metrics,
+    kto_reference_point,
+)
 from warpo.kernels.logprobs import LogprobsAndEntropy, logprobs, logprobs_and_entropy
 from warpo.kernels.objectives import OBJECTIVES, Objective, get_objective
-from warpo.kernels.policy_loss import PolicyLoss, policy_loss
+from warpo.kernels.policy_loss import METRICS, PolicyLoss, policy_loss, policy_metrics, sum_metrics
 from warpo.kernels.policy_loss_from_logits import PolicyLossFromLogits, policy_loss_from_logits
 from warpo.kernels.policy_metrics import METRICS, policy_metrics, sum_metrics
+from warpo.kernels.preference_loss import (
+    PREFERENCE_METRICS,
+    PreferenceLoss,
+    preference_loss,
+    preference_metrics,
+)
+from warpo.kernels.preferences import PREFERENCES, Preference, get_preference
 from warpo.kernels.returns import discounted_returns, lambda_returns
+from warpo.kernels.reward_model_loss import (
+    REWARD_METRICS,
+    RewardModelLoss,
+    merge_reward_model_metrics,
+    ranking_loss,
+    reward_model_loss,
+    reward_model_metrics,
+)
 from warpo.kernels.shaped_gae import ShapedGae, shaped_gae
+from warpo.kernels.value_loss import (
+    VALUE_METRICS,
+    ValueLoss,
+    merge_value_metrics,
+    value_loss,
+    value_metrics,
+)
 from warpo.kernels.vtrace import Vtrace, vtrace
 from warpo.kernels.whiten import whiten
 
 __all__ = [
+    "KTO_METRICS",
     "METRICS",
     "OBJECTIVES",
+    "PREFERENCES",
+    "PREFERENCE_METRICS",
+    "REWARD_METRICS",
+    "VALUE_METRICS",
     "Gae",
     "GroupAdvantages",
+    "KtoLoss",
     "LogprobsAndEntropy",
     "Objective",
     "PolicyLoss",
     "PolicyLossFromLogits",
+    "Preference",
+    "PreferenceLoss",
+    "RewardModelLoss",
     "ShapedGae",
+    "ValueLoss",
     "Vtrace",
     "discounted_returns",
     "gae",
     "get_objective",
+    "get_preference",
     "group_advantages",
+    "kto_loss",
+    "kto_metrics",
+    "kto_reference_point",
     "lambda_returns",
     "logprobs",
     "logprobs_and_entropy",
+    "merge_reward_model_metrics",
+    "merge_value_metrics",
     "policy_loss",
     "policy_loss_from_logits",
     "policy_metrics",
+    "preference_loss",
+    "preference_metrics",
+    "ranking_loss",
+    "reward_model_loss",
+    "reward_model_metrics",
     "shaped_gae",
     "sum_metrics",
+    "value_loss",
+    "value_metrics",
     "vtrace",
     "whiten",
 ]

@@ -14,6 +14,9 @@ from warpo.kernels._triton.group_advantages import (
 from warpo.kernels._triton.logprobs import logprobs_backward, logprobs_forward
 from warpo.kernels._triton.policy_loss import policy_loss
 from warpo.kernels._triton.policy_loss_from_logits import policy_loss_from_logits, scale_gradient
+from warpo.kernels._triton.preference_loss import kto_loss, preference_loss
+from warpo.kernels._triton.reward_model_loss import ranking_loss, reward_model_loss
+from warpo.kernels._triton.value_loss import value_loss
 from warpo.kernels._triton.whiten import whiten_backward, whiten_forward
 
 __all__ = [
@@ -21,11 +24,16 @@ __all__ = [
     "gae_forward",
     "group_advantages_backward",
     "group_advantages_forward",
+    "kto_loss",
     "logprobs_backward",
     "logprobs_forward",
     "policy_loss",
     "policy_loss_from_logits",
+    "preference_loss",
+    "ranking_loss",
+    "reward_model_loss",
     "scale_gradient",
+    "value_loss",
     "whiten_backward",
     "whiten_forward",
 ]

@@ -9,7 +9,10 @@ from warpo.kernels.reference.gae import discounted_returns, gae, lambda_returns
 from warpo.kernels.reference.group_advantages import group_advantages
 from warpo.kernels.reference.logprobs import logprobs
 from warpo.kernels.reference.policy_loss import kl_estimate, policy_loss
+from warpo.kernels.reference.preference_loss import kto_loss, preference_loss
+from warpo.kernels.reference.reward_model_loss import ranking_loss, reward_model_loss
 from warpo.kernels.reference.shaped_gae import shaped_gae
+from warpo.kernels.reference.value_loss import value_loss
 from warpo.kernels.reference.vtrace import vtrace
 from warpo.kernels.reference.whiten import whiten
 
@@ -18,10 +21,15 @@ __all__ = [
     "gae",
     "group_advantages",
     "kl_estimate",
+    "kto_loss",
     "lambda_returns",
     "logprobs",
     "policy_loss",
+    "preference_loss",
+    "ranking_loss",
+    "reward_model_loss",
     "shaped_gae",
+    "value_loss",
     "vtrace",
     "whiten",
 ]

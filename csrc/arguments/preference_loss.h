@@ -1,0 +1,72 @@
+#pragma once
+#include "view.h"
+
+namespace warpo {
+
+// The tokens of the answers on one side. An answer without valid tokens does not count.
+struct Answers {
+    int64_t steps;              // length of a row; with cu_seqlens: total tokens
+    const int32_t* cu_seqlens;  // (answers + 1), or nullptr
+    View logprobs;              // float
+    View ref_logprobs;          // float, optional
+    View mask;                  // uint8, optional
+    float* grad_logprobs;       // contiguous (rows * steps), float32; nullptr: not wanted
+};
+
+// Order of the metrics vector and, each of its own pair, of a row of partials.
+enum PreferenceMetric : int {
+    kPreferenceLoss,  // sum of loss / denominator
+    kPreferencePairs,
+    kPreferenceCorrect,  // the chosen answer has the larger reward
+    kChosenReward,
+    kRejectedReward,
+    kChosenLogprob,  // of the whole answer
+    kRejectedLogprob,
+    kChosenNll,  // -mean over the tokens
+    kNumPreferenceMetrics
+};
+
+// What the loss of a pair is a function of.
+enum Link : int { kLogistic = 0, kHinge = 1, kSquare = 2 };
+
+struct PreferenceLoss {
+    int64_t pairs;
+    Answers chosen, rejected;
+    int link;
+    bool length_normalise;  // mean over tokens, not sum
+    bool odds;              // margin of the log odds, not of the log probabilities
+    float beta;
+    float margin;              // target margin: subtracted (logistic, hinge), or that of kSquare
+    float positive_weight;     // kLogistic: of -log sigmoid(x)
+    float negative_weight;     // ... of -log sigmoid(-x)
+    float nll_coef;            // weight of the mean -log p of the tokens of the chosen answer
+    const float* denominator;  // one float on the device; 0 gives loss 0 and gradients 0
+    float* partials;           // (pairs, kNumPreferenceMetrics) float32 workspace
+    float* loss;               // ()
+    float* metrics;            // (kNumPreferenceMetrics)
+};
+
+enum KtoMetric : int {
+    kKtoLoss,  // sum of loss / denominator
+    kDesirable,
+    kUndesirable,
+    kDesirableReward,
+    kUndesirableReward,
+    kDesirableLogprob,
+    kUndesirableLogprob,
+    kNumKtoMetrics
+};
+
+struct KtoLoss {
+    int64_t examples;
+    Answers answers;
+    View desirable;   // (0, i) uint8
+    const float* kl;  // the reference point, one float on the device
+    float beta, desirable_weight, undesirable_weight;
+    const float* denominator;  // one float on the device; 0 gives loss 0 and gradients 0
+    float* partials;           // (examples, kNumKtoMetrics) float32 workspace
+    float* loss;               // ()
+    float* metrics;            // (kNumKtoMetrics)
+};
+
+}  // namespace warpo

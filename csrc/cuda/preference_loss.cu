@@ -1,0 +1,98 @@
+// Losses of preferences: one block a pair of answers or an answer with a verdict sums its tokens,
+// finds the loss and gives every token its gradient; a second launch merges what the blocks found,
+// in their order.
+#include "cuda/sequences.h"
+#include "math/preference_loss.h"
+
+namespace warpo::cuda {
+namespace {
+
+constexpr int kThreads = 256, kWarps = kThreads / 32;
+
+// In every thread of the block.
+__device__ __forceinline__ AnswerSums sum_answer(const Answers& a, int64_t index, float* scratch) {
+    const Span s = find_span(a.cu_seqlens, a.steps, index);
+    AnswerSums sums = {0.0f, 0.0f, 0.0f};
+    for (int64_t t = threadIdx.x; t < s.count; t += kThreads) {
+        if (!is_valid(a.mask, s, t)) continue;
+        const float logp = load_token(a.logprobs, s, t);
+        sums.count += 1.0f;
+        sums.logprob += logp;
+        if (a.ref_logprobs.data) sums.ratio += logp - load_token(a.ref_logprobs, s, t);
+    }
+    sums.count = block_sum<kWarps>(sums.count, scratch);
+    sums.logprob = block_sum<kWarps>(sums.logprob, scratch);
+    sums.ratio = a.ref_logprobs.data ? block_sum<kWarps>(sums.ratio, scratch) : sums.logprob;
+    return sums;
+}
+
+// All valid tokens of an answer have the same gradient.
+__device__ __forceinline__ void write_gradient(const Answers& a, int64_t index, float gradient) {
+    if (!a.grad_logprobs) return;
+    const Span s = find_span(a.cu_seqlens, a.steps, index);
+    for (int64_t t = threadIdx.x; t < s.count; t += kThreads) {
+        a.grad_logprobs[s.offset + t] = is_valid(a.mask, s, t) ? gradient : 0.0f;
+    }
+}
+
+__global__ __launch_bounds__(kThreads) void pair_kernel(const PreferenceLoss a) {
+    __shared__ float scratch[kWarps];
+    const int64_t pair = blockIdx.x;
+    const float weight = inverse_or_zero(*a.denominator);
+    const AnswerSums chosen = sum_answer(a.chosen, pair, scratch);
+    const AnswerSums rejected = sum_answer(a.rejected, pair, scratch);
+    const bool counts = chosen.count > 0.0f && rejected.count > 0.0f;
+    PreferenceTerm term = {};
+    if (counts) term = preference_term(a, chosen, rejected);
+    write_gradient(a.chosen, pair, weight * term.grad_chosen);
+    write_gradient(a.rejected, pair, weight * term.grad_rejected);
+    if (threadIdx.x != 0) return;
+    float* const out = a.partials + pair * kNumPreferenceMetrics;
+    out[kPreferenceLoss] = weight * term.loss;
+    out[kPreferencePairs] = counts ? 1.0f : 0.0f;
+    out[kPreferenceCorrect] = term.chosen_reward > term.rejected_reward ? 1.0f : 0.0f;
+    out[kChosenReward] = term.chosen_reward;
+    out[kRejectedReward] = term.rejected_reward;
+    out[kChosenLogprob] = counts ? chosen.logprob : 0.0f;
+    out[kRejectedLogprob] = counts ? rejected.logprob : 0.0f;
+    out[kChosenNll] = term.nll;
+}
+
+__global__ __launch_bounds__(kThreads) void kto_kernel(const KtoLoss a) {
+    __shared__ float scratch[kWarps];
+    const int64_t example = blockIdx.x;
+    const float weight = inverse_or_zero(*a.denominator);
+    const AnswerSums sums = sum_answer(a.answers, example, scratch);
+    const bool desirable = load_flag(a.desirable, 0, example), counts = sums.count > 0.0f;
+    KtoTerm term = {0.0f, 0.0f, 0.0f};
+    if (counts) term = kto_term(a, *a.kl, desirable, sums.ratio);
+    write_gradient(a.answers, example, weight * term.grad);
+    if (threadIdx.x != 0) return;
+    const float count = counts ? 1.0f : 0.0f, logprob = counts ? sums.logprob : 0.0f;
+    float* const out = a.partials + example * kNumKtoMetrics;
+    out[kKtoLoss] = weight * term.loss;
+    out[kDesirable] = desirable ? count : 0.0f;
+    out[kUndesirable] = desirable ? 0.0f : count;
+    out[kDesirableReward] = desirable ? term.reward : 0.0f;
+    out[kUndesirableReward] = desirable ? 0.0f : term.reward;
+    out[kDesirableLogprob] = desirable ? logprob : 0.0f;
+    out[kUndesirableLogprob] = desirable ? 0.0f : logprob;
+}
+
+}  // namespace
+
+void preference_loss(const PreferenceLoss& a, Stream stream) {
+    DeviceGuard guard(stream.device, "preference_loss");
+    if (a.pairs > 0) launch("preference_loss", stream, a.pairs, kThreads, pair_kernel, a);
+    launch_merge<kNumPreferenceMetrics, 0, kNumPreferenceMetrics>(
+        "preference_loss", stream, a.partials, a.pairs, a.loss, a.metrics);
+}
+
+void kto_loss(const KtoLoss& a, Stream stream) {
+    DeviceGuard guard(stream.device, "kto_loss");
+    if (a.examples > 0) launch("kto_loss", stream, a.examples, kThreads, kto_kernel, a);
+    launch_merge<kNumKtoMetrics, 0, kNumKtoMetrics>("kto_loss", stream, a.partials, a.examples,
+                                                    a.loss, a.metrics);
+}
+
+}  // namespace warpo::cuda

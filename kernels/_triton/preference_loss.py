@@ -1,0 +1,281 @@
+"""Losses of preferences: a program a pair of answers, or an answer with a verdict, then one that
+merges them.
+
+The formulas are those of `csrc/math/preference_loss.h`.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from warpo.kernels._triton.launch import kernel, strided
+from warpo.kernels._triton.logistic import expm1, log1mexp, log_sigmoid
+from warpo.kernels._triton.sequences import (
+    bounds,
+    inverse_or_zero,
+    load_tokens,
+    merge_partials,
+    valid_tokens,
+)
+
+BLOCK = 512
+WARPS = 4
+# columns of the metrics vectors, `kernels.preference_loss`
+NUM_METRICS = tl.constexpr(8)
+NUM_KTO_METRICS = tl.constexpr(7)
+HINGE = tl.constexpr(1)
+SQUARE = tl.constexpr(2)
+
+
+@triton.jit
+def _sum_answer(
+    answer, steps, cu_seqlens_ptr, logp_ptr, logp_stride_b, logp_stride_t,
+    ref_ptr, ref_stride_b, ref_stride_t, mask_ptr, mask_stride_b, mask_stride_t,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Valid tokens, sum of logp, sum of logp - ref."""
+    first, length, _ = bounds(answer, steps, cu_seqlens_ptr)
+    logp_ptr += answer * logp_stride_b + first * logp_stride_t
+    if ref_ptr is not None:
+        ref_ptr += answer * ref_stride_b + first * ref_stride_t
+    if mask_ptr is not None:
+        mask_ptr += answer * mask_stride_b + first * mask_stride_t
+    count = tl.zeros([BLOCK], tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    ratio = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, length, BLOCK):
+        token = start + tl.arange(0, BLOCK)
+        keep = valid_tokens(mask_ptr, token, mask_stride_t, length)
+        logp = load_tokens(logp_ptr, token, logp_stride_t, keep)
+        count += tl.where(keep, 1.0, 0.0)
+        total += logp
+        ratio += logp
+        if ref_ptr is not None:
+            ratio -= load_tokens(ref_ptr, token, ref_stride_t, keep)
+    return tl.sum(count), tl.sum(total), tl.sum(ratio)
+
+
+@triton.jit
+def _store_gradient(
+    answer, steps, cu_seqlens_ptr, mask_ptr, mask_stride_b, mask_stride_t, grad_ptr, gradient,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """All valid tokens of an answer have the same gradient."""
+    first, length, grad_start = bounds(answer, steps, cu_seqlens_ptr)
+    grad_ptr += grad_start
+    if mask_ptr is not None:
+        mask_ptr += answer * mask_stride_b + first * mask_stride_t
+    for start in range(0, length, BLOCK):
+        token = start + tl.arange(0, BLOCK)
+        keep = valid_tokens(mask_ptr, token, mask_stride_t, length)
+        tl.store(grad_ptr + token, tl.where(keep, gradient, 0.0), mask=token < length)
+
+
+@triton.jit
+def _log_odds(x):
+    """Value and derivative; x counts as at most -2^-24, without a gradient where that holds."""
+    bounded = x > -5.9604645e-8
+    below = tl.where(bounded, -5.9604645e-8, x)
+    return below - log1mexp(below), tl.where(bounded, 0.0, -1.0 / expm1(below))
+
+
+@triton.jit
+def _link_loss(
+    difference, beta, margin, positive_weight, negative_weight,
+    LINK: tl.constexpr, ODDS: tl.constexpr,
+):  # fmt: skip
+    """Value and derivative."""
+    if LINK == SQUARE:
+        error = difference - margin
+        loss = error * error
+        slope = 2.0 * error
+    elif LINK == HINGE:
+        missing = margin - beta * difference
+        # a NaN passes
+        satisfied = missing <= 0
+        loss = tl.where(satisfied, 0.0, missing)
+        slope = tl.where(satisfied, 0.0, tl.where(missing > 0, -beta, missing))
+    else:
+        scale = 1.0 if ODDS else beta
+        x = scale * difference - margin
+        log_probability, wrong = log_sigmoid(x)
+        loss = negative_weight * (x - log_probability) - positive_weight * log_probability
+        slope = scale * (negative_weight * (1.0 - wrong) - positive_weight * wrong)
+    return loss, slope
+
+
+@kernel()
+def _preference_loss_kernel(
+    chosen_steps: tl.int64, chosen_cu_ptr,
+    chosen_ptr, chosen_stride_b: tl.int64, chosen_stride_t: tl.int64,
+    chosen_ref_ptr, chosen_ref_stride_b: tl.int64, chosen_ref_stride_t: tl.int64,
+    chosen_mask_ptr, chosen_mask_stride_b: tl.int64, chosen_mask_stride_t: tl.int64,
+    grad_chosen_ptr, rejected_steps: tl.int64, rejected_cu_ptr,
+    rejected_ptr, rejected_stride_b: tl.int64, rejected_stride_t: tl.int64,
+    rejected_ref_ptr, rejected_ref_stride_b: tl.int64, rejected_ref_stride_t: tl.int64,
+    rejected_mask_ptr, rejected_mask_stride_b: tl.int64, rejected_mask_stride_t: tl.int64,
+    grad_rejected_ptr,
+    beta: tl.float32, margin: tl.float32, positive_weight: tl.float32,
+    negative_weight: tl.float32, nll_coef: tl.float32, denominator_ptr, partials_ptr,
+    LINK: tl.constexpr, LENGTH_NORMALISE: tl.constexpr, ODDS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    pair = tl.program_id(0).to(tl.int64)
+    n, logp, x = _sum_answer(
+        pair, chosen_steps, chosen_cu_ptr, chosen_ptr, chosen_stride_b, chosen_stride_t,
+        chosen_ref_ptr, chosen_ref_stride_b, chosen_ref_stride_t,
+        chosen_mask_ptr, chosen_mask_stride_b, chosen_mask_stride_t, BLOCK,
+    )  # fmt: skip
+    m, other_logp, y = _sum_answer(
+        pair, rejected_steps, rejected_cu_ptr, rejected_ptr, rejected_stride_b, rejected_stride_t,
+        rejected_ref_ptr, rejected_ref_stride_b, rejected_ref_stride_t,
+        rejected_mask_ptr, rejected_mask_stride_b, rejected_mask_stride_t, BLOCK,
+    )  # fmt: skip
+    counts = (n > 0) & (m > 0)
+    chosen_share, rejected_share = 1.0, 1.0
+    if LENGTH_NORMALISE:
+        chosen_share, rejected_share = inverse_or_zero(n), inverse_or_zero(m)
+        x *= chosen_share
+        y *= rejected_share
+    better, better_slope, worse, worse_slope = x, 1.0, y, 1.0
+    if ODDS:
+        better, better_slope = _log_odds(x)
+        worse, worse_slope = _log_odds(y)
+    loss, slope = _link_loss(
+        better - worse, beta, margin, positive_weight, negative_weight, LINK, ODDS
+    )
+    nll = -logp * inverse_or_zero(n)
+    loss = tl.where(nll_coef != 0, loss + nll_coef * nll, loss)
+    weight = inverse_or_zero(tl.load(denominator_ptr))
+    if grad_chosen_ptr is not None:
+        gradient = slope * better_slope * chosen_share - nll_coef * inverse_or_zero(n)
+        _store_gradient(
+            pair, chosen_steps, chosen_cu_ptr, chosen_mask_ptr, chosen_mask_stride_b,
+            chosen_mask_stride_t, grad_chosen_ptr, tl.where(counts, weight * gradient, 0.0), BLOCK,
+        )  # fmt: skip
+        gradient = -slope * worse_slope * rejected_share
+        _store_gradient(
+            pair, rejected_steps, rejected_cu_ptr, rejected_mask_ptr, rejected_mask_stride_b,
+            rejected_mask_stride_t, grad_rejected_ptr, tl.where(counts, weight * gradient, 0.0),
+            BLOCK,
+        )  # fmt: skip
+    partials_ptr += pair * NUM_METRICS
+    tl.store(partials_ptr, tl.where(counts, weight * loss, 0.0))
+    tl.store(partials_ptr + 1, tl.where(counts, 1.0, 0.0))
+    tl.store(partials_ptr + 2, tl.where(counts & (x > y), 1.0, 0.0))
+    tl.store(partials_ptr + 3, tl.where(counts, beta * x, 0.0))
+    tl.store(partials_ptr + 4, tl.where(counts, beta * y, 0.0))
+    tl.store(partials_ptr + 5, tl.where(counts, logp, 0.0))
+    tl.store(partials_ptr + 6, tl.where(counts, other_logp, 0.0))
+    tl.store(partials_ptr + 7, tl.where(counts, nll, 0.0))
+
+
+@kernel()
+def _kto_loss_kernel(
+    steps: tl.int64, cu_seqlens_ptr, logp_ptr, logp_stride_b: tl.int64, logp_stride_t: tl.int64,
+    ref_ptr, ref_stride_b: tl.int64, ref_stride_t: tl.int64,
+    mask_ptr, mask_stride_b: tl.int64, mask_stride_t: tl.int64, grad_ptr,
+    desirable_ptr, desirable_stride: tl.int64, kl_ptr,
+    beta: tl.float32, desirable_weight: tl.float32, undesirable_weight: tl.float32,
+    denominator_ptr, partials_ptr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    example = tl.program_id(0).to(tl.int64)
+    count, logp, ratio = _sum_answer(
+        example, steps, cu_seqlens_ptr, logp_ptr, logp_stride_b, logp_stride_t,
+        ref_ptr, ref_stride_b, ref_stride_t, mask_ptr, mask_stride_b, mask_stride_t, BLOCK,
+    )  # fmt: skip
+    desirable = tl.load(desirable_ptr + example * desirable_stride) != 0
+    good, bad = (count > 0) & desirable, (count > 0) & ~desirable
+    slope = tl.where(desirable, beta, -beta)
+    x = slope * (ratio - tl.load(kl_ptr))
+    _, wrong = log_sigmoid(x)
+    _, right = log_sigmoid(-x)
+    loss = tl.where(desirable, desirable_weight, undesirable_weight) * wrong
+    weight = tl.where(count > 0, inverse_or_zero(tl.load(denominator_ptr)), 0.0)
+    if grad_ptr is not None:
+        gradient = tl.where(count > 0, -weight * loss * slope * right, 0.0)
+        _store_gradient(
+            example, steps, cu_seqlens_ptr, mask_ptr, mask_stride_b, mask_stride_t, grad_ptr,
+            gradient, BLOCK,
+        )  # fmt: skip
+    partials_ptr += example * NUM_KTO_METRICS
+    tl.store(partials_ptr, tl.where(count > 0, weight * loss, 0.0))
+    tl.store(partials_ptr + 1, tl.where(good, 1.0, 0.0))
+    tl.store(partials_ptr + 2, tl.where(bad, 1.0, 0.0))
+    tl.store(partials_ptr + 3, tl.where(good, beta * ratio, 0.0))
+    tl.store(partials_ptr + 4, tl.where(bad, beta * ratio, 0.0))
+    tl.store(partials_ptr + 5, tl.where(good, logp, 0.0))
+    tl.store(partials_ptr + 6, tl.where(bad, logp, 0.0))
+
+
+def preference_loss(
+    pairs: int,
+    chosen_steps: int,
+    chosen_cu_seqlens: Tensor | None,
+    chosen_logprobs: Tensor,
+    ref_chosen_logprobs: Tensor | None,
+    chosen_mask: Tensor | None,
+    grad_chosen: Tensor | None,
+    rejected_steps: int,
+    rejected_cu_seqlens: Tensor | None,
+    rejected_logprobs: Tensor,
+    ref_rejected_logprobs: Tensor | None,
+    rejected_mask: Tensor | None,
+    grad_rejected: Tensor | None,
+    link: int,
+    length_normalise: bool,
+    odds: bool,
+    beta: float,
+    margin: float,
+    positive_weight: float,
+    negative_weight: float,
+    nll_coef: float,
+    denominator: Tensor,
+    partials: Tensor,
+    loss: Tensor,
+    metrics: Tensor,
+) -> None:
+    """The fields of `PreferenceLoss`."""
+    with torch.cuda.device_of(chosen_logprobs):
+        if pairs:
+            _preference_loss_kernel[(pairs,)](
+                chosen_steps, chosen_cu_seqlens, *strided(chosen_logprobs),
+                *strided(ref_chosen_logprobs), *strided(chosen_mask), grad_chosen,
+                rejected_steps, rejected_cu_seqlens, *strided(rejected_logprobs),
+                *strided(ref_rejected_logprobs), *strided(rejected_mask), grad_rejected,
+                float(beta), float(margin), float(positive_weight), float(negative_weight),
+                float(nll_coef), denominator, partials,
+                LINK=link, LENGTH_NORMALISE=length_normalise, ODDS=odds, BLOCK=BLOCK,
+                num_warps=WARPS, enable_fp_fusion=True,
+            )  # fmt: skip
+        merge_partials(partials, pairs, loss, metrics, 0, metrics.shape[0])
+
+
+def kto_loss(
+    examples: int,
+    steps: int,
+    cu_seqlens: Tensor | None,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    mask: Tensor | None,
+    grad_logprobs: Tensor | None,
+    desirable: Tensor,
+    kl: Tensor,
+    beta: float,
+    desirable_weight: float,
+    undesirable_weight: float,
+    denominator: Tensor,
+    partials: Tensor,
+    loss: Tensor,
+    metrics: Tensor,
+) -> None:
+    """The fields of `KtoLoss`."""
+    with torch.cuda.device_of(logprobs):
+        if examples:
+            _kto_loss_kernel[(examples,)](
+                steps, cu_seqlens, *strided(logprobs), *strided(ref_logprobs), *strided(mask),
+                grad_logprobs, desirable, desirable.stride(0), kl,
+                float(beta), float(desirable_weight), float(undesirable_weight), denominator,
+                partials, BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=True,
+            )  # fmt: skip
+        merge_partials(partials, examples, loss, metrics, 0, metrics.shape[0])

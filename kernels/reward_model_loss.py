@@ -1,0 +1,295 @@
+"""Losses of a reward model: pairs (Bradley-Terry) and rankings of K answers; loss, gradient and
+metrics in one pass.
+
+    pair(b, w, m) = -log sigmoid(b - w - m) + centering_coef (b + w)^2
+    pairs:    loss = 1 / denominator  sum_i pair(chosen_i, rejected_i, margin_i)
+    rankings: loss = 1 / denominator  sum_g 1 / (K_g choose 2)  sum over pairs b ranked above w
+
+Backward: d pair / d b = 2 centering_coef (b + w) - sigmoid(m + w - b), and d w likewise with +.
+
+Sources: pairs with margins, Llama 2, https://arxiv.org/abs/2307.09288 eq. 2; rankings, InstructGPT,
+https://arxiv.org/abs/2203.02155 eq. 1; centering, https://arxiv.org/abs/2312.09244 section 3.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from warpo.kernels import dispatch, reference
+from warpo.kernels.checks import FLOATS, check_mask, check_no_grad, check_tensor
+from warpo.kernels.registration import Operator
+from warpo.kernels.sequences import as_denominator, merge_moments
+
+REWARD_METRICS = ("loss", "pairs", "correct", "margin", "scores", "score_mean", "score_m2")
+# of every backend: a row of partials for each block
+PAIRS_PER_BLOCK = 256
+
+
+class RewardModelLoss(NamedTuple):
+    loss: Tensor
+    metrics: Tensor
+
+
+def reward_model_loss(
+    chosen_scores: Tensor,
+    rejected_scores: Tensor,
+    *,
+    margins: Tensor | None = None,
+    mask: Tensor | None = None,
+    centering_coef: float = 0.0,
+    denominator: float | Tensor | None = None,
+    backend: str | None = None,
+) -> RewardModelLoss:
+    """Bradley-Terry loss of pairs of scores.
+
+    Args:
+        chosen_scores: (B,) float32 | bfloat16 | float16, any stride. Differentiable.
+        rejected_scores: like chosen_scores. Differentiable.
+        margins: (B,) float: by how much the chosen score should be larger. A constant.
+        mask: (B,) bool | uint8: pairs that count. The others are never read; their gradient is 0.
+        centering_coef: weight of (chosen + rejected)^2, which holds the mean score at 0.
+        denominator: what the sum over pairs is divided by, a number or a float32 scalar tensor:
+            pairs of the whole optimizer step, for gradients that do not depend on micro-batches.
+            Not given: the pairs of this call. 0 gives loss 0.
+        backend: reference | cpu | triton | cuda; chosen by device if not given.
+
+    Returns:
+        loss: () float32, differentiable with respect to both scores.
+        metrics: (7,) float32 in the order of REWARD_METRICS, on the device. `reward_model_metrics`
+            reads it; `merge_reward_model_metrics` makes one of those of several micro-batches.
+
+    Raises:
+        ValueError: a shape, dtype, device or option is not as above.
+
+    Memory beyond arguments and results: 8 bytes a pair, and 28 bytes for 256 pairs.
+    """
+    check_tensor("chosen_scores", chosen_scores, FLOATS)
+    if chosen_scores.dim() != 1:
+        raise ValueError(f"chosen_scores must be (B,), got {tuple(chosen_scores.shape)}")
+    check_tensor("rejected_scores", rejected_scores, FLOATS, chosen_scores.shape, chosen_scores)
+    if margins is not None:
+        check_tensor("margins", margins, FLOATS, chosen_scores.shape, chosen_scores)
+        check_no_grad("margins", margins)
+    scale = _check_options(chosen_scores, mask, centering_coef, denominator)
+    name = dispatch.choose(chosen_scores, backend)
+    if name == "reference":
+        return RewardModelLoss(
+            *reference.reward_model_loss(
+                chosen_scores.float(), rejected_scores.float(), scale,
+                margins=None if margins is None else margins.float(), mask=mask,
+                centering_coef=centering_coef,
+            )
+        )  # fmt: skip
+    with_gradient = torch.is_grad_enabled() and (
+        chosen_scores.requires_grad or rejected_scores.requires_grad
+    )
+    loss, metrics, _, _ = _pairs(
+        chosen_scores, rejected_scores, margins, mask, centering_coef, scale, with_gradient, name
+    )
+    return RewardModelLoss(loss, metrics)
+
+
+def ranking_loss(
+    scores: Tensor,
+    ranks: Tensor,
+    cu_groups: Tensor,
+    *,
+    mask: Tensor | None = None,
+    centering_coef: float = 0.0,
+    denominator: float | Tensor | None = None,
+    backend: str | None = None,
+) -> RewardModelLoss:
+    """Loss of rankings: all pairs of answers to a prompt that differ in rank, a prompt weighing 1.
+
+    Args:
+        scores: (N,) float32 | bfloat16 | float16, any stride. Differentiable.
+        ranks: (N,) int64: lower is better. Answers of equal rank are not compared.
+        cu_groups: (G + 1,) int32: prompt g has the answers cu_groups[g] : cu_groups[g + 1].
+        mask: (N,) bool | uint8: answers that count. The others are never read; their gradient is 0.
+        centering_coef: weight of (score + other score)^2, which holds the mean score at 0.
+        denominator: what the sum over prompts is divided by; not given: the prompts of this call.
+            0 gives loss 0.
+        backend: reference | cpu | triton | cuda; chosen by device if not given.
+
+    Returns:
+        loss, metrics: as of `reward_model_loss`. The loss of a pair is divided by K choose 2,
+            with K the valid answers to the prompt, also where some have equal ranks.
+
+    Raises:
+        ValueError: a shape, dtype, device or option is not as above.
+
+    Memory beyond arguments and results: 4 bytes a score and 28 bytes a prompt.
+    """
+    check_tensor("scores", scores, FLOATS)
+    if scores.dim() != 1:
+        raise ValueError(f"scores must be (N,), got {tuple(scores.shape)}")
+    check_tensor("ranks", ranks, (torch.int64,), scores.shape, scores)
+    check_tensor("cu_groups", cu_groups, (torch.int32,), like=scores)
+    if cu_groups.dim() != 1 or cu_groups.numel() == 0 or not cu_groups.is_contiguous():
+        raise ValueError(f"cu_groups must be a dense (G + 1,), got {tuple(cu_groups.shape)}")
+    groups = cu_groups.numel() - 1
+    scale = _check_options(
+        scores, mask, centering_coef, groups if denominator is None else denominator
+    )
+    name = dispatch.choose(scores, backend)
+    if name == "reference":
+        return RewardModelLoss(
+            *reference.ranking_loss(
+                scores.float(), ranks, cu_groups, scale, mask=mask, centering_coef=centering_coef
+            )
+        )
+    with_gradient = scores.requires_grad and torch.is_grad_enabled()
+    loss, metrics, _ = _groups(
+        scores, ranks, mask, cu_groups, centering_coef, scale, with_gradient, name
+    )
+    return RewardModelLoss(loss, metrics)
+
+
+def reward_model_metrics(metrics: Tensor) -> dict[str, float]:
+    """The metrics vector of either loss, read from the device once.
+
+    Returns:
+        loss/reward_model. reward_model/accuracy: share of pairs whose better answer has the larger
+        score. reward_model/margin: mean over pairs of the difference. score/mean, score/std
+        (population). All 0 without pairs.
+    """
+    row = dict(zip(REWARD_METRICS, metrics.tolist(), strict=True))
+    pairs = max(row["pairs"], 1.0)
+    return {
+        "loss/reward_model": row["loss"],
+        "reward_model/accuracy": row["correct"] / pairs,
+        "reward_model/margin": row["margin"] / pairs,
+        "score/mean": row["score_mean"],
+        "score/std": (row["score_m2"] / max(row["scores"], 1.0)) ** 0.5,
+    }
+
+
+def merge_reward_model_metrics(metrics: Sequence[Tensor]) -> Tensor:
+    """The metrics vectors of several micro-batches as one."""
+    return merge_moments(
+        metrics, REWARD_METRICS.index("scores"), REWARD_METRICS.index("score_mean")
+    )
+
+
+def _check_options(
+    scores: Tensor,
+    mask: Tensor | None,
+    centering_coef: float,
+    denominator: float | Tensor | None,
+) -> Tensor:
+    check_mask("mask", mask, scores.shape, scores)
+    if not centering_coef >= 0:
+        raise ValueError(f"centering_coef must be >= 0, got {centering_coef}")
+    if denominator is not None:
+        return as_denominator(denominator, scores)
+    if mask is not None:
+        return mask.sum(dtype=torch.float32)
+    return as_denominator(scores.numel(), scores)
+
+
+def _empty(scores: Tensor, *shape: int) -> Tensor:
+    return scores.new_empty(shape, dtype=torch.float32)
+
+
+def _forward_pairs(
+    chosen_scores: Tensor,
+    rejected_scores: Tensor,
+    margins: Tensor | None,
+    mask: Tensor | None,
+    centering_coef: float,
+    denominator: Tensor,
+    with_gradient: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    pairs = chosen_scores.shape[0]
+    results = _allocate_pairs(chosen_scores, with_gradient)
+    loss, metrics, *gradients = results
+    blocks = (pairs + PAIRS_PER_BLOCK - 1) // PAIRS_PER_BLOCK
+    dispatch.load(backend).reward_model_loss(
+        pairs, chosen_scores, rejected_scores, margins, mask, centering_coef, denominator,
+        *(gradients if with_gradient else (None, None)),
+        _empty(chosen_scores, blocks, len(REWARD_METRICS)), loss, metrics,
+    )  # fmt: skip
+    return results
+
+
+def _allocate_pairs(scores: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    count = scores.shape[0] if with_gradient else 0
+    metrics = _empty(scores, len(REWARD_METRICS))
+    return _empty(scores), metrics, _empty(scores, count), _empty(scores, count)
+
+
+def _fake_pairs(chosen_scores, *arguments):
+    return _allocate_pairs(chosen_scores, arguments[-2])
+
+
+def _save_pairs(ctx, inputs, output) -> None:
+    ctx.dtypes, ctx.with_gradient = (inputs[0].dtype, inputs[1].dtype), inputs[6]
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[2:])
+
+
+def _differentiate_pairs(ctx, grad_loss, _grad_metrics, _grad_chosen, _grad_rejected):
+    if grad_loss is None or not ctx.with_gradient:
+        return (None,) * 8
+    scaled = [
+        (gradient * grad_loss).to(dtype)
+        for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+    ]
+    return (*scaled, *(None,) * 6)
+
+
+_pairs = Operator(
+    "reward_model_loss", _forward_pairs, _fake_pairs, _save_pairs, _differentiate_pairs
+)
+
+
+def _forward_groups(
+    scores: Tensor,
+    ranks: Tensor,
+    mask: Tensor | None,
+    cu_groups: Tensor,
+    centering_coef: float,
+    denominator: Tensor,
+    with_gradient: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    results = _allocate_groups(scores, with_gradient)
+    loss, metrics, gradient = results
+    gradient.zero_()  # of scores that belong to no group
+    groups = cu_groups.numel() - 1
+    dispatch.load(backend).ranking_loss(
+        groups, scores, ranks, mask, cu_groups, centering_coef, denominator,
+        gradient if with_gradient else None,
+        _empty(scores, groups, len(REWARD_METRICS)), loss, metrics,
+    )  # fmt: skip
+    return results
+
+
+def _allocate_groups(scores: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+    metrics = _empty(scores, len(REWARD_METRICS))
+    return _empty(scores), metrics, _empty(scores, scores.shape[0] if with_gradient else 0)
+
+
+def _fake_groups(scores, *arguments):
+    return _allocate_groups(scores, arguments[-2])
+
+
+def _save_groups(ctx, inputs, output) -> None:
+    ctx.dtype, ctx.with_gradient = inputs[0].dtype, inputs[6]
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[2])
+
+
+def _differentiate_groups(ctx, grad_loss, _grad_metrics, _grad_gradient):
+    if grad_loss is None or not ctx.with_gradient:
+        return (None,) * 8
+    (gradient,) = ctx.saved_tensors
+    return ((gradient * grad_loss).to(ctx.dtype), *(None,) * 7)
+
+
+_groups = Operator(
+    "ranking_loss", _forward_groups, _fake_groups, _save_groups, _differentiate_groups
+)

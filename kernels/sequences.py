@@ -1,0 +1,57 @@
+"""Sequences of padded or packed tokens: checks and arguments that the losses share."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from warpo.kernels.checks import check_tensor
+
+
+def check_sequences(
+    name: str, tensor: Tensor, cu_seqlens: Tensor | None, cu_name: str = "cu_seqlens"
+) -> int:
+    """Number of sequences of a tensor that must be (B, T), or (N,) packed with cu_seqlens."""
+    shape = tuple(tensor.shape)
+    if cu_seqlens is None:
+        if len(shape) != 2:
+            raise ValueError(f"{name} must be (B, T), or (N,) together with {cu_name}, got {shape}")
+        return shape[0]
+    if len(shape) != 1:
+        raise ValueError(f"with {cu_name} {name} must be (N,), got {shape}")
+    check_tensor(cu_name, cu_seqlens, (torch.int32,), like=tensor)
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0 or not cu_seqlens.is_contiguous():
+        raise ValueError(f"{cu_name} must be a dense (B + 1,), got {tuple(cu_seqlens.shape)}")
+    return cu_seqlens.numel() - 1
+
+
+def as_denominator(denominator: float | Tensor, like: Tensor) -> Tensor:
+    """A checked () float32 on the device of `like`."""
+    if isinstance(denominator, Tensor):
+        check_tensor("denominator", denominator, (torch.float32,), (), like)
+        return denominator
+    if not denominator >= 0:
+        raise ValueError(f"denominator must be >= 0, got {denominator}")
+    return like.new_full((), denominator, dtype=torch.float32)
+
+
+def spread_packed(sequences: int, cu_seqlens: Tensor | None, *tensors: Tensor | None) -> list:
+    """Packed rows [1, N] as the kernels want them: every sequence sees the one row, stride 0."""
+    if cu_seqlens is None:
+        return list(tensors)
+    return [None if x is None else x.expand(sequences, x.shape[1]) for x in tensors]
+
+
+def merge_moments(metrics: Sequence[Tensor], count: int, first_moment: int) -> Tensor:
+    """Metrics vectors of several micro-batches as one: sums, and from column `first_moment` on
+    pairs of mean and sum of squared differences from it over the count in column `count`.
+    """
+    stacked = torch.stack(list(metrics))
+    total = stacked.sum(0)
+    weight = stacked[:, count, None] / total[count].clamp(min=1)
+    mean, m2 = stacked[:, first_moment::2], stacked[:, first_moment + 1 :: 2]
+    merged = (weight * mean).sum(0)
+    spread = (stacked[:, count, None] * (mean - merged).square()).sum(0)
+    total[first_moment::2] = merged
+    total[first_moment + 1 :: 2] = m2.sum(0) + spread
+    return total
