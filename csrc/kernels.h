@@ -13,6 +13,7 @@
 #include "arguments/group_advantages.h"
 #include "arguments/logprobs.h"
 #include "arguments/policy_loss.h"
+#include "arguments/process_advantages.h"
 #include "arguments/whiten.h"
 
 // clang-format off
@@ -24,6 +25,7 @@
     X(policy_loss, PolicyLoss)                            \
     X(group_advantages_forward, GroupAdvantages)          \
     X(group_advantages_backward, GroupAdvantagesBackward) \
+    X(process_advantages, ProcessAdvantages)              \
     X(whiten_forward, Whiten)                             \
     X(whiten_backward, WhitenBackward)
 // clang-format on

@@ -15,6 +15,7 @@ from warpo.kernels.group_advantages import GroupAdvantages, group_advantages
 from warpo.kernels.logprobs import LogprobsAndEntropy, logprobs, logprobs_and_entropy
 from warpo.kernels.objectives import OBJECTIVES, Objective, get_objective
 from warpo.kernels.policy_loss import METRICS, PolicyLoss, policy_loss, policy_metrics, sum_metrics
+from warpo.kernels.process_advantages import ProcessAdvantages, process_advantages
 from warpo.kernels.whiten import whiten
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "LogprobsAndEntropy",
     "Objective",
     "PolicyLoss",
+    "ProcessAdvantages",
     "gae",
     "get_objective",
     "group_advantages",
@@ -32,6 +34,7 @@ __all__ = [
     "logprobs_and_entropy",
     "policy_loss",
     "policy_metrics",
+    "process_advantages",
     "sum_metrics",
     "whiten",
 ]

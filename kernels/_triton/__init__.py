@@ -13,6 +13,7 @@ from warpo.kernels._triton.group_advantages import (
 )
 from warpo.kernels._triton.logprobs import logprobs_backward, logprobs_forward
 from warpo.kernels._triton.policy_loss import policy_loss
+from warpo.kernels._triton.process_advantages import process_advantages
 from warpo.kernels._triton.whiten import whiten_backward, whiten_forward
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "logprobs_backward",
     "logprobs_forward",
     "policy_loss",
+    "process_advantages",
     "whiten_backward",
     "whiten_forward",
 ]

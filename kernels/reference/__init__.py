@@ -9,6 +9,7 @@ from warpo.kernels.reference.gae import gae
 from warpo.kernels.reference.group_advantages import group_advantages
 from warpo.kernels.reference.logprobs import logprobs
 from warpo.kernels.reference.policy_loss import kl_estimate, policy_loss
+from warpo.kernels.reference.process_advantages import process_advantages
 from warpo.kernels.reference.whiten import whiten
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "kl_estimate",
     "logprobs",
     "policy_loss",
+    "process_advantages",
     "whiten",
 ]
