@@ -9,6 +9,8 @@
 // stride1 0.
 #pragma once
 
+#include "arguments/adamw_publish.h"
+#include "arguments/fingerprint.h"
 #include "arguments/gae.h"
 #include "arguments/group_advantages.h"
 #include "arguments/logprobs.h"
@@ -27,5 +29,7 @@
     X(group_advantages_backward, GroupAdvantagesBackward) \
     X(process_advantages, ProcessAdvantages)              \
     X(whiten_forward, Whiten)                             \
-    X(whiten_backward, WhitenBackward)
+    X(whiten_backward, WhitenBackward)                    \
+    X(adamw_publish, AdamwPublish)                        \
+    X(fingerprint, Fingerprint)
 // clang-format on

@@ -10,6 +10,8 @@ ref_logprobs=ref) advantages, returns = ops.gae(rewards, values, gamma=1.0, gae_
 mask=mask)
 """
 
+from warpo.kernels.adamw_publish import AdamwPublish, adamw_publish
+from warpo.kernels.fingerprint import fingerprint
 from warpo.kernels.gae import Gae, gae
 from warpo.kernels.group_advantages import GroupAdvantages, group_advantages
 from warpo.kernels.logprobs import LogprobsAndEntropy, logprobs, logprobs_and_entropy
@@ -21,12 +23,15 @@ from warpo.kernels.whiten import whiten
 __all__ = [
     "METRICS",
     "OBJECTIVES",
+    "AdamwPublish",
     "Gae",
     "GroupAdvantages",
     "LogprobsAndEntropy",
     "Objective",
     "PolicyLoss",
     "ProcessAdvantages",
+    "adamw_publish",
+    "fingerprint",
     "gae",
     "get_objective",
     "group_advantages",

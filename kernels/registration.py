@@ -1,6 +1,7 @@
 """An operation as a `torch.library` operator, and the short way to it in eager mode."""
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 
 class Operator:
-    """A function of tensors that returns new tensors, registered as warpo::<name>.
+    """A function that returns new tensors and may change given ones, registered as warpo::<name>.
 
     torch.compile, export and fake tensors go through `torch.library`, with fake kernel and
     autograd. Plain tensors in eager mode take `torch.autograd.Function`, or the function itself
@@ -20,6 +21,7 @@ class Operator:
         fake: the same arguments -> empty results of the right shape, dtype and strides.
         save: as `setup_context` of `torch.autograd.Function`.
         differentiate: as its `backward`.
+        mutates: names of the tensors that `body` changes; not the first one.
     """
 
     def __init__(
@@ -29,11 +31,14 @@ class Operator:
         fake: Callable[..., Any],
         save: Callable[..., None] | None = None,
         differentiate: Callable[..., Any] | None = None,
+        mutates: Sequence[str] = (),
     ) -> None:
         self._body = body
-        self._registered = torch.library.custom_op(f"warpo::{name}", body, mutates_args=())
+        self._registered = torch.library.custom_op(f"warpo::{name}", body, mutates_args=mutates)
         self._registered.register_fake(fake)
         self._apply = body
+        parameters = list(inspect.signature(body).parameters)
+        self._mutated = [parameters.index(name) - 1 for name in mutates]
         if save is not None and differentiate is not None:
             self._registered.register_autograd(differentiate, setup_context=save)
 
@@ -53,4 +58,8 @@ class Operator:
             first.requires_grad or any(isinstance(x, Tensor) and x.requires_grad for x in arguments)
         ):
             return self._apply(first, *arguments)
-        return self._body(first, *arguments)
+        results = self._body(first, *arguments)
+        if self._mutated:
+            # so that a graph that has saved one of them refuses its backward
+            torch.autograd.graph.increment_version([arguments[i] for i in self._mutated])
+        return results

@@ -6,6 +6,8 @@ before Python starts, the kernels run on CPU tensors, slowly, for tests; use flo
 the interpreter truncates float32 where a GPU rounds to bfloat16.
 """
 
+from warpo.kernels._triton.adamw_publish import adamw_publish
+from warpo.kernels._triton.fingerprint import fingerprint
 from warpo.kernels._triton.gae import gae_backward, gae_forward
 from warpo.kernels._triton.group_advantages import (
     group_advantages_backward,
@@ -17,6 +19,8 @@ from warpo.kernels._triton.process_advantages import process_advantages
 from warpo.kernels._triton.whiten import whiten_backward, whiten_forward
 
 __all__ = [
+    "adamw_publish",
+    "fingerprint",
     "gae_backward",
     "gae_forward",
     "group_advantages_backward",

@@ -5,6 +5,8 @@ they mean in `ops`; they are checked there. Masked slots are replaced before any
 NaN in them reaches neither results nor gradients.
 """
 
+from warpo.kernels.reference.adamw_publish import adamw_publish
+from warpo.kernels.reference.fingerprint import fingerprint
 from warpo.kernels.reference.gae import gae
 from warpo.kernels.reference.group_advantages import group_advantages
 from warpo.kernels.reference.logprobs import logprobs
@@ -13,6 +15,8 @@ from warpo.kernels.reference.process_advantages import process_advantages
 from warpo.kernels.reference.whiten import whiten
 
 __all__ = [
+    "adamw_publish",
+    "fingerprint",
     "gae",
     "group_advantages",
     "kl_estimate",
