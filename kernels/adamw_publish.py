@@ -166,15 +166,15 @@ def _update(
     grad_scale_factor: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    counts = master.new_zeros(2, dtype=torch.int64)
-    updates = master.new_zeros(2)
-    if published.numel():
-        dispatch.load(backend).adamw_publish(
-            *published.shape, grad, master, exp_avg, exp_avg_sq, published, decay, grad_weight,
-            beta2, square_weight, step_size, root_scale, eps, grad_scale, grad_scale_factor,
-            master.new_empty((PARTIALS, 2), dtype=torch.int64), master.new_empty((PARTIALS, 2)),
-            counts, updates,
-        )  # fmt: skip
+    if published.numel() == 0:
+        return master.new_zeros(2, dtype=torch.int64), master.new_zeros(2)
+    counts, updates = _fake_update(grad, master)
+    dispatch.load(backend).adamw_publish(
+        *published.shape, grad, master, exp_avg, exp_avg_sq, published, decay, grad_weight,
+        beta2, square_weight, step_size, root_scale, eps, grad_scale, grad_scale_factor,
+        master.new_empty((PARTIALS, 2), dtype=torch.int64), master.new_empty((PARTIALS, 2)),
+        counts, updates,
+    )  # fmt: skip
     return counts, updates
 
 

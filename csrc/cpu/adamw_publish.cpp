@@ -17,32 +17,36 @@ struct Sums {
 constexpr int kBlock = 512;
 
 template <class T>
-void update_block(const AdamwPublish& a, const Tile& tile, float grad_scale, Sums& sums) {
-    const int64_t index = tile.row * a.columns + tile.first;
+void update_block(const AdamwPublish& a, const Tile& block, float grad_scale, Sums& sums) {
+    const int64_t index = block.row * a.columns + block.first;
     alignas(64) float grad[kBlock];
-    load_steps(a.grad, 0, index, tile.count, grad);
+    load_steps(a.grad, 0, index, block.count, grad);
     float* const __restrict__ master = a.master + index;
     float* const __restrict__ exp_avg = a.exp_avg + index;
     float* const __restrict__ exp_avg_sq = a.exp_avg_sq + index;
-    T* const __restrict__ published = address<T>(a.published, tile.row, tile.first);
-    int32_t changed = 0;
+    T* const __restrict__ published = address<T>(a.published, block.row, block.first);
+    alignas(64) float weight[kBlock];
+    alignas(64) T rounded[kBlock];
     float master_update = 0, published_update = 0;
-#pragma omp simd reduction(+ : changed, master_update, published_update)
-    for (int i = 0; i < tile.count; ++i) {
+#pragma omp simd reduction(+ : master_update)
+    for (int i = 0; i < block.count; ++i) {
         const AdamwState old = {master[i], exp_avg[i], exp_avg_sq[i]};
         const AdamwState next = adamw_step(a, old, grad[i] * grad_scale);
-        const T before = published[i];
-        T rounded;
-        from_float(next.weight, rounded);
-        changed += bits_of(rounded) != bits_of(before);
         master_update += fabsf(next.weight - old.weight);
-        published_update += fabsf(to_float(rounded) - to_float(before));
-        master[i] = next.weight;
+        master[i] = weight[i] = next.weight;
         exp_avg[i] = next.exp_avg;
         exp_avg_sq[i] = next.exp_avg_sq;
-        published[i] = rounded;
     }
-    sums.fingerprint += fingerprint_of(published, tile.count, index);
+#pragma omp simd
+    for (int i = 0; i < block.count; ++i) from_float(weight[i], rounded[i]);
+    int32_t changed = 0;
+#pragma omp simd reduction(+ : changed, published_update)
+    for (int i = 0; i < block.count; ++i) {
+        changed += bits_of(rounded[i]) != bits_of(published[i]);
+        published_update += fabsf(to_float(rounded[i]) - to_float(published[i]));
+        published[i] = rounded[i];
+    }
+    sums.fingerprint += fingerprint_of(published, block.count, index);
     sums.changed += changed;
     sums.master_update += master_update;
     sums.published_update += published_update;
