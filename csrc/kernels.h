@@ -9,12 +9,15 @@
 // stride1 0.
 #pragma once
 
+#include "arguments/adamw_publish.h"
+#include "arguments/fingerprint.h"
 #include "arguments/gae.h"
 #include "arguments/group_advantages.h"
 #include "arguments/logprobs.h"
 #include "arguments/policy_loss.h"
 #include "arguments/policy_loss_from_logits.h"
 #include "arguments/preference_loss.h"
+#include "arguments/process_advantages.h"
 #include "arguments/reward_model_loss.h"
 #include "arguments/value_loss.h"
 #include "arguments/whiten.h"
@@ -37,6 +40,9 @@
     X(kto_loss, KtoLoss)                                  \
     X(group_advantages_forward, GroupAdvantages)          \
     X(group_advantages_backward, GroupAdvantagesBackward) \
+    X(process_advantages, ProcessAdvantages)              \
     X(whiten_forward, Whiten)                             \
-    X(whiten_backward, WhitenBackward)
+    X(whiten_backward, WhitenBackward)                    \
+    X(adamw_publish, AdamwPublish)                        \
+    X(fingerprint, Fingerprint)
 // clang-format on

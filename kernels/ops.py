@@ -11,6 +11,8 @@ device.
     advantages, returns = ops.gae(rewards, values, gamma=1.0, gae_lambda=0.95, mask=mask)
 """
 
+from warpo.kernels.adamw_publish import AdamwPublish, adamw_publish
+from warpo.kernels.fingerprint import fingerprint
 from warpo.kernels.gae import Gae, gae
 from warpo.kernels.group_advantages import GroupAdvantages, group_advantages
 from warpo.kernels.kto_loss import (
@@ -22,7 +24,7 @@ from warpo.kernels.kto_loss import (
 )
 from warpo.kernels.logprobs import LogprobsAndEntropy, logprobs, logprobs_and_entropy
 from warpo.kernels.objectives import OBJECTIVES, Objective, get_objective
-from warpo.kernels.policy_loss import METRICS, PolicyLoss, policy_loss, policy_metrics, sum_metrics
+from warpo.kernels.policy_loss import PolicyLoss, policy_loss
 from warpo.kernels.policy_loss_from_logits import PolicyLossFromLogits, policy_loss_from_logits
 from warpo.kernels.policy_metrics import METRICS, policy_metrics, sum_metrics
 from warpo.kernels.preference_loss import (
@@ -32,6 +34,7 @@ from warpo.kernels.preference_loss import (
     preference_metrics,
 )
 from warpo.kernels.preferences import PREFERENCES, Preference, get_preference
+from warpo.kernels.process_advantages import ProcessAdvantages, process_advantages
 from warpo.kernels.returns import discounted_returns, lambda_returns
 from warpo.kernels.reward_model_loss import (
     REWARD_METRICS,
@@ -60,6 +63,7 @@ __all__ = [
     "PREFERENCE_METRICS",
     "REWARD_METRICS",
     "VALUE_METRICS",
+    "AdamwPublish",
     "Gae",
     "GroupAdvantages",
     "KtoLoss",
@@ -69,11 +73,14 @@ __all__ = [
     "PolicyLossFromLogits",
     "Preference",
     "PreferenceLoss",
+    "ProcessAdvantages",
     "RewardModelLoss",
     "ShapedGae",
     "ValueLoss",
     "Vtrace",
+    "adamw_publish",
     "discounted_returns",
+    "fingerprint",
     "gae",
     "get_objective",
     "get_preference",
@@ -91,6 +98,7 @@ __all__ = [
     "policy_metrics",
     "preference_loss",
     "preference_metrics",
+    "process_advantages",
     "ranking_loss",
     "reward_model_loss",
     "reward_model_metrics",

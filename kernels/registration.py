@@ -1,6 +1,7 @@
 """An operation as a `torch.library` operator, and the short way to it in eager mode."""
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 
 class Operator:
-    """A function of tensors that returns new tensors, registered as warpo::<name>.
+    """A function that returns new tensors and may change given ones, registered as warpo::<name>.
 
     torch.compile, export and fake tensors go through `torch.library`, with fake kernel and
     autograd. Plain tensors in eager mode take `torch.autograd.Function`, or the function itself
@@ -24,6 +25,7 @@ class Operator:
             so that it may overwrite it.
         differentiable: gradients flow to the first so many arguments at most. In eager mode the
             others then travel as one: `torch.autograd.Function` takes 0.2 us for each argument.
+        mutates: names of the tensors that `body` changes; not the first one.
     """
 
     def __init__(
@@ -35,12 +37,15 @@ class Operator:
         differentiate: Callable[..., Any] | None = None,
         differentiable: int | None = None,
         differentiate_eager: Callable[..., Any] | None = None,
+        mutates: Sequence[str] = (),
     ) -> None:
         self._body = body
         self._differentiable = differentiable
-        self._registered = torch.library.custom_op(f"warpo::{name}", body, mutates_args=())
+        self._registered = torch.library.custom_op(f"warpo::{name}", body, mutates_args=mutates)
         self._registered.register_fake(fake)
         self._apply = body
+        parameters = list(inspect.signature(body).parameters)
+        self._mutated = [parameters.index(name) - 1 for name in mutates]
         if save is not None and differentiate is not None:
             self._registered.register_autograd(differentiate, setup_context=save)
             differentiate = differentiate_eager or differentiate
@@ -73,4 +78,8 @@ class Operator:
             if rest is None:
                 return self._apply(first, *arguments)
             return self._apply(first, *arguments[:rest], arguments[rest:])
-        return self._body(first, *arguments)
+        results = self._body(first, *arguments)
+        if self._mutated:
+            # so that a graph that has saved one of them refuses its backward
+            torch.autograd.graph.increment_version([arguments[i] for i in self._mutated])
+        return results

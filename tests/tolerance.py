@@ -28,6 +28,10 @@ SCAN_ABSOLUTE = 2e-5
 WHITEN_RELATIVE = 1e-5
 WHITEN_ABSOLUTE = 5e-6
 
+# A step of AdamW: a few roundings of the weight, a step; tests add what the step itself is off.
+ADAMW_RELATIVE = 3e-7
+ADAMW_ABSOLUTE = 1e-9
+
 # Sums over tokens of terms of both signs: relative to the sum of magnitudes, which tests pass in.
 SUM_RELATIVE = 2e-5
 

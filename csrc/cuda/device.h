@@ -126,7 +126,8 @@ __device__ __forceinline__ uint4 load_edge(const typename Element<kDType>::Bits*
     return {words[0], words[1], words[2], words[3]};
 }
 
-__device__ __forceinline__ float warp_sum(float value) {
+template <typename T>
+__device__ __forceinline__ T warp_sum(T value) {
 #pragma unroll
     for (int lanes = 16; lanes > 0; lanes >>= 1) value += __shfl_xor_sync(kAllLanes, value, lanes);
     return value;
@@ -140,13 +141,13 @@ __device__ __forceinline__ float warp_max(float value) {
     return value;
 }
 
-// The sum over a block, in every thread. scratch holds one float a warp and may be reused at once.
-template <int kWarps>
-__device__ __forceinline__ float block_sum(float value, float* scratch) {
+// The sum over a block, in every thread. scratch holds one value a warp and may be reused at once.
+template <int kWarps, typename T>
+__device__ __forceinline__ T block_sum(T value, T* scratch) {
     value = warp_sum(value);
     if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = value;
     __syncthreads();
-    float total = 0.0f;
+    T total = 0;
 #pragma unroll
     for (int warp = 0; warp < kWarps; ++warp) total += scratch[warp];
     __syncthreads();

@@ -6,6 +6,8 @@ before Python starts, the kernels run on CPU tensors, slowly, for tests; use flo
 the interpreter truncates float32 where a GPU rounds to bfloat16.
 """
 
+from warpo.kernels._triton.adamw_publish import adamw_publish
+from warpo.kernels._triton.fingerprint import fingerprint
 from warpo.kernels._triton.gae import gae_backward, gae_forward
 from warpo.kernels._triton.group_advantages import (
     group_advantages_backward,
@@ -15,11 +17,14 @@ from warpo.kernels._triton.logprobs import logprobs_backward, logprobs_forward
 from warpo.kernels._triton.policy_loss import policy_loss
 from warpo.kernels._triton.policy_loss_from_logits import policy_loss_from_logits, scale_gradient
 from warpo.kernels._triton.preference_loss import kto_loss, preference_loss
+from warpo.kernels._triton.process_advantages import process_advantages
 from warpo.kernels._triton.reward_model_loss import ranking_loss, reward_model_loss
 from warpo.kernels._triton.value_loss import value_loss
 from warpo.kernels._triton.whiten import whiten_backward, whiten_forward
 
 __all__ = [
+    "adamw_publish",
+    "fingerprint",
     "gae_backward",
     "gae_forward",
     "group_advantages_backward",
@@ -30,6 +35,7 @@ __all__ = [
     "policy_loss",
     "policy_loss_from_logits",
     "preference_loss",
+    "process_advantages",
     "ranking_loss",
     "reward_model_loss",
     "scale_gradient",

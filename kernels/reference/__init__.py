@@ -17,7 +17,9 @@ from warpo.kernels.reference.vtrace import vtrace
 from warpo.kernels.reference.whiten import whiten
 
 __all__ = [
+    "adamw_publish",
     "discounted_returns",
+    "fingerprint",
     "gae",
     "group_advantages",
     "kl_estimate",
@@ -26,6 +28,7 @@ __all__ = [
     "logprobs",
     "policy_loss",
     "preference_loss",
+    "process_advantages",
     "ranking_loss",
     "reward_model_loss",
     "shaped_gae",

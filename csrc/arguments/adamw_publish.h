@@ -1,0 +1,25 @@
+#pragma once
+#include "view.h"
+
+namespace warpo {
+
+struct AdamwPublish {
+    int64_t rows, columns;  // of published; the other arrays are dense, rows * columns
+    View grad;              // (0, i) float
+    float *master, *exp_avg, *exp_avg_sq;
+    View published;              // (row, column) float, stride1 is 1
+    float decay;                 // 1 - lr * weight_decay
+    float grad_weight;           // 1 - beta1
+    float beta2, square_weight;  // square_weight: 1 - beta2
+    float step_size;             // lr / (1 - beta1^step)
+    float root_scale;            // 1 / sqrt(1 - beta2^step)
+    float eps;
+    float grad_scale;
+    const float* grad_scale_factor;  // one float on the device, optional: multiplies grad_scale
+    int64_t* partial_counts;         // (kMaxPartials, 2) workspace, see math/tiles.h
+    float* partial_updates;          // (kMaxPartials, 2) workspace
+    int64_t* counts;                 // (2): fingerprint of published, elements of it that changed
+    float* updates;                  // (2): sums of |new - old| over master and over published
+};
+
+}  // namespace warpo

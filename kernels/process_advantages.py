@@ -1,0 +1,202 @@
+"""Advantages from rewards of reasoning steps, in one launch.
+
+    r'_j = (r_j - mean) / (std + eps)        over the steps of all outputs of the group
+    A_t  = sum of r'_j over the steps j of the output that end at token t or after it
+
+A group whose steps all have the same reward, of one step too, teaches nothing: A = 0 exactly, std =
+0, and it is counted. Rewards are constants: no gradient flows through them.
+
+Source: GRPO with process supervision, https://arxiv.org/abs/2402.03300 section 4.1.3.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from warpo.kernels import dispatch, reference
+from warpo.kernels.checks import FLOATS, check_no_grad, check_tensor
+from warpo.kernels.group_advantages import STD_MODES
+from warpo.kernels.registration import Operator
+
+INDICES = (torch.int32, torch.int64)
+
+
+class ProcessAdvantages(NamedTuple):
+    advantages: Tensor
+    mean: Tensor
+    std: Tensor
+    num_degenerate: Tensor
+
+
+def process_advantages(
+    step_rewards: Tensor,
+    step_offsets: Tensor,
+    step_ends: Tensor,
+    num_tokens: int,
+    group_size: int | None = None,
+    *,
+    group_ids: Tensor | None = None,
+    num_groups: int | None = None,
+    cu_seqlens: Tensor | None = None,
+    std: str = "sample",
+    eps: float = 1e-6,
+    backend: str | None = None,
+) -> ProcessAdvantages:
+    """Advantage of each token: the normalised rewards of the steps that end at or after it.
+
+    Args:
+        step_rewards: (S,) float32 | bfloat16 | float16, any stride: of all steps of all outputs. A
+            constant. A NaN stays in its group.
+        step_offsets: (B + 1,) int32 | int64: output b has the steps step_offsets[b] up to
+            step_offsets[b + 1]; it may have none.
+        step_ends: (S,) int32 | int64: index of the last token of each step within its output,
+            ascending within an output. The tokens after the last step get 0.
+        num_tokens: T, the length of a row of the result; with cu_seqlens N, the tokens of all
+            outputs.
+        group_size: G: the outputs g G to (g + 1) G are group g. B must be a multiple of it.
+        group_ids: (B,) int64 in [0, num_groups), in any order; instead of group_size. An output
+            whose id is out of range belongs to no group: its advantages are 0.
+        num_groups: number of groups, with group_ids only. A group without steps has mean and std 0.
+        cu_seqlens: (B + 1,) int32: the tokens of output b are cu_seqlens[b] up to
+            cu_seqlens[b + 1] of one packed row. Tokens of no output get 0.
+        std: "sample" | "population" | "none".
+        eps: added to the standard deviation.
+        backend: reference | cpu | triton | cuda; chosen by device if not given.
+
+    Returns:
+        advantages: (B, T), or (N,) with cu_seqlens; float32.
+        mean, std: (groups,) float32, over steps; std is 0 where it is "none" or all are equal.
+        num_degenerate: () int32, on the device: groups with steps that all have the same reward.
+
+    Raises:
+        ValueError: a shape, dtype, device or option is not as above.
+
+    Source: https://arxiv.org/abs/2402.03300 section 4.1.3. Memory beyond arguments and results:
+        none with group_size; 24 bytes an output with group_ids.
+    """
+    _check(step_rewards, step_offsets, step_ends, num_tokens, cu_seqlens, std, eps)
+    num_outputs = step_offsets.numel() - 1
+    groups = _count_groups(num_outputs, group_size, group_ids, num_groups, step_rewards)
+    name = dispatch.choose(step_rewards, backend)
+    if name == "reference":
+        if group_ids is None:
+            group_ids = torch.arange(num_outputs, device=step_rewards.device) // (group_size or 1)
+        return ProcessAdvantages(
+            *reference.process_advantages(
+                step_rewards.float(), step_offsets, step_ends, num_tokens, group_ids, groups,
+                cu_seqlens=cu_seqlens, std=std, eps=eps,
+            )
+        )  # fmt: skip
+    order = offsets = None
+    if group_ids is not None:
+        ordered_ids, order = group_ids.sort(stable=True)
+        offsets = torch.searchsorted(ordered_ids, torch.arange(groups + 1, device=order.device))
+        group_ids = group_ids.contiguous()
+    return ProcessAdvantages(
+        *_operator(
+            step_rewards, step_offsets, step_ends, num_tokens, cu_seqlens, group_size or 0, groups,
+            group_ids, order, offsets, STD_MODES.index(std), eps, name,
+        )
+    )  # fmt: skip
+
+
+def _check(
+    step_rewards: Tensor,
+    step_offsets: Tensor,
+    step_ends: Tensor,
+    num_tokens: int,
+    cu_seqlens: Tensor | None,
+    std: str,
+    eps: float,
+) -> None:
+    check_tensor("step_rewards", step_rewards, FLOATS)
+    if step_rewards.dim() != 1:
+        raise ValueError(f"step_rewards must be (S,), got {tuple(step_rewards.shape)}")
+    check_no_grad("step_rewards", step_rewards)
+    check_tensor("step_offsets", step_offsets, INDICES, like=step_rewards)
+    if step_offsets.dim() != 1 or step_offsets.numel() == 0:
+        raise ValueError(f"step_offsets must be (B + 1,), got {tuple(step_offsets.shape)}")
+    check_tensor("step_ends", step_ends, INDICES, step_rewards.shape, step_rewards)
+    if num_tokens < 0:
+        raise ValueError(f"num_tokens must be >= 0, got {num_tokens}")
+    if cu_seqlens is not None:
+        check_tensor("cu_seqlens", cu_seqlens, (torch.int32,), step_offsets.shape, step_rewards)
+        if not cu_seqlens.is_contiguous():
+            raise ValueError("cu_seqlens must be dense: pass cu_seqlens.contiguous()")
+    if std not in STD_MODES:
+        raise ValueError(f"std must be one of {', '.join(STD_MODES)}; got {std!r}")
+    if not eps >= 0:
+        raise ValueError(f"eps must be >= 0, got {eps}")
+
+
+def _count_groups(
+    num_outputs: int,
+    group_size: int | None,
+    group_ids: Tensor | None,
+    num_groups: int | None,
+    like: Tensor,
+) -> int:
+    if group_ids is not None and group_size is None:
+        check_tensor("group_ids", group_ids, (torch.int64,), (num_outputs,), like)
+        if num_groups is None or num_groups < 0:
+            raise ValueError(f"group_ids needs num_groups >= 0, got {num_groups}")
+        return num_groups
+    if group_size is not None and group_ids is None:
+        if num_groups is not None:
+            raise ValueError(
+                "num_groups goes with group_ids; group_size alone says how many there are"
+            )
+        if group_size < 1 or num_outputs % group_size:
+            raise ValueError(
+                f"group_size must divide the number of outputs, {num_outputs}, got {group_size}"
+            )
+        return num_outputs // group_size
+    raise ValueError("give either group_size or group_ids with num_groups")
+
+
+def _forward(
+    step_rewards: Tensor,
+    step_offsets: Tensor,
+    step_ends: Tensor,
+    num_tokens: int,
+    cu_seqlens: Tensor | None,
+    group_size: int,
+    num_groups: int,
+    group_ids: Tensor | None,
+    order: Tensor | None,
+    offsets: Tensor | None,
+    std_mode: int,
+    eps: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    results = _allocate(
+        step_rewards, step_offsets, step_ends, num_tokens, cu_seqlens, group_size, num_groups
+    )
+    num_outputs = step_offsets.numel() - 1
+    if num_outputs:
+        dispatch.load(backend).process_advantages(
+            num_outputs, num_groups, num_tokens, cu_seqlens, step_rewards, step_offsets, step_ends,
+            group_size, group_ids, order, offsets, std_mode, eps, *results,
+        )  # fmt: skip
+    return results
+
+
+def _allocate(
+    step_rewards, step_offsets, step_ends, num_tokens, cu_seqlens, group_size, num_groups, *_
+):
+    floats = {"dtype": torch.float32, "device": step_rewards.device}
+    if cu_seqlens is None:
+        advantages = torch.empty((step_offsets.shape[0] - 1, num_tokens), **floats)
+    else:
+        advantages = torch.zeros((num_tokens,), **floats)  # tokens of no output
+    statistics = torch.empty if group_size else torch.zeros  # a group may have no output
+    return (
+        advantages,
+        statistics((num_groups,), **floats),
+        statistics((num_groups,), **floats),
+        step_rewards.new_zeros((), dtype=torch.int32),
+    )
+
+
+_operator = Operator("process_advantages", _forward, _allocate)

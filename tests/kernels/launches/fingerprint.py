@@ -1,0 +1,26 @@
+"""Launches of the Triton kernels of fingerprint, for test_triton_compile."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+
+Launch = tuple[str, Callable[[], None]]
+
+
+def fingerprint(dtype: torch.dtype, rows: int = 3, columns: int = 100) -> None:
+    from warpo.kernels import _triton
+
+    integers = torch.empty(1024, dtype=torch.int64)
+    tensor = torch.empty(rows, columns, dtype=dtype)
+    _triton.fingerprint(rows, columns, tensor, integers, integers)
+
+
+def configurations(all_of_them: bool) -> Iterator[Launch]:
+    for dtype in (torch.bfloat16, torch.float32)[: 1 + all_of_them]:
+        yield str(dtype).removeprefix("torch."), partial(fingerprint, dtype)
+
+
+def variations() -> Iterator[Callable[[], None]]:
+    for rows, columns in ((1, 1), (1, 4096), (16, 37)):
+        yield partial(fingerprint, torch.bfloat16, rows, columns)

@@ -1,0 +1,255 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.kernels.backends import BACKENDS, DEVICE, DTYPES, dtypes, each_backend, examples, strided
+from tests.oracles.adamw import adamw as oracle
+from tests.tolerance import ADAMW_ABSOLUTE, ADAMW_RELATIVE, SUM_RELATIVE, assert_close
+from warpo.kernels import ops, reference
+
+HYPER = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1}
+
+
+@st.composite
+def cases(draw, backend: str):
+    """Weights, gradients of some steps, and where to publish."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    shape = draw(st.sampled_from([(), (1,), (0, 3), (37,), (4097,), (3, 5, 7), (20, 300)]))
+    weights = torch.randn(shape, generator=generator)
+    scale = draw(st.sampled_from([1.0, 1e-4]))
+    steps = draw(st.integers(1, 4))
+    grads = [scale * torch.randn(shape, generator=generator) for _ in range(steps)]
+    dtype = draw(st.sampled_from(dtypes(backend)))
+    layout = draw(st.sampled_from(["dense", "sliced"])) if len(shape) in (1, 2) else "dense"
+    published = strided(weights.to(draw(st.sampled_from(DTYPES))), layout)
+    hyper = {
+        "lr": draw(st.sampled_from([1e-6, 1e-3, 0.1])),
+        "beta1": draw(st.sampled_from([0.0, 0.9])),
+        "beta2": draw(st.sampled_from([0.0, 0.95, 0.999])),
+        "eps": draw(st.sampled_from([1e-8, 1e-5])),
+        "weight_decay": draw(st.sampled_from([0.0, 0.1])),
+    }
+    return weights.to(DEVICE), [g.to(DEVICE, dtype) for g in grads], published, hyper
+
+
+def state_of(weights: torch.Tensor, flat: bool) -> list[torch.Tensor]:
+    master = weights.clone().view(-1) if flat else weights.clone()
+    return [master, torch.zeros_like(master), torch.zeros_like(master)]
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(torch.int16 if tensor.element_size() == 2 else torch.int32)
+
+
+@each_backend
+def test_values_equal_torch_adamw_in_float64(backend):
+    @settings(max_examples=examples(backend, 100))
+    @given(cases(backend), st.booleans(), st.sampled_from([None, 1.0, 0.25]))
+    def check(case, flat, clip):
+        weights, grads, published, hyper = case
+        exact = torch.nn.Parameter(weights.double())
+        optimizer = torch.optim.AdamW(
+            [exact], lr=hyper["lr"], betas=(hyper["beta1"], hyper["beta2"]), eps=hyper["eps"],
+            weight_decay=hyper["weight_decay"],
+        )  # fmt: skip
+        state = state_of(weights, flat)
+        scale = 1.0 if clip is None else torch.tensor(clip, device=DEVICE)
+        for step, grad in enumerate(grads, start=1):
+            before, published_before = state[0].clone(), published.clone()
+            exact.grad = grad.double() * scale
+            optimizer.step()
+            if flat:
+                grad = grad.reshape(-1)
+            result = ops.adamw_publish(
+                grad, *state, published, **hyper, step=step, grad_scale=scale, backend=backend
+            )
+            master = state[0].view(weights.shape)
+            # a step is at most some lr, known to some ulp, where the gradient is not near eps
+            absolute = ADAMW_ABSOLUTE + step * 1e-4 * hyper["lr"]
+            assert_close(
+                master, exact, relative=ADAMW_RELATIVE * step, absolute=absolute, what="master"
+            )
+            assert torch.equal(bits(published), bits(master.to(published.dtype)))
+            assert result.fingerprint == reference.fingerprint(published)
+            assert result.fingerprint == ops.fingerprint(published, backend=backend)
+            changed = (bits(published) != bits(published_before)).sum()
+            assert result.changed == changed and result.changed.dtype == torch.int64
+            sums = [(state[0] - before), (published.double() - published_before.double())]
+            for name, actual, update in zip(
+                ("master_update", "published_update"), result[2:], sums, strict=True
+            ):
+                wanted = update.double().abs().sum()
+                assert_close(actual, wanted, relative=SUM_RELATIVE, absolute=1e-9, what=name)
+
+    check()
+
+
+def test_the_reference_equals_the_oracle_and_torch():
+    weights, grads = torch.randn(40, dtype=torch.float64), torch.randn(5, 40, dtype=torch.float64)
+    state = state_of(weights, False)
+    published = weights.bfloat16()
+    exact = torch.nn.Parameter(weights.clone())
+    optimizer = torch.optim.AdamW(
+        [exact], lr=HYPER["lr"], betas=(0.9, 0.99), eps=HYPER["eps"], weight_decay=0.1
+    )
+    for step, grad in enumerate(grads, start=1):
+        exact.grad = grad.clone()
+        optimizer.step()
+        reference.adamw_publish(grad, *state, published, **HYPER, step=step)
+    wanted = torch.from_numpy(oracle(weights.numpy(), [g.numpy() for g in grads], **HYPER))
+    assert torch.allclose(state[0], wanted, rtol=1e-12, atol=1e-12)
+    assert torch.allclose(state[0], exact, rtol=1e-12, atol=1e-12)
+    assert torch.equal(published, wanted.bfloat16())
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_is_to_nearest_with_ties_to_even(backend, dtype):
+    # halfway between two, subnormal, overflowing and infinite, in both signs
+    ties = torch.arange(1, 64).float() * 2.0**-16 + 1
+    special = torch.tensor([0.0, 1e-7, 6e-8, 2.9e-8, 65504, 65519, 65520, 1e38, 3.4e38, torch.inf])
+    values = torch.cat([ties, ties * 2.0**-20, special])
+    master = torch.cat([values, -values]).to(DEVICE)
+    state = [master.clone(), torch.zeros_like(master), torch.zeros_like(master)]
+    published = torch.zeros_like(master, dtype=dtype)
+    ops.adamw_publish(
+        torch.zeros_like(master), *state, published, **(HYPER | {"lr": 0.0}), step=1,
+        backend=backend,
+    )  # fmt: skip
+    assert torch.equal(state[0], master)
+    assert torch.equal(bits(published), bits(master.to(dtype)))
+
+
+@each_backend
+def test_small_steps_are_lost_in_bfloat16_but_not_in_the_master(backend):
+    weights = torch.rand(5000, device=DEVICE) + 1
+    state, published = state_of(weights, False), weights.bfloat16()
+    grad = torch.ones_like(weights)
+    ops.adamw_publish(grad, *state, published, **(HYPER | {"lr": 0.0}), step=1, backend=backend)
+    result = ops.adamw_publish(
+        grad, *state, published, **(HYPER | {"lr": 1e-6}), step=2, backend=backend
+    )
+    assert 0 <= int(result.changed) < 50 and (state[0] != weights).any()
+    assert abs(float(result.master_update) / 5000 / 1.15e-6 - 1) < 0.3
+
+
+@each_backend
+def test_what_lies_between_the_rows_is_left_alone(backend):
+    storage = torch.full((6, 50), 7.0, device=DEVICE)
+    published = storage[1:5, 3:40]
+    weights = torch.randn(4, 37, device=DEVICE)
+    ops.adamw_publish(
+        weights, *state_of(weights, True), published, **HYPER, step=1, backend=backend
+    )
+    outside = torch.ones_like(storage, dtype=torch.bool)
+    outside[1:5, 3:40] = False
+    assert (storage[outside] == 7).all() and (storage[~outside] != 7).any()
+
+
+@each_backend
+def test_a_nan_gradient_stays_with_its_weight(backend):
+    weights = torch.randn(100, device=DEVICE)
+    state, published = state_of(weights, False), weights.bfloat16()
+    grad = torch.ones_like(weights)
+    grad[7] = torch.nan
+    result = ops.adamw_publish(grad, *state, published, **HYPER, step=1, backend=backend)
+    for tensor in (*state, published):
+        assert tensor.isnan().nonzero().tolist() == [[7]]
+    assert result.fingerprint == ops.fingerprint(published, backend=backend)
+    assert result.master_update.isnan()
+
+
+@each_backend
+def test_every_run_gives_the_same_bits(backend):
+    weights = torch.randn(30000, device=DEVICE)
+    grad = torch.randn(30000, device=DEVICE)
+    runs = []
+    for _ in range(2 if backend == "triton" else 10):
+        state, published = state_of(weights, False), weights.bfloat16()
+        result = ops.adamw_publish(grad, *state, published, **HYPER, step=1, backend=backend)
+        runs.append((*state, published, *result))
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+
+
+@each_backend
+def test_a_graph_that_saved_a_weight_refuses_its_backward(backend):
+    weights = torch.randn(10, device=DEVICE)
+    state = state_of(weights, False)
+    x = torch.ones(10, device=DEVICE, requires_grad=True)
+    loss = (x * weights).sum()
+    ops.adamw_publish(x.detach(), *state, weights, **HYPER, step=1, backend=backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@each_backend
+def test_a_parameter_can_be_published_without_grad_mode(backend):
+    published = torch.nn.Parameter(torch.ones(4, 3, device=DEVICE))
+    state = state_of(torch.ones(12, device=DEVICE), True)
+    grad = torch.ones(4, 3, device=DEVICE)
+    with torch.no_grad():
+        ops.adamw_publish(grad, *state, published, **HYPER, step=1, backend=backend)
+    assert torch.equal(published.detach().view(-1), state[0]) and (published != 1).all()
+
+
+@each_backend
+def test_opcheck(backend):
+    vectors = [torch.randn(150, device=DEVICE).abs() for _ in range(4)]
+    published = torch.randn(3, 60, device=DEVICE)[:, :50]
+    torch.library.opcheck(
+        torch.ops.warpo.adamw_publish.default,
+        (*vectors, published, 1.0, 0.1, 0.9, 0.1, 1e-3, 1.0, 1e-8, 1.0, None, backend),
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS[:1])
+def test_compiles_without_a_graph_break(backend):
+    def update(grad, master, exp_avg, exp_avg_sq, published):
+        result = ops.adamw_publish(
+            grad * 2, master, exp_avg, exp_avg_sq, published, **HYPER, step=1, backend=backend
+        )
+        return result.fingerprint
+
+    compiled = torch.compile(update, fullgraph=True, backend="aot_eager")
+    for size in (5, 6, 70):
+        weights, grad = torch.randn(2, size, device=DEVICE), torch.randn(2, size, device=DEVICE)
+        runs = []
+        for function in (update, compiled):
+            state, published = state_of(weights, False), weights.bfloat16()
+            runs.append((function(grad, *state, published), *state, published))
+        assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+W = torch.zeros(2, 3)
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"grad": torch.zeros(3)}, r"grad must be of the shape of published, \(2, 3\), or flat"),
+        ({"grad": torch.zeros(3, 2).t()}, r"grad must be dense.*pass grad.contiguous\(\)"),
+        ({"grad": W.long()}, "grad must be float32 | bfloat16 | float16"),
+        ({"master": W.bfloat16()}, "master must be float32, got bfloat16"),
+        ({"exp_avg": torch.zeros(3, 2).t()}, "exp_avg must be dense.*allocate it dense"),
+        ({"exp_avg_sq": torch.zeros(6, 1)}, "exp_avg_sq must be of the shape"),
+        ({"published": torch.zeros(3, 2).t()}, "published must be dense in its last dimension"),
+        ({"published": W.clone().requires_grad_()}, r"pass published.detach\(\)"),
+        ({"grad_scale": torch.zeros(1)}, r"grad_scale must be of shape \(\), got \(1,\)"),
+        ({"grad_scale": torch.zeros((), dtype=torch.float64)}, "grad_scale must be float32"),
+        ({"lr": -1.0}, "lr must be >= 0, got -1.0"),
+        ({"eps": -1.0}, "eps must be >= 0"),
+        ({"weight_decay": -1.0}, "weight_decay must be >= 0"),
+        ({"beta1": 1.0}, r"beta1 must be in \[0, 1\), got 1.0"),
+        ({"beta2": -0.1}, r"beta2 must be in \[0, 1\)"),
+        ({"step": 0}, "step must be >= 1, the number of this step, got 0"),
+    ],
+)
+def test_bad_arguments_are_named(changed, message):
+    arguments = {
+        "grad": W, "master": W, "exp_avg": W, "exp_avg_sq": W, "published": W, "step": 1, **HYPER
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        ops.adamw_publish(**(arguments | changed))
