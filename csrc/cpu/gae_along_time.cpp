@@ -9,6 +9,8 @@
 namespace warpo::cpu::WARPO_ISA {
 namespace {
 
+int64_t total_steps(const Gae& a) { return a.cu_seqlens ? a.steps : a.rows * a.steps; }
+
 struct Span {
     int64_t begin, end;
 };
@@ -17,6 +19,9 @@ Span steps_of(const Gae& a, int64_t row) {
     if (!a.cu_seqlens) return {0, a.steps};
     return {a.cu_seqlens[row], a.cu_seqlens[row + 1]};
 }
+
+// Results of this many steps do not stay in a cache until they are read.
+bool streams(const Gae& a) { return total_steps(a) >= 1 << 20; }
 
 struct Buffers {
     Buffer rewards, values, next_values, final_values, terminated, truncated, ended;
@@ -175,8 +180,8 @@ void forward_chunk(const Gae& a, const ShapedGae* shaped, const Vtrace* vtrace, 
         state.x = x[0];
         state.value = values[0];
     }
-    store_chunk(a.advantages, at, advantages);
-    store_chunk(a.returns, at, returns);
+    store_chunk(a.advantages, at, advantages, streams(a));
+    store_chunk(a.returns, at, returns, streams(a));
 }
 
 void forward_row(const Gae& a, const ShapedGae* shaped, const Vtrace* vtrace, int64_t row,
@@ -188,6 +193,10 @@ void forward_row(const Gae& a, const ShapedGae* shaped, const Vtrace* vtrace, in
     for (int64_t end = span.end, begin; end > span.begin; end = begin) {
         begin = end - span.begin > kChunk ? end - kChunk : span.begin;
         const Chunk at = chunk_of(a, row, begin, (int)(end - begin));
+        const int before = begin - span.begin > kChunk ? kChunk : (int)(begin - span.begin);
+        prefetch_chunk(a.rewards, row, begin - before, before);
+        prefetch_chunk(a.values, row, begin - before, before);
+        prefetch_chunk(a.mask, row, begin - before, before);
         forward_chunk(a, shaped, vtrace, at, span.end, b, state);
     }
 }
@@ -274,9 +283,7 @@ void backward_row(const GaeBackward& g, int64_t row, Buffers& b) {
             state.to_value == 0.0f ? 0.0f : state.to_value * state.total;
 }
 
-bool is_parallel(const Gae& a) {
-    return (a.cu_seqlens ? a.steps : a.rows * a.steps) >= kParallelWork;
-}
+bool is_parallel(const Gae& a) { return total_steps(a) >= kParallelWork; }
 
 }  // namespace
 
@@ -286,6 +293,7 @@ void forward_along_time(const Gae& a, const ShapedGae* shaped, const Vtrace* vtr
         Buffers b;
 #pragma omp for schedule(guided)
         for (int64_t row = 0; row < a.rows; ++row) forward_row(a, shaped, vtrace, row, b);
+        finish_streams();
     }
 }
 
