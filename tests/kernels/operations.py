@@ -27,6 +27,7 @@ class Operation:
         not_promised: number of a promise -> why it has no meaning here.
         kernels: the file of its tests and launches.
         mutates: it writes to its arguments.
+        same_bits: also with other strides; not where a dense tensor is reduced as one long row.
     """
 
     name: str
@@ -42,14 +43,17 @@ class Operation:
     wrong: tuple[str, Any] = ("backend", "fastest")
     not_promised: dict[int, str] = field(default_factory=dict)
     mutates: bool = False
+    same_bits: bool = True
 
     def __call__(self, tensors: dict[str, Tensor], backend: str, **options: Any) -> list[Tensor]:
-        """All results, in order."""
+        """All results, in order; an optional one that was not asked for is left out."""
         if self.mutates:
-            tensors = {name: x.clone() for name, x in tensors.items()}
+            tensors = {n: x.clone() if x.numel() else x for n, x in tensors.items()}
         arguments = {**tensors, **self.options, "backend": backend, **options}
         results = getattr(ops, self.name)(**arguments)
-        return [results] if isinstance(results, Tensor) else list(results)
+        if isinstance(results, Tensor):
+            return [results]
+        return [x for x in results if x is not None]
 
 
 def _generator() -> torch.Generator:
@@ -309,6 +313,7 @@ OPERATIONS = [
         floats=("x",),
         differentiable=("x",),
         masked=("x",),
+        same_bits=False,
     ),
     Operation(
         name="group_advantages",
@@ -393,5 +398,17 @@ OPERATIONS = [
     ),
 ]  # fmt: skip
 
-# public functions that compute nothing on tensors of tokens
-HELPERS = ("policy_metrics", "sum_metrics", "get_objective")
+# public functions that only look something up, or read a result
+HELPERS = (
+    "get_objective",
+    "get_preference",
+    "kto_metrics",
+    "kto_reference_point",
+    "merge_reward_model_metrics",
+    "merge_value_metrics",
+    "policy_metrics",
+    "preference_metrics",
+    "reward_model_metrics",
+    "sum_metrics",
+    "value_metrics",
+)

@@ -121,7 +121,11 @@ def test_promise_2_strides(operation, backend):
         n: strided(x, "sliced") if n != keep_last else torch.cat([x, x], -2).chunk(2, -2)[0]
         for n, x in tensors.items()
     }
-    assert_same(run(operation, sliced, backend, expand=True), dense)
+    result = run(operation, sliced, backend, expand=True)
+    if operation.same_bits:
+        assert_same(result, dense)
+    else:
+        torch.testing.assert_close(result, dense, rtol=1e-5, atol=1e-6)
 
 
 @cells(3)
@@ -239,6 +243,7 @@ def test_promise_9_unknown_options(operation, backend):
 @cells(10)
 def test_promise_10_compiles(operation, backend):
     tensors = operation.tensors()
+    torch._dynamo.reset()  # it counts what is compiled from one line of this file
     compiled = torch.compile(
         lambda tensors: operation(tensors, backend), fullgraph=True, backend="aot_eager"
     )
