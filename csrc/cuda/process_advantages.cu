@@ -132,7 +132,8 @@ __device__ __forceinline__ void write_tokens(const ProcessAdvantages& a, const S
     }
 }
 
-__global__ __launch_bounds__(kThreads) void output_kernel(const ProcessAdvantages a) {
+// With 1 block a multiprocessor as the least, nvcc for sm_80 takes 48 registers rather than spill.
+__global__ __launch_bounds__(kThreads, 1) void output_kernel(const ProcessAdvantages a) {
     __shared__ float scratch[kWarps];
     const int64_t output = blockIdx.x;
     const int64_t index = a.group_ids ? a.group_ids[output] : output / a.group_size;

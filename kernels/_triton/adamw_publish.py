@@ -145,5 +145,5 @@ def adamw_publish(
         )  # fmt: skip
         _adamw_sum_kernel[(1,)](
             partial_counts, partial_updates, programs, counts, updates, MAX_PROGRAMS=MAX_PROGRAMS,
-            num_warps=4,
+            num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip

@@ -29,8 +29,10 @@ def fingerprint_terms(index, bits):
 def unsigned(bits):
     """int16 or int32 as uint32, without a sign that spreads."""
     if bits.dtype == tl.int16:
-        return bits.to(tl.uint16, bitcast=True).to(tl.uint32)
-    return bits.to(tl.uint32, bitcast=True)
+        result = bits.to(tl.uint16, bitcast=True).to(tl.uint32)
+    else:
+        result = bits.to(tl.uint32, bitcast=True)
+    return result
 
 
 def as_bits(tensor: Tensor) -> Tensor:
@@ -72,8 +74,10 @@ def fingerprint(
     bits = as_bits(tensor)
     with torch.cuda.device_of(tensor):
         _fingerprint_kernel[(programs,)](
-            bits, bits.stride(0), rows, columns, partials, BLOCK=BLOCK, num_warps=WARPS
-        )
+            bits, bits.stride(0), rows, columns, partials, BLOCK=BLOCK, num_warps=WARPS,
+            enable_fp_fusion=True,
+        )  # fmt: skip
         _fingerprint_sum_kernel[(1,)](
-            partials, programs, fingerprint, MAX_PROGRAMS=MAX_PROGRAMS, num_warps=4
-        )
+            partials, programs, fingerprint, MAX_PROGRAMS=MAX_PROGRAMS, num_warps=4,
+            enable_fp_fusion=True,
+        )  # fmt: skip
