@@ -191,15 +191,6 @@ inline const float* load_ends(const Gae& a, const View& view, const View& last, 
     return pack((const float*)ends, 1, at, buffer.begin());
 }
 
-// Asks for the elements of the chunk that comes next, which lies before or after this one.
-inline void prefetch_chunk(const View& view, int64_t row, int64_t step, int steps) {
-    if (!view.data || view.stride1 != 1) return;
-    const int size = view.dtype == kFloat32 ? 4 : view.dtype == kUInt8 ? 1 : 2;
-    const char* const begin =
-        (const char*)view.data + (row * view.stride0 + step * view.stride1) * size;
-    for (int offset = 0; offset < steps * size; offset += 64) __builtin_prefetch(begin + offset);
-}
-
 // A whole group past the caches: results that do not fit them would first be read into them.
 WARPO_HD bool can_stream(const float* out) {
 #ifdef __SSE2__

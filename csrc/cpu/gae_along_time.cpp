@@ -163,7 +163,7 @@ const float* policy_advantages(const Vtrace& v, const float* rewards, const floa
 }
 
 void forward_chunk(const Gae& a, const ShapedGae* shaped, const Vtrace* vtrace, const Chunk& at,
-                   int64_t row_end, Buffers& b, State& state) {
+                   const Span& span, Buffers& b, State& state) {
     float *const x = b.x.begin(), *const returns = b.returns.begin();
     const float* const rewards = load_rewards(a, shaped, at, b, state);
     if (shaped) store_chunk(shaped->shaped_rewards, at, rewards);
@@ -171,7 +171,7 @@ void forward_chunk(const Gae& a, const ShapedGae* shaped, const Vtrace* vtrace, 
     if (at.count > 0) {
         const float* const values = load_chunk(a.values, at, b.values);
         const float* const ratios = vtrace ? load_ratios(*vtrace, at, b) : nullptr;
-        const bool has_ends = load_links(a, at, row_end, values, state, b);
+        const bool has_ends = load_links(a, at, span.end, values, state, b);
         scan_chunk(a, vtrace, rewards, values, ratios, has_ends, at, state.x, b);
         if (vtrace)
             advantages =
@@ -193,11 +193,7 @@ void forward_row(const Gae& a, const ShapedGae* shaped, const Vtrace* vtrace, in
     for (int64_t end = span.end, begin; end > span.begin; end = begin) {
         begin = end - span.begin > kChunk ? end - kChunk : span.begin;
         const Chunk at = chunk_of(a, row, begin, (int)(end - begin));
-        const int before = begin - span.begin > kChunk ? kChunk : (int)(begin - span.begin);
-        prefetch_chunk(a.rewards, row, begin - before, before);
-        prefetch_chunk(a.values, row, begin - before, before);
-        prefetch_chunk(a.mask, row, begin - before, before);
-        forward_chunk(a, shaped, vtrace, at, span.end, b, state);
+        forward_chunk(a, shaped, vtrace, at, span, b, state);
     }
 }
 

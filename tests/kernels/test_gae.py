@@ -211,6 +211,22 @@ def test_a_row_alone_has_the_bits_of_the_row_in_a_batch(backend, layout, steps):
 
 
 @each_backend
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_batch_larger_than_the_caches_has_the_bits_of_its_parts(backend, masked):
+    if backend == "triton" and DEVICE == "cpu":
+        pytest.skip("the interpreter takes minutes for a million steps")
+    rewards, values = torch.randn(2, 514, 2048, device=DEVICE)
+    mask = torch.rand(514, 2048, device=DEVICE) < 0.7 if masked else None
+    options = {"gamma": 0.99, "gae_lambda": 0.95, "backend": backend}
+    batch = ops.gae(rewards, values, mask=mask, **options)
+    for part in (slice(0, 100), slice(100, 514)):
+        some = None if mask is None else mask[part]
+        found = ops.gae(rewards[part], values[part], mask=some, **options)
+        assert torch.equal(found.advantages, batch.advantages[part])
+        assert torch.equal(found.returns, batch.returns[part])
+
+
+@each_backend
 def test_runs_repeat_bit_for_bit(backend):
     rewards, values = torch.randn(2, 33, 1500, device=DEVICE)
     mask = torch.rand(33, 1500, device=DEVICE) < 0.5
