@@ -12,6 +12,7 @@ mask=mask)
 
 from warpo.kernels.gae import Gae, gae
 from warpo.kernels.group_advantages import GroupAdvantages, group_advantages
+from warpo.kernels.linear_logprobs import linear_logprobs, linear_logprobs_and_entropy
 from warpo.kernels.logprobs import LogprobsAndEntropy, logprobs, logprobs_and_entropy
 from warpo.kernels.objectives import OBJECTIVES, Objective, get_objective
 from warpo.kernels.policy_loss import METRICS, PolicyLoss, policy_loss, policy_metrics, sum_metrics
@@ -27,6 +28,8 @@ __all__ = [
     "gae",
     "get_objective",
     "group_advantages",
+    "linear_logprobs",
+    "linear_logprobs_and_entropy",
     "logprobs",
     "logprobs_and_entropy",
     "policy_loss",
