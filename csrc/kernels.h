@@ -11,6 +11,7 @@
 
 #include "arguments/gae.h"
 #include "arguments/group_advantages.h"
+#include "arguments/kept_set_logprobs.h"
 #include "arguments/logprobs.h"
 #include "arguments/policy_loss.h"
 
@@ -22,5 +23,8 @@
     X(gae_backward, GaeBackward)                          \
     X(policy_loss, PolicyLoss)                            \
     X(group_advantages_forward, GroupAdvantages)          \
-    X(group_advantages_backward, GroupAdvantagesBackward)
+    X(group_advantages_backward, GroupAdvantagesBackward) \
+    X(kept_set_logprobs_forward, KeptSetLogprobs)         \
+    X(kept_set_logprobs_backward, KeptSetLogprobsBackward) \
+    X(kept_set_weight_gradient, KeptSetWeightGradient)
 // clang-format on

@@ -222,7 +222,9 @@ def _allocate(
     return (
         hidden.new_empty((tokens,), dtype=torch.float32),
         hidden.new_empty((tokens if with_entropy else 0,), dtype=torch.float32),
-        hidden.new_empty((tokens, 2), dtype=torch.float32),
+        hidden.new_zeros(
+            (tokens, 2), dtype=torch.float32
+        ),  # fewer are written where some are masked
         hidden.new_empty((tokens if cache_logits else 0, weight.shape[0]), dtype=dtype),
     )
 

@@ -12,6 +12,7 @@ mask=mask)
 
 from warpo.kernels.gae import Gae, gae
 from warpo.kernels.group_advantages import GroupAdvantages, group_advantages
+from warpo.kernels.kept_set_logprobs import kept_set_logprobs
 from warpo.kernels.linear_logprobs import linear_logprobs, linear_logprobs_and_entropy
 from warpo.kernels.logprobs import LogprobsAndEntropy, logprobs, logprobs_and_entropy
 from warpo.kernels.objectives import OBJECTIVES, Objective, get_objective
@@ -28,6 +29,7 @@ __all__ = [
     "gae",
     "get_objective",
     "group_advantages",
+    "kept_set_logprobs",
     "linear_logprobs",
     "linear_logprobs_and_entropy",
     "logprobs",

@@ -7,6 +7,7 @@ NaN in them reaches neither results nor gradients.
 
 from warpo.kernels.reference.gae import gae
 from warpo.kernels.reference.group_advantages import group_advantages
+from warpo.kernels.reference.kept_set_logprobs import kept_set_logprobs
 from warpo.kernels.reference.linear_logprobs import linear_logprobs
 from warpo.kernels.reference.logprobs import logprobs
 from warpo.kernels.reference.policy_loss import kl_estimate, policy_loss
@@ -14,6 +15,7 @@ from warpo.kernels.reference.policy_loss import kl_estimate, policy_loss
 __all__ = [
     "gae",
     "group_advantages",
+    "kept_set_logprobs",
     "kl_estimate",
     "linear_logprobs",
     "logprobs",

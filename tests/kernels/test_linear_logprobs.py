@@ -83,7 +83,7 @@ def exactly(hidden, weight, bias, targets, options, grads):
 
 @each_backend
 def test_values_and_gradients_equal_float64(backend):
-    @settings(max_examples=examples(backend, 100), deadline=None)
+    @settings(max_examples=examples(backend, 60), deadline=None)
     @given(cases(backend))
     def check(case):
         hidden, weight, bias, targets, options, grads = case
@@ -323,7 +323,9 @@ def test_opcheck(backend, cache):
     mask = torch.tensor([1, 0, 1, 1, 1, 1], device=DEVICE, dtype=torch.bool)
     warm = torch.full((6,), 0.8, device=DEVICE)
     bias = torch.randn(20, device=DEVICE, requires_grad=True)
-    for temperature, flags, offset in ((None, None, None), (warm, mask, bias)):
+    # of logits that are kept, those of masked tokens are not written
+    cases = [(None, None, bias)] if cache else [(None, None, None), (warm, mask, bias)]
+    for temperature, flags, offset in cases:
         torch.library.opcheck(
             torch.ops.warpo.linear_logprobs.default,
             (hidden, weight, offset, targets, 0.9, temperature, flags, -100, 3.0, -1, 2000, True,
