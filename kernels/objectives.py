@@ -1,16 +1,34 @@
 """Published objectives as data: what a policy loss is made of, and one row for each paper.
 
-ratio     = exp(logp - old), per token, or its geometric mean over the sequence
-surrogate = min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A)
-loss_t    = -surrogate + kl_coef * kl(logp, ref)
-loss      = aggregate(loss_t) over the valid tokens, with an explicit denominator
+ratio      = exp(logp - old), of a token, its geometric mean over the sequence, or its product up to
+             the token
+surrogate  = of ratio and advantage, one of SURROGATES
+correction = weight from exp(old - sampler), for a sampler that is not quite the old policy
+loss_t     = -correction surrogate + kl_coef kl(logp, ref) - entropy_coef entropy
+loss       = aggregate(loss_t) over the valid tokens, with an explicit denominator
 """
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-RATIO_LEVELS = ("token", "sequence")
+# In the order of the enumerations in csrc/arguments/policy_loss.h.
+RATIO_LEVELS = ("token", "sequence", "prefix")
+SURROGATES = (
+    "clip",
+    "dual_clip",
+    "stop_gradient",
+    "mask",
+    "none",
+    "reinforce",
+    "geometric",
+    "soft_gate",
+)
+CORRECTIONS = ("none", "truncate", "mask")
 KL_ESTIMATORS = ("k1", "k2", "k3")
+
+KL_GRADIENTS = ("estimator", "k2")
+CORRECTION_LEVELS = ("token", "sequence")
 AGGREGATIONS = (
     "token-mean",
     "sequence-mean-token-mean",
@@ -19,65 +37,178 @@ AGGREGATIONS = (
 )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Objective:
-    """A clipped policy objective.
+    """A policy objective: with ratio r, advantage A and bounds low = 1 - clip_low, high = 1 +
+    clip_high.
 
     Attributes:
         ratio_level: "token": exp(logp_t - old_t). "sequence": exp of the mean of logp_t - old_t
-            over the valid tokens, the same for each of them.
-        clip_low: the ratio is clipped below at 1 - clip_low.
-        clip_high: the ratio is clipped above at 1 + clip_high.
+            over the valid tokens, the same for each of them. "prefix": exp of the sum over the
+            valid tokens up to t, with "stop_gradient" alone.
+        surrogate:
+            "clip"           min(r A, clip(r, low, high) A)
+            "dual_clip"      the same, and where A < 0 not below dual_clip A
+            "stop_gradient"  clip(r, low, high) A logp, with no gradient through the ratio
+            "mask"           r A where low <= r <= high, else 0
+            "none"           r A
+            "reinforce"      A logp; the ratio is there for the metrics
+            "geometric"      r A, where each log ratio is cut at log high (A >= 0) or log low
+                             (A < 0) before their mean; ratio_level "sequence"
+            "soft_gate"      4 / tau sigmoid(tau (r - 1)) A
+        clip_low: in [0, 1]; 1 is no bound.
+        clip_high: >= 0; inf is no bound.
+        dual_clip: above 1, of "dual_clip".
+        tau_positive, tau_negative: tau of "soft_gate" where A > 0, and elsewhere.
         kl_coef: weight of the KL term; 0 leaves it out, and no reference is needed.
         kl_estimator: with d = ref - logp: k1 = -d, k2 = d^2 / 2, k3 = e^d - 1 - d
             (http://joschu.net/blog/kl-approx.html).
+        kl_gradient: of the "estimator", or of "k2" whatever the estimator: the expectation of that
+            is the gradient of the KL.
+        entropy_coef: weight of the entropy bonus; 0 leaves it out.
+        correction: with w = exp(old - sampler): "none"; "truncate": clip(w, correction_low,
+            correction_high); "mask": w between the bounds, else 0. A constant.
+        correction_level: "token", or "sequence": w from the sum of old - sampler over the valid
+            tokens.
         aggregation: how the losses of the tokens become one number, before it is divided by
-            `denominator`: "token-mean"                    sum over tokens; denominator: number of
-            valid tokens "sequence-mean-token-mean"      sum over sequences of their token mean;
-            number of sequences "sequence-mean-token-sum"       sum over tokens; number of sequences
+            `denominator`:
+            "token-mean"                    sum over tokens; denominator: number of valid tokens
+            "sequence-mean-token-mean"      sum over sequences of their token mean; number of
+                                            sequences
+            "sequence-mean-token-sum"       sum over tokens; number of sequences
             "sequence-mean-token-sum-norm"  sum over tokens; number of sequences x a constant length
         log_ratio_limit: arguments of exp are clamped to +- this; the gradient is 0 where they are.
+
+    Raises:
+        ValueError: a value or a combination that has no meaning.
     """
 
     ratio_level: str = "token"
+    surrogate: str = "clip"
     clip_low: float = 0.2
     clip_high: float = 0.2
+    dual_clip: float = 3.0
+    tau_positive: float = 1.0
+    tau_negative: float = 1.05
     kl_coef: float = 0.0
     kl_estimator: str = "k3"
+    kl_gradient: str = "estimator"
+    entropy_coef: float = 0.0
+    correction: str = "none"
+    correction_level: str = "token"
+    correction_low: float = 0.0
+    correction_high: float = 2.0
     aggregation: str = "token-mean"
     log_ratio_limit: float = 20.0
+    ratio_arguments: tuple[Any, ...] = field(init=False, repr=False, compare=False)
+    """The fields of `PolicyLoss` in csrc/arguments from ratio_level to correction_high."""
 
     def __post_init__(self) -> None:
-        _check_choice("ratio_level", self.ratio_level, RATIO_LEVELS)
-        _check_choice("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
-        _check_choice("aggregation", self.aggregation, AGGREGATIONS)
-        if not 0 <= self.clip_low <= 1:
-            raise ValueError(f"clip_low must be in [0, 1], got {self.clip_low}")
-        if not self.clip_high >= 0:
-            raise ValueError(f"clip_high must be >= 0, got {self.clip_high}")
-        if not self.kl_coef >= 0:
-            raise ValueError(f"kl_coef must be >= 0, got {self.kl_coef}")
-        if not 0 < self.log_ratio_limit <= 80:
-            raise ValueError(
-                f"log_ratio_limit must be in (0, 80], got {self.log_ratio_limit}: "
-                "exp overflows float32 above 88"
-            )
+        self._check_choices()
+        self._check_numbers()
+        self._check_combinations()
+        arguments = (
+            RATIO_LEVELS.index(self.ratio_level),
+            SURROGATES.index(self.surrogate),
+            1 - self.clip_low,
+            1 + self.clip_high,
+            self.dual_clip,
+            self.tau_positive,
+            self.tau_negative,
+            CORRECTIONS.index(self.correction),
+            self.correction_level == "sequence",
+            self.correction_low,
+            self.correction_high,
+        )
+        object.__setattr__(self, "ratio_arguments", arguments)
 
     def replace(self, **changes: Any) -> "Objective":
         """The same objective with some fields changed."""
         return replace(self, **changes)
 
+    def _check_choices(self) -> None:
+        for name, choices in (
+            ("ratio_level", RATIO_LEVELS),
+            ("surrogate", SURROGATES),
+            ("kl_estimator", KL_ESTIMATORS),
+            ("kl_gradient", KL_GRADIENTS),
+            ("correction", CORRECTIONS),
+            ("correction_level", CORRECTION_LEVELS),
+            ("aggregation", AGGREGATIONS),
+        ):
+            value = getattr(self, name)
+            if value not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
 
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+    def _check_numbers(self) -> None:
+        for name, low, high in (
+            ("clip_low", 0.0, 1.0),
+            ("clip_high", 0.0, math.inf),
+            ("kl_coef", 0.0, math.inf),
+            ("entropy_coef", 0.0, math.inf),
+            ("correction_low", 0.0, math.inf),
+            ("correction_high", self.correction_low, math.inf),
+        ):
+            value = getattr(self, name)
+            if not low <= value <= high:
+                allowed = f">= {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]"
+                raise ValueError(f"{name} must be {allowed}, got {value}")
+        if not self.dual_clip > 1:
+            raise ValueError(f"dual_clip must be above 1, got {self.dual_clip}")
+        for name, reason in (
+            ("tau_positive", ""),
+            ("tau_negative", ""),
+            ("log_ratio_limit", ": exp overflows float32 above 88"),
+        ):
+            value = getattr(self, name)
+            if not 0 < value <= 80:
+                raise ValueError(f"{name} must be in (0, 80], got {value}{reason}")
 
+    def _check_combinations(self) -> None:
+        if self.ratio_level == "prefix" and self.surrogate != "stop_gradient":
+            raise ValueError(
+                "ratio_level 'prefix' weighs the gradient of logp, and takes none itself: "
+                f"set surrogate to 'stop_gradient', got {self.surrogate!r}"
+            )
+        if self.surrogate == "geometric" and self.ratio_level != "sequence":
+            raise ValueError(
+                "surrogate 'geometric' is a mean over the sequence: "
+                f"set ratio_level to 'sequence', got {self.ratio_level!r}"
+            )
+
+
+# The baseline is in the advantages, so these papers share one loss: REINFORCE, Williams 1992,
+# https://doi.org/10.1007/BF00992696 theorem 1, summed over the tokens of an answer.
+_REINFORCE = Objective(surrogate="reinforce", aggregation="sequence-mean-token-sum")
+# https://arxiv.org/abs/2402.03300 eq. 3 and 4. Outcome and process supervision differ in the
+# advantages, one an answer or one a token.
+_GRPO = Objective(kl_coef=0.04, aggregation="sequence-mean-token-mean")
 
 OBJECTIVES: dict[str, Objective] = {
+    "reinforce": _REINFORCE,
+    # https://arxiv.org/abs/2402.14740 eq. 8: leave-one-out baseline, KL in the reward
+    "rloo": _REINFORCE,
+    # https://arxiv.org/abs/2310.10505 algorithm 1: baseline is the reward of the greedy answer
+    "remax": _REINFORCE,
+    # https://arxiv.org/abs/2504.02546: mean over the tokens of all answers
+    "gpg": Objective(surrogate="reinforce"),
+    # https://arxiv.org/abs/2501.03262: PPO's clipping without a critic, KL in the reward,
+    # advantages normalised over the batch
+    "reinforce_plus_plus": Objective(aggregation="sequence-mean-token-mean"),
+    # the same paper, baseline of the group: KL in the loss, estimated by k2; the coefficient is a
+    # setting of the run
+    "reinforce_plus_plus_baseline": Objective(
+        kl_coef=1e-3, kl_estimator="k2", aggregation="sequence-mean-token-mean"
+    ),
     # https://arxiv.org/abs/1707.06347 eq. 7; the KL shapes the reward, not the loss
     "ppo": Objective(),
-    # https://arxiv.org/abs/2402.03300 eq. 3 and 4
-    "grpo": Objective(kl_coef=0.04, aggregation="sequence-mean-token-mean"),
+    # https://arxiv.org/abs/1912.09729 eq. 8
+    "ppo_dual_clip": Objective(surrogate="dual_clip", dual_clip=3.0),
+    # https://arxiv.org/abs/1707.06347 eq. 8, with ref_logprobs = old_logprobs; pass kl_coef to
+    # `policy_loss` to adapt it. The samples are the old policy's, so KL(old || new) is estimated by
+    # k2, which to second order serves both directions
+    "ppo_kl": Objective(surrogate="none", kl_coef=1.0, kl_estimator="k2"),
+    "grpo": _GRPO,
     # https://arxiv.org/abs/2503.20783 section 3.2: no length and no std normalisation
     "dr_grpo": Objective(aggregation="sequence-mean-token-sum-norm"),
     # https://arxiv.org/abs/2503.14476 eq. 8: clip-higher, token-level loss, no KL
@@ -89,6 +220,38 @@ OBJECTIVES: dict[str, Objective] = {
         clip_high=4e-4,
         aggregation="sequence-mean-token-mean",
     ),
+    # https://arxiv.org/abs/2506.13585 eq. 4 and 5, without a lower bound; the upper one is tuned
+    # there and not stated: that of DAPO
+    "cispo": Objective(surrogate="stop_gradient", clip_low=1.0, clip_high=0.28),
+    # https://arxiv.org/abs/2507.20673 eq. 4: log ratios within +-0.4
+    "gmpo": Objective(
+        ratio_level="sequence",
+        surrogate="geometric",
+        clip_low=-math.expm1(-0.4),
+        clip_high=math.expm1(0.4),
+        aggregation="sequence-mean-token-mean",
+    ),
+    # https://arxiv.org/abs/2511.20347 eq. 5 and 6, temperatures of its experiments
+    "sapo": Objective(surrogate="soft_gate", aggregation="sequence-mean-token-mean"),
+    # Off-policy policy gradient with per-step causality: the gradient at a step is weighed by the
+    # ratios of the steps up to it, https://arxiv.org/abs/1205.4839 and
+    # https://rail.eecs.berkeley.edu/deeprlcourse/ lecture 5
+    "off_policy_prefix": Objective(
+        ratio_level="prefix",
+        surrogate="stop_gradient",
+        clip_low=1.0,
+        clip_high=math.inf,
+        aggregation="sequence-mean-token-sum",
+    ),
+    # its first-order approximation, by the ratio of the step alone
+    "off_policy_first_order": Objective(surrogate="none", aggregation="sequence-mean-token-sum"),
+    # GRPO where sampler and learner disagree. Truncated importance sampling:
+    # https://fengyao.notion.site/off-policy-rl, cap 2
+    "grpo_tis": _GRPO.replace(correction="truncate", correction_high=2.0),
+    # masked importance sampling of whole answers: https://richardli.xyz/rl-collapse, cap 2
+    "grpo_mis": _GRPO.replace(correction="mask", correction_level="sequence", correction_high=2.0),
+    # IcePop, https://arxiv.org/abs/2510.18855: tokens outside [0.5, 5]
+    "grpo_icepop": _GRPO.replace(correction="mask", correction_low=0.5, correction_high=5.0),
 }
 
 

@@ -16,7 +16,8 @@ from warpo.kernels.kept_set_logprobs import kept_set_logprobs
 from warpo.kernels.linear_logprobs import linear_logprobs, linear_logprobs_and_entropy
 from warpo.kernels.logprobs import LogprobsAndEntropy, logprobs, logprobs_and_entropy
 from warpo.kernels.objectives import OBJECTIVES, Objective, get_objective
-from warpo.kernels.policy_loss import METRICS, PolicyLoss, policy_loss, policy_metrics, sum_metrics
+from warpo.kernels.policy_loss import PolicyLoss, policy_loss
+from warpo.kernels.policy_metrics import METRICS, policy_metrics, sum_metrics
 
 __all__ = [
     "METRICS",

@@ -1,45 +1,36 @@
-"""The clipped policy loss with a KL penalty: loss, gradient and metrics of all tokens in one pass.
+"""The policy loss of every objective: loss, gradient and metrics of all tokens in one pass.
 
-    ratio_t = exp(logp_t - old_t), or for ratio_level "sequence" exp(mean over the sequence of logp
-    - old) loss_t  = -min(ratio_t A_t, clip(ratio_t, 1 - clip_low, 1 + clip_high) A_t) + kl_coef
-    kl(logp_t, ref_t) loss    = sum of w_t loss_t,   w_t = 1 / denominator, or 1 / (tokens of the
-    sequence x denominator)
+    loss_t = -c_t surrogate(ratio_t, A_t, logp_t) + kl_coef kl(logp_t, ref_t) - entropy_coef H_t
+    loss   = sum of w_t loss_t,   w_t = 1 / denominator, or 1 / (tokens of the sequence x
+                                  denominator)
 
-Backward, where the unclipped branch is the smaller one or both are equal (0 elsewhere):
+with ratio, surrogate and correction c as the objective has them (`objectives.Objective`). Backward,
+s_t the derivative of the surrogate with respect to the log ratio (0 where a bound is active):
 
-    d loss / d logp_t = -w_t ratio_t A_t                                     token level
-                      = -(1 / n) sum_u w_u ratio A_u                         sequence level, n valid
-                      tokens
+    d loss / d logp_t = -w_t c_t s_t                       token level
+                      = -(1 / n) sum_u w_u c_u s_u         sequence level, n valid tokens
+                      = -w_t c_t clip(ratio_t) A_t         stop gradient, any level
+                      = -w_t c_t A_t                       reinforce
     plus kl_coef w_t (1 | -d | 1 - e^d) for k1 | k2 | k3, with d = ref_t - logp_t
+    d loss / d H_t    = -entropy_coef w_t
 
-Sources: PPO, https://arxiv.org/abs/1707.06347 eq. 7; GRPO, https://arxiv.org/abs/2402.03300 eq. 3;
-sequence level, GSPO, https://arxiv.org/abs/2507.18071 eq. 5; estimators of the KL,
-http://joschu.net/blog/kl-approx.html.
+Sources: the rows of `objectives.OBJECTIVES`; PPO, https://arxiv.org/abs/1707.06347 eq. 7;
+estimators of the KL, http://joschu.net/blog/kl-approx.html.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from warpo.kernels import dispatch, reference
-from warpo.kernels.checks import FLOATS, as_rows, check_mask, check_no_grad, check_tensor
+from warpo.kernels.checks import FLOATS, check_mask, check_no_grad, check_tensor
 from warpo.kernels.objectives import KL_ESTIMATORS, Objective, get_objective
+from warpo.kernels.policy_metrics import METRICS
 from warpo.kernels.registration import Operator
 
-METRICS = (
-    "policy_loss",
-    "kl_loss",
-    "tokens",
-    "clipped_low",
-    "clipped_high",
-    "ratio",
-    "ratio_min",
-    "ratio_max",
-    "approx_kl",
-    "kl",
-)
+# Rows of the workspace at least: kMinPartials in csrc/arguments/policy_loss.h.
+MIN_PARTIALS = 512
 
 
 class PolicyLoss(NamedTuple):
@@ -49,13 +40,16 @@ class PolicyLoss(NamedTuple):
 
 def policy_loss(
     logprobs: Tensor,
-    old_logprobs: Tensor,
+    old_logprobs: Tensor | None,
     advantages: Tensor,
     objective: str | Objective,
     *,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     ref_logprobs: Tensor | None = None,
+    sampler_logprobs: Tensor | None = None,
+    entropy: Tensor | None = None,
+    kl_coef: float | Tensor | None = None,
     denominator: float | Tensor | None = None,
     backend: str | None = None,
 ) -> PolicyLoss:
@@ -65,15 +59,22 @@ def policy_loss(
     Args:
         logprobs: (B, T) padded, or (N,) packed with cu_seqlens. float32 | bfloat16 | float16, any
             strides. Differentiable.
-        old_logprobs: like logprobs: of the policy when the step began. A constant.
+        old_logprobs: like logprobs: of the policy when the step began. A constant. None: this
+            policy is that one, in the first update on its own samples: the ratio is exactly 1.
         advantages: like logprobs, or one a sequence: (B,). Where both fit, N = B, it is one a
             token. A constant.
         objective: name of a row ("grpo", "dapo", ...) or an `Objective`.
         mask: like logprobs, bool | uint8. Masked slots are never read (they may hold NaN); their
             gradient is 0.
         cu_seqlens: (B + 1,) int32: sequence b is logprobs[cu_seqlens[b] : cu_seqlens[b + 1]].
-        ref_logprobs: like logprobs: of the frozen reference. Required where kl_coef > 0. A
+        ref_logprobs: like logprobs: of the frozen reference. Required where kl_coef is not 0. A
             constant.
+        sampler_logprobs: like logprobs: as the sampler computed them. Required where the objective
+            has a correction, unused elsewhere. A constant.
+        entropy: like logprobs: of the policy's distribution at each token, nats. Differentiable.
+            Required where entropy_coef is not 0; elsewhere it enters the metrics alone.
+        kl_coef: in place of that of the objective: a number, or a float32 scalar tensor on the
+            device, which may change from step to step at no cost (the adaptive coefficient of PPO).
         denominator: what the aggregation divides by, a number or a float32 scalar tensor. For
             gradients that do not depend on the split into micro-batches, pass the count of the
             whole optimizer step: valid tokens for "token-mean", sequences for the others, times the
@@ -82,133 +83,148 @@ def policy_loss(
         backend: reference | cpu | triton | cuda; chosen by device if not given.
 
     Returns:
-        loss: () float32, differentiable with respect to logprobs. The gradient is computed with the
-            loss.
-        metrics: (10,) float32 in the order of METRICS, on the device; `policy_metrics` reads it.
-            The two losses are final; the others are sums over valid tokens, so that those of
-            micro-batches add up.
+        loss: () float32, differentiable with respect to logprobs and entropy. The gradients are
+            computed with the loss.
+        metrics: (15,) float32 in the order of METRICS, on the device; `policy_metrics` reads it. A
+            constant. The three losses are final; the others are sums over valid tokens, so that
+            those of micro-batches add up.
 
     Raises:
         ValueError: a shape, dtype, device or option is not as above.
 
     Source: see the module and the row of the objective. Memory beyond arguments and results: 4
-        bytes a token
-    (the gradient) and 40 bytes a sequence.
+    bytes a token for each of the two gradients, 60 bytes a sequence and at least 30 KiB.
     """
     objective = get_objective(objective)
-    _check(logprobs, old_logprobs, advantages, mask, cu_seqlens, ref_logprobs, objective)
-    num_sequences = logprobs.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+    if old_logprobs is None:
+        old_logprobs = logprobs.detach()
+    num_sequences = _check_tensors(
+        logprobs, old_logprobs, advantages, mask, cu_seqlens, ref_logprobs, sampler_logprobs,
+        entropy,
+    )  # fmt: skip
+    kl, kl_coef, adaptive_kl_coef = _kl_term(kl_coef, objective, ref_logprobs, logprobs)
+    if objective.correction != "none" and sampler_logprobs is None:
+        raise ValueError(
+            f"correction {objective.correction!r} needs sampler_logprobs; or set it to 'none'"
+        )
+    if objective.entropy_coef != 0 and entropy is None:
+        raise ValueError(
+            f"entropy_coef = {objective.entropy_coef} needs entropy; or set entropy_coef to 0"
+        )
     denominator = _denominator(denominator, objective, logprobs, mask, num_sequences)
-    if objective.kl_coef == 0:
-        ref_logprobs = None
     name = dispatch.choose(logprobs, backend)
     if name == "reference":
+        if adaptive_kl_coef is not None:
+            kl_coef = adaptive_kl_coef
         return PolicyLoss(
             *reference.policy_loss(
                 logprobs.float(), old_logprobs.float(),
                 _per_token(advantages.float(), logprobs, cu_seqlens), objective, denominator,
-                mask=mask, cu_seqlens=cu_seqlens,
-                ref=None if ref_logprobs is None else ref_logprobs.float(),
+                mask=mask, cu_seqlens=cu_seqlens, kl_coef=kl_coef,
+                ref=ref_logprobs.float() if kl else None,
+                sampler=None if sampler_logprobs is None else sampler_logprobs.float(),
+                entropy=None if entropy is None else entropy.float(),
             )
         )  # fmt: skip
-    if cu_seqlens is None and advantages.dim() == 1:
-        advantages = advantages[:, None].expand(logprobs.shape)
-    elif cu_seqlens is not None and advantages.numel() == num_sequences != logprobs.numel():
-        advantages = advantages[:, None].expand(num_sequences, logprobs.numel())
+    recording = torch.is_grad_enabled()
     loss, metrics, _ = _operator(
-        as_rows("logprobs", logprobs),
-        as_rows("old_logprobs", old_logprobs),
-        as_rows("advantages", advantages),
-        None if ref_logprobs is None else as_rows("ref_logprobs", ref_logprobs),
-        None if mask is None else as_rows("mask", mask),
+        logprobs,
+        entropy,
+        old_logprobs,
+        advantages,
+        ref_logprobs if kl else None,
+        sampler_logprobs if objective.correction != "none" else None,
+        mask,
         cu_seqlens,
-        objective.ratio_level == "sequence",
-        objective.aggregation == "sequence-mean-token-mean",
-        1 - objective.clip_low,
-        1 + objective.clip_high,
-        0 if ref_logprobs is None else 1 + KL_ESTIMATORS.index(objective.kl_estimator),
-        objective.kl_coef,
+        *objective.ratio_arguments,
+        kl,
+        objective.kl_gradient == "k2",
+        kl_coef,
+        adaptive_kl_coef,
+        objective.entropy_coef,
         objective.log_ratio_limit,
+        objective.aggregation == "sequence-mean-token-mean",
         denominator,
-        logprobs.requires_grad and torch.is_grad_enabled(),
+        recording and logprobs.requires_grad,
+        recording and entropy is not None and entropy.requires_grad,
         name,
     )
     return PolicyLoss(loss, metrics)
 
 
-def policy_metrics(metrics: Tensor) -> dict[str, float]:
-    """The metrics vector, or the sum of several, as means over tokens. Reads the device once.
-
-    Returns:
-        loss/policy, loss/kl: as they enter the loss, before kl_coef. ratio/clip_frac_low,
-        ratio/clip_frac_high: share of tokens at which the clipped branch is active at that bound.
-        ratio/mean, ratio/min, ratio/max. kl/approx: k3 of old against new policy. kl/ref: the
-        estimator against the reference. All 0 without tokens.
-    """
-    row = dict(zip(METRICS, metrics.tolist(), strict=True))
-    tokens = max(row["tokens"], 1.0)
-    some = row["tokens"] > 0
-    return {
-        "loss/policy": row["policy_loss"],
-        "loss/kl": row["kl_loss"],
-        "ratio/clip_frac_low": row["clipped_low"] / tokens,
-        "ratio/clip_frac_high": row["clipped_high"] / tokens,
-        "ratio/mean": row["ratio"] / tokens,
-        "ratio/min": row["ratio_min"] if some else 0.0,
-        "ratio/max": row["ratio_max"] if some else 0.0,
-        "kl/approx": row["approx_kl"] / tokens,
-        "kl/ref": row["kl"] / tokens,
-    }
-
-
-def sum_metrics(metrics: Sequence[Tensor]) -> Tensor:
-    """The metrics vectors of several micro-batches as one: sums, and the extremes of the ratio."""
-    stacked = torch.stack(list(metrics))
-    total = stacked.sum(0)
-    low, high = METRICS.index("ratio_min"), METRICS.index("ratio_max")
-    total[low], total[high] = stacked[:, low].amin(), stacked[:, high].amax()
-    return total
-
-
-def _check(
+def _check_tensors(
     logprobs: Tensor,
     old_logprobs: Tensor,
     advantages: Tensor,
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
     ref_logprobs: Tensor | None,
-    objective: Objective,
-) -> None:
+    sampler_logprobs: Tensor | None,
+    entropy: Tensor | None,
+) -> int:
+    """Shapes, dtypes and devices; returns the number of sequences."""
     check_tensor("logprobs", logprobs, FLOATS)
     shape = logprobs.shape
-    if cu_seqlens is None:
-        if logprobs.dim() != 2:
-            raise ValueError(
-                f"logprobs must be (B, T), or (N,) together with cu_seqlens, got {tuple(shape)}"
-            )
-        num_sequences = shape[0]
-    else:
-        if logprobs.dim() != 1:
-            raise ValueError(f"with cu_seqlens logprobs must be (N,), got {tuple(shape)}")
-        check_tensor("cu_seqlens", cu_seqlens, (torch.int32,), like=logprobs)
-        if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0 or not cu_seqlens.is_contiguous():
-            raise ValueError(f"cu_seqlens must be a dense (B + 1,), got {tuple(cu_seqlens.shape)}")
-        num_sequences = cu_seqlens.numel() - 1
-    check_tensor("old_logprobs", old_logprobs, FLOATS, shape, logprobs)
+    num_sequences = _count_sequences(logprobs, cu_seqlens)
+    for name, tensor in (
+        ("old_logprobs", old_logprobs),
+        ("ref_logprobs", ref_logprobs),
+        ("sampler_logprobs", sampler_logprobs),
+    ):
+        if tensor is not None:
+            check_tensor(name, tensor, FLOATS, shape, logprobs)
+            check_no_grad(name, tensor)
+    if entropy is not None:
+        check_tensor("entropy", entropy, FLOATS, shape, logprobs)
     check_tensor("advantages", advantages, FLOATS, like=logprobs)
+    check_no_grad("advantages", advantages)
     if advantages.shape != shape and advantages.shape != (num_sequences,):
         raise ValueError(
             f"advantages must be one a token, {tuple(shape)}, or one a sequence, "
             f"({num_sequences},), got {tuple(advantages.shape)}"
         )
     check_mask("mask", mask, shape, logprobs)
-    if objective.kl_coef > 0 and ref_logprobs is None:
-        raise ValueError(f"kl_coef = {objective.kl_coef} needs ref_logprobs; or set kl_coef to 0")
-    if ref_logprobs is not None:
-        check_tensor("ref_logprobs", ref_logprobs, FLOATS, shape, logprobs)
-    check_no_grad("old_logprobs", old_logprobs)
-    check_no_grad("advantages", advantages)
-    check_no_grad("ref_logprobs", ref_logprobs)
+    return num_sequences
+
+
+def _count_sequences(logprobs: Tensor, cu_seqlens: Tensor | None) -> int:
+    shape = logprobs.shape
+    if cu_seqlens is None:
+        if len(shape) != 2:
+            raise ValueError(
+                f"logprobs must be (B, T), or (N,) together with cu_seqlens, got {tuple(shape)}"
+            )
+        return shape[0]
+    if len(shape) != 1:
+        raise ValueError(f"with cu_seqlens logprobs must be (N,), got {tuple(shape)}")
+    check_tensor("cu_seqlens", cu_seqlens, (torch.int32,), like=logprobs)
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0 or not cu_seqlens.is_contiguous():
+        raise ValueError(f"cu_seqlens must be a dense (B + 1,), got {tuple(cu_seqlens.shape)}")
+    return cu_seqlens.numel() - 1
+
+
+def _kl_term(
+    kl_coef: float | Tensor | None,
+    objective: Objective,
+    ref_logprobs: Tensor | None,
+    logprobs: Tensor,
+) -> tuple[int, float, Tensor | None]:
+    """Code of the estimator, 0 for none; the coefficient, and the tensor that replaces it."""
+    adaptive = None
+    if kl_coef is None:
+        kl_coef = objective.kl_coef
+    elif isinstance(kl_coef, Tensor):
+        check_tensor("kl_coef", kl_coef, (torch.float32,), (), logprobs)
+        check_no_grad("kl_coef", kl_coef)
+        adaptive, kl_coef = kl_coef, 0.0
+    elif not kl_coef >= 0:
+        raise ValueError(f"kl_coef must be >= 0, got {kl_coef}")
+    if adaptive is None and kl_coef == 0:
+        return 0, 0.0, None
+    if ref_logprobs is None:
+        value = "a tensor" if adaptive is not None else kl_coef
+        raise ValueError(f"kl_coef = {value} needs ref_logprobs; or set kl_coef to 0")
+    return 1 + KL_ESTIMATORS.index(objective.kl_estimator), kl_coef, adaptive
 
 
 def _denominator(
@@ -247,66 +263,100 @@ def _per_token(advantages: Tensor, logprobs: Tensor, cu_seqlens: Tensor | None) 
 
 def _forward(
     logprobs: Tensor,
+    entropy: Tensor | None,
     old_logprobs: Tensor,
     advantages: Tensor,
     ref_logprobs: Tensor | None,
+    sampler_logprobs: Tensor | None,
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
-    sequence_level: bool,
-    sequence_mean: bool,
+    ratio_level: int,
+    surrogate: int,
     ratio_low: float,
     ratio_high: float,
+    dual_clip: float,
+    tau_positive: float,
+    tau_negative: float,
+    correction: int,
+    correction_sequence: bool,
+    correction_low: float,
+    correction_high: float,
     kl: int,
+    kl_straight_through: bool,
     kl_coef: float,
+    adaptive_kl_coef: Tensor | None,
+    entropy_coef: float,
     log_ratio_limit: float,
+    sequence_mean: bool,
     denominator: Tensor,
     with_gradient: bool,
+    with_entropy_gradient: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    loss, metrics, gradient = _allocate(logprobs, with_gradient)
-    if cu_seqlens is not None:
-        gradient.zero_()  # of tokens that belong to no sequence
-    sequences = logprobs.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-    partials = logprobs.new_empty((sequences, len(METRICS)), dtype=torch.float32)
-    if cu_seqlens is not None:
-        # every sequence sees the one packed row: row stride 0
-        rows = (sequences, logprobs.shape[1])
-        logprobs, old_logprobs = logprobs.expand(rows), old_logprobs.expand(rows)
-        advantages = advantages.expand(rows)
-        ref_logprobs = None if ref_logprobs is None else ref_logprobs.expand(rows)
-        mask = None if mask is None else mask.expand(rows)
+    """Loss, metrics and the gradients with respect to logprobs and entropy, as wanted."""
+    loss, metrics, gradients = _allocate(logprobs, with_gradient + with_entropy_gradient)
+    steps = logprobs.shape[-1]
+    if cu_seqlens is None:
+        sequences = logprobs.shape[0]
+        if advantages.dim() == 1:
+            advantages = advantages[:, None].expand(sequences, steps)
+    else:
+        gradients.zero_()  # of tokens that belong to no sequence
+        sequences = cu_seqlens.numel() - 1
+        if advantages.numel() == sequences != steps:
+            advantages = advantages[:, None].expand(sequences, steps)
+    partials = logprobs.new_empty((max(sequences, MIN_PARTIALS), len(METRICS)), dtype=torch.float32)
+    both = with_gradient and with_entropy_gradient
+    grad_logprobs, grad_entropy = gradients if both else (gradients, gradients)
     dispatch.load(backend).policy_loss(
-        sequences, logprobs.shape[1], cu_seqlens,
-        logprobs, old_logprobs, advantages, ref_logprobs, mask,
-        sequence_level, sequence_mean, ratio_low, ratio_high, kl, kl_coef, log_ratio_limit,
-        denominator, gradient if with_gradient else None, partials, loss, metrics,
+        sequences, steps, cu_seqlens, logprobs, old_logprobs, advantages, ref_logprobs,
+        sampler_logprobs, entropy, mask, ratio_level, surrogate, ratio_low, ratio_high, dual_clip,
+        tau_positive, tau_negative, correction, correction_sequence, correction_low,
+        correction_high, kl, kl_straight_through, kl_coef, adaptive_kl_coef, entropy_coef,
+        log_ratio_limit, sequence_mean, denominator,
+        grad_logprobs if with_gradient else None, grad_entropy if with_entropy_gradient else None,
+        partials, loss, metrics,
     )  # fmt: skip
-    return loss, metrics, gradient
+    return loss, metrics, gradients
 
 
-def _allocate(logprobs: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _allocate(logprobs: Tensor, gradients: int) -> tuple[Tensor, Tensor, Tensor]:
+    shape = (0,) if gradients == 0 else logprobs.shape if gradients == 1 else (2, *logprobs.shape)
     return (
         logprobs.new_empty((), dtype=torch.float32),
         logprobs.new_empty((len(METRICS),), dtype=torch.float32),
-        logprobs.new_empty(logprobs.shape if with_gradient else (0,), dtype=torch.float32),
+        logprobs.new_empty(shape, dtype=torch.float32),
     )
 
 
 def _fake_forward(logprobs, *arguments):
-    return _allocate(logprobs, arguments[-2])
+    return _allocate(logprobs, arguments[-3] + arguments[-2])
 
 
 def _save(ctx, inputs, output) -> None:
-    ctx.dtype, ctx.with_gradient = inputs[0].dtype, inputs[14]
+    logprobs, entropy = inputs[:2]
+    ctx.wanted = inputs[-3:-1]
+    ctx.dtypes = (logprobs.dtype, None if entropy is None else entropy.dtype)
     ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1], output[2])
     ctx.save_for_backward(output[2])
 
 
-def _differentiate(ctx, grad_loss, _grad_metrics, _grad_gradient):
-    if grad_loss is None or not ctx.with_gradient:
-        return (None,) * 16
-    (gradient,) = ctx.saved_tensors
-    return ((gradient * grad_loss).to(ctx.dtype), *(None,) * 15)
+def _differentiate(ctx, grad_loss, _grad_metrics, _grad_gradients):
+    nothing = (None,) * 28
+    of_logprobs, of_entropy = ctx.wanted
+    if grad_loss is None or not (of_logprobs or of_entropy):
+        return (None, None, *nothing)
+    (gradients,) = ctx.saved_tensors
+    gradients = gradients * grad_loss
+    grad_logprobs, grad_entropy = gradients if of_logprobs and of_entropy else (gradients,) * 2
+    return (
+        grad_logprobs.to(ctx.dtypes[0]) if of_logprobs else None,
+        grad_entropy.to(ctx.dtypes[1]) if of_entropy else None,
+        *nothing,
+    )
 
 
-_operator = Operator("policy_loss", _forward, _fake_forward, _save, _differentiate)
+_operator = Operator(
+    "policy_loss", _forward, _fake_forward, _save, _differentiate, differentiable=2
+)

@@ -20,6 +20,8 @@ class Operator:
         fake: the same arguments -> empty results of the right shape, dtype and strides.
         save: as `setup_context` of `torch.autograd.Function`.
         differentiate: as its `backward`.
+        differentiable: gradients flow to the first so many arguments at most. In eager mode the
+            others then travel as one: `torch.autograd.Function` takes 0.2 us for each argument.
     """
 
     def __init__(
@@ -29,8 +31,10 @@ class Operator:
         fake: Callable[..., Any],
         save: Callable[..., None] | None = None,
         differentiate: Callable[..., Any] | None = None,
+        differentiable: int | None = None,
     ) -> None:
         self._body = body
+        self._differentiable = differentiable
         self._registered = torch.library.custom_op(f"warpo::{name}", body, mutates_args=())
         self._registered.register_fake(fake)
         self._apply = body
@@ -38,19 +42,31 @@ class Operator:
             self._registered.register_autograd(differentiate, setup_context=save)
 
             def forward(ctx: Any, *arguments: Any) -> Any:
+                if differentiable is not None:
+                    arguments = (*arguments[:-1], *arguments[-1])
                 results = body(*arguments)
                 save(ctx, arguments, results)
                 return results
 
-            members = {"forward": staticmethod(forward), "backward": staticmethod(differentiate)}
+            def backward(ctx: Any, *gradients: Any) -> Any:
+                return (*differentiate(ctx, *gradients)[:differentiable], None)
+
+            members = {
+                "forward": staticmethod(forward),
+                "backward": staticmethod(differentiate if differentiable is None else backward),
+            }
             function: Any = type(name, (torch.autograd.Function,), members)
             self._apply = function.apply
 
     def __call__(self, first: Tensor, *arguments: Any) -> Any:
         if torch.compiler.is_compiling() or type(first) not in (Tensor, nn.Parameter):
             return self._registered(first, *arguments)
+        rest = None if self._differentiable is None else self._differentiable - 1
         if torch.is_grad_enabled() and (
-            first.requires_grad or any(isinstance(x, Tensor) and x.requires_grad for x in arguments)
+            first.requires_grad
+            or any(isinstance(x, Tensor) and x.requires_grad for x in arguments[:rest])
         ):
-            return self._apply(first, *arguments)
+            if rest is None:
+                return self._apply(first, *arguments)
+            return self._apply(first, *arguments[:rest], arguments[rest:])
         return self._body(first, *arguments)

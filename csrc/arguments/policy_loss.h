@@ -5,39 +5,81 @@ namespace warpo {
 
 enum Kl : int { kNoKl = 0, kK1 = 1, kK2 = 2, kK3 = 3 };
 
+// Of what the log ratio of a token is made of l_t = logprobs_t - old_logprobs_t.
+enum RatioLevel : int {
+    kTokenRatio = 0,     // l_t
+    kSequenceRatio = 1,  // mean of l over the valid tokens of the sequence
+    kPrefixRatio = 2,    // sum of l over the valid tokens up to t; with kStopGradient only
+};
+
+// With ratio r, advantage A, bounds low and high:
+enum Surrogate : int {
+    kClip = 0,          // min(r A, clip(r) A)
+    kDualClip = 1,      // the same, for A < 0 not below dual_clip A
+    kStopGradient = 2,  // clip(r) A logp, no gradient through clip(r)
+    kMaskOutside = 3,   // r A where low <= r <= high, else 0
+    kUnclipped = 4,     // r A
+    kReinforce = 5,     // A logp: the ratio is for the metrics alone
+    kGeometric = 6,     // l_t clipped from above by log high (A >= 0) or from below by log low
+                        // (A < 0) before the mean over the sequence; r A
+    kSoftGate = 7,      // 4 / tau sigmoid(tau (r - 1)) A, tau by the sign of A
+};
+
+// The weight of a token's surrogate from w = exp(old_logprobs - sampler_logprobs).
+enum Correction : int { kNoCorrection = 0, kTruncate = 1, kMaskCorrection = 2 };
+
 // Per-sequence sums in the order of the metrics vector; kRatioMin and kRatioMax reduce by min and
-// max.
+// max. From kTokens on they are unweighted sums over valid tokens.
 enum Metric : int {
-    kPolicyLoss,   // sum of weight * -surrogate
+    kPolicyLoss,   // sum of weight * -correction * surrogate
     kKlLoss,       // sum of weight * kl
-    kTokens,       // valid tokens; the rows below are sums over valid tokens, unweighted
-    kClippedLow,   // the clipped branch is active at the lower bound
-    kClippedHigh,  // ... at the upper bound
+    kEntropyLoss,  // sum of weight * entropy
+    kTokens,       // valid tokens
+    kClippedLow,   // the bound low is active
+    kClippedHigh,  // the bound high is active
+    kClippedDual,  // the bound dual_clip is active
     kRatio,
     kRatioMin,
     kRatioMax,
     kApproxKl,  // k3 of old against new: ratio - 1 - log ratio
     kKl,        // the estimator against the reference
+    kEntropy,
+    kCorrectionSum,  // of the weights, each 1 without a correction
+    kCorrected,      // tokens whose weight was truncated, or set to 0
     kNumMetrics
 };
+
+// A GPU splits the sequences of a small batch into parts, each with a row of partial sums: at most
+// this many rows, unless there are more sequences.
+constexpr int64_t kMinPartials = 512;
 
 struct PolicyLoss {
     int64_t sequences, steps;   // steps: length of a row; with cu_seqlens: total tokens
     const int32_t* cu_seqlens;  // (sequences + 1), or nullptr
     View logprobs, old_logprobs, advantages;  // float
     View ref_logprobs;                        // float; absent unless kl != kNoKl
+    View sampler_logprobs;                    // float; absent unless correction != kNoCorrection
+    View entropy;                             // float, optional
     View mask;                                // uint8, optional
-    bool sequence_level;          // ratio = exp(mean over the sequence of log ratio), not per token
-    bool sequence_mean;           // weight = 1 / (valid tokens of the sequence * denominator)
-    float ratio_low, ratio_high;  // 1 - clip_low, 1 + clip_high
+    int ratio_level, surrogate;
+    float ratio_low, ratio_high;  // 1 - clip_low, 1 + clip_high (which may be inf)
+    float dual_clip;              // c > 1
+    float tau_positive, tau_negative;
+    int correction;
+    bool correction_sequence;  // w from the sum of its logarithm over the sequence
+    float correction_low, correction_high;
     int kl;
+    bool kl_straight_through;  // value of the estimator, gradient of k2
     float kl_coef;
+    const float* adaptive_kl_coef;  // (), optional: in place of kl_coef
+    float entropy_coef;
     float log_ratio_limit;     // arguments of exp are clamped to +-limit; gradient 0 where clamped
+    bool sequence_mean;        // weight = 1 / (valid tokens of the sequence * denominator)
     const float* denominator;  // one float on the device; 0 gives loss 0 and gradients 0
-    float* grad_logprobs;      // contiguous (rows * steps), float32; nullptr: no gradient wanted
-    float* partials;           // (sequences, kNumMetrics) float32 workspace
-    float* loss;               // ()
-    float* metrics;            // (kNumMetrics)
+    float *grad_logprobs, *grad_entropy;  // contiguous (rows * steps), float32; nullptr: not wanted
+    float* partials;  // (max(sequences, kMinPartials), kNumMetrics) float32 workspace
+    float* loss;      // ()
+    float* metrics;   // (kNumMetrics)
 };
 
 }  // namespace warpo

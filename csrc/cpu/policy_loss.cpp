@@ -1,189 +1,345 @@
-// Clipped surrogate and KL: loss, metrics and gradient in one call.
+// Policy loss of every objective: loss, metrics and gradients in one call.
 #include "math/policy_loss.h"
 
 #include <math.h>
+#include <omp.h>
 
 #include "cpu/cpu.h"
-#include "cpu/load.h"
+#include "cpu/policy_loss_tile.h"
 
 namespace warpo::cpu::WARPO_ISA {
 namespace {
 
-constexpr int kTile = 256;
+// What the tokens of a sequence share, and must be known before any of them is evaluated.
+struct Shared {
+    double valid = 0, log_ratio = 0, log_weight = 0;  // sums
 
-struct Tile {
-    alignas(64) float logp[kTile], old[kTile], advantage[kTile], ref[kTile], log_ratio[kTile];
-    alignas(64) float surrogate_grad[kTile], kl_grad[kTile];
-    alignas(64) int32_t keep[kTile];
+    void add(const Shared& other) {
+        valid += other.valid;
+        log_ratio += other.log_ratio;
+        log_weight += other.log_weight;
+    }
 };
+
+struct GeometricBounds {
+    float log_low, log_high;
+};
+
+GeometricBounds geometric_bounds(const PolicyLoss& a) {
+    return {logf(a.ratio_low), logf(a.ratio_high)};
+}
+
+float count_valid(const Tile& tile, int count) {
+    int valid = 0;
+#pragma omp simd reduction(+ : valid)
+    for (int i = 0; i < count; ++i) valid += tile.keep[i];
+    return (float)valid;
+}
+
+float sum_log_ratio(const PolicyLoss& a, int count, const Tile& tile) {
+    float sum = 0;
+    if (a.surrogate == kGeometric) {
+        const GeometricBounds bounds = geometric_bounds(a);
+#pragma omp simd reduction(+ : sum)
+        for (int i = 0; i < count; ++i) {
+            const GeometricTerm term = geometric_log_ratio(tile.log_ratio[i], tile.advantage[i],
+                                                           bounds.log_low, bounds.log_high);
+            sum += tile.keep[i] ? term.log_ratio : 0.0f;
+        }
+        return sum;
+    }
+#pragma omp simd reduction(+ : sum)
+    for (int i = 0; i < count; ++i) sum += tile.keep[i] ? tile.log_ratio[i] : 0.0f;
+    return sum;
+}
+
+float sum_log_weight(int count, const Tile& tile) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int i = 0; i < count; ++i) sum += tile.keep[i] ? tile.old[i] - tile.sampler[i] : 0.0f;
+    return sum;
+}
+
+Shared share(const PolicyLoss& a, const Span& span) {
+    const bool ratio = a.ratio_level == kSequenceRatio;
+    const bool weight = a.correction != kNoCorrection && a.correction_sequence;
+    Shared shared;
+    if (!a.mask.data) shared.valid = (double)span.count;
+    if (!a.mask.data && !ratio && !weight) return shared;
+    Tile tile;
+    for_each_tile(span, [&](int64_t start, int count) {
+        tile.load_keep(a, span, start, count);
+        if (a.mask.data) shared.valid += count_valid(tile, count);
+        if (ratio) {
+            tile.load_log_ratio(a, span, start, count);
+            if (a.surrogate == kGeometric) tile.load_advantage(a, span, start, count);
+            shared.log_ratio += sum_log_ratio(a, count, tile);
+        }
+        if (weight) {
+            tile.old = tile.old_storage.load(a.old_logprobs, span, start, count);
+            tile.sampler = tile.sampler_storage.load(a.sampler_logprobs, span, start, count);
+            shared.log_weight += sum_log_weight(count, tile);
+        }
+    });
+    return shared;
+}
 
 struct Sums {
-    double policy = 0, kl = 0, low = 0, high = 0, ratio = 0, approx_kl = 0, surrogate_grad = 0;
+    double policy = 0, kl = 0, low = 0, high = 0, dual = 0, ratio = 0, approx_kl = 0, entropy = 0;
+    double correction = 0, corrected = 0, by_log_ratio = 0;
     float ratio_min = INFINITY, ratio_max = -INFINITY;
-};
 
-// The tokens of one sequence: steps [first, first + count) of a row of the views, and where their
-// gradients lie.
-struct Span {
-    int64_t row, first, count;
-    float* grad;
-};
-
-Span span_of(const PolicyLoss& a, int64_t sequence) {
-    const int64_t first = a.cu_seqlens ? a.cu_seqlens[sequence] : 0;
-    const int64_t count = a.cu_seqlens ? a.cu_seqlens[sequence + 1] - first : a.steps;
-    const int64_t offset = a.cu_seqlens ? first : sequence * a.steps;
-    return {sequence, first, count, a.grad_logprobs ? a.grad_logprobs + offset : nullptr};
-}
-
-int tile_count(const Span& span, int64_t start) {
-    return span.count - start < kTile ? (int)(span.count - start) : kTile;
-}
-
-void load_keep(const PolicyLoss& a, const Span& span, int64_t start, int count, int32_t* keep) {
-    const uint8_t* mask =
-        a.mask.data ? address<uint8_t>(a.mask, span.row, span.first + start) : nullptr;
-    for (int i = 0; i < count; ++i) keep[i] = mask ? mask[i * a.mask.stride1] != 0 : 1;
-}
-
-// Masked elements become 0, whatever they hold.
-void load_kept(const View& view, const Span& span, int64_t start, int count, const int32_t* keep,
-               float* out) {
-    load_steps(view, span.row, span.first + start, count, out);
-#pragma omp simd
-    for (int i = 0; i < count; ++i) out[i] = keep[i] ? out[i] : 0.0f;
-}
-
-void load_tile(const PolicyLoss& a, const Span& span, int64_t start, int count, Tile& tile) {
-    load_keep(a, span, start, count, tile.keep);
-    load_kept(a.logprobs, span, start, count, tile.keep, tile.logp);
-    load_kept(a.old_logprobs, span, start, count, tile.keep, tile.old);
-    load_kept(a.advantages, span, start, count, tile.keep, tile.advantage);
-    if (a.kl != kNoKl) load_kept(a.ref_logprobs, span, start, count, tile.keep, tile.ref);
-}
-
-int64_t count_valid(const PolicyLoss& a, const Span& span) {
-    if (!a.mask.data) return span.count;
-    const uint8_t* mask = address<uint8_t>(a.mask, span.row, span.first);
-    int64_t valid = 0;
-    for (int64_t i = 0; i < span.count; ++i) valid += mask[i * a.mask.stride1] != 0;
-    return valid;
-}
-
-float mean_log_ratio(const PolicyLoss& a, const Span& span, int64_t valid, Tile& tile) {
-    double total = 0;
-    for (int64_t start = 0; start < span.count; start += kTile) {
-        const int count = tile_count(span, start);
-        load_keep(a, span, start, count, tile.keep);
-        load_kept(a.logprobs, span, start, count, tile.keep, tile.logp);
-        load_kept(a.old_logprobs, span, start, count, tile.keep, tile.old);
-        float sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (int i = 0; i < count; ++i) sum += tile.logp[i] - tile.old[i];
-        total += sum;
+    void add(const Sums& other) {
+        policy += other.policy;
+        kl += other.kl;
+        low += other.low;
+        high += other.high;
+        dual += other.dual;
+        ratio += other.ratio;
+        approx_kl += other.approx_kl;
+        entropy += other.entropy;
+        correction += other.correction;
+        corrected += other.corrected;
+        by_log_ratio += other.by_log_ratio;
+        ratio_min = other.ratio_min < ratio_min ? other.ratio_min : ratio_min;
+        ratio_max = other.ratio_max > ratio_max ? other.ratio_max : ratio_max;
     }
-    return (float)(total / (double)(valid > 0 ? valid : 1));
-}
+};
 
-// Sums of the tile, and the gradients of surrogate and KL before any weight.
-template <int kKl>
-void evaluate(const PolicyLoss& a, int count, Tile& tile, Sums& sums) {
-    const float limit = a.log_ratio_limit, ratio_low = a.ratio_low, ratio_high = a.ratio_high;
-    float policy = 0, kl = 0, low = 0, high = 0, total = 0, approx_kl = 0, grad = 0;
+// Factors of the gradients of a sequence.
+struct Weights {
+    float policy, kl, entropy;
+};
+
+// Sums of a tile of surrogates and KLs, and the gradient of each token by itself.
+template <int kSurrogate, int kKl>
+void evaluate(const PolicyLoss& a, const Weights& weights, int count, const Tile& tile, float* grad,
+              Sums& sums) {
+    const SurrogateOptions options = surrogate_options(a);
+    const bool of_sequence = a.ratio_level == kSequenceRatio;
+    const bool straight_through = a.kl_straight_through;
+    const float policy_weight = weights.policy, kl_weight = weights.kl;
+    float policy = 0, kl = 0, low = 0, high = 0, dual = 0, ratio = 0, approx_kl = 0, derivative = 0;
     float smallest = INFINITY, largest = -INFINITY;
-#pragma omp simd reduction(+ : policy, kl, low, high, total, approx_kl, grad) \
+#pragma omp simd reduction(+ : policy, kl, low, high, dual, ratio, approx_kl, derivative) \
     reduction(min : smallest) reduction(max : largest)
     for (int i = 0; i < count; ++i) {
         const bool keep = tile.keep[i];
-        const float bounded = clamp_symmetric(tile.log_ratio[i], limit);
-        const float ratio = exp_f32(bounded);
-        const Surrogate s = clipped_surrogate(ratio, tile.advantage[i], ratio_low, ratio_high);
-        const float derivative = is_outside(tile.log_ratio[i], limit) ? 0.0f : s.derivative;
-        tile.surrogate_grad[i] = keep ? -derivative : 0.0f;
-        policy -= keep ? s.value : 0.0f;
-        low += keep ? s.clipped_low : 0.0f;
-        high += keep ? s.clipped_high : 0.0f;
-        total += keep ? ratio : 0.0f;
-        approx_kl += keep ? exp_minus_1_minus_x(bounded) : 0.0f;
-        grad += keep ? -derivative : 0.0f;
-        const float ratio_or_inf = keep ? ratio : INFINITY,
-                    ratio_or_minus_inf = keep ? ratio : -INFINITY;
-        smallest = ratio_or_inf < smallest ? ratio_or_inf : smallest;
-        largest = ratio_or_minus_inf > largest ? ratio_or_minus_inf : largest;
+        const TokenTerms terms = token_terms<kSurrogate>(options, tile.log_ratio[i], tile.logp[i],
+                                                         tile.advantage[i], tile.correction[i]);
+        float own = policy_weight * ((of_sequence ? 0.0f : terms.by_log_ratio) + terms.by_logp);
+        own = -own;
         if (kKl != kNoKl) {
-            const KlTerm term = kl_estimate(tile.logp[i], tile.ref[i], kKl, limit);
-            tile.kl_grad[i] = keep ? term.derivative : 0.0f;
+            const KlTerm term = kl_estimate(tile.logp[i], tile.ref[i], kKl, straight_through,
+                                            options.log_ratio_limit);
+            own += kl_weight * term.derivative;
             kl += keep ? term.value : 0.0f;
         }
+        grad[i] = keep ? own : 0.0f;
+        policy -= keep ? terms.value : 0.0f;
+        derivative += keep ? terms.by_log_ratio : 0.0f;
+        low += keep ? terms.clipped_low : 0.0f;
+        high += keep ? terms.clipped_high : 0.0f;
+        dual += keep ? terms.clipped_dual : 0.0f;
+        ratio += keep ? terms.ratio : 0.0f;
+        approx_kl += keep ? terms.approx_kl : 0.0f;
+        const float or_inf = keep ? terms.ratio : INFINITY;
+        const float or_minus_inf = keep ? terms.ratio : -INFINITY;
+        smallest = or_inf < smallest ? or_inf : smallest;
+        largest = or_minus_inf > largest ? or_minus_inf : largest;
     }
     sums.policy += policy;
     sums.kl += kl;
     sums.low += low;
     sums.high += high;
-    sums.ratio += total;
+    sums.dual += dual;
+    sums.ratio += ratio;
     sums.approx_kl += approx_kl;
-    sums.surrogate_grad += grad;
+    sums.by_log_ratio += derivative;
     sums.ratio_min = smallest < sums.ratio_min ? smallest : sums.ratio_min;
     sums.ratio_max = largest > sums.ratio_max ? largest : sums.ratio_max;
 }
 
-void evaluate(const PolicyLoss& a, int count, Tile& tile, Sums& sums) {
-    switch (a.kl) {
-        case kNoKl: return evaluate<kNoKl>(a, count, tile, sums);
-        case kK1: return evaluate<kK1>(a, count, tile, sums);
-        case kK2: return evaluate<kK2>(a, count, tile, sums);
-        default: return evaluate<kK3>(a, count, tile, sums);
+using Evaluate = void (*)(const PolicyLoss&, const Weights&, int, const Tile&, float*, Sums&);
+
+template <int kSurrogate>
+Evaluate choose_kl(int kl) {
+    switch (kl) {
+        case kNoKl: return evaluate<kSurrogate, kNoKl>;
+        case kK1: return evaluate<kSurrogate, kK1>;
+        case kK2: return evaluate<kSurrogate, kK2>;
+        default: return evaluate<kSurrogate, kK3>;
     }
 }
 
-void write_partials(const Sums& sums, int64_t valid, float weight, float* out) {
+Evaluate choose(int surrogate, int kl) {
+    switch (surrogate) {
+        case kClip: return choose_kl<kClip>(kl);
+        case kDualClip: return choose_kl<kDualClip>(kl);
+        case kStopGradient: return choose_kl<kStopGradient>(kl);
+        case kMaskOutside: return choose_kl<kMaskOutside>(kl);
+        case kReinforce: return choose_kl<kReinforce>(kl);
+        case kSoftGate: return choose_kl<kSoftGate>(kl);
+        default: return choose_kl<kUnclipped>(kl);  // kGeometric: its bounds act on log ratios
+    }
+}
+
+// Counts the tokens whose log ratio is cut, before the mean replaces it.
+void count_cut(const PolicyLoss& a, int count, const Tile& tile, Sums& sums) {
+    const GeometricBounds bounds = geometric_bounds(a);
+    float low = 0, high = 0;
+#pragma omp simd reduction(+ : low, high)
+    for (int i = 0; i < count; ++i) {
+        const GeometricTerm term = geometric_log_ratio(tile.log_ratio[i], tile.advantage[i],
+                                                       bounds.log_low, bounds.log_high);
+        low += tile.keep[i] ? term.clipped_low : 0.0f;
+        high += tile.keep[i] ? term.clipped_high : 0.0f;
+    }
+    sums.low += low;
+    sums.high += high;
+}
+
+// Replaces the log ratios of the tokens by those of the objective's level.
+void raise_level(const PolicyLoss& a, const Shared& shared, int count, double& prefix, Tile& tile,
+                 Sums& sums) {
+    if (a.ratio_level == kSequenceRatio) {
+        if (a.surrogate == kGeometric) count_cut(a, count, tile, sums);
+        const float mean = (float)(shared.log_ratio / (shared.valid > 0 ? shared.valid : 1));
+        for (int i = 0; i < count; ++i) tile.log_ratio[i] = mean;
+    } else if (a.ratio_level == kPrefixRatio) {
+        for (int i = 0; i < count; ++i) {
+            prefix += tile.keep[i] ? tile.log_ratio[i] : 0.0f;
+            tile.log_ratio[i] = (float)prefix;
+        }
+    }
+}
+
+void correct(const PolicyLoss& a, const Shared& shared, int count, Tile& tile, Sums& sums) {
+    const float of_sequence = (float)shared.log_weight;
+    const bool sequence = a.correction_sequence;
+    const int mode = a.correction;
+    const float low = a.correction_low, high = a.correction_high, limit = a.log_ratio_limit;
+    float total = 0, corrected = 0;
+#pragma omp simd reduction(+ : total, corrected)
+    for (int i = 0; i < count; ++i) {
+        const float log_weight = sequence ? of_sequence : tile.old[i] - tile.sampler[i];
+        const CorrectionTerm term = correction_weight(log_weight, mode, low, high, limit);
+        tile.correction[i] = term.weight;
+        total += tile.keep[i] ? term.weight : 0.0f;
+        corrected += tile.keep[i] ? term.corrected : 0.0f;
+    }
+    sums.correction += total;
+    sums.corrected += corrected;
+}
+
+void add_entropy(const PolicyLoss& a, const Weights& weights, const Span& span, int64_t start,
+                 int count, Tile& tile, Sums& sums) {
+    const float* entropy = tile.sampler_storage.load(a.entropy, span, start, count);
+    float* grad = a.grad_entropy ? a.grad_entropy + span.grad + start : tile.unwanted;
+    const float slope = -weights.entropy;
+    float total = 0;
+#pragma omp simd reduction(+ : total)
+    for (int i = 0; i < count; ++i) {
+        total += tile.keep[i] ? entropy[i] : 0.0f;
+        grad[i] = tile.keep[i] ? slope : 0.0f;
+    }
+    sums.entropy += total;
+}
+
+Sums evaluate_part(const PolicyLoss& a, const Shared& shared, const Weights& weights,
+                   const Span& span) {
+    const Evaluate evaluate_tile = choose(a.surrogate, a.kl);
+    Tile tile;
+    Sums sums;
+    double prefix = 0;
+    for (int i = 0; i < kTile; ++i) tile.correction[i] = 1.0f;
+    for_each_tile(span, [&](int64_t start, int count) {
+        tile.load_keep(a, span, start, count);
+        tile.load_log_ratio(a, span, start, count);
+        tile.load_advantage(a, span, start, count);
+        if (a.kl != kNoKl) tile.ref = tile.ref_storage.load(a.ref_logprobs, span, start, count);
+        if (a.correction != kNoCorrection) {
+            tile.sampler = tile.sampler_storage.load(a.sampler_logprobs, span, start, count);
+            correct(a, shared, count, tile, sums);
+        }
+        raise_level(a, shared, count, prefix, tile, sums);
+        float* grad = a.grad_logprobs ? a.grad_logprobs + span.grad + start : tile.unwanted;
+        evaluate_tile(a, weights, count, tile, grad, sums);
+        if (a.entropy.data) add_entropy(a, weights, span, start, count, tile, sums);
+    });
+    return sums;
+}
+
+// Adds to each valid token what it moves the ratio of the sequence by, times `grad`.
+void spread(const PolicyLoss& a, const Span& span, float grad) {
+    Tile tile;
+    const GeometricBounds bounds = geometric_bounds(a);
+    for_each_tile(span, [&](int64_t start, int count) {
+        tile.load_keep(a, span, start, count);
+        float* out = a.grad_logprobs + span.grad + start;
+        if (a.surrogate == kGeometric) {
+            tile.load_log_ratio(a, span, start, count);
+            tile.load_advantage(a, span, start, count);
+#pragma omp simd
+            for (int i = 0; i < count; ++i) {
+                const GeometricTerm term = geometric_log_ratio(tile.log_ratio[i], tile.advantage[i],
+                                                               bounds.log_low, bounds.log_high);
+                const bool cut = term.clipped_low + term.clipped_high > 0.0f;
+                out[i] += tile.keep[i] && !cut ? grad : 0.0f;
+            }
+        } else {
+#pragma omp simd
+            for (int i = 0; i < count; ++i) out[i] += tile.keep[i] ? grad : 0.0f;
+        }
+    });
+}
+
+float kl_coefficient(const PolicyLoss& a) {
+    return a.adaptive_kl_coef ? *a.adaptive_kl_coef : a.kl_coef;
+}
+
+void write_partials(const PolicyLoss& a, const Sums& sums, double valid, float weight, float* out) {
     out[kPolicyLoss] = (float)(sums.policy * weight);
     out[kKlLoss] = (float)(sums.kl * weight);
+    out[kEntropyLoss] = (float)(sums.entropy * weight);
     out[kTokens] = (float)valid;
     out[kClippedLow] = (float)sums.low;
     out[kClippedHigh] = (float)sums.high;
+    out[kClippedDual] = (float)sums.dual;
     out[kRatio] = (float)sums.ratio;
     out[kRatioMin] = sums.ratio_min;
     out[kRatioMax] = sums.ratio_max;
     out[kApproxKl] = (float)sums.approx_kl;
     out[kKl] = (float)sums.kl;
+    out[kEntropy] = (float)sums.entropy;
+    out[kCorrectionSum] = (float)(a.correction == kNoCorrection ? valid : sums.correction);
+    out[kCorrected] = (float)sums.corrected;
 }
 
-void one_sequence(const PolicyLoss& a, int64_t sequence) {
+// parallel: the threads share this sequence.
+void one_sequence(const PolicyLoss& a, int64_t sequence, bool parallel) {
     const Span span = span_of(a, sequence);
-    const int64_t valid = count_valid(a, span);
-    const float denominator = *a.denominator;
-    float weight = denominator > 0 ? 1.0f / denominator : 0.0f;
-    if (a.sequence_mean && valid > 0) weight /= (float)valid;
-    const float kl_weight = a.kl == kNoKl ? 0.0f : weight * a.kl_coef;
-
-    Tile tile;
-    Sums sums;
-    float shared_log_ratio = 0;
-    if (a.sequence_level) shared_log_ratio = mean_log_ratio(a, span, valid, tile);
-    float* const grad = span.grad;
-    for (int64_t start = 0; start < span.count; start += kTile) {
-        const int count = tile_count(span, start);
-        load_tile(a, span, start, count, tile);
-        for (int i = 0; i < count; ++i)
-            tile.log_ratio[i] = a.sequence_level ? shared_log_ratio : tile.logp[i] - tile.old[i];
-        evaluate(a, count, tile, sums);
-        if (!grad) continue;
-        for (int i = 0; i < count; ++i) {
-            const float of_surrogate = a.sequence_level ? 0.0f : weight * tile.surrogate_grad[i];
-            grad[start + i] =
-                kl_weight != 0 ? of_surrogate + kl_weight * tile.kl_grad[i] : of_surrogate;
-        }
-    }
-    write_partials(sums, valid, weight, a.partials + sequence * kNumMetrics);
-    if (!grad || !a.sequence_level || valid == 0) return;
-    // Every valid token moves the shared ratio by 1 / valid.
-    const float shared_grad = (float)(weight * sums.surrogate_grad / (double)valid);
-    for (int64_t start = 0; start < span.count; start += kTile) {
-        const int count = tile_count(span, start);
-        load_keep(a, span, start, count, tile.keep);
-        for (int i = 0; i < count; ++i) grad[start + i] += tile.keep[i] ? shared_grad : 0.0f;
-    }
+    const Shared shared =
+        sum_parts<Shared>(span, parallel, [&](const Span& part) { return share(a, part); });
+    const float weight = token_weight(*a.denominator, a.sequence_mean, (float)shared.valid);
+    const Weights weights = {weight, weight * kl_coefficient(a), weight * a.entropy_coef};
+    // A prefix runs through the whole sequence.
+    const Sums sums = a.ratio_level == kPrefixRatio
+                          ? evaluate_part(a, shared, weights, span)
+                          : sum_parts<Sums>(span, parallel, [&](const Span& part) {
+                                return evaluate_part(a, shared, weights, part);
+                            });
+    write_partials(a, sums, shared.valid, weight, a.partials + sequence * kNumMetrics);
+    if (!a.grad_logprobs || a.ratio_level != kSequenceRatio || shared.valid == 0) return;
+    // Every valid token moves the mean log ratio by 1 / valid.
+    const float grad = (float)(-weight * sums.by_log_ratio / shared.valid);
+    struct Nothing {
+        void add(const Nothing&) {}
+    };
+    sum_parts<Nothing>(span, parallel, [&](const Span& part) {
+        spread(a, part, grad);
+        return Nothing();
+    });
 }
 
 void reduce(const PolicyLoss& a) {
@@ -198,15 +354,25 @@ void reduce(const PolicyLoss& a) {
     for (int m = 0; m < kNumMetrics; ++m) a.metrics[m] = (float)sums[m];
     a.metrics[kRatioMin] = smallest;
     a.metrics[kRatioMax] = largest;
-    *a.loss = (float)(sums[kPolicyLoss] + (a.kl == kNoKl ? 0.0 : a.kl_coef * sums[kKlLoss]));
+    double loss = sums[kPolicyLoss];
+    if (a.kl != kNoKl) loss += (double)kl_coefficient(a) * sums[kKlLoss];
+    if (a.entropy_coef != 0) loss -= (double)a.entropy_coef * sums[kEntropyLoss];
+    *a.loss = (float)loss;
 }
 
 }  // namespace
 
 void policy_loss(const PolicyLoss& a) {
     const int64_t tokens = a.cu_seqlens ? a.steps : a.sequences * a.steps;
-#pragma omp parallel for schedule(dynamic) if (tokens >= kParallelWork)
-    for (int64_t sequence = 0; sequence < a.sequences; ++sequence) one_sequence(a, sequence);
+    const bool parallel = tokens >= kParallelWork;
+    // A sequence that would keep one thread busy after the others are done is shared by all.
+    const int64_t share = parallel ? tokens / (4 * omp_get_max_threads()) : tokens;
+    const int64_t longest = share > kPart ? share : kPart;
+    for (int64_t b = 0; parallel && b < a.sequences; ++b)
+        if (span_of(a, b).count > longest) one_sequence(a, b, true);
+#pragma omp parallel for schedule(dynamic) if (parallel)
+    for (int64_t b = 0; b < a.sequences; ++b)
+        if (!parallel || span_of(a, b).count <= longest) one_sequence(a, b, false);
     reduce(a);
 }
 

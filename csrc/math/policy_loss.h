@@ -1,8 +1,10 @@
-// The clipped surrogate and the KL estimators of one token: values and derivatives.
-// Host and device share this text, so the loss that a GPU computes is the loss that the CPU tests
-// cover.
+// The policy loss of one token, for every objective: values, derivatives and what the metrics
+// count. Host and device share this text, so the loss that a GPU computes is the loss that the CPU
+// tests cover. Selects instead of branches, so that loops over it vectorise; comparisons that are
+// false for NaN let it through to the loss and its gradient.
 #pragma once
 
+#include "arguments/policy_loss.h"
 #include "math/exp.h"
 
 namespace warpo {
@@ -22,37 +24,156 @@ WARPO_HD float exp_minus_1_minus_x(float x) {
     return (x > -0.5f && x < 0.5f) ? series * x * x : direct;
 }
 
-WARPO_HD float clamp_symmetric(float x, float limit) {
-    const float below = x > limit ? limit : x;
-    return below < -limit ? -limit : below;
+WARPO_HD float clamp_between(float x, float low, float high) {
+    const float below = x > high ? high : x;
+    return below < low ? low : below;
 }
+
+WARPO_HD float clamp_symmetric(float x, float limit) { return clamp_between(x, -limit, limit); }
 
 // Where the gradient of the clamp is 0. A NaN is not outside: it reaches the gradient.
 WARPO_HD bool is_outside(float x, float limit) { return x > limit || x < -limit; }
 
-struct Surrogate {
-    float value;       // min(ratio A, clip(ratio) A), to be maximised
-    float derivative;  // of value with respect to log ratio: ratio A, or 0 where the clipped branch
-                       // is smaller
-    float clipped_low, clipped_high;  // 1 where the clipped branch is smaller
+// The fields of the same names in PolicyLoss.
+struct SurrogateOptions {
+    float ratio_low, ratio_high, dual_clip, tau_positive, tau_negative, log_ratio_limit;
 };
 
-// PPO, https://arxiv.org/abs/1707.06347 eq. 7, with separate bounds (DAPO,
-// https://arxiv.org/abs/2503.14476 eq. 10).
-WARPO_HD Surrogate clipped_surrogate(float ratio, float advantage, float ratio_low,
-                                     float ratio_high) {
-    float bounded = ratio > ratio_high ? ratio_high : ratio;
-    bounded = bounded < ratio_low ? ratio_low : bounded;
-    const float unclipped = ratio * advantage;
-    const float clipped = bounded * advantage;
-    const bool is_clipped =
-        clipped < unclipped;  // false on a tie, where autograd lets the gradient through
-    Surrogate result;
-    result.value = is_clipped ? clipped : unclipped;
-    result.derivative = is_clipped ? 0.0f : unclipped;
-    result.clipped_low = (is_clipped && ratio < ratio_low) ? 1.0f : 0.0f;
-    result.clipped_high = (is_clipped && ratio > ratio_high) ? 1.0f : 0.0f;
-    return result;
+template <class Arguments>
+WARPO_HD SurrogateOptions surrogate_options(const Arguments& a) {
+    return {a.ratio_low,    a.ratio_high,   a.dual_clip,
+            a.tau_positive, a.tau_negative, a.log_ratio_limit};
+}
+
+struct TokenTerms {
+    float value;         // the surrogate times the correction, to be maximised
+    float by_log_ratio;  // its derivative with respect to the log ratio
+    float by_logp;       // and with respect to the logp that stands outside the ratio
+    float ratio;
+    float approx_kl;                                // k3 of old against new
+    float clipped_low, clipped_high, clipped_dual;  // 1 where that bound is active, else 0
+};
+
+// log_ratio: at the level of the objective, not yet clamped; for kGeometric the mean of the clipped
+// ones, whose bounds geometric_log_ratio reports. correction: from correction_weight, or 1. With a
+// token-level ratio the gradient in logp is by_log_ratio + by_logp; at sequence level every valid
+// token has the mean of by_log_ratio over the sequence in its place.
+//
+// kClip: PPO, https://arxiv.org/abs/1707.06347 eq. 7, with separate bounds as in DAPO,
+// https://arxiv.org/abs/2503.14476 eq. 10. kDualClip: https://arxiv.org/abs/1912.09729 eq. 8.
+// kStopGradient: CISPO, https://arxiv.org/abs/2506.13585 eq. 4 and 5. kGeometric: GMPO,
+// https://arxiv.org/abs/2507.20673 eq. 4. kSoftGate: SAPO, https://arxiv.org/abs/2511.20347.
+template <int kSurrogate>
+WARPO_HD TokenTerms token_terms(const SurrogateOptions& options, float log_ratio, float logp,
+                                float advantage, float correction) {
+    const float bounded = clamp_symmetric(log_ratio, options.log_ratio_limit);
+    const float ratio = exp_f32(bounded);
+    const bool below = ratio<options.ratio_low, above = ratio> options.ratio_high;
+    const float clipped_ratio = clamp_between(ratio, options.ratio_low, options.ratio_high);
+    const float unclipped = ratio * advantage, clipped = clipped_ratio * advantage;
+
+    float value = unclipped, by_log_ratio = unclipped, by_logp = 0.0f;
+    bool low = false, high = false, dual = false;
+    if (kSurrogate == kClip || kSurrogate == kDualClip) {
+        // false on a tie, where autograd lets the gradient through
+        const bool is_clipped = clipped < unclipped;
+        value = is_clipped ? clipped : unclipped;
+        low = is_clipped && below;
+        high = is_clipped && above;
+        if (kSurrogate == kDualClip) {
+            const float floor = options.dual_clip * advantage;
+            dual = advantage < 0.0f && value < floor;
+            value = dual ? floor : value;
+        }
+        by_log_ratio = (is_clipped || dual) ? 0.0f : unclipped;
+    } else if (kSurrogate == kStopGradient) {
+        value = clipped * logp;
+        by_log_ratio = 0.0f;
+        by_logp = clipped;
+        low = below;
+        high = above;
+    } else if (kSurrogate == kMaskOutside) {
+        value = by_log_ratio = (below || above) ? 0.0f : unclipped;
+        low = below;
+        high = above;
+    } else if (kSurrogate == kReinforce) {
+        value = advantage * logp;
+        by_log_ratio = 0.0f;
+        by_logp = advantage;
+    } else if (kSurrogate == kSoftGate) {
+        const float tau = advantage > 0.0f ? options.tau_positive : options.tau_negative;
+        const float e = exp_f32(-tau * (ratio - 1.0f));
+        const float sigmoid = 1.0f / (1.0f + e);
+        value = 4.0f / tau * sigmoid * advantage;
+        // sigmoid' = e sigmoid^2: 1 - sigmoid would lose its digits near 1
+        by_log_ratio = 4.0f * (e * sigmoid * sigmoid) * unclipped;
+    }
+
+    TokenTerms terms;
+    terms.value = correction * value;
+    terms.by_log_ratio =
+        is_outside(log_ratio, options.log_ratio_limit) ? 0.0f : correction * by_log_ratio;
+    terms.by_logp = correction * by_logp;
+    terms.ratio = ratio;
+    terms.approx_kl = exp_minus_1_minus_x(bounded);
+    terms.clipped_low = low ? 1.0f : 0.0f;
+    terms.clipped_high = high ? 1.0f : 0.0f;
+    terms.clipped_dual = dual ? 1.0f : 0.0f;
+    return terms;
+}
+
+// The same with the surrogate chosen at run time.
+WARPO_HD TokenTerms token_terms(int surrogate, const SurrogateOptions& options, float log_ratio,
+                                float logp, float advantage, float correction) {
+    switch (surrogate) {
+        case kClip: return token_terms<kClip>(options, log_ratio, logp, advantage, correction);
+        case kDualClip:
+            return token_terms<kDualClip>(options, log_ratio, logp, advantage, correction);
+        case kStopGradient:
+            return token_terms<kStopGradient>(options, log_ratio, logp, advantage, correction);
+        case kMaskOutside:
+            return token_terms<kMaskOutside>(options, log_ratio, logp, advantage, correction);
+        case kReinforce:
+            return token_terms<kReinforce>(options, log_ratio, logp, advantage, correction);
+        case kSoftGate:
+            return token_terms<kSoftGate>(options, log_ratio, logp, advantage, correction);
+        default: return token_terms<kUnclipped>(options, log_ratio, logp, advantage, correction);
+    }
+}
+
+// A token's share in the mean log ratio of its sequence under kGeometric.
+struct GeometricTerm {
+    float log_ratio;
+    float clipped_low, clipped_high;  // 1 where a bound holds it, and no gradient passes
+};
+
+// log_low, log_high: logarithms of ratio_low and ratio_high.
+WARPO_HD GeometricTerm geometric_log_ratio(float log_ratio, float advantage, float log_low,
+                                           float log_high) {
+    const bool negative = advantage < 0.0f;
+    const bool low = negative && log_ratio < log_low, high = !negative && log_ratio > log_high;
+    GeometricTerm term;
+    term.log_ratio = low ? log_low : high ? log_high : log_ratio;
+    term.clipped_low = low ? 1.0f : 0.0f;
+    term.clipped_high = high ? 1.0f : 0.0f;
+    return term;
+}
+
+struct CorrectionTerm {
+    float weight;
+    float corrected;  // 1 where a bound changed the weight
+};
+
+// log_weight: old - sampler of the token, or its sum over the valid tokens of the sequence.
+WARPO_HD CorrectionTerm correction_weight(float log_weight, int correction, float low, float high,
+                                          float limit) {
+    const float weight = exp_f32(clamp_symmetric(log_weight, limit));
+    const bool outside = weight < low || weight > high;
+    const float replacement = correction == kTruncate ? clamp_between(weight, low, high) : 0.0f;
+    CorrectionTerm term;
+    term.weight = outside ? replacement : weight;
+    term.corrected = outside ? 1.0f : 0.0f;
+    return term;
 }
 
 struct KlTerm {
@@ -60,20 +181,25 @@ struct KlTerm {
     float derivative;  // with respect to logp
 };
 
-// Estimators of KL(policy || reference) from one sample of the policy, with kl = 1, 2, 3 for k1,
-// k2, k3.
-WARPO_HD KlTerm kl_estimate(float logp, float ref, int kl, float limit) {
+// Estimators of KL(policy || reference) from one sample of the policy, with kl = kK1, kK2, kK3.
+// straight_through: the gradient of k2, whose expectation is the gradient of the KL.
+WARPO_HD KlTerm kl_estimate(float logp, float ref, int kl, bool straight_through, float limit) {
     const float difference = ref - logp;
     const float bounded = clamp_symmetric(difference, limit);
-    KlTerm term;
-    term.value = kl == 1   ? -difference
-                 : kl == 2 ? 0.5f * difference * difference
-                           : exp_minus_1_minus_x(bounded);
+    const float k3 = exp_minus_1_minus_x(bounded);
     // d/dlogp k3 = 1 - e^(ref - logp); at ref = logp all digits of the difference matter
-    const float k3_derivative =
-        is_outside(difference, limit) ? 0.0f : -(exp_minus_1_minus_x(bounded) + bounded);
-    term.derivative = kl == 1 ? 1.0f : kl == 2 ? -difference : k3_derivative;
+    const float k3_derivative = is_outside(difference, limit) ? 0.0f : -(k3 + bounded);
+    const float derivative = kl == kK1 ? 1.0f : kl == kK2 ? -difference : k3_derivative;
+    KlTerm term;
+    term.value = kl == kK1 ? -difference : kl == kK2 ? 0.5f * difference * difference : k3;
+    term.derivative = straight_through ? -difference : derivative;
     return term;
+}
+
+// What the loss of each valid token of a sequence is multiplied by. A denominator of 0 gives 0.
+WARPO_HD float token_weight(float denominator, bool sequence_mean, float valid_tokens) {
+    const float weight = denominator > 0.0f ? 1.0f / denominator : 0.0f;
+    return sequence_mean && valid_tokens > 0.0f ? weight / valid_tokens : weight;
 }
 
 }  // namespace warpo

@@ -1,16 +1,54 @@
 """Policy losses of `objectives`, in plain PyTorch."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from warpo.kernels.objectives import Objective
 
 
-def _segments(lengths_from: Tensor, total: int) -> Tensor:
-    """Index of the sequence that each of `total` packed tokens belongs to."""
-    return torch.searchsorted(
-        lengths_from[1:].long(), torch.arange(total, device=lengths_from.device), right=True
-    )
+class Sequences:
+    """The flattened tokens of a batch: which are valid, and which sequence each belongs to."""
+
+    def __init__(self, like: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
+        device = like.device
+        if cu_seqlens is None:
+            self.lengths = [like.shape[1]] * like.shape[0]
+        else:
+            self.lengths = cu_seqlens.diff().tolist()
+        self.index = torch.arange(len(self.lengths), device=device).repeat_interleave(
+            torch.tensor(self.lengths, dtype=torch.int64, device=device)
+        )
+        valid = torch.ones_like(like, dtype=torch.bool) if mask is None else mask.bool()
+        self.valid = valid.reshape(-1)
+        self.counts = self.sum(self.valid.to(like.dtype))
+
+    def clean(self, x: Tensor) -> Tensor:
+        """Flattened, with 0 in masked slots."""
+        return torch.where(self.valid, x.reshape(-1), 0)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """One sum a sequence."""
+        return torch.zeros(len(self.lengths), dtype=x.dtype, device=x.device).index_add(
+            0, self.index, x
+        )
+
+    def mean(self, x: Tensor) -> Tensor:
+        """The mean over the valid tokens of its sequence, for each token."""
+        return (self.sum(x) / self.counts.clamp(min=1))[self.index]
+
+    def prefix_sum(self, x: Tensor) -> Tensor:
+        return torch.cat([part.cumsum(0) for part in x.split(self.lengths)])
+
+
+class Surrogate(NamedTuple):
+    """The surrogate of each token, and where each bound is active."""
+
+    value: Tensor
+    low: Tensor
+    high: Tensor
+    dual: Tensor
 
 
 def policy_loss(
@@ -23,66 +61,64 @@ def policy_loss(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     ref: Tensor | None = None,
+    sampler: Tensor | None = None,
+    entropy: Tensor | None = None,
+    kl_coef: float | Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(loss, metrics) in the order of `METRICS`. logp `[B, T]`, or `[N]` with cu_seqlens;
-    advantages per token.
+    advantages per token. kl_coef is that of the objective if not given; without ref there is no KL.
     """
-    if cu_seqlens is None:
-        num_sequences = logp.shape[0]
-        sequence = (
-            torch.arange(num_sequences, device=logp.device)[:, None].expand(logp.shape).reshape(-1)
-        )
-    else:
-        num_sequences = cu_seqlens.numel() - 1
-        sequence = _segments(cu_seqlens, logp.numel())
-    valid = torch.ones_like(logp, dtype=torch.bool) if mask is None else mask.bool()
-    valid = valid.reshape(-1)
-
-    def clean(x: Tensor) -> Tensor:
-        return torch.where(valid, x.reshape(-1), 0)
-
-    def per_sequence(x: Tensor) -> Tensor:
-        return torch.zeros(num_sequences, dtype=x.dtype, device=x.device).index_add(0, sequence, x)
-
-    logp, old, advantages = clean(logp), clean(old), clean(advantages)
-    counts = per_sequence(valid.to(logp.dtype))
+    tokens = Sequences(logp, mask, cu_seqlens)
+    logp, old, advantages = tokens.clean(logp), tokens.clean(old), tokens.clean(advantages)
     limit = objective.log_ratio_limit
-    log_ratio = logp - old
-    if objective.ratio_level == "sequence":
-        log_ratio = (per_sequence(log_ratio) / counts.clamp(min=1))[sequence]
+    log_ratio, cut_low, cut_high = _log_ratio(objective, tokens, logp - old, advantages)
     log_ratio = _bounded(log_ratio, limit)
     ratio = log_ratio.exp()
-    low, high = 1 - objective.clip_low, 1 + objective.clip_high
-    unclipped, clipped = ratio * advantages, ratio.clamp(low, high) * advantages
-    surrogate = torch.min(unclipped, clipped)
+    surrogate = _surrogate(objective, ratio, logp, advantages)
+    correction, corrected = torch.ones_like(logp), torch.zeros_like(tokens.valid)
+    if objective.correction != "none" and sampler is not None:
+        log_weight = old - tokens.clean(sampler)
+        correction, corrected = _correction(objective, tokens, log_weight)
 
-    weight = valid.to(logp.dtype)
+    weight = tokens.valid.to(logp.dtype)
     if objective.aggregation == "sequence-mean-token-mean":
-        weight = weight / counts.clamp(min=1)[sequence]
+        weight = weight / tokens.counts.clamp(min=1)[tokens.index]
     weight = torch.where(denominator > 0, weight / denominator.clamp(min=1e-30), 0)
 
     kl = torch.zeros_like(logp)
-    if objective.kl_coef != 0 and ref is not None:
-        kl = torch.where(valid, kl_estimate(logp, clean(ref), objective.kl_estimator, limit), 0)
-    policy_part, kl_part = (-surrogate * weight).sum(), (kl * weight).sum()
+    if ref is not None:
+        kl = _kl_term(objective, logp, tokens.clean(ref))
+        kl = torch.where(tokens.valid, kl, 0)
+    entropy = torch.zeros_like(logp) if entropy is None else tokens.clean(entropy)
+    policy_part = (-correction * surrogate.value * weight).sum()
+    kl_part, entropy_part = (kl * weight).sum(), (entropy * weight).sum()
+    kl_coef = objective.kl_coef if kl_coef is None else kl_coef
+    loss = policy_part + kl_coef * kl_part - objective.entropy_coef * entropy_part
     with torch.no_grad():
-        is_clipped = valid & (clipped < unclipped)
-        some = bool(valid.any())
         metrics = torch.stack(
             [
                 policy_part,
                 kl_part,
-                valid.sum().to(logp.dtype),
-                (is_clipped & (ratio < low)).sum().to(logp.dtype),
-                (is_clipped & (ratio > high)).sum().to(logp.dtype),
-                ratio[valid].sum(),
-                ratio[valid].min() if some else torch.full_like(policy_part, torch.inf),
-                ratio[valid].max() if some else torch.full_like(policy_part, -torch.inf),
-                (torch.expm1(log_ratio) - log_ratio)[valid].sum(),
-                kl[valid].sum(),
+                entropy_part,
+                *_token_sums(
+                    tokens.valid,
+                    surrogate.low | cut_low,
+                    surrogate.high | cut_high,
+                    surrogate.dual,
+                    ratio,
+                ),
+                *_extremes(ratio[tokens.valid]),
+                *_token_sums(
+                    tokens.valid,
+                    torch.expm1(log_ratio) - log_ratio,
+                    kl,
+                    entropy,
+                    correction,
+                    corrected,
+                )[1:],
             ]
         )
-    return policy_part + objective.kl_coef * kl_part, metrics
+    return loss, metrics
 
 
 def kl_estimate(logp: Tensor, ref: Tensor, estimator: str, limit: float) -> Tensor:
@@ -98,6 +134,87 @@ def kl_estimate(logp: Tensor, ref: Tensor, estimator: str, limit: float) -> Tens
     return torch.expm1(bounded) - bounded
 
 
+def _log_ratio(
+    objective: Objective, tokens: Sequences, log_ratio: Tensor, advantages: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """At the level of the objective; where a bound of "geometric" cut that of the token."""
+    cut_low = cut_high = torch.zeros_like(tokens.valid)
+    if objective.surrogate == "geometric":
+        low, high = _bounds(objective, log_ratio)
+        cut_low = (advantages < 0) & (log_ratio < low.log())
+        cut_high = ~(advantages < 0) & (log_ratio > high.log())
+        log_ratio = torch.where(cut_low, low.log(), torch.where(cut_high, high.log(), log_ratio))
+    if objective.ratio_level == "sequence":
+        log_ratio = tokens.mean(log_ratio)
+    elif objective.ratio_level == "prefix":
+        log_ratio = tokens.prefix_sum(log_ratio)
+    return log_ratio, cut_low & tokens.valid, cut_high & tokens.valid
+
+
+def _surrogate(objective: Objective, ratio: Tensor, logp: Tensor, advantages: Tensor) -> Surrogate:
+    low, high = _bounds(objective, ratio)
+    none = torch.zeros_like(ratio, dtype=torch.bool)
+    unclipped, clipped = ratio * advantages, ratio.clamp(low, high) * advantages
+    below, above = ratio < low, ratio > high
+    if objective.surrogate in ("clip", "dual_clip"):
+        value, is_clipped = torch.min(unclipped, clipped), clipped < unclipped
+        floor, is_floor = objective.dual_clip * advantages, none
+        if objective.surrogate == "dual_clip":
+            is_floor = (advantages < 0) & (value < floor)
+        value = torch.where(is_floor, floor, value)
+        return Surrogate(value, is_clipped & below, is_clipped & above, is_floor)
+    if objective.surrogate == "stop_gradient":
+        return Surrogate(clipped.detach() * logp, below, above, none)
+    if objective.surrogate == "mask":
+        return Surrogate(torch.where(below | above, 0, unclipped), below, above, none)
+    if objective.surrogate == "reinforce":
+        return Surrogate(advantages * logp, none, none, none)
+    if objective.surrogate == "soft_gate":
+        tau = torch.full_like(advantages, objective.tau_negative)
+        tau = torch.where(advantages > 0, objective.tau_positive, tau)
+        gate = 4 / tau * torch.sigmoid(tau * (ratio - 1))
+        return Surrogate(gate * advantages, none, none, none)
+    return Surrogate(unclipped, none, none, none)
+
+
+def _correction(
+    objective: Objective, tokens: Sequences, log_weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The weight of each token, a constant, and where a bound changed it."""
+    if objective.correction_level == "sequence":
+        log_weight = tokens.sum(log_weight)[tokens.index]
+    weight = _bounded(log_weight, objective.log_ratio_limit).exp().detach()
+    low, high = objective.correction_low, objective.correction_high
+    outside = (weight < low) | (weight > high)
+    replacement = weight.clamp(low, high) if objective.correction == "truncate" else 0
+    return torch.where(outside, replacement, weight), outside
+
+
+def _kl_term(objective: Objective, logp: Tensor, ref: Tensor) -> Tensor:
+    limit = objective.log_ratio_limit
+    value = kl_estimate(logp, ref, objective.kl_estimator, limit)
+    if objective.kl_gradient == "estimator":
+        return value
+    k2 = kl_estimate(logp, ref, "k2", limit)
+    return k2 + (value - k2).detach()
+
+
+def _bounds(objective: Objective, like: Tensor) -> tuple[Tensor, Tensor]:
+    return like.new_tensor(1 - objective.clip_low), like.new_tensor(1 + objective.clip_high)
+
+
 def _bounded(x: Tensor, limit: float) -> Tensor:
     """Clamp to +-limit with gradient 0 outside; unlike torch.clamp, NaN keeps its gradient."""
     return torch.where(x > limit, limit, torch.where(x < -limit, -limit, x))
+
+
+def _token_sums(valid: Tensor, *terms: Tensor) -> list[Tensor]:
+    """Number of valid tokens, and the sum of each term over them."""
+    dtype = next(term.dtype for term in terms if term.is_floating_point())
+    return [x.to(dtype)[valid].sum() for x in (valid, *terms)]
+
+
+def _extremes(ratio: Tensor) -> tuple[Tensor, Tensor]:
+    if ratio.numel() == 0:
+        return ratio.new_tensor(torch.inf), ratio.new_tensor(-torch.inf)
+    return ratio.min(), ratio.max()
