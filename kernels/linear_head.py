@@ -42,7 +42,7 @@ class LinearHead:
         float32_logits: bool,
         gradient_buffer: bool = False,
     ) -> None:
-        self._hidden, self._weight, self._bias, self._softcap = hidden, weight, bias, softcap
+        self._hidden, self._weight, self._bias, self.softcap = hidden, weight, bias, softcap
         self.vocab = weight.shape[0]
         self.on_cpu = hidden.device.type == "cpu"
         self._index, self._flags = _compact(valid, num_valid, self.on_cpu)
@@ -58,13 +58,13 @@ class LinearHead:
         low = self._weight.dtype != torch.float32
         converts = low and (self.on_cpu or self.logits_dtype != self._weight.dtype)
         hidden_size = self._weight.shape[1]
-        share = workspace_bytes * 3 // 4 if converts or self._softcap else workspace_bytes
+        share = workspace_bytes * 3 // 4 if converts or self.softcap else workspace_bytes
         per_token = self.vocab * self.logits_dtype.itemsize * (1 + gradient_buffer)
         tokens = max(1, min(share // (per_token + 8 * hidden_size), self.count))
         chunks = -(-self.count // tokens)
         self._tokens = max(1, -(-self.count // max(1, chunks)))
         self._columns = self.vocab
-        if converts or self._softcap:
+        if converts or self.softcap:
             per_column = 12 * self._tokens + 4 * hidden_size * (low and self.on_cpu)
             self._columns = max(1, min((workspace_bytes - share) // per_column, self.vocab))
         self._low_on_cpu = low and self.on_cpu
@@ -103,8 +103,8 @@ class LinearHead:
             _multiply(out, hidden, self._weight.t(), accumulate=False)
         if self._bias is not None:
             out.add_(self._bias)
-        if self._softcap:
-            out.div_(self._softcap).tanh_().mul_(self._softcap)
+        if self.softcap:
+            out.div_(self.softcap).tanh_().mul_(self.softcap)
         return out
 
     def start_gradients(
@@ -135,8 +135,8 @@ class LinearHead:
             grad_hidden = hidden.new_empty(hidden.shape, dtype=torch.float32)
         for part in self._parts():
             grad = grad_logits[:, part]
-            if self._softcap and logits is not None:
-                grad.mul_(1 - (logits[:, part].float() / self._softcap).square_())
+            if self.softcap and logits is not None:
+                grad.mul_(1 - (logits[:, part].float() / self.softcap).square_())
             if self._grad_bias is not None:
                 self._grad_bias[part] += grad.sum(0, dtype=torch.float32)
             grad = grad.to(self._product_dtype)

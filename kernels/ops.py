@@ -17,6 +17,7 @@ from warpo.kernels.linear_logprobs import linear_logprobs, linear_logprobs_and_e
 from warpo.kernels.logprobs import LogprobsAndEntropy, logprobs, logprobs_and_entropy
 from warpo.kernels.objectives import OBJECTIVES, Objective, get_objective
 from warpo.kernels.policy_loss import PolicyLoss, policy_loss
+from warpo.kernels.policy_loss_from_hidden import PolicyLossFromHidden, policy_loss_from_hidden
 from warpo.kernels.policy_metrics import METRICS, policy_metrics, sum_metrics
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "LogprobsAndEntropy",
     "Objective",
     "PolicyLoss",
+    "PolicyLossFromHidden",
     "gae",
     "get_objective",
     "group_advantages",
@@ -36,6 +38,7 @@ __all__ = [
     "logprobs",
     "logprobs_and_entropy",
     "policy_loss",
+    "policy_loss_from_hidden",
     "policy_metrics",
     "sum_metrics",
 ]
