@@ -1,5 +1,10 @@
-// Clipped policy loss: one block a sequence gives gradients and partial sums, a second launch adds
-// up the sums in the order of the sequences.
+// Policy loss: a block a sequence, or a part of one where sequences are few and long, gives
+// gradients and partial sums; a second launch adds the sums up in the order of the sequences.
+//
+// Where a term needs the whole sequence, each of its blocks reads all of it (from the L2 cache), in
+// one order: no gradient depends on the number of blocks.
+#include <algorithm>
+
 #include "cuda/device.h"
 #include "cuda/launch.h"
 #include "math/policy_loss.h"
@@ -9,51 +14,194 @@ namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int kReduceThreads = 32 * kNumMetrics;
+// Tokens that a thread reads at once where it sums over a whole sequence.
+constexpr int kAtOnce = 4;
+// Rows of partial sums that a thread reads at once.
+constexpr int kRowsAtOnce = 8;
 
-// Where the tokens of a sequence lie.
-struct Sequence {
-    int64_t row, first, length;
-    float* grad;  // of token 0, or nullptr
+// The tokens of a block: steps [begin, end) of a sequence, whose step 0 lies at `first` of its row.
+struct Part {
+    int64_t row, first, grad;  // grad: where the gradients of step 0 lie
+    int length, begin, end;
 };
 
-__device__ __forceinline__ Sequence find_sequence(const PolicyLoss& a, int64_t index) {
-    Sequence s = {index, 0, a.steps, nullptr};
-    int64_t grad_row = index;
+__device__ __forceinline__ Part find_part(const PolicyLoss& a, unsigned parts) {
+    const unsigned sequence = blockIdx.x / parts, index = blockIdx.x % parts;
+    Part p = {sequence, 0, sequence * a.steps, static_cast<int>(a.steps), 0, 0};
     if (a.cu_seqlens) {
         // The arrays see the sequence as their row: per token with stride 0, per sequence with
         // stride 1.
-        grad_row = 0;
-        s.first = a.cu_seqlens[index];
-        s.length = a.cu_seqlens[index + 1] - s.first;
+        p.grad = p.first = a.cu_seqlens[sequence];
+        p.length = a.cu_seqlens[sequence + 1] - a.cu_seqlens[sequence];
     }
-    if (a.grad_logprobs) s.grad = a.grad_logprobs + grad_row * a.steps + s.first;
+    const unsigned tiles = (p.length + kThreads - 1u) / kThreads;
+    const unsigned size = (tiles + parts - 1) / parts * kThreads;
+    p.begin = static_cast<int>(min(static_cast<int64_t>(index) * size, int64_t{p.length}));
+    p.end = static_cast<int>(min(static_cast<int64_t>(p.begin) + size, int64_t{p.length}));
+    return p;
+}
+
+// Elements t, t + kThreads, ... of a sequence as they lie in memory, so that no load waits for the
+// conversion of another; 0, and not read, where not kept.
+template <int kItems>
+__device__ __forceinline__ void load_steps(uint32_t (&bits)[kItems], const View& view,
+                                           const Part& p, int t, const bool (&keep)[kItems]) {
+    const int64_t offset = offset_of(view, p.row, p.first + t), apart = kThreads * view.stride1;
+    if (view.dtype == kFloat32) {
+        const uint32_t* data = static_cast<const uint32_t*>(view.data) + offset;
+#pragma unroll
+        for (int i = 0; i < kItems; ++i) bits[i] = keep[i] ? data[i * apart] : 0;
+    } else {
+        const uint16_t* data = static_cast<const uint16_t*>(view.data) + offset;
+#pragma unroll
+        for (int i = 0; i < kItems; ++i) bits[i] = keep[i] ? data[i * apart] : 0;
+    }
+}
+
+__device__ __forceinline__ float to_float(const View& view, uint32_t bits) {
+    if (view.dtype == kFloat16) return unpack_f16x2(bits).x;
+    return float_from_bits(view.dtype == kFloat32 ? bits : bits << 16);
+}
+
+template <int kItems>
+__device__ __forceinline__ void load_keep(bool (&keep)[kItems], const PolicyLoss& a, const Part& p,
+                                          int t, int end) {
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) keep[i] = t + i * kThreads < end;
+    if (!a.mask.data) return;
+    const uint8_t* flags =
+        static_cast<const uint8_t*>(a.mask.data) + offset_of(a.mask, p.row, p.first + t);
+    const int64_t apart = kThreads * a.mask.stride1;
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) keep[i] = keep[i] && flags[i * apart] != 0;
+}
+
+__device__ __forceinline__ GeometricTerm clip_geometric(const PolicyLoss& a, float log_ratio,
+                                                        float advantage) {
+    return geometric_log_ratio(log_ratio, advantage, logf(a.ratio_low), logf(a.ratio_high));
+}
+
+// The correction of a token. log_weight: of its sequence.
+__device__ __forceinline__ CorrectionTerm correct(const PolicyLoss& a, float log_weight, float old,
+                                                  float sampler) {
+    if (a.correction == kNoCorrection) return {1.0f, 0.0f};
+    return correction_weight(a.correction_sequence ? log_weight : old - sampler, a.correction,
+                             a.correction_low, a.correction_high, a.log_ratio_limit);
+}
+
+struct SequenceTerms {
+    float tokens;                 // valid ones, 1 at least
+    float log_ratio, log_weight;  // mean of the log ratio, sum of the log correction
+    float by_log_ratio;           // mean derivative of the surrogates in that log ratio
+};
+
+template <int kSurrogate>
+__device__ __forceinline__ void sum_logarithms(const PolicyLoss& a, const Part& p, SequenceTerms& s,
+                                               float* scratch) {
+    const bool with_ratio = a.ratio_level == kSequenceRatio;
+    const bool with_weight = a.correction != kNoCorrection && a.correction_sequence;
+    float tokens = 0.0f, log_ratio = 0.0f, log_weight = 0.0f;
+    for (int start = 0; start < p.length; start += kThreads * kAtOnce) {
+        const int t = start + static_cast<int>(threadIdx.x);
+        bool keep[kAtOnce];
+        uint32_t logp[kAtOnce] = {}, old[kAtOnce] = {}, advantage[kAtOnce] = {};
+        uint32_t sampler[kAtOnce] = {};
+        load_keep(keep, a, p, t, p.length);
+        if (with_ratio || with_weight) load_steps(old, a.old_logprobs, p, t, keep);
+        if (with_ratio) load_steps(logp, a.logprobs, p, t, keep);
+        if (kSurrogate == kGeometric) load_steps(advantage, a.advantages, p, t, keep);
+        if (with_weight) load_steps(sampler, a.sampler_logprobs, p, t, keep);
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+            if (!keep[i]) continue;
+            tokens += 1.0f;
+            const float old_logp = to_float(a.old_logprobs, old[i]);
+            float own = to_float(a.logprobs, logp[i]) - old_logp;
+            if (kSurrogate == kGeometric) {
+                own = clip_geometric(a, own, to_float(a.advantages, advantage[i])).log_ratio;
+            }
+            log_ratio += own;
+            log_weight += old_logp - to_float(a.sampler_logprobs, sampler[i]);
+        }
+    }
+    s.tokens = fmaxf(block_sum<kWarps>(tokens, scratch), 1.0f);
+    if (with_ratio) s.log_ratio = block_sum<kWarps>(log_ratio, scratch) / s.tokens;
+    if (with_weight) s.log_weight = block_sum<kWarps>(log_weight, scratch);
+}
+
+template <int kSurrogate>
+__device__ __forceinline__ void sum_derivatives(const PolicyLoss& a, const Part& p,
+                                                SequenceTerms& s, float* scratch) {
+    const bool with_weight = a.correction != kNoCorrection && !a.correction_sequence;
+    float total = 0.0f;
+    for (int start = 0; start < p.length; start += kThreads * kAtOnce) {
+        const int t = start + static_cast<int>(threadIdx.x);
+        bool keep[kAtOnce];
+        uint32_t advantage[kAtOnce], old[kAtOnce] = {}, sampler[kAtOnce] = {};
+        load_keep(keep, a, p, t, p.length);
+        load_steps(advantage, a.advantages, p, t, keep);
+        if (with_weight) {
+            load_steps(old, a.old_logprobs, p, t, keep);
+            load_steps(sampler, a.sampler_logprobs, p, t, keep);
+        }
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+            if (!keep[i]) continue;
+            const float weight = correct(a, s.log_weight, to_float(a.old_logprobs, old[i]),
+                                         to_float(a.sampler_logprobs, sampler[i]))
+                                     .weight;
+            // logp does not enter the derivative
+            total += token_terms<kSurrogate>(surrogate_options(a), s.log_ratio, 0.0f,
+                                             to_float(a.advantages, advantage[i]), weight)
+                         .by_log_ratio;
+        }
+    }
+    s.by_log_ratio = block_sum<kWarps>(total, scratch) / s.tokens;
+}
+
+// What the tokens of a part need of their whole sequence.
+template <int kSurrogate>
+__device__ __forceinline__ SequenceTerms find_sequence_terms(const PolicyLoss& a, const Part& p,
+                                                             float* scratch) {
+    SequenceTerms s = {fmaxf(static_cast<float>(p.length), 1.0f), 0.0f, 0.0f, 0.0f};
+    if (p.begin == p.end) return s;
+    const bool with_ratio = a.ratio_level == kSequenceRatio;
+    const bool with_weight = a.correction != kNoCorrection && a.correction_sequence;
+    if (with_ratio || with_weight || (a.sequence_mean && a.mask.data)) {
+        sum_logarithms<kSurrogate>(a, p, s, scratch);
+    }
+    constexpr bool kThroughRatio = kSurrogate != kStopGradient && kSurrogate != kReinforce;
+    if (kThroughRatio && with_ratio && a.grad_logprobs) {
+        sum_derivatives<kSurrogate>(a, p, s, scratch);
+    }
     return s;
 }
 
-__device__ __forceinline__ bool is_valid(const PolicyLoss& a, const Sequence& s, int64_t t) {
-    return !a.mask.data || load_flag(a.mask, s.row, s.first + t);
-}
-
-// A clamped log ratio and what follows from it.
-struct Ratio {
-    float log_ratio, ratio;
-    bool inside;  // not clamped: the gradient passes
-};
-
-__device__ __forceinline__ Ratio make_ratio(float log_ratio, float limit) {
-    const float bounded = clamp_symmetric(log_ratio, limit);
-    return {bounded, exp_f32(bounded), !is_outside(log_ratio, limit)};
+// Sum of the values of all threads up to this one, and of the threads of earlier calls.
+__device__ __forceinline__ float scan_block(float value, float& carry, float* scratch) {
+    const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
+#pragma unroll
+    for (int lanes = 1; lanes < 32; lanes <<= 1) {
+        const float earlier = __shfl_sync(kAllLanes, value, max(lane - lanes, 0));
+        if (lane >= lanes) value += earlier;
+    }
+    if (lane == 31) scratch[warp] = value;
+    __syncthreads();
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+        if (w == warp) value += carry;
+        carry += scratch[w];
+    }
+    __syncthreads();
+    return value;
 }
 
 struct Sums {
     float values[kNumMetrics];
 };
 
-__device__ __forceinline__ Sums no_sums() {
-    Sums sums = {};
-    sums.values[kRatioMin] = INFINITY;
-    sums.values[kRatioMax] = -INFINITY;
-    return sums;
+__device__ __forceinline__ float first_of(int metric) {
+    return metric == kRatioMin ? INFINITY : metric == kRatioMax ? -INFINITY : 0.0f;
 }
 
 __device__ __forceinline__ float reduce_pair(int metric, float a, float b) {
@@ -71,80 +219,98 @@ __device__ __forceinline__ float reduce_warp(int metric, float value) {
     return value;
 }
 
-// Adds one valid token to the sums; returns the derivative of its surrogate with respect to the log
-// ratio.
-__device__ __forceinline__ float add_token(Sums& sums, const PolicyLoss& a, const Ratio& r,
-                                           float advantage, float weight, const KlTerm& kl) {
-    const Surrogate s = clipped_surrogate(r.ratio, advantage, a.ratio_low, a.ratio_high);
-    const float terms[kNumMetrics] = {
-        weight * -s.value, weight * kl.value, 1.0f,
-        s.clipped_low,     s.clipped_high,    r.ratio,
-        r.ratio,           r.ratio,           exp_minus_1_minus_x(r.log_ratio),
-        kl.value};
+// A valid token.
+struct Token {
+    float logp, old, advantage, log_ratio;  // log_ratio: at the level of the objective
+};
+
+// Adds a token to the sums; returns the derivative of its loss, not yet weighted, in its logp.
+template <int kSurrogate>
+__device__ __forceinline__ float add_token(Sums& sums, const PolicyLoss& a, const Part& p, int t,
+                                           const Token& token, const SequenceTerms& s,
+                                           float kl_coef) {
+    const bool keep[1] = {true};
+    uint32_t sampler[1] = {}, ref[1] = {}, entropy[1] = {};
+    if (a.correction != kNoCorrection) load_steps(sampler, a.sampler_logprobs, p, t, keep);
+    if (a.kl != kNoKl) load_steps(ref, a.ref_logprobs, p, t, keep);
+    if (a.entropy.data) load_steps(entropy, a.entropy, p, t, keep);
+    const CorrectionTerm correction =
+        correct(a, s.log_weight, token.old, to_float(a.sampler_logprobs, sampler[0]));
+    TokenTerms terms = token_terms<kSurrogate>(surrogate_options(a), token.log_ratio, token.logp,
+                                               token.advantage, correction.weight);
+    if (a.ratio_level == kSequenceRatio) terms.by_log_ratio = s.by_log_ratio;
+    if (kSurrogate == kGeometric) {
+        const GeometricTerm g = clip_geometric(a, token.logp - token.old, token.advantage);
+        terms.clipped_low = g.clipped_low;
+        terms.clipped_high = g.clipped_high;
+        if (g.clipped_low + g.clipped_high != 0.0f) terms.by_log_ratio = 0.0f;
+    }
+    KlTerm kl = {0.0f, 0.0f};
+    if (a.kl != kNoKl) {
+        kl = kl_estimate(token.logp, to_float(a.ref_logprobs, ref[0]), a.kl, a.kl_straight_through,
+                         a.log_ratio_limit);
+    }
+    // The weighted sums are those of kKl and kEntropy times the weight.
+    const float added[kNumMetrics] = {-terms.value,
+                                      0.0f,
+                                      0.0f,
+                                      1.0f,
+                                      terms.clipped_low,
+                                      terms.clipped_high,
+                                      terms.clipped_dual,
+                                      terms.ratio,
+                                      terms.ratio,
+                                      terms.ratio,
+                                      terms.approx_kl,
+                                      kl.value,
+                                      to_float(a.entropy, entropy[0]),
+                                      correction.weight,
+                                      correction.corrected};
 #pragma unroll
-    for (int m = 0; m < kNumMetrics; ++m) sums.values[m] = reduce_pair(m, sums.values[m], terms[m]);
-    return r.inside ? s.derivative : 0.0f;
+    for (int m = 0; m < kNumMetrics; ++m) {
+        if (m == kKlLoss || m == kEntropyLoss) continue;
+        sums.values[m] = reduce_pair(m, sums.values[m], added[m]);
+    }
+    return kl_coef * kl.derivative - terms.by_log_ratio - terms.by_logp;
 }
 
-__device__ __forceinline__ KlTerm load_kl(const PolicyLoss& a, const Sequence& s, int64_t t,
-                                          float logp) {
-    if (a.kl == kNoKl) return {0.0f, 0.0f};
-    return kl_estimate(logp, load_float(a.ref_logprobs, s.row, s.first + t), a.kl,
-                       a.log_ratio_limit);
-}
-
-__global__ __launch_bounds__(kThreads) void sequence_kernel(const PolicyLoss a) {
+template <int kSurrogate>
+__global__ __launch_bounds__(kThreads) void part_kernel(const PolicyLoss a, unsigned parts) {
     __shared__ float scratch[kWarps];
     __shared__ float partial[kWarps][kNumMetrics];
-    const Sequence s = find_sequence(a, blockIdx.x);
-    float weight = *a.denominator > 0.0f ? 1.0f / fmaxf(*a.denominator, 1e-30f) : 0.0f;
+    const Part p = find_part(a, parts);
+    const SequenceTerms s = find_sequence_terms<kSurrogate>(a, p, scratch);
+    const float weight = token_weight(*a.denominator, a.sequence_mean, s.tokens);
+    const float kl_coef = a.adaptive_kl_coef ? *a.adaptive_kl_coef : a.kl_coef;
 
-    float count = 0.0f, log_ratio_sum = 0.0f;
-    if (a.sequence_level || a.sequence_mean) {
-        for (int64_t t = threadIdx.x; t < s.length; t += kThreads) {
-            if (!is_valid(a, s, t)) continue;
-            count += 1.0f;
-            log_ratio_sum += load_float(a.logprobs, s.row, s.first + t) -
-                             load_float(a.old_logprobs, s.row, s.first + t);
+    Sums sums;
+#pragma unroll
+    for (int m = 0; m < kNumMetrics; ++m) sums.values[m] = first_of(m);
+    float carry = 0.0f;
+    for (int start = p.begin; start < p.end; start += kThreads) {
+        const int t = start + static_cast<int>(threadIdx.x);
+        bool keep[1];
+        uint32_t logp[1], old[1], advantage[1];
+        load_keep(keep, a, p, t, p.end);
+        load_steps(logp, a.logprobs, p, t, keep);
+        load_steps(old, a.old_logprobs, p, t, keep);
+        load_steps(advantage, a.advantages, p, t, keep);
+        Token token = {to_float(a.logprobs, logp[0]), to_float(a.old_logprobs, old[0]),
+                       to_float(a.advantages, advantage[0]), s.log_ratio};
+        if (a.ratio_level != kSequenceRatio) token.log_ratio = token.logp - token.old;
+        if (kSurrogate == kStopGradient && a.ratio_level == kPrefixRatio) {
+            token.log_ratio = scan_block(token.log_ratio, carry, scratch);
         }
-        count = fmaxf(block_sum<kWarps>(count, scratch), 1.0f);
-        log_ratio_sum = block_sum<kWarps>(log_ratio_sum, scratch);
-    }
-    if (a.sequence_mean) weight /= count;
-    Ratio ratio = make_ratio(log_ratio_sum / fmaxf(count, 1.0f), a.log_ratio_limit);
-
-    Sums sums = no_sums();
-    float derivative_sum = 0.0f;
-    for (int64_t t = threadIdx.x; t < s.length; t += kThreads) {
         float grad = 0.0f;
-        if (is_valid(a, s, t)) {
-            const float logp = load_float(a.logprobs, s.row, s.first + t);
-            if (!a.sequence_level) {
-                ratio = make_ratio(logp - load_float(a.old_logprobs, s.row, s.first + t),
-                                   a.log_ratio_limit);
-            }
-            const KlTerm kl = load_kl(a, s, t, logp);
-            const float advantage = load_float(a.advantages, s.row, s.first + t);
-            const float derivative = add_token(sums, a, ratio, advantage, weight, kl);
-            derivative_sum += derivative;
-            grad = weight * (a.kl_coef * kl.derivative - derivative);
-        }
-        if (s.grad && !a.sequence_level) s.grad[t] = grad;
-    }
-    if (s.grad && a.sequence_level) {
-        // Every valid token moves the mean log ratio by 1 / count, and with it the surrogates of
-        // all.
-        const float shared = block_sum<kWarps>(derivative_sum, scratch) / count;
-        for (int64_t t = threadIdx.x; t < s.length; t += kThreads) {
-            float grad = 0.0f;
-            if (is_valid(a, s, t)) {
-                const KlTerm kl = load_kl(a, s, t, load_float(a.logprobs, s.row, s.first + t));
-                grad = weight * (a.kl_coef * kl.derivative - shared);
-            }
-            s.grad[t] = grad;
-        }
+        if (keep[0]) grad = weight * add_token<kSurrogate>(sums, a, p, t, token, s, kl_coef);
+        if (t >= p.end) continue;
+        if (a.grad_logprobs) a.grad_logprobs[p.grad + t] = grad;
+        if (a.grad_entropy) a.grad_entropy[p.grad + t] = keep[0] ? -weight * a.entropy_coef : 0.0f;
     }
 
+    sums.values[kPolicyLoss] *= weight;
+    sums.values[kKlLoss] = weight * sums.values[kKl];
+    sums.values[kEntropyLoss] = weight * sums.values[kEntropy];
 #pragma unroll
     for (int m = 0; m < kNumMetrics; ++m) {
         const float value = reduce_warp(m, sums.values[m]);
@@ -154,35 +320,72 @@ __global__ __launch_bounds__(kThreads) void sequence_kernel(const PolicyLoss a) 
     if (threadIdx.x < kNumMetrics) {
         const int m = static_cast<int>(threadIdx.x);
         float value = partial[0][m];
+#pragma unroll
         for (int warp = 1; warp < kWarps; ++warp) value = reduce_pair(m, value, partial[warp][m]);
         a.partials[static_cast<int64_t>(blockIdx.x) * kNumMetrics + m] = value;
     }
 }
 
 // One block: warp m adds up metric m.
-__global__ __launch_bounds__(kReduceThreads) void reduce_kernel(const PolicyLoss a) {
+__global__ __launch_bounds__(kReduceThreads) void reduce_kernel(const PolicyLoss a, int64_t rows) {
     __shared__ float totals[kNumMetrics];
     const int metric = static_cast<int>(threadIdx.x / 32),
               lane = static_cast<int>(threadIdx.x % 32);
-    float value = metric == kRatioMin ? INFINITY : metric == kRatioMax ? -INFINITY : 0.0f;
-    for (int64_t s = lane; s < a.sequences; s += 32) {
-        value = reduce_pair(metric, value, a.partials[s * kNumMetrics + metric]);
+    float value = first_of(metric);
+    for (int64_t start = lane; start < rows; start += 32 * kRowsAtOnce) {
+        float values[kRowsAtOnce];
+#pragma unroll
+        for (int i = 0; i < kRowsAtOnce; ++i) {
+            const int64_t row = start + 32 * i;
+            values[i] = row < rows ? a.partials[row * kNumMetrics + metric] : first_of(metric);
+        }
+#pragma unroll
+        for (int i = 0; i < kRowsAtOnce; ++i) value = reduce_pair(metric, value, values[i]);
     }
     value = reduce_warp(metric, value);
     if (lane == 0) a.metrics[metric] = totals[metric] = value;
     __syncthreads();
     if (threadIdx.x == 0) {
-        *a.loss = a.kl == kNoKl ? totals[kPolicyLoss]
-                                : fmaf(a.kl_coef, totals[kKlLoss], totals[kPolicyLoss]);
+        const float kl_coef = a.adaptive_kl_coef ? *a.adaptive_kl_coef : a.kl_coef;
+        float loss = totals[kPolicyLoss];
+        if (a.kl != kNoKl) loss = fmaf(kl_coef, totals[kKlLoss], loss);
+        if (a.entropy.data) loss = fmaf(-a.entropy_coef, totals[kEntropyLoss], loss);
+        *a.loss = loss;
     }
+}
+
+// Blocks a sequence: one where the rows of partial sums are taken, or where sums up to a token are
+// made in the order of the tokens.
+int64_t count_parts(const PolicyLoss& a) {
+    if (a.ratio_level == kPrefixRatio) return 1;
+    const int64_t tiles = (a.steps + kThreads - 1) / kThreads;
+    return std::max<int64_t>(1, std::min(kMinPartials / a.sequences, tiles));
+}
+
+template <int kSurrogate>
+void launch_parts(const PolicyLoss& a, Stream stream, int64_t parts) {
+    launch("policy_loss", stream, a.sequences * parts, kThreads, part_kernel<kSurrogate>, a,
+           static_cast<unsigned>(parts));
 }
 
 }  // namespace
 
 void policy_loss(const PolicyLoss& a, Stream stream) {
     DeviceGuard guard(stream.device, "policy_loss");
-    if (a.sequences > 0) launch("policy_loss", stream, a.sequences, kThreads, sequence_kernel, a);
-    launch("policy_loss", stream, 1, kReduceThreads, reduce_kernel, a);
+    const int64_t parts = a.sequences > 0 ? count_parts(a) : 0;
+    if (parts > 0) {
+        switch (a.surrogate) {
+            case kClip: launch_parts<kClip>(a, stream, parts); break;
+            case kDualClip: launch_parts<kDualClip>(a, stream, parts); break;
+            case kStopGradient: launch_parts<kStopGradient>(a, stream, parts); break;
+            case kMaskOutside: launch_parts<kMaskOutside>(a, stream, parts); break;
+            case kReinforce: launch_parts<kReinforce>(a, stream, parts); break;
+            case kGeometric: launch_parts<kGeometric>(a, stream, parts); break;
+            case kSoftGate: launch_parts<kSoftGate>(a, stream, parts); break;
+            default: launch_parts<kUnclipped>(a, stream, parts);
+        }
+    }
+    launch("policy_loss", stream, 1, kReduceThreads, reduce_kernel, a, a.sequences * parts);
 }
 
 }  // namespace warpo::cuda

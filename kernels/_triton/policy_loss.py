@@ -1,8 +1,11 @@
-"""Clipped policy loss, gradient and metrics: a program a sequence, then one that adds them up.
+"""Policy loss, gradients and metrics: a program a sequence or part of it, then one that adds up.
 
-The sequences are added in their order, so the result does not depend on timing. The formulas are
-those of `csrc/math/policy_loss.h`.
+The partial sums are added in the order of the sequences, so the result does not depend on timing.
+Where a term needs the whole sequence, each of its programs reads all of it, in one order: no
+gradient depends on the number of programs.
 """
+
+import math
 
 import torch
 import triton
@@ -10,94 +13,43 @@ import triton.language as tl
 from torch import Tensor
 
 from warpo.kernels._triton.launch import kernel, strided
+from warpo.kernels._triton.policy_terms import (
+    GEOMETRIC,
+    PREFIX_RATIO,
+    SEQUENCE_RATIO,
+    clamp,
+    correction_weight,
+    exp,
+    exp_minus_1_minus_x,
+    geometric_log_ratio,
+    is_outside,
+    kl_estimate,
+    surrogate_terms,
+)
 
-BLOCK = 512
-WARPS = 8
+BLOCK = 256
+WARPS = 4
 REDUCE_BLOCK = 128
+MIN_PARTIALS = 512
 
-LOG2_E = tl.constexpr(1.4426950408889634)
-LOG2_E_LOW = tl.constexpr(1.9259629911266175e-8)  # log2(e) less its rounding to float32
-LN_2 = tl.constexpr(0.6931471805599453)
 INF = tl.constexpr(float("inf"))
 # rows of the metrics vector, `kernels.policy_loss.METRICS`
-NUM_METRICS = tl.constexpr(10)
-RATIO_MIN = tl.constexpr(6)
-RATIO_MAX = tl.constexpr(7)
+NUM_METRICS = tl.constexpr(15)
+RATIO_MIN = tl.constexpr(8)
+RATIO_MAX = tl.constexpr(9)
 
 
 @triton.jit
-def _exp(x):
-    # the rounding of x log2(e) alone would cost 20 units in the last place at x = 20
-    exponent = x * LOG2_E
-    rest = tl.fma(x, LOG2_E, -exponent) + x * LOG2_E_LOW
-    return tl.exp2(exponent) * (1.0 + rest * LN_2)
+def _load(view, token, keep):
+    """Of a view, which is the pointer to the first token of the sequence and the stride."""
+    return tl.load(view[0] + token * view[1], mask=keep, other=0).to(tl.float32)
 
 
 @triton.jit
-def _exp_minus_1_minus_x(x):
-    # sum of x^n / n!, n = 2 .. 8: the next term is below 4e-8 of the sum at |x| = 1/2
-    series = x * (1.0 / 40320.0) + 1.0 / 5040.0
-    series = series * x + 1.0 / 720.0
-    series = series * x + 1.0 / 120.0
-    series = series * x + 1.0 / 24.0
-    series = series * x + 1.0 / 6.0
-    series = series * x + 0.5
-    return tl.where(tl.abs(x) < 0.5, series * x * x, _exp(x) - 1.0 - x)
-
-
-@triton.jit
-def _clamp(x, low, high):
-    # by comparison, so that NaN stays
-    x = tl.where(x > high, high, x)
-    return tl.where(x < low, low, x)
-
-
-@triton.jit
-def _is_outside(x, limit):
-    # a NaN is not: it reaches the gradient
-    return (x > limit) | (x < -limit)
-
-
-@triton.jit
-def _surrogate(ratio, advantage, ratio_low, ratio_high):
-    """min(ratio A, clip(ratio) A), its derivative in log ratio, and which bound made it smaller."""
-    unclipped = ratio * advantage
-    clipped = _clamp(ratio, ratio_low, ratio_high) * advantage
-    # false on a tie, where autograd lets the gradient through
-    is_clipped = clipped < unclipped
-    value = tl.where(is_clipped, clipped, unclipped)
-    derivative = tl.where(is_clipped, 0.0, unclipped)
-    return value, derivative, is_clipped & (ratio < ratio_low), is_clipped & (ratio > ratio_high)
-
-
-@triton.jit
-def _kl_estimate(logp, ref, limit, KL: tl.constexpr):
-    """Value and derivative with respect to logp of k1, k2 or k3."""
-    difference = ref - logp
-    if KL == 1:
-        value = -difference
-        derivative = tl.full(value.shape, 1.0, tl.float32)
-    elif KL == 2:
-        value = 0.5 * difference * difference
-        derivative = -difference
-    else:
-        bounded = _clamp(difference, -limit, limit)
-        value = _exp_minus_1_minus_x(bounded)
-        # 1 - e^(ref - logp): at ref = logp all digits of the difference matter
-        derivative = tl.where(_is_outside(difference, limit), 0.0, -(value + bounded))
-    return value, derivative
-
-
-@triton.jit
-def _load(ptr, token, stride, keep):
-    return tl.load(ptr + token * stride, mask=keep, other=0).to(tl.float32)
-
-
-@triton.jit
-def _valid(mask_ptr, token, stride, length):
-    keep = token < length
-    if mask_ptr is not None:
-        keep &= tl.load(mask_ptr + token * stride, mask=keep, other=0) != 0
+def _valid(mask, token, end):
+    keep = token < end
+    if mask[0] is not None:
+        keep &= tl.load(mask[0] + token * mask[1], mask=keep, other=0) != 0
     return keep
 
 
@@ -117,38 +69,157 @@ def _bounds(sequence, steps, cu_seqlens_ptr):
 
 @triton.jit
 def _sequence_sums(
-    logprobs_ptr, logprobs_stride, old_ptr, old_stride, mask_ptr, mask_stride, length,
-    BLOCK: tl.constexpr, WITH_RATIO: tl.constexpr,
+    logprobs, old_logprobs, advantages, sampler, mask, length, bounds,
+    SURROGATE: tl.constexpr, WITH_RATIO: tl.constexpr, WITH_CORRECTION: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Sum of the log ratio (0 unless WITH_RATIO) and number of valid tokens of a sequence."""
-    log_ratio = tl.zeros([BLOCK], tl.float32)
+    """Valid tokens of a sequence, and its sums of log ratio and of log correction, where asked."""
     count = tl.zeros([BLOCK], tl.float32)
+    log_ratio_sum = tl.zeros([BLOCK], tl.float32)
+    log_weight_sum = tl.zeros([BLOCK], tl.float32)
     for start in range(0, length, BLOCK):
         token = start + tl.arange(0, BLOCK)
-        keep = _valid(mask_ptr, token, mask_stride, length)
+        keep = _valid(mask, token, length)
         count += tl.where(keep, 1.0, 0.0)
+        if WITH_RATIO or WITH_CORRECTION:
+            old = _load(old_logprobs, token, keep)
         if WITH_RATIO:
-            log_ratio += _load(logprobs_ptr, token, logprobs_stride, keep)
-            log_ratio -= _load(old_ptr, token, old_stride, keep)
-    return tl.sum(log_ratio), tl.sum(count)
+            log_ratio = _load(logprobs, token, keep) - old
+            if SURROGATE == GEOMETRIC:
+                advantage = _load(advantages, token, keep)
+                log_ratio, _, _ = geometric_log_ratio(log_ratio, advantage, bounds)
+            # also where masked: a bound may lie on either side of 0
+            log_ratio_sum += tl.where(keep, log_ratio, 0.0)
+        if WITH_CORRECTION:
+            log_weight_sum += old - _load(sampler, token, keep)
+    return tl.sum(count), tl.sum(log_ratio_sum), tl.sum(log_weight_sum)
 
 
 @triton.jit
-def _store_sequence_gradient(
-    logprobs_ptr, logprobs_stride, ref_ptr, ref_stride, mask_ptr, mask_stride, grad_ptr, length,
-    policy_gradient, weighted_kl_coef, limit, KL: tl.constexpr, BLOCK: tl.constexpr,
+def _sum_by_log_ratio(
+    log_ratio, log_weight, old_logprobs, advantages, sampler, mask, length, bounds,
+    correction_bounds, limit, SURROGATE: tl.constexpr, CORRECTION: tl.constexpr,
+    CORRECTION_SEQUENCE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The gradient that all tokens of a sequence share, plus that of their own KL terms."""
+    """Derivative of the surrogates of a sequence in the log ratio that they share."""
+    total = tl.zeros([BLOCK], tl.float32)
+    log_weight += total
+    ratio = exp(clamp(log_ratio + total, -limit, limit))
     for start in range(0, length, BLOCK):
         token = start + tl.arange(0, BLOCK)
-        keep = _valid(mask_ptr, token, mask_stride, length)
-        gradient = tl.zeros([BLOCK], tl.float32) + policy_gradient
+        keep = _valid(mask, token, length)
+        advantage = _load(advantages, token, keep)
+        # logp does not enter the derivative
+        _, derivative, _, _, _, _ = surrogate_terms(ratio, ratio, advantage, bounds, SURROGATE)
+        if CORRECTION != 0:
+            if not CORRECTION_SEQUENCE:
+                log_weight = _load(old_logprobs, token, keep) - _load(sampler, token, keep)
+            derivative *= correction_weight(log_weight, correction_bounds, limit, CORRECTION)[0]
+        total += tl.where(keep, derivative, 0.0)
+    return tl.where(is_outside(log_ratio, limit), 0.0, tl.sum(total))
+
+
+@triton.jit
+def _store_partials(partials_ptr, weight, sums, ratio_min, ratio_max):
+    policy, kl, entropy, valid, low, high, dual, ratio, approx_kl, weights, corrected = sums
+    kl, entropy = tl.sum(kl), tl.sum(entropy)
+    tl.store(partials_ptr, -weight * tl.sum(policy))
+    tl.store(partials_ptr + 1, weight * kl)
+    tl.store(partials_ptr + 2, weight * entropy)
+    tl.store(partials_ptr + 3, tl.sum(valid))
+    tl.store(partials_ptr + 4, tl.sum(low))
+    tl.store(partials_ptr + 5, tl.sum(high))
+    tl.store(partials_ptr + 6, tl.sum(dual))
+    tl.store(partials_ptr + 7, tl.sum(ratio))
+    tl.store(partials_ptr + RATIO_MIN, tl.min(ratio_min))
+    tl.store(partials_ptr + RATIO_MAX, tl.max(ratio_max))
+    tl.store(partials_ptr + 10, tl.sum(approx_kl))
+    tl.store(partials_ptr + 11, kl)
+    tl.store(partials_ptr + 12, entropy)
+    tl.store(partials_ptr + 13, tl.sum(weights))
+    tl.store(partials_ptr + 14, tl.sum(corrected))
+
+
+@triton.jit
+def _part(
+    logprobs, old_logprobs, advantages, ref_logprobs, sampler, entropies, mask, begin, end,
+    sequence_log_ratio, shared_derivative, sequence_log_weight, weight, bounds,
+    correction_bounds, kl_coef, entropy_coef, limit, grad_ptr, grad_entropy_ptr, partials_ptr,
+    RATIO_LEVEL: tl.constexpr, SURROGATE: tl.constexpr, CORRECTION: tl.constexpr,
+    CORRECTION_SEQUENCE: tl.constexpr, KL: tl.constexpr, STRAIGHT_THROUGH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Gradients and partial sums of the tokens from begin to end of a sequence."""
+    zeros = tl.zeros([BLOCK], tl.float32)
+    policy_sum, kl_sum, entropy_sum, valid_sum, ratio_sum = zeros, zeros, zeros, zeros, zeros
+    low_sum, high_sum, dual_sum, approx_kl_sum = zeros, zeros, zeros, zeros
+    correction_sum, corrected_sum = zeros, zeros
+    ratio_min, ratio_max = zeros + INF, zeros - INF
+    prefix = 0.0
+    for start in range(begin, end, BLOCK):
+        token = start + tl.arange(0, BLOCK)
+        keep = _valid(mask, token, end)
+        logp, old = _load(logprobs, token, keep), _load(old_logprobs, token, keep)
+        advantage = _load(advantages, token, keep)
+        own_log_ratio = logp - old
+        log_ratio = own_log_ratio
+        if RATIO_LEVEL == SEQUENCE_RATIO:
+            log_ratio = zeros + sequence_log_ratio
+        elif RATIO_LEVEL == PREFIX_RATIO:
+            log_ratio = prefix + tl.cumsum(own_log_ratio, 0)
+            prefix += tl.sum(own_log_ratio)
+        bounded = clamp(log_ratio, -limit, limit)
+        ratio = exp(bounded)
+        value, by_log_ratio, by_logp, is_low, is_high, is_dual = surrogate_terms(
+            ratio, logp, advantage, bounds, SURROGATE
+        )
+        if SURROGATE == GEOMETRIC:
+            _, is_low, is_high = geometric_log_ratio(own_log_ratio, advantage, bounds)
+        by_log_ratio = tl.where(is_outside(log_ratio, limit), 0.0, by_log_ratio)
+        correction = zeros + 1.0
+        if CORRECTION != 0:
+            log_weight = zeros + sequence_log_weight
+            if not CORRECTION_SEQUENCE:
+                log_weight = old - _load(sampler, token, keep)
+            correction, corrected = correction_weight(
+                log_weight, correction_bounds, limit, CORRECTION
+            )
+            value, by_log_ratio = value * correction, by_log_ratio * correction
+            by_logp *= correction
+            corrected_sum += tl.where(keep & corrected, 1.0, 0.0)
+        if RATIO_LEVEL == SEQUENCE_RATIO:
+            by_log_ratio = zeros + shared_derivative
+            if SURROGATE == GEOMETRIC:
+                by_log_ratio = tl.where(is_low | is_high, 0.0, by_log_ratio)
+        gradient = -(by_log_ratio + by_logp)
+        valid_sum += tl.where(keep, 1.0, 0.0)
+        policy_sum += tl.where(keep, value, 0.0)
+        correction_sum += tl.where(keep, correction, 0.0)
+        low_sum += tl.where(keep & is_low, 1.0, 0.0)
+        high_sum += tl.where(keep & is_high, 1.0, 0.0)
+        dual_sum += tl.where(keep & is_dual, 1.0, 0.0)
+        ratio_sum += tl.where(keep, ratio, 0.0)
+        ratio_min = tl.minimum(ratio_min, tl.where(keep, ratio, INF))
+        ratio_max = tl.maximum(ratio_max, tl.where(keep, ratio, -INF))
+        approx_kl_sum += tl.where(keep, exp_minus_1_minus_x(bounded), 0.0)
         if KL != 0:
-            logp = _load(logprobs_ptr, token, logprobs_stride, keep)
-            ref = _load(ref_ptr, token, ref_stride, keep)
-            _, kl_derivative = _kl_estimate(logp, ref, limit, KL)
-            gradient += weighted_kl_coef * kl_derivative
-        tl.store(grad_ptr + token, tl.where(keep, gradient, 0.0), mask=token < length)
+            ref = _load(ref_logprobs, token, keep)
+            kl, kl_derivative = kl_estimate(logp, ref, limit, KL, STRAIGHT_THROUGH)
+            kl_sum += tl.where(keep, kl, 0.0)
+            gradient += kl_coef * kl_derivative
+        if entropies[0] is not None:
+            entropy_sum += _load(entropies, token, keep)
+        inside = token < end
+        if grad_ptr is not None:
+            tl.store(grad_ptr + token, tl.where(keep, weight * gradient, 0.0), mask=inside)
+        if grad_entropy_ptr is not None:
+            grad_entropy = tl.where(keep, -weight * entropy_coef, zeros)
+            tl.store(grad_entropy_ptr + token, grad_entropy, mask=inside)
+    sums = (
+        policy_sum, kl_sum, entropy_sum, valid_sum, low_sum, high_sum, dual_sum, ratio_sum,
+        approx_kl_sum, correction_sum, corrected_sum,
+    )  # fmt: skip
+    _store_partials(partials_ptr, weight, sums, ratio_min, ratio_max)
 
 
 @kernel()
@@ -157,118 +228,111 @@ def _policy_loss_kernel(
     old_ptr, old_stride_b: tl.int64, old_stride_t: tl.int64,
     advantages_ptr, advantages_stride_b: tl.int64, advantages_stride_t: tl.int64,
     ref_ptr, ref_stride_b: tl.int64, ref_stride_t: tl.int64,
+    sampler_ptr, sampler_stride_b: tl.int64, sampler_stride_t: tl.int64,
+    entropy_ptr, entropy_stride_b: tl.int64, entropy_stride_t: tl.int64,
     mask_ptr, mask_stride_b: tl.int64, mask_stride_t: tl.int64,
-    cu_seqlens_ptr, steps: tl.int64,
-    ratio_low: tl.float32, ratio_high: tl.float32, kl_coef: tl.float32, limit: tl.float32,
-    denominator_ptr, grad_ptr, partials_ptr,
-    SEQUENCE_LEVEL: tl.constexpr, SEQUENCE_MEAN: tl.constexpr, KL: tl.constexpr,
-    BLOCK: tl.constexpr,
+    cu_seqlens_ptr, steps: tl.int64, parts: tl.int64,
+    ratio_low: tl.float32, ratio_high: tl.float32, dual_clip: tl.float32,
+    tau_positive: tl.float32, tau_negative: tl.float32,
+    correction_low: tl.float32, correction_high: tl.float32,
+    kl_coef: tl.float32, adaptive_kl_coef_ptr, entropy_coef: tl.float32, limit: tl.float32,
+    denominator_ptr, grad_ptr, grad_entropy_ptr, partials_ptr,
+    RATIO_LEVEL: tl.constexpr, SURROGATE: tl.constexpr, CORRECTION: tl.constexpr,
+    CORRECTION_SEQUENCE: tl.constexpr, KL: tl.constexpr, STRAIGHT_THROUGH: tl.constexpr,
+    SEQUENCE_MEAN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    sequence = tl.program_id(0).to(tl.int64)
+    program = tl.program_id(0).to(tl.int64)
+    sequence = program // parts
     first, length, grad_start = _bounds(sequence, steps, cu_seqlens_ptr)
     logprobs_ptr += sequence * logprobs_stride_b + first * logprobs_stride_t
     old_ptr += sequence * old_stride_b + first * old_stride_t
     advantages_ptr += sequence * advantages_stride_b + first * advantages_stride_t
     if KL != 0:
         ref_ptr += sequence * ref_stride_b + first * ref_stride_t
+    if CORRECTION != 0:
+        sampler_ptr += sequence * sampler_stride_b + first * sampler_stride_t
+    if entropy_ptr is not None:
+        entropy_ptr += sequence * entropy_stride_b + first * entropy_stride_t
     if mask_ptr is not None:
         mask_ptr += sequence * mask_stride_b + first * mask_stride_t
-
     if grad_ptr is not None:
         grad_ptr += grad_start
-    partials_ptr += sequence * NUM_METRICS
+    if grad_entropy_ptr is not None:
+        grad_entropy_ptr += grad_start
+    logprobs, old_logprobs = (logprobs_ptr, logprobs_stride_t), (old_ptr, old_stride_t)
+    advantages, ref = (advantages_ptr, advantages_stride_t), (ref_ptr, ref_stride_t)
+    sampler, entropies = (sampler_ptr, sampler_stride_t), (entropy_ptr, entropy_stride_t)
+    mask = (mask_ptr, mask_stride_t)
+    bounds = (ratio_low, ratio_high, dual_clip, tau_positive, tau_negative)
+    correction_bounds = (correction_low, correction_high)
 
-    tokens = tl.maximum(length, 1).to(tl.float32)
-    log_ratio_sum = 0.0
-    if SEQUENCE_LEVEL or (SEQUENCE_MEAN and mask_ptr is not None):
-        log_ratio_sum, count = _sequence_sums(
-            logprobs_ptr, logprobs_stride_t, old_ptr, old_stride_t, mask_ptr, mask_stride_t,
-            length, BLOCK, SEQUENCE_LEVEL,
+    part_length = tl.cdiv(tl.cdiv(length, BLOCK), parts) * BLOCK
+    begin = tl.minimum(program % parts * part_length, length)
+    end = tl.minimum(begin + part_length, length)
+    # a part without tokens needs nothing of its sequence
+    whole = tl.where(begin < end, length, 0)
+    tokens = length.to(tl.float32)
+    log_ratio, log_weight, shared_derivative = 0.0, 0.0, 0.0
+    WITH_RATIO: tl.constexpr = RATIO_LEVEL == SEQUENCE_RATIO
+    WITH_CORRECTION: tl.constexpr = CORRECTION != 0 and CORRECTION_SEQUENCE
+    if WITH_RATIO or WITH_CORRECTION or (SEQUENCE_MEAN and mask_ptr is not None):
+        tokens, log_ratio, log_weight = _sequence_sums(
+            logprobs, old_logprobs, advantages, sampler, mask, whole, bounds, SURROGATE,
+            WITH_RATIO, WITH_CORRECTION, BLOCK,
         )  # fmt: skip
-        tokens = tl.maximum(count, 1.0)
+    tokens = tl.maximum(tokens, 1.0)
+    if WITH_RATIO:
+        log_ratio /= tokens
+        if grad_ptr is not None:
+            shared_derivative = _sum_by_log_ratio(
+                log_ratio, log_weight, old_logprobs, advantages, sampler, mask, whole, bounds,
+                correction_bounds, limit, SURROGATE, CORRECTION, CORRECTION_SEQUENCE, BLOCK,
+            ) / tokens  # fmt: skip
     denominator = tl.load(denominator_ptr)
     weight = tl.where(denominator > 0, 1.0 / denominator, 0.0)
     if SEQUENCE_MEAN:
         weight /= tokens
-
-    zeros = tl.zeros([BLOCK], tl.float32)
-    valid_sum, surrogate_sum, derivative_sum, ratio_sum = zeros, zeros, zeros, zeros
-    clipped_low, clipped_high, approx_kl_sum, kl_sum = zeros, zeros, zeros, zeros
-    ratio_min, ratio_max = zeros + INF, zeros - INF
-    for start in range(0, length, BLOCK):
-        token = start + tl.arange(0, BLOCK)
-        keep = _valid(mask_ptr, token, mask_stride_t, length)
-        logp = _load(logprobs_ptr, token, logprobs_stride_t, keep)
-        advantage = _load(advantages_ptr, token, advantages_stride_t, keep)
-        if SEQUENCE_LEVEL:
-            log_ratio = zeros + log_ratio_sum / tokens
-        else:
-            log_ratio = logp - _load(old_ptr, token, old_stride_t, keep)
-        bounded = _clamp(log_ratio, -limit, limit)
-        ratio = _exp(bounded)
-        value, derivative, low, high = _surrogate(ratio, advantage, ratio_low, ratio_high)
-        derivative = tl.where(keep & ~_is_outside(log_ratio, limit), derivative, 0.0)
-        valid_sum += tl.where(keep, 1.0, 0.0)
-        surrogate_sum += tl.where(keep, value, 0.0)
-        clipped_low += tl.where(keep & low, 1.0, 0.0)
-        clipped_high += tl.where(keep & high, 1.0, 0.0)
-        ratio_sum += tl.where(keep, ratio, 0.0)
-        ratio_min = tl.minimum(ratio_min, tl.where(keep, ratio, INF))
-        ratio_max = tl.maximum(ratio_max, tl.where(keep, ratio, -INF))
-        approx_kl_sum += tl.where(keep, _exp_minus_1_minus_x(bounded), 0.0)
-        derivative_sum += derivative
-        gradient = -weight * derivative
-        if KL != 0:
-            ref = _load(ref_ptr, token, ref_stride_t, keep)
-            kl, kl_derivative = _kl_estimate(logp, ref, limit, KL)
-            kl_sum += tl.where(keep, kl, 0.0)
-            gradient += weight * kl_coef * kl_derivative
-        if not SEQUENCE_LEVEL and grad_ptr is not None:
-            tl.store(grad_ptr + token, tl.where(keep, gradient, 0.0), mask=token < length)
-
-    tl.store(partials_ptr, -weight * tl.sum(surrogate_sum))
-    tl.store(partials_ptr + 1, weight * tl.sum(kl_sum))
-    tl.store(partials_ptr + 2, tl.sum(valid_sum))
-    tl.store(partials_ptr + 3, tl.sum(clipped_low))
-    tl.store(partials_ptr + 4, tl.sum(clipped_high))
-    tl.store(partials_ptr + 5, tl.sum(ratio_sum))
-    tl.store(partials_ptr + RATIO_MIN, tl.min(ratio_min))
-    tl.store(partials_ptr + RATIO_MAX, tl.max(ratio_max))
-    tl.store(partials_ptr + 8, tl.sum(approx_kl_sum))
-    tl.store(partials_ptr + 9, tl.sum(kl_sum))
-    if SEQUENCE_LEVEL and grad_ptr is not None:
-        _store_sequence_gradient(
-            logprobs_ptr, logprobs_stride_t, ref_ptr, ref_stride_t, mask_ptr, mask_stride_t,
-            grad_ptr, length, -weight * tl.sum(derivative_sum) / tokens, weight * kl_coef, limit,
-            KL, BLOCK,
-        )  # fmt: skip
+    if adaptive_kl_coef_ptr is not None:
+        kl_coef = tl.load(adaptive_kl_coef_ptr)
+    _part(
+        logprobs, old_logprobs, advantages, ref, sampler, entropies, mask, begin, end, log_ratio,
+        shared_derivative, log_weight, weight, bounds, correction_bounds, kl_coef, entropy_coef,
+        limit, grad_ptr, grad_entropy_ptr, partials_ptr + program * NUM_METRICS, RATIO_LEVEL,
+        SURROGATE, CORRECTION, CORRECTION_SEQUENCE, KL, STRAIGHT_THROUGH, BLOCK,
+    )  # fmt: skip
 
 
 @kernel()
 def _reduce_kernel(
-    partials_ptr, sequences: tl.int64, kl_coef: tl.float32, loss_ptr, metrics_ptr,
-    BLOCK: tl.constexpr,
+    partials_ptr, rows: tl.int64, kl_coef: tl.float32, adaptive_kl_coef_ptr,
+    entropy_coef: tl.float32, loss_ptr, metrics_ptr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     metric = tl.arange(0, 16)
     columns = metric[None, :]
     total = tl.zeros([BLOCK, 16], tl.float32)
     ratio_min = tl.full([BLOCK], INF, tl.float32)
     ratio_max = tl.full([BLOCK], -INF, tl.float32)
-    for start in range(0, sequences, BLOCK):
-        sequence = start + tl.arange(0, BLOCK)
-        rows = partials_ptr + sequence * NUM_METRICS
-        inside = sequence < sequences
+    for start in range(0, rows, BLOCK):
+        row = start + tl.arange(0, BLOCK)
+        row_ptr = partials_ptr + row * NUM_METRICS
+        inside = row < rows
         total += tl.load(
-            rows[:, None] + columns, mask=inside[:, None] & (columns < NUM_METRICS), other=0
+            row_ptr[:, None] + columns, mask=inside[:, None] & (columns < NUM_METRICS), other=0
         )
-        ratio_min = tl.minimum(ratio_min, tl.load(rows + RATIO_MIN, mask=inside, other=INF))
-        ratio_max = tl.maximum(ratio_max, tl.load(rows + RATIO_MAX, mask=inside, other=-INF))
+        ratio_min = tl.minimum(ratio_min, tl.load(row_ptr + RATIO_MIN, mask=inside, other=INF))
+        ratio_max = tl.maximum(ratio_max, tl.load(row_ptr + RATIO_MAX, mask=inside, other=-INF))
     metrics = tl.sum(total, 0)
     metrics = tl.where(metric == RATIO_MIN, tl.min(ratio_min), metrics)
     metrics = tl.where(metric == RATIO_MAX, tl.max(ratio_max), metrics)
     tl.store(metrics_ptr + metric, metrics, mask=metric < NUM_METRICS)
-    share = tl.where(metric == 0, 1.0, tl.where(metric == 1, kl_coef, 0.0))
-    tl.store(loss_ptr, tl.sum(tl.where(metric < 2, share * metrics, 0.0)))
+    if adaptive_kl_coef_ptr is not None:
+        kl_coef = tl.load(adaptive_kl_coef_ptr)
+    share = tl.where(metric == 0, 1.0, tl.where(metric == 1, kl_coef, -entropy_coef))
+    tl.store(loss_ptr, tl.sum(tl.where(metric < 3, share * metrics, 0.0)))
+
+
+def _log(bound: float) -> float:
+    return math.log(bound) if bound > 0 else -math.inf
 
 
 def policy_loss(
@@ -279,32 +343,58 @@ def policy_loss(
     old_logprobs: Tensor,
     advantages: Tensor,
     ref_logprobs: Tensor | None,
+    sampler_logprobs: Tensor | None,
+    entropy: Tensor | None,
     mask: Tensor | None,
-    sequence_level: bool,
-    sequence_mean: bool,
+    ratio_level: int,
+    surrogate: int,
     ratio_low: float,
     ratio_high: float,
+    dual_clip: float,
+    tau_positive: float,
+    tau_negative: float,
+    correction: int,
+    correction_sequence: bool,
+    correction_low: float,
+    correction_high: float,
     kl: int,
+    kl_straight_through: bool,
     kl_coef: float,
+    adaptive_kl_coef: Tensor | None,
+    entropy_coef: float,
     log_ratio_limit: float,
+    sequence_mean: bool,
     denominator: Tensor,
     grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
     partials: Tensor,
     loss: Tensor,
     metrics: Tensor,
 ) -> None:
     """The fields of `PolicyLoss`."""
+    if surrogate == GEOMETRIC.value:
+        ratio_low, ratio_high = _log(ratio_low), _log(ratio_high)
+    parts = 1
+    # the sums up to a token are made in the order of the tokens
+    if sequences and ratio_level != PREFIX_RATIO.value:
+        parts = max(1, min(MIN_PARTIALS // sequences, triton.cdiv(steps, BLOCK)))
     with torch.cuda.device_of(logprobs):
         if sequences:
-            _policy_loss_kernel[(sequences,)](
+            _policy_loss_kernel[(sequences * parts,)](
                 *strided(logprobs), *strided(old_logprobs), *strided(advantages),
-                *strided(ref_logprobs), *strided(mask), cu_seqlens, steps,
-                float(ratio_low), float(ratio_high), float(kl_coef), float(log_ratio_limit),
-                denominator, grad_logprobs, partials,
-                SEQUENCE_LEVEL=sequence_level, SEQUENCE_MEAN=sequence_mean, KL=kl,
+                *strided(ref_logprobs), *strided(sampler_logprobs), *strided(entropy),
+                *strided(mask), cu_seqlens, steps, parts,
+                float(ratio_low), float(ratio_high), float(dual_clip),
+                float(tau_positive), float(tau_negative),
+                float(correction_low), float(correction_high),
+                float(kl_coef), adaptive_kl_coef, float(entropy_coef), float(log_ratio_limit),
+                denominator, grad_logprobs, grad_entropy, partials,
+                RATIO_LEVEL=ratio_level, SURROGATE=surrogate, CORRECTION=correction,
+                CORRECTION_SEQUENCE=correction_sequence, KL=kl,
+                STRAIGHT_THROUGH=kl_straight_through, SEQUENCE_MEAN=sequence_mean,
                 BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=True,
             )  # fmt: skip
         _reduce_kernel[(1,)](
-            partials, sequences, float(kl_coef), loss, metrics,
-            BLOCK=REDUCE_BLOCK, num_warps=4, enable_fp_fusion=True,
+            partials, sequences * parts, float(kl_coef), adaptive_kl_coef, float(entropy_coef),
+            loss, metrics, BLOCK=REDUCE_BLOCK, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip

@@ -39,7 +39,7 @@ class Sequences:
         return (self.sum(x) / self.counts.clamp(min=1))[self.index]
 
     def prefix_sum(self, x: Tensor) -> Tensor:
-        return torch.cat([part.cumsum(0) for part in x.split(self.lengths)])
+        return torch.cat([x[:0], *(part.cumsum(0) for part in x.split(self.lengths or [0]))])
 
 
 class Surrogate(NamedTuple):

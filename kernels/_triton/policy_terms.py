@@ -1,0 +1,133 @@
+"""The terms of a policy loss for a block of tokens: the formulas of `csrc/math/policy_loss.h`."""
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LOG2_E_LOW = tl.constexpr(1.9259629911266175e-8)  # log2(e) less its rounding to float32
+LN_2 = tl.constexpr(0.6931471805599453)
+# the enumerations of csrc/arguments/policy_loss.h
+K1, K2 = tl.constexpr(1), tl.constexpr(2)
+SEQUENCE_RATIO, PREFIX_RATIO = tl.constexpr(1), tl.constexpr(2)
+CLIP, DUAL_CLIP, STOP_GRADIENT, MASK_OUTSIDE = (tl.constexpr(i) for i in range(4))
+REINFORCE, GEOMETRIC, SOFT_GATE = (tl.constexpr(i) for i in range(5, 8))
+TRUNCATE = tl.constexpr(1)
+
+
+@triton.jit
+def exp(x):
+    # the rounding of x log2(e) alone would cost 20 units in the last place at x = 20
+    exponent = x * LOG2_E
+    rest = tl.fma(x, LOG2_E, -exponent) + x * LOG2_E_LOW
+    return tl.exp2(exponent) * (1.0 + rest * LN_2)
+
+
+@triton.jit
+def exp_minus_1_minus_x(x):
+    # sum of x^n / n!, n = 2 .. 8: the next term is below 4e-8 of the sum at |x| = 1/2
+    series = x * (1.0 / 40320.0) + 1.0 / 5040.0
+    series = series * x + 1.0 / 720.0
+    series = series * x + 1.0 / 120.0
+    series = series * x + 1.0 / 24.0
+    series = series * x + 1.0 / 6.0
+    series = series * x + 0.5
+    return tl.where(tl.abs(x) < 0.5, series * x * x, exp(x) - 1.0 - x)
+
+
+@triton.jit
+def clamp(x, low, high):
+    # by comparison, so that NaN stays
+    x = tl.where(x > high, high, x)
+    return tl.where(x < low, low, x)
+
+
+@triton.jit
+def is_outside(x, limit):
+    # a NaN is not: it reaches the gradient
+    return (x > limit) | (x < -limit)
+
+
+@triton.jit
+def surrogate_terms(ratio, logp, advantage, bounds, SURROGATE: tl.constexpr):
+    """The surrogate, its derivatives in log ratio and in logp outside of it, and the active bounds.
+
+    The bounds of GEOMETRIC are active before this, in `geometric_log_ratio`.
+    """
+    low, high, dual_clip, tau_positive, tau_negative = bounds
+    zeros = tl.zeros_like(ratio)
+    unclipped = ratio * advantage
+    value, by_log_ratio, by_logp = unclipped, unclipped, zeros
+    below, above = ratio < low, ratio > high
+    is_low, is_high, is_dual = zeros != 0, zeros != 0, zeros != 0
+    if SURROGATE == CLIP or SURROGATE == DUAL_CLIP:  # noqa: SIM109
+        clipped = clamp(ratio, low, high) * advantage
+        # false on a tie, where autograd lets the gradient through
+        is_clipped = clipped < unclipped
+        value = tl.where(is_clipped, clipped, unclipped)
+        is_low, is_high = is_clipped & below, is_clipped & above
+        if SURROGATE == DUAL_CLIP:
+            floor = dual_clip * advantage
+            is_dual = (advantage < 0) & (value < floor)
+            value = tl.where(is_dual, floor, value)
+        by_log_ratio = tl.where(is_clipped | is_dual, 0.0, unclipped)
+    elif SURROGATE == STOP_GRADIENT:
+        by_logp = clamp(ratio, low, high) * advantage
+        value, by_log_ratio = by_logp * logp, zeros
+        is_low, is_high = below, above
+    elif SURROGATE == MASK_OUTSIDE:
+        value = tl.where(below | above, 0.0, unclipped)
+        by_log_ratio = value
+        is_low, is_high = below, above
+    elif SURROGATE == REINFORCE:
+        value, by_log_ratio, by_logp = advantage * logp, zeros, advantage
+    elif SURROGATE == SOFT_GATE:
+        tau = tl.where(advantage > 0, tau_positive, tau_negative)
+        e = exp(-tau * (ratio - 1.0))
+        sigmoid = 1.0 / (1.0 + e)
+        value = 4.0 / tau * sigmoid * advantage
+        # sigmoid' = e sigmoid^2: 1 - sigmoid would lose its digits near 1
+        by_log_ratio = 4.0 * (e * sigmoid * sigmoid) * unclipped
+    return value, by_log_ratio, by_logp, is_low, is_high, is_dual
+
+
+@triton.jit
+def geometric_log_ratio(log_ratio, advantage, bounds):
+    """A token's share in the mean of GEOMETRIC, and which bound holds it: no gradient then."""
+    log_low, log_high, _, _, _ = bounds
+    is_low = (advantage < 0) & (log_ratio < log_low)
+    is_high = (advantage >= 0) & (log_ratio > log_high)
+    log_ratio = tl.where(is_low, log_low, tl.where(is_high, log_high, log_ratio))
+    return log_ratio, is_low, is_high
+
+
+@triton.jit
+def correction_weight(log_weight, bounds, limit, CORRECTION: tl.constexpr):
+    """Weight of a token's surrogate, and whether a bound changed it."""
+    low, high = bounds
+    weight = exp(clamp(log_weight, -limit, limit))
+    outside = (weight < low) | (weight > high)
+    if CORRECTION == TRUNCATE:  # noqa: SIM108
+        weight = clamp(weight, low, high)
+    else:
+        weight = tl.where(outside, 0.0, weight)
+    return weight, outside
+
+
+@triton.jit
+def kl_estimate(logp, ref, limit, KL: tl.constexpr, STRAIGHT_THROUGH: tl.constexpr):
+    """Value and derivative with respect to logp of k1, k2 or k3."""
+    difference = ref - logp
+    if KL == K1:
+        value = -difference
+        derivative = tl.full(value.shape, 1.0, tl.float32)
+    elif KL == K2:
+        value = 0.5 * difference * difference
+        derivative = -difference
+    else:
+        bounded = clamp(difference, -limit, limit)
+        value = exp_minus_1_minus_x(bounded)
+        # 1 - e^(ref - logp): at ref = logp all digits of the difference matter
+        derivative = tl.where(is_outside(difference, limit), 0.0, -(value + bounded))
+    if STRAIGHT_THROUGH:
+        derivative = -difference
+    return value, derivative
