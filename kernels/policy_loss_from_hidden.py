@@ -24,7 +24,6 @@ from warpo.kernels.policy_loss import (
     _check_tensors,
     _denominator,
     _kl_term,
-    _per_token,
     policy_loss,
 )
 from warpo.kernels.policy_loss import _forward as _loss_and_metrics
@@ -155,8 +154,7 @@ def _token_surrogate(
     objective: Objective, old_logprobs: Tensor | None, advantages: Tensor, targets: Tensor
 ) -> int | None:
     """The surrogate that gives each token its coefficient at token level, None if none does."""
-    by_sequence = objective.correction != "none" and objective.correction_level == "sequence"
-    if by_sequence:
+    if objective.correction != "none" and objective.correction_level == "sequence":
         return None
     surrogate = SURROGATES.index(objective.surrogate)
     if objective.ratio_level == "token":
@@ -184,6 +182,12 @@ def _valid(
     return valid
 
 
+def _sequences(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """Sequence of each packed token; one past the last for those behind all of them."""
+    place = torch.arange(tokens, device=cu_seqlens.device, dtype=torch.int32)
+    return torch.searchsorted(cu_seqlens[1:], place, right=True)
+
+
 def _token_weights(
     valid: Tensor, cu_seqlens: Tensor | None, objective: Objective, denominator: Tensor
 ) -> Tensor:
@@ -193,12 +197,20 @@ def _token_weights(
         return weight.expand(valid.shape)
     if cu_seqlens is None:
         return (weight / valid.sum(1, keepdim=True).clamp(min=1)).expand(valid.shape)
-    place = torch.arange(valid.shape[0], device=valid.device, dtype=torch.int32)
     before = torch.cat([valid.new_zeros((1,), dtype=torch.int64), valid.cumsum(0)])
     counts = before[cu_seqlens[1:].long()] - before[cu_seqlens[:-1].long()]
-    sequence = torch.searchsorted(cu_seqlens[1:], place, right=True)
-    counts = torch.cat([counts, counts.new_ones((1,))])  # of tokens after the last sequence
-    return weight / counts[sequence].clamp(min=1)
+    counts = torch.cat([counts, counts.new_ones((1,))]).clamp(min=1)
+    return weight / counts[_sequences(cu_seqlens, valid.shape[0])]
+
+
+def _token_advantages(advantages: Tensor, targets: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Like targets."""
+    if advantages.shape == targets.shape:
+        return advantages
+    if cu_seqlens is None:
+        return advantages[:, None].expand(targets.shape)
+    padded = torch.cat([advantages, advantages.new_zeros((1,))])
+    return padded[_sequences(cu_seqlens, targets.shape[0])]
 
 
 def _forward(
@@ -256,7 +268,8 @@ def _forward(
     )  # fmt: skip
     logp, entropy, gradients = _chunks(
         head, targets, temperature, token_temperature, valid, token_weights,
-        (old_logprobs, _per_token(advantages, targets, cu_seqlens), ref_logprobs, sampler_logprobs),
+        (old_logprobs, _token_advantages(advantages, targets, cu_seqlens), ref_logprobs,
+         sampler_logprobs),
         (0, token_surrogate, *of_ratio), of_loss, wanted, backend,
     )  # fmt: skip
     loss, metrics, _ = _loss_and_metrics(
@@ -354,9 +367,12 @@ def _differentiate(ctx, grad_loss, *_):
     nothing = (None,) * 36
     if grad_loss is None:
         return (None, None, None, *nothing)
-    gradients = zip(ctx.saved_tensors, ctx.wanted, strict=True)
-    # in the dtype of the gradient: float32 x bfloat16 would make float32
-    scaled = (g * grad_loss.to(g.dtype) if want else None for g, want in gradients)
+    # a scalar of shape () would be rounded to the dtype of the gradient, this one is not
+    factor = grad_loss.view(1)
+    scaled = (
+        torch.mul(gradient, factor, out=torch.empty_like(gradient)) if want else None
+        for gradient, want in zip(ctx.saved_tensors, ctx.wanted, strict=True)
+    )
     return (*scaled, *nothing)
 
 
