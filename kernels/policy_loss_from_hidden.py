@@ -300,11 +300,13 @@ def _chunks(
     tokens = [
         head.compact(x) for x in (targets, token_temperature, valid, token_weights, *constants)
     ]
-    number = {"dtype": torch.float32, "device": targets.device}
-    logp, entropy = (torch.empty((1, head.count), **number) for _ in range(2))
-    stats = torch.empty((1, head.count, 2), **number)
-    results = torch.empty((1 + len(METRICS),), **number)
-    partials, one = torch.empty((MIN_PARTIALS, len(METRICS)), **number), torch.ones((), **number)
+    one = torch.ones((), device=targets.device)
+    logp, entropy = (one.new_empty((1, head.count)) for _ in range(2))
+    stats = one.new_empty((1, head.count, 2))
+    results, partials = (
+        one.new_empty((1 + len(METRICS),)),
+        one.new_empty((MIN_PARTIALS, len(METRICS))),
+    )
     buffer = head.new_buffer()
     grad_buffer = head.new_buffer() if head.softcap and any(wanted) else buffer
     for start, stop in head.chunks():
@@ -318,7 +320,7 @@ def _chunks(
         kernels.logprobs_forward(*inputs, *of_chunk, stats[:, own])
         if not any(wanted):
             continue
-        grads = torch.zeros((2, 1, stop - start), **number)
+        grads = one.new_zeros((2, 1, stop - start))
         kernels.policy_loss(
             1, stop - start, None, of_chunk[0], of_chunk[0] if old is None else old, advantage,
             ref, sampler, of_chunk[1], flags, *ratio_arguments, *loss_arguments, False, one,
@@ -345,13 +347,12 @@ def _fake_forward(hidden, weight, bias, targets, *arguments):
             return hidden.new_empty((0,))
         return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
-    number = {"dtype": torch.float32}
     wanted = arguments[-2]
     return (
-        hidden.new_empty((), **number),
-        hidden.new_empty((len(METRICS),), **number),
-        hidden.new_empty(targets.shape, **number),
-        hidden.new_empty(targets.shape, **number),
+        *(
+            hidden.new_empty(shape, dtype=torch.float32)
+            for shape in ((), (len(METRICS),), targets.shape, targets.shape)
+        ),
         *(like(x, want) for x, want in zip((hidden, weight, bias), wanted, strict=True)),
     )
 
