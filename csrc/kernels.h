@@ -14,6 +14,7 @@
 #include "arguments/kept_set_logprobs.h"
 #include "arguments/logprobs.h"
 #include "arguments/policy_loss.h"
+#include "arguments/policy_loss_from_logits.h"
 
 // clang-format off
 #define WARPO_OPERATIONS(X)                               \
@@ -22,6 +23,8 @@
     X(gae_forward, Gae)                                   \
     X(gae_backward, GaeBackward)                          \
     X(policy_loss, PolicyLoss)                            \
+    X(policy_loss_from_logits, PolicyLossFromLogits)      \
+    X(scale_gradient, ScaleGradient)                      \
     X(group_advantages_forward, GroupAdvantages)          \
     X(group_advantages_backward, GroupAdvantagesBackward) \
     X(kept_set_logprobs_forward, KeptSetLogprobs)         \

@@ -6,6 +6,8 @@ torch (BLAS); gradients of weight and bias accumulate in float32 over the chunks
 once.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, distributed
 
@@ -79,7 +81,7 @@ class LinearHead:
         """Room for the logits of a chunk."""
         return self._hidden.new_empty((self._tokens, self.vocab), dtype=self.logits_dtype)
 
-    def compact(self, per_token: Tensor | None) -> Tensor | None:
+    def compact(self, per_token: Tensor | None) -> Any:
         """One number a token -> (1, count): of the compacted tokens."""
         if per_token is None:
             return None
@@ -108,13 +110,12 @@ class LinearHead:
         return out
 
     def start_gradients(
-        self,
-        with_hidden: bool,
-        with_weight: bool,
-        with_bias: bool,
-        group: distributed.ProcessGroup | None = None,
+        self, wanted: list[bool], group: distributed.ProcessGroup | None = None
     ) -> None:
-        """With a group, weight is a part of the vocabulary: gradients of hidden are summed."""
+        """Of hidden, weight and bias, those wanted. With a group, the weight is a part of the
+        vocabulary, and gradients of hidden are summed over the ranks.
+        """
+        with_hidden, with_weight, with_bias = wanted
         rows, steps, hidden_size = self._hidden.shape
         new = self._hidden.new_zeros if self.count == 0 else self._hidden.new_empty
         every = self.count == rows * steps and self._index is None

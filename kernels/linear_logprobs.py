@@ -13,13 +13,15 @@ Tokens go through in chunks. The backward pass computes the logits of a chunk an
 and backward are four matrix products; with cache_logits they are three, and the logits are kept.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from warpo.kernels import dispatch, reference
 from warpo.kernels.linear_head import LinearHead, check_chunking, check_head, valid_tokens
-from warpo.kernels.logprobs import LogprobsAndEntropy
+from warpo.kernels.logprobs import LogprobsAndEntropy, workspace
 from warpo.kernels.registration import Operator
 from warpo.kernels.vocab_parallel import check_group, resolve_group, split_backward, split_forward
 
@@ -191,18 +193,20 @@ def _forward(
     for start, stop in head.chunks():
         out = buffer[start:stop] if cache_logits else buffer
         logits = head.logits(start, stop, out)[None]
-        chosen, warm, flags = (None if x is None else x[:, start:stop] for x in tokens)
+        part: list[Any] = [None if x is None else x[:, start:stop] for x in tokens]
+        chosen, warm, flags = part
         options = (temperature, warm, flags, ignore_index)
         results = (logp[None, start:stop], entropy[None, start:stop], stats[None, start:stop])
         if group is not None:
-            parts = split_forward(logits, chosen, options, kernels, group)
-            for result, part in zip(results, parts, strict=True):
+            whole = split_forward(logits, chosen, options, kernels, group)
+            for result, computed in zip(results, whole, strict=True):
                 if result.numel():
-                    result.copy_(part)
+                    result.copy_(computed)
             continue
         kernels.logprobs_forward(
             *logits.shape, logits, chosen, *options, results[0],
             results[1] if with_entropy else None, results[2],
+            workspace(logits),
         )  # fmt: skip
     if with_entropy:
         entropy = head.spread(entropy[: head.count])
@@ -257,33 +261,39 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias; empty ones for those that are not wanted."""
     valid = valid_tokens(targets, mask, ignore_index)
-    apart = bool(softcap) or cache is not None
+    apart = bool(softcap) and cache is None
     head = LinearHead(
         hidden, weight, bias, softcap, valid, num_valid, workspace_bytes, float32_logits, apart
     )
     kernels, group = dispatch.load(backend), resolve_group(group_name)
-    head.start_gradients(*wanted, group)
+    head.start_gradients(wanted, group)
     tokens = [
         head.compact(x)
         for x in (targets, token_temperature, mask, entropy, grad_logprobs, grad_entropy)
     ]
-    buffer = head.new_buffer() if cache is None and head.count else None
-    grad_buffer = head.new_buffer() if apart and head.count else buffer
+    buffer = head.new_buffer()
+    grad_buffer = head.new_buffer() if softcap and cache is None else buffer
     for start, stop in head.chunks():
-        logits = cache[start:stop] if buffer is None else head.logits(start, stop, buffer)
+        logits = head.logits(start, stop, buffer) if cache is None else cache[start:stop]
         grad_logits = grad_buffer[: stop - start]
-        part = [None if x is None else x[:, start:stop] for x in tokens]
+        part: list[Any] = [None if x is None else x[:, start:stop] for x in tokens]
         chosen, warm, flags, own_entropy, grad_logp, grad_own_entropy = part
         options = (temperature, warm, flags, ignore_index)
-        own = (own_entropy, stats[None, start:stop], grad_logp, grad_own_entropy, grad_logits[None])
+        own, grads = (own_entropy, stats[None, start:stop]), (grad_logp, grad_own_entropy)
         if group is None:
-            kernels.logprobs_backward(1, *logits.shape, logits[None], chosen, *options, None, *own)
+            kernels.logprobs_backward(
+                1, *logits.shape, logits[None], chosen, *options, None, *own, None, *grads,
+                grad_logits[None],
+            )  # fmt: skip
         else:
-            split_backward(logits[None], chosen, options, *own, kernels, group)
+            split_backward(
+                logits[None], chosen, options, *own, *grads, grad_logits[None], kernels, group
+            )
         head.add_gradients(start, stop, logits, grad_logits)
-    return tuple(
+    of_hidden, of_weight, of_bias = (
         hidden.new_empty((0,)) if gradient is None else gradient for gradient in head.gradients()
     )
+    return of_hidden, of_weight, of_bias
 
 
 def _fake_backward(hidden, weight, bias, *arguments):

@@ -33,6 +33,10 @@ from warpo.kernels.checks import (
 from warpo.kernels.registration import Operator
 from warpo.kernels.vocab_parallel import VocabParallelLogprobs, check_group
 
+# Up to so many tokens, a vocabulary past one block is given to several: fewer rows than twice the
+# multiprocessors of the largest GPUs would leave them idle. It changes no bit of the results.
+SPLIT_TOKENS, SPLIT_VOCAB, CHUNKS = 256, 4096, 8
+
 
 class LogprobsAndEntropy(NamedTuple):
     logprobs: Tensor
@@ -199,9 +203,17 @@ def _forward(
     if logp.numel():
         dispatch.load(backend).logprobs_forward(
             *logits.shape, logits, targets, temperature, token_temperature, mask, ignore_index,
-            logp, entropy if with_entropy else None, stats,
+            logp, entropy if with_entropy else None, stats, workspace(logits),
         )  # fmt: skip
     return logp, entropy, stats
+
+
+def workspace(logits: Tensor) -> Tensor | None:
+    """`partials` of the forward pass over logits `[rows, steps, V]`; absent where rows are many."""
+    rows, steps, vocab = logits.shape
+    if rows * steps > SPLIT_TOKENS or vocab <= SPLIT_VOCAB:
+        return None
+    return logits.new_empty((rows, steps, CHUNKS, 4), dtype=torch.float32)
 
 
 def _allocate(logits: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -236,7 +248,7 @@ def _backward(
     if grad_logits.numel():
         dispatch.load(backend).logprobs_backward(
             *logits.shape, logits, targets, temperature, token_temperature, mask, ignore_index,
-            None, entropy, stats,
+            None, entropy, stats, None,
             grad_logprobs, grad_entropy, grad_logits,
         )  # fmt: skip
     return grad_logits
@@ -273,7 +285,7 @@ def _differentiate(ctx, grad_logprobs, grad_entropy, _grad_stats):
         with torch.no_grad():
             grad_logits = logits.detach()
             dispatch.load(ctx.backend).logprobs_backward(
-                *logits.shape, *arguments, None, entropy, stats, grad_logprobs, grad_entropy,
+                *logits.shape, *arguments, None, entropy, stats, None, grad_logprobs, grad_entropy,
                 grad_logits,
             )  # fmt: skip
     else:

@@ -18,6 +18,7 @@ from warpo.kernels.logprobs import LogprobsAndEntropy, logprobs, logprobs_and_en
 from warpo.kernels.objectives import OBJECTIVES, Objective, get_objective
 from warpo.kernels.policy_loss import PolicyLoss, policy_loss
 from warpo.kernels.policy_loss_from_hidden import PolicyLossFromHidden, policy_loss_from_hidden
+from warpo.kernels.policy_loss_from_logits import PolicyLossFromLogits, policy_loss_from_logits
 from warpo.kernels.policy_metrics import METRICS, policy_metrics, sum_metrics
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "Objective",
     "PolicyLoss",
     "PolicyLossFromHidden",
+    "PolicyLossFromLogits",
     "gae",
     "get_objective",
     "group_advantages",
@@ -39,6 +41,7 @@ __all__ = [
     "logprobs_and_entropy",
     "policy_loss",
     "policy_loss_from_hidden",
+    "policy_loss_from_logits",
     "policy_metrics",
     "sum_metrics",
 ]

@@ -20,6 +20,8 @@ class Operator:
         fake: the same arguments -> empty results of the right shape, dtype and strides.
         save: as `setup_context` of `torch.autograd.Function`.
         differentiate: as its `backward`.
+        differentiate_eager: in its place in eager mode, where nothing else holds what `save` saved,
+            so that it may overwrite it.
         differentiable: gradients flow to the first so many arguments at most. In eager mode the
             others then travel as one: `torch.autograd.Function` takes 0.2 us for each argument.
     """
@@ -32,6 +34,7 @@ class Operator:
         save: Callable[..., None] | None = None,
         differentiate: Callable[..., Any] | None = None,
         differentiable: int | None = None,
+        differentiate_eager: Callable[..., Any] | None = None,
     ) -> None:
         self._body = body
         self._differentiable = differentiable
@@ -40,6 +43,7 @@ class Operator:
         self._apply = body
         if save is not None and differentiate is not None:
             self._registered.register_autograd(differentiate, setup_context=save)
+            differentiate = differentiate_eager or differentiate
 
             def forward(ctx: Any, *arguments: Any) -> Any:
                 if differentiable is not None:

@@ -72,7 +72,9 @@ def split_forward(
     logp, entropy = (logits.new_empty(targets.shape, dtype=torch.float32) for _ in range(2))
     stats = logits.new_empty((*targets.shape, 2), dtype=torch.float32)
     if logp.numel():
-        backend.logprobs_forward(*logits.shape, logits, local, *arguments, logp, entropy, stats)
+        backend.logprobs_forward(
+            *logits.shape, logits, local, *arguments, logp, entropy, stats, None
+        )
     ignored = targets == ignore_index
     skipped = ignored if mask is None else ignored | (mask == 0)
     chosen = logits.gather(-1, torch.where(present, local, 0)[..., None])[..., 0].float()
@@ -112,8 +114,8 @@ def split_backward(
         term = torch.where(p == 0, 0, p * (first + entropy))
         first_grad -= grad_entropy * term
     backend.logprobs_backward(
-        *logits.shape, logits, local, *arguments, None, entropy, stats, grad_logp, grad_entropy,
-        grad_logits,
+        *logits.shape, logits, local, *arguments, None, entropy, stats, None, grad_logp,
+        grad_entropy, grad_logits,
     )  # fmt: skip
     absent = ~present & (local != ignore_index)
     if mask is not None:
@@ -169,4 +171,4 @@ def resolve_group(name: str) -> distributed.ProcessGroup | None:
     """The group of that name, by which an operator refers to it; none for the empty name."""
     if not name:
         return None
-    return distributed.distributed_c10d._resolve_process_group(name)
+    return distributed.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]

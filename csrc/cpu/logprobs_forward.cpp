@@ -1,138 +1,18 @@
 // Log-probability and entropy: one read of the logits from memory, one exp an element.
-#include <math.h>
-#include <omp.h>
-#include <stdlib.h>
-
 #include "cpu/cpu.h"
-#include "cpu/load.h"
+#include "cpu/softmax_row.h"
 
 namespace warpo::cpu::WARPO_ISA {
 namespace {
 
-// A row is reduced chunk by chunk, each within the L1 cache, and the chunks are merged in order:
-// the tree depends on the vocabulary alone, never on the number of rows or threads.
-constexpr int kChunk = 4096;
-constexpr int kBlock = 512;
-
-struct Softmax {
-    float max = -INFINITY;
-    float sum = 0;       // of 2^d, d = (x - max) log2(e) / temperature
-    float weighted = 0;  // of 2^d d
-};
-
-WARPO_HD Softmax merge(Softmax a, Softmax b, float scale) {
-    Softmax merged;
-    merged.max = a.max > b.max ? a.max : b.max;
-    if (merged.max == -INFINITY) return merged;
-    auto add = [&](const Softmax& part) {
-        float shift = (part.max - merged.max) * scale;
-        shift = shift < kExp2Floor ? kExp2Floor : shift;
-        const float factor = exp2_softmax(shift);
-        merged.sum += factor * part.sum;
-        merged.weighted += factor * (part.weighted + shift * part.sum);
-    };
-    add(a);
-    add(b);
-    return merged;
-}
-
-template <class T>
-const float* as_floats(const T* source, int count, float* buffer) {
-#pragma omp simd
-    for (int i = 0; i < count; ++i) buffer[i] = to_float(source[i]);
-    return buffer;
-}
-
-const float* as_floats(const float* source, int, float*) { return source; }
-
-template <class T, bool kEntropy>
-Softmax reduce_chunk(const T* source, int count, float scale) {
-    alignas(64) float buffer[kChunk];
-    Softmax chunk;
-    const float* x = as_floats(source, count, buffer);
-    float largest = -INFINITY;
-#pragma omp simd reduction(max : largest)
-    for (int i = 0; i < count; ++i) largest = x[i] > largest ? x[i] : largest;
-    chunk.max = largest;
-    const float max = chunk.max == -INFINITY ? 0.0f : chunk.max;
-    for (int start = 0; start < count; start += kBlock) {
-        const int stop = start + kBlock < count ? start + kBlock : count;
-        float sum = 0, weighted = 0;
-        for (int i = start; i < stop; i += (int)(64 / sizeof(T)))
-            __builtin_prefetch(source + kChunk + i);
-#pragma omp simd reduction(+ : sum, weighted)
-        for (int i = start; i < stop; ++i) {
-            float d = (x[i] - max) * scale;
-            d = d < kExp2Floor ? kExp2Floor : d;
-            const float e = exp2_softmax(d);
-            sum += e;
-            if (kEntropy) weighted += e * d;
-        }
-        chunk.sum += sum;
-        chunk.weighted += weighted;
-    }
-    if (chunk.max == -INFINITY && chunk.sum == chunk.sum) chunk.sum = chunk.weighted = 0;
-    return chunk;
-}
-
-template <class T, bool kEntropy>
-Softmax reduce_row(const T* logits, int64_t vocab, float scale, bool split) {
-    const int64_t chunks = (vocab + kChunk - 1) / kChunk;
-    auto reduce = [=](int64_t c) {
-        const int64_t left = vocab - c * kChunk;
-        return reduce_chunk<T, kEntropy>(logits + c * kChunk, left < kChunk ? (int)left : kChunk,
-                                         scale);
-    };
-    Softmax row;
-    if (!split) {
-        for (int64_t c = 0; c < chunks; ++c) row = merge(row, reduce(c), scale);
-        return row;
-    }
-    Softmax* parts = (Softmax*)malloc(chunks * sizeof(Softmax));
-#pragma omp parallel for schedule(static)
-    for (int64_t c = 0; c < chunks; ++c) parts[c] = reduce(c);
-    for (int64_t c = 0; c < chunks; ++c) row = merge(row, parts[c], scale);
-    free(parts);
-    return row;
-}
-
-template <class T, bool kEntropy>
-void forward_token(const Logprobs& a, int64_t b, int64_t t, bool split) {
-    float* logprob = address<float>(a.logprobs, b, t);
-    float* entropy = kEntropy ? address<float>(a.entropy, b, t) : nullptr;
-    float* stats = a.stats + 2 * (b * a.steps + t);
-    const int64_t target = *address<int64_t>(a.targets, b, t);
-    if (!element<uint8_t>(a.mask, b, t, 1) || target == a.ignore_index) {
-        *logprob = stats[0] = stats[1] = 0;
-        if (kEntropy) *entropy = 0;
-        return;
-    }
-    if (target < 0 || target >= a.vocab) {
-        *logprob = stats[0] = stats[1] = NAN;
-        if (kEntropy) *entropy = NAN;
-        return;
-    }
-    const T* logits = address<T>(a.logits, b, t);
-    const float inverse_temperature =
-        1.0f / element<float>(a.token_temperature, b, t, a.temperature);
-    const Softmax row =
-        reduce_row<T, kEntropy>(logits, a.vocab, inverse_temperature * kLog2e, split);
-    const float log_sum = row.sum > 0 ? logf(row.sum) : NAN;
-    const float value = (to_float(logits[target]) - row.max) * inverse_temperature - log_sum;
-    *logprob = value > 0 ? 0 : value;
-    if (kEntropy) *entropy = log_sum - kLn2 * (row.weighted / row.sum);
-    stats[0] = row.max;
-    stats[1] = log_sum;
-}
-
 template <class T, bool kEntropy>
 void forward(const Logprobs& a) {
     const int64_t tokens = a.rows * a.steps;
-    const bool split = tokens < omp_get_max_threads() && a.vocab >= kParallelWork;
+    const bool split = splits_rows(a);
     const int64_t grain = 1 + kParallelWork / (a.vocab + 1);
 #pragma omp parallel for schedule(dynamic, grain) if (!split && tokens * a.vocab >= kParallelWork)
     for (int64_t token = 0; token < tokens; ++token)
-        forward_token<T, kEntropy>(a, token / a.steps, token % a.steps, split);
+        read_token<T, kEntropy>(a, token / a.steps, token % a.steps, true, split);
 }
 
 }  // namespace

@@ -132,6 +132,14 @@ __device__ __forceinline__ float warp_sum(float value) {
     return value;
 }
 
+// A NaN shows only where all lanes have one.
+__device__ __forceinline__ float warp_max(float value) {
+#pragma unroll
+    for (int lanes = 16; lanes > 0; lanes >>= 1)
+        value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, lanes));
+    return value;
+}
+
 // The sum over a block, in every thread. scratch holds one float a warp and may be reused at once.
 template <int kWarps>
 __device__ __forceinline__ float block_sum(float value, float* scratch) {

@@ -18,6 +18,7 @@ from warpo.kernels._triton.kept_set_logprobs import (
 )
 from warpo.kernels._triton.logprobs import logprobs_backward, logprobs_forward
 from warpo.kernels._triton.policy_loss import policy_loss
+from warpo.kernels._triton.policy_loss_from_logits import policy_loss_from_logits, scale_gradient
 
 __all__ = [
     "gae_backward",
@@ -30,4 +31,6 @@ __all__ = [
     "logprobs_backward",
     "logprobs_forward",
     "policy_loss",
+    "policy_loss_from_logits",
+    "scale_gradient",
 ]

@@ -2,7 +2,8 @@
 
 Forward, a block of the row is seen as `[REPEAT, LANES, WIDTH]` with one thread a lane, so that a
 lane keeps its own maximum and sums in registers and the threads of a row meet once, after the last
-block. The order of all sums depends on V and on the width of the loads, never on other rows.
+block of a chunk. The order of all sums depends on V and on the width of the loads, never on other
+rows: where rows are few, the chunks go to programs of their own, and are merged in the same order.
 """
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from warpo.kernels._triton.launch import kernel, strided
 
 BLOCK = 4096
+CHUNKS = 8  # kLogprobsChunks: the most that a row has
 FORWARD_WARPS = 8
 BACKWARD_WARPS = 4
 
@@ -44,6 +46,98 @@ def _add_block(
     return new_top, total, weighted
 
 
+@triton.jit
+def _merge(row, chunk, scale):
+    """(maximum, total, weighted) of a row so far, and of its next chunk, in one."""
+    row_top, row_total, row_weighted = row
+    top, total, weighted = chunk
+    new_top = tl.maximum(row_top, top)
+    base = tl.where(new_top == -INF, 0.0, new_top)
+    row_shift = tl.maximum((row_top - base) * scale, FLOOR)
+    shift = tl.maximum((top - base) * scale, FLOOR)
+    row_decay, decay = tl.exp2(row_shift), tl.exp2(shift)
+    # fma: which product the compiler would fuse is not the same in every kernel
+    row_weighted = row_decay * tl.fma(row_shift, row_total, row_weighted)
+    weighted = tl.fma(decay, tl.fma(shift, total, weighted), row_weighted)
+    return new_top, tl.fma(decay, total, row_decay * row_total), weighted
+
+
+@triton.jit
+def _merge_lanes(top, total, weighted, scale, WITH_ENTROPY: tl.constexpr):
+    chunk_top = tl.max(top)
+    base = tl.where(chunk_top == -INF, 0.0, chunk_top)
+    shift = tl.maximum((top - base) * scale, FLOOR)
+    decay = tl.exp2(shift)
+    chunk_weighted = 0.0
+    if WITH_ENTROPY:
+        chunk_weighted = tl.sum(decay * tl.fma(shift, total, weighted))
+    return chunk_top, tl.sum(total * decay), chunk_weighted
+
+
+@triton.jit
+def _read(
+    row_ptr, start, stop, columns_of_a_chunk, scale, WITH_ENTROPY: tl.constexpr,
+    REPEAT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """The merged state of columns [start, stop); start is the first of a chunk."""
+    BLOCK: tl.constexpr = REPEAT * LANES * WIDTH
+    columns = tl.arange(0, BLOCK)
+    row_top, row_total, row_weighted = -INF, 0.0, 0.0
+    top = tl.full([LANES], -INF, tl.float32)
+    total = tl.zeros([LANES], tl.float32)
+    weighted = tl.zeros([LANES], tl.float32)
+    full = start + (stop - start) // BLOCK * BLOCK
+    for block in tl.range(start, full, BLOCK, num_stages=3):
+        x = tl.load(row_ptr + block + columns)
+        top, total, weighted = _add_block(
+            x, scale, top, total, weighted, WITH_ENTROPY, REPEAT, LANES, WIDTH
+        )
+        if (block + BLOCK) % columns_of_a_chunk == 0:
+            row_top, row_total, row_weighted = _merge(
+                (row_top, row_total, row_weighted),
+                _merge_lanes(top, total, weighted, scale, WITH_ENTROPY),
+                scale,
+            )
+            top = tl.full([LANES], -INF, tl.float32)
+            total = tl.zeros([LANES], tl.float32)
+            weighted = tl.zeros([LANES], tl.float32)
+    if full < stop:
+        x = tl.load(row_ptr + full + columns, mask=full + columns < stop, other=-INF)
+        top, total, weighted = _add_block(
+            x, scale, top, total, weighted, WITH_ENTROPY, REPEAT, LANES, WIDTH
+        )
+    # where the row ends with a chunk this adds nothing
+    return _merge(
+        (row_top, row_total, row_weighted),
+        _merge_lanes(top, total, weighted, scale, WITH_ENTROPY),
+        scale,
+    )
+
+
+@triton.jit
+def _finish(
+    row_top, row_total, row_weighted, chosen, inverse, logprobs_ptr, entropy_ptr, stats_ptr
+):  # fmt: skip
+    log_sum = tl.where(row_total > 0, tl.log(row_total), float("nan"))
+    logprob = (chosen - row_top) * inverse - log_sum
+    tl.store(logprobs_ptr, tl.where(logprob > 0, 0.0, logprob))
+    tl.store(stats_ptr, row_top)
+    tl.store(stats_ptr + 1, log_sum)
+    if entropy_ptr is not None:
+        tl.store(entropy_ptr, log_sum - LN_2 * row_weighted / row_total)
+
+
+@triton.jit
+def _poison(valid, logprobs_ptr, entropy_ptr, stats_ptr):
+    """The results of a token whose logits are not read."""
+    result = tl.where(valid, float("nan"), 0.0)
+    tl.store(logprobs_ptr, result)
+    tl.store(stats_ptr, result)
+    tl.store(stats_ptr + 1, result)
+    if entropy_ptr is not None:
+        tl.store(entropy_ptr, result)
+
+
 @kernel("logits_ptr")
 def _logprobs_fwd_kernel(
     logits_ptr, logits_stride_b: tl.int64, logits_stride_t: tl.int64, vocab: tl.int32,
@@ -54,10 +148,19 @@ def _logprobs_fwd_kernel(
     ignore_index: tl.int64, steps: tl.int64,
     logprobs_ptr, logprobs_stride_b: tl.int64, logprobs_stride_t: tl.int64,
     entropy_ptr, entropy_stride_b: tl.int64, entropy_stride_t: tl.int64,
-    stats_ptr,
+    stats_ptr, partials_ptr, columns_of_a_chunk: tl.int32,
+    MODE: tl.constexpr, CHUNKS: tl.constexpr,
     REPEAT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64)
+    """MODE "row": a program a token. "chunk": one a chunk of it, to partials. "merge": the chunks
+    of a token in one."""
+    chunks = tl.cdiv(vocab, columns_of_a_chunk)
+    program = tl.program_id(0)
+    chunk = 0
+    if MODE == "chunk":
+        chunk = program % chunks
+        program = program // chunks
+    token = program.to(tl.int64)
     b, t = token // steps, token % steps
     logprobs_ptr += b * logprobs_stride_b + t * logprobs_stride_t
     stats_ptr += 2 * token
@@ -70,50 +173,39 @@ def _logprobs_fwd_kernel(
     if temperature_ptr is not None:
         temperature = tl.load(temperature_ptr + b * temperature_stride_b + t * temperature_stride_t)
     if not (valid & (target >= 0) & (target < vocab)):
-        result = tl.where(valid, float("nan"), 0.0)
-        tl.store(logprobs_ptr, result)
-        tl.store(stats_ptr, result)
-        tl.store(stats_ptr + 1, result)
-        if entropy_ptr is not None:
-            tl.store(entropy_ptr, result)
+        if MODE != "chunk":
+            _poison(valid, logprobs_ptr, entropy_ptr, stats_ptr)
         return
 
-    BLOCK: tl.constexpr = REPEAT * LANES * WIDTH
     WITH_ENTROPY: tl.constexpr = entropy_ptr is not None
     # strides count groups of WIDTH, which tells the compiler that rows are aligned for wide loads
     logits_ptr += (b * logits_stride_b + t * logits_stride_t) * WIDTH
     inverse = 1.0 / temperature
     scale = inverse * LOG2_E
-    columns = tl.arange(0, BLOCK)
+    if MODE == "chunk":
+        start = chunk * columns_of_a_chunk
+        stop = tl.minimum(vocab - start, columns_of_a_chunk) + start
+        top, total, weighted = _read(
+            logits_ptr, start, stop, columns_of_a_chunk, scale, WITH_ENTROPY, REPEAT, LANES, WIDTH
+        )
+        partials_ptr += (token * CHUNKS + chunk) * 4
+        tl.store(partials_ptr, top)
+        tl.store(partials_ptr + 1, total)
+        tl.store(partials_ptr + 2, weighted)
+        return
     chosen = tl.load(logits_ptr + target).to(tl.float32)
-    top = tl.full([LANES], -INF, tl.float32)
-    total = tl.zeros([LANES], tl.float32)
-    weighted = tl.zeros([LANES], tl.float32)
-    full = vocab // BLOCK * BLOCK
-    for start in tl.range(0, full, BLOCK, num_stages=3):
-        x = tl.load(logits_ptr + start + columns)
-        top, total, weighted = _add_block(
-            x, scale, top, total, weighted, WITH_ENTROPY, REPEAT, LANES, WIDTH
+    if MODE == "row":
+        top, total, weighted = _read(
+            logits_ptr, 0, vocab, columns_of_a_chunk, scale, WITH_ENTROPY, REPEAT, LANES, WIDTH
         )
-    if full < vocab:
-        x = tl.load(logits_ptr + full + columns, mask=full + columns < vocab, other=-INF)
-        top, total, weighted = _add_block(
-            x, scale, top, total, weighted, WITH_ENTROPY, REPEAT, LANES, WIDTH
-        )
-
-    row_top = tl.max(top)
-    base = tl.where(row_top == -INF, 0.0, row_top)
-    shift = tl.maximum((top - base) * scale, FLOOR)
-    decay = tl.exp2(shift)
-    row_total = tl.sum(total * decay)
-    log_sum = tl.where(row_total > 0, tl.log(row_total), float("nan"))
-    logprob = (chosen - row_top) * inverse - log_sum
-    tl.store(logprobs_ptr, tl.where(logprob > 0, 0.0, logprob))
-    tl.store(stats_ptr, row_top)
-    tl.store(stats_ptr + 1, log_sum)
-    if WITH_ENTROPY:
-        row_weighted = tl.sum(decay * (weighted + shift * total))
-        tl.store(entropy_ptr, log_sum - LN_2 * row_weighted / row_total)
+    else:
+        partials_ptr += token * CHUNKS * 4
+        top, total, weighted = -INF, 0.0, 0.0
+        for i in range(chunks):
+            part_ptr = partials_ptr + 4 * i
+            part = (tl.load(part_ptr), tl.load(part_ptr + 1), tl.load(part_ptr + 2))
+            top, total, weighted = _merge((top, total, weighted), part, scale)
+    _finish(top, total, weighted, chosen, inverse, logprobs_ptr, entropy_ptr, stats_ptr)
 
 
 @kernel("logits_ptr", "grad_logits_ptr")
@@ -212,20 +304,32 @@ def logprobs_forward(
     logprobs: Tensor,
     entropy: Tensor | None,
     stats: Tensor,
+    partials: Tensor | None,
 ) -> None:
     """The fields of `Logprobs`."""
-    if rows * steps == 0:
+    tokens = rows * steps
+    if tokens == 0:
         return
     width = _load_width(logits)
     lanes = 32 * FORWARD_WARPS
-    with torch.cuda.device_of(logits):
-        _logprobs_fwd_kernel[(rows * steps,)](
+    columns_of_a_chunk = triton.cdiv(vocab, BLOCK * CHUNKS) * BLOCK
+    chunks = triton.cdiv(vocab, columns_of_a_chunk)
+    partials = None if chunks == 1 else partials
+
+    def launch(mode: str, programs: int, warps: int) -> None:
+        _logprobs_fwd_kernel[(programs,)](
             *_rows(logits, width), vocab, *strided(targets), float(temperature),
             *strided(token_temperature), *strided(mask), ignore_index, steps,
-            *strided(logprobs), *strided(entropy), stats,
-            REPEAT=BLOCK // (lanes * width), LANES=lanes, WIDTH=width,
-            num_warps=FORWARD_WARPS, enable_fp_fusion=True,
+            *strided(logprobs), *strided(entropy), stats, partials, columns_of_a_chunk,
+            MODE=mode, CHUNKS=CHUNKS, REPEAT=BLOCK // (lanes * width), LANES=lanes, WIDTH=width,
+            num_warps=warps, enable_fp_fusion=True,
         )  # fmt: skip
+
+    with torch.cuda.device_of(logits):
+        if partials is None:
+            return launch("row", tokens, FORWARD_WARPS)
+        launch("chunk", tokens * chunks, FORWARD_WARPS)
+        launch("merge", tokens, 1)
 
 
 def logprobs_backward(
@@ -241,6 +345,7 @@ def logprobs_backward(
     _logprobs: None,
     entropy: Tensor | None,
     stats: Tensor,
+    _partials: None,
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
     grad_logits: Tensor,

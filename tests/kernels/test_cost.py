@@ -31,7 +31,7 @@ def test_host_cost_above_the_launch():
     shape = logits.shape
     launch = microseconds(
         lambda: backend.logprobs_forward(
-            *shape, logits, targets, 1.0, None, None, -100, row, None, stats
+            *shape, logits, targets, 1.0, None, None, -100, row, None, stats, None
         )
     )
     leaf = logits.clone().requires_grad_()

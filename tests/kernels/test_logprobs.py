@@ -14,6 +14,7 @@ from tests.tolerance import (
     LOGPROB_RELATIVE,
     assert_close,
 )
+from warpo.kernels import logprobs as kernels_logprobs
 from warpo.kernels import ops, reference
 
 
@@ -111,6 +112,22 @@ def test_a_row_alone_has_the_bits_of_the_row_in_a_batch(backend):
         )
         assert torch.equal(alone.logprobs[0], batch.logprobs[row])
         assert torch.equal(alone.entropy[0], batch.entropy[row])
+
+
+@each_backend
+@pytest.mark.parametrize("vocab", [8192, 8193, 20001])
+def test_a_split_vocabulary_changes_no_bit(backend, vocab, monkeypatch):
+    logits = 3 * torch.randn(3, vocab, device=DEVICE)
+    logits[1, ::3] = -torch.inf
+    logits[2, :9000] = -torch.inf
+    targets = torch.tensor([0, 7, vocab - 1], device=DEVICE)
+    results = []
+    for tokens in (0, 3):
+        monkeypatch.setattr(kernels_logprobs, "SPLIT_TOKENS", tokens)
+        results.append(ops.logprobs_and_entropy(logits, targets, backend=backend))
+    for whole, split in zip(*results, strict=True):
+        assert torch.equal(whole.isnan(), split.isnan())
+        assert torch.equal(whole.nan_to_num(), split.nan_to_num())
 
 
 def test_thread_count_does_not_change_bits():

@@ -7,8 +7,6 @@ from torch import Tensor
 from tests.kernels.backends import BACKENDS, DEVICE, dtypes, each_backend, examples
 from tests.tolerance import HEAD_GRADIENT, SUM_RELATIVE, assert_close
 from warpo.kernels import linear_head, ops, reference
-from warpo.kernels.objectives import SURROGATES
-from warpo.kernels.policy_loss_from_hidden import _token_surrogate
 
 
 def problem(
@@ -145,25 +143,6 @@ def test_three_matrix_products_where_a_token_knows_its_coefficient(backend, monk
     assert len(calls) == 1
 
 
-def test_what_can_be_done_at_token_level():
-    tokens, sequences = torch.zeros(2, 3), torch.zeros(2)
-    old = torch.zeros(2, 3)
-    surrogates = {
-        ("grpo", old, tokens): "clip",
-        ("grpo_tis", old, sequences): "clip",
-        ("grpo_mis", None, sequences): None,
-        ("gspo", old, sequences): None,
-        ("gspo", None, sequences): "clip",
-        ("gspo", None, tokens): None,
-        ("gmpo", None, sequences): "none",
-        ("off_policy_prefix", old, tokens): None,
-        ("off_policy_prefix", None, tokens): "stop_gradient",
-    }
-    for (name, old_logprobs, advantages), wanted in surrogates.items():
-        index = _token_surrogate(ops.OBJECTIVES[name], old_logprobs, advantages, tokens)
-        assert (None if index is None else SURROGATES[index]) == wanted, name
-
-
 @each_backend
 def test_the_same_as_policy_loss_of_linear_logprobs(backend):
     leaves, rest = problem(5, False, True, False)
@@ -283,16 +262,24 @@ OLD, A = torch.zeros(2, 3), torch.zeros(2)
 @pytest.mark.parametrize(
     "arguments, options, message",
     [
-        ((H.double(), W, Y, OLD, A, "dapo"), {}, "hidden must be float32"),
-        ((H, W, Y, OLD, A, "nope"), {}, "objective must be one of"),
-        ((H[0], W, Y[0], OLD[0], A, "dapo"), {}, r"must be \(B, T\), or \(N,\) together"),
-        ((H, W, Y, OLD[:1], A, "dapo"), {}, r"old_logprobs must be of shape \(2, 3\)"),
-        ((H, W, Y, OLD, A[:1], "dapo"), {}, "advantages must be one a token"),
-        ((H, W, Y, OLD, A, "grpo"), {}, "kl_coef = 0.04 needs ref_logprobs"),
-        ((H, W, Y, OLD, A, "dr_grpo"), {}, "needs denominator"),
-        ((H, W, Y, OLD, A, "grpo_tis"), {"ref_logprobs": OLD}, "needs sampler_logprobs"),
-        ((H, W, Y, OLD, A, "dapo"), {"softcap": -1.0}, "softcap must be > 0"),
-        ((H, W, Y, OLD, A, "dapo"), {"logits_dtype": "half"}, "logits_dtype must be"),
+        ((H.double(), W, Y, A, "dapo"), {}, "hidden must be float32"),
+        ((H, W, Y, A, "nope"), {}, "objective must be one of"),
+        (
+            (H[0], W, Y[0], A, "dapo"),
+            {"old_logprobs": OLD[0]},
+            r"must be \(B, T\), or \(N,\)",
+        ),
+        (
+            (H, W, Y, A, "dapo"),
+            {"old_logprobs": OLD[:1]},
+            r"must be of shape \(2, 3\)",
+        ),
+        ((H, W, Y, A[:1], "dapo"), {}, "advantages must be one a token"),
+        ((H, W, Y, A, "grpo"), {}, "kl_coef = 0.04 needs ref_logprobs"),
+        ((H, W, Y, A, "dr_grpo"), {}, "needs denominator"),
+        ((H, W, Y, A, "grpo_tis"), {"ref_logprobs": OLD}, "needs sampler_logprobs"),
+        ((H, W, Y, A, "dapo"), {"softcap": -1.0}, "softcap must be > 0"),
+        ((H, W, Y, A, "dapo"), {"logits_dtype": "half"}, "logits_dtype must be"),
     ],
 )
 def test_bad_arguments_are_named(arguments, options, message):

@@ -175,11 +175,13 @@ def test_logits_move_16_bytes_at_a_time(compiled, arch):
     aligned = [row for row in rows if " aligned" in row["configuration"]]
     forward = [row for row in aligned if row["kernel"] == "logprobs_fwd"]
     backward = [row for row in aligned if row["kernel"] == "logprobs_bwd"]
-    assert forward and len(forward) == len(backward)
-    for row in forward:
+    # a row, a chunk of it, and the merge of the chunks, which reads no logits
+    assert forward and len(forward) == 3 * len(backward)
+    for row in [row for row in forward if row["wide_loads"] or row["wide_async_loads"]]:
         # the blocks come through cp.async, the last, partial one through plain loads
         elements = 2 if row["configuration"].startswith("bf16") else 4
         assert row["wide_async_loads"] >= elements and row["wide_loads"] >= elements, row
+    assert sum(row["wide_loads"] > 0 for row in forward) == 2 * len(backward)
     for row in backward:
         elements = 4 if row["configuration"].startswith("bf16") else 8
         assert row["wide_loads"] >= elements and row["wide_stores"] >= elements, row
@@ -201,7 +203,7 @@ def test_row_offsets_are_64_bits_wide():
 def test_sizes_and_scalars_do_not_recompile(compiled):
     assert compiled[90]["recompiled"] == []
     # another dtype does, so a second compilation would have been seen
-    assert compiled[90]["control"] == ["_logprobs_fwd_kernel", "_logprobs_bwd_kernel"]
+    assert set(compiled[90]["control"]) == {"_logprobs_fwd_kernel", "_logprobs_bwd_kernel"}
 
 
 if __name__ == "__main__":

@@ -32,8 +32,11 @@ def logprobs(
         flags(row, full),
         -100,
     )
-    _triton.logprobs_forward(*common, row, entropy, stats)
-    _triton.logprobs_backward(*common, None, entropy, stats, row, entropy, torch.empty_like(logits))
+    for partials in (None, torch.empty(1, tokens, 8, 4)):
+        _triton.logprobs_forward(*common, row, entropy, stats, partials)
+    _triton.logprobs_backward(
+        *common, None, entropy, stats, None, row, entropy, torch.empty_like(logits)
+    )
 
 
 def configurations(all_of_them: bool) -> Iterator[Launch]:

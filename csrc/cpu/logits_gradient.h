@@ -1,0 +1,86 @@
+// The gradient of log-probability and entropy with respect to a row of logits:
+//   d/dx_j = ( g_logprob (1[j = target] - p_j) - g_entropy p_j (log p_j + H) ) / temperature
+#pragma once
+
+#include <math.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+#include "cpu/load.h"
+
+namespace warpo::cpu::WARPO_ISA {
+
+template <class T>
+inline void fill(T* out, int64_t count, float value) {
+    T filler;
+    from_float(value, filler);
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) out[i] = filler;
+}
+
+// p = 2^y with y = (x - max) slope - log2_sum, and the gradient p (constant + linear y).
+struct TokenSoftmax {
+    float max, slope, log2_sum;
+    float constant, linear, at_target;
+
+    template <bool kEntropy>
+    WARPO_HD float gradient(float x) const {
+        const float y = (x - max) * slope - log2_sum;
+        const float bounded = y < kExp2Floor ? kExp2Floor : y;  // keeps 0 * inf out
+        const float p = y < kExp2Floor ? 0.0f : exp2_softmax(bounded);
+        return p * (kEntropy ? constant + linear * bounded : constant);
+    }
+};
+
+// In place is allowed: element i is read before it is written.
+template <class T, bool kEntropy>
+inline void piece_gradient(const TokenSoftmax& token, const T* logits, T* out, int64_t count) {
+    const TokenSoftmax local = token;
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i)
+        from_float(local.gradient<kEntropy>(to_float(logits[i])), out[i]);
+}
+
+inline TokenSoftmax token_softmax(float max, float log_sum, float entropy, float temperature,
+                                  float grad_logprob, float grad_entropy) {
+    const float inverse_temperature = 1.0f / temperature;
+    TokenSoftmax token;
+    token.max = max;
+    token.slope = inverse_temperature * kLog2e;
+    token.log2_sum = log_sum * kLog2e;
+    token.constant = -inverse_temperature * (grad_logprob + grad_entropy * entropy);
+    token.linear = -inverse_temperature * grad_entropy * kLn2;
+    token.at_target = inverse_temperature * grad_logprob;
+    return token;
+}
+
+// Of `count` logits from `start` on.
+template <class T>
+inline void write_piece(const TokenSoftmax& token, const T* row, T* gradient, int64_t start,
+                        int64_t count, int64_t target) {
+    const bool has_target = target >= start && target < start + count;
+    const float at_target =
+        has_target ? token.gradient<true>(to_float(row[target])) + token.at_target : 0.0f;
+    if (token.linear == 0)
+        piece_gradient<T, false>(token, row + start, gradient + start, count);
+    else
+        piece_gradient<T, true>(token, row + start, gradient + start, count);
+    if (has_target) from_float(at_target, gradient[target]);
+}
+
+// A gradient of this size is fresh memory: in pages of 4 KiB, most of the time would go to page
+// faults.
+template <class T>
+inline void advise_huge_pages(const Logprobs& a, const View& gradient) {
+#ifdef __linux__
+    constexpr uintptr_t kHugePage = 2u << 20;
+    const T* last = address<T>(gradient, a.rows - 1, a.steps - 1) + a.vocab;
+    const uintptr_t begin = ((uintptr_t)gradient.data + kHugePage - 1) & ~(kHugePage - 1);
+    const uintptr_t end = (uintptr_t)last & ~(kHugePage - 1);
+    if (gradient.data != a.logits.data && end > begin + 8 * kHugePage)
+        madvise((void*)begin, end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+}  // namespace warpo::cpu::WARPO_ISA
