@@ -13,6 +13,7 @@
 #include "arguments/fingerprint.h"
 #include "arguments/gae.h"
 #include "arguments/group_advantages.h"
+#include "arguments/kept_set_logprobs.h"
 #include "arguments/logprobs.h"
 #include "arguments/policy_loss.h"
 #include "arguments/policy_loss_from_logits.h"
@@ -23,26 +24,29 @@
 #include "arguments/whiten.h"
 
 // clang-format off
-#define WARPO_OPERATIONS(X)                               \
-    X(logprobs_forward, Logprobs)                         \
-    X(logprobs_backward, LogprobsBackward)                \
-    X(gae_forward, Gae)                                   \
-    X(gae_backward, GaeBackward)                          \
-    X(shaped_gae, ShapedGae)                              \
-    X(vtrace, Vtrace)                                     \
-    X(policy_loss, PolicyLoss)                            \
-    X(policy_loss_from_logits, PolicyLossFromLogits)      \
-    X(scale_gradient, ScaleGradient)                      \
-    X(value_loss, ValueLoss)                              \
-    X(reward_model_loss, RewardModelLoss)                 \
-    X(ranking_loss, RankingLoss)                          \
-    X(preference_loss, PreferenceLoss)                    \
-    X(kto_loss, KtoLoss)                                  \
-    X(group_advantages_forward, GroupAdvantages)          \
-    X(group_advantages_backward, GroupAdvantagesBackward) \
-    X(process_advantages, ProcessAdvantages)              \
-    X(whiten_forward, Whiten)                             \
-    X(whiten_backward, WhitenBackward)                    \
-    X(adamw_publish, AdamwPublish)                        \
-    X(fingerprint, Fingerprint)
+#define WARPO_OPERATIONS(X)                                \
+    X(logprobs_forward, Logprobs)                          \
+    X(logprobs_backward, LogprobsBackward)                 \
+    X(gae_forward, Gae)                                    \
+    X(gae_backward, GaeBackward)                           \
+    X(shaped_gae, ShapedGae)                               \
+    X(vtrace, Vtrace)                                      \
+    X(policy_loss, PolicyLoss)                             \
+    X(policy_loss_from_logits, PolicyLossFromLogits)       \
+    X(scale_gradient, ScaleGradient)                       \
+    X(value_loss, ValueLoss)                               \
+    X(reward_model_loss, RewardModelLoss)                  \
+    X(ranking_loss, RankingLoss)                           \
+    X(preference_loss, PreferenceLoss)                     \
+    X(kto_loss, KtoLoss)                                   \
+    X(group_advantages_forward, GroupAdvantages)           \
+    X(group_advantages_backward, GroupAdvantagesBackward)  \
+    X(process_advantages, ProcessAdvantages)               \
+    X(whiten_forward, Whiten)                              \
+    X(whiten_backward, WhitenBackward)                     \
+    X(adamw_publish, AdamwPublish)                         \
+    X(fingerprint, Fingerprint)                            \
+    X(kept_set_logprobs_forward, KeptSetLogprobs)          \
+    X(kept_set_logprobs_backward, KeptSetLogprobsBackward) \
+    X(kept_set_weight_gradient, KeptSetWeightGradient)
 // clang-format on

@@ -15,6 +15,7 @@ from warpo.kernels.adamw_publish import AdamwPublish, adamw_publish
 from warpo.kernels.fingerprint import fingerprint
 from warpo.kernels.gae import Gae, gae
 from warpo.kernels.group_advantages import GroupAdvantages, group_advantages
+from warpo.kernels.kept_set_logprobs import kept_set_logprobs
 from warpo.kernels.kto_loss import (
     KTO_METRICS,
     KtoLoss,
@@ -22,9 +23,11 @@ from warpo.kernels.kto_loss import (
     kto_metrics,
     kto_reference_point,
 )
+from warpo.kernels.linear_logprobs import linear_logprobs, linear_logprobs_and_entropy
 from warpo.kernels.logprobs import LogprobsAndEntropy, logprobs, logprobs_and_entropy
 from warpo.kernels.objectives import OBJECTIVES, Objective, get_objective
 from warpo.kernels.policy_loss import PolicyLoss, policy_loss
+from warpo.kernels.policy_loss_from_hidden import PolicyLossFromHidden, policy_loss_from_hidden
 from warpo.kernels.policy_loss_from_logits import PolicyLossFromLogits, policy_loss_from_logits
 from warpo.kernels.policy_metrics import METRICS, policy_metrics, sum_metrics
 from warpo.kernels.preference_loss import (
@@ -70,6 +73,7 @@ __all__ = [
     "LogprobsAndEntropy",
     "Objective",
     "PolicyLoss",
+    "PolicyLossFromHidden",
     "PolicyLossFromLogits",
     "Preference",
     "PreferenceLoss",
@@ -85,15 +89,19 @@ __all__ = [
     "get_objective",
     "get_preference",
     "group_advantages",
+    "kept_set_logprobs",
     "kto_loss",
     "kto_metrics",
     "kto_reference_point",
     "lambda_returns",
+    "linear_logprobs",
+    "linear_logprobs_and_entropy",
     "logprobs",
     "logprobs_and_entropy",
     "merge_reward_model_metrics",
     "merge_value_metrics",
     "policy_loss",
+    "policy_loss_from_hidden",
     "policy_loss_from_logits",
     "policy_metrics",
     "preference_loss",

@@ -17,6 +17,7 @@ from torch import Tensor, distributed
 
 from warpo.kernels.checks import check_unspent
 
+# temperature, token_temperature, mask, ignore_index
 Arguments = tuple[float, Tensor | None, Tensor | None, int]
 
 
@@ -33,62 +34,104 @@ class VocabParallelLogprobs(torch.autograd.Function):
         backend: Any,
         group: distributed.ProcessGroup,
     ) -> tuple[Tensor, Tensor]:
+        logp, entropy, stats = split_forward(logits, targets, arguments, backend, group)
         temperature, token_temperature, mask, ignore_index = arguments
-        rank, ranks, vocab = group.rank(), group.size(), logits.shape[-1]
-        local = targets - rank * vocab
-        ignored = targets == ignore_index
-        present = (local >= 0) & (local < vocab) & ~ignored
-        local = torch.where(ignored, ignore_index, torch.where(present, local, 0))
-        logp, entropy = (logits.new_empty(targets.shape, dtype=torch.float32) for _ in range(2))
-        stats = logits.new_empty((*targets.shape, 2), dtype=torch.float32)
-        if logp.numel():
-            backend.logprobs_forward(
-                *logits.shape, logits, local, *arguments, logp, entropy, stats, None
-            )
-        skipped = ignored if mask is None else ignored | (mask == 0)
-        chosen = logits.gather(-1, torch.where(present, local, 0)[..., None])[..., 0].float()
-        parts = logits.new_empty((ranks, *targets.shape, 4), dtype=torch.float32)
-        mine = torch.stack([stats[..., 0], stats[..., 1], entropy, chosen], -1)
-        distributed.all_gather(list(parts), mine, group=group)
-        scale = temperature if token_temperature is None else token_temperature
-        logp, entropy, stats = _merge(parts, targets, scale, vocab)
-        for result in (logp, entropy):
-            result.masked_fill_(skipped, 0)
-        ctx.save_for_backward(logits, local, present, token_temperature, mask, entropy, stats)
+        ctx.save_for_backward(logits, targets, token_temperature, mask, entropy, stats)
         ctx.constants = (temperature, ignore_index)
-        ctx.inplace, ctx.backend, ctx.spent = inplace, backend, False
+        ctx.inplace, ctx.backend, ctx.group, ctx.spent = inplace, backend, group, False
         ctx.set_materialize_grads(False)
         return logp, entropy
 
     @staticmethod
     def backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None) -> Any:
         check_unspent(ctx.spent)
-        logits, local, present, token_temperature, mask, entropy, stats = ctx.saved_tensors
+        logits, targets, token_temperature, mask, entropy, stats = ctx.saved_tensors
         temperature, ignore_index = ctx.constants
-        if (grad_logp is None and grad_entropy is None) or not local.numel():
-            return (None if local.numel() else torch.zeros_like(logits),) + (None,) * 5
+        if (grad_logp is None and grad_entropy is None) or not targets.numel():
+            return (None if targets.numel() else torch.zeros_like(logits),) + (None,) * 5
         ctx.spent = ctx.inplace
-        scale = temperature if token_temperature is None else token_temperature
-        # Where the target is another rank's, column 0 stood for it: its gradient is put right.
-        first = (logits[..., 0].float() - stats[..., 0]) / scale - stats[..., 1]
-        p = first.exp()
-        first_grad = torch.zeros_like(p)
-        if grad_logp is not None:
-            first_grad -= grad_logp * p
-        if grad_entropy is not None:
-            term = torch.where(p == 0, 0, p * (first + entropy))
-            first_grad -= grad_entropy * term
         grad_logits = logits.detach() if ctx.inplace else torch.empty_like(logits)
-        ctx.backend.logprobs_backward(
-            *logits.shape, logits.detach(), local, temperature, token_temperature, mask,
-            ignore_index, None, entropy, stats, None, grad_logp, grad_entropy, grad_logits,
+        split_backward(
+            logits.detach(), targets, (temperature, token_temperature, mask, ignore_index),
+            entropy, stats, grad_logp, grad_entropy, grad_logits, ctx.backend, ctx.group,
         )  # fmt: skip
-        absent = ~present & (local != ignore_index)
-        if mask is not None:
-            absent &= mask != 0
-        column = grad_logits[..., 0]
-        column.copy_(torch.where(absent, (first_grad / scale).to(column.dtype), column))
         return (grad_logits,) + (None,) * 5
+
+
+def split_forward(
+    logits: Tensor,
+    targets: Tensor,
+    arguments: Arguments,
+    backend: Any,
+    group: distributed.ProcessGroup,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """logprobs, entropy and stats, `[rows, steps]`, of the whole vocabulary on every rank."""
+    temperature, token_temperature, mask, ignore_index = arguments
+    vocab = logits.shape[-1]
+    local, present = _own_targets(targets, ignore_index, vocab, group)
+    logp, entropy = (logits.new_empty(targets.shape, dtype=torch.float32) for _ in range(2))
+    stats = logits.new_empty((*targets.shape, 2), dtype=torch.float32)
+    if logp.numel():
+        backend.logprobs_forward(
+            *logits.shape, logits, local, *arguments, logp, entropy, stats, None
+        )
+    ignored = targets == ignore_index
+    skipped = ignored if mask is None else ignored | (mask == 0)
+    chosen = logits.gather(-1, torch.where(present, local, 0)[..., None])[..., 0].float()
+    parts = logits.new_empty((group.size(), *targets.shape, 4), dtype=torch.float32)
+    mine = torch.stack([stats[..., 0], stats[..., 1], entropy, chosen], -1)
+    distributed.all_gather(list(parts), mine, group=group)
+    scale = temperature if token_temperature is None else token_temperature
+    logp, entropy, stats = _merge(parts, targets, scale, vocab)
+    for result in (logp, entropy):
+        result.masked_fill_(skipped, 0)
+    return logp, entropy, stats
+
+
+def split_backward(
+    logits: Tensor,
+    targets: Tensor,
+    arguments: Arguments,
+    entropy: Tensor,
+    stats: Tensor,
+    grad_logp: Tensor | None,
+    grad_entropy: Tensor | None,
+    grad_logits: Tensor,
+    backend: Any,
+    group: distributed.ProcessGroup,
+) -> None:
+    """The gradient of this rank's logits into grad_logits, which may be the logits themselves."""
+    temperature, token_temperature, mask, ignore_index = arguments
+    local, present = _own_targets(targets, ignore_index, logits.shape[-1], group)
+    scale = temperature if token_temperature is None else token_temperature
+    # Where the target is another rank's, column 0 stood for it: its gradient is put right.
+    first = (logits[..., 0].float() - stats[..., 0]) / scale - stats[..., 1]
+    p = first.exp()
+    first_grad = torch.zeros_like(p)
+    if grad_logp is not None:
+        first_grad -= grad_logp * p
+    if grad_entropy is not None:
+        term = torch.where(p == 0, 0, p * (first + entropy))
+        first_grad -= grad_entropy * term
+    backend.logprobs_backward(
+        *logits.shape, logits, local, *arguments, None, entropy, stats, None, grad_logp,
+        grad_entropy, grad_logits,
+    )  # fmt: skip
+    absent = ~present & (local != ignore_index)
+    if mask is not None:
+        absent &= mask != 0
+    column = grad_logits[..., 0]
+    column.copy_(torch.where(absent, (first_grad / scale).to(column.dtype), column))
+
+
+def _own_targets(
+    targets: Tensor, ignore_index: int, vocab: int, group: distributed.ProcessGroup
+) -> tuple[Tensor, Tensor]:
+    """Targets as columns of this rank's part (0 for another's), and which are its own."""
+    local = targets - group.rank() * vocab
+    ignored = targets == ignore_index
+    present = (local >= 0) & (local < vocab) & ~ignored
+    return torch.where(ignored, ignore_index, torch.where(present, local, 0)), present
 
 
 def _merge(
@@ -122,3 +165,10 @@ def check_group(group: Any) -> None:
         )
     if torch.compiler.is_compiling():
         raise ValueError("process_group is not supported under torch.compile: call it outside")
+
+
+def resolve_group(name: str) -> distributed.ProcessGroup | None:
+    """The group of that name, by which an operator refers to it; none for the empty name."""
+    if not name:
+        return None
+    return distributed.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]

@@ -19,6 +19,14 @@ LOGPROB_ABSOLUTE = 4e-6
 GRADIENT_RELATIVE = 2e-5
 GRADIENT_ABSOLUTE = 2e-7
 
+# A logit of a head is a float32 sum of H products near 1, whatever the dtype of the inputs: an ulp
+# of its size a term, at temperatures down to 0.3.
+HEAD_LOGIT_ROUNDING = 1e-6
+
+# Gradients of hidden, weight and bias sum products of both signs over the vocabulary or the tokens:
+# relative to the largest element.
+HEAD_GRADIENT = 3e-5
+
 # Recursions of at most a few hundred float32 steps with gamma lambda <= 1: errors add up linearly.
 SCAN_RELATIVE = 2e-5
 SCAN_ABSOLUTE = 2e-5

@@ -13,6 +13,11 @@ from warpo.kernels._triton.group_advantages import (
     group_advantages_backward,
     group_advantages_forward,
 )
+from warpo.kernels._triton.kept_set_logprobs import (
+    kept_set_logprobs_backward,
+    kept_set_logprobs_forward,
+    kept_set_weight_gradient,
+)
 from warpo.kernels._triton.logprobs import logprobs_backward, logprobs_forward
 from warpo.kernels._triton.policy_loss import policy_loss
 from warpo.kernels._triton.policy_loss_from_logits import policy_loss_from_logits, scale_gradient
@@ -29,6 +34,9 @@ __all__ = [
     "gae_forward",
     "group_advantages_backward",
     "group_advantages_forward",
+    "kept_set_logprobs_backward",
+    "kept_set_logprobs_forward",
+    "kept_set_weight_gradient",
     "kto_loss",
     "logprobs_backward",
     "logprobs_forward",

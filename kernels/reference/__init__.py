@@ -7,6 +7,8 @@ NaN in them reaches neither results nor gradients.
 
 from warpo.kernels.reference.gae import discounted_returns, gae, lambda_returns
 from warpo.kernels.reference.group_advantages import group_advantages
+from warpo.kernels.reference.kept_set_logprobs import kept_set_logprobs
+from warpo.kernels.reference.linear_logprobs import linear_logprobs
 from warpo.kernels.reference.logprobs import logprobs
 from warpo.kernels.reference.policy_loss import kl_estimate, policy_loss
 from warpo.kernels.reference.preference_loss import kto_loss, preference_loss
@@ -22,9 +24,11 @@ __all__ = [
     "fingerprint",
     "gae",
     "group_advantages",
+    "kept_set_logprobs",
     "kl_estimate",
     "kto_loss",
     "lambda_returns",
+    "linear_logprobs",
     "logprobs",
     "policy_loss",
     "preference_loss",
