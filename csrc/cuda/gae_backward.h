@@ -17,7 +17,7 @@ __device__ __forceinline__ int last_valid(const Gae& a, const Row& row, int* sha
                                           const Place& p) {
     constexpr int kThreads = B::kLanes * B::kWarps;
     int step = row.length - 1 - (p.warp * B::kLanes + p.lane);
-    while (step >= 0 && a.mask.data && !load_flag(a.mask, row.index, row.start + step)) {
+    while (step >= 0 && !load_flag(a.mask, row.index, row.start + step)) {
         step -= kThreads;
     }
 #pragma unroll
@@ -68,7 +68,9 @@ __global__ __launch_bounds__(B::kThreads,
     const bool vector = is_vector_row<B>(b, row);
     const int own = vector ? p.first : p.striped, stride = vector ? 1 : B::kLanes;
     // The rewards behind it are added to its own.
-    const int last = a.mask_mode == kCompact ? last_valid<B>(a, row, last_of_warps, p) : INT32_MAX;
+    const int last = a.mask_mode == kCompact && a.mask.data
+                         ? last_valid<B>(a, row, last_of_warps, p)
+                         : INT32_MAX;
 
     AffineMap owed = {0.0f, 0.0f};  // slope 0: a state
     Latest<Adjoint> before = {{0.0f, 0.0f}, 1};

@@ -199,7 +199,7 @@ __global__ __launch_bounds__(B::kThreads,
     __shared__ Pending pending_of_warps[B::kWarps * B::kColumns];
     const Gae& a = gae_of(arguments);
     const bool carry = a.mask_mode != kZero;
-    const bool has_terminal = a.terminal_rewards.data || a.mask_mode == kCompact;
+    const bool moves_tail = a.mask_mode == kCompact && a.mask.data;
     const float decay = a.gamma * a.gae_lambda, kl_coef = kl_coef_of(arguments);
     const Place p = find_place<B>();
     Row row = find_row<B>(a, p);
@@ -234,7 +234,7 @@ __global__ __launch_bounds__(B::kThreads,
         const int first = tile + p.first;
         const uint32_t flags = gae_flags(a, s.flags, first, row.length);
         float (&rewards)[kItems] = s.inputs[0], (&values)[kItems] = s.inputs[1];
-        if (has_terminal) {
+        if (moves_tail || a.terminal_rewards.data) {
             add_terminal<B>(rewards, flags, a, row, pending, pending_of_warps, p);
         }
         Latest<float> first_value = {0.0f, 0};

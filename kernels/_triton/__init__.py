@@ -13,6 +13,8 @@ from warpo.kernels._triton.group_advantages import (
 )
 from warpo.kernels._triton.logprobs import logprobs_backward, logprobs_forward
 from warpo.kernels._triton.policy_loss import policy_loss
+from warpo.kernels._triton.shaped_gae import shaped_gae
+from warpo.kernels._triton.vtrace import vtrace
 
 __all__ = [
     "gae_backward",
@@ -22,4 +24,6 @@ __all__ = [
     "logprobs_backward",
     "logprobs_forward",
     "policy_loss",
+    "shaped_gae",
+    "vtrace",
 ]

@@ -29,8 +29,13 @@ def kernel(*aligned: str) -> Callable:
 
 
 def strided(tensor: Tensor | None) -> tuple[Tensor | None, int, int]:
-    """Pointer and strides of a tensor `[rows, steps]`; of an absent one, None and zeros."""
-    return (None, 0, 0) if tensor is None else (tensor, tensor.stride(0), tensor.stride(1))
+    """Pointer and strides of a tensor `[rows, steps]`, or of a vector as one row; of an absent one,
+    None and zeros.
+    """
+    if tensor is None:
+        return None, 0, 0
+    stride = tensor.stride()
+    return (tensor, *stride) if len(stride) == 2 else (tensor, 0, stride[0])
 
 
 def column(tensor: Tensor | None) -> tuple[Tensor | None, int]:
