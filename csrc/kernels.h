@@ -13,6 +13,7 @@
 #include "arguments/group_advantages.h"
 #include "arguments/logprobs.h"
 #include "arguments/policy_loss.h"
+#include "arguments/whiten.h"
 
 // clang-format off
 #define WARPO_OPERATIONS(X)                               \
@@ -24,5 +25,7 @@
     X(vtrace, Vtrace)                                     \
     X(policy_loss, PolicyLoss)                            \
     X(group_advantages_forward, GroupAdvantages)          \
-    X(group_advantages_backward, GroupAdvantagesBackward)
+    X(group_advantages_backward, GroupAdvantagesBackward) \
+    X(whiten_forward, Whiten)                             \
+    X(whiten_backward, WhitenBackward)
 // clang-format on

@@ -15,6 +15,10 @@ from warpo.kernels.group_advantages import GroupAdvantages, group_advantages
 from warpo.kernels.logprobs import LogprobsAndEntropy, logprobs, logprobs_and_entropy
 from warpo.kernels.objectives import OBJECTIVES, Objective, get_objective
 from warpo.kernels.policy_loss import METRICS, PolicyLoss, policy_loss, policy_metrics, sum_metrics
+from warpo.kernels.returns import discounted_returns, lambda_returns
+from warpo.kernels.shaped_gae import ShapedGae, shaped_gae
+from warpo.kernels.vtrace import Vtrace, vtrace
+from warpo.kernels.whiten import whiten
 
 __all__ = [
     "METRICS",
@@ -24,12 +28,19 @@ __all__ = [
     "LogprobsAndEntropy",
     "Objective",
     "PolicyLoss",
+    "ShapedGae",
+    "Vtrace",
+    "discounted_returns",
     "gae",
     "get_objective",
     "group_advantages",
+    "lambda_returns",
     "logprobs",
     "logprobs_and_entropy",
     "policy_loss",
     "policy_metrics",
+    "shaped_gae",
     "sum_metrics",
+    "vtrace",
+    "whiten",
 ]

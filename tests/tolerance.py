@@ -3,7 +3,12 @@
 import torch
 
 # Rounding to the nearest value of the result type, as a relative error at the start of a binade.
-ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+ROUNDING = {
+    torch.float64: 2.0**-53,
+    torch.float32: 2.0**-24,
+    torch.bfloat16: 2.0**-8,
+    torch.float16: 2.0**-11,
+}
 
 # log-sum-exp in float32: the exponential is good to 2 ulp, a sum of V terms in blocks of 4096 to
 # sqrt(V) ulp; logp itself is a difference of numbers near |logp|.
@@ -17,6 +22,11 @@ GRADIENT_ABSOLUTE = 2e-7
 # Recursions of at most a few hundred float32 steps with gamma lambda <= 1: errors add up linearly.
 SCAN_RELATIVE = 2e-5
 SCAN_ABSOLUTE = 2e-5
+
+# Means of up to 10^4 elements, in parts: a few ulp of the largest; times mean / spread, which tests
+# pass in, where the deviations have lost the digits that the mean takes.
+WHITEN_RELATIVE = 1e-5
+WHITEN_ABSOLUTE = 5e-6
 
 # Sums over tokens of terms of both signs: relative to the sum of magnitudes, which tests pass in.
 SUM_RELATIVE = 2e-5

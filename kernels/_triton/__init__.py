@@ -15,6 +15,7 @@ from warpo.kernels._triton.logprobs import logprobs_backward, logprobs_forward
 from warpo.kernels._triton.policy_loss import policy_loss
 from warpo.kernels._triton.shaped_gae import shaped_gae
 from warpo.kernels._triton.vtrace import vtrace
+from warpo.kernels._triton.whiten import whiten_backward, whiten_forward
 
 __all__ = [
     "gae_backward",
@@ -26,4 +27,6 @@ __all__ = [
     "policy_loss",
     "shaped_gae",
     "vtrace",
+    "whiten_backward",
+    "whiten_forward",
 ]

@@ -3,104 +3,76 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.kernels.backends import BACKENDS, DEVICE, dtypes, each_backend, examples, strided
-from tests.tolerance import SCAN_ABSOLUTE, SCAN_RELATIVE, assert_close
+from tests.kernels.backends import BACKENDS, DEVICE, each_backend, examples
+from tests.kernels.scans import (
+    assert_gradients_close,
+    assert_scan_close,
+    leaves,
+    on_rows,
+    scan_cases,
+)
+from tests.oracles import gae as oracle
 from warpo.kernels import ops, reference
 
-FLOATS = ("rewards", "values", "last_values", "final_values")
-
-
-@st.composite
-def cases(draw, backend: str):
-    """Arguments of `gae` in any layout, with NaN wherever nothing may be read."""
-    rows = draw(st.sampled_from([0, 1, 2, 7, 33]))
-    steps = draw(st.sampled_from([0, 1, 2, 5, 31, 64, 129, 300]))
-    time_dim = draw(st.sampled_from([-1, 0, 1]))
-    shape = (steps, rows) if time_dim == 0 else (rows, steps)
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    layout = draw(st.sampled_from(["dense", "sliced", "transposed"]))
-    dtype = draw(st.sampled_from(dtypes(backend)))
-
-    def numbers(shape):
-        return torch.randn(shape, generator=generator).to(dtype)
-
-    def flags(shape, share):
-        chosen = torch.rand(shape, generator=generator) < share
-        return chosen if draw(st.booleans()) else chosen.to(torch.uint8)
-
-    tensors = {"rewards": numbers(shape), "values": numbers(shape)}
-    if draw(st.booleans()):
-        tensors["mask"] = flags(shape, draw(st.sampled_from([0.0, 0.5, 0.9])))
-        for name in ("rewards", "values"):
-            tensors[name] = tensors[name].masked_fill(tensors["mask"] == 0, torch.nan)
-    if draw(st.booleans()):
-        tensors["last_values"] = numbers((rows,))
-    if draw(st.booleans()):
-        tensors["terminated"] = flags(shape, 0.1)
-    if draw(st.booleans()):
-        tensors["truncated"] = flags(shape, 0.1)
-        tensors["final_values"] = numbers(shape)
-    options = {
-        "time_dim": time_dim,
-        "gamma": draw(st.sampled_from([1.0, 0.99, 0.5, 0.0])),
-        "gae_lambda": draw(st.sampled_from([1.0, 0.95, 0.0])),
-        "mask_mode": draw(st.sampled_from(["carry", "zero"])),
-        "done_convention": draw(st.sampled_from(["ends_at_t", "starts_at_t"])),
-    }
-    if options["done_convention"] == "starts_at_t" and draw(st.booleans()):
-        tensors["last_terminated"] = flags((rows,), 0.5)
-        tensors["last_truncated"] = flags((rows,), 0.5)
-    tensors = {name: strided(tensor, layout) for name, tensor in tensors.items()}
-    upstream = [torch.randn(shape, generator=generator).to(DEVICE) for _ in range(2)]
-    if draw(st.booleans()):
-        upstream[1] = torch.ones((), device=DEVICE).expand(shape)
-    return tensors, options, upstream
+GAMMAS, LAMBDAS = [1.0, 0.99, 0.5, 0.0], [1.0, 0.95, 0.0]
 
 
 @each_backend
 def test_values_and_gradients_equal_float64(backend):
     @settings(max_examples=examples(backend, 200))
-    @given(cases(backend))
-    def check(case):
-        tensors, options, upstream = case
-        mine = {name: x.detach() for name, x in tensors.items()}
-        exact = {name: x.double() if name in FLOATS else x for name, x in tensors.items()}
-        for group in (mine, exact):
-            for name in FLOATS:
-                if name in group:
-                    group[name].requires_grad_()
+    @given(
+        scan_cases(backend, ("rewards", "values")),
+        st.sampled_from(GAMMAS),
+        st.sampled_from(LAMBDAS),
+        st.booleans(),
+    )
+    def check(case, gamma, gae_lambda, is_dense):
+        floats, options, shape = case
+        options = options | {"gamma": gamma, "gae_lambda": gae_lambda}
+        upstream = list(torch.randn(2, *shape, device=DEVICE))
+        if not is_dense:
+            upstream[1] = torch.ones((), device=DEVICE).expand(shape)
+        mine, exact = leaves(floats)
         result = ops.gae(**mine, **options, backend=backend)
         wanted = reference.gae(**exact, **options)
         for name, a, b in zip(("advantages", "returns"), result, wanted, strict=True):
-            assert a.dtype == torch.float32
-            assert_close(a, b, relative=SCAN_RELATIVE, absolute=SCAN_ABSOLUTE * 10, what=name)
+            assert_scan_close(a, b, name)
         torch.autograd.backward(result, upstream)
         sum((x * g).sum() for x, g in zip(wanted, upstream, strict=True)).backward()
-        for name in FLOATS:
-            if name in mine:
-                gradient = exact[name].grad
-                assert_close(
-                    mine[name].grad,
-                    torch.zeros_like(exact[name]) if gradient is None else gradient,
-                    relative=SCAN_RELATIVE,
-                    absolute=SCAN_ABSOLUTE * 10,
-                    what=f"gradient of {name}",
-                )
+        assert_gradients_close(mine, exact)
 
     check()
 
 
 @each_backend
-def test_a_long_row(backend):
+@pytest.mark.parametrize(
+    "flags, mask_mode",
+    [
+        ("none", "carry"),
+        ("mask", "carry"),
+        ("mask", "compact"),
+        ("ends", "carry"),
+        ("ends", "zero"),
+    ],
+)
+def test_a_long_row(backend, flags, mask_mode):
     """Longer than any tile, so that the state is carried from tile to tile."""
-    steps = 70_001 if not (backend == "triton" and DEVICE == "cpu") else 5_001
-    rewards, values = torch.randn(2, 3, steps, device=DEVICE)
-    mask = torch.rand(3, steps, device=DEVICE) < 0.7
-    options = {"gamma": 1.0, "gae_lambda": 0.95, "mask": mask}
-    result = ops.gae(rewards, values, **options, backend=backend)
-    wanted = reference.gae(rewards.double(), values.double(), **options)
+    steps = 20_001 if not (backend == "triton" and DEVICE == "cpu") else 5_001
+    rewards, values, final = torch.randn(3, 3, steps, device=DEVICE)
+    options: dict = {"gamma": 1.0, "gae_lambda": 0.95, "mask_mode": mask_mode}
+    if flags != "none":
+        options["mask"] = torch.rand(3, steps, device=DEVICE) < 0.7
+        options["mask"][0, 1000:19_000] = False
+        options["mask"][1, :2000] = True
+    if flags == "ends":
+        options["terminated"] = torch.rand(3, steps, device=DEVICE) < 0.001
+        options["truncated"] = torch.rand(3, steps, device=DEVICE) < 0.001
+    exact = {"final_values": final.double()} if flags == "ends" else {}
+    mine = {"final_values": final} if flags == "ends" else {}
+    result = ops.gae(rewards, values, **mine, **options, backend=backend)
+    wanted = reference.gae(rewards.double(), values.double(), **exact, **options)
     for a, b in zip(result, wanted, strict=True):
-        assert_close(a, b, relative=SCAN_RELATIVE, absolute=SCAN_ABSOLUTE * 10, what="long row")
+        assert_scan_close(a, b, "long row")
 
 
 @each_backend
@@ -155,18 +127,77 @@ def test_a_masked_tail_changes_nothing_in_carry_mode_and_decays_in_zero_mode(bac
 
 
 @each_backend
-def test_a_row_alone_has_the_bits_of_the_row_in_a_batch(backend):
-    rewards, values = torch.randn(2, 21, 100, device=DEVICE)
-    batch = ops.gae(rewards, values, gamma=0.99, gae_lambda=0.95, backend=backend)
+def test_rewards_behind_the_last_valid_step_go_to_it_in_compact_mode(backend):
+    rewards, values = torch.zeros(2, 3, 6, device=DEVICE)
+    mask = torch.tensor([[1, 0, 1, 0, 0, 0], [1] * 6, [0] * 6], dtype=torch.uint8, device=DEVICE)
+    rewards[:, -1] = 2.0
+    rewards[0, 4] = 1.0
+    rewards[0, 1] = torch.nan
+    rewards.requires_grad_()
+    result = ops.gae(
+        rewards, values, gamma=0.5, gae_lambda=1.0, mask=mask, mask_mode="compact", backend=backend
+    )
+    assert result.returns[0].tolist() == [1.5, 0, 3, 0, 0, 0]
+    assert result.returns[1].tolist() == [2 * 0.5**n for n in (5, 4, 3, 2, 1, 0)]
+    assert (result.returns[2] == 0).all()
+    result.returns.sum().backward()
+    assert rewards.grad[0].tolist() == [1, 0, 1.5, 1.5, 1.5, 1.5]
+    assert (rewards.grad[2] == 0).all()
+
+
+@each_backend
+@pytest.mark.parametrize("steps", [9, 100, 1200])
+@pytest.mark.parametrize("layout", ["time", "rows", "packed"])
+def test_a_row_alone_has_the_bits_of_the_row_in_a_batch(backend, layout, steps):
+    shape = (steps, 21) if layout == "rows" else (21, steps)
+    rewards, values = torch.randn(2, *shape, device=DEVICE)
+    mask = torch.rand(shape, device=DEVICE) < 0.8
+    options = {"gamma": 0.99, "gae_lambda": 0.95, "backend": backend}
+    if layout == "packed":
+        bounds = torch.arange(0, 21 * steps + 1, steps, dtype=torch.int32, device=DEVICE)
+        batch = ops.gae(
+            rewards.flatten(), values.flatten(), mask=mask.flatten(), cu_seqlens=bounds, **options
+        ).advantages.view(shape)
+    else:
+        time_dim = 0 if layout == "rows" else 1
+        batch = ops.gae(rewards, values, mask=mask, time_dim=time_dim, **options).advantages
     for row in (0, 16, 20):
-        alone = ops.gae(
-            rewards[row : row + 1],
-            values[row : row + 1],
-            gamma=0.99,
-            gae_lambda=0.95,
-            backend=backend,
-        )
-        assert torch.equal(alone.advantages[0], batch.advantages[row])
+        if layout == "rows":
+            one = slice(row, row + 1)
+            alone = ops.gae(
+                rewards[:, one], values[:, one], mask=mask[:, one], time_dim=0, **options
+            ).advantages
+            assert torch.equal(alone, batch[:, one])
+            continue
+        one = [x[row] for x in (rewards, values, mask)]
+        if layout == "packed":
+            alone = ops.gae(*one[:2], mask=one[2], cu_seqlens=bounds[:2], **options).advantages
+        else:
+            one = [x[None] for x in one]
+            alone = ops.gae(*one[:2], mask=one[2], **options).advantages[0]
+        assert torch.equal(alone, batch[row])
+
+
+@each_backend
+def test_runs_repeat_bit_for_bit(backend):
+    rewards, values = torch.randn(2, 33, 1500, device=DEVICE)
+    mask = torch.rand(33, 1500, device=DEVICE) < 0.5
+    options = {"gamma": 0.99, "gae_lambda": 0.95, "mask": mask, "backend": backend}
+    first, second = (ops.gae(rewards, values, **options) for _ in range(2))
+    assert torch.equal(first.advantages, second.advantages)
+    assert torch.equal(first.returns, second.returns)
+
+
+@settings(max_examples=40)
+@given(scan_cases("cpu", ("rewards", "values")))
+def test_the_reference_equals_the_definition_of_the_paper(case):
+    floats, options, _ = case
+    options = options | {"gamma": 0.9, "gae_lambda": 0.8}
+    exact = {name: x.double() for name, x in floats.items()}
+    found = reference.gae(**exact, **options)
+    wanted = on_rows(oracle.gae, exact | options, ("rewards", "values"))
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
 @each_backend
@@ -190,13 +221,7 @@ def test_row_offsets_pass_two_to_the_31(backend):
     far.copy_(torch.randn(2, 8))
     result = ops.gae(far, far, gamma=0.9, gae_lambda=0.9, backend=backend)
     wanted = reference.gae(far.double(), far.double(), 0.9, 0.9)
-    assert_close(
-        result.advantages,
-        wanted.advantages,
-        relative=SCAN_RELATIVE,
-        absolute=SCAN_ABSOLUTE,
-        what="advantages",
-    )
+    assert_scan_close(result.advantages, wanted.advantages, "advantages", 1)
 
 
 @each_backend
@@ -206,16 +231,23 @@ def test_opcheck(backend):
     column = torch.randn(3, 1, device=DEVICE)
     for x in (rewards, values, final, column):
         x.requires_grad_()
-    ends = (flags, ~flags, None, None)
+    none = (None,) * 5
     torch.library.opcheck(
         torch.ops.warpo.gae.default,
-        (rewards, values, column, final, None, *ends, 0.9, 0.9, True, False, backend),
-    )
-    nothing = (None,) * 4
+        (rewards, values, column, final, None, flags, ~flags, None, None, None,
+         0.9, 0.9, 0, False, False, backend),
+    )  # fmt: skip
     torch.library.opcheck(
         torch.ops.warpo.gae.default,
-        (rewards, values, None, None, flags, *nothing, 0.9, 0.9, False, False, backend),
+        (rewards, None, None, None, flags, *none, 0.9, 0.9, 1, False, True, backend),
     )
+    packed = [x.detach().flatten().requires_grad_() for x in (rewards, values)]
+    bounds = torch.tensor([0, 4, 27], dtype=torch.int32, device=DEVICE)
+    torch.library.opcheck(
+        torch.ops.warpo.gae.default,
+        (*packed, None, None, flags.flatten(), *none[1:], bounds, 0.9, 0.9, 2, False, False,
+         backend),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("backend", BACKENDS[:1])
@@ -234,6 +266,7 @@ def test_compiles_without_a_graph_break(backend):
 
 
 X = torch.zeros(2, 3)
+BOUNDS = torch.tensor([0, 3], dtype=torch.int32)
 
 
 @pytest.mark.parametrize(
@@ -243,13 +276,23 @@ X = torch.zeros(2, 3)
         ((X, X[:1]), {}, r"values must be of shape \(2, 3\), got \(1, 3\)"),
         ((X.long(), X), {}, "rewards must be float32 | bfloat16 | float16, got int64"),
         ((X, X), {"mask": X}, r"mask must be bool \| uint8, got float32: pass mask.bool\(\)"),
-        ((X, X), {"mask_mode": "skip"}, "mask_mode must be one of carry, zero; got 'skip'"),
+        (
+            (X, X),
+            {"mask_mode": "skip"},
+            "mask_mode must be one of carry, zero, compact; got 'skip'",
+        ),
         ((X, X), {"gamma": 1.5}, r"gamma must be in \[0, 1\], got 1.5"),
         ((X, X), {"time_dim": 2}, "time_dim must be -1, 0 or 1, got 2"),
         ((X, X), {"truncated": X.bool()}, "truncated and final_values go together"),
         ((X, X), {"last_values": X[0]}, r"last_values must be of shape \(2,\), got \(3,\)"),
         ((X, X), {"time_dim": 0, "last_values": X[:, 0]}, r"last_values must be of shape \(3,\)"),
         ((X, X), {"last_terminated": X[:, 0].bool()}, "done_convention='starts_at_t' only"),
+        ((X, X), {"last_truncated": X[:, 0].bool()}, "last_truncated has a meaning"),
+        ((X, X), {"cu_seqlens": BOUNDS}, r"with cu_seqlens rewards must be \(N,\), got \(2, 3\)"),
+        ((X[0], X[0]), {"cu_seqlens": BOUNDS.long()}, "cu_seqlens must be int32, got int64"),
+        ((X[0], X[0]), {"cu_seqlens": BOUNDS[:0]}, r"cu_seqlens must be a dense \(B \+ 1,\)"),
+        ((X[0], X[0]), {"cu_seqlens": BOUNDS, "time_dim": 0}, "no meaning with cu_seqlens"),
+        ((X[0], X[0]), {"cu_seqlens": BOUNDS, "last_values": X[0]}, r"of shape \(1,\)"),
         ((X, X), {"done_convention": "t+1"}, "one of ends_at_t, starts_at_t"),
     ],
 )

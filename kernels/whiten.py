@@ -1,0 +1,141 @@
+"""Whitening: all valid elements of a tensor brought to mean 0 and standard deviation 1.
+
+    y_i = (x_i - mean) / s  [+ mean]        s = sqrt(variance + eps), variance divided by n - 1
+
+Backward, with z_i = (x_i - mean) / s:
+
+    dx_i = (g_i - mean(g) - z_i sum_j g_j z_j / (n - 1)) / s  [+ mean(g)]
+
+The sums are taken over fixed parts, whose results are merged in their order: neither timing nor
+number of threads changes a bit.
+
+Source: advantage normalisation, https://arxiv.org/abs/2006.05990 section 3.5; moments of parts:
+Chan, Golub, LeVeque, "Algorithms for computing the sample variance", eq. 2.1.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from warpo.kernels import dispatch, reference
+from warpo.kernels.checks import FLOATS, check_mask, check_tensor
+from warpo.kernels.registration import Operator
+
+# csrc/math/tiles.h: partial results at most, and three numbers each
+PARTIALS = (1024, 3)
+
+
+def whiten(
+    x: Tensor,
+    mask: Tensor | None = None,
+    *,
+    shift_mean: bool = True,
+    eps: float = 1e-8,
+    backend: str | None = None,
+) -> Tensor:
+    """(x - mean) / sqrt(variance + eps) over all valid elements, of advantages for instance.
+
+    Every result depends on every valid element: a NaN or infinite one makes all results NaN. Where
+    all are equal, or there is one, x - mean is exactly 0 and so is the result.
+
+    Args:
+        x: 1-D or 2-D float32 | bfloat16 | float16, any strides. Differentiable.
+        mask: like x, bool | uint8. Masked slots are never read (they may hold NaN); the result
+            and the gradient are 0 there.
+        shift_mean: False adds the mean again, so that only the spread changes.
+        eps: added to the unbiased variance (divided by n - 1; that of one element is 0).
+        backend: reference | cpu | triton | cuda; chosen by device if not given.
+
+    Returns:
+        float32, of the shape of x.
+
+    Raises:
+        ValueError: a shape, dtype, device or option is not as above.
+
+    Source: https://arxiv.org/abs/2006.05990 section 3.5. Memory beyond arguments and results: 12
+    KiB.
+    """
+    check_tensor("x", x, FLOATS)
+    if x.dim() not in (1, 2):
+        raise ValueError(f"x must be 1-D or 2-D, got {tuple(x.shape)}: pass x.flatten(1)")
+    check_mask("mask", mask, x.shape, x)
+    if not eps >= 0:
+        raise ValueError(f"eps must be >= 0, got {eps}")
+    name = dispatch.choose(x, backend)
+    if name == "reference":
+        return reference.whiten(x.float(), mask, shift_mean=shift_mean, eps=eps)
+    if x.is_contiguous() and (mask is None or mask.is_contiguous()):
+        row = None if mask is None else mask.view(1, -1)
+        return _operator(x.view(1, -1), row, shift_mean, eps, name).view(x.shape)
+    if x.dim() == 1:
+        row = None if mask is None else mask[None]
+        return _operator(x[None], row, shift_mean, eps, name)[0]
+    if x.stride(0) < x.stride(1):
+        return _operator(x.t(), None if mask is None else mask.t(), shift_mean, eps, name).t()
+    return _operator(x, mask, shift_mean, eps, name)
+
+
+def _empty(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape, dtype=torch.float32)
+
+
+def _forward(
+    x: Tensor, mask: Tensor | None, shift_mean: bool, eps: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    whitened, stats = _empty(x), x.new_empty(3, dtype=torch.float32)
+    if x.numel():
+        partials = x.new_empty(PARTIALS, dtype=torch.float32)
+        dispatch.load(backend).whiten_forward(
+            *x.shape, x, mask, shift_mean, eps, partials, stats, whitened
+        )
+    return whitened, stats
+
+
+def _fake_forward(x, *_):
+    return _empty(x), x.new_empty(3, dtype=torch.float32)
+
+
+def _backward(
+    x: Tensor,
+    mask: Tensor | None,
+    stats: Tensor,
+    grad_whitened: Tensor,
+    shift_mean: bool,
+    backend: str,
+) -> Tensor:
+    grad_x = _empty(x)
+    if x.numel():
+        partials = x.new_empty(PARTIALS, dtype=torch.float32)
+        dispatch.load(backend).whiten_backward(
+            *x.shape, x, mask, shift_mean, 0.0, partials, stats, None, grad_whitened, grad_x
+        )
+    return grad_x
+
+
+def _fake_backward(x, *_):
+    return _empty(x)
+
+
+_backward_operator = Operator("whiten_backward", _backward, _fake_backward)
+
+
+def _save(ctx: Any, inputs: Any, output: Any) -> None:
+    x, mask, ctx.shift_mean, _, ctx.backend = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, mask, output[1])
+
+
+def _differentiate(ctx: Any, grad_whitened: Tensor | None, _grad_stats: Any) -> Any:
+    if grad_whitened is None:
+        return (None,) * 5
+    x, mask, stats = ctx.saved_tensors
+    grad_x = _backward_operator(x, mask, stats, grad_whitened, ctx.shift_mean, ctx.backend)
+    return (grad_x.to(x.dtype), *(None,) * 4)
+
+
+_whiten = Operator("whiten", _forward, _fake_forward, _save, _differentiate)
+
+
+def _operator(x: Tensor, mask: Tensor | None, shift_mean: bool, eps: float, backend: str) -> Tensor:
+    return _whiten(x, mask, shift_mean, eps, backend)[0]
