@@ -19,9 +19,6 @@ from warpo.kernels._triton.scan import (
     store,
 )
 
-# (rows, steps) of a tile and its warps, see `scan`
-DENSE_STEPS = (32, 4, 1)
-
 
 def gae_forward(*arguments) -> None:
     """The fields of `Gae`."""
@@ -199,9 +196,7 @@ def gae_backward(
     if rows * steps == 0:
         return
     per_step = (grad_rewards, grad_values, grad_advantages, grad_returns, grad_final_values)
-    programs, tile = choose_tile(
-        rows, steps, cu_seqlens, DENSE_STEPS, *per_step, mask, terminated, truncated
-    )
+    programs, tile = choose_tile(rows, steps, cu_seqlens, *per_step, mask, terminated, truncated)
     with torch.cuda.device_of(next(x for x in per_step if x is not None)):
         _gae_bwd_kernel[(programs,)](
             cu_seqlens,

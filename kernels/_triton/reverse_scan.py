@@ -8,6 +8,8 @@ from torch import Tensor
 from warpo.kernels._triton.launch import column, kernel, strided
 from warpo.kernels._triton.policy_loss import _clamp, _exp, _kl_estimate
 from warpo.kernels._triton.scan import (
+    LONG_ROWS,
+    LONG_ROWS_RATIOS,
     at,
     bounds,
     choose_tile,
@@ -20,9 +22,6 @@ from warpo.kernels._triton.scan import (
     store,
 )
 
-# (rows, steps) of a tile and its warps, see `scan`
-DENSE_STEPS = (32, 8, 1)
-DENSE_STEPS_LOGPROBS = (32, 4, 1)
 ZERO, COMPACT = tl.constexpr(1), tl.constexpr(2)  # MaskMode
 
 
@@ -222,9 +221,10 @@ def reverse_scan(
     if rows * steps == 0:
         return
     programs, tile = choose_tile(
-        rows, steps, cu_seqlens, DENSE_STEPS if logprobs is None else DENSE_STEPS_LOGPROBS,
-        advantages, returns, rewards, values, final_values, mask, terminated, truncated,
+        rows, steps, cu_seqlens, advantages, returns, rewards, values, final_values, mask,
+        terminated, truncated,
         logprobs, other_logprobs, shaped_rewards,
+        long_rows=LONG_ROWS if logprobs is None or kl else LONG_ROWS_RATIOS,
     )  # fmt: skip
     output = returns if advantages is None else advantages
     with torch.cuda.device_of(output):

@@ -18,6 +18,8 @@ from warpo.kernels._triton.launch import column, strided
 TINY_ROWS = (16, 16, 4)
 SHORT_ROWS = (2, 128, 4)
 LONG_ROWS = (1, 1024, 8)
+LONG_ROWS_RATIOS = (1, 512, 8)
+DENSE_STEPS = (32, 32, 8)
 
 
 @triton.jit
@@ -143,17 +145,17 @@ def choose_tile(
     rows: int,
     steps: int,
     cu_seqlens: Tensor | None,
-    dense_steps: tuple[int, int, int],
     *per_step: Tensor | None,
+    long_rows: tuple[int, int, int] = LONG_ROWS,
 ) -> tuple[int, dict[str, int]]:
     """Number of programs and the tile, by which dimension of the first tensor is dense."""
     present = [x for x in per_step if x is not None]
-    time_axis, block_b, block_t, warps = 1, *LONG_ROWS
+    time_axis, block_b, block_t, warps = 1, *long_rows
     if cu_seqlens is None:
         stride_row, stride_step = present[0].stride()
         # equal strides are those of one column [T, 1]
         if stride_row <= stride_step:
-            time_axis, block_b, block_t, warps = 0, *dense_steps
+            time_axis, block_b, block_t, warps = 0, *DENSE_STEPS
         elif steps <= TINY_ROWS[1]:
             block_b, block_t, warps = TINY_ROWS
         elif steps <= SHORT_ROWS[1]:
