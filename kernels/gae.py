@@ -19,6 +19,7 @@ from warpo.kernels import dispatch, reference, scan
 from warpo.kernels.checks import FLOATS, check_tensor
 from warpo.kernels.gae_operator import gae_operator
 from warpo.kernels.scan import Steps
+from warpo.kernels.whiten import whiten as whitened
 
 
 class Gae(NamedTuple):
@@ -43,6 +44,7 @@ def gae(
     last_terminated: Tensor | None = None,
     last_truncated: Tensor | None = None,
     time_dim: int = -1,
+    whiten: bool = False,
     backend: str | None = None,
 ) -> Gae:
     """Advantages and returns of rewards `[B, T]` or packed `(N,)` (tokens), `[N, T]` or `[T, N]`
@@ -76,6 +78,8 @@ def gae(
         last_truncated: likewise.
         time_dim: the dimension of time, -1 (or 1) for [B, T] and [N, T], 0 for [T, N]; not with
             cu_seqlens. No copy is made.
+        whiten: advantages to mean 0 and unbiased variance 1 over all valid steps, (A - mean) /
+            sqrt(variance + 1e-8); returns are those of the advantages before.
         backend: reference | cpu | triton | cuda; chosen by device if not given.
 
     Returns:
@@ -84,7 +88,8 @@ def gae(
     Raises:
         ValueError: a shape, dtype, device or option is not as above.
 
-    Source: https://arxiv.org/abs/1506.02438 eq. 16. Memory beyond arguments and results: none.
+    Source: https://arxiv.org/abs/1506.02438 eq. 16. Memory beyond arguments and results: none;
+    with whiten one float32 a step.
     """
     steps = Steps(
         mask, mask_mode, cu_seqlens, terminated, truncated, last_values, final_values,
@@ -106,4 +111,6 @@ def gae(
             scan.MASK_MODES.index(mask_mode), done_convention == "starts_at_t", False, name,
         )  # fmt: skip
         advantages, returns = scan.as_given(steps, advantages, returns)
+    if whiten:
+        advantages = whitened(advantages, mask, eps=1e-8, backend=backend)
     return Gae(advantages, returns)

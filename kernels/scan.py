@@ -4,7 +4,7 @@ Steps lie in `[B, T]` or `[N, T]`, in `[T, N]` with time_dim = 0, or packed in `
 cu_seqlens. A kernel sees rows of steps: a `[T, N]` is passed transposed, without a copy.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -117,8 +117,8 @@ def reference_options(steps: Steps) -> dict:
     )._asdict()
 
 
-def as_rows(steps: Steps, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Per-step tensors as `[rows, steps]`, or `(N,)` with cu_seqlens."""
+def as_rows(steps: Steps, *tensors: Any) -> tuple[Any, ...]:
+    """Per-step tensors, or None, as `[rows, steps]`, or `(N,)` with cu_seqlens."""
     if steps.time_dim != 0:
         return tensors
     return tuple(None if x is None else x.t() for x in tensors)

@@ -191,30 +191,56 @@ inline const float* load_ends(const Gae& a, const View& view, const View& last, 
     return pack((const float*)ends, 1, at, buffer.begin());
 }
 
-// Masked steps get 0.
-inline void store_chunk(const View& view, const Chunk& at, const float* source) {
+// A whole group past the caches: results that do not fit them would first be read into them.
+WARPO_HD bool can_stream(const float* out) {
+#ifdef __SSE2__
+    return (uintptr_t)out % 64 == 0;
+#else
+    return false;
+#endif
+}
+
+WARPO_HD void stream_group(const float* source, float* out) {
+#if defined(__AVX512F__)
+    _mm512_stream_ps(out, _mm512_loadu_ps(source));
+#elif defined(__SSE2__)
+    for (int i = 0; i < kGroup; i += 4) _mm_stream_ps(out + i, _mm_loadu_ps(source + i));
+#endif
+}
+
+inline void finish_streams() {
+#ifdef __SSE2__
+    _mm_sfence();
+#endif
+}
+
+// Masked steps get 0. `streams`: the results are more than the caches hold.
+inline void store_chunk(const View& view, const Chunk& at, const float* source,
+                        bool streams = false) {
     if (!view.data) return;
     float* const out = address<float>(view, at.row, at.step);
     const int64_t stride = view.stride1;
-    if (at.all) {
-        if (stride == 1)
-            memcpy(out, source, at.steps * sizeof(float));
-        else
-            for (int i = 0; i < at.steps; ++i) out[i * stride] = source[i];
+    streams = streams && stride == 1 && can_stream(out);
+    if (at.all && stride == 1 && !streams) {
+        memcpy(out, source, at.steps * sizeof(float));
         return;
     }
     for (int group = 0; group < at.groups(); ++group) {
         const int steps = at.group_steps(group);
-        const uint32_t bits = at.kept[group];
+        const uint32_t bits = at.all ? (1u << steps) - 1 : at.kept[group];
+        const bool packed = at.packed && !at.all;
         float* const to = out + group * kGroup * stride;
-        if (stride == 1) {
-            unpack_group(source, steps, bits, at.packed, to);
+        alignas(64) float values[kGroup];
+        if (streams && steps == kGroup) {
+            unpack_group(source, kGroup, bits, packed, values);
+            stream_group(values, to);
+        } else if (stride == 1) {
+            unpack_group(source, steps, bits, packed, to);
         } else {
-            alignas(64) float values[kGroup];
-            unpack_group(source, steps, bits, at.packed, values);
+            unpack_group(source, steps, bits, packed, values);
             for (int i = 0; i < steps; ++i) to[i * stride] = values[i];
         }
-        source += at.packed ? __builtin_popcount(bits) : steps;
+        source += packed ? __builtin_popcount(bits) : steps;
     }
 }
 

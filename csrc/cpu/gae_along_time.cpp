@@ -9,6 +9,8 @@
 namespace warpo::cpu::WARPO_ISA {
 namespace {
 
+int64_t total_steps(const Gae& a) { return a.cu_seqlens ? a.steps : a.rows * a.steps; }
+
 struct Span {
     int64_t begin, end;
 };
@@ -17,6 +19,9 @@ Span steps_of(const Gae& a, int64_t row) {
     if (!a.cu_seqlens) return {0, a.steps};
     return {a.cu_seqlens[row], a.cu_seqlens[row + 1]};
 }
+
+// Results of this many steps do not stay in a cache until they are read.
+bool streams(const Gae& a) { return total_steps(a) >= 1 << 20; }
 
 struct Buffers {
     Buffer rewards, values, next_values, final_values, terminated, truncated, ended;
@@ -158,7 +163,7 @@ const float* policy_advantages(const Vtrace& v, const float* rewards, const floa
 }
 
 void forward_chunk(const Gae& a, const ShapedGae* shaped, const Vtrace* vtrace, const Chunk& at,
-                   int64_t row_end, Buffers& b, State& state) {
+                   const Span& span, Buffers& b, State& state) {
     float *const x = b.x.begin(), *const returns = b.returns.begin();
     const float* const rewards = load_rewards(a, shaped, at, b, state);
     if (shaped) store_chunk(shaped->shaped_rewards, at, rewards);
@@ -166,7 +171,7 @@ void forward_chunk(const Gae& a, const ShapedGae* shaped, const Vtrace* vtrace, 
     if (at.count > 0) {
         const float* const values = load_chunk(a.values, at, b.values);
         const float* const ratios = vtrace ? load_ratios(*vtrace, at, b) : nullptr;
-        const bool has_ends = load_links(a, at, row_end, values, state, b);
+        const bool has_ends = load_links(a, at, span.end, values, state, b);
         scan_chunk(a, vtrace, rewards, values, ratios, has_ends, at, state.x, b);
         if (vtrace)
             advantages =
@@ -175,8 +180,8 @@ void forward_chunk(const Gae& a, const ShapedGae* shaped, const Vtrace* vtrace, 
         state.x = x[0];
         state.value = values[0];
     }
-    store_chunk(a.advantages, at, advantages);
-    store_chunk(a.returns, at, returns);
+    store_chunk(a.advantages, at, advantages, streams(a));
+    store_chunk(a.returns, at, returns, streams(a));
 }
 
 void forward_row(const Gae& a, const ShapedGae* shaped, const Vtrace* vtrace, int64_t row,
@@ -188,7 +193,7 @@ void forward_row(const Gae& a, const ShapedGae* shaped, const Vtrace* vtrace, in
     for (int64_t end = span.end, begin; end > span.begin; end = begin) {
         begin = end - span.begin > kChunk ? end - kChunk : span.begin;
         const Chunk at = chunk_of(a, row, begin, (int)(end - begin));
-        forward_chunk(a, shaped, vtrace, at, span.end, b, state);
+        forward_chunk(a, shaped, vtrace, at, span, b, state);
     }
 }
 
@@ -274,9 +279,7 @@ void backward_row(const GaeBackward& g, int64_t row, Buffers& b) {
             state.to_value == 0.0f ? 0.0f : state.to_value * state.total;
 }
 
-bool is_parallel(const Gae& a) {
-    return (a.cu_seqlens ? a.steps : a.rows * a.steps) >= kParallelWork;
-}
+bool is_parallel(const Gae& a) { return total_steps(a) >= kParallelWork; }
 
 }  // namespace
 
@@ -286,6 +289,7 @@ void forward_along_time(const Gae& a, const ShapedGae* shaped, const Vtrace* vtr
         Buffers b;
 #pragma omp for schedule(guided)
         for (int64_t row = 0; row < a.rows; ++row) forward_row(a, shaped, vtrace, row, b);
+        finish_streams();
     }
 }
 

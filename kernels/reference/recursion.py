@@ -28,25 +28,23 @@ def recursion(
     """
     if weights is None:
         weights = (torch.ones_like(values),) * 3
-    options = {"mask_mode": mask_mode, "done_convention": done_convention}
     if cu_seqlens is not None:
-        per_step = (rewards, values, *weights, mask, terminated, truncated, final_values)
-        per_row = (last_values, last_terminated, last_truncated)
-        results = [torch.zeros_like(rewards), torch.zeros_like(rewards)]
+        steps = (mask, terminated, truncated, final_values)
+        lasts = (last_values, last_terminated, last_truncated)
+        x, q = torch.zeros_like(rewards), torch.zeros_like(rewards)
         for b, span in enumerate(spans(cu_seqlens)):
-            r, v, rho, c, pg, *masks = (None if x is None else x[span][None] for x in per_step)
-            lasts = (None if x is None else x[b, None] for x in per_row)
-            names = (
-                "mask", "terminated", "truncated", "final_values",
-                "last_values", "last_terminated", "last_truncated",
+            valid, ended, cut, final = (None if y is None else y[span][None] for y in steps)
+            last, last_ended, last_cut = (None if y is None else y[b, None] for y in lasts)
+            rho, c, pg = (y[span][None] for y in weights)
+            row_x, row_q = recursion(
+                rewards[span][None], values[span][None], gamma, gae_lambda, (rho, c, pg),
+                mask=valid, mask_mode=mask_mode, terminated=ended, truncated=cut,
+                last_values=last, final_values=final, done_convention=done_convention,
+                last_terminated=last_ended, last_truncated=last_cut,
             )  # fmt: skip
-            row = dict(zip(names, (*masks, *lasts), strict=True))
-            found = recursion(r, v, gamma, gae_lambda, (rho, c, pg), **row, **options)
-            results = [
-                torch.cat([y[: span.start], x[0], y[span.stop :]])
-                for x, y in zip(found, results, strict=True)
-            ]
-        return results[0], results[1]
+            x = torch.cat([x[: span.start], row_x[0], x[span.stop :]])
+            q = torch.cat([q[: span.start], row_q[0], q[span.stop :]])
+        return x, q
     rewards, values, rho, c, pg = (x.movedim(time_dim, -1) for x in (rewards, values, *weights))
 
     def ends(flags: Tensor | None, last: Tensor | None) -> Tensor:
@@ -105,7 +103,7 @@ def move_tail(rewards: Tensor, valid: Tensor) -> Tensor:
     return add_to_last(rewards, tail, valid)
 
 
-def add_to_last(rewards: Tensor, extra: Tensor, valid: Tensor) -> Tensor:
+def add_to_last(rewards: Tensor, extra: float | Tensor, valid: Tensor) -> Tensor:
     """`extra` added at the last valid step of each row; nowhere in a row without one."""
     return torch.where(valid & (_valid_from(valid) == 1), rewards + extra, rewards)
 

@@ -1,6 +1,6 @@
 """Arguments of the reverse scans for hypothesis, and what their tests do alike."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -76,6 +76,31 @@ def scan_cases(
     floats = {name: strided(x.to(dtype), strides) for name, x in floats.items()}
     others = {name: strided(x, strides) for name, x in others.items()}
     return floats, others | options | layout, shape
+
+
+def every_case(
+    per_step: tuple[str, ...], ends: bool = True
+) -> Iterator[tuple[dict, dict, tuple[int, ...]]]:
+    """What `scan_cases` draws, each mask mode in each layout once, with everything given."""
+    generator = torch.Generator().manual_seed(0)
+
+    def flags(shape: tuple[int, ...], share: float) -> torch.Tensor:
+        return (torch.rand(shape, generator=generator) < share).to(DEVICE)
+
+    bounds = torch.tensor([0, 3, 3, 90, 670], dtype=torch.int32, device=DEVICE)
+    layouts = [((5, 70), 5, {}), ((670,), 4, {"cu_seqlens": bounds})]
+    if ends:
+        layouts.append(((70, 5), 5, {"time_dim": 0}))
+    for shape, rows, layout in layouts:
+        for mode in ("carry", "zero", "compact"):
+            names = (*per_step, "final_values") if ends else per_step
+            floats = {name: torch.randn(shape, generator=generator) for name in names}
+            floats["last_values"] = torch.randn((rows,), generator=generator)
+            floats = {name: x.to(DEVICE) for name, x in floats.items()}
+            others = {"mask": flags(shape, 0.6), "mask_mode": mode} | layout
+            if ends:
+                others |= {name: flags(shape, 0.05) for name in ("terminated", "truncated")}
+            yield floats, others, shape
 
 
 def assert_scan_close(actual, expected, what: str, scale: float = 10) -> None:

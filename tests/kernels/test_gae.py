@@ -7,6 +7,7 @@ from tests.kernels.backends import BACKENDS, DEVICE, each_backend, examples
 from tests.kernels.scans import (
     assert_gradients_close,
     assert_scan_close,
+    every_case,
     leaves,
     on_rows,
     scan_cases,
@@ -42,6 +43,37 @@ def test_values_and_gradients_equal_float64(backend):
         assert_gradients_close(mine, exact)
 
     check()
+
+
+@each_backend
+@pytest.mark.parametrize("done_convention", ["ends_at_t", "starts_at_t"])
+def test_every_mask_mode_in_every_layout_equals_float64(backend, done_convention):
+    options = {"gamma": 0.9, "gae_lambda": 0.9, "done_convention": done_convention}
+    for floats, others, shape in every_case(("rewards", "values")):
+        mine, exact = leaves(floats)
+        result = ops.gae(**mine, **others, **options, backend=backend)
+        wanted = reference.gae(**exact, **others, **options)
+        upstream = torch.randn(2, *shape, device=DEVICE)
+        for name, a, b in zip(("advantages", "returns"), result, wanted, strict=True):
+            assert_scan_close(a, b, name)
+        torch.autograd.backward(result, list(upstream))
+        torch.autograd.backward(wanted, list(upstream.double()))
+        assert_gradients_close(mine, exact)
+
+
+@each_backend
+@pytest.mark.parametrize("mask_mode", ["carry", "zero"])
+def test_whitened_advantages(backend, mask_mode):
+    rewards, values = torch.randn(2, 5, 60, device=DEVICE)
+    mask = torch.rand(5, 60, device=DEVICE) < 0.6
+    options = {"gamma": 0.9, "gae_lambda": 0.8, "mask": mask, "mask_mode": mask_mode}
+    found = ops.gae(rewards, values, **options, whiten=True, backend=backend)
+    wanted = reference.gae(rewards.double(), values.double(), **options)
+    valid = wanted.advantages[mask]
+    whitened = (valid - valid.mean()) / (valid.var() + 1e-8).sqrt()
+    assert_scan_close(found.advantages[mask], whitened, "advantages")
+    assert (found.advantages[~mask] == 0).all()
+    assert_scan_close(found.returns, wanted.returns, "returns")
 
 
 @each_backend
@@ -176,6 +208,22 @@ def test_a_row_alone_has_the_bits_of_the_row_in_a_batch(backend, layout, steps):
             one = [x[None] for x in one]
             alone = ops.gae(*one[:2], mask=one[2], **options).advantages[0]
         assert torch.equal(alone, batch[row])
+
+
+@each_backend
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_batch_larger_than_the_caches_has_the_bits_of_its_parts(backend, masked):
+    if backend == "triton" and DEVICE == "cpu":
+        pytest.skip("the interpreter takes minutes for a million steps")
+    rewards, values = torch.randn(2, 514, 2048, device=DEVICE)
+    mask = torch.rand(514, 2048, device=DEVICE) < 0.7 if masked else None
+    options = {"gamma": 0.99, "gae_lambda": 0.95, "backend": backend}
+    batch = ops.gae(rewards, values, mask=mask, **options)
+    for part in (slice(0, 100), slice(100, 514)):
+        some = None if mask is None else mask[part]
+        found = ops.gae(rewards[part], values[part], mask=some, **options)
+        assert torch.equal(found.advantages, batch.advantages[part])
+        assert torch.equal(found.returns, batch.returns[part])
 
 
 @each_backend

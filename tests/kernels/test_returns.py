@@ -40,7 +40,8 @@ def test_values_and_gradients_equal_float64(backend, operation):
         assert_scan_close(result, wanted, operation)
         upstream = torch.randn(shape, device=DEVICE)
         result.backward(upstream)
-        (wanted * upstream).sum().backward()
+        if wanted.requires_grad:  # else there are no steps
+            (wanted * upstream).sum().backward()
         assert_gradients_close(mine, exact)
 
     check()

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.kernels.backends import BACKENDS, DEVICE, each_backend, examples
-from tests.kernels.scans import assert_scan_close, on_rows, scan_cases
+from tests.kernels.scans import assert_scan_close, every_case, on_rows, scan_cases
 from tests.oracles import shaped_gae as oracle
 from warpo.kernels import ops, reference
 
@@ -51,6 +51,19 @@ def test_values_equal_float64(backend):
             assert_scan_close(a, b, name, scale=100)
 
     check()
+
+
+@each_backend
+@pytest.mark.parametrize("kl_estimator", ["k1", "k2", "k3"])
+def test_every_mask_mode_in_every_layout_equals_float64(backend, kl_estimator):
+    options = {"gamma": 0.9, "gae_lambda": 0.9, "kl_coef": 0.1, "kl_estimator": kl_estimator}
+    for floats, others, _ in every_case(PER_STEP, ends=False):
+        floats["terminal_rewards"] = floats["last_values"].flip(0)
+        result = ops.shaped_gae(**floats, **others, **options, return_rewards=True, backend=backend)
+        exact = {name: x.double() for name, x in floats.items()}
+        wanted = reference.shaped_gae(**exact, **others, **options)
+        for name, a, b in zip(RESULTS, result, wanted, strict=True):
+            assert_scan_close(a, b, name)
 
 
 @settings(max_examples=40)

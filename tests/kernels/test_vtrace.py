@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.kernels.backends import BACKENDS, DEVICE, each_backend, examples
-from tests.kernels.scans import assert_scan_close, on_rows, scan_cases
+from tests.kernels.scans import assert_scan_close, every_case, on_rows, scan_cases
 from tests.oracles import vtrace as oracle
 from warpo.kernels import ops, reference
 
@@ -42,6 +42,17 @@ def test_values_equal_float64(backend):
             assert_scan_close(a, b, name, scale=100)
 
     check()
+
+
+@each_backend
+def test_every_mask_mode_in_every_layout_equals_float64(backend):
+    numbers = {"gamma": 0.9, "gae_lambda": 0.9, "rho_max": 2.0, "c_max": 0.7, "pg_rho_max": 1.5}
+    for floats, options, _ in every_case(PER_STEP):
+        result = call(ops.vtrace, floats | options | numbers, backend=backend)
+        exact = {name: x.double() for name, x in floats.items()}
+        wanted = call(reference.vtrace, exact | options | numbers)
+        for name, a, b in zip(("returns", "advantages"), result, wanted, strict=True):
+            assert_scan_close(a, b, name)
 
 
 @settings(max_examples=40)

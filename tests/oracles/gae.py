@@ -41,14 +41,14 @@ class Row:
         return found
 
     def next_value(self, values, position: int) -> float:
-        """V of the state that step number `position` of self.steps leads to."""
+        """V of the state that step number `position` of self.steps leads to; `values` are clean."""
         t = self.steps[position]
         if self.terminated[t]:
             return 0.0
         if self.truncated[t]:
             return self.final_values[t]
         is_last = position + 1 == len(self.steps)
-        return self.last_value if is_last else self.clean(values)[self.steps[position + 1]]
+        return self.last_value if is_last else values[self.steps[position + 1]]
 
     def episode_from(self, position: int):
         """Positions from this one to the end of its episode."""
@@ -62,8 +62,7 @@ def gae(rewards, values, *, gamma, gae_lambda, **options):
     row = Row(len(rewards), **options)
     r, v = row.rewards(rewards), row.clean(values)
     deltas = [
-        r[t] + gamma * row.next_value(values, position) - v[t]
-        for position, t in enumerate(row.steps)
+        r[t] + gamma * row.next_value(v, position) - v[t] for position, t in enumerate(row.steps)
     ]
     advantages = np.zeros(row.length)
     for position, t in enumerate(row.steps):

@@ -23,13 +23,13 @@ def lambda_returns(rewards, values, *, gamma, gae_lambda, **options):
     to the end of the episode.
     """
     row = Row(len(rewards), **options)
-    r = row.rewards(rewards)
+    r, v = row.rewards(rewards), row.clean(values)
     returns = np.zeros(row.length)
     for position, t in enumerate(row.steps):
         so_far, episode = 0.0, list(row.episode_from(position))
         for n, later in enumerate(episode):
             so_far += gamma**n * r[row.steps[later]]
-            n_step = so_far + gamma ** (n + 1) * row.next_value(values, later)
+            n_step = so_far + gamma ** (n + 1) * row.next_value(v, later)
             is_last = later == episode[-1]
             returns[t] += (gae_lambda**n if is_last else (1 - gae_lambda) * gae_lambda**n) * n_step
     return (row.clean(returns),)

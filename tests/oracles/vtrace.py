@@ -21,13 +21,13 @@ def vtrace(
         weight = 1.0
         for later in row.episode_from(position):
             t = row.steps[later]
-            delta = rho[t] * (r[t] + gamma * row.next_value(values, later) - v[t])
+            delta = rho[t] * (r[t] + gamma * row.next_value(v, later) - v[t])
             targets[s] += gamma ** (later - position) * weight * delta
             weight *= c[t]
     for position, s in enumerate(row.steps):
-        ends = len(list(row.episode_from(position))) == 1
+        ends = row.terminated[s] or row.truncated[s]
         is_last = position + 1 == len(row.steps)
-        after = row.next_value(values, position)
+        after = row.next_value(v, position)
         if not ends and not is_last:
             after = targets[row.steps[position + 1]]
         advantages[s] = min(pg_rho_max, ratio[s]) * (r[s] + gamma * after - v[s])
