@@ -36,18 +36,12 @@ struct State {
     bool before_last_valid;
 };
 
-WARPO_HD float value_of_kl(float logp, float ref, int kl, float limit) {
-    const float difference = ref - logp;
-    if (kl == kK1) return -difference;
-    if (kl == kK2) return 0.5f * difference * difference;
-    return exp_minus_1_minus_x(clamp_symmetric(difference, limit));
-}
-
 template <int kl>
 void subtract_kl(const float* logp, const float* ref, float coef, float limit, int count,
                  float* rewards) {
 #pragma omp simd
-    for (int i = 0; i < count; ++i) rewards[i] -= coef * value_of_kl(logp[i], ref[i], kl, limit);
+    for (int i = 0; i < count; ++i)
+        rewards[i] -= coef * kl_estimate(logp[i], ref[i], kl, false, limit).value;
 }
 
 void shape(const ShapedGae& s, const Chunk& at, Buffers& b, float* rewards) {

@@ -31,6 +31,10 @@ __device__ __forceinline__ void store_streaming(void* address, uint4 v) {
     __stcs(static_cast<uint4*>(address), v);
 }
 
+// Makes the compiler compute again what depends on the value, where it would rather keep results of
+// 64 bits in registers for the length of a loop.
+__device__ __forceinline__ void compute_anew(int64_t& value) { asm volatile("" : "+l"(value)); }
+
 // Bits [8 * bytes, 8 * bytes + 32) of the 64 bits high:low, bytes < 4.
 __device__ __forceinline__ uint32_t shift_bytes(uint32_t low, uint32_t high, int bytes) {
     return __funnelshift_r(low, high, 8 * bytes);

@@ -23,24 +23,19 @@ WARPO_HD AffineMap affine_compose(const AffineMap& outer, const AffineMap& inner
     return {outer.slope * inner.slope, affine_apply(outer, inner.offset)};
 }
 
+// Ends hold on kept steps only.
 enum GaeFlag : unsigned { kGaeInside = 1, kGaeKeep = 2, kGaeTerminated = 4, kGaeTruncated = 8 };
+constexpr unsigned kGaeCut = kGaeTerminated | kGaeTruncated;
 
 // True if the step passes next value and advantage through: past the end, or masked with carry.
 WARPO_HD bool gae_is_transparent(unsigned flags, bool carry) {
-    return carry ? (flags & kGaeKeep) == 0 : (flags & kGaeInside) == 0;
+    return (flags & (carry ? kGaeKeep : kGaeInside)) == 0;
 }
 
-// The map from the advantage after a step to the advantage at it. Rewards and values of masked
-// steps must be 0; bootstrap is the next value, or the value of the final observation where the
-// step is truncated.
-WARPO_HD AffineMap gae_step(unsigned flags, bool carry, float gamma, float gamma_lambda,
-                            float reward, float value, float bootstrap) {
-    if (gae_is_transparent(flags, carry)) return affine_identity();
-    const bool keep = flags & kGaeKeep;
-    const bool terminated = keep && (flags & kGaeTerminated),
-               truncated = keep && (flags & kGaeTruncated);
-    const float next = terminated ? 0.0f : bootstrap;
-    return {terminated || truncated ? 0.0f : gamma_lambda, fmaf(gamma, next, reward) - value};
+// Rewards and values of masked steps must be 0; bootstrap is the next value, or the value of the
+// final observation where the step is truncated.
+WARPO_HD float gae_delta(unsigned flags, float gamma, float reward, float value, float bootstrap) {
+    return fmaf(gamma, flags & kGaeTerminated ? 0.0f : bootstrap, reward) - value;
 }
 
 }  // namespace warpo

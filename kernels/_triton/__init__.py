@@ -24,7 +24,9 @@ from warpo.kernels._triton.policy_loss_from_logits import policy_loss_from_logit
 from warpo.kernels._triton.preference_loss import kto_loss, preference_loss
 from warpo.kernels._triton.process_advantages import process_advantages
 from warpo.kernels._triton.reward_model_loss import ranking_loss, reward_model_loss
+from warpo.kernels._triton.shaped_gae import shaped_gae
 from warpo.kernels._triton.value_loss import value_loss
+from warpo.kernels._triton.vtrace import vtrace
 from warpo.kernels._triton.whiten import whiten_backward, whiten_forward
 
 __all__ = [
@@ -47,7 +49,9 @@ __all__ = [
     "ranking_loss",
     "reward_model_loss",
     "scale_gradient",
+    "shaped_gae",
     "value_loss",
+    "vtrace",
     "whiten_backward",
     "whiten_forward",
 ]

@@ -76,6 +76,7 @@ inline struct {
 } threadIdx;
 
 inline void __syncthreads() { emulator::wait_as(emulator::kAtBlockBarrier); }
+inline void __syncwarp() { emulator::wait_as(emulator::kAtWarpBarrier); }
 
 template <typename T>
 T __shfl_sync(unsigned, T value, int lane) {
@@ -86,6 +87,12 @@ template <typename T>
 T __shfl_down_sync(unsigned, T value, int lanes) {
     const int lane = emulator::own_lane() + lanes;
     return emulator::shuffle(value, lane < emulator::kWarp ? lane : emulator::own_lane());
+}
+
+template <typename T>
+T __shfl_up_sync(unsigned, T value, int lanes) {
+    const int lane = emulator::own_lane() - lanes;
+    return emulator::shuffle(value, lane >= 0 ? lane : emulator::own_lane());
 }
 
 template <typename T>
@@ -105,6 +112,7 @@ inline unsigned __ballot_sync(unsigned, bool vote) {
 inline bool __any_sync(unsigned mask, bool vote) { return __ballot_sync(mask, vote) != 0; }
 
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
+inline int __clz(int bits) { return bits == 0 ? 32 : __builtin_clz(bits); }
 
 inline int atomicAdd(int* address, int value) {
     const int old = *address;

@@ -31,6 +31,8 @@ inline void store_streaming(void* address, uint4 v) {
     memcpy(address, &v, sizeof v);
 }
 
+inline void compute_anew(int64_t&) {}
+
 inline uint32_t shift_bytes(uint32_t low, uint32_t high, int bytes) {
     const uint64_t both = static_cast<uint64_t>(high) << 32 | low;
     return static_cast<uint32_t>(both >> (8 * bytes));
