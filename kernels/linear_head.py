@@ -13,7 +13,7 @@ from torch import Tensor, distributed
 
 from warpo.kernels.checks import FLOATS, as_rows, check_mask, check_no_grad, check_tensor
 
-# A chunk of 64 MiB is 110 tokens of a vocabulary of 151936 in float32: enough for a CPU's matrix
+# 64 MiB hold 96 tokens of a vocabulary of 151936 in float32: enough for a CPU's matrix
 # product. A GPU wants a thousand tokens or more, since every chunk reads and writes the whole
 # float32 gradient of the weight once.
 CPU_WORKSPACE_BYTES = 64 << 20
@@ -60,7 +60,8 @@ class LinearHead:
         low = self._weight.dtype != torch.float32
         converts = low and (self.on_cpu or self.logits_dtype != self._weight.dtype)
         hidden_size = self._weight.shape[1]
-        share = workspace_bytes * 3 // 4 if converts or self.softcap else workspace_bytes
+        # what is left is for converted parts, and for the copies that BLAS makes of its operands
+        share = workspace_bytes // 8 * (6 if converts or self.softcap else 7)
         per_token = self.vocab * self.logits_dtype.itemsize * (1 + gradient_buffer)
         tokens = max(1, min(share // (per_token + 8 * hidden_size), self.count))
         chunks = -(-self.count // tokens)
