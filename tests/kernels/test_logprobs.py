@@ -132,19 +132,6 @@ def test_a_split_vocabulary_changes_no_bit(backend, vocab, monkeypatch):
         assert torch.equal(whole.nan_to_num(), split.nan_to_num())
 
 
-def test_thread_count_does_not_change_bits():
-    if DEVICE != "cpu":
-        pytest.skip("threads are those of the CPU kernels")
-    logits, targets = 3 * torch.randn(3, 50001), torch.randint(0, 50001, (3,))
-    threads = torch.get_num_threads()
-    results = []
-    for number in (1, 2):
-        torch.set_num_threads(number)
-        results.append(ops.logprobs_and_entropy(logits, targets, backend="cpu"))
-    torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-
-
 @each_backend
 def test_runs_are_bit_equal(backend):
     logits = torch.randn(4, 1500, device=DEVICE, requires_grad=True)
@@ -261,14 +248,10 @@ def test_infinities_in_masked_slots_are_not_read(backend):
 
 @each_backend
 def test_transposed_rows_are_a_view(backend):
-    logits = torch.randn(5, 3, 50, device=DEVICE)
+    logits = torch.randn(5, 3, 50, device=DEVICE).transpose(0, 1)
     targets = torch.randint(0, 50, (3, 5), device=DEVICE)
-    gradients = []
-    for x in (logits.transpose(0, 1), logits.transpose(0, 1).contiguous()):
-        x = x.detach().requires_grad_()
-        logp = ops.logprobs(x, targets, backend=backend)
-        gradients.append((logp.detach(), torch.autograd.grad(logp.sum(), x)[0]))
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    dense = ops.logprobs(logits.contiguous(), targets, backend=backend)
+    assert torch.equal(ops.logprobs(logits, targets, backend=backend), dense)
 
 
 @each_backend
