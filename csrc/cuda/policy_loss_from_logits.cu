@@ -62,24 +62,29 @@ __global__ __launch_bounds__(kThreads, 1) void loss_kernel(const PolicyLossFromL
     __shared__ TokenInputs inputs;
     __shared__ Found found;
     const int vocab = static_cast<int>(a.forward.vocab);
-    Token token = load_token(a.forward, blockIdx.x);
-    token.valid = token.valid && in_a_sequence(a, token.step);
+    {
+        Token token = load_token(a.forward, blockIdx.x);
+        token.valid = token.valid && in_a_sequence(a, token.step);
+        if (!token.valid || !token.in_range) {
+            fill_row<kDType>(row_of<kDType>(a.grad_logits, token), vocab,
+                             token.valid ? E::kNaN : 0u);
+            if (threadIdx.x == 0) store_unread(a.forward, token, blockIdx.x);
+            return;
+        }
+        const typename E::Bits* row = row_of<kDType>(a.forward.logits, token);
+        // Here, so that they are there when the row has been read.
+        if (threadIdx.x == 0) {
+            chosen = load_logit<kDType>(row, token.target);
+            inputs = load_inputs(a, token);
+        }
+        const SoftmaxState state = read_row<kDType, kThreads, true>(
+            parts, row, vocab, kLog2e / load_temperature(a.forward, token));
+        if (threadIdx.x == 0) found = find_gradient(a, state, chosen, inputs);
+        __syncthreads();
+    }
+    // Loaded for the second time: held over the loop it would take registers of it.
+    const Token token = load_token(a.forward, blockIdx.x);
     typename E::Bits* gradient = row_of<kDType>(a.grad_logits, token);
-    if (!token.valid || !token.in_range) {
-        fill_row<kDType>(gradient, vocab, token.valid ? E::kNaN : 0u);
-        if (threadIdx.x == 0) store_unread(a.forward, token, blockIdx.x);
-        return;
-    }
-    const typename E::Bits* row = row_of<kDType>(a.forward.logits, token);
-    // Here, so that they are there when the row has been read.
-    if (threadIdx.x == 0) {
-        chosen = load_logit<kDType>(row, token.target);
-        inputs = load_inputs(a, token);
-    }
-    const SoftmaxState state = read_row<kDType, kThreads, true>(
-        parts, row, vocab, kLog2e / load_temperature(a.forward, token));
-    if (threadIdx.x == 0) found = find_gradient(a, state, chosen, inputs);
-    __syncthreads();
     if (found.is_zero) return fill_row<kDType>(gradient, vocab, 0u);
 
     const SoftmaxGradient softmax = found.gradient;
@@ -87,7 +92,8 @@ __global__ __launch_bounds__(kThreads, 1) void loss_kernel(const PolicyLossFromL
     // From the end: what was read last is the surest to be in the cache.
     for (int chunk = (vocab - 1) / kColumns; chunk >= 0; --chunk) {
         write_columns<kDType, kThreads, kEntropy>(
-            row, gradient, own_columns<kDType, kThreads>(gradient, vocab, chunk), softmax, vocab,
+            row_of<kDType>(a.forward.logits, token), gradient,
+            own_columns<kDType, kThreads>(gradient, vocab, chunk), softmax, vocab,
             static_cast<int>(token.target));
     }
 }

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.kernels.backends import DEVICE
+from warpo.kernels import ops
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="`make gpu` tests the GPU's kernels")
 
@@ -81,3 +82,16 @@ print((time.process_time() - busy) / (time.perf_counter() - wall))
 """
     assert float(python(code)) < 1.1
     assert torch.get_num_threads() >= 1
+
+
+def test_thread_count_does_not_change_bits():
+    if DEVICE != "cpu":
+        pytest.skip("threads are those of the CPU kernels")
+    logits, targets = 3 * torch.randn(3, 50001), torch.randint(0, 50001, (3,))
+    threads = torch.get_num_threads()
+    results = []
+    for number in (1, 2):
+        torch.set_num_threads(number)
+        results.append(ops.logprobs_and_entropy(logits, targets, backend="cpu"))
+    torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

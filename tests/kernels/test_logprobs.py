@@ -103,8 +103,10 @@ def test_values_and_gradients_equal_float64(backend):
 @each_backend
 def test_a_row_alone_has_the_bits_of_the_row_in_a_batch(backend):
     vocab = 9001 if backend != "triton" or DEVICE == "cuda" else 4500
-    logits = 3 * torch.randn(37, vocab, device=DEVICE)
-    targets = torch.randint(0, vocab, (37,), device=DEVICE)
+    # on a GPU also past the number of rows at which the vocabulary is split
+    rows = 37 if DEVICE == "cpu" else kernels_logprobs.SPLIT_TOKENS + 37
+    logits = 3 * torch.randn(rows, vocab, device=DEVICE)
+    targets = torch.randint(0, vocab, (rows,), device=DEVICE)
     batch = ops.logprobs_and_entropy(logits, targets, backend=backend)
     for row in (0, 17, 36):
         alone = ops.logprobs_and_entropy(
@@ -128,19 +130,6 @@ def test_a_split_vocabulary_changes_no_bit(backend, vocab, monkeypatch):
     for whole, split in zip(*results, strict=True):
         assert torch.equal(whole.isnan(), split.isnan())
         assert torch.equal(whole.nan_to_num(), split.nan_to_num())
-
-
-def test_thread_count_does_not_change_bits():
-    if DEVICE != "cpu":
-        pytest.skip("threads are those of the CPU kernels")
-    logits, targets = 3 * torch.randn(3, 50001), torch.randint(0, 50001, (3,))
-    threads = torch.get_num_threads()
-    results = []
-    for number in (1, 2):
-        torch.set_num_threads(number)
-        results.append(ops.logprobs_and_entropy(logits, targets, backend="cpu"))
-    torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @each_backend
@@ -209,8 +198,12 @@ def test_rows_of_minus_infinity_or_nan_are_nan_and_a_closed_target_is_minus_infi
     logits[0] = -torch.inf
     logits[1, 3] = torch.nan
     logits[2, 5] = -torch.inf
+    logits.requires_grad_()
     targets = torch.full((4,), 5, device=DEVICE)
     logp, entropy = ops.logprobs_and_entropy(logits, targets, backend=backend)
+    torch.autograd.backward([logp, entropy], [torch.ones_like(logp)] * 2)
+    assert logits.grad.isnan().all(-1).tolist() == [True, True, False, False]
+    assert logits.grad[2:].isfinite().all()
     assert logp.isnan().tolist() == [True, True, False, False]
     assert entropy.isnan().tolist() == [True, True, False, False]
     assert logp[2] == -torch.inf
@@ -223,11 +216,42 @@ def test_half_range_and_a_cold_temperature(backend):
     logits = torch.tensor([[65504.0, -65504.0, 65472.0]], device=DEVICE, dtype=torch.float16)
     targets = torch.tensor([2], device=DEVICE)
     for temperature in (1.0, 0.01, 32.0):
-        actual = ops.logprobs(logits, targets, temperature=temperature, backend=backend)
-        exact, _ = reference.logprobs(logits.double(), targets, temperature)
+        leaf, leaf_64 = logits.clone().requires_grad_(), logits.double().requires_grad_()
+        actual = ops.logprobs(leaf, targets, temperature=temperature, backend=backend)
+        exact, _ = reference.logprobs(leaf_64, targets, temperature)
         assert_close(
             actual, exact, relative=LOGPROB_RELATIVE, absolute=LOGPROB_ABSOLUTE, what="logp"
         )
+        actual.sum().backward()
+        exact.sum().backward()
+        assert_close(
+            leaf.grad, leaf_64.grad, relative=GRADIENT_RELATIVE * 10, absolute=1e-6, what="gradient"
+        )
+
+
+@each_backend
+def test_infinities_in_masked_slots_are_not_read(backend):
+    logits = torch.randn(2, 4, 40, device=DEVICE)
+    targets = torch.randint(0, 40, (2, 4), device=DEVICE)
+    mask = torch.tensor([[1, 0, 1, 0], [0, 1, 1, 1]], device=DEVICE, dtype=torch.bool)
+    temperature = torch.ones(2, 4, device=DEVICE)
+    for value in (torch.inf, -torch.inf, torch.nan):
+        leaf = logits.masked_fill(~mask[..., None], value).requires_grad_()
+        result = ops.logprobs_and_entropy(
+            leaf, targets, mask=mask, temperature=temperature.masked_fill(~mask, value),
+            backend=backend,
+        )  # fmt: skip
+        (result.logprobs + result.entropy).sum().backward()
+        for x in (*result, leaf.grad.abs().sum(-1)):
+            assert (x[~mask] == 0).all() and x[mask].isfinite().all()
+
+
+@each_backend
+def test_transposed_rows_are_a_view(backend):
+    logits = torch.randn(5, 3, 50, device=DEVICE).transpose(0, 1)
+    targets = torch.randint(0, 50, (3, 5), device=DEVICE)
+    dense = ops.logprobs(logits.contiguous(), targets, backend=backend)
+    assert torch.equal(ops.logprobs(logits, targets, backend=backend), dense)
 
 
 @each_backend
@@ -282,9 +306,20 @@ def test_row_offsets_pass_two_to_the_31(backend):
     logits = storage.as_strided((2, vocab), (gap, 1))
     logits.copy_(torch.randn(2, vocab))
     targets = torch.tensor([3, 100], device=DEVICE)
-    logp, _ = ops.logprobs_and_entropy(logits, targets, backend=backend)
-    exact, _ = reference.logprobs(logits.double(), targets)
-    assert_close(logp, exact, relative=LOGPROB_RELATIVE, absolute=LOGPROB_ABSOLUTE, what="logp")
+    exact = logits.double().requires_grad_()
+    logp_64, _ = reference.logprobs(exact, targets)
+    logits.requires_grad_()
+    logp = ops.logprobs(logits, targets, inplace_backward=True, backend=backend)
+    assert_close(logp, logp_64, relative=LOGPROB_RELATIVE, absolute=LOGPROB_ABSOLUTE, what="logp")
+    (gradient,) = torch.autograd.grad(logp.sum(), logits)
+    logp_64.sum().backward()
+    assert_close(
+        gradient,
+        exact.grad,
+        relative=GRADIENT_RELATIVE,
+        absolute=GRADIENT_ABSOLUTE,
+        what="gradient",
+    )
 
 
 @each_backend
