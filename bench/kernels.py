@@ -10,6 +10,7 @@ no time.
 
 import argparse
 import contextlib
+import ctypes
 import datetime
 import importlib.metadata
 import itertools
@@ -270,8 +271,22 @@ def _aligned(lines: list[list[str]]) -> str:
     )
 
 
+def keep_freed_memory() -> None:
+    """Let glibc reuse memory that was freed, as caching allocators do, in place of returning it.
+
+    On a CPU most of the time of a provider that returns a large tensor would otherwise be the page
+    faults of fresh memory, which depend on what else the machine does.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        trim_threshold, mmap_max = -1, -4
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, -1)
+
+
 def run(device: str, out: Path, groups: list[Callable[[], list[Case]]], only: str) -> None:
     """Time all cases; rows are written as they come, so that an interrupt keeps them."""
+    keep_freed_memory()
     limits = bandwidths(device)
     common = environment(device) | {f"{name}_gb_per_s": x for name, x in limits.items()}
     out.mkdir(parents=True, exist_ok=True)

@@ -273,7 +273,7 @@ def check_chunking(
 ) -> tuple[int, int, bool]:
     """num_valid or -1, the bytes, whether the logits are float32."""
     if logits_dtype not in ("float32", "input"):
-        raise ValueError(f"logits_dtype must be 'float32' or 'input', got {logits_dtype!r}")
+        raise ValueError(f"logits_dtype must be one of float32, input; got {logits_dtype!r}")
     if workspace_bytes is None:
         cuda = hidden.device.type == "cuda"
         workspace_bytes = CUDA_WORKSPACE_BYTES if cuda else CPU_WORKSPACE_BYTES

@@ -123,7 +123,7 @@ def _run(
     process_group: ProcessGroup | None,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    shape = _check(logits, targets, temperature, mask)
+    shape = check_logits(logits, targets, temperature, mask)
     name = dispatch.choose(logits, backend)
     if name == "reference":
         if inplace_backward or process_group is not None:
@@ -133,7 +133,7 @@ def _run(
         logp, entropy = reference.logprobs(logits.float(), targets, temperature, mask, ignore_index)
         return logp, entropy
     if inplace_backward:
-        _check_inplace(logits)
+        check_inplace(logits)
     token_temperature = None
     if isinstance(temperature, Tensor):
         token_temperature, temperature = as_rows("temperature", temperature), 1.0
@@ -150,7 +150,7 @@ def _run(
     return logp.view(shape), entropy.view(shape) if with_entropy else entropy
 
 
-def _check(
+def check_logits(
     logits: Tensor, targets: Tensor, temperature: float | Tensor, mask: Tensor | None
 ) -> torch.Size:
     check_tensor("logits", logits, FLOATS)
@@ -174,7 +174,7 @@ def _check(
     return shape
 
 
-def _check_inplace(logits: Tensor) -> None:
+def check_inplace(logits: Tensor) -> None:
     if torch.compiler.is_compiling():
         raise ValueError(
             "inplace_backward is not supported under torch.compile: leave it False there"

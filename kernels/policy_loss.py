@@ -28,6 +28,7 @@ from warpo.kernels.checks import FLOATS, check_mask, check_no_grad, check_tensor
 from warpo.kernels.objectives import KL_ESTIMATORS, Objective, get_objective
 from warpo.kernels.policy_metrics import METRICS
 from warpo.kernels.registration import Operator
+from warpo.kernels.sequences import as_denominator, check_sequences
 
 # Rows of the workspace at least: kMinPartials in csrc/arguments/policy_loss.h.
 MIN_PARTIALS = 512
@@ -99,11 +100,11 @@ def policy_loss(
     objective = get_objective(objective)
     if old_logprobs is None:
         old_logprobs = logprobs.detach()
-    num_sequences = _check_tensors(
+    num_sequences = check_tokens(
         logprobs, old_logprobs, advantages, mask, cu_seqlens, ref_logprobs, sampler_logprobs,
         entropy,
     )  # fmt: skip
-    kl, kl_coef, adaptive_kl_coef = _kl_term(kl_coef, objective, ref_logprobs, logprobs)
+    kl, kl_coef, adaptive_kl_coef = kl_term(kl_coef, objective, ref_logprobs, logprobs)
     if objective.correction != "none" and sampler_logprobs is None:
         raise ValueError(
             f"correction {objective.correction!r} needs sampler_logprobs; or set it to 'none'"
@@ -112,7 +113,7 @@ def policy_loss(
         raise ValueError(
             f"entropy_coef = {objective.entropy_coef} needs entropy; or set entropy_coef to 0"
         )
-    denominator = _denominator(denominator, objective, logprobs, mask, num_sequences)
+    denominator = count_denominator(denominator, objective, logprobs, mask, num_sequences)
     name = dispatch.choose(logprobs, backend)
     if name == "reference":
         if adaptive_kl_coef is not None:
@@ -157,7 +158,7 @@ def _requires_grad(tensor: Tensor | None) -> bool:
     return tensor is not None and tensor.requires_grad
 
 
-def _check_tensors(
+def check_tokens(
     logprobs: Tensor,
     old_logprobs: Tensor,
     advantages: Tensor,
@@ -170,7 +171,7 @@ def _check_tensors(
     """Shapes, dtypes and devices; returns the number of sequences."""
     check_tensor("logprobs", logprobs, FLOATS)
     shape = logprobs.shape
-    num_sequences = _count_sequences(logprobs, cu_seqlens)
+    num_sequences = check_sequences("logprobs", logprobs, cu_seqlens)
     for name, tensor in (
         ("old_logprobs", old_logprobs),
         ("ref_logprobs", ref_logprobs),
@@ -192,23 +193,7 @@ def _check_tensors(
     return num_sequences
 
 
-def _count_sequences(logprobs: Tensor, cu_seqlens: Tensor | None) -> int:
-    shape = logprobs.shape
-    if cu_seqlens is None:
-        if len(shape) != 2:
-            raise ValueError(
-                f"logprobs must be (B, T), or (N,) together with cu_seqlens, got {tuple(shape)}"
-            )
-        return shape[0]
-    if len(shape) != 1:
-        raise ValueError(f"with cu_seqlens logprobs must be (N,), got {tuple(shape)}")
-    check_tensor("cu_seqlens", cu_seqlens, (torch.int32,), like=logprobs)
-    if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0 or not cu_seqlens.is_contiguous():
-        raise ValueError(f"cu_seqlens must be a dense (B + 1,), got {tuple(cu_seqlens.shape)}")
-    return cu_seqlens.numel() - 1
-
-
-def _kl_term(
+def kl_term(
     kl_coef: float | Tensor | None,
     objective: Objective,
     ref_logprobs: Tensor | None,
@@ -232,20 +217,15 @@ def _kl_term(
     return 1 + KL_ESTIMATORS.index(objective.kl_estimator), kl_coef, adaptive
 
 
-def _denominator(
+def count_denominator(
     denominator: float | Tensor | None,
     objective: Objective,
     logprobs: Tensor,
     mask: Tensor | None,
     num_sequences: int,
 ) -> Tensor:
-    if isinstance(denominator, Tensor):
-        check_tensor("denominator", denominator, (torch.float32,), (), logprobs)
-        return denominator
     if denominator is not None:
-        if not denominator >= 0:
-            raise ValueError(f"denominator must be >= 0, got {denominator}")
-        return logprobs.new_full((), denominator, dtype=torch.float32)
+        return as_denominator(denominator, logprobs)
     if objective.aggregation == "sequence-mean-token-sum-norm":
         raise ValueError(
             "aggregation 'sequence-mean-token-sum-norm' needs "
@@ -266,7 +246,7 @@ def _per_token(advantages: Tensor, logprobs: Tensor, cu_seqlens: Tensor | None) 
     return advantages.repeat_interleave(cu_seqlens.diff().long(), output_size=logprobs.numel())
 
 
-def _forward(
+def launch_policy_loss(
     logprobs: Tensor,
     entropy: Tensor | None,
     old_logprobs: Tensor,
@@ -353,7 +333,10 @@ def _differentiate(ctx, grad_loss, _grad_metrics, _grad_gradients):
     if grad_loss is None or not (of_logprobs or of_entropy):
         return (None, None, *nothing)
     (gradients,) = ctx.saved_tensors
-    gradients = gradients * grad_loss
+    # a product less; to look at a number stops the host on a GPU, and a compiler
+    is_one = not torch.compiler.is_compiling() and grad_loss.is_cpu and grad_loss.item() == 1.0
+    if not is_one:
+        gradients = gradients * grad_loss
     grad_logprobs, grad_entropy = gradients if of_logprobs and of_entropy else (gradients,) * 2
     return (
         grad_logprobs.to(ctx.dtypes[0]) if of_logprobs else None,
@@ -363,5 +346,5 @@ def _differentiate(ctx, grad_loss, _grad_metrics, _grad_gradients):
 
 
 _operator = Operator(
-    "policy_loss", _forward, _fake_forward, _save, _differentiate, differentiable=2
+    "policy_loss", launch_policy_loss, _fake_forward, _save, _differentiate, differentiable=2
 )

@@ -19,13 +19,14 @@ from warpo.kernels.linear_head import LinearHead, check_chunking, check_head
 from warpo.kernels.linear_logprobs import linear_logprobs_and_entropy
 from warpo.kernels.logprobs import workspace
 from warpo.kernels.objectives import Objective, get_objective
-from warpo.kernels.policy_loss import _check_tensors as check_tokens
-from warpo.kernels.policy_loss import _denominator as count_denominator
-from warpo.kernels.policy_loss import _forward as launch_policy_loss
-from warpo.kernels.policy_loss import _kl_term as kl_term
-from warpo.kernels.policy_loss import policy_loss
-from warpo.kernels.policy_loss_from_logits import _of_sequences as of_sequences
-from warpo.kernels.policy_loss_from_logits import _reads as count_reads
+from warpo.kernels.policy_loss import (
+    check_tokens,
+    count_denominator,
+    kl_term,
+    launch_policy_loss,
+    policy_loss,
+)
+from warpo.kernels.policy_loss_from_logits import count_reads, of_sequences
 from warpo.kernels.policy_metrics import METRICS
 from warpo.kernels.registration import Operator
 

@@ -26,15 +26,15 @@ from torch import Tensor
 
 from warpo.kernels import dispatch
 from warpo.kernels.checks import as_rows
-from warpo.kernels.logprobs import _check as check_logits
-from warpo.kernels.logprobs import _check_inplace as check_inplace
-from warpo.kernels.logprobs import logprobs_and_entropy
+from warpo.kernels.logprobs import check_inplace, check_logits, logprobs_and_entropy
 from warpo.kernels.objectives import Objective, get_objective
-from warpo.kernels.policy_loss import _check_tensors as check_tokens
-from warpo.kernels.policy_loss import _denominator as count_denominator
-from warpo.kernels.policy_loss import _forward as launch_policy_loss
-from warpo.kernels.policy_loss import _kl_term as kl_term
-from warpo.kernels.policy_loss import policy_loss
+from warpo.kernels.policy_loss import (
+    check_tokens,
+    count_denominator,
+    kl_term,
+    launch_policy_loss,
+    policy_loss,
+)
 from warpo.kernels.policy_metrics import METRICS
 from warpo.kernels.registration import Operator
 
@@ -129,7 +129,7 @@ def policy_loss_from_logits(
         check_inplace(logits)
     recording = logits.requires_grad and torch.is_grad_enabled()
     per_token = advantages.shape == shape
-    if name == "reference" or not recording or _reads(objective, old_logprobs, per_token) == 2:
+    if name == "reference" or not recording or count_reads(objective, old_logprobs, per_token) == 2:
         logp, entropy = logprobs_and_entropy(
             logits, targets, temperature=temperature, mask=valid, ignore_index=ignore_index,
             inplace_backward=inplace, backend=name,
@@ -145,7 +145,7 @@ def policy_loss_from_logits(
     if isinstance(temperature, Tensor):
         token_temperature, temperature = as_rows("temperature", temperature), 1.0
     sequence_mean = objective.aggregation == "sequence-mean-token-mean"
-    token_advantages, valid_tokens = _of_sequences(advantages, valid, cu_seqlens, sequence_mean)
+    token_advantages, valid_tokens = of_sequences(advantages, valid, cu_seqlens, sequence_mean)
     loss, metrics, logp, entropy, _ = _operator(
         as_rows("logits", logits, keep=1),
         as_rows("targets", targets),
@@ -174,7 +174,7 @@ def policy_loss_from_logits(
     return PolicyLossFromLogits(loss, metrics, logp.view(shape), entropy.view(shape))
 
 
-def _reads(objective: Objective, old_logprobs: Tensor | None, per_token: bool) -> int:
+def count_reads(objective: Objective, old_logprobs: Tensor | None, per_token: bool) -> int:
     """How often the logits must be read: 2 where a gradient needs the logprobs of other tokens."""
     corrected = objective.correction != "none"
     if corrected and objective.correction_level == "sequence":
@@ -186,7 +186,7 @@ def _reads(objective: Objective, old_logprobs: Tensor | None, per_token: bool) -
     return 2 if objective.surrogate not in _OF_LOGP and (per_token or corrected) else 1
 
 
-def _of_sequences(
+def of_sequences(
     advantages: Tensor, valid: Tensor, cu_seqlens: Tensor | None, sequence_mean: bool
 ) -> tuple[Tensor, Tensor | None]:
     """What is one a sequence, for each token: the advantage, and the number of valid tokens."""

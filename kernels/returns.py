@@ -19,8 +19,8 @@ from warpo.kernels.scan import Steps
 
 def discounted_returns(
     rewards: Tensor,
-    gamma: float,
     *,
+    gamma: float,
     mask: Tensor | None = None,
     mask_mode: str = "carry",
     cu_seqlens: Tensor | None = None,
@@ -65,9 +65,9 @@ def discounted_returns(
 def lambda_returns(
     rewards: Tensor,
     values: Tensor,
+    *,
     gamma: float,
     gae_lambda: float,
-    *,
     mask: Tensor | None = None,
     mask_mode: str = "carry",
     cu_seqlens: Tensor | None = None,

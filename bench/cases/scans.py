@@ -42,7 +42,9 @@ def gae_case(device: str, rows: int, steps: int, time_dim: int) -> Case:
 
     def error(backend: str) -> float:
         part = (slice(0, 4), slice(None)) if time_dim else (slice(None), slice(0, 4))
-        cut = {k: v[part] if isinstance(v, Tensor) else v for k, v in options.items()}
+        cut: dict[str, Any] = {
+            k: v[part] if isinstance(v, Tensor) else v for k, v in options.items()
+        }
         wanted = reference.gae(rewards[part].double(), values[part].double(), GAMMA, LAMBDA, **cut)
         actual = ops.gae(
             rewards[part], values[part], gamma=GAMMA, gae_lambda=LAMBDA, backend=backend, **cut

@@ -144,19 +144,17 @@ def from_logits_case(device: str, rows: int, steps: int, vocab: int, dtype: torc
     with torch.no_grad():
         old = ops.logprobs(logits, targets) + 0.1 * torch.randn(rows, steps, device=device)
     ref = old + 0.05
-    options = {"ref_logprobs": ref, "denominator": float(rows)}
 
     def one_read(backend: str) -> Callable:
-        return lambda leaf: (
-            ops.policy_loss_from_logits(
-                leaf, targets, advantages, "grpo", old_logprobs=old, backend=backend, **options
-            ).loss
-        )
+        return lambda leaf: ops.policy_loss_from_logits(
+            leaf, targets, advantages, "grpo", old_logprobs=old, ref_logprobs=ref,
+            denominator=float(rows), backend=backend,
+        ).loss  # fmt: skip
 
     def two_reads(backend: str) -> Callable:
         return lambda leaf: ops.policy_loss(
             ops.logprobs(leaf, targets, backend=backend), old, advantages, "grpo",
-            backend=backend, **options,
+            ref_logprobs=ref, denominator=float(rows), backend=backend,
         ).loss  # fmt: skip
 
     def eager(leaf: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 // leave-one-out, else 1.
 #include <math.h>
 
+#include <vector>
+
 #include "cpu/cpu.h"
 #include "cpu/load.h"
 
@@ -26,21 +28,41 @@ struct Stats {
     bool all_equal = true;
 };
 
+// The rewards of a group in a row: where they lie, or gathered.
+class Rewards {
+public:
+    const float* load(const GroupAdvantages& a, const Group& group) {
+        if (!group.order && a.rewards.dtype == kFloat32 && a.rewards.stride1 == 1)
+            return address<float>(a.rewards, 0, group.first);
+        gathered_.resize(group.count);
+        for (int64_t i = 0; i < group.count; ++i)
+            gathered_[i] = load_one(a.rewards, 0, group.member(i));
+        return gathered_.data();
+    }
+
+private:
+    std::vector<float> gathered_;
+};
+
 // Two passes: E[x^2] - E[x]^2 would lose all digits where the mean is large beside the spread.
-Stats stats_of(const GroupAdvantages& a, const Group& group) {
+Stats stats_of(const GroupAdvantages& a, const Group& group, const float* rewards) {
     Stats stats;
     if (group.count == 0) return stats;
-    const float first = load_one(a.rewards, 0, group.member(0));
+    const float first = rewards[0];
     double sum = 0, squares = 0;
+    int64_t different = 0;
+#pragma omp simd reduction(+ : sum, different)
     for (int64_t i = 0; i < group.count; ++i) {
-        const float reward = load_one(a.rewards, 0, group.member(i));
-        sum += reward;
-        stats.all_equal = stats.all_equal && reward == first;  // false for NaN
+        sum += rewards[i];
+        different += !(rewards[i] == first);  // NaN is
     }
-    stats.mean = stats.all_equal ? first : sum / (double)group.count;
+    stats.all_equal = different == 0;
+    const double mean = stats.all_equal ? first : sum / (double)group.count;
+    stats.mean = mean;
     if (stats.all_equal || a.std_mode == kNoStd) return stats;
+#pragma omp simd reduction(+ : squares)
     for (int64_t i = 0; i < group.count; ++i) {
-        const double centred = load_one(a.rewards, 0, group.member(i)) - stats.mean;
+        const double centred = rewards[i] - mean;
         squares += centred * centred;
     }
     stats.degrees = (double)(a.std_mode == kSampleStd ? group.count - 1 : group.count);
@@ -54,31 +76,40 @@ double factor_of(const GroupAdvantages& a, const Group& group, const Stats& stat
     return a.std_mode == kNoStd ? factor : factor / (stats.std + a.eps);
 }
 
-bool forward_group(const GroupAdvantages& a, int64_t index) {
+bool forward_group(const GroupAdvantages& a, int64_t index, Rewards& storage) {
     const Group group = group_of(a, index);
-    const Stats stats = stats_of(a, group);
+    const float* const rewards = storage.load(a, group);
+    const Stats stats = stats_of(a, group, rewards);
     a.mean[index] = (float)stats.mean;
     a.std[index] = (float)stats.std;
-    const double factor = stats.all_equal ? 0.0 : factor_of(a, group, stats);
-    for (int64_t i = 0; i < group.count; ++i) {
-        const int64_t member = group.member(i);
-        const double centred = load_one(a.rewards, 0, member) - stats.mean;
-        a.advantages[member] = stats.all_equal ? 0.0f : (float)(centred * factor);
+    const double mean = stats.mean, factor = stats.all_equal ? 0.0 : factor_of(a, group, stats);
+    const bool all_equal = stats.all_equal;
+    if (!group.order) {
+        float* const out = a.advantages + group.first;
+#pragma omp simd
+        for (int64_t i = 0; i < group.count; ++i)
+            out[i] = all_equal ? 0.0f : (float)((rewards[i] - mean) * factor);
+    } else {
+        for (int64_t i = 0; i < group.count; ++i)
+            a.advantages[group.member(i)] =
+                all_equal ? 0.0f : (float)((rewards[i] - mean) * factor);
     }
-    return stats.all_equal && group.count > 0;
+    return all_equal && group.count > 0;
 }
 
 // With c = r - mean and a = c f / (std + eps):
 //   dr_i = f / (std + eps) (g_i - mean(g)) - sum(g c) f / (std + eps)^2 c_i / (degrees std)
-void backward_group(const GroupAdvantages& a, const GroupAdvantagesBackward& g, int64_t index) {
+void backward_group(const GroupAdvantages& a, const GroupAdvantagesBackward& g, int64_t index,
+                    Rewards& storage) {
     const Group group = group_of(a, index);
-    const Stats stats = stats_of(a, group);
+    const float* const rewards = storage.load(a, group);
+    const Stats stats = stats_of(a, group, rewards);
     double mean_grad = 0, grad_dot_centred = 0;
     for (int64_t i = 0; i < group.count; ++i) {
         const int64_t member = group.member(i);
         const double grad = load_one(g.grad_advantages, 0, member);
         mean_grad += grad / (double)group.count;
-        grad_dot_centred += grad * (load_one(a.rewards, 0, member) - stats.mean);
+        grad_dot_centred += grad * (rewards[i] - stats.mean);
     }
     const double factor = stats.all_equal ? 0.0 : factor_of(a, group, stats);
     const double through_std =
@@ -88,7 +119,7 @@ void backward_group(const GroupAdvantages& a, const GroupAdvantagesBackward& g, 
     for (int64_t i = 0; i < group.count; ++i) {
         const int64_t member = group.member(i);
         const double grad = load_one(g.grad_advantages, 0, member) - mean_grad;
-        const double centred = load_one(a.rewards, 0, member) - stats.mean;
+        const double centred = rewards[i] - stats.mean;
         g.grad_rewards[member] =
             stats.all_equal ? 0.0f : (float)(grad * factor - through_std * centred);
     }
@@ -102,15 +133,24 @@ int64_t work_of(const GroupAdvantages& a) {
 
 void group_advantages_forward(const GroupAdvantages& a) {
     int32_t degenerate = 0;
-#pragma omp parallel for reduction(+ : degenerate) if (work_of(a) >= kParallelWork)
-    for (int64_t group = 0; group < a.groups; ++group) degenerate += forward_group(a, group);
+#pragma omp parallel if (work_of(a) >= kParallelWork)
+    {
+        Rewards storage;
+#pragma omp for reduction(+ : degenerate)
+        for (int64_t group = 0; group < a.groups; ++group)
+            degenerate += forward_group(a, group, storage);
+    }
     *a.degenerate += degenerate;
 }
 
 void group_advantages_backward(const GroupAdvantagesBackward& g) {
     const GroupAdvantages& a = g.forward;
-#pragma omp parallel for if (work_of(a) >= kParallelWork)
-    for (int64_t group = 0; group < a.groups; ++group) backward_group(a, g, group);
+#pragma omp parallel if (work_of(a) >= kParallelWork)
+    {
+        Rewards storage;
+#pragma omp for
+        for (int64_t group = 0; group < a.groups; ++group) backward_group(a, g, group, storage);
+    }
 }
 
 }  // namespace warpo::cpu::WARPO_ISA

@@ -72,6 +72,10 @@ inline void load_strided(const T* source, int64_t stride, int count, float* out)
     if (stride == 1) {
 #pragma omp simd
         for (int i = 0; i < count; ++i) out[i] = to_float(source[i]);
+    } else if (stride == 0) {
+        const float all = to_float(*source);
+#pragma omp simd
+        for (int i = 0; i < count; ++i) out[i] = all;
     } else {
         for (int i = 0; i < count; ++i) out[i] = to_float(source[i * stride]);
     }

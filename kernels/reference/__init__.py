@@ -5,6 +5,8 @@ they mean in `ops`; they are checked there. Masked slots are replaced before any
 NaN in them reaches neither results nor gradients.
 """
 
+from warpo.kernels.reference.adamw_publish import adamw_publish
+from warpo.kernels.reference.fingerprint import fingerprint
 from warpo.kernels.reference.gae import discounted_returns, gae, lambda_returns
 from warpo.kernels.reference.group_advantages import group_advantages
 from warpo.kernels.reference.kept_set_logprobs import kept_set_logprobs
@@ -12,6 +14,7 @@ from warpo.kernels.reference.linear_logprobs import linear_logprobs
 from warpo.kernels.reference.logprobs import logprobs
 from warpo.kernels.reference.policy_loss import kl_estimate, policy_loss
 from warpo.kernels.reference.preference_loss import kto_loss, preference_loss
+from warpo.kernels.reference.process_advantages import process_advantages
 from warpo.kernels.reference.reward_model_loss import ranking_loss, reward_model_loss
 from warpo.kernels.reference.shaped_gae import shaped_gae
 from warpo.kernels.reference.value_loss import value_loss

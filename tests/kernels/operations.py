@@ -383,6 +383,28 @@ OPERATIONS = [
         masked=("scores",),
     ),
     Operation(
+        name="kto_loss",
+        kernels="preference_loss",
+        tensors=lambda: {
+            "logprobs": -_numbers(B, T).abs(),
+            "ref_logprobs": -_numbers(B, T).abs().flip(0),
+            "desirable": torch.arange(B, device=DEVICE) % 2 == 0,
+            "kl": torch.full((), 0.25, device=DEVICE),
+            "mask": _mask(B, T),
+        },
+        floats=("logprobs", "ref_logprobs"),
+        differentiable=("logprobs",),
+        outputs=1,
+        masked=("logprobs", "ref_logprobs"),
+    ),
+    Operation(
+        name="fingerprint",
+        kernels="fingerprint",
+        tensors=lambda: {"tensor": _numbers(B, T)},
+        floats=("tensor",),
+        not_promised={1: "the bits of another dtype are other bits", 4: _NO_MASK},
+    ),
+    Operation(
         name="adamw_publish",
         kernels="adamw_publish",
         tensors=_moments,

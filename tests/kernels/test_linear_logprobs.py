@@ -370,7 +370,7 @@ H, W, Y = torch.zeros(2, 4), torch.zeros(5, 4), torch.zeros(2, dtype=torch.int64
         ((H, W, Y), {"softcap": 0.0}, "softcap must be > 0, got 0.0: pass None for no cap"),
         ((H, W, Y), {"workspace_bytes": 0}, "workspace_bytes must be > 0, got 0"),
         ((H, W, Y), {"num_valid": -1}, "num_valid must be >= 0, got -1"),
-        ((H, W, Y), {"logits_dtype": "bf16"}, "logits_dtype must be 'float32' or 'input'"),
+        ((H, W, Y), {"logits_dtype": "bf16"}, "logits_dtype must be one of float32, input"),
         ((H, W, Y), {"process_group": "tp"}, "must be a torch.distributed.ProcessGroup, got str"),
         ((H, W, Y), {"process_group": "tp", "backend": "reference"}, "not supported by backend"),
         ((H[None, :, None].expand(2, 2, 2, 4).transpose(0, 1), W, Y.expand(2, 2, 2)), {},

@@ -79,8 +79,10 @@ def test_lambda_returns_are_advantages_plus_values(backend):
 @pytest.mark.parametrize("backend", BACKENDS[:1])
 def test_compiles_without_a_graph_break(backend):
     def returns(rewards, values, gamma):
-        lambdas = ops.lambda_returns(rewards, values * 2, gamma, 0.9, time_dim=0, backend=backend)
-        return ops.discounted_returns(rewards, gamma, backend=backend) + lambdas
+        lambdas = ops.lambda_returns(
+            rewards, values * 2, gamma=gamma, gae_lambda=0.9, time_dim=0, backend=backend
+        )
+        return ops.discounted_returns(rewards, gamma=gamma, backend=backend) + lambdas
 
     compiled = torch.compile(returns, fullgraph=True, backend="aot_eager")
     for steps in (4, 6, 9):
@@ -94,14 +96,20 @@ X = torch.zeros(2, 3)
 @pytest.mark.parametrize(
     "operation, arguments, options, message",
     [
-        ("discounted_returns", (X, 2.0), {}, r"gamma must be in \[0, 1\], got 2.0"),
-        ("discounted_returns", (X[0], 1.0), {}, "rewards must be 2-D"),
-        ("discounted_returns", (X, 1.0), {"truncated": X.bool()}, "go together"),
-        ("lambda_returns", (X, X, 1.0, -1.0), {}, r"gae_lambda must be in \[0, 1\], got -1.0"),
-        ("lambda_returns", (X, X[0], 1.0, 1.0), {}, r"values must be of shape \(2, 3\)"),
-        ("lambda_returns", (X, X, 1.0, 1.0), {"mask_mode": ""}, "one of carry, zero, compact"),
+        ("discounted_returns", (X,), {"gamma": 2.0}, r"gamma must be in \[0, 1\], got 2.0"),
+        ("discounted_returns", (X[0],), {}, "rewards must be 2-D"),
+        ("discounted_returns", (X,), {"truncated": X.bool()}, "go together"),
+        (
+            "lambda_returns",
+            (X, X),
+            {"gae_lambda": -1.0},
+            r"gae_lambda must be in \[0, 1\], got -1.0",
+        ),
+        ("lambda_returns", (X, X[0]), {}, r"values must be of shape \(2, 3\)"),
+        ("lambda_returns", (X, X), {"mask_mode": ""}, "one of carry, zero, compact"),
     ],
 )
 def test_bad_arguments_are_named(operation, arguments, options, message):
+    numbers = {"gamma": 1.0} | ({"gae_lambda": 1.0} if operation == "lambda_returns" else {})
     with pytest.raises(ValueError, match=message):
-        getattr(ops, operation)(*arguments, **options)
+        getattr(ops, operation)(*arguments, **(numbers | options))

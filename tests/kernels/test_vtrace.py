@@ -24,7 +24,7 @@ NUMBERS = st.fixed_dictionaries(
 
 def call(function, arguments: dict, **options):
     given = dict(arguments)
-    tensors = [given.pop(name) for name in (*PER_STEP, "gamma")]
+    tensors = [given.pop(name) for name in PER_STEP]
     return function(*tensors, **given, **options)
 
 
@@ -107,7 +107,7 @@ def test_opcheck(backend):
 @pytest.mark.parametrize("backend", BACKENDS[:1])
 def test_compiles_without_a_graph_break(backend):
     def targets(logp, old, rewards, values, gamma):
-        return ops.vtrace(logp, old, rewards * 2, values, gamma, backend=backend)
+        return ops.vtrace(logp, old, rewards * 2, values, gamma=gamma, backend=backend)
 
     compiled = torch.compile(targets, fullgraph=True, backend="aot_eager")
     for steps in (4, 6, 9):
