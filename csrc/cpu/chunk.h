@@ -17,7 +17,9 @@
 
 namespace warpo::cpu::WARPO_ISA {
 
-constexpr int kChunk = 512, kGroup = 16;
+// Runs of a page or more keep the prefetchers going: 512 x 4096 took 2.9 ms in chunks of 512 steps,
+// 2.6 in these (EPYC, 2 threads).
+constexpr int kChunk = 4096, kGroup = 16;
 // Each way more room than a chunk needs, for whole vectors.
 constexpr int kMargin = 16;
 
