@@ -286,7 +286,6 @@ def keep_freed_memory() -> None:
 
 def run(device: str, out: Path, groups: list[Callable[[], list[Case]]], only: str) -> None:
     """Time all cases; rows are written as they come, so that an interrupt keeps them."""
-    keep_freed_memory()
     limits = bandwidths(device)
     common = environment(device) | {f"{name}_gb_per_s": x for name, x in limits.items()}
     out.mkdir(parents=True, exist_ok=True)
@@ -315,10 +314,17 @@ def main() -> None:
     parser.add_argument(
         "--only", default="", metavar="TEXT", help="operations with TEXT in the name"
     )
+    parser.add_argument(
+        "--fresh-memory",
+        action="store_true",
+        help="CPU: return freed memory to the system, as glibc does; page faults then count",
+    )
     parser.add_argument("--out", type=Path, default=Path("bench/results/latest"), metavar="DIR")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch sees no CUDA device: pass --device cpu")
+    if not args.fresh_memory:
+        keep_freed_memory()
     run(args.device, args.out, cases(args.device), args.only)
 
 

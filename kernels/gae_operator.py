@@ -105,7 +105,7 @@ _backward_operator = Operator("gae_backward", _backward, _fake_backward)
 
 def _save(ctx, inputs, output) -> None:
     ctx.options = inputs[10:14]
-    ctx.backend = inputs[15]
+    ctx.returns_only, ctx.backend = inputs[14:]
     ctx.dtypes = [None if x is None else x.dtype for x in inputs[:4]]
     ctx.set_materialize_grads(False)
     # rewards are saved for their shape and layout
@@ -113,6 +113,8 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, grad_advantages, grad_returns):
+    if ctx.returns_only:
+        grad_advantages = None  # of the empty tensor that stands for them
     if grad_advantages is None and grad_returns is None:
         return (None,) * 16
     has_values, has_final_values = ctx.dtypes[1] is not None, ctx.dtypes[3] is not None

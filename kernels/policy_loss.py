@@ -328,13 +328,21 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, grad_loss, _grad_metrics, _grad_gradients):
+    return _scale(ctx, grad_loss, is_one=False)
+
+
+def _differentiate_eager(ctx, grad_loss, _grad_metrics, _grad_gradients):
+    # on a GPU to look at it would stop the host
+    is_one = grad_loss is not None and grad_loss.is_cpu and grad_loss.item() == 1.0
+    return _scale(ctx, grad_loss, is_one)
+
+
+def _scale(ctx, grad_loss: Tensor | None, is_one: bool) -> tuple:
     nothing = (None,) * 28
     of_logprobs, of_entropy = ctx.wanted
     if grad_loss is None or not (of_logprobs or of_entropy):
         return (None, None, *nothing)
     (gradients,) = ctx.saved_tensors
-    # a product less; to look at a number stops the host on a GPU, and a compiler
-    is_one = not torch.compiler.is_compiling() and grad_loss.is_cpu and grad_loss.item() == 1.0
     if not is_one:
         gradients = gradients * grad_loss
     grad_logprobs, grad_entropy = gradients if of_logprobs and of_entropy else (gradients,) * 2
@@ -346,5 +354,6 @@ def _differentiate(ctx, grad_loss, _grad_metrics, _grad_gradients):
 
 
 _operator = Operator(
-    "policy_loss", launch_policy_loss, _fake_forward, _save, _differentiate, differentiable=2
-)
+    "policy_loss", launch_policy_loss, _fake_forward, _save, _differentiate,
+    differentiable=2, differentiate_eager=_differentiate_eager,
+)  # fmt: skip

@@ -62,8 +62,16 @@ def logprobs_cases(device: str, rows: int, vocab: int, dtype: torch.dtype) -> li
     size = f"{rows} x {vocab} {str(dtype).removeprefix('torch.')}"
     once = logits.numel() * logits.element_size()
 
-    def ours(function: Callable, backend: str) -> Callable:
-        return lambda logits, targets: function(logits, targets, backend=backend)
+    def ours(function: Callable, backend: str, inplace: bool = False) -> Callable:
+        return lambda logits, targets: function(
+            logits, targets, backend=backend, inplace_backward=inplace
+        )
+
+    def inplace(function: Callable) -> dict[str, Callable]:
+        """The gradient takes the place of the logits: of a leaf of its own, which it changes."""
+        own = logits.clone().requires_grad_()
+        backends = each_backend(device, lambda b: _trained(own, ours(function, b, True), targets))
+        return {f"{name}, in place": make for name, make in backends.items()}
 
     def error(backend: str) -> float:
         part = slice(0, 16)
@@ -106,6 +114,7 @@ def logprobs_cases(device: str, rows: int, vocab: int, dtype: torch.dtype) -> li
             name="logprobs forward + backward",
             size=size,
             providers=each_backend(device, lambda b: _trained(leaf, ours(ops.logprobs, b), targets))
+            | inplace(ops.logprobs)
             | {
                 "eager": lambda: _trained(leaf, _eager, targets),
                 "compile": lambda: _trained(leaf, compiled(_eager), targets),
@@ -122,6 +131,7 @@ def logprobs_cases(device: str, rows: int, vocab: int, dtype: torch.dtype) -> li
             providers=each_backend(
                 device, lambda b: _trained(leaf, ours(ops.logprobs_and_entropy, b), targets)
             )
+            | inplace(ops.logprobs_and_entropy)
             | {
                 "eager": lambda: _trained(leaf, _eager_with_entropy, targets),
                 "compile": lambda: _trained(leaf, compiled(_eager_with_entropy), targets),

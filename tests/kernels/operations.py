@@ -252,7 +252,7 @@ OPERATIONS = [
         masked=("logits", "old_logprobs", "ref_logprobs", "advantages"),
         vocabulary="logits",
         wrong=("objective", "grppo"),
-        not_promised={7: _GRADIENT_SAVED, 8: _LOSS_ONLY},
+        not_promised={7: _GRADIENT_SAVED, 8: _LOSS_ONLY, 12: "a call is three launches"},
     ),
     Operation(
         name="policy_loss_from_hidden",

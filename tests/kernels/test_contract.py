@@ -35,8 +35,8 @@ PROMISES = {
     11: "a DTensor or an empty ZeRO-3 shard raises with the fix",
     12: "host cost of a call",
 }
-# The promise is 15 us above the launch on an idle machine; CI shares its two cores.
-HOST_COST_US = 30.0
+# A guard: the promise is 15 us above the launch on an idle machine, and CI shares its two cores.
+HOST_COST_US = 60.0
 ROOT = Path(__file__).parents[2]
 MATRIX = Path(__file__).with_name("contract.txt")
 
@@ -109,7 +109,13 @@ def test_promise_1_dtypes(operation, backend):
             gradient.to(low[name].dtype)
             for name, gradient in zip(operation.differentiable, wanted_gradients, strict=True)
         ]
-        assert_same((results, gradients), (wanted, rounded))
+        if operation.vocabulary is None:
+            assert_same((results, gradients), (wanted, rounded))
+        else:
+            # a GPU sums a row in vectors of 16 bytes: of 8 elements, or of 4
+            tolerance = 1e-5 if dtype is torch.float32 else 1e-2
+            torch.testing.assert_close(results, wanted, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(gradients, rounded, rtol=tolerance, atol=1e-5)
 
 
 @cells(2)

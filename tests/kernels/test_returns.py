@@ -64,14 +64,14 @@ def test_the_reference_equals_the_book(operation):
 @each_backend
 def test_a_penalty_at_the_end_of_a_response_reaches_every_token(backend):
     rewards = torch.tensor([[0.0, 0, 1, 0], [0, 0, 0, -2]], device=DEVICE)
-    returns = ops.discounted_returns(rewards, 1.0, backend=backend)
+    returns = ops.discounted_returns(rewards, gamma=1.0, backend=backend)
     assert returns.tolist() == [[1, 1, 1, 0], [-2, -2, -2, -2]]
 
 
 @each_backend
 def test_lambda_returns_are_advantages_plus_values(backend):
     rewards, values = torch.randn(2, 5, 70, device=DEVICE)
-    returns = ops.lambda_returns(rewards, values, 0.99, 0.9, backend=backend)
+    returns = ops.lambda_returns(rewards, values, gamma=0.99, gae_lambda=0.9, backend=backend)
     found = ops.gae(rewards, values, gamma=0.99, gae_lambda=0.9, backend=backend)
     assert torch.equal(returns, found.returns)
 

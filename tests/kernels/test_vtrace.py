@@ -68,7 +68,7 @@ def test_the_reference_equals_the_definition_of_the_paper(case, numbers):
 @each_backend
 def test_on_policy_it_is_the_lambda_return(backend):
     logp, rewards, values = torch.randn(3, 4, 90, device=DEVICE)
-    found = ops.vtrace(logp, logp, rewards, values, 0.9, gae_lambda=0.8, backend=backend)
+    found = ops.vtrace(logp, logp, rewards, values, gamma=0.9, gae_lambda=0.8, backend=backend)
     wanted = reference.lambda_returns(rewards.double(), values.double(), 0.9, 0.8)
     assert_scan_close(found.returns, wanted, "returns")
 
@@ -78,7 +78,7 @@ def test_a_far_ratio_stays_finite(backend):
     rewards, values = torch.randn(2, 2, 40, device=DEVICE)
     logp = torch.full((2, 40), -1.0, device=DEVICE)
     old = torch.tensor([[-900.0], [0.0]], device=DEVICE).expand(2, 40)
-    found = ops.vtrace(logp, old, rewards, values, 0.9, backend=backend)
+    found = ops.vtrace(logp, old, rewards, values, gamma=0.9, backend=backend)
     assert found.returns.isfinite().all() and found.advantages.isfinite().all()
 
 
@@ -86,9 +86,9 @@ def test_a_far_ratio_stays_finite(backend):
 @pytest.mark.parametrize("steps", [9, 100, 1200])
 def test_a_row_alone_has_the_bits_of_the_row_in_a_batch(backend, steps):
     tensors = torch.randn(4, 21, steps, device=DEVICE)
-    batch = ops.vtrace(*tensors, 0.99, backend=backend)
+    batch = ops.vtrace(*tensors, gamma=0.99, backend=backend)
     for row in (0, 16, 20):
-        alone = ops.vtrace(*tensors[:, row : row + 1], 0.99, backend=backend)
+        alone = ops.vtrace(*tensors[:, row : row + 1], gamma=0.99, backend=backend)
         assert torch.equal(alone.returns[0], batch.returns[row])
         assert torch.equal(alone.advantages[0], batch.advantages[row])
 
