@@ -122,8 +122,9 @@ __device__ __forceinline__ Weights weights_of(const ShapedGae&, const float (&)[
 }
 __device__ __forceinline__ Weights weights_of(const Vtrace& a, const float (&inputs)[4][kItems],
                                               int i, bool keep) {
-    if (!keep) return {1.0f, 1.0f, 1.0f};
-    const float ratio = exp_f32(clamp_symmetric(inputs[2][i] - inputs[3][i], a.log_ratio_limit));
+    // A masked step that counts zeros has ratio 1.
+    const float log_ratio = keep ? inputs[2][i] - inputs[3][i] : 0.0f;
+    const float ratio = exp_f32(clamp_symmetric(log_ratio, a.log_ratio_limit));
     // fminf would drop a NaN
     return {ratio > a.rho_max ? a.rho_max : ratio, ratio > a.c_max ? a.c_max : ratio,
             ratio > a.pg_rho_max ? a.pg_rho_max : ratio};

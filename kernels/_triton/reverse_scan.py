@@ -166,8 +166,9 @@ def _reverse_scan_kernel(
             )  # fmt: skip
             old = load(other_ptr, row, step, other_stride_b, other_stride_t, keep, TIME_AXIS, DENSE)
             ratio = exp(clamp(logp - old, -log_ratio_limit, log_ratio_limit))
-            c = tl.where(counts, tl.where(keep, c * tl.where(ratio > c_max, c_max, ratio), c), 1.0)
-            rho = tl.where(keep, tl.where(ratio > rho_max, rho_max, ratio), 1.0)
+            # 1 where a mask counts zeros
+            c = tl.where(counts, c * tl.where(ratio > c_max, c_max, ratio), 1.0)
+            rho = tl.where(ratio > rho_max, rho_max, ratio)
             x, after = scan_with_before(c, tl.where(counts, rho * delta, 0.0), state, TIME_AXIS)
             state = at(x, is_first, TIME_AXIS)
             weight = tl.where(ratio > pg_rho_max, pg_rho_max, ratio)

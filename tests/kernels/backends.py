@@ -24,7 +24,7 @@ def dtypes(backend: str) -> tuple[torch.dtype, ...]:
 
 def examples(backend: str, number: int) -> int:
     """Fewer for Triton: its interpreter is slow, and on a GPU most cases compile a kernel anew."""
-    return max(1, number // 5) if backend == "triton" else number
+    return max(1, number // 10) if backend == "triton" else number
 
 
 def strided(tensor: Tensor, layout: str) -> Tensor:
