@@ -7,6 +7,7 @@ PIP_FLAGS ?=
 OUT ?= bench/results/latest
 SEED ?= 0
 PYTEST_FLAGS ?= -m "not slow"
+TEST_JOBS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -21,7 +22,7 @@ train: $(VENV)/built
 	$(BIN)/warpo train engine/arithmetic.yaml --seed $(SEED)
 
 test: $(VENV)/built
-	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile $(PYTEST_FLAGS)
 
 bench: $(VENV)/built peers
 	PYTHONPATH=.peers $(BIN)/python -m warpo.bench.kernels --device cpu --out $(OUT)

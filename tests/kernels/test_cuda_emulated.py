@@ -85,7 +85,7 @@ sys.exit(pytest.main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("order", ["reverse", "random"])
+@pytest.mark.parametrize("order", ["reverse", pytest.param("random", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_the_tests_of_the_operation_pass(emulated, operation, order):
     path = [str(emulated), *filter(None, [os.environ.get("PYTHONPATH")])]
