@@ -1,0 +1,22 @@
+"""Advantages relative to a group of answers, in NumPy.
+
+GRPO: A_i = (r_i - mean(r)) / std(r), https://arxiv.org/abs/2402.03300 section 4.1.2; Dr. GRPO leaves
+the std out, https://arxiv.org/abs/2503.20783; RLOO: the baseline of an answer is the mean of the
+others, https://arxiv.org/abs/2402.14740 eq. 8.
+"""
+
+import numpy as np
+
+
+def group_advantages(rewards, group_ids, *, std="sample", leave_one_out=False, eps=1e-6):
+    """One advantage an answer. A group whose rewards are all equal has none."""
+    advantages = np.zeros(len(rewards))
+    for i, (reward, group) in enumerate(zip(rewards, group_ids, strict=True)):
+        members = rewards[group_ids == group]
+        if np.all(members == members[0]):
+            continue
+        others = np.delete(rewards, i)[np.delete(group_ids, i) == group]
+        baseline = others.mean() if leave_one_out else members.mean()
+        scale = 1.0 if std == "none" else members.std(ddof=1 if std == "sample" else 0) + eps
+        advantages[i] = (reward - baseline) / scale
+    return advantages
