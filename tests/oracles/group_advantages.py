@@ -1,8 +1,8 @@
 """Advantages relative to a group of answers, in NumPy.
 
-GRPO: A_i = (r_i - mean(r)) / std(r), https://arxiv.org/abs/2402.03300 section 4.1.2; Dr. GRPO leaves
-the std out, https://arxiv.org/abs/2503.20783; RLOO: the baseline of an answer is the mean of the
-others, https://arxiv.org/abs/2402.14740 eq. 8.
+GRPO: A_i = (r_i - mean(r)) / std(r), https://arxiv.org/abs/2402.03300 section 4.1.2; Dr. GRPO
+leaves the std out, https://arxiv.org/abs/2503.20783; RLOO: the baseline of an answer is the mean of
+the others, https://arxiv.org/abs/2402.14740 eq. 8.
 """
 
 import numpy as np

@@ -1,6 +1,6 @@
 """Log-probability and entropy of softmax(logits / T), token by token, in NumPy.
 
-The definitions: p_j = e^(z_j / T) / sum_k e^(z_k / T), logp = log p_y, H = -sum p log p; gradients by
+The definitions: p_j = e^(z_j / T) / sum_k e^(z_k / T), logp = log p_y, H = -sum p log p; gradients
 d log p_y / d z_j = (1[j = y] - p_j) / T and d H / d z_j = -p_j (log p_j + H) / T.
 """
 
