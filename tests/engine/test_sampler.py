@@ -15,6 +15,7 @@ from tests.engine.models import (
     EOS_TOKEN_IDS,
     LOGPROB_ATOL,
     MAX_MODEL_LEN,
+    connect,
     logprobs_of,
     new_learner,
 )
@@ -224,7 +225,7 @@ def test_what_cannot_be_scored_is_refused(sampler: Sampler) -> None:
 def test_weights_that_are_not_finite_are_reported(sampler: Sampler) -> None:
     learner = new_learner("qwen2")
     learner.lm_head.weight.data[9, 0] = float("nan")
-    sampler.publish(learner)
+    connect(sampler, learner)
     with pytest.raises(RuntimeError, match="a completion of prompt 0 has logprobs .nan"):
         sampler.generate([[7, 8]], options())
 
