@@ -268,7 +268,8 @@ class Resync:
             learner.to(device)
             writes = _checked_writes(load_weights, sampler, learner)
         self._sampler, self._learner, self._writes = sampler, learner, writes
-        self._expected: dict[str, Tensor] = {}
+        self._noted: dict[str, Tensor] = {}
+        self._published = False
         self._buckets = _buckets(writes, bucket_bytes)
         self._copy()
         if self.mode == "alias":
@@ -299,20 +300,21 @@ class Resync:
         """Make the learner's weights the sampler's.
 
         Args:
-            fingerprints: of the learner's parameters by name, as the optimizer that wrote them
-                reports them; taken from the parameters where not given. What `verify` expects.
+            fingerprints: with "alias", what `verify` expects: of the learner's parameters by name,
+                as the optimizer that wrote them reports them. Computed here where not given.
 
         Returns:
             Bytes copied: 0 with "alias".
         """
         num_bytes = self._copy()
-        given = fingerprints if fingerprints and self.mode == "alias" else {}
-        self._expected = {
-            name: given[name]
-            if name in given
-            else _fingerprint(write.source.to(write.target.dtype))
-            for name, write in self._named()
-        }
+        self._published = True
+        if self.mode == "alias":
+            # Two names of one memory: what it holds is noted while it is right.
+            given = fingerprints or {}
+            self._noted = {
+                name: given[name] if name in given else _fingerprint(write.source)
+                for name, write in self._named()
+            }
         return num_bytes
 
     def _named(self) -> Iterator[tuple[str, Write]]:
@@ -325,8 +327,9 @@ class Resync:
     def verify(self) -> None:
         """Prove that the sampler holds what was published last.
 
-        Every parameter of both models is where it was, and the fingerprints of the sampler's bits,
-        computed here, are those of the learner's bits at `publish`. One read of the weights.
+        Every parameter of both models is where it was, and the fingerprints of the sampler's bits
+        are those that `publish` noted ("alias") or those of the learner's bits ("copy"). They are
+        computed here, on the device: a read of the weights, or of both copies.
 
         Raises:
             WeightMismatch: the names of the parameters that have moved or that differ.
@@ -343,11 +346,15 @@ class Resync:
                 f"these parameters of the learner are no longer in the memory that is published: "
                 f"{_some(moved)}. Change parameters in place only: no .to(), .half(), p.data = ..."
             )
-        if not self._expected:
+        if not self._published:
             raise WeightMismatch("nothing has been published yet: call publish first")
         names = [name for name, _ in self._named()]
-        expected = torch.stack([self._expected[name] for name in names])
-        held = torch.stack([_fingerprint(write.target) for _, write in self._named()])
+        held = torch.stack([_fingerprint(write.target) for write in self._writes])
+        expected = torch.stack(
+            [self._noted[name] for name in names]
+            if self.mode == "alias"
+            else [_fingerprint(write.source.to(write.target.dtype)) for write in self._writes]
+        )
         differ = (expected.to(held.device) != held).nonzero().flatten().tolist()
         if differ:
             raise WeightMismatch(

@@ -41,8 +41,10 @@ class Sampler(Protocol):
         weight_version: of the weights, as `weights_changed` was told.
     """
 
-    module: nn.Module
     weight_version: int
+
+    @property
+    def module(self) -> nn.Module: ...
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> object:
         """Copy named tensors, as a checkpoint has them, over the module's parameters."""

@@ -83,10 +83,11 @@ class VllmSampler:
         self._sampling_params = vllm.SamplingParams
         self._final_only = RequestOutputKind.FINAL_ONLY
         self._kv_released = False
-        self._can_release_kv = can_release_kv(vllm)
-        if not on_cpu and not self._can_release_kv:
+        self._can_release_kv = can_release_kv()
+        if not self._can_release_kv:
             logger.warning(
-                "vLLM %s cannot release its KV cache alone: %g GiB stay taken during updates",
+                "vLLM %s cannot release its KV cache alone on this platform: %g GiB stay taken "
+                "during updates",
                 vllm.__version__,
                 kv_cache_gib,
             )
@@ -239,7 +240,8 @@ class VllmSampler:
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> object:
         """vLLM's own loader: it fuses, pads and renames."""
-        return self.module.load_weights(weights)
+        module: Any = self.module
+        return module.load_weights(weights)
 
     def weights_changed(self, version: int) -> None:
         """Forget cached prefixes, and label what is sampled from now on with the version.
@@ -273,7 +275,7 @@ class VllmSampler:
             )
 
     def release_kv(self) -> None:
-        """Give the KV cache's memory to the learner; the weights stay. Nothing on a CPU."""
+        """Give the KV cache's memory to the learner; the weights stay where they are."""
         if self._can_release_kv and not self._kv_released:
             self._llm.sleep(level=0)
             self._llm.release_kv_cache_memory()
