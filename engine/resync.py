@@ -310,12 +310,14 @@ class Resync:
         self._published = True
         if self.mode == "alias":
             # Two names of one memory: what it holds is noted while it is right.
-            given = fingerprints or {}
-            self._noted = {
-                name: given[name] if name in given else _fingerprint(write.source)
-                for name, write in self._named()
-            }
+            self._noted = self.fingerprints() if fingerprints is None else dict(fingerprints)
         return num_bytes
+
+    def fingerprints(self) -> dict[str, Tensor]:
+        """Of the learner's bits as the sampler should hold them, by parameter name."""
+        return {
+            name: _fingerprint(write.source.to(write.target.dtype)) for name, write in self._named()
+        }
 
     def _named(self) -> Iterator[tuple[str, Write]]:
         """The writes by the name of their parameter, numbered where there are several."""
@@ -349,12 +351,9 @@ class Resync:
         if not self._published:
             raise WeightMismatch("nothing has been published yet: call publish first")
         names = [name for name, _ in self._named()]
+        noted = self._noted if self.mode == "alias" else self.fingerprints()
+        expected = torch.stack([noted[name] for name in names])
         held = torch.stack([_fingerprint(write.target) for write in self._writes])
-        expected = torch.stack(
-            [self._noted[name] for name in names]
-            if self.mode == "alias"
-            else [_fingerprint(write.source.to(write.target.dtype)) for write in self._writes]
-        )
         differ = (expected.to(held.device) != held).nonzero().flatten().tolist()
         if differ:
             raise WeightMismatch(
