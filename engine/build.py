@@ -84,7 +84,7 @@ def build(config: Config) -> Parts:
         deadline_s=config.reward.deadline_s,
         fields=list(prompts[0].fields),
     )
-    model = load_model(config.model, config.dtype, _device(config))
+    model = load_model(config.model, config.dtype, _device(config), config.lm_head_dtype)
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=config.update.lr,
@@ -123,6 +123,7 @@ def _device(config: Config) -> torch.device:
 def _sampler(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Sampler:
     options: dict[str, Any] = {
         "dtype": config.dtype if config.rollout.dtype == "same" else config.rollout.dtype,
+        "lm_head_dtype": config.lm_head_dtype,
         "max_model_len": config.rollout.max_model_len,
         "eos_token_ids": eos_token_ids(model, tokenizer),
     }
@@ -153,7 +154,8 @@ def load_reference(config: Config, parts: Parts) -> None:
         raise ConfigError(
             f"{path} is missing: the run began without a reference model, so kl_coef must be 0"
         )
-    parts.reference = load_model(str(path), config.dtype, parts.device).requires_grad_(False).eval()
+    reference = load_model(str(path), config.dtype, parts.device, config.lm_head_dtype)
+    parts.reference = reference.requires_grad_(False).eval()
 
 
 def _reference_dir(config: Config) -> Path:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from warpo.engine import checkpoint, plot
+from warpo.engine import checkpoint, mismatch, plot
 from warpo.engine.batch import Batch, Completion, Rollout
 from warpo.engine.build import Parts, build, load_reference, make_reference
 from warpo.engine.config import Config, resolve_advantage_std
@@ -104,7 +104,9 @@ def _step(
     minibatches = make_minibatches(
         rollouts, config.update.minibatches, config.update.token_budget, config.seed + step
     )
-    recompute_old = parts.probe_error > EQUAL_LOGPROBS
+    truncated = config.rollout.top_p < 1 or config.rollout.top_k > 0
+    # A truncated distribution is not the learner's: its logprobs are no old_logprobs.
+    recompute_old = truncated or parts.probe_error > EQUAL_LOGPROBS
     with log.phase("score"):
         minibatches = [
             [
@@ -117,10 +119,18 @@ def _step(
             for batches in minibatches
         ]  # fmt: skip
     _raise_if(stop)
-    with log.phase("update") as progress:
-        metrics |= _update(config, parts, minibatches, progress)
-    parts.step, parts.whole, parts.boundary = step, True, parts.stream.state_dict()
     probed = rollouts[: config.probe.num_sequences]
+    with log.phase("update") as progress:
+        drift = mismatch.Drift(
+            parts.model, probed, temperature=config.rollout.temperature,
+            updates=config.update.epochs * len(minibatches), truncated=truncated,
+        )  # fmt: skip
+        metrics |= _update(config, parts, minibatches, progress, drift)
+    parts.step, parts.whole, parts.boundary = step, True, parts.stream.state_dict()
+    metrics |= {
+        "old_logprobs/recomputed": float(recompute_old),
+        "old_logprobs/tokens_saved": 0.0 if recompute_old else metrics["perf/tokens"],
+    }
     return metrics, [r.prompt_ids + r.completion.token_ids for r in probed]
 
 
@@ -133,6 +143,8 @@ def _rollouts(
     options = SamplingOptions(
         group_size=group_size,
         temperature=config.rollout.temperature,
+        top_k=config.rollout.top_k,
+        top_p=config.rollout.top_p,
         max_new_tokens=config.rollout.max_new_tokens,
         # a function of seed and step: a resumed run samples what the whole run would have
         seed=config.seed * 1_000_003 + step,
@@ -195,12 +207,17 @@ def _accuracy(config: Config, rewards: list[float]) -> float:
 
 
 def _update(
-    config: Config, parts: Parts, minibatches: list[list[Batch]], progress: ReportProgress
+    config: Config,
+    parts: Parts,
+    minibatches: list[list[Batch]],
+    progress: ReportProgress,
+    drift: mismatch.Drift,
 ) -> Metrics:
     """epochs x minibatches optimizer steps on the rollouts of a step, and their mean metrics."""
     results = []
     updates = config.update.epochs * len(minibatches)
     for update in range(updates):
+        drift.before_update(update)
         parts.whole = False
         try:
             result = train_step(
@@ -224,6 +241,7 @@ def _update(
         "ratio/clip_frac": metrics["ratio/clip_frac_low"] + metrics["ratio/clip_frac_high"],
         "grad_norm": sum(result.grad_norm.item() for result in results) / updates,
         "lr": float(parts.schedule.get_last_lr()[0]),
+        **drift.metrics(),
     }
 
 
@@ -232,12 +250,14 @@ def _publish(config: Config, parts: Parts, log: RunLog, sequences: list[list[int
     with log.phase("publish"):
         copied = parts.sampler.publish(parts.model)
     parts.sampler.resume_kv()
+    metrics: Metrics = {}
     if config.probe.num_sequences:
         with log.phase("probe"):
-            parts.probe_error = probe_weights(
-                parts.model, parts.sampler, sequences, config.probe.tolerance
-            )
-    return {
+            probe = probe_weights(parts.model, parts.sampler, sequences, config.probe.tolerance)
+            metrics = mismatch.kernels(probe)
+            metrics |= mismatch.composition(parts.model, sequences, probe)
+        parts.probe_error = probe.max_difference
+    return metrics | {
         "publish/bytes": float(copied),
         "publish/version": float(parts.sampler.weight_version),
         "probe/max_difference": parts.probe_error,

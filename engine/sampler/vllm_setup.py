@@ -152,7 +152,12 @@ def _check_ranks() -> None:
 
 
 def build_llm(
-    model_path: str, *, dtype: str, max_model_len: int, kv_cache_gib: float
+    model_path: str,
+    *,
+    dtype: str,
+    max_model_len: int,
+    kv_cache_gib: float,
+    lm_head_dtype: str = "same",
 ) -> tuple[ModuleType, Any]:
     """The vllm module and a `vllm.LLM` in this process, the process otherwise left as it was.
 
@@ -174,6 +179,9 @@ def build_llm(
             skip_tokenizer_init=True,
             use_tqdm_on_load=False,
         )
+        if lm_head_dtype != "same":
+            # The stored weight keeps `dtype`; it is converted where logits are computed.
+            options["hf_overrides"] = {"head_dtype": lm_head_dtype}
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             options["distributed_executor_backend"] = "external_launcher"
         if not is_cpu_build():
