@@ -79,6 +79,11 @@ class Rollout:
     kv_cache_gib: Positive = 4.0
     """Memory of vLLM's KV cache in GiB. The transformers sampler has no such cache."""
 
+    @property
+    def truncated(self) -> bool:
+        """Whether some tokens cannot be drawn."""
+        return self.top_p < 1 or self.top_k > 0
+
 
 @dataclass(frozen=True, kw_only=True, config=_checked)
 class WarmStart:

@@ -104,34 +104,48 @@ def _step(
     minibatches = make_minibatches(
         rollouts, config.update.minibatches, config.update.token_budget, config.seed + step
     )
-    truncated = config.rollout.top_p < 1 or config.rollout.top_k > 0
-    # A truncated distribution is not the learner's: its logprobs are no old_logprobs.
-    recompute_old = truncated or parts.probe_error > EQUAL_LOGPROBS
     with log.phase("score"):
-        minibatches = [
-            [
-                with_scores(
-                    batch.to(parts.device), parts.model, parts.reference,
-                    temperature=config.rollout.temperature, recompute_old=recompute_old,
-                )
-                for batch in batches
-            ]
-            for batches in minibatches
-        ]  # fmt: skip
+        minibatches, saving = _score(config, parts, minibatches)
     _raise_if(stop)
     probed = rollouts[: config.probe.num_sequences]
     with log.phase("update") as progress:
         drift = mismatch.Drift(
             parts.model, probed, temperature=config.rollout.temperature,
-            updates=config.update.epochs * len(minibatches), truncated=truncated,
+            updates=config.update.epochs * len(minibatches), truncated=config.rollout.truncated,
         )  # fmt: skip
-        metrics |= _update(config, parts, minibatches, progress, drift)
+        metrics |= saving | _update(config, parts, minibatches, progress, drift)
     parts.step, parts.whole, parts.boundary = step, True, parts.stream.state_dict()
-    metrics |= {
-        "old_logprobs/recomputed": float(recompute_old),
-        "old_logprobs/tokens_saved": 0.0 if recompute_old else metrics["perf/tokens"],
-    }
     return metrics, [r.prompt_ids + r.completion.token_ids for r in probed]
+
+
+def _score(
+    config: Config, parts: Parts, minibatches: list[list[Batch]]
+) -> tuple[list[list[Batch]], Metrics]:
+    """The minibatches on the device with their scores, and what not scoring saved.
+
+    old_logprobs/tokens_saved: tokens that the learner's extra forward pass would have read, all of
+    perf/tokens, in a step that did without. Its seconds are the growth of perf/score_s in the same
+    run with probe.num_sequences = 0, where nothing shows that the sampler's logprobs serve.
+    """
+    # A truncated distribution is not the learner's, so its logprobs are no old_logprobs. Others
+    # serve where the probe found them equal at temperature 1; a lower one magnifies what it found.
+    equal = EQUAL_LOGPROBS * min(1.0, config.rollout.temperature)
+    recompute_old = config.rollout.truncated or parts.probe_error > equal
+    scored = [
+        [
+            with_scores(
+                batch.to(parts.device), parts.model, parts.reference,
+                temperature=config.rollout.temperature, recompute_old=recompute_old,
+            )
+            for batch in batches
+        ]
+        for batches in minibatches
+    ]  # fmt: skip
+    tokens = sum(batch.input_ids.numel() for batches in minibatches for batch in batches)
+    return scored, {
+        "old_logprobs/recomputed": float(recompute_old),
+        "old_logprobs/tokens_saved": 0.0 if recompute_old else float(tokens),
+    }
 
 
 def _rollouts(
