@@ -229,7 +229,8 @@ def test_a_correction_weighs_the_gradient_by_its_formula(
         torch.testing.assert_close(a, b, rtol=0, atol=CORRECTION_GRADIENT * largest)
 
 
-@pytest.fixture(scope="module")
+# of the session: a vLLM that is let go takes the process group of all others with it
+@pytest.fixture(scope="session")
 def build_bfloat16(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Sampler]:
     """A sampler of a bfloat16 model by kind and dtype of the head; each is built once and kept."""
     folder = str(tmp_path_factory.mktemp("bfloat16"))
