@@ -43,6 +43,7 @@ def measure_resync(sampler_dtype: str, shape: dict[str, Any]) -> list[dict[str, 
     import torch
     import transformers
 
+    from warpo.bench.case import Call
     from warpo.bench.kernels import measure
     from warpo.engine.resync import Resync
     from warpo.engine.sampler.vllm import VllmSampler
@@ -64,7 +65,7 @@ def measure_resync(sampler_dtype: str, shape: dict[str, Any]) -> list[dict[str, 
         for name, parameter in learner.named_parameters():
             sampler.load_weights([(name, parameter)])
 
-    calls = {
+    calls: dict[str, Call] = {
         "flat copy": lambda: flat_copy.copy_(flat),
         "packed copy": packed.publish,
         "load_weights, all tensors": lambda: sampler.load_weights(learner.named_parameters()),

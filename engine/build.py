@@ -33,7 +33,6 @@ class Parts:
         step: steps whose update is complete.
         whole: False while the weights are between two steps.
         boundary: position of the stream when `step` was completed.
-        probe_error: largest difference between learner and sampler logprobs at the last probe.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -52,7 +51,6 @@ class Parts:
     step: int = 0
     whole: bool = True
     boundary: dict[str, int] = field(default_factory=dict)
-    probe_error: float = float("inf")
 
     @property
     def device(self) -> torch.device:
@@ -87,7 +85,7 @@ def build(config: Config) -> Parts:
         fields=list(prompts[0].fields),
     )
     # On the host until it is known whether it gets memory of its own on the device.
-    model = load_model(config.model, config.dtype, torch.device("cpu"))
+    model = load_model(config.model, config.dtype, torch.device("cpu"), config.lm_head_dtype)
     sampler = _sampler(config, model, tokenizer)
     resync = Resync(
         sampler.load_weights, sampler.module, model, config.resync, device=_device(config)
@@ -131,6 +129,7 @@ def _device(config: Config) -> torch.device:
 def _sampler(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Sampler:
     options: dict[str, Any] = {
         "dtype": config.dtype if config.rollout.dtype == "same" else config.rollout.dtype,
+        "lm_head_dtype": config.lm_head_dtype,
         "max_model_len": config.rollout.max_model_len,
         "eos_token_ids": eos_token_ids(model, tokenizer),
     }
@@ -161,7 +160,8 @@ def load_reference(config: Config, parts: Parts) -> None:
         raise ConfigError(
             f"{path} is missing: the run began without a reference model, so kl_coef must be 0"
         )
-    parts.reference = load_model(str(path), config.dtype, parts.device).requires_grad_(False).eval()
+    reference = load_model(str(path), config.dtype, parts.device, config.lm_head_dtype)
+    parts.reference = reference.requires_grad_(False).eval()
 
 
 def _reference_dir(config: Config) -> Path:

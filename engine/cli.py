@@ -119,9 +119,10 @@ def _describe(key: Key, width: int) -> list[str]:
     if isinstance(default, bool):
         default = str(default).lower()
     tail = "(required)" if key.required else f"(default: {default if default != '' else 'empty'})"
+    head, indent = f"  --{key.name}  {key.wanted}  {tail}", " " * 8
     return [
-        f"  --{key.name}  {key.wanted}  {tail}",
-        *textwrap.wrap(key.text, width, initial_indent=" " * 8, subsequent_indent=" " * 8),
+        *textwrap.wrap(head, width, subsequent_indent=indent),
+        *textwrap.wrap(key.text, width, initial_indent=indent, subsequent_indent=indent),
     ]
 
 

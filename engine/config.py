@@ -10,7 +10,7 @@ import importlib.util
 from collections.abc import Sequence
 from dataclasses import field, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -62,6 +62,14 @@ class Rollout:
     """Completions of each prompt. Their mean reward is the baseline, hence two at least."""
     temperature: Positive = 1.0
     """Sampling temperature in training."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Draw from the most probable tokens whose mass reaches this. 1: from all. Below 1 the
+    sampler's logprobs are those of the truncated distribution and the learner's of the whole one,
+    so old_logprobs take a forward pass of the learner, and only a loss.correction sees the
+    difference."""
+    top_k: CountOrNone = 0
+    """Draw from so many of the most probable tokens, before top_p. 0: from all. What top_p says of
+    old_logprobs holds here too."""
     max_new_tokens: Count = 256
     """Length limit of a completion, in tokens."""
     max_model_len: Count = 1024
@@ -70,6 +78,11 @@ class Rollout:
     """Type of the sampler's weights. "same": that of the learner."""
     kv_cache_gib: Positive = 4.0
     """Memory of vLLM's KV cache in GiB. The transformers sampler has no such cache."""
+
+    @property
+    def truncated(self) -> bool:
+        """Whether some tokens cannot be drawn."""
+        return self.top_p < 1 or self.top_k > 0
 
 
 @dataclass(frozen=True, kw_only=True, config=_checked)
@@ -103,6 +116,14 @@ class Loss:
     advantage_std: Literal["objective", "sample", "population", "none"] = "objective"
     """What divides reward - group mean: the group's standard deviation (n - 1 or n in the
     denominator) or nothing. "objective": none for dr_grpo, sample for the others."""
+    correction: Literal[
+        "objective", "none", "truncate_token", "truncate_sequence", "mask_token", "mask_sequence"
+    ] = "objective"
+    """Weight w = exp(old_logprobs - sampler's) of a token, or of the sum over its completion, where
+    sampler and learner differ. truncate: w cut to the range. mask: w in the range, 0 outside. w is
+    1 in steps whose old_logprobs are the sampler's (old_logprobs/recomputed is 0)."""
+    correction_range: tuple[NonNegative, NonNegative] | Literal["objective"] = "objective"
+    """Lowest and highest w of that correction."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_checked)
@@ -134,7 +155,7 @@ class Probe:
     tolerance: Positive = 1e-2
     """Largest |learner - sampler| logprob that is taken for rounding."""
     num_sequences: CountOrNone = 4
-    """Rollouts that are compared. 0: none."""
+    """Rollouts that are compared. 0: none, and no mismatch/ metrics."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_checked)
@@ -173,6 +194,8 @@ class Config:
     """Where the learner runs. "auto": cuda if there is one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the learner's weights."""
+    lm_head_dtype: Literal["same", "float32"] = "same"
+    """Type in which learner and sampler compute logits. The head's weight stays in dtype."""
     sampler: Literal["vllm", "transformers"] = "vllm"
     """Engine that samples."""
     resync: Literal["auto", "alias", "copy"] = "auto"
@@ -291,13 +314,34 @@ def resolve_objective(loss: Loss) -> Objective:
         )
     names = ("clip_low", "clip_high", "kl_coef", "kl_estimator")
     given = {name: getattr(loss, name) for name in names if getattr(loss, name) != "objective"}
-    objective = replace(OBJECTIVES[loss.objective], **given)
+    objective = replace(OBJECTIVES[loss.objective], **given, **_correction(loss))
     if "kl_estimator" in given and objective.kl_coef == 0:
         raise ConfigError(
             f"loss.kl_estimator = {loss.kl_estimator!r} has no effect: loss.kl_coef is 0"
             + ("" if "kl_coef" in given else f" in objective {loss.objective!r}")
         )
     return objective
+
+
+def _correction(loss: Loss) -> dict[str, Any]:
+    """The fields of the objective that loss.correction and loss.correction_range override."""
+    given: dict[str, Any] = {}
+    if loss.correction != "objective":
+        kind, _, level = loss.correction.partition("_")
+        given = {"correction": kind} | ({"correction_level": level} if level else {})
+    if loss.correction_range != "objective":
+        low, high = loss.correction_range
+        if given.get("correction", OBJECTIVES[loss.objective].correction) == "none":
+            raise ConfigError(
+                f"loss.correction_range = {low:g} {high:g} has no effect: loss.correction is none"
+                + ("" if given else f" in objective {loss.objective!r}")
+            )
+        if not low < high:
+            raise ConfigError(
+                f"loss.correction_range = {low:g} {high:g}: the lowest w must be below the highest"
+            )
+        given |= {"correction_low": low, "correction_high": high}
+    return given
 
 
 def resolve_advantage_std(loss: Loss) -> Literal["sample", "population", "none"]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge, Gt, Le, Lt
 from pydantic import TypeAdapter, ValidationError
 
 from warpo.engine.errors import ConfigError
@@ -149,7 +149,10 @@ def _parse_overrides(args: Sequence[str], known: dict[str, Key]) -> list[tuple[s
 
 
 def _override_value(key: Key, words: list[str], flag: str) -> Any:
-    if get_origin(key.type) is tuple:
+    choices = [choice for part in get_args(key.type) for choice in get_args(part)]
+    if any(get_origin(part) is tuple for part in (key.type, *get_args(key.type))):
+        if len(words) == 1 and words[0] in choices:
+            return words[0]
         return [part for word in words for part in word.replace(",", " ").split()]
     if key.type is bool and not words:
         return True
@@ -221,6 +224,8 @@ def _wanted(annotation: Any, metadata: Sequence[Any] = ()) -> str:
                 bounds.append(f">= {limit}")
             case Gt(gt=limit):
                 bounds.append(f"> {limit}")
+            case Le(le=limit):
+                bounds.append(f"<= {limit}")
             case Lt(lt=limit):
                 bounds.append(f"< {limit}")
     return " ".join([_WORDS[annotation], " and ".join(bounds)]).strip()

@@ -17,6 +17,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging as transformers_logging
 
 from warpo.engine.batch import Batch
+from warpo.engine.errors import ConfigError
 from warpo.kernels import ops
 
 ATTENTION = "warpo_packed"
@@ -85,7 +86,36 @@ def packed_attention(
 AttentionInterface.register(ATTENTION, packed_attention)
 
 
-def load_model(path: str, dtype: str, device: torch.device) -> PreTrainedModel:
+class Float32Head(nn.Linear):
+    """logits = float32(hidden) float32(weight)^T, whatever the dtype of the weight, which stays."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.float()
+        return F.linear(hidden.float(), self.weight.float(), bias)
+
+
+def set_lm_head_dtype(model: PreTrainedModel, lm_head_dtype: str) -> None:
+    """Let the model compute its logits in float32, where lm_head_dtype is not "same".
+
+    The float32 copy of the weight lives for a forward pass and its backward.
+
+    Raises:
+        ConfigError: the head is no linear layer.
+    """
+    if lm_head_dtype == "same":
+        return
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear:
+        raise ConfigError(
+            f"lm_head_dtype = {lm_head_dtype!r} needs a model whose head is a linear layer, this "
+            f"one's is {type(head).__name__}: set it to same"
+        )
+    head.__class__ = Float32Head
+
+
+def load_model(
+    path: str, dtype: str, device: torch.device, lm_head_dtype: str = "same"
+) -> PreTrainedModel:
     """The model of a Hugging Face directory, without dropout, reading packed sequences."""
     transformers_logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=ATTENTION)
@@ -93,6 +123,7 @@ def load_model(path: str, dtype: str, device: torch.device) -> PreTrainedModel:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     model.config.attention_dropout = 0.0
+    set_lm_head_dtype(model, lm_head_dtype)
     model.to(device)  # type: ignore[arg-type]  # its wrapper hides the signature of nn.Module.to
     return model
 

@@ -172,10 +172,10 @@ def _example_batches(
         while len(order) < batch_size:
             order += rng.sample(range(len(examples)), len(examples))
         chosen, order = order[:batch_size], order[batch_size:]
-        yield [_as_rollout(examples[i].token_ids, examples[i].num_prompt_tokens) for i in chosen]
+        yield [as_rollout(examples[i].token_ids, examples[i].num_prompt_tokens) for i in chosen]
 
 
-def _as_rollout(token_ids: Sequence[int], num_prompt_tokens: int) -> Rollout:
+def as_rollout(token_ids: Sequence[int], num_prompt_tokens: int) -> Rollout:
     """Given tokens in the form of a rollout, to be scored or imitated."""
     completion = Completion(
         token_ids=list(token_ids[num_prompt_tokens:]),
@@ -191,9 +191,18 @@ def _as_rollout(token_ids: Sequence[int], num_prompt_tokens: int) -> Rollout:
     )
 
 
+class Probe(NamedTuple):
+    """What learner and sampler say of the same tokens: logprobs (M,) float32 at temperature 1, on
+    the host, of every token of the sequences but their first.
+    """
+
+    learner: Tensor
+    sampler: Tensor
+
+
 def probe_weights(
     model: nn.Module, sampler: Sampler, sequences: Sequence[Sequence[int]], tolerance: float
-) -> float:
+) -> Probe:
     """Proof that the sampler holds the learner's weights: both score the same sequences.
 
     Args:
@@ -201,13 +210,13 @@ def probe_weights(
         tolerance: largest |learner - sampler| logprob that is taken for rounding.
 
     Returns:
-        The largest difference.
+        The logprobs of both.
 
     Raises:
         WeightMismatch: it is above the tolerance, or not a number.
     """
     device = next(model.parameters()).device
-    batch = pack([_as_rollout(ids, 1) for ids in sequences]).to(device)
+    batch = pack([as_rollout(ids, 1) for ids in sequences]).to(device)
     learner = score(model, batch, 1.0).cpu()
     sampled = torch.tensor([logp for row in sampler.score(sequences) for logp in row])
     difference = (learner - sampled).abs()
@@ -219,7 +228,7 @@ def probe_weights(
             f"with the sampler; probe.tolerance is {tolerance}. Either publishing failed, or the "
             "two compute in types too different for this tolerance (rollout.dtype, dtype)"
         )
-    return float(difference[worst])
+    return Probe(learner, sampled)
 
 
 def with_scores(

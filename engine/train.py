@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from warpo.engine import checkpoint, plot
+from warpo.engine import checkpoint, mismatch, plot
 from warpo.engine.batch import Batch, Completion, Rollout
 from warpo.engine.build import Parts, build, load_reference, make_reference
 from warpo.engine.config import Config, resolve_advantage_std
@@ -112,24 +112,43 @@ def _step(
     minibatches = make_minibatches(
         rollouts, config.update.minibatches, config.update.token_budget, config.seed + step
     )
-    recompute_old = parts.probe_error > EQUAL_LOGPROBS
+    probed = rollouts[: config.probe.num_sequences]
     with log.phase("score"):
-        minibatches = [
-            [
-                with_scores(
-                    batch.to(parts.device), parts.model, parts.reference,
-                    temperature=config.rollout.temperature, recompute_old=recompute_old,
-                )
-                for batch in batches
-            ]
-            for batches in minibatches
-        ]  # fmt: skip
+        drift = mismatch.Drift(parts.model, probed, config.rollout.temperature)
+        minibatches, saving = _score(config, parts, minibatches, drift.sampling_difference)
     _raise_if(stop)
     with log.phase("update") as progress:
-        metrics |= _update(config, parts, minibatches, progress)
+        metrics |= saving | _update(config, parts, minibatches, progress, drift)
     parts.step, parts.whole, parts.boundary = step, True, parts.stream.state_dict()
-    probed = rollouts[: config.probe.num_sequences]
     return metrics, [r.prompt_ids + r.completion.token_ids for r in probed]
+
+
+def _score(
+    config: Config, parts: Parts, minibatches: list[list[Batch]], sampling_difference: float
+) -> tuple[list[list[Batch]], Metrics]:
+    """The minibatches on the device with their scores, and what not scoring saved.
+
+    old_logprobs/tokens_saved: tokens that the learner's extra forward pass would have read, all of
+    perf/tokens, in a step that did without. Its seconds are the growth of perf/score_s in the same
+    run with probe.num_sequences = 0, where nothing shows that the sampler's logprobs serve.
+    """
+    # A truncated distribution is not the learner's, so its logprobs are no old_logprobs.
+    recompute_old = config.rollout.truncated or sampling_difference > EQUAL_LOGPROBS
+    scored = [
+        [
+            with_scores(
+                batch.to(parts.device), parts.model, parts.reference,
+                temperature=config.rollout.temperature, recompute_old=recompute_old,
+            )
+            for batch in batches
+        ]
+        for batches in minibatches
+    ]  # fmt: skip
+    tokens = sum(batch.input_ids.numel() for batches in minibatches for batch in batches)
+    return scored, {
+        "old_logprobs/recomputed": float(recompute_old),
+        "old_logprobs/tokens_saved": 0.0 if recompute_old else float(tokens),
+    }
 
 
 def _rollouts(
@@ -141,6 +160,8 @@ def _rollouts(
     options = SamplingOptions(
         group_size=group_size,
         temperature=config.rollout.temperature,
+        top_k=config.rollout.top_k,
+        top_p=config.rollout.top_p,
         max_new_tokens=config.rollout.max_new_tokens,
         # a function of seed and step: a resumed run samples what the whole run would have
         seed=config.seed * 1_000_003 + step,
@@ -213,12 +234,18 @@ def _accuracy(config: Config, rewards: list[float]) -> float:
 
 
 def _update(
-    config: Config, parts: Parts, minibatches: list[list[Batch]], progress: ReportProgress
+    config: Config,
+    parts: Parts,
+    minibatches: list[list[Batch]],
+    progress: ReportProgress,
+    drift: mismatch.Drift,
 ) -> Metrics:
     """epochs x minibatches optimizer steps on the rollouts of a step, and their mean metrics."""
     results = []
     updates = config.update.epochs * len(minibatches)
     for update in range(updates):
+        if 0 < update == updates - 1:
+            drift.before_last_update()
         parts.whole = False
         try:
             result = train_step(
@@ -242,6 +269,7 @@ def _update(
         "ratio/clip_frac": metrics["ratio/clip_frac_low"] + metrics["ratio/clip_frac_high"],
         "grad_norm": sum(result.grad_norm.item() for result in results) / updates,
         "lr": float(parts.schedule.get_last_lr()[0]),
+        **drift.metrics(truncated=config.rollout.truncated),
     }
 
 
@@ -259,17 +287,18 @@ def _publish(config: Config, parts: Parts, log: RunLog, sequences: list[list[int
             # what overwrites the sampler's weights overwrites the learner's where they are one
             parts.whole = parts.resync.mode == "copy"
             raise
-        parts.sampler.check_prefixes(max(sequences, key=len))
+        if sequences:
+            parts.sampler.check_prefixes(max(sequences, key=len))
+    metrics: Metrics = {}
     if config.probe.num_sequences:
         with log.phase("probe"):
-            parts.probe_error = probe_weights(
-                parts.model, parts.sampler, sequences, config.probe.tolerance
-            )
-    return {
+            probe = probe_weights(parts.model, parts.sampler, sequences, config.probe.tolerance)
+            metrics = mismatch.kernels(probe)
+            metrics |= mismatch.composition(parts.model, sequences, probe)
+    return metrics | {
         "publish/bytes": float(copied),
         "publish/extra_weight_bytes": float(parts.resync.extra_bytes),
         "publish/version": float(parts.sampler.weight_version),
-        "probe/max_difference": parts.probe_error,
     }
 
 

@@ -24,12 +24,17 @@ class SamplingOptions:
         temperature: 0 is greedy.
         max_new_tokens: length limit of a completion.
         seed: fixes every draw, whatever the batch looks like and whatever was sampled before.
+        top_k: draw among the k most probable tokens (and those that tie with the last); 0: all.
+        top_p: draw among the most probable tokens, of those that top_k kept, whose mass reaches
+            top_p first, in (0, 1]; 1: all. Logprobs are normalised over what is kept.
     """
 
     group_size: int
     temperature: float
     max_new_tokens: int
     seed: int
+    top_k: int = 0
+    top_p: float = 1.0
 
 
 class Sampler(Protocol):

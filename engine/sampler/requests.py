@@ -35,6 +35,10 @@ def check_request(
             f"temperature must be 0 (greedy) or at least {MIN_TEMPERATURE}, "
             f"got {options.temperature}"
         )
+    if options.top_k < 0:
+        raise ValueError(f"top_k must be 0 (off) or at least 1, got {options.top_k}")
+    if not 0 < options.top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1 (off), got {options.top_p}")
     check_ids(prompts, vocab_size=vocab_size, noun="prompt")
     for index, prompt in enumerate(prompts):
         if len(prompt) + options.max_new_tokens > max_model_len:

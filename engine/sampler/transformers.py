@@ -10,6 +10,7 @@ import transformers
 from torch import Tensor, nn
 
 from warpo.engine.batch import Completion
+from warpo.engine.model import set_lm_head_dtype
 from warpo.engine.sampler.base import Interrupted, SamplingOptions
 from warpo.engine.sampler.requests import (
     check_ids,
@@ -31,6 +32,20 @@ class _Row:
     finished: bool = False
 
 
+def truncate(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """The logits (B, V), -inf outside the set that `SamplingOptions` describes."""
+    if 0 < top_k < logits.shape[-1]:
+        last = logits.topk(top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < last, -torch.inf)
+    if top_p < 1:
+        ordered, ids = logits.sort(dim=-1, descending=True)
+        probs = ordered.softmax(-1)
+        # The mass before a token, so that the most probable one always stays.
+        dropped = probs.cumsum(-1) - probs >= top_p
+        logits = logits.masked_fill(dropped.scatter(-1, ids, dropped), -torch.inf)
+    return logits
+
+
 class TransformersSampler:
     """Samples with `transformers` and a KV cache, in batches of whole groups.
 
@@ -40,6 +55,7 @@ class TransformersSampler:
     Args:
         model_path: folder of a Hugging Face checkpoint.
         dtype: float32 | bfloat16 | float16, of the sampler's weights.
+        lm_head_dtype: same | float32, in which logits are computed.
         max_model_len: most tokens of a prompt and its completion together.
         eos_token_ids: the ids that end a completion.
         device: where the copy of the model lives.
@@ -53,6 +69,7 @@ class TransformersSampler:
         model_path: str,
         *,
         dtype: str,
+        lm_head_dtype: str = "same",
         max_model_len: int,
         eos_token_ids: Sequence[int],
         device: torch.device | str = "cpu",
@@ -65,6 +82,7 @@ class TransformersSampler:
         self._score_tokens = score_tokens
         transformers.utils.logging.disable_progress_bar()
         model = transformers.AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype)
+        set_lm_head_dtype(model, lm_head_dtype)
         self._device = torch.device(device)
         nn.Module.to(model, self._device)
         self.module: transformers.PreTrainedModel = model.eval().requires_grad_(False)
@@ -137,7 +155,7 @@ class TransformersSampler:
         cache.batch_repeat_interleave(group)
         logits, mask = logits.repeat_interleave(group, 0), mask.repeat_interleave(group, 0)
         for step in range(1, options.max_new_tokens + 1):
-            tokens, logprobs = self._draw(logits, options.temperature, rows)
+            tokens, logprobs = self._draw(logits, options, rows)
             ended = torch.isin(tokens, self._eos)
             for row, token, logprob, end in zip(
                 rows, tokens.tolist(), logprobs.tolist(), ended.tolist(), strict=True
@@ -177,14 +195,15 @@ class TransformersSampler:
         return ids.to(self._device), mask.to(self._device)
 
     def _draw(
-        self, logits: Tensor, temperature: float, rows: Sequence[_Row]
+        self, logits: Tensor, options: SamplingOptions, rows: Sequence[_Row]
     ) -> tuple[Tensor, Tensor]:
         """One token of each row and its logprob: argmax of p / e, e exponential, is a draw of p."""
-        if temperature == 0:
+        if options.temperature == 0:
             logprobs = logits.log_softmax(-1)
             tokens = logits.argmax(-1)
         else:
-            logprobs = (logits / temperature).log_softmax(-1)
+            kept = truncate(logits / options.temperature, options.top_k, options.top_p)
+            logprobs = kept.log_softmax(-1)
             noise = torch.empty_like(logprobs)
             for row, out in zip(rows, noise, strict=True):
                 out.exponential_(generator=row.generator)

@@ -41,6 +41,7 @@ class VllmSampler:
     Args:
         model_path: folder of a Hugging Face checkpoint.
         dtype: float32 | bfloat16 | float16, of the sampler's weights.
+        lm_head_dtype: same | float32, in which logits are computed.
         max_model_len: most tokens of a prompt and its completion together.
         kv_cache_gib: memory of the KV cache, GiB.
         eos_token_ids: the ids that end a completion.
@@ -55,12 +56,17 @@ class VllmSampler:
         model_path: str,
         *,
         dtype: str,
+        lm_head_dtype: str = "same",
         max_model_len: int,
         kv_cache_gib: float,
         eos_token_ids: Sequence[int],
     ) -> None:
         vllm, self._llm = build_llm(
-            model_path, dtype=dtype, max_model_len=max_model_len, kv_cache_gib=kv_cache_gib
+            model_path,
+            dtype=dtype,
+            lm_head_dtype=lm_head_dtype,
+            max_model_len=max_model_len,
+            kv_cache_gib=kv_cache_gib,
         )
         from vllm.sampling_params import RequestOutputKind
 
@@ -119,6 +125,8 @@ class VllmSampler:
                     # Child i of a request draws with seed + i.
                     seed=prompt_seed(options, index),
                     temperature=options.temperature,
+                    top_k=options.top_k,
+                    top_p=options.top_p,
                     max_tokens=options.max_new_tokens,
                     logprobs=0,
                     stop_token_ids=self._eos_token_ids,

@@ -84,9 +84,11 @@ def _discard(worker: Any, tags: Sequence[str]) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     for cache in worker.model_runner.kv_caches if "kv_cache" in tags else ():
         storage = cache.untyped_storage()
-        start = -(-storage.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-        size = storage.data_ptr() + storage.nbytes() - start
-        address, length = ctypes.c_void_p(start), ctypes.c_size_t(max(0, size))
+        # Whole pages only: madvise would round up, over what lies behind.
+        start = -(-storage.data_ptr() // mmap.PAGESIZE)
+        end = (storage.data_ptr() + storage.nbytes()) // mmap.PAGESIZE
+        address = ctypes.c_void_p(start * mmap.PAGESIZE)
+        length = ctypes.c_size_t(max(0, end - start) * mmap.PAGESIZE)
         if libc.madvise(address, length, mmap.MADV_DONTNEED):
             raise OSError(ctypes.get_errno(), "madvise did not take the pages of the KV cache back")
 
@@ -207,7 +209,12 @@ def _check_ranks() -> None:
 
 
 def build_llm(
-    model_path: str, *, dtype: str, max_model_len: int, kv_cache_gib: float
+    model_path: str,
+    *,
+    dtype: str,
+    max_model_len: int,
+    kv_cache_gib: float,
+    lm_head_dtype: str = "same",
 ) -> tuple[ModuleType, Any]:
     """The vllm module and a `vllm.LLM` in this process, the process otherwise left as it was.
 
@@ -229,6 +236,9 @@ def build_llm(
             skip_tokenizer_init=True,
             use_tqdm_on_load=False,
         )
+        if lm_head_dtype != "same":
+            # The stored weight keeps `dtype`; it is converted where logits are computed.
+            options["hf_overrides"] = {"head_dtype": lm_head_dtype}
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             options["distributed_executor_backend"] = "external_launcher"
         if is_cpu_build():

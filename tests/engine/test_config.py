@@ -75,6 +75,13 @@ def test_the_tree_has_at_most_60_keys_each_with_a_text():
         ("seed: true\n", r"seed = True: wanted an integer >= 0"),
         ("dtype: fp16\n", r"dtype = 'fp16': wanted float32 or bfloat16"),
         ("loss: {clip_low: 2}\n", r"clip_low = 2: wanted a number >= 0 and < 1, or objective"),
+        ("rollout: {top_p: 0}\n", r"top_p = 0: wanted a number > 0 and <= 1"),
+        ("rollout: {top_k: -1}\n", r"top_k = -1: wanted an integer >= 0"),
+        ("loss: {correction: mask}\n", r"wanted objective or none or truncate_token or "),
+        (
+            "loss: {correction_range: [1]}\n",
+            r"= \[1\]: wanted 2 values, each a number >= 0, or obj",
+        ),
         ("resume: maybe\n", r"resume = 'maybe': wanted true or false"),
         ("a: [\n", r"run\.yaml:10: not YAML"),
         ("seed: !!python/name:os.system\n", r"run\.yaml:9: not YAML: could not determine"),
@@ -123,6 +130,18 @@ def test_faults_in_overrides_name_the_option(load, overrides, message):
         ("loss: {objective: rloo}\n", r"'rloo' needs the mean of the other answers as baseline"),
         ("loss: {objective: dapo, kl_estimator: k1}\n", r"no effect: .* in objective 'dapo'"),
         ("loss: {kl_coef: 0, kl_estimator: k1}\n", r"no effect: loss\.kl_coef is 0$"),
+        (
+            "loss: {correction_range: [0.5, 2]}\n",
+            r"correction_range = 0\.5 2 has no effect: .* is none in objective 'grpo'",
+        ),
+        (
+            "loss: {objective: grpo_tis, correction: none, correction_range: [0.5, 2]}\n",
+            r"has no effect: loss\.correction is none$",
+        ),
+        (
+            "loss: {correction: mask_token, correction_range: [2, 0.5]}\n",
+            r"2 0\.5: the lowest w must be below the highest",
+        ),
     ],
 )
 def test_settings_that_cannot_run_together_are_refused(load, text, message):
@@ -152,6 +171,26 @@ def test_the_objective_is_its_row_with_the_overrides(load):
     assert (dapo.clip_low, dapo.clip_high, dapo.kl_coef) == (0.2, 0.28, 0.0)
     changed = load(MINIMAL, "--loss.clip_high", "0.3", "--loss.kl_coef", "0").loss
     assert (resolve_objective(changed).clip_high, resolve_objective(changed).kl_coef) == (0.3, 0)
+
+
+def test_the_correction_is_that_of_the_row_unless_told(load):
+    def corrected(*overrides):
+        row = resolve_objective(load(MINIMAL, *overrides).loss)
+        bounds = (row.correction_low, row.correction_high)
+        return row.correction, row.correction_level, bounds
+
+    assert corrected("--loss.objective", "grpo_icepop") == ("mask", "token", (0.5, 5.0))
+    assert corrected("--loss.correction", "truncate_sequence") == (
+        *("truncate", "sequence"),
+        (0.0, 2.0),
+    )
+    told = ("--loss.correction", "mask_token", "--loss.correction_range")
+    assert corrected(*told, "0.5", "3") == ("mask", "token", (0.5, 3.0))
+    assert corrected(*told, "0.5,3") == ("mask", "token", (0.5, 3.0))
+    assert corrected(*told, "objective") == ("mask", "token", (0.0, 2.0))
+    icepop = ("--loss.objective", "grpo_icepop", "--loss.correction_range", "0.8", "1.2")
+    assert corrected(*icepop) == ("mask", "token", (0.8, 1.2))
+    assert corrected("--loss.objective", "grpo_mis", "--loss.correction", "none")[0] == "none"
 
 
 def test_dr_grpo_divides_by_no_std_unless_told(load):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import math
 import mmap
 import subprocess
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -76,6 +78,46 @@ def test_logprobs_are_those_at_the_sampling_temperature(
             torch.testing.assert_close(
                 torch.tensor(completion.logprobs), reference, atol=LOGPROB_ATOL, rtol=0
             )
+
+
+def truncated_logprobs(
+    logits: torch.Tensor, temperature: float, top_k: int, top_p: float
+) -> dict[int, float]:
+    """Logprobs of the tokens that top-k, then top-p keep, by definition and one token at a time."""
+    probs = (logits.double() / temperature).softmax(-1).tolist()
+    ordered = sorted(range(len(probs)), key=lambda token: -probs[token])
+    ordered = ordered[: top_k or None]
+    total, kept = sum(probs[token] for token in ordered), []
+    for token in ordered:
+        kept.append(token)
+        if sum(probs[kept_token] for kept_token in kept) >= top_p * total:
+            break
+    mass = sum(probs[token] for token in kept)
+    return {token: math.log(probs[token] / mass) for token in kept}
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"),
+    [(1.0, 4, 1.0), (1.0, 0, 0.6), (1.3, 5, 0.8), (0.7, 1, 1.0), (1.0, 1000, 0.999)],
+)
+def test_truncated_draws_and_logprobs_are_those_of_the_kept_set(
+    sampler: Sampler, temperature: float, top_k: int, top_p: float
+) -> None:
+    learner = new_learner("qwen2")
+    drawn = options(
+        group_size=8, max_new_tokens=12, temperature=temperature, top_k=top_k, top_p=top_p
+    )
+    seen, worst = set(), 0.0
+    for prompt, group in zip(PROMPTS, sampler.generate(PROMPTS, drawn), strict=True):
+        for completion in group:
+            logits = learner(torch.tensor([prompt + completion.token_ids])).logits[0].detach()
+            for i, token in enumerate(completion.token_ids):
+                kept = truncated_logprobs(logits[len(prompt) - 1 + i], temperature, top_k, top_p)
+                assert token in kept, "a token outside the kept set was drawn"
+                worst = max(worst, abs(completion.logprobs[i] - kept[token]))
+                seen.add((tuple(kept), token))
+    assert worst < LOGPROB_ATOL
+    assert top_k == 1 or len(seen) > 40
 
 
 def test_draws_follow_the_distribution(sampler: Sampler) -> None:
@@ -207,6 +249,9 @@ def test_no_prompts_give_no_completions(sampler: Sampler) -> None:
         ([[7]], {"temperature": -1.0}, "temperature must be 0 .greedy. or at least 0.01, got -1.0"),
         ([[7]], {"temperature": 0.001}, "at least 0.01, got 0.001"),
         ([[7]], {"temperature": float("nan")}, "got nan"),
+        ([[7]], {"top_k": -1}, r"top_k must be 0 .off. or at least 1, got -1"),
+        ([[7]], {"top_p": 0.0}, r"top_p must be above 0 and at most 1 .off., got 0.0"),
+        ([[7]], {"top_p": float("nan")}, "top_p must be .* got nan"),
     ],
 )
 def test_what_cannot_be_sampled_is_refused(
@@ -304,6 +349,20 @@ def test_the_kv_cache_alone_is_released(build: Callable[[str, str], Sampler]) ->
     assert sampler.generate([prompt], options()) == before
     assert [cache.data_ptr() for cache in caches] == places
     assert [parameter.data_ptr() for parameter in sampler.module.parameters()] == weights
+
+
+def test_what_lies_beside_the_kv_cache_is_not_released() -> None:
+    memory = bytearray(b"\7" * (8 * mmap.PAGESIZE))
+    first, count = 100, 5 * mmap.PAGESIZE + 500
+    cache = torch.frombuffer(memory, dtype=torch.uint8, offset=first, count=count)
+    assert cache.untyped_storage().nbytes() == count
+    worker = SimpleNamespace(model_runner=SimpleNamespace(kv_caches=[cache]))
+    vllm_setup._discard(worker, ["weights"])
+    assert memory.count(7) == len(memory)
+    vllm_setup._discard(worker, ["kv_cache"])
+    assert memory[:first].count(7) == first
+    assert memory[first + count :].count(7) == len(memory) - first - count
+    assert (cache == 0).sum() >= 4 * mmap.PAGESIZE
 
 
 def test_a_vllm_without_a_feature_is_refused(

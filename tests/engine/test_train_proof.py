@@ -22,7 +22,9 @@ SAMPLERS = {"vllm": VllmSampler, "transformers": TransformersSampler}
 
 @pytest.fixture
 def run_with_fault(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Train until step 2, in which `fault(sampler)` happens after `method` of it was called."""
+    """Train until step 2, before which or in which `fault(sampler)` happens: after `method` of it
+    was called, when it held that version of the weights.
+    """
 
     def run(
         kind: str, mode: str, method: str, fault: Callable[[Any], None], *settings: str
@@ -136,7 +138,7 @@ def test_one_bucket_not_sent(
     monkeypatch.setitem(Resync.__init__.__kwdefaults__, "bucket_bytes", 1)
     monkeypatch.setattr(Resync, "_copy", lose)
     with pytest.raises(WeightMismatch, match=r"published: model.norm.weight \(1 of 26 differ\)"):
-        run_with_fault(kind, "copy", "release_kv", ask_for_loss)
+        run_with_fault(kind, "copy", "release_kv", ask_for_loss, version=1)
 
 
 def test_a_stale_prefix_cache(
@@ -144,8 +146,10 @@ def test_a_stale_prefix_cache(
 ) -> None:
     def keep_cache(sampler: Any) -> None:
         sampler._llm.reset_prefix_cache = lambda: True
+        # Releasing the KV cache forgets prefixes as well.
+        sampler._can_release_kv = False
 
     with pytest.raises(WeightMismatch, match=r"vLLM found 32 of \d+ tokens in its prefix cache"):
         run_with_fault(
-            "vllm", "auto", "release_kv", keep_cache, "--rollout.max_new_tokens", "48"
+            "vllm", "auto", "resume_kv", keep_cache, "--rollout.max_new_tokens", "48", version=1
         )  # fmt: skip

@@ -1,0 +1,105 @@
+"""How far sampler and learner are apart in a step, by cause.
+
+All of it on the probe's sequences, the first `probe.num_sequences` rollouts of the step. A training
+step samples with weights w0 and takes optimizer steps w0 -> w1 -> ... -> wn; then the sampler gets
+wn and the probe scores. With logprobs of one token in nats:
+
+    kernels      d = learner(wn) - sampler(wn): the same weights and tokens in other kernels, at
+                 temperature 1, of every token after the first
+    composition  d = learner(wn), the sequences packed together - learner(wn), each alone
+    staleness    d = learner(w(n-1)) - learner(w0), at the sampling temperature, of the completions:
+                 how old the samples are when the last optimizer step uses them
+    sampling     d = recorded by the sampler while it drew - learner(w0), as above: what decides
+                 whether the sampler's logprobs serve as old_logprobs
+    truncation   the same d, where top_k or top_p are on: -log of the mass that they kept, and the
+                 kernels' difference
+
+    mean = mean |d|,   max = max |d|,   outside = share of tokens whose e^d is not in [0.9, 1.1]
+
+but for truncation, whose mean is that of d itself: its sign is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from warpo.engine.batch import Rollout, pack
+from warpo.engine.step import Probe, as_rollout, score
+
+Metrics = dict[str, float]
+
+# A ratio past these moves a gradient by a tenth.
+RATIO_LOW, RATIO_HIGH = 0.9, 1.1
+
+
+def kernels(probe: Probe) -> Metrics:
+    """mismatch/kernels_{mean,max,outside} of the logprobs that the probe computed."""
+    difference = probe.learner - probe.sampler
+    ratio = difference.exp()
+    outside = (ratio < RATIO_LOW) | (ratio > RATIO_HIGH)
+    return _mean_and_max("kernels", difference) | {
+        "mismatch/kernels_outside": outside.float().mean().item()
+    }
+
+
+def composition(model: nn.Module, sequences: Sequence[Sequence[int]], probe: Probe) -> Metrics:
+    """mismatch/composition_max: a forward pass of each of the probe's sequences."""
+    device = next(model.parameters()).device
+    batches = [pack([as_rollout(ids, 1)]).to(device) for ids in sequences]
+    alone = torch.cat([score(model, batch, 1.0) for batch in batches]).cpu()
+    return {"mismatch/composition_max": (probe.learner - alone).abs().max().item()}
+
+
+class Drift:
+    """Staleness and truncation of one training step: the logprobs of some of its rollouts, by the
+    learner, before the first and before the last optimizer step.
+
+    Made before the first one. With one optimizer step w(n-1) is w0, and nothing more is scored.
+
+    Attributes:
+        sampling_difference: max |recorded by the sampler - learner(w0)|; inf with no rollouts.
+    """
+
+    def __init__(self, model: nn.Module, rollouts: Sequence[Rollout], temperature: float) -> None:
+        self._model, self._temperature = model, temperature
+        self._batch = pack(rollouts).to(next(model.parameters()).device) if rollouts else None
+        self._first = self._last = self._score()
+        self.sampling_difference = float("inf")
+        if self._batch is not None:
+            difference = (self._batch.sampler_logprobs - self._first).abs().max().item()
+            self.sampling_difference = difference if difference == difference else float("inf")
+
+    def _score(self) -> Tensor:
+        if self._batch is None:
+            return torch.empty(0)
+        return score(self._model, self._batch, self._temperature)
+
+    def before_last_update(self) -> None:
+        """To be called where there are several optimizer steps."""
+        self._last = self._score()
+
+    def metrics(self, *, truncated: bool) -> Metrics:
+        """mismatch/sampling_max, mismatch/staleness_{mean,max} and mismatch/truncation_mean.
+
+        Args:
+            truncated: the rollouts were drawn with top_k or top_p; 0 is reported where not.
+        """
+        if self._batch is None:
+            return {}
+        truncation = (self._batch.sampler_logprobs - self._first).mean().item()
+        return {
+            "mismatch/sampling_max": self.sampling_difference,
+            "mismatch/truncation_mean": truncation if truncated else 0.0,
+            **_mean_and_max("staleness", self._last - self._first),
+        }
+
+
+def _mean_and_max(cause: str, difference: Tensor) -> Metrics:
+    distance = difference.abs()
+    return {
+        f"mismatch/{cause}_mean": distance.mean().item(),
+        f"mismatch/{cause}_max": distance.max().item(),
+    }

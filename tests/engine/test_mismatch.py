@@ -1,0 +1,304 @@
+"""What parts sampler and learner, cause by cause, and what is done about it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.engine.models import EOS_TOKEN_IDS, MAX_MODEL_LEN, connect, new_learner
+from tests.tolerance import CORRECTION_GRADIENT, LEARNER_COMPOSITION
+from warpo.engine import mismatch
+from warpo.engine.batch import Batch, Completion, Rollout, pack
+from warpo.engine.config import Loss, resolve_objective
+from warpo.engine.errors import ConfigError
+from warpo.engine.model import load_model, set_lm_head_dtype, token_logprobs
+from warpo.engine.sampler.base import Sampler
+from warpo.engine.sampler.transformers import TransformersSampler
+from warpo.engine.sampler.vllm import VllmSampler
+from warpo.engine.step import Probe, probe_weights, score, train_step
+from warpo.kernels import ops
+
+CPU = torch.device("cpu")
+MODELS = ["qwen2", "qwen2-untied", "qwen3", "llama", "gpt2"]
+
+
+def token_ids(number: int, low: int, high: int, seed: int = 0) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [[rng.randrange(2, 60) for _ in range(rng.randint(low, high))] for _ in range(number)]
+
+
+def rollouts(number: int, seed: int = 0) -> list[Rollout]:
+    return [
+        Rollout(
+            prompt_ids=ids[:3],
+            completion=Completion(
+                token_ids=ids[3:], logprobs=[-3.0] * len(ids[3:]), finished=True, weight_version=1
+            ),
+            reward=0.0,
+            advantage=(-1.0) ** i * (1 + i % 3),
+        )
+        for i, ids in enumerate(token_ids(number, 5, 24, seed))
+    ]
+
+
+@pytest.fixture
+def learner(model_path: Callable[[str], str]) -> nn.Module:
+    return load_model(model_path("qwen2"), "float32", CPU)
+
+
+def test_kernels_are_the_differences_of_the_probe() -> None:
+    sampler = torch.tensor([-1.0, -2.0, -3.0, -4.0])
+    difference = torch.tensor([0.0, 0.09, 0.10, -0.11])
+    found = mismatch.kernels(Probe(learner=sampler + difference, sampler=sampler))
+    assert found == {
+        "mismatch/kernels_mean": pytest.approx(0.075, abs=1e-6),
+        "mismatch/kernels_max": pytest.approx(0.11, abs=1e-6),
+        # e^0.09 = 1.094 is inside, e^0.10 = 1.105 and e^-0.11 = 0.896 are not
+        "mismatch/kernels_outside": 0.5,
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab", [70, 5000, 151936])
+def test_our_kernels_do_not_see_the_grouping_of_rows(vocab: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    rows = 300 if vocab < 100_000 else 24
+    logits = (4 * torch.randn(rows, vocab)).to(dtype).requires_grad_()
+    targets = torch.randint(0, vocab, (rows,))
+
+    def results(size: int) -> tuple[Tensor, ...]:
+        parts = [
+            ops.logprobs_and_entropy(logits[i : i + size], targets[i : i + size], temperature=0.7)
+            for i in range(0, rows, size)
+        ]
+        logprobs, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
+        (gradient,) = torch.autograd.grad((logprobs + 0.1 * entropy).sum(), logits)
+        return logprobs, entropy, gradient
+
+    together = results(rows)
+    for size in (1, 7, 16):
+        for a, b in zip(together, results(size), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_learner_depends_on_packing_by_no_more_than_attention_and_matrix_products_add(
+    model_path: Callable[[str], str], name: str
+) -> None:
+    learner = load_model(model_path(name), "float32", CPU)
+    sequences = token_ids(16, 5, 150)
+    packed = score(learner, pack_whole(sequences), 1.0)
+    found = mismatch.composition(learner, sequences, Probe(packed, packed))
+    worst = found["mismatch/composition_max"]
+    print(f"{name}: packed against alone differ by up to {worst:.2e} nats")
+    assert worst <= LEARNER_COMPOSITION
+    for size in (2, 5):
+        parts = [
+            score(learner, pack_whole(sequences[i : i + size]), 1.0)
+            for i in range(0, len(sequences), size)
+        ]
+        assert (torch.cat(parts) - packed).abs().max() <= LEARNER_COMPOSITION
+
+
+def pack_whole(sequences: list[list[int]]) -> Batch:
+    """Packed to score every token but the first of each sequence."""
+    return pack(
+        [
+            Rollout(
+                prompt_ids=ids[:1],
+                completion=Completion(
+                    token_ids=ids[1:],
+                    logprobs=[0.0] * (len(ids) - 1),
+                    finished=True,
+                    weight_version=0,
+                ),
+                reward=0.0,
+                advantage=0.0,
+            )
+            for ids in sequences
+        ]
+    )
+
+
+def test_composition_names_the_largest_difference(learner: nn.Module) -> None:
+    sequences = token_ids(3, 5, 9)
+    packed = score(learner, pack_whole(sequences), 1.0)
+    planted = packed.clone()
+    planted[7] += 0.25
+    found = mismatch.composition(learner, sequences, Probe(planted, packed))
+    assert found["mismatch/composition_max"] == pytest.approx(0.25, abs=1e-5)
+
+
+@pytest.mark.parametrize("updates", [1, 2, 3])
+def test_drift_is_from_the_first_update_to_the_last(learner: nn.Module, updates: int) -> None:
+    batch = pack(rollouts(3))
+    before = score(learner, batch, 0.7)
+    drift = mismatch.Drift(learner, rollouts(3), 0.7)
+    for update in range(updates):
+        if 0 < update == updates - 1:
+            drift.before_last_update()
+            expected = (score(learner, batch, 0.7) - before).abs()
+        with torch.no_grad():
+            for parameter in learner.parameters():
+                parameter.mul_(1.02)
+    found = drift.metrics(truncated=True)
+    if updates == 1:
+        expected = torch.zeros(1)
+    assert found["mismatch/staleness_mean"] == pytest.approx(expected.mean().item())
+    assert found["mismatch/staleness_max"] == pytest.approx(expected.max().item())
+    assert (found["mismatch/staleness_mean"] > 1e-3) == (updates > 1)
+    assert found["mismatch/truncation_mean"] == pytest.approx((-3.0 - before).mean().item())
+    assert found["mismatch/sampling_max"] == pytest.approx((-3.0 - before).abs().max().item())
+    assert drift.metrics(truncated=False)["mismatch/truncation_mean"] == 0
+
+
+def test_without_a_probe_nothing_is_measured(learner: nn.Module) -> None:
+    drift = mismatch.Drift(learner, [], 1.0)
+    drift.before_last_update()
+    assert drift.metrics(truncated=True) == {}
+    assert drift.sampling_difference == float("inf")
+
+
+def corrected(log_weights: Tensor, starts: list[int], correction: str) -> Tensor:
+    """The weight of each token by the papers' formulas, in float64, range [0.6, 1.5]."""
+    kind, level = correction.split("_")
+    if level == "sequence":
+        sums = [log_weights[a:b].sum().expand(b - a) for a, b in pairwise(starts)]
+        log_weights = torch.cat(sums)
+    weight = log_weights.exp()
+    cut = weight.clamp(0.6, 1.5)
+    return cut if kind == "truncate" else torch.where(cut == weight, weight, 0.0)
+
+
+@pytest.mark.parametrize(
+    "correction", ["truncate_token", "truncate_sequence", "mask_token", "mask_sequence"]
+)
+def test_a_correction_weighs_the_gradient_by_its_formula(
+    learner: nn.Module, correction: str
+) -> None:
+    objective = resolve_objective(
+        Loss(objective="dapo", correction=correction, correction_range=(0.6, 1.5))
+    )
+    torch.manual_seed(0)
+    batch = pack(rollouts(8))
+    batch.old_logprobs = score(learner, batch, 1.0) + 0.1 * torch.randn(batch.targets.numel())
+    batch.sampler_logprobs = batch.old_logprobs - 0.3 * torch.randn(batch.targets.numel())
+
+    starts = batch.completion_cu_seqlens.tolist()
+    difference = (batch.old_logprobs - batch.sampler_logprobs).double()
+    weight = corrected(difference, starts, correction)
+    inside = (weight > 0.6) & (weight < 1.5)
+    assert 0 < inside.sum() < len(weight), "the planted differences do not reach the range's ends"
+    lengths = batch.completion_cu_seqlens.diff().long()
+    advantages = batch.advantages.double().repeat_interleave(lengths)
+    logp = token_logprobs(learner, batch, 1.0).logprobs.double()
+    ratio = (logp - batch.old_logprobs).exp()
+    surrogate = torch.min(ratio * advantages, ratio.clamp(0.8, 1.28) * advantages)
+    expected = torch.autograd.grad(-(weight * surrogate).mean(), list(learner.parameters()))
+
+    found: list[Tensor] = []
+    optimizer = torch.optim.SGD(learner.parameters(), lr=0.0)
+    optimizer.register_step_pre_hook(lambda *_: found.extend(p.grad for p in learner.parameters()))
+    train_step(
+        learner, optimizer, [batch], objective,
+        temperature=1.0, max_new_tokens=32, max_grad_norm=1e9,
+    )  # fmt: skip
+    largest = max(gradient.abs().max() for gradient in expected)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=CORRECTION_GRADIENT * largest)
+
+
+# of the session: a vLLM that is let go takes the process group of all others with it
+@pytest.fixture(scope="session")
+def build_bfloat16(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Sampler]:
+    """A sampler of a bfloat16 model by kind and dtype of the head; each is built once and kept."""
+    folder = str(tmp_path_factory.mktemp("bfloat16"))
+    new_learner("qwen2").bfloat16().save_pretrained(folder)
+    built: dict[tuple[str, str], Sampler] = {}
+
+    def build(kind: str, lm_head_dtype: str) -> Sampler:
+        if (kind, lm_head_dtype) not in built:
+            options = dict(
+                dtype="bfloat16",
+                lm_head_dtype=lm_head_dtype,
+                max_model_len=MAX_MODEL_LEN,
+                eos_token_ids=EOS_TOKEN_IDS,
+            )
+            if kind == "vllm":
+                pytest.importorskip("vllm")
+            built[kind, lm_head_dtype] = (
+                VllmSampler(folder, kv_cache_gib=1 / 32, **options)
+                if kind == "vllm"
+                else TransformersSampler(folder, **options)
+            )
+        return built[kind, lm_head_dtype]
+
+    build.folder = folder  # type: ignore[attr-defined]
+    return build
+
+
+def logits_dtypes(module: nn.Module) -> list[torch.dtype]:
+    """The dtypes of what a module will return."""
+    seen: list[torch.dtype] = []
+    module.register_forward_hook(lambda _, __, output: seen.append(output.dtype))
+    return seen
+
+
+def test_a_float32_head_computes_in_float32_on_both_sides_and_stores_no_float32(
+    build_bfloat16: Callable[[str, str], Sampler], kind: str
+) -> None:
+    sequences = token_ids(16, 20, 150)
+    means = {}
+    for lm_head_dtype, logits_dtype in (("same", torch.bfloat16), ("float32", torch.float32)):
+        sampler = build_bfloat16(kind, lm_head_dtype)
+        folder = build_bfloat16.folder  # type: ignore[attr-defined]
+        learner = load_model(folder, "bfloat16", CPU, lm_head_dtype)
+        if kind == "vllm":
+            seen = logits_dtypes(sampler.module.logits_processor)
+        else:
+            seen = logits_dtypes(sampler.module.get_output_embeddings())
+        seen_by_learner = logits_dtypes(learner.get_output_embeddings())
+        # The learner moves, so that publishing into the sampler's storage is part of the test.
+        with torch.no_grad():
+            learner.get_output_embeddings().weight[7:].mul_(1.5)
+        connect(sampler, learner)
+        means[lm_head_dtype] = mismatch.kernels(probe_weights(learner, sampler, sequences, 0.2))[
+            "mismatch/kernels_mean"
+        ]
+        assert set(seen) == set(seen_by_learner) == {logits_dtype}
+        for side in (sampler.module, learner):
+            assert {p.dtype for p in side.parameters()} == {torch.bfloat16}
+    print(f"{kind}: mean |learner - sampler|, head in bfloat16 and float32: {means}")
+    # 1e-6: the transformers sampler and the learner are the same code
+    assert means["float32"] <= means["same"] + 1e-6
+
+
+def test_a_head_that_is_no_linear_layer_is_refused(learner: nn.Module) -> None:
+    learner.set_output_embeddings(nn.Sequential(learner.get_output_embeddings()))
+    set_lm_head_dtype(learner, "same")
+    with pytest.raises(ConfigError, match="this one's is Sequential: set it to same"):
+        set_lm_head_dtype(learner, "float32")
+
+
+def test_the_gradient_through_a_float32_head_is_that_of_its_formula(
+    build_bfloat16: Callable[[str, str], Sampler],
+) -> None:
+    folder = build_bfloat16.folder  # type: ignore[attr-defined]
+    head = load_model(folder, "bfloat16", CPU, "float32").get_output_embeddings()
+    hidden = torch.randn(5, 128).bfloat16().requires_grad_()
+    exact = hidden.detach().double() @ head.weight.detach().double().T
+    logits = head(hidden)
+    torch.testing.assert_close(logits.double(), exact, rtol=0, atol=1e-5)
+    upstream = torch.randn_like(logits)
+    by_hidden, by_weight = torch.autograd.grad(logits, (hidden, head.weight), upstream)
+    torch.testing.assert_close(
+        by_hidden, (upstream.double() @ head.weight.double()).bfloat16(), rtol=2**-7, atol=1e-5
+    )
+    torch.testing.assert_close(
+        by_weight, (upstream.double().T @ hidden.double()).bfloat16(), rtol=2**-7, atol=1e-5
+    )
