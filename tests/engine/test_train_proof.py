@@ -27,10 +27,14 @@ def run_with_fault(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..
     """
 
     def run(
-        kind: str, mode: str, method: str, fault: Callable[[Any], None], *settings: str
+        kind: str,
+        mode: str,
+        method: str,
+        fault: Callable[[Any], None],
+        *settings: str,
+        version: int = 2,
     ) -> None:
         original = getattr(SAMPLERS[kind], method)
-        version = 1 if method == "release_kv" else 2
 
         def faulty(self: Any, *args: Any, **options: Any) -> Any:
             result = original(self, *args, **options)
