@@ -282,7 +282,8 @@ def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:
 
 def update_metrics(updates: Sequence[WeightUpdate]) -> dict[str, float]:
     """Means over the optimizer steps of a step: the share of the weights whose bits changed, and
-    the share of the update that rounding to the dtype of the weights has lost, 0 in float32.
+    the share of the update that rounding to the dtype of the weights has lost, in float32 0 up to
+    the rounding of the sums.
     """
     changed = sum(int(update.changed) for update in updates)
     master = sum(float(update.master_update) for update in updates)

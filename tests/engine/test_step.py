@@ -142,7 +142,9 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(learner):
         assert torch.equal(a, b) and b.grad is None
 
 
-def test_warm_start_learns_the_completions(learner):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_warm_start_learns_the_completions(model_path, dtype):
+    learner = load_model(model_path("qwen2"), dtype, torch.device("cpu"))
     examples = [Example(token_ids=[5, 6, 7 + i, 8, 2], num_prompt_tokens=3) for i in range(4)]
     seen = []
     loss = warm_start(
