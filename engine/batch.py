@@ -18,7 +18,7 @@ class Completion:
         token_ids: sampled ids, the end-of-sequence token included where it was sampled.
         logprobs: natural-log probability of each id at the sampling temperature.
         finished: True if the model ended the sequence, False if it was cut at the length limit.
-        weight_version: number of publishes the sampling weights had received.
+        weight_version: of the weights that sampled it: the step that they were published after.
     """
 
     token_ids: list[int]

@@ -19,6 +19,7 @@ from warpo.engine.data import Example, Prompt, PromptStream, load_examples, load
 from warpo.engine.errors import ConfigError, DataError
 from warpo.engine.model import eos_token_ids, load_model, load_tokenizer
 from warpo.engine.optimizer import AdamW
+from warpo.engine.resync import Resync
 from warpo.engine.rewards import Reward
 from warpo.engine.sampler.base import Sampler
 from warpo.kernels.objectives import Objective
@@ -39,6 +40,7 @@ class Parts:
     tokenizer: PreTrainedTokenizerBase
     model: PreTrainedModel
     sampler: Sampler
+    resync: Resync
     reward: Reward
     stream: PromptStream
     optimizer: AdamW
@@ -85,7 +87,12 @@ def build(config: Config) -> Parts:
         deadline_s=config.reward.deadline_s,
         fields=list(prompts[0].fields),
     )
-    model = load_model(config.model, config.dtype, _device(config))
+    # On the host until it is known whether it gets memory of its own on the device.
+    model = load_model(config.model, config.dtype, torch.device("cpu"))
+    sampler = _sampler(config, model, tokenizer)
+    resync = Resync(
+        sampler.load_weights, sampler.module, model, config.resync, device=_device(config)
+    )
     optimizer = AdamW(
         model.named_parameters(),
         lr=config.update.lr,
@@ -97,7 +104,8 @@ def build(config: Config) -> Parts:
     return Parts(
         tokenizer=tokenizer,
         model=model,
-        sampler=_sampler(config, model, tokenizer),
+        sampler=sampler,
+        resync=resync,
         reward=reward,
         stream=PromptStream(prompts, config.rollout.prompts_per_step, config.seed),
         optimizer=optimizer,

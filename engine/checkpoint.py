@@ -1,7 +1,7 @@
 """Checkpoints: a directory that transformers loads, and beside it what a resumed run needs.
 
     output_dir/checkpoints/step-000123/   config.json, model.safetensors, tokenizer.json, ...
-                                          trainer.pt: step, parts, random states, extra
+                                          trainer.pt: step, parts, random states
 
 A checkpoint is written under a hidden name, flushed to disk and renamed: one that bears its name
 is complete.
@@ -15,7 +15,6 @@ import random
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -39,14 +38,6 @@ class Stateful(Protocol):
     def load_state_dict(self, state: Any) -> Any: ...
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Restored:
-    """What a checkpoint gives back beside the state of its parts."""
-
-    step: int
-    extra: dict[str, Any]
-
-
 def save(
     output_dir: str | Path,
     *,
@@ -54,14 +45,12 @@ def save(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     parts: Mapping[str, Stateful],
-    extra: Mapping[str, Any],
     keep: int,
 ) -> Path:
     """Write output_dir/checkpoints/step-<step>, all of it or nothing.
 
     Args:
         parts: objects whose state is kept, by name.
-        extra: numbers, texts and tensors to keep, such as the weight version.
         keep: newest checkpoints that stay; 0: all.
     """
     root = Path(output_dir) / "checkpoints"
@@ -76,7 +65,6 @@ def save(
         "step": step,
         "parts": {name: part.state_dict() for name, part in parts.items()},
         "random": random_state(),
-        "extra": dict(extra),
     }
     torch.save(state, draft / _TRAINER_FILE)
     _flush(draft)
@@ -102,8 +90,11 @@ def latest(output_dir: str | Path) -> Path:
     return found[-1]
 
 
-def load(path: str | Path, *, model: PreTrainedModel, parts: Mapping[str, Stateful]) -> Restored:
+def load(path: str | Path, *, model: PreTrainedModel, parts: Mapping[str, Stateful]) -> int:
     """Put a checkpoint into `model` (in place, its storage stays), `parts` and the random states.
+
+    Returns:
+        The step after which it was saved.
 
     Raises:
         CheckpointError: a file is missing or damaged, or belongs to another model or other parts.
@@ -129,7 +120,7 @@ def load(path: str | Path, *, model: PreTrainedModel, parts: Mapping[str, Statef
         except (ValueError, KeyError, RuntimeError) as error:
             raise CheckpointError(f"{path}: the state of {name} does not fit: {error}") from error
     set_random_state(state["random"])
-    return Restored(step=state["step"], extra=state["extra"])
+    return int(state["step"])
 
 
 def random_state() -> dict[str, Any]:

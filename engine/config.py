@@ -178,6 +178,10 @@ class Config:
     """Type of the learner's weights."""
     sampler: Literal["vllm", "transformers"] = "vllm"
     """Engine that samples."""
+    resync: Literal["auto", "alias", "copy"] = "auto"
+    """How the learner's weights become the sampler's. "alias": both are one memory, and nothing is
+    copied. "copy": each has its own, and buckets are copied after an update. "auto": alias where
+    every parameter allows it."""
     resume: bool = False
     """Continue from the newest checkpoint in output_dir."""
     data: Data
@@ -213,6 +217,11 @@ def _check_inputs(config: Config) -> None:
         raise ConfigError(
             f"evaluation.every_steps = {config.evaluation.every_steps} needs data.eval: "
             "give a JSONL file of held-out prompts, or set evaluation.every_steps to 0"
+        )
+    if config.resync == "alias" and config.rollout.dtype not in ("same", config.dtype):
+        raise ConfigError(
+            f"resync = 'alias' needs one dtype: the learner has dtype = {config.dtype!r} and the "
+            f"sampler rollout.dtype = {config.rollout.dtype!r}; set resync to copy or auto"
         )
     warm = config.warm_start
     if warm.data and not warm.steps:

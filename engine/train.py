@@ -19,9 +19,10 @@ from warpo.engine.batch import Batch, Completion, Rollout
 from warpo.engine.build import Parts, build, load_reference, make_reference
 from warpo.engine.config import Config, resolve_advantage_std
 from warpo.engine.data import Prompt, columns
-from warpo.engine.errors import TrainingError
+from warpo.engine.errors import TrainingError, WeightMismatch
 from warpo.engine.metrics import ReportProgress, RunLog, read_rows
 from warpo.engine.optimizer import update_metrics
+from warpo.engine.resync import Resync
 from warpo.engine.sampler.base import Interrupted, SamplingOptions
 from warpo.engine.step import (
     EQUAL_LOGPROBS,
@@ -69,9 +70,9 @@ def _prepare(config: Config, parts: Parts, log: RunLog, resume_from: Path | None
         f"{config.model}: {millions:.1f} M parameters, {config.dtype} on {parts.device}, "
         f"sampled by {config.sampler}, {config.loss.objective}"
     )
+    log.say(_describe(parts.resync))
     if resume_from:
-        restored = checkpoint.load(resume_from, model=parts.model, parts=parts.stateful)
-        parts.step = restored.step
+        parts.step = checkpoint.load(resume_from, model=parts.model, parts=parts.stateful)
         load_reference(config, parts)
         log.say(f"resumed after step {parts.step} from {resume_from}")
     elif config.warm_start.steps:
@@ -95,6 +96,12 @@ def _prepare(config: Config, parts: Parts, log: RunLog, resume_from: Path | None
         log.write(0, _evaluation(config, parts, log))
 
 
+def _describe(resync: Resync) -> str:
+    if resync.mode == "alias":
+        return "resync: alias, learner and sampler share one copy of the weights"
+    return "resync: copy" + (f", as {resync.reason}" if resync.reason else "")
+
+
 def _step(
     config: Config, parts: Parts, log: RunLog, stop: Callable[[], bool]
 ) -> tuple[Metrics, list[list[int]]]:
@@ -102,7 +109,8 @@ def _step(
     step = parts.step + 1
     log.start_step()
     rollouts, metrics = _rollouts(config, parts, log, stop, step)
-    parts.sampler.release_kv()
+    with log.phase("release"):
+        parts.sampler.release_kv()
     minibatches = make_minibatches(
         rollouts, config.update.minibatches, config.update.token_budget, config.seed + step
     )
@@ -141,6 +149,7 @@ def _rollouts(
     )
     with log.phase("sample") as progress:
         groups = _generate(parts, prompts, options, stop, progress)
+    _check_versions(parts, groups)
     with log.phase("reward"):
         rewards = _rewards(parts, prompts, groups)
     _raise_if(stop)
@@ -183,6 +192,15 @@ def _generate(
         return parts.sampler.generate(ids, options, stop, progress)
     except Interrupted:
         raise KeyboardInterrupt from None
+
+
+def _check_versions(parts: Parts, groups: list[list[Completion]]) -> None:
+    versions = {completion.weight_version for group in groups for completion in group}
+    if versions != {parts.step}:
+        raise WeightMismatch(
+            f"step {parts.step + 1} sampled with versions {sorted(versions)} of the weights, and "
+            f"the learner has version {parts.step}"
+        )
 
 
 def _rewards(parts: Parts, prompts: list[Prompt], groups: list[list[Completion]]) -> list[float]:
@@ -233,8 +251,18 @@ def _update(
 def _publish(config: Config, parts: Parts, log: RunLog, sequences: list[list[int]]) -> Metrics:
     """Write the learner's weights into the sampler and prove that they are there."""
     with log.phase("publish"):
-        copied = parts.sampler.publish(parts.model)
-    parts.sampler.resume_kv()
+        copied = parts.resync.publish()
+        parts.sampler.weights_changed(parts.step)
+    with log.phase("resume"):
+        parts.sampler.resume_kv()
+    with log.phase("verify"):
+        try:
+            parts.resync.verify()
+        except WeightMismatch:
+            # what overwrites the sampler's weights overwrites the learner's where they are one
+            parts.whole = parts.resync.mode == "copy"
+            raise
+        parts.sampler.check_prefixes(max(sequences, key=len))
     if config.probe.num_sequences:
         with log.phase("probe"):
             parts.probe_error = probe_weights(
@@ -242,6 +270,7 @@ def _publish(config: Config, parts: Parts, log: RunLog, sequences: list[list[int
             )
     return {
         "publish/bytes": float(copied),
+        "publish/extra_weight_bytes": float(parts.resync.extra_bytes),
         "publish/version": float(parts.sampler.weight_version),
         "probe/max_difference": parts.probe_error,
     }
@@ -285,7 +314,6 @@ def _save(config: Config, parts: Parts, log: RunLog) -> None:
             model=parts.model,
             tokenizer=parts.tokenizer,
             parts=parts.stateful,
-            extra={"weight_version": parts.sampler.weight_version},
             keep=config.checkpoint.keep,
         )
 

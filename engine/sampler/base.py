@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
+from torch import Tensor, nn
 
 from warpo.engine.batch import Completion
 
@@ -33,9 +33,22 @@ class SamplingOptions:
 
 
 class Sampler(Protocol):
-    """Prompts in, token ids and logprobs out; weights written in place by `publish`."""
+    """Prompts in, token ids and logprobs out.
+
+    Attributes:
+        module: the model that samples. Its parameters are read anew by every forward pass, so
+            whatever writes to them, in place, changes what is sampled.
+        weight_version: of the weights, as `weights_changed` was told.
+    """
 
     weight_version: int
+
+    @property
+    def module(self) -> nn.Module: ...
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> object:
+        """Copy named tensors, as a checkpoint has them, over the module's parameters."""
+        ...
 
     def generate(
         self,
@@ -57,12 +70,19 @@ class Sampler(Protocol):
         """
         ...
 
-    def publish(self, model: torch.nn.Module) -> int:
-        """Write the learner's parameters into the sampler's, forget cached prefixes, count a
-        version.
+    def weights_changed(self, version: int) -> None:
+        """Forget what was computed with the weights before, and count the new ones."""
+        ...
 
-        Returns:
-            Bytes copied.
+    def check_prefixes(self, sequence: Sequence[int]) -> None:
+        """Prove that nothing computed with older weights is attended to any more.
+
+        Args:
+            sequence: token ids that were sampled, or scored, before `weights_changed`, which
+                nothing has been asked since.
+
+        Raises:
+            WeightMismatch: a part of the sequence is still in the prefix cache.
         """
         ...
 

@@ -10,7 +10,6 @@ import transformers
 from torch import Tensor, nn
 
 from warpo.engine.batch import Completion
-from warpo.engine.resync import CopyPlan
 from warpo.engine.sampler.base import Interrupted, SamplingOptions
 from warpo.engine.sampler.requests import (
     check_ids,
@@ -64,12 +63,11 @@ class TransformersSampler:
         self._max_model_len = max_model_len
         self._batch_size = batch_size
         self._score_tokens = score_tokens
-        self._plan: CopyPlan | None = None
         transformers.utils.logging.disable_progress_bar()
         model = transformers.AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype)
         self._device = torch.device(device)
         nn.Module.to(model, self._device)
-        self._model: transformers.PreTrainedModel = model.eval().requires_grad_(False)
+        self.module: transformers.PreTrainedModel = model.eval().requires_grad_(False)
         self._vocab_size: int = model.config.get_text_config().vocab_size
         self._eos = torch.tensor(list(eos_token_ids), dtype=torch.int64, device=device)
 
@@ -133,7 +131,7 @@ class TransformersSampler:
         yield 0
         group = len(rows) // len(prompts)
         ids, mask = self._left_padded(prompts)
-        cache = transformers.DynamicCache(config=self._model.config)
+        cache = transformers.DynamicCache(config=self.module.config)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         logits = self._forward(ids, mask, positions, cache)
         cache.batch_repeat_interleave(group)
@@ -161,7 +159,7 @@ class TransformersSampler:
             logits = self._forward(tokens[:, None], mask, mask.sum(-1, keepdim=True) - 1, cache)
 
     def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: object) -> Tensor:
-        output = self._model(
+        output = self.module(
             input_ids=ids,
             attention_mask=mask,
             position_ids=positions,
@@ -208,7 +206,7 @@ class TransformersSampler:
             # Padded on the right, where no earlier token sees it.
             ids = torch.tensor([list(s) + [0] * (width - len(s)) for s in batch])
             ids = ids.to(self._device)
-            logits = self._model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+            logits = self.module(input_ids=ids, use_cache=False).logits[:, :-1].float()
             taken = logits.gather(-1, ids[:, 1:, None]).squeeze(-1) - logits.logsumexp(-1)
             scores += [row[: len(s) - 1] for row, s in zip(taken.tolist(), batch, strict=True)]
         return scores
@@ -224,25 +222,18 @@ class TransformersSampler:
         if batch:
             yield batch
 
-    def publish(self, model: nn.Module) -> int:
-        """Copy the learner's parameters over the sampler's and count a version.
-
-        Returns:
-            Bytes copied.
-
-        Raises:
-            SamplerError: a parameter of either side has no counterpart.
-        """
-        if self._plan is None or not self._plan.fits(model):
-            self._plan = CopyPlan(self._load_weights, self._model, model)
-        num_bytes = self._plan.replay()
-        self.weight_version += 1
-        return num_bytes
-
-    def _load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        own = dict(self._model.named_parameters())
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Copy named tensors over the parameters of their names."""
+        own = dict(self.module.named_parameters())
         for name, weight in weights:
             own[name].copy_(weight)
+
+    def weights_changed(self, version: int) -> None:
+        """Count the new weights; nothing computed with the old ones outlives `generate`."""
+        self.weight_version = version
+
+    def check_prefixes(self, sequence: Sequence[int]) -> None:
+        """Nothing: there is no prefix cache."""
 
     def release_kv(self) -> None:
         """Nothing: the KV cache lives only inside `generate`."""

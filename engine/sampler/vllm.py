@@ -7,14 +7,13 @@ is built, not with this module.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from warpo.engine.batch import Completion
-from warpo.engine.errors import SamplerError
-from warpo.engine.resync import CopyPlan
+from warpo.engine.errors import SamplerError, WeightMismatch
 from warpo.engine.sampler.base import Interrupted, SamplingOptions
 from warpo.engine.sampler.requests import (
     check_ids,
@@ -34,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 class VllmSampler:
-    """Samples with an in-process vLLM whose weights `publish` overwrites.
+    """Samples with an in-process vLLM that reads its weights where others may write them.
 
     Every request carries its own seed, so sampling draws nothing from the global generators.
     At temperature 0 logprobs are those of temperature 1.
@@ -76,18 +75,19 @@ class VllmSampler:
                 f"{model_path} is a mixture of experts: vLLM's CPU build packs its weights and "
                 "computes with the old ones after an update; set sampler: transformers"
             )
-        self.weight_version = 0
+        self.module: nn.Module = self._llm.apply_model(lambda module: module)[0]
+        self.weights_changed(0)
         self._max_model_len = max_model_len
         self._vocab_size = config.get_vocab_size()
         self._eos_token_ids = list(eos_token_ids)
         self._sampling_params = vllm.SamplingParams
         self._final_only = RequestOutputKind.FINAL_ONLY
-        self._plan: CopyPlan | None = None
         self._kv_released = False
-        self._can_release_kv = can_release_kv(vllm)
-        if not on_cpu and not self._can_release_kv:
+        self._can_release_kv = can_release_kv()
+        if not self._can_release_kv:
             logger.warning(
-                "vLLM %s cannot release its KV cache alone: %g GiB stay taken during updates",
+                "vLLM %s cannot release its KV cache alone on this platform: %g GiB stay taken "
+                "during updates",
                 vllm.__version__,
                 kv_cache_gib,
             )
@@ -151,8 +151,18 @@ class VllmSampler:
                 at[token].logprob for at, token in zip(sample.logprobs, token_ids, strict=True)
             ],
             finished=sample.finish_reason == "stop",
-            weight_version=self.weight_version,
+            weight_version=self._version_of(sample),
         )
+
+    def _version_of(self, sample: Any) -> int:
+        """The version that vLLM noted beside the tokens; one for the whole completion."""
+        versions = {span.version for span in sample.weight_versions}
+        if versions != {str(self.weight_version)}:
+            raise WeightMismatch(
+                f"a completion was sampled by versions {sorted(versions)} of the weights, and the "
+                f"sampler holds version {self.weight_version}"
+            )
+        return self.weight_version
 
     def _run(
         self,
@@ -228,30 +238,44 @@ class VllmSampler:
         steps = [*output.prompt_logprobs[1:], output.outputs[0].logprobs[0]]
         return [at[token].logprob for at, token in zip(steps, sequence[1:], strict=True)]
 
-    def publish(self, model: nn.Module) -> int:
-        """Copy the learner's parameters over vLLM's, forget cached prefixes, count a version.
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> object:
+        """vLLM's own loader: it fuses, pads and renames."""
+        module: Any = self.module
+        return module.load_weights(weights)
 
-        Returns:
-            Bytes copied.
+    def weights_changed(self, version: int) -> None:
+        """Forget cached prefixes, and label what is sampled from now on with the version.
 
         Raises:
-            SamplerError: a parameter of either side has no counterpart.
             RuntimeError: vLLM did not let go of its cached prefixes.
         """
-        if self._plan is None or not self._plan.fits(model):
-            sampler_model = self._llm.apply_model(lambda module: module)[0]
-            self._plan = CopyPlan(sampler_model.load_weights, sampler_model, model)
-        num_bytes = self._plan.replay()
         if not self._llm.reset_prefix_cache():
             raise RuntimeError(
                 "vLLM kept its prefix cache, whose keys and values are those of the old weights: "
                 "requests are still running"
             )
-        self.weight_version += 1
-        return num_bytes
+        self._llm.update_weight_version(str(version))
+        self.weight_version = version
+
+    def check_prefixes(self, sequence: Sequence[int]) -> None:
+        """Prove that nothing computed with older weights is attended to any more.
+
+        Raises:
+            WeightMismatch: a part of the sequence is still in the prefix cache.
+        """
+        params = self._sampling_params(
+            temperature=0.0, max_tokens=1, detokenize=False, output_kind=self._final_only
+        )
+        (output,) = self._run([(sequence[: self._max_model_len - 1], params)])
+        if output.num_cached_tokens:
+            raise WeightMismatch(
+                f"vLLM found {output.num_cached_tokens} of {len(sequence)} tokens in its prefix "
+                f"cache, which version {self.weight_version} of the weights has not computed: "
+                "their keys and values are those of older weights"
+            )
 
     def release_kv(self) -> None:
-        """Give the KV cache's memory to the learner; the weights stay. Nothing on a CPU."""
+        """Give the KV cache's memory to the learner; the weights stay where they are."""
         if self._can_release_kv and not self._kv_released:
             self._llm.sleep(level=0)
             self._llm.release_kv_cache_memory()

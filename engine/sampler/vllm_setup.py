@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import importlib.util
 import logging
+import mmap
 import multiprocessing
 import os
 import random
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import ModuleType
 from typing import Any
@@ -77,11 +79,34 @@ def _call(function: Callable[[], Any]) -> Any:
     return function()
 
 
+def _discard(worker: Any, tags: Sequence[str]) -> None:
+    """Give the pages of a CPU worker's KV cache back; its addresses stay, as on a GPU."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    for cache in worker.model_runner.kv_caches if "kv_cache" in tags else ():
+        storage = cache.untyped_storage()
+        start = -(-storage.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        size = storage.data_ptr() + storage.nbytes() - start
+        address, length = ctypes.c_void_p(start), ctypes.c_size_t(max(0, size))
+        if libc.madvise(address, length, mmap.MADV_DONTNEED):
+            raise OSError(ctypes.get_errno(), "madvise did not take the pages of the KV cache back")
+
+
+def _wake_up(worker: Any, tags: Sequence[str] | None = None) -> None:
+    """Nothing: pages come back, zeroed, when they are written."""
+
+
 def _adapt_cpu_build() -> None:
-    """Keep the weights of the CPU build writable, and leave out what only delays its start."""
+    """Keep the weights of the CPU build writable, let it release its KV cache, and leave out what
+    only delays its start.
+    """
     import vllm.model_executor.layers.utils as layers
     import vllm.model_executor.models.registry as registry
     import vllm.v1.sample.sampler as sampling
+    from vllm.v1.worker.cpu_worker import CPUWorker
+
+    # It knows no sleep: the scheduler would pause and the memory stay.
+    _replace(CPUWorker, "discard", _discard)
+    _replace(CPUWorker, "wake_up", _wake_up)
 
     # It would pack the weights of linear layers and compute with the packed copy.
     _replace(layers, "dispatch_cpu_unquantized_gemm", _plain_linear)
@@ -91,10 +116,40 @@ def _adapt_cpu_build() -> None:
     _replace(registry, "_run_in_subprocess", _call)
 
 
-def _replace(module: ModuleType, name: str, value: Callable[..., Any]) -> None:
-    if not hasattr(module, name):
-        raise SamplerError(f"vLLM has no {module.__name__}.{name}: it is not {SUPPORTED_VLLM}")
-    setattr(module, name, value)
+def _replace(owner: Any, name: str, value: Callable[..., Any]) -> None:
+    if not hasattr(owner, name):
+        raise SamplerError(f"vLLM has no {owner.__name__}.{name}: it is not {SUPPORTED_VLLM}")
+    setattr(owner, name, value)
+
+
+# What this package calls on a vllm.LLM.
+_FEATURES = (
+    "apply_model",
+    "llm_engine.abort_request",
+    "llm_engine.add_request",
+    "llm_engine.get_num_unfinished_requests",
+    "llm_engine.has_unfinished_requests",
+    "llm_engine.model_config",
+    "llm_engine.output_processor.request_states",
+    "llm_engine.step",
+    "release_kv_cache_memory",
+    "reset_prefix_cache",
+    "sleep",
+    "update_weight_version",
+    "wake_up",
+)
+
+
+def _check_features(llm: Any) -> None:
+    for path in _FEATURES:
+        owner = llm
+        for name in path.split("."):
+            if not hasattr(owner, name):
+                raise SamplerError(
+                    f"this vLLM has no LLM.{path}: it is not {SUPPORTED_VLLM}, or was changed; "
+                    "install that, or set sampler: transformers"
+                )
+            owner = getattr(owner, name)
 
 
 @contextmanager
@@ -176,13 +231,15 @@ def build_llm(
         )
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             options["distributed_executor_backend"] = "external_launcher"
-        if not is_cpu_build():
-            return vllm, vllm.LLM(enable_sleep_mode=can_release_kv(vllm), **options)
-        _adapt_cpu_build()
-        # vLLM collects garbage five times while it builds: 0.2 s each over what is loaded by now.
-        gc.freeze()
-        with _unbound_memory():
-            llm = vllm.LLM(enforce_eager=True, block_size=CPU_BLOCK_SIZE, **options)
+        if is_cpu_build():
+            _adapt_cpu_build()
+            # vLLM collects garbage five times while it builds: 0.2 s each over what is loaded.
+            gc.freeze()
+            with _unbound_memory():
+                llm = vllm.LLM(enforce_eager=True, block_size=CPU_BLOCK_SIZE, **options)
+        else:
+            llm = vllm.LLM(enable_sleep_mode=can_release_kv(), **options)
+        _check_features(llm)
         return vllm, llm
 
 
@@ -192,6 +249,8 @@ def is_cpu_build() -> bool:
     return bool(current_platform.is_cpu())
 
 
-def can_release_kv(vllm: ModuleType) -> bool:
-    """Whether this vLLM can free its KV cache and keep its weights: on a GPU, where it has it."""
-    return not is_cpu_build() and hasattr(vllm.LLM, "release_kv_cache_memory")
+def can_release_kv() -> bool:
+    """Whether this platform can free the KV cache and keep the weights."""
+    from vllm.platforms import current_platform
+
+    return is_cpu_build() or bool(current_platform.is_sleep_mode_available())

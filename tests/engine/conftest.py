@@ -14,7 +14,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest  # noqa: E402
 import transformers  # noqa: E402
 
-from tests.engine.models import EOS_TOKEN_IDS, MAX_MODEL_LEN, new_learner  # noqa: E402
+from tests.engine.models import (  # noqa: E402
+    EOS_TOKEN_IDS,
+    MAX_MODEL_LEN,
+    connect,
+    new_learner,
+)
+from tests.engine.runs import make_folder  # noqa: E402
 from warpo.engine.sampler.base import Sampler  # noqa: E402
 from warpo.engine.sampler.transformers import TransformersSampler  # noqa: E402
 from warpo.engine.sampler.vllm import VllmSampler  # noqa: E402
@@ -56,7 +62,7 @@ def build(model_path: Callable[[str], str]) -> Callable[[str, str], Sampler]:
                 else TransformersSampler(model_path(name), **options)
             )
         else:
-            built[kind, name].publish(new_learner(name))
+            connect(built[kind, name], new_learner(name), "copy")
         return built[kind, name]
 
     return sampler
@@ -70,3 +76,10 @@ def kind(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def sampler(build: Callable[[str, str], Sampler], kind: str) -> Sampler:
     return build(kind, "qwen2")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a small run, which is the current directory."""
+    monkeypatch.chdir(make_folder(tmp_path))
+    return tmp_path

@@ -6,6 +6,9 @@ import torch
 import transformers
 from torch import nn
 
+from warpo.engine.resync import Resync
+from warpo.engine.sampler.base import Sampler
+
 # Sampler against model, float32 forward passes batched and fused differently: 3e-6 was seen.
 LOGPROB_ATOL = 1e-4
 
@@ -65,3 +68,18 @@ def logprobs_of(
     logits = learner(torch.tensor([ids])).logits[0, start - 1 : -1].float()
     logprobs = (logits / temperature).log_softmax(-1)
     return logprobs.gather(-1, torch.tensor(ids[start:])[:, None]).squeeze(-1)
+
+
+def publish(resync: Resync, sampler: Sampler) -> int:
+    """One publish, as the engine does it; returns the bytes copied."""
+    num_bytes = resync.publish()
+    sampler.weights_changed(sampler.weight_version + 1)
+    resync.verify()
+    return num_bytes
+
+
+def connect(sampler: Sampler, learner: nn.Module, mode: str = "auto", **options: object) -> Resync:
+    """The sampler with the learner's weights, published once."""
+    resync = Resync(sampler.load_weights, sampler.module, learner, mode, **options)
+    publish(resync, sampler)
+    return resync

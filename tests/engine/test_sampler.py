@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
+import mmap
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,10 +17,12 @@ from tests.engine.models import (
     EOS_TOKEN_IDS,
     LOGPROB_ATOL,
     MAX_MODEL_LEN,
+    connect,
     logprobs_of,
     new_learner,
 )
 from warpo.engine.batch import Completion
+from warpo.engine.errors import SamplerError
 from warpo.engine.sampler import vllm_setup
 from warpo.engine.sampler.base import Interrupted, Sampler, SamplingOptions
 
@@ -224,7 +228,7 @@ def test_what_cannot_be_scored_is_refused(sampler: Sampler) -> None:
 def test_weights_that_are_not_finite_are_reported(sampler: Sampler) -> None:
     learner = new_learner("qwen2")
     learner.lm_head.weight.data[9, 0] = float("nan")
-    sampler.publish(learner)
+    connect(sampler, learner)
     with pytest.raises(RuntimeError, match="a completion of prompt 0 has logprobs .nan"):
         sampler.generate([[7, 8]], options())
 
@@ -264,16 +268,52 @@ def test_completions_of_one_prompt_share_its_blocks(build: Callable[[str, str], 
     assert cached[0].num_cached_tokens == 96
 
 
-def test_a_released_kv_cache_is_asked_back(build: Callable[[str, str], Sampler]) -> None:
+def resident_bytes(tensor: torch.Tensor) -> int:
+    """Bytes of the memory behind a tensor that physical pages hold, as mincore counts them."""
+    storage = tensor.untyped_storage()
+    start = storage.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    size = storage.data_ptr() + storage.nbytes() - start
+    pages = (ctypes.c_ubyte * -(-size // mmap.PAGESIZE))()
+    libc = ctypes.CDLL(None)
+    assert libc.mincore(ctypes.c_void_p(start), ctypes.c_size_t(size), pages) == 0
+    return sum(page & 1 for page in pages) * mmap.PAGESIZE
+
+
+def test_the_kv_cache_alone_is_released(build: Callable[[str, str], Sampler]) -> None:
+    """vLLM's own state machine: pause, discard, wake; on a CPU its pages go back to the system."""
     sampler = build("vllm", "qwen2")
+    caches = sampler._llm.llm_engine.model_executor.driver_worker.worker.model_runner.kv_caches
+    num_bytes = sum(cache.untyped_storage().nbytes() for cache in caches)
+    places = [cache.data_ptr() for cache in caches]
+    weights = [parameter.data_ptr() for parameter in sampler.module.parameters()]
+    prompt = [2 + i % 60 for i in range(100)]
+    for cache in caches:
+        cache.fill_(7.0)
+    sampler.weights_changed(sampler.weight_version)
+    before = sampler.generate([prompt], options())
+    assert sum(map(resident_bytes, caches)) >= num_bytes
+
+    sampler.release_kv()
+
+    assert sum(map(resident_bytes, caches)) <= 2 * len(caches) * mmap.PAGESIZE
+    with pytest.raises(RuntimeError, match="the KV cache is released: call resume_kv first"):
+        sampler.generate([prompt], options())
     sampler.release_kv()
     sampler.resume_kv()
-    sampler._kv_released = True
-    try:
-        with pytest.raises(RuntimeError, match="call resume_kv first"):
-            sampler.generate(PROMPTS, options())
-    finally:
-        sampler._kv_released = False
+    sampler.check_prefixes(prompt)
+    assert sampler.generate([prompt], options()) == before
+    assert [cache.data_ptr() for cache in caches] == places
+    assert [parameter.data_ptr() for parameter in sampler.module.parameters()] == weights
+
+
+def test_a_vllm_without_a_feature_is_refused(
+    build: Callable[[str, str], Sampler], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = build("vllm", "qwen2")._llm
+    vllm_setup._check_features(llm)
+    monkeypatch.delattr(type(llm), "release_kv_cache_memory")
+    with pytest.raises(SamplerError, match="this vLLM has no LLM.release_kv_cache_memory"):
+        vllm_setup._check_features(llm)
 
 
 def test_a_missing_vllm_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

