@@ -18,6 +18,7 @@ from warpo.engine.config import Config, resolve_objective
 from warpo.engine.data import Example, Prompt, PromptStream, load_examples, load_prompts
 from warpo.engine.errors import ConfigError, DataError
 from warpo.engine.model import eos_token_ids, load_model, load_tokenizer
+from warpo.engine.optimizer import AdamW
 from warpo.engine.resync import Resync
 from warpo.engine.rewards import Reward
 from warpo.engine.sampler.base import Sampler
@@ -41,7 +42,7 @@ class Parts:
     resync: Resync
     reward: Reward
     stream: PromptStream
-    optimizer: torch.optim.Optimizer
+    optimizer: AdamW
     schedule: torch.optim.lr_scheduler.LambdaLR
     objective: Objective
     eval_prompts: list[Prompt]
@@ -90,12 +91,12 @@ def build(config: Config) -> Parts:
     resync = Resync(
         sampler.load_weights, sampler.module, model, config.resync, device=_device(config)
     )
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
+    optimizer = AdamW(
+        model.named_parameters(),
         lr=config.update.lr,
         betas=config.update.betas,
         weight_decay=config.update.weight_decay,
-        fused=True,
+        state=config.update.optimizer_state,
     )
     warmup = config.update.warmup_steps
     return Parts(

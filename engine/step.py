@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +14,15 @@ from warpo.engine.batch import Batch, Completion, Rollout, pack, split_by_tokens
 from warpo.engine.data import Example
 from warpo.engine.errors import TrainingError, WeightMismatch
 from warpo.engine.model import token_logprobs
+from warpo.engine.optimizer import AdamW, WeightUpdate, clip_coefficient, gradient_norm
 from warpo.engine.sampler.base import Sampler
 from warpo.kernels import ops
 from warpo.kernels.objectives import Objective
 
 # Sampler logprobs within this of the learner's serve as old_logprobs: they move a ratio by 0.01 %.
 EQUAL_LOGPROBS = 1e-4
+# As torch.optim.AdamW has by default.
+WARM_START_DECAY = 0.01
 
 
 def make_minibatches(
@@ -56,15 +59,17 @@ class StepResult(NamedTuple):
     Attributes:
         metrics: the vector of `ops.policy_loss`, summed over micro-batches.
         grad_norm: L2 norm before clipping.
+        update: what the step did to the weights.
     """
 
     metrics: Tensor
     grad_norm: Tensor
+    update: WeightUpdate
 
 
 def train_step(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: AdamW,
     batches: Sequence[Batch],
     objective: Objective,
     *,
@@ -77,9 +82,6 @@ def train_step(
     loss = sum over the micro-batches of sum_t w_t loss_t / denominator, where the denominator is
     that of the whole step: loss and gradient do not depend on how the rollouts are split into
     micro-batches.
-
-    Returns:
-        metrics: the vector of `ops.policy_loss`; grad_norm: before clipping. On the device.
 
     Raises:
         TrainingError: the gradient is not finite. The weights are those before the step.
@@ -102,28 +104,28 @@ def train_step(
         )
         loss.backward()
         metrics.append(batch_metrics)
-    grad_norm = apply_gradients(model, optimizer, max_grad_norm)
-    return StepResult(ops.sum_metrics(metrics), grad_norm)
+    grad_norm, update = apply_gradients(model, optimizer, max_grad_norm)
+    return StepResult(ops.sum_metrics(metrics), grad_norm, update)
 
 
 def apply_gradients(
-    model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float
-) -> Tensor:
-    """Clip the gradient to an L2 norm and step; returns the norm before clipping.
+    model: nn.Module, optimizer: AdamW, max_grad_norm: float
+) -> tuple[Tensor, WeightUpdate]:
+    """Clip the gradient to an L2 norm and step; returns the norm before clipping, and the update.
 
     Raises:
         TrainingError: the norm is not finite. Nothing is stepped.
     """
-    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+    grad_norm = gradient_norm(model.parameters())
     if not torch.isfinite(grad_norm):
         optimizer.zero_grad(set_to_none=True)
         raise TrainingError(
             f"the gradient norm is {grad_norm.item()}: the step was not taken. Lower update.lr, "
             "or check the rewards and the model for NaN"
         )
-    optimizer.step()
+    update = optimizer.step(clip_coefficient(grad_norm, max_grad_norm))
     optimizer.zero_grad(set_to_none=True)
-    return grad_norm
+    return grad_norm, update
 
 
 def warm_start(
@@ -135,6 +137,7 @@ def warm_start(
     lr: float,
     token_budget: int,
     max_grad_norm: float,
+    optimizer_state: Literal["device", "host"],
     seed: int,
     progress: Callable[[int, int], None],
 ) -> float:
@@ -145,7 +148,9 @@ def warm_start(
         The loss of the last step, in nats a token.
     """
     device = next(model.parameters()).device
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
+    optimizer = AdamW(
+        model.named_parameters(), lr=lr, weight_decay=WARM_START_DECAY, state=optimizer_state
+    )
     loss = torch.zeros(())
     for step, chosen in enumerate(_example_batches(examples, steps, batch_size, seed)):
         for group in optimizer.param_groups:

@@ -21,6 +21,7 @@ from warpo.engine.config import Config, resolve_advantage_std
 from warpo.engine.data import Prompt, columns
 from warpo.engine.errors import TrainingError, WeightMismatch
 from warpo.engine.metrics import ReportProgress, RunLog, read_rows
+from warpo.engine.optimizer import update_metrics
 from warpo.engine.resync import Resync
 from warpo.engine.sampler.base import Interrupted, SamplingOptions
 from warpo.engine.step import (
@@ -81,6 +82,7 @@ def _prepare(config: Config, parts: Parts, log: RunLog, resume_from: Path | None
                 batch_size=config.warm_start.batch_size, lr=config.warm_start.lr,
                 token_budget=config.update.token_budget,
                 max_grad_norm=config.update.max_grad_norm,
+                optimizer_state=config.update.optimizer_state,
                 seed=config.seed, progress=progress,
             )  # fmt: skip
         log.say(f"warm start: {config.warm_start.steps} steps, loss {loss:.3f} nats a token")
@@ -261,6 +263,7 @@ def _update(
         results.append(result)
         progress(update + 1, updates)
     metrics = ops.policy_metrics(ops.sum_metrics([result.metrics for result in results]))
+    metrics |= update_metrics([result.update for result in results])
     return metrics | {
         "loss/policy": metrics["loss/policy"] / updates,
         "loss/kl": metrics["loss/kl"] / updates,

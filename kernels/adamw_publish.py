@@ -25,6 +25,8 @@ from warpo.kernels.checks import FLOATS, check_no_grad, check_tensor
 from warpo.kernels.fingerprint import PARTIALS, rows_of
 from warpo.kernels.registration import Operator
 
+FLOAT32 = FLOATS[:1]
+
 
 class AdamwPublish(NamedTuple):
     fingerprint: Tensor
@@ -35,7 +37,7 @@ class AdamwPublish(NamedTuple):
 
 def adamw_publish(
     grad: Tensor,
-    master: Tensor,
+    master: Tensor | None,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     published: Tensor,
@@ -52,14 +54,16 @@ def adamw_publish(
     """One optimizer step of one parameter; changes master, exp_avg, exp_avg_sq and published.
 
     A NaN or infinite gradient makes its weight NaN, as in torch.optim.AdamW: check the gradient
-    norm before the step. The four tensors must not overlap. Not differentiable.
+    norm before the step. The tensors must not overlap. Not differentiable.
 
     Args:
         grad: float32 | bfloat16 | float16, dense, of the shape of published or flat. Only read.
-        master: float32 weights, dense, of the shape of published or flat.
-        exp_avg, exp_avg_sq: like master: the moments, 0 before the first step.
+        master: float32 weights, dense, of the shape of published or flat. None: published, which
+            must be float32, is its own master.
+        exp_avg, exp_avg_sq: float32, dense, of the shape of published or flat: the moments, 0
+            before the first step.
         published: bfloat16 | float16 | float32: dense, or rows of any stride whose last dimension
-            is dense. Its old values are read for the counts only.
+            is dense. With a master its old values are read for the counts only.
         lr: learning rate.
         beta1, beta2: decay of the moments, in [0, 1).
         eps: added to the root of the second moment.
@@ -96,7 +100,7 @@ def adamw_publish(
         )  # fmt: skip
     is_number = not isinstance(grad_scale, Tensor)
     counts, updates = _operator(
-        grad.view(-1), master.view(-1), exp_avg.view(-1), exp_avg_sq.view(-1), rows,
+        grad.view(-1), master, exp_avg, exp_avg_sq, rows,
         1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2, lr / (1 - beta1**step),
         1 / math.sqrt(1 - beta2**step), eps, grad_scale if is_number else 1.0,
         None if is_number else grad_scale, name,
@@ -106,7 +110,7 @@ def adamw_publish(
 
 def _check(
     grad: Tensor,
-    master: Tensor,
+    master: Tensor | None,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     published: Tensor,
@@ -114,17 +118,25 @@ def _check(
 ) -> None:
     check_tensor("published", published, FLOATS)
     check_no_grad("published", published)
+    if master is None and published.dtype != torch.float32:
+        raise ValueError(
+            f"master is None, but published is {str(published.dtype).removeprefix('torch.')}, too "
+            "coarse to be its own master: pass master=published.float()"
+        )
+    shape = published.shape
     for name, tensor, dtypes in (
         ("grad", grad, FLOATS),
-        ("master", master, FLOATS[:1]),
-        ("exp_avg", exp_avg, FLOATS[:1]),
-        ("exp_avg_sq", exp_avg_sq, FLOATS[:1]),
+        ("master", master, FLOAT32),
+        ("exp_avg", exp_avg, FLOAT32),
+        ("exp_avg_sq", exp_avg_sq, FLOAT32),
     ):
+        if tensor is None:
+            continue
         check_tensor(name, tensor, dtypes, like=published)
         check_no_grad(name, tensor)
-        if tensor.shape != published.shape and tensor.shape != (published.numel(),):
+        if tensor.shape != shape and tensor.shape != (published.numel(),):
             raise ValueError(
-                f"{name} must be of the shape of published, {tuple(published.shape)}, or flat, "
+                f"{name} must be of the shape of published, {tuple(shape)}, or flat, "
                 f"({published.numel()},), got {tuple(tensor.shape)}"
             )
         if not tensor.is_contiguous():
@@ -151,7 +163,7 @@ def _check_numbers(
 
 def _update(
     grad: Tensor,
-    master: Tensor,
+    master: Tensor | None,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     published: Tensor,
@@ -167,19 +179,19 @@ def _update(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     if published.numel() == 0:
-        return master.new_zeros(2, dtype=torch.int64), master.new_zeros(2)
-    counts, updates = _fake_update(grad, master)
+        return exp_avg.new_zeros(2, dtype=torch.int64), exp_avg.new_zeros(2)
+    counts, updates = _fake_update(grad, master, exp_avg)
     dispatch.load(backend).adamw_publish(
         *published.shape, grad, master, exp_avg, exp_avg_sq, published, decay, grad_weight,
         beta2, square_weight, step_size, root_scale, eps, grad_scale, grad_scale_factor,
-        master.new_empty((PARTIALS, 2), dtype=torch.int64), master.new_empty((PARTIALS, 2)),
+        exp_avg.new_empty(2 * PARTIALS, dtype=torch.int64), exp_avg.new_empty(2 * PARTIALS),
         counts, updates,
     )  # fmt: skip
     return counts, updates
 
 
-def _fake_update(grad, master, *_):
-    return master.new_empty(2, dtype=torch.int64), master.new_empty(2)
+def _fake_update(grad, master, exp_avg, *_):
+    return exp_avg.new_empty(2, dtype=torch.int64), exp_avg.new_empty(2)
 
 
 _operator = Operator(

@@ -25,7 +25,7 @@ class Operator:
             so that it may overwrite it.
         differentiable: gradients flow to the first so many arguments at most. In eager mode the
             others then travel as one: `torch.autograd.Function` takes 0.2 us for each argument.
-        mutates: names of the tensors that `body` changes; not the first one.
+        mutates: names of the tensors that `body` changes, each of them optional; not the first one.
     """
 
     def __init__(
@@ -81,5 +81,6 @@ class Operator:
         results = self._body(first, *arguments)
         if self._mutated:
             # so that a graph that has saved one of them refuses its backward
-            torch.autograd.graph.increment_version([arguments[i] for i in self._mutated])
+            changed = [arguments[i] for i in self._mutated if arguments[i] is not None]
+            torch.autograd.graph.increment_version(changed)
         return results

@@ -89,5 +89,5 @@ def test_one_training_step_is_six_files():
     read = {file: (ROOT / "engine" / file).read_text() for file in files}
     assert "run(config)" in read["cli.py"]
     assert "train_step(" in read["train.py"] and ".publish(" in read["train.py"]
-    assert "optimizer.step()" in read["step.py"] and "pack(" in read["step.py"]
+    assert "optimizer.step(" in read["step.py"] and "pack(" in read["step.py"]
     assert "self.module" in read["sampler/vllm.py"] and "class Resync" in read["resync.py"]

@@ -40,6 +40,10 @@ WHITEN_ABSOLUTE = 5e-6
 ADAMW_RELATIVE = 3e-7
 ADAMW_ABSOLUTE = 1e-9
 
+# What a step of AdamW is off, in units of lr: m / sqrt(v) is near 1 and known to a few ulp, of its
+# terms where they cancel.
+STEP_RELATIVE = 1e-5
+
 # Sums over tokens of terms of both signs: relative to the sum of magnitudes, which tests pass in.
 SUM_RELATIVE = 2e-5
 

@@ -6,7 +6,8 @@ namespace warpo {
 struct AdamwPublish {
     int64_t rows, columns;  // of published; the other arrays are dense, rows * columns
     View grad;              // (0, i) float
-    float *master, *exp_avg, *exp_avg_sq;
+    float* master;          // optional: without it published, which is float32, is its own master
+    float *exp_avg, *exp_avg_sq;
     View published;              // (row, column) float, stride1 is 1
     float decay;                 // 1 - lr * weight_decay
     float grad_weight;           // 1 - beta1

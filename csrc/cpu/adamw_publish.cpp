@@ -1,4 +1,6 @@
 // AdamW on float32 master weights, rounded into the published ones, in one pass over memory.
+#include <cstring>
+
 #include "cpu/bits.h"
 #include "cpu/cpu.h"
 #include "math/adamw.h"
@@ -21,10 +23,11 @@ void update_block(const AdamwPublish& a, const Tile& block, float grad_scale, Su
     const int64_t index = block.row * a.columns + block.first;
     alignas(64) float grad[kBlock];
     load_steps(a.grad, 0, index, block.count, grad);
-    float* const __restrict__ master = a.master + index;
+    T* const published = address<T>(a.published, block.row, block.first);
+    const float* const master =
+        a.master ? a.master + index : address<float>(a.published, block.row, block.first);
     float* const __restrict__ exp_avg = a.exp_avg + index;
     float* const __restrict__ exp_avg_sq = a.exp_avg_sq + index;
-    T* const __restrict__ published = address<T>(a.published, block.row, block.first);
     alignas(64) float weight[kBlock];
     alignas(64) T rounded[kBlock];
     float master_update = 0, published_update = 0;
@@ -33,10 +36,11 @@ void update_block(const AdamwPublish& a, const Tile& block, float grad_scale, Su
         const AdamwState old = {master[i], exp_avg[i], exp_avg_sq[i]};
         const AdamwState next = adamw_step(a, old, grad[i] * grad_scale);
         master_update += fabsf(next.weight - old.weight);
-        master[i] = weight[i] = next.weight;
+        weight[i] = next.weight;
         exp_avg[i] = next.exp_avg;
         exp_avg_sq[i] = next.exp_avg_sq;
     }
+    if (a.master) std::memcpy(a.master + index, weight, block.count * sizeof(float));
 #pragma omp simd
     for (int i = 0; i < block.count; ++i) from_float(weight[i], rounded[i]);
     int32_t changed = 0;

@@ -63,8 +63,9 @@ __global__ __launch_bounds__(kThreads) void update_kernel(const AdamwPublish a) 
             for (int k = 0; k < kAtOnce; ++k) {
                 const int i = first + k * kThreads;
                 if (i >= tile.count) continue;
-                old[k] = {a.master[start + i], a.exp_avg[start + i], a.exp_avg_sq[start + i]};
                 before[k] = published[i];
+                old[k] = {a.master ? a.master[start + i] : value_of<kDType>(before[k]),
+                          a.exp_avg[start + i], a.exp_avg_sq[start + i]};
                 grad[k] = load_float(a.grad, (start + i) * a.grad.stride1) * grad_scale;
             }
 #pragma unroll
@@ -73,7 +74,7 @@ __global__ __launch_bounds__(kThreads) void update_kernel(const AdamwPublish a) 
                 if (i >= tile.count) continue;
                 const AdamwState next = adamw_step(a, old[k], grad[k]);
                 const uint32_t bits = round_to_bits<kDType>(next.weight);
-                a.master[start + i] = next.weight;
+                if (a.master) a.master[start + i] = next.weight;
                 a.exp_avg[start + i] = next.exp_avg;
                 a.exp_avg_sq[start + i] = next.exp_avg_sq;
                 published[i] = static_cast<Bits>(bits);

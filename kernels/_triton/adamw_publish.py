@@ -66,11 +66,14 @@ def _adamw_publish_kernel(
         inside = column < columns
         at = row * columns + column
         grad = tl.load(grad_ptr + at, mask=inside, other=0).to(tl.float32) * grad_scale
-        old = tl.load(master_ptr + at, mask=inside, other=0)
         exp_avg = tl.load(exp_avg_ptr + at, mask=inside, other=0)
         exp_avg_sq = tl.load(exp_avg_sq_ptr + at, mask=inside, other=0)
         pointers = published_ptr + row * published_stride + column
-        before = tl.load(pointers, mask=inside, other=0)
+        before = unsigned(tl.load(pointers, mask=inside, other=0))
+        if master_ptr is None:
+            old = _value_of(before, DTYPE)
+        else:
+            old = tl.load(master_ptr + at, mask=inside, other=0)
 
         exp_avg += grad_weight * (grad - exp_avg)
         exp_avg_sq = beta2 * exp_avg_sq + square_weight * (grad * grad)
@@ -78,18 +81,18 @@ def _adamw_publish_kernel(
         new = decay * old - step_size * tl.div_rn(exp_avg, root)
         bits = _round_to_bits(new, DTYPE)
 
-        tl.store(master_ptr + at, new, mask=inside)
+        if master_ptr is not None:
+            tl.store(master_ptr + at, new, mask=inside)
         tl.store(exp_avg_ptr + at, exp_avg, mask=inside)
         tl.store(exp_avg_sq_ptr + at, exp_avg_sq, mask=inside)
         if DTYPE == 0:
             tl.store(pointers, bits.to(tl.int32, bitcast=True), mask=inside)
         else:
             tl.store(pointers, bits.to(tl.uint16).to(tl.int16, bitcast=True), mask=inside)
-        bits_before = unsigned(before)
         fingerprint += tl.where(inside, fingerprint_terms(at, bits), 0)
-        changed += (inside & (bits != bits_before)).to(tl.int64)
+        changed += (inside & (bits != before)).to(tl.int64)
         master_update += tl.where(inside, tl.abs(new - old), 0.0)
-        difference = _value_of(bits, DTYPE) - _value_of(bits_before, DTYPE)
+        difference = _value_of(bits, DTYPE) - _value_of(before, DTYPE)
         published_update += tl.where(inside, tl.abs(difference), 0.0)
     tl.store(partial_counts_ptr + 2 * program, tl.sum(fingerprint))
     tl.store(partial_counts_ptr + 2 * program + 1, tl.sum(changed))
@@ -115,7 +118,7 @@ def adamw_publish(
     rows: int,
     columns: int,
     grad: Tensor,
-    master: Tensor,
+    master: Tensor | None,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     published: Tensor,
@@ -135,7 +138,7 @@ def adamw_publish(
 ) -> None:
     """The fields of `AdamwPublish`."""
     programs = min(MAX_PROGRAMS, rows * triton.cdiv(columns, BLOCK))
-    with torch.cuda.device_of(master):
+    with torch.cuda.device_of(exp_avg):
         _adamw_publish_kernel[(programs,)](
             grad, master, exp_avg, exp_avg_sq, as_bits(published), published.stride(0),
             rows, columns, float(decay), float(grad_weight), float(beta2), float(square_weight),

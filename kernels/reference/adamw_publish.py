@@ -8,7 +8,7 @@ from warpo.kernels.reference.fingerprint import fingerprint
 
 def adamw_publish(
     grad: Tensor,
-    master: Tensor,
+    master: Tensor | None,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     published: Tensor,
@@ -22,6 +22,8 @@ def adamw_publish(
     grad_scale: float | Tensor = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(fingerprint, number of changed elements, sum of |new - old| over master, over published)."""
+    if master is None:
+        master = published
     before, published_before = master.clone(), published.clone()
     g = grad.to(master.dtype).view(master.shape) * grad_scale
     master.mul_(1 - lr * weight_decay)

@@ -11,6 +11,7 @@ from warpo.engine.batch import Completion, Rollout, pack, split_by_tokens
 from warpo.engine.data import Example
 from warpo.engine.errors import TrainingError, WeightMismatch
 from warpo.engine.model import load_model, token_logprobs
+from warpo.engine.optimizer import AdamW
 from warpo.engine.step import (
     denominator,
     make_minibatches,
@@ -67,7 +68,7 @@ def test_packed_logprobs_are_those_of_each_sequence_alone(model_path, name):
 
 def gradient(model, batches, objective):
     model.zero_grad()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    optimizer = AdamW(model.named_parameters(), lr=0.0)
     kept = []
     optimizer.register_step_pre_hook(
         lambda *_: kept.extend(p.grad.clone() for p in model.parameters())
@@ -131,7 +132,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(learner):
     batch = pack(rollouts(4))
     batch.advantages[1] = torch.nan
     before = [p.clone() for p in learner.parameters()]
-    optimizer = torch.optim.AdamW(learner.parameters(), lr=1.0)
+    optimizer = AdamW(learner.named_parameters(), lr=1.0)
     with pytest.raises(TrainingError, match="gradient norm is nan: the step was not taken"):
         train_step(
             learner, optimizer, [batch], OBJECTIVES["dapo"],
@@ -141,12 +142,14 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(learner):
         assert torch.equal(a, b) and b.grad is None
 
 
-def test_warm_start_learns_the_completions(learner):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_warm_start_learns_the_completions(model_path, dtype):
+    learner = load_model(model_path("qwen2"), dtype, torch.device("cpu"))
     examples = [Example(token_ids=[5, 6, 7 + i, 8, 2], num_prompt_tokens=3) for i in range(4)]
     seen = []
     loss = warm_start(
         learner, examples, steps=80, batch_size=4, lr=1e-2, token_budget=64, max_grad_norm=1.0,
-        seed=0, progress=lambda done, total: seen.append((done, total)),
+        optimizer_state="device", seed=0, progress=lambda done, total: seen.append((done, total)),
     )  # fmt: skip
     assert loss < 0.1
     assert seen[0] == (1, 80) and seen[-1] == (80, 80)

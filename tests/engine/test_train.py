@@ -26,6 +26,8 @@ def test_a_run_leaves_rows_curves_and_a_model_that_transformers_loads(folder, ki
     assert last["publish/bytes"] == 0 and last["publish/extra_weight_bytes"] == 0
     assert last["mismatch/kernels_max"] < 1e-4
     assert last["kl/mean"] > 0, "the policy did not move from the reference"
+    assert last["update/changed_frac"] > 0.5
+    assert last["update/rounding_lost_frac"] == pytest.approx(0, abs=1e-5)
     assert (folder / "out/learning.png").read_bytes().startswith(b"\x89PNG")
     assert list((folder / "out/tensorboard").iterdir())
     checkpoint = folder / "out/checkpoints/step-000004"

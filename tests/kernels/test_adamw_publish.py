@@ -148,6 +148,24 @@ def test_what_lies_between_the_rows_is_left_alone(backend):
 
 
 @each_backend
+@pytest.mark.parametrize("layout", ["dense", "sliced"])
+def test_float32_weights_can_be_their_own_master(backend, layout):
+    weights = torch.randn(7, 5000 if backend == "cpu" else 300, device=DEVICE)
+    separate, own = (strided(weights.clone(), layout) for _ in range(2))
+    with_master, without = state_of(weights, False), state_of(weights, False)[1:]
+    scale = torch.tensor(0.3, device=DEVICE)
+    for step in (1, 2, 3):
+        arguments = HYPER | {"step": step, "grad_scale": scale, "backend": backend}
+        grad = torch.randn_like(weights)
+        expected = ops.adamw_publish(grad, *with_master, separate, **arguments)
+        result = ops.adamw_publish(grad, None, *without, own, **arguments)
+        for a, b in zip(
+            (own, *without, *result), (separate, *with_master[1:], *expected), strict=True
+        ):
+            assert torch.equal(a, b)
+
+
+@each_backend
 def test_a_nan_gradient_stays_with_its_weight(backend):
     weights = torch.randn(100, device=DEVICE)
     state, published = state_of(weights, False), weights.bfloat16()
@@ -203,6 +221,12 @@ def test_opcheck(backend):
         (*vectors, published, 1.0, 0.1, 0.9, 0.1, 1e-3, 1.0, 1e-8, 1.0, None, backend),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
+    torch.library.opcheck(
+        torch.ops.warpo.adamw_publish.default,
+        (vectors[0], None, *vectors[1:3], published, 1.0, 0.1, 0.9, 0.1, 1e-3, 1.0, 1e-8, 1.0, None,
+         backend),
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("backend", BACKENDS[:1])
@@ -233,6 +257,7 @@ W = torch.zeros(2, 3)
         ({"grad": torch.zeros(3, 2).t()}, r"grad must be dense.*pass grad.contiguous\(\)"),
         ({"grad": W.long()}, "grad must be float32 | bfloat16 | float16"),
         ({"master": W.bfloat16()}, "master must be float32, got bfloat16"),
+        ({"master": None, "published": W.bfloat16()}, "pass master=published.float\\(\\)"),
         ({"exp_avg": torch.zeros(3, 2).t()}, "exp_avg must be dense.*allocate it dense"),
         ({"exp_avg_sq": torch.zeros(6, 1)}, "exp_avg_sq must be of the shape"),
         ({"published": torch.zeros(3, 2).t()}, "published must be dense in its last dimension"),

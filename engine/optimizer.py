@@ -1,0 +1,326 @@
+"""AdamW with float32 master weights, whose step writes the rounded weights where they are read.
+
+A parameter may be a view of the sampler's storage: it is written in place, never moved, so that a
+step is also the publication of its weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from warpo.kernels import ops
+
+# Gradients on their way to the host while it computes.
+IN_FLIGHT = 2
+
+
+class WeightUpdate(NamedTuple):
+    """What a step has done to the weights; on the device that keeps the state.
+
+    Attributes:
+        fingerprints: by name of the parameter: `ops.fingerprint` of its weights after the step.
+        changed: () int64: weights whose bits the step changed.
+        total: weights.
+        master_update, published_update: () float32: sum of |new - old| before and after rounding.
+    """
+
+    fingerprints: dict[str, Tensor]
+    changed: Tensor
+    total: int
+    master_update: Tensor
+    published_update: Tensor
+
+
+class AdamW(torch.optim.Optimizer):
+    """AdamW on float32 weights, rounded into the parameters; see `ops.adamw_publish`.
+
+    Values are those of torch.optim.AdamW on float32 copies of the parameters. The state of a
+    parameter is made at its first step: two float32 moments, and float32 master weights where the
+    parameter is bfloat16; 8 and 12 bytes an element. With state = "host" it lies in host memory,
+    beside a copy of the weights in their dtype, pinned: the step then runs on the CPU, while
+    gradients and weights of other parameters are on their way. On a CPU "host" is "device".
+
+    A parameter without gradient keeps its weights and its moments.
+
+    Args:
+        named_parameters: (name, parameter), as `nn.Module.named_parameters` gives them: leaves,
+            float32 | bfloat16, on one device, dense or rows of any stride.
+        lr, betas, eps, weight_decay: as in torch.optim.AdamW.
+        state: where moments and master weights lie, and the step is computed.
+
+    Raises:
+        ValueError: a parameter or a number is not as above.
+    """
+
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, nn.Parameter]],
+        *,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        state: Literal["device", "host"] = "device",
+    ) -> None:
+        named = list(named_parameters)
+        _check_numbers(lr=lr, eps=eps, weight_decay=weight_decay)
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas must be in [0, 1), got {betas}")
+        if state not in ("device", "host"):
+            raise ValueError(f"state must be 'device' or 'host', got {state!r}")
+        _check_parameters(named)
+        super().__init__(
+            named, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        )
+        self._device = named[0][1].device
+        self._staged = state == "host" and self._device.type != "cpu"
+        self._host_weights: dict[Tensor, Tensor] = {}
+        self._landing: list[Tensor] = []
+
+    def reset(self) -> None:
+        """Forget moments and master weights; to be called when other weights were loaded."""
+        self.state.clear()
+        self._host_weights.clear()
+
+    @torch.no_grad()
+    def step(self, grad_scale: Tensor | None = None) -> WeightUpdate:  # type: ignore[override]
+        """One step from the gradients that the parameters hold.
+
+        Args:
+            grad_scale: () float32 on the device: what the gradients are multiplied with, such as
+                a `clip_coefficient`.
+        """
+        fingerprints: dict[str, Tensor] = {}
+        named, groups, total = [], [], 0
+        for name, parameter, group in self._parameters():
+            total += parameter.numel()
+            if parameter.grad is None:
+                fingerprints[name] = ops.fingerprint(parameter)
+            elif parameter.grad.is_sparse:
+                raise ValueError(f"the gradient of {name} is sparse: build it with sparse=False")
+            else:
+                named.append((name, parameter))
+                groups.append(group)
+        parameters = [parameter for _, parameter in named]
+        if self._staged:
+            results = self._step_on_host(parameters, groups, grad_scale)
+        else:
+            results = [
+                self._update(parameter, group, _gradient(parameter), parameter, grad_scale)
+                for parameter, group in zip(parameters, groups, strict=True)
+            ]
+        for (name, _), result in zip(named, results, strict=True):
+            fingerprints[name] = result.fingerprint
+        return WeightUpdate(
+            fingerprints,
+            _sum([result.changed for result in results], torch.int64),
+            total,
+            _sum([result.master_update for result in results], torch.float32),
+            _sum([result.published_update for result in results], torch.float32),
+        )
+
+    def _parameters(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
+        for group in self.param_groups:
+            for name, parameter in zip(group["param_names"], group["params"], strict=True):
+                yield name, parameter, group
+
+    def _update(
+        self,
+        parameter: Tensor,
+        group: dict[str, Any],
+        grad: Tensor,
+        weights: Tensor,
+        grad_scale: Tensor | None,
+    ) -> ops.AdamwPublish:
+        """Step `weights`, which are the parameter or its copy on the host."""
+        state = self.state[parameter]
+        if not state:
+            state["step"] = 0
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = torch.zeros(
+                    parameter.shape, dtype=torch.float32, device=weights.device
+                )
+            if parameter.dtype != torch.float32:
+                dense = torch.contiguous_format
+                state["master"] = weights.to(torch.float32, memory_format=dense)
+        result = ops.adamw_publish(
+            grad, state.get("master"), state["exp_avg"], state["exp_avg_sq"], weights,
+            lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1], eps=group["eps"],
+            weight_decay=group["weight_decay"], step=state["step"] + 1,
+            grad_scale=1.0 if grad_scale is None else grad_scale,
+            backend="cpu" if self._staged else None,
+        )  # fmt: skip
+        state["step"] += 1
+        return result
+
+    def _step_on_host(
+        self,
+        parameters: Sequence[Tensor],
+        groups: Sequence[dict[str, Any]],
+        grad_scale: Tensor | None,
+    ) -> list[ops.AdamwPublish]:
+        """Gradients down, a step on the CPU, weights up: a parameter at a time, overlapped.
+
+        A landing place is free again once its step is computed, which blocks; the copies of the
+        weights read memory that the next call of this function writes after the gradients of new
+        weights have arrived. So no other wait is needed.
+        """
+        scale = None if grad_scale is None else grad_scale.cpu()
+        streams = torch.get_device_module(self._device)
+        current = streams.current_stream(self._device)
+        down, up = self._streams
+        down.wait_stream(current)
+        up.wait_stream(current)
+        places = self._landing_places(parameters)
+
+        def fetch(i: int) -> tuple[Tensor, Any]:
+            grad = parameters[i].grad
+            assert grad is not None
+            place = places[i % IN_FLIGHT][: grad.numel() * grad.element_size()]
+            landed, arrived = place.view(grad.dtype).view(grad.shape), streams.Event()
+            with streams.stream(down):
+                landed.copy_(grad, non_blocking=True)
+                arrived.record(down)
+            return landed, arrived
+
+        results = []
+        coming = [fetch(i) for i in range(min(IN_FLIGHT, len(parameters)))]
+        for i, (parameter, group) in enumerate(zip(parameters, groups, strict=True)):
+            weights = self._weights_on_host(parameter)
+            landed, arrived = coming[i]
+            arrived.synchronize()
+            results.append(self._update(parameter, group, landed, weights, scale))
+            if i + IN_FLIGHT < len(parameters):
+                coming.append(fetch(i + IN_FLIGHT))
+            with streams.stream(up):
+                parameter.copy_(weights, non_blocking=True)
+        current.wait_stream(up)
+        return results
+
+    @cached_property
+    def _streams(self) -> tuple[Any, Any]:
+        """For gradients to the host and for weights to the device; of no effect on a CPU."""
+        module = torch.get_device_module(self._device)
+        return module.Stream(self._device), module.Stream(self._device)
+
+    def _landing_places(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        size = max((p.numel() * p.element_size() for p in parameters), default=0)
+        if not self._landing or self._landing[0].numel() < size:
+            self._landing = [self._host_tensor((size,), torch.uint8) for _ in range(IN_FLIGHT)]
+        return self._landing
+
+    def _weights_on_host(self, parameter: Tensor) -> Tensor:
+        if parameter not in self._host_weights:
+            copy = self._host_tensor(parameter.shape, parameter.dtype)
+            self._host_weights[parameter] = copy.copy_(parameter)
+        return self._host_weights[parameter]
+
+    def _host_tensor(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return torch.empty(tuple(shape), dtype=dtype, pin_memory=self._device.type == "cuda")
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken; the weights must be those of that moment.
+
+        Raises:
+            ValueError: it belongs to other parameters, or to parameters of another dtype.
+        """
+        own = [name for name, *_ in self._parameters()]
+        groups = state_dict["param_groups"]
+        # Without the state, which torch would round to the dtype of the parameters.
+        super().load_state_dict({"state": {}, "param_groups": groups})
+        self.reset()
+        saved = [name for group in groups for name in group.get("param_names", group["params"])]
+        for name, other in zip(own, saved, strict=True):
+            if name != other:
+                raise ValueError(f"it keeps a parameter {other!r} in the place of {name!r}")
+        ids = [i for group in groups for i in group["params"]]
+        for i, (name, parameter, _) in zip(ids, self._parameters(), strict=True):
+            if i in state_dict["state"]:
+                self.state[parameter] = self._loaded(name, parameter, state_dict["state"][i])
+
+    def _loaded(self, name: str, parameter: Tensor, saved: dict[str, Any]) -> dict[str, Any]:
+        wanted = {"step", "exp_avg", "exp_avg_sq"}
+        wanted |= {"master"} if parameter.dtype != torch.float32 else set()
+        if saved.keys() != wanted:
+            raise ValueError(
+                f"{name}, which is {parameter.dtype}, needs {', '.join(sorted(wanted))}, and "
+                f"{', '.join(sorted(saved))} are kept: resume with the dtype that the run had"
+            )
+        device = torch.device("cpu") if self._staged else self._device
+        state: dict[str, Any] = {"step": int(saved["step"])}
+        for key in wanted - {"step"}:
+            if saved[key].shape != parameter.shape or saved[key].dtype != torch.float32:
+                raise ValueError(
+                    f"{key} of {name} must be float32 {tuple(parameter.shape)}, got "
+                    f"{saved[key].dtype} {tuple(saved[key].shape)}"
+                )
+            state[key] = torch.empty(parameter.shape, dtype=torch.float32, device=device)
+            state[key].copy_(saved[key])
+        return state
+
+
+def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
+    """L2 norm of all gradients together, () float32, computed in float32 whatever their dtype."""
+    norms = [
+        torch.linalg.vector_norm(parameter.grad, dtype=torch.float32)
+        for parameter in parameters
+        if parameter.grad is not None
+    ]
+    return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+
+
+def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:
+    """What scales gradients of this norm down to max_norm, as torch's `clip_grad_norm_` does."""
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0)
+
+
+def update_metrics(updates: Sequence[WeightUpdate]) -> dict[str, float]:
+    """Means over the optimizer steps of a step: the share of the weights whose bits changed, and
+    the share of the update that rounding to the dtype of the weights has lost, in float32 0 up to
+    the rounding of the sums.
+    """
+    changed = sum(int(update.changed) for update in updates)
+    master = sum(float(update.master_update) for update in updates)
+    published = sum(float(update.published_update) for update in updates)
+    return {
+        "update/changed_frac": changed / sum(update.total for update in updates),
+        "update/rounding_lost_frac": 1 - published / master if master else 0.0,
+    }
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad.contiguous()
+
+
+def _sum(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    return torch.stack(list(parts)).sum() if parts else torch.zeros((), dtype=dtype)
+
+
+def _check_numbers(**numbers: float) -> None:
+    for name, value in numbers.items():
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be a number >= 0, got {value}")
+
+
+def _check_parameters(named: Sequence[tuple[str, nn.Parameter]]) -> None:
+    if not named:
+        raise ValueError("there are no parameters to step")
+    if not all(isinstance(entry, tuple) for entry in named):
+        raise ValueError("parameters need names: pass model.named_parameters()")
+    device = named[0][1].device
+    for name, parameter in named:
+        if parameter.dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"{name} must be float32 or bfloat16, got {parameter.dtype}")
+        if parameter.device != device:
+            raise ValueError(f"{name} is on {parameter.device}, {named[0][0]} on {device}")
+        if parameter.dim() and parameter.shape[-1] > 1 and parameter.stride(-1) != 1:
+            raise ValueError(
+                f"{name} must be dense in its last dimension, got strides {parameter.stride()}"
+            )
