@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from warpo.engine import checkpoint
@@ -34,6 +34,7 @@ class Parts:
         step: steps whose update is complete.
         whole: False while the weights are between two steps.
         boundary: position of the stream when `step` was completed.
+        fingerprints: of the weights, as the last optimizer step wrote them; None before it.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -52,6 +53,7 @@ class Parts:
     step: int = 0
     whole: bool = True
     boundary: dict[str, int] = field(default_factory=dict)
+    fingerprints: dict[str, Tensor] | None = None
 
     @property
     def device(self) -> torch.device:

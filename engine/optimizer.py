@@ -267,12 +267,10 @@ class AdamW(torch.optim.Optimizer):
 
 def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
     """L2 norm of all gradients together, () float32, computed in float32 whatever their dtype."""
-    norms = [
-        torch.linalg.vector_norm(parameter.grad, dtype=torch.float32)
-        for parameter in parameters
-        if parameter.grad is not None
-    ]
-    return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not grads:
+        return torch.zeros(())
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, torch.float32)))
 
 
 def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:
@@ -281,8 +279,9 @@ def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:
 
 
 def update_metrics(updates: Sequence[WeightUpdate]) -> dict[str, float]:
-    """Means over the optimizer steps of a step: the share of the weights whose bits changed, and
-    the share of the update that rounding to the dtype of the weights has lost, in float32 0 up to
+    """Over the optimizer steps of a step: the share of the weights whose bits changed, and the
+    share of the update that rounding to the dtype of the weights has kept back. The master weights
+    have it still, so it is below 0 where a step makes up for earlier ones; in float32 it is 0 up to
     the rounding of the sums.
     """
     changed = sum(int(update.changed) for update in updates)

@@ -352,9 +352,9 @@ class Resync:
             raise WeightMismatch("nothing has been published yet: call publish first")
         names = [name for name, _ in self._named()]
         noted = self._noted if self.mode == "alias" else self.fingerprints()
-        expected = torch.stack([noted[name] for name in names])
         held = torch.stack([_fingerprint(write.target) for write in self._writes])
-        differ = (expected.to(held.device) != held).nonzero().flatten().tolist()
+        expected = torch.stack([noted[name].to(held.device) for name in names])
+        differ = (expected != held).nonzero().flatten().tolist()
         if differ:
             raise WeightMismatch(
                 "the sampler does not hold the weights that were published: "

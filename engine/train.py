@@ -261,6 +261,7 @@ def _update(
             raise
         parts.schedule.step()
         results.append(result)
+        parts.fingerprints = result.update.fingerprints
         progress(update + 1, updates)
     metrics = ops.policy_metrics(ops.sum_metrics([result.metrics for result in results]))
     metrics |= update_metrics([result.update for result in results])
@@ -279,7 +280,7 @@ def _update(
 def _publish(config: Config, parts: Parts, log: RunLog, sequences: list[list[int]]) -> Metrics:
     """Write the learner's weights into the sampler and prove that they are there."""
     with log.phase("publish"):
-        copied = parts.resync.publish()
+        copied = parts.resync.publish(parts.fingerprints)
         parts.sampler.weights_changed(parts.step)
     with log.phase("resume"):
         parts.sampler.resume_kv()

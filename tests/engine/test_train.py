@@ -109,6 +109,22 @@ def test_a_bfloat16_run_with_a_float32_head_resumes_with_its_reference(folder):
     assert [row["old_logprobs/recomputed"] for row in table] == [1, 1]
 
 
+def test_a_bfloat16_run_shares_its_weights_and_tells_what_rounding_loses(folder):
+    """The float32 master weights are the optimizer's; learner and sampler are one memory."""
+    overrides = ["--dtype", "bfloat16", "--probe.tolerance", "0.2", "--update.lr", "1e-4"]
+    for state in ("device", "host"):
+        out = ["--output_dir", state, "--update.optimizer_state", state, "--resync", "alias"]
+        run(load_config(folder / "config.yaml", ["--sampler", "vllm", *overrides, *out]))
+    table = rows(folder, "device")
+    assert table == rows(folder, "host")
+    for row in table[1:]:
+        assert row["publish/bytes"] == row["publish/extra_weight_bytes"] == 0
+        assert 0 < row["update/changed_frac"] < 1
+        assert row["update/rounding_lost_frac"] < 1
+    # float32 has no more than its own rounding to lose
+    assert table[1]["update/rounding_lost_frac"] > 1e-3
+
+
 def test_a_resumed_run_has_the_numbers_of_the_whole_one(folder, kind):
     run(load_config(folder / "config.yaml", ["--sampler", kind, "--output_dir", "whole"]))
     whole = rows(folder, "whole")
