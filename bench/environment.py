@@ -1,0 +1,51 @@
+"""What a reader needs to judge and repeat a run, and how its results are printed."""
+
+import datetime
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+
+def environment(module: str, machine: str) -> dict[str, str | int]:
+    """Machine, commit, date and command of this process, which runs `python -m module`."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    return {
+        "machine": machine,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "commit": commit or "unknown",
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
+    }
+
+
+def processor() -> str:
+    """Name and number of the CPU cores."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
+        return platform.processor()
+    lines = cpuinfo.read_text().splitlines()
+    model = next(
+        (line.split(":")[1].strip() for line in lines if line.startswith("model name")), ""
+    )
+    return f"{model}, {sum(line.startswith('processor') for line in lines)} cores"
+
+
+def aligned(lines: Sequence[Sequence[str]], left: int) -> str:
+    """Cells in columns; the first `left` columns are text and start at the left."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
