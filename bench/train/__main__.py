@@ -33,13 +33,15 @@ PHASES = (
 # be lower by so many copies of the weights.
 TIME_GOAL, WEIGHTS_GOAL = 0.5, 1.0
 
+STEPS = {"tiny": 8, "20m": 3, "100m": 2}
+
 # Prints the resident bytes of a process that has imported these modules and done nothing else.
 _IMPORT = """
 import importlib, sys, warnings
 warnings.simplefilter("ignore")
 for name in sys.argv[1:]: importlib.import_module(name)
-from warpo.bench.train.job import peak_bytes
-print(peak_bytes())
+from warpo.bench.train.job import memory_bytes
+print(memory_bytes("VmRSS"))
 """
 
 
@@ -144,6 +146,7 @@ def row_of(job: Job, name: str, answer: dict, weight_bytes: int) -> dict[str, An
         "phases_s": {
             phase: statistics.median(step.get(phase, 0.0) for step in steps) for phase in PHASES
         },
+        "resident_above_imports_bytes": answer["resident_bytes"] - answer["imports_bytes"],
         "peak_bytes": peak,
         "peak_above_imports_bytes": peak - answer["imports_bytes"],
         "reward": answer["reward"],
@@ -181,6 +184,8 @@ def table_of(rows: Sequence[dict]) -> str:
                                     for row in rows)])  # fmt: skip
     lines.append(["  CPU ms", *(f"{ms * row['step_cpu_s']:.0f}" for row in rows)])
     lines.append(["tokens/s", *(f"{row['tokens_per_s']:.0f}" for row in rows)])
+    held = (f"{mib * row['resident_above_imports_bytes']:.0f}" for row in rows)
+    lines.append(["MiB above imports before the first update", *held])
     lines.append(["peak MiB", *(f"{mib * row['peak_bytes']:.0f}" for row in rows)])
     above = (f"{mib * row['peak_above_imports_bytes']:.0f}" for row in rows)
     lines.append(["  above imports", *above])
@@ -204,11 +209,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["tiny", "20m"])
     parser.add_argument("--trainers", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--rounds", type=int, default=1, help="processes of each trainer")
-    parser.add_argument("--steps", type=int, default=8, help="timed steps of a process")
-    parser.add_argument("--warm-up", type=int, default=2, help="steps before those")
+    parser.add_argument("--steps", type=int, default=0, help="timed ones; 0: by model")
+    parser.add_argument("--warm-up", type=int, default=1, help="steps before those")
     parser.add_argument("--prompts", type=int, default=8, help="prompts of a step")
     parser.add_argument("--group-size", type=int, default=8, help="completions of each prompt")
-    parser.add_argument("--prompt-tokens", type=int, default=64)
+    parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-5)
     parser.add_argument("--seed", type=int, default=0)
@@ -216,8 +221,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--peers", type=Path, default=Path(".peers"), metavar="DIR")
     parser.add_argument("--out", type=Path, default=Path("bench/results/latest"), metavar="DIR")
     args = parser.parse_args(argv)
-    if args.warm_up < 1 or args.steps < 1 or args.rounds < 1:
-        parser.error("--warm-up, --steps and --rounds must be at least 1")
+    if args.warm_up < 1 or args.steps < 0 or args.rounds < 1:
+        parser.error("--warm-up and --rounds must be at least 1, --steps at least 0")
     if args.quick:
         args.models, args.steps, args.rounds, args.warm_up = ["tiny"], 3, 1, 1
     return args
@@ -227,7 +232,7 @@ def job_of(args: argparse.Namespace, model: str, folder: str) -> Job:
     return Job(
         folder=folder,
         model=model,
-        steps=args.steps,
+        steps=args.steps or STEPS[model],
         warm_up=args.warm_up,
         prompts_per_step=args.prompts,
         group_size=args.group_size,

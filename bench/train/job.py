@@ -6,6 +6,7 @@ and both trainers see equal token counts. Words stand for tokens: "w7" is token 
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import random
 import time
@@ -137,19 +138,27 @@ def make(job: Job) -> int:
     return sum(parameter.nbytes for parameter in model.parameters())
 
 
-def peak_bytes() -> int:
-    """The most memory that this process had resident so far: VmHWM of Linux."""
+def memory_bytes(field: str) -> int:
+    """Memory of this process that is resident, "VmRSS", or the most that was so far, "VmHWM"."""
     for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
+        if line.startswith(f"{field}:"):
             return 1024 * int(line.split()[1])
-    raise RuntimeError("/proc/self/status has no VmHWM: memory is measured on Linux only")
+    raise RuntimeError(f"/proc/self/status has no {field}: memory is measured on Linux only")
 
 
 class Clock:
-    """Seconds of the phases of a step, and at its end the step itself."""
+    """Seconds of the phases of a step, and at its end the step itself.
+
+    Attributes:
+        steps: of each step but the first: seconds by phase, "step" and "cpu".
+        resident_bytes: memory before the first update, which holds weights, KV cache and no
+            gradients or moments yet.
+        peak_bytes: the most memory until the end of the last step.
+    """
 
     def __init__(self) -> None:
         self.steps: list[dict[str, float]] = []
+        self.resident_bytes = self.peak_bytes = 0
         self.phases: dict[str, float] = {}
         self._end: tuple[float, float] | None = None
         self._forward_start: float | None = None
@@ -186,6 +195,7 @@ class Clock:
 
         def timed_forward(*args: Any, **kwargs: Any) -> Any:
             if torch.is_grad_enabled():
+                self.resident_bytes = self.resident_bytes or memory_bytes("VmRSS")
                 self._forward_start = time.perf_counter()
             return forward(*args, **kwargs)
 
@@ -210,3 +220,19 @@ class Clock:
             found["other"] = now - start - sum(found.values())
             self.steps.append({"step": now - start, "cpu": cpu - cpu_start} | found)
         self.phases, self._end = {}, (now, cpu)
+        self.peak_bytes = memory_bytes("VmHWM")
+
+    def answer(self, warm_up: int, **figures: Any) -> dict[str, Any]:
+        """What a side reports: its steps without those that warm up, its memory and `figures`."""
+        return {
+            "steps": self.steps[warm_up - 1 :],
+            "resident_bytes": self.resident_bytes,
+            "peak_bytes": self.peak_bytes,
+        } | figures
+
+
+def versions(*names: str) -> dict[str, str]:
+    import vllm
+
+    found = {name: importlib.metadata.version(name) for name in ("torch", "transformers", *names)}
+    return found | {"vllm": vllm.__version__}

@@ -11,14 +11,13 @@ weights left unpacked: the packed ones cannot be loaded into.
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import json
 import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
-from warpo.bench.train.job import Clock, Job, peak_bytes, read_job, reward
+from warpo.bench.train.job import Clock, Job, read_job, reward, versions
 
 IMPORTS = ("trl.trainer.grpo_trainer", "vllm.entrypoints.llm")
 
@@ -116,29 +115,23 @@ def main() -> None:
     from transformers import TrainerCallback
 
     adapt_vllm(job)
-    clock, peaks = Clock(), []
+    clock = Clock()
 
     class AtStepEnd(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
             clock.end_step()
-            peaks.append(peak_bytes())
 
     output_dir = str(result.with_suffix(""))
     trainer = trainer_of(job, output_dir, "--correction" in sys.argv, AtStepEnd())
     watch(trainer, clock)
     trainer.train()
     last = [row for row in trainer.state.log_history if "reward" in row][-1]
-    import vllm
-
-    names = ("torch", "transformers", "trl", "accelerate", "datasets")
-    answer = {
-        "steps": clock.steps[job.warm_up - 1 :],
-        "peak_bytes": peaks[-1],
-        "completion_tokens": last["completions/mean_length"] * job.completions,
-        "reward": last["reward"],
-        "versions": {name: importlib.metadata.version(name) for name in names}
-        | {"vllm": vllm.__version__},
-    }
+    answer = clock.answer(
+        job.warm_up,
+        completion_tokens=last["completions/mean_length"] * job.completions,
+        reward=last["reward"],
+        versions=versions("trl", "accelerate", "datasets"),
+    )
     result.write_text(json.dumps(answer), encoding="utf-8")
 
 

@@ -5,14 +5,13 @@ python -m warpo.bench.train.warpo_side JOB.json RESULT.json
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from warpo.bench.train.job import Clock, Job, peak_bytes, read_job
+from warpo.bench.train.job import Clock, Job, read_job, versions
 from warpo.engine import config
 from warpo.engine.metrics import RunLog
 
@@ -46,7 +45,7 @@ def main() -> None:
     job, result = read_job(sys.argv[1]), Path(sys.argv[2])
     from warpo.engine.train import run
 
-    clock, peaks, rows = Clock(), [], []
+    clock, rows = Clock(), []
     clock.watch_learner()
     write = RunLog.write
 
@@ -59,24 +58,18 @@ def main() -> None:
         # what update has beside forward and backward: clipping, optimizer, its metrics
         learned = clock.phases.get("forward", 0.0) + clock.phases.get("backward", 0.0)
         clock.end_step(**seconds, optimizer=row["perf/update_s"] - learned)
-        peaks.append(peak_bytes())
         rows.append(row)
         return row
 
     replace: Any = setattr
     replace(RunLog, "write", timed_write)
     run(config_of(job, str(result.with_suffix(""))))
-    import vllm
-
-    names = ("torch", "transformers")
-    answer = {
-        "steps": clock.steps[job.warm_up - 1 :],
-        "peak_bytes": peaks[-1],
-        "completion_tokens": rows[-1]["completion/length_mean"] * job.completions,
-        "reward": rows[-1]["reward/mean"],
-        "versions": {name: importlib.metadata.version(name) for name in names}
-        | {"vllm": vllm.__version__},
-    }
+    answer = clock.answer(
+        job.warm_up,
+        completion_tokens=rows[-1]["completion/length_mean"] * job.completions,
+        reward=rows[-1]["reward/mean"],
+        versions=versions(),
+    )
     result.write_text(json.dumps(answer), encoding="utf-8")
 
 
