@@ -55,8 +55,8 @@ def test_goals_compare_with_the_faster_run_of_trl(tmp_path):
     def row(name: str, seconds: float, peak: int) -> dict:
         answer = {
             "steps": [{"step": seconds, "cpu": 1.0, "sample": seconds / 2}] * 3,
-            "peaks": [peak], "resident_bytes": 200, "imports_bytes": 100, "completion_tokens": 4096.0, "reward": 0.5,
-            "versions": {"torch": "2"},
+            "peaks": [peak], "resident_bytes": 200, "imports_bytes": 100,
+            "completion_tokens": 4096.0, "reward": 0.5, "versions": {"torch": "2"},
         }  # fmt: skip
         return row_of(job, name, answer, weight_bytes=50)
 
