@@ -61,9 +61,10 @@ def test_goals_compare_with_the_faster_run_of_trl(tmp_path):
         return row_of(job, name, answer, weight_bytes=50)
 
     rows = [row("warpo", 1.0, 300), row("trl", 4.0, 340), row("trl uncorrected", 1.6, 360)]
-    time_goal, memory_goal = goals_of(rows)
+    time_goal, cpu_goal, memory_goal = goals_of(rows)
     assert time_goal["against"] == memory_goal["against"] == "trl uncorrected"
     assert time_goal["reached"] == pytest.approx(1.0 / 1.6) and not time_goal["met"]
+    assert cpu_goal["reached"] == 1.0
     assert memory_goal["reached"] == pytest.approx((360 - 300) / 50) and memory_goal["met"]
     assert "1000" in table_of(rows)
 
