@@ -1,6 +1,7 @@
 # make train   environment, build, then the main job: GRPO of a small model on real vLLM
 # make test    environment, build, then the whole test suite
 # make bench   environment, build, peers, then kernel timings with their goals as a table and in OUT
+# make bench-train  the same, then a training step beside TRL's: by phase, with the goals, and in OUT
 # make gpu     on a CUDA machine that has torch: build, tests on CUDA, timings as JSON in OUT
 PYTHON ?= python3
 PIP_FLAGS ?=
@@ -13,7 +14,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: train test bench peers gpu lint types clean
+.PHONY: train test bench bench-train peers gpu lint types clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/built
@@ -26,6 +27,9 @@ test: $(VENV)/built
 
 bench: $(VENV)/built peers
 	PYTHONPATH=.peers $(BIN)/python -m warpo.bench.kernels --device cpu --out $(OUT)
+
+bench-train: $(VENV)/built peers
+	$(BIN)/python -m warpo.bench.train --peers .peers --out $(OUT)
 
 peers: .peers/built
 

@@ -11,15 +11,12 @@ no time.
 import argparse
 import contextlib
 import ctypes
-import datetime
 import importlib.metadata
 import itertools
 import json
 import os
 import platform
-import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +28,7 @@ import torch
 from warpo.bench import peers
 from warpo.bench.case import Call, Case
 from warpo.bench.cases import cases
+from warpo.bench.environment import aligned, environment, processor
 from warpo.kernels import dispatch
 
 # Largest error against float64, relative to the largest value: float32 arithmetic with a bfloat16
@@ -163,34 +161,13 @@ def rows_of(case: Case, device: str, limits: dict[str, float]) -> Iterator[dict]
         yield row
 
 
-def environment(device: str) -> dict:
-    """What a reader needs to judge and repeat the run."""
-    name = torch.cuda.get_device_name() if device == "cuda" else _processor()
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    return {
-        "machine": name,
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": importlib.metadata.version("triton"),
-        **peers.versions(),
-        "commit": commit or "unknown",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "-m", "warpo.bench.kernels", *sys.argv[1:]]),
-    }
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if not cpuinfo.exists():
-        return platform.processor()
-    lines = cpuinfo.read_text().splitlines()
-    model = next(
-        (line.split(":")[1].strip() for line in lines if line.startswith("model name")), ""
+def described(device: str) -> dict:
+    name = torch.cuda.get_device_name() if device == "cuda" else processor()
+    return (
+        environment("warpo.bench.kernels", name)
+        | {"triton": importlib.metadata.version("triton")}
+        | peers.versions()
     )
-    return f"{model}, {sum(line.startswith('processor') for line in lines)} cores"
 
 
 def table_of(rows: list[dict]) -> str:
@@ -224,7 +201,7 @@ def table_of(rows: list[dict]) -> str:
                 f"{row['peak_bytes_a_token']:.0f}" if "peak_bytes_a_token" in row else "",
             ]
         )
-    return _aligned(lines)
+    return aligned(lines, 3)
 
 
 def goals_of(case: Case, rows: list[dict]) -> Iterator[dict]:
@@ -257,18 +234,7 @@ def goals_table(goals: list[dict]) -> str:
         reached = "not measured" if goal["reached"] is None else f"{goal['reached']:.4g}"
         lines.append([goal["operation"], goal["size"], goal["against"], bound, reached,
                       "met" if goal["met"] else "missed"])  # fmt: skip
-    return _aligned(lines)
-
-
-def _aligned(lines: list[list[str]]) -> str:
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i < 3 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
+    return aligned(lines, 3)
 
 
 def keep_freed_memory() -> None:
@@ -287,7 +253,7 @@ def keep_freed_memory() -> None:
 def run(device: str, out: Path, groups: list[Callable[[], list[Case]]], only: str) -> None:
     """Time all cases; rows are written as they come, so that an interrupt keeps them."""
     limits = bandwidths(device)
-    common = environment(device) | {f"{name}_gb_per_s": x for name, x in limits.items()}
+    common = described(device) | {f"{name}_gb_per_s": x for name, x in limits.items()}
     out.mkdir(parents=True, exist_ok=True)
     rows: list[dict] = []
     goals: list[dict] = []

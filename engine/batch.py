@@ -45,11 +45,15 @@ class Rollout:
 class Batch:
     """One packed micro-batch: N tokens of B sequences in one row, M of them completion tokens.
 
+    Sequences with the same prompt share its tokens: the row holds each prompt once. A causal model
+    gives a prompt the same hidden states whatever follows it.
+
     Attributes:
-        input_ids: (1, N) int64.
-        position_ids: (1, N) int64, restarting at 0 with each sequence.
-        cu_seqlens: (B + 1,) int32, where each sequence starts among the N tokens.
-        max_seqlen: longest sequence, in tokens.
+        input_ids: (1, N) int64, each completion somewhere behind its prompt.
+        position_ids: (1, N) int64, place of each token in its sequence.
+        slots: (B, T) int64, index among the N of each token of each sequence, T the longest one;
+            a shorter one ends in repetitions of its last token.
+        places: (N,) int64, where in `slots`, flattened, each token is found.
         predictors: (M,) int64, index of the token whose logits predict each completion token.
         targets: (M,) int64, the completion tokens.
         completion_cu_seqlens: (B + 1,) int32, where each completion starts among the M tokens.
@@ -61,8 +65,8 @@ class Batch:
 
     input_ids: Tensor
     position_ids: Tensor
-    cu_seqlens: Tensor
-    max_seqlen: int
+    slots: Tensor
+    places: Tensor
     predictors: Tensor
     targets: Tensor
     completion_cu_seqlens: Tensor
@@ -86,22 +90,38 @@ def _starts(lengths: Sequence[int]) -> Tensor:
 
 
 def pack(rollouts: Sequence[Rollout]) -> Batch:
-    """One micro-batch of these rollouts, back to back and without padding."""
-    lengths = [rollout.num_tokens for rollout in rollouts]
+    """One micro-batch of these rollouts, without padding and each prompt once."""
+    longest = max(rollout.num_tokens for rollout in rollouts)
+    ids: list[int] = []
+    positions: list[int] = []
+    places: list[int] = []
+    slots: list[list[int]] = []
+    predictors: list[int] = []
+    prompt_starts: dict[tuple[int, ...], int] = {}
+
+    def append(tokens: Sequence[int], position: int) -> range:
+        first, place = len(ids), (len(slots) * longest) + position
+        ids.extend(tokens)
+        positions.extend(range(position, position + len(tokens)))
+        places.extend(range(place, place + len(tokens)))
+        return range(first, len(ids))
+
+    for rollout in rollouts:
+        prompt = tuple(rollout.prompt_ids)
+        if prompt not in prompt_starts:
+            prompt_starts[prompt] = append(prompt, 0).start
+        start = prompt_starts[prompt]
+        taken = append(rollout.completion.token_ids, len(prompt))
+        sequence = [*range(start, start + len(prompt)), *taken]
+        predictors += sequence[len(prompt) - 1 : -1]
+        slots.append(sequence + sequence[-1:] * (longest - len(sequence)))
     completions = [rollout.completion for rollout in rollouts]
-    cu_seqlens = _starts(lengths)
-    predictors = [
-        start + len(rollout.prompt_ids) - 1 + i
-        for start, rollout in zip(cu_seqlens.tolist(), rollouts, strict=False)
-        for i in range(len(rollout.completion.token_ids))
-    ]
-    ids = [token for r in rollouts for token in r.prompt_ids + r.completion.token_ids]
     sampler_logprobs = torch.tensor([logp for c in completions for logp in c.logprobs])
     return Batch(
         input_ids=torch.tensor([ids]),
-        position_ids=torch.cat([torch.arange(n) for n in lengths])[None],
-        cu_seqlens=cu_seqlens,
-        max_seqlen=max(lengths),
+        position_ids=torch.tensor([positions]),
+        slots=torch.tensor(slots),
+        places=torch.tensor(places),
         predictors=torch.tensor(predictors),
         targets=torch.tensor([token for c in completions for token in c.token_ids]),
         completion_cu_seqlens=_starts([len(c.token_ids) for c in completions]),

@@ -30,8 +30,8 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
+    slots: Tensor,
+    places: Tensor,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -40,13 +40,12 @@ def packed_attention(
     """Causal attention within each sequence of a packed row; the interface of transformers'
     attentions.
 
-    The row is cut into a padded batch for this product alone, so that its cost is B x max_seqlen^2
-    and not N^2. Padding follows the tokens, where the causal mask hides it.
+    The row is cut into a padded batch of whole sequences for this product alone, so that its cost
+    is B x T^2 and not N^2. Padding follows the tokens, where the causal mask hides it.
 
     Args:
         query: (1, heads, N, D).  key, value: (1, kv heads, N, D).
-        cu_seqlens: (B + 1,) int32, where each sequence starts.
-        max_seqlen: longest sequence, in tokens.
+        slots, places: as in `Batch`.
 
     Returns:
         (1, N, heads, D), and None in place of attention weights.
@@ -54,14 +53,11 @@ def packed_attention(
     Raises:
         ValueError: the model's sliding window is shorter than a sequence.
     """
-    if sliding_window is not None and sliding_window < max_seqlen:
+    if sliding_window is not None and sliding_window < slots.shape[1]:
         raise ValueError(
-            f"the model attends to {sliding_window} tokens back, a sequence has {max_seqlen}: "
+            f"the model attends to {sliding_window} tokens back, a sequence has {slots.shape[1]}: "
             "lower rollout.max_model_len, sliding windows are not supported"
         )
-    starts = cu_seqlens[:-1].long()
-    slots = starts[:, None] + torch.arange(max_seqlen, device=query.device)
-    slots = slots.clamp(max=query.shape[2] - 1)
 
     def unpack(x: Tensor) -> Tensor:
         rows = x[0].transpose(0, 1).flatten(1).index_select(0, slots.flatten())
@@ -76,10 +72,7 @@ def packed_attention(
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
     )
-    tokens = torch.arange(query.shape[2], device=query.device)
-    sequence = torch.searchsorted(cu_seqlens[1:].long(), tokens, right=True)
-    place = sequence * max_seqlen + tokens - starts[sequence]
-    rows = out.transpose(1, 2).flatten(2).flatten(0, 1).index_select(0, place)
+    rows = out.transpose(1, 2).flatten(2).flatten(0, 1).index_select(0, places)
     return rows.view(1, -1, query.shape[1], query.shape[3]), None
 
 
@@ -152,8 +145,8 @@ def token_logprobs(model: nn.Module, batch: Batch, temperature: float) -> ops.Lo
     output = model(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
-        cu_seqlens=batch.cu_seqlens,
-        max_seqlen=batch.max_seqlen,
+        slots=batch.slots,
+        places=batch.places,
         logits_to_keep=batch.predictors,
         use_cache=False,
     )

@@ -1,6 +1,7 @@
 """The learner's side of a step, without a sampler."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -64,6 +65,29 @@ def test_packed_logprobs_are_those_of_each_sequence_alone(model_path, name):
         targets = torch.tensor(rollout.completion.token_ids)
         alone.append(logp[start:-1].gather(1, targets[:, None])[:, 0])
     torch.testing.assert_close(packed, torch.cat(alone), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_prompt_that_rollouts_share_is_read_once_and_changes_nothing(model_path, name):
+    made = rollouts()
+    # groups of three, dealt out of order; one prompt is the beginning of another
+    prompts = [[7, 9, 11], [7, 9], [40, 3, 3, 50], [5]]
+    made = [replace(r, prompt_ids=prompts[i % 4]) for i, r in enumerate(made)]
+    model = load_model(model_path(name), "float32", torch.device("cpu"))
+    batch = pack(made)
+    num_completion_tokens = sum(len(r.completion.token_ids) for r in made)
+    assert batch.input_ids.shape == (1, sum(map(len, prompts)) + num_completion_tokens)
+    together = token_logprobs(model, batch, 0.7).logprobs
+    apart = torch.cat([token_logprobs(model, pack([r]), 0.7).logprobs for r in made])
+    torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-5)
+    weights = torch.linspace(-1, 1, len(together))
+    gradients = []
+    for logprobs in (together, apart):
+        model.zero_grad()
+        (weights * logprobs).sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    error = (gradients[0] - gradients[1]).norm() / gradients[1].norm()
+    assert error < 1e-6, error
 
 
 def gradient(model, batches, objective):
