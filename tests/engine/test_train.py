@@ -121,7 +121,7 @@ def test_a_bfloat16_run_shares_its_weights_and_tells_what_rounding_loses(folder)
         assert row["publish/bytes"] == row["publish/extra_weight_bytes"] == 0
         assert 0 < row["update/changed_frac"] < 1
         assert row["update/rounding_lost_frac"] < 1
-    # float32 has no more than its own rounding to lose
+    # the first step has no earlier loss to make up for
     assert table[1]["update/rounding_lost_frac"] > 1e-3
 
 
