@@ -84,7 +84,7 @@ def build(config: Config) -> Parts:
         deadline_s=config.reward.deadline_s,
         fields=list(prompts[0].fields),
     )
-    model = load_model(config.model, config.dtype, _device(config))
+    model = load_model(config.model, config.dtype, learner_device(config))
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=config.update.lr,
@@ -111,7 +111,8 @@ def build(config: Config) -> Parts:
     )
 
 
-def _device(config: Config) -> torch.device:
+def learner_device(config: Config) -> torch.device:
+    """Where the learner runs, "auto" looked up."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device = 'cuda', but torch sees no CUDA device: set device to cpu")
     name = config.device
@@ -132,7 +133,7 @@ def _sampler(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokeni
         return VllmSampler(config.model, kv_cache_gib=config.rollout.kv_cache_gib, **options)
     from warpo.engine.sampler.transformers import TransformersSampler
 
-    return TransformersSampler(config.model, device=_device(config), **options)
+    return TransformersSampler(config.model, device=learner_device(config), **options)
 
 
 def make_reference(config: Config, parts: Parts) -> None:
