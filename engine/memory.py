@@ -173,11 +173,10 @@ def rollouts_of(shape: Shape) -> list[Rollout]:
 def _fake_model(
     hf_config: PretrainedConfig, dtype: str, device: torch.device, fake: FakeTensorMode
 ) -> PreTrainedModel:
-    with fake:
-        model = AutoModelForCausalLM.from_config(
+    with fake, device:
+        return AutoModelForCausalLM.from_config(
             hf_config, dtype=_dtype(dtype), attn_implementation=ATTENTION
         )
-        return model.to(device)
 
 
 def _fake_batch(

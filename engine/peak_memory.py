@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from warpo.engine import step
 from warpo.engine.batch import pack
@@ -96,6 +97,7 @@ def rehearse(config: Config, device: torch.device) -> object:
     hf_config.num_hidden_layers, hf_config.vocab_size, hf_config.pad_token_id = 1, 64, None
     if getattr(hf_config, "layer_types", None):
         hf_config.layer_types = hf_config.layer_types[:1]
+    transformers_logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32).save_pretrained(folder)
         model = load_model(folder, config.dtype, device)
