@@ -237,8 +237,8 @@ def _report_memory(report: Report, plan: MemoryPlan, meter: PeakMemory, config: 
             f"predicted {predicted / MIB:9.1f}  measured {measured / MIB:9.1f}  "
             f"difference {difference / MIB:+8.1f} ({difference / predicted:+.1%})"
         )
-        if name == "sample" and config.sampler != "vllm":
-            report.say(f"        {name:16}  {text}, not judged: no plan for this sampler")
+        if name in ("sample", "publish") and config.sampler != "vllm":
+            report.say(f"        {name:16}  {text}, not judged: only vLLM's memory is planned")
             continue
         report.add(
             Line(
@@ -292,9 +292,9 @@ def _report_invariance(
         {config.loss.objective: own}, **options,
     )  # fmt: skip
     report.head(
-        f"loss invariance: gradient of an optimizer step on {len(rollouts)} rollouts against that "
-        f"of one micro-batch, relative L2, worst of {len(objectives)} objectives; products of the "
-        f"first {MAX_LAYERS} layers in float64 (in float32, {config.loss.objective})"
+        "loss invariance: gradient of an optimizer step against that of one micro-batch, relative "
+        f"L2, worst of {len(objectives)} objectives\n  ({len(rollouts)} rollouts, first "
+        f"{MAX_LAYERS} layers, products in float64; in brackets {config.loss.objective} in float32)"
     )
     for layout in LAYOUTS:
         worst = worst_of(found, layout)

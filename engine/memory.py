@@ -14,7 +14,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -75,12 +75,18 @@ class MemoryPlan:
         return max(self.phases.values())
 
 
-def plan_memory(config: Config, prompt_lengths: Sequence[int], device: torch.device) -> MemoryPlan:
+def plan_memory(
+    config: Config,
+    prompt_lengths: Sequence[int],
+    device: torch.device,
+    resync: Literal["alias", "copy"] = "copy",
+) -> MemoryPlan:
     """Predict the memory of each phase; nothing but the model's config file is read.
 
     Args:
         prompt_lengths: tokens of each prompt of the data.
         device: where the learner runs.
+        resync: "alias": the learner's parameters are the sampler's; "copy": each has its own.
     """
     hf_config = AutoConfig.from_pretrained(config.model)
     fake = FakeTensorMode()
@@ -90,9 +96,7 @@ def plan_memory(config: Config, prompt_lengths: Sequence[int], device: torch.dev
     objective = resolve_objective(config.loss)
     held = {
         "learner weights": weights,
-        "sampler weights": (weight_copies(config) - 1)
-        * parameters
-        * _sampler_dtype(config).itemsize,
+        "sampler weights": 0 if resync == "alias" else parameters * _sampler_dtype(config).itemsize,
         "reference weights": weights if objective.kl_coef else 0,
         "KV cache": int(config.rollout.kv_cache_gib * 2**30) if config.sampler == "vllm" else 0,
         "optimizer state": optimizer_bytes(parameters, config),
@@ -121,11 +125,6 @@ def plan_memory(config: Config, prompt_lengths: Sequence[int], device: torch.dev
         },
         shape=shape,
     )
-
-
-def weight_copies(config: Config) -> int:
-    """Copies of the weights that learner and sampler hold together."""
-    return 2
 
 
 def optimizer_bytes(parameters: int, config: Config) -> int:

@@ -17,7 +17,9 @@ import transformers
 from tests.engine.models import COMMON
 from warpo.engine import cli, step
 from warpo.engine.batch import Completion, Rollout
+from warpo.engine.config import load_config
 from warpo.engine.invariance import BOUND, LAYOUTS, divergences, load_invariance_model
+from warpo.engine.memory import PHASES, plan_memory
 from warpo.kernels.objectives import OBJECTIVES
 
 CONFIG = """
@@ -170,6 +172,42 @@ def test_what_fails_is_named_with_its_cure_and_exits_1(folder):
     assert "FAIL  probe" in result.stdout
     assert "Either publishing failed" in result.stdout
     assert result.stdout.count("FAIL") == 1
+
+
+def test_help_teaches_and_wrong_usage_exits_2(capsys):
+    assert cli.main(["check", "--help"]) == 0
+    assert "warpo check CONFIG.yaml --plan-only" in capsys.readouterr().out
+    assert cli.main(["check"]) == 2
+    assert "warpo check: the first argument is the YAML file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_held_is_exact_and_alias_mode_holds_the_weights_once(folder, dtype):
+    config = load_config(folder / "config.yaml", ["--dtype", dtype])
+    lengths = [8, 40]
+    copied = plan_memory(config, lengths, torch.device("cpu"))
+    aliased = plan_memory(config, lengths, torch.device("cpu"), resync="alias")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model", dtype=dtype)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    assert copied.held["learner weights"] == copied.held["sampler weights"] == weights
+    assert copied.held["reference weights"] == weights
+    assert copied.held["KV cache"] == int(0.03 * 2**30)
+    assert copied.held["optimizer state"] == sum(
+        state.nbytes
+        for states in stepped(model).state.values()
+        for name, state in states.items()
+        if name != "step"
+    )
+    for phase in PHASES:
+        assert copied.phases[phase] - aliased.phases[phase] == weights
+
+
+def stepped(model: torch.nn.Module) -> torch.optim.Optimizer:
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    return optimizer
 
 
 def test_the_plan_alone_loads_no_model(folder, capsys):
