@@ -6,6 +6,7 @@ import copy
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -20,9 +21,10 @@ from warpo.engine.invariance import (
     BOUND,
     LAYOUTS,
     MAX_LAYERS,
+    MAX_VOCABULARY,
     Divergence,
     divergences,
-    load_invariance_model,
+    load_cut_model,
 )
 from warpo.engine.memory import MIB, PHASES, MemoryPlan, plan_memory, rollouts_of
 from warpo.engine.model import load_tokenizer
@@ -154,7 +156,7 @@ def _measured_step(
     parts.sampler.publish(parts.model)
     progress("sample")
     longest = max(len(prompt.token_ids) for prompt in prompts)
-    rng, vocabulary = random.Random(0), parts.model.get_input_embeddings().num_embeddings
+    rng, vocabulary = random.Random(0), parts.model.config.get_text_config().vocab_size
     requests = [
         [rng.randrange(vocabulary) for _ in range(longest)]
         for _ in range(config.rollout.prompts_per_step)
@@ -197,8 +199,11 @@ def _micro_batches(config: Config, plan: MemoryPlan, parts: Parts) -> list[Batch
     rollouts = config.rollout.prompts_per_step * config.rollout.group_size
     several = rollouts > config.update.minibatches * plan.shape.sequences
     batch = pack(rollouts_of(plan.shape)).to(parts.device)
-    if parts.reference is not None:
-        batch = replace(batch, ref_logprobs=batch.old_logprobs)
+    batch = step.with_scores(
+        batch, parts.model, parts.reference,
+        temperature=config.rollout.temperature, recompute_old=True,
+    )  # fmt: skip
+    batch = replace(batch, sampler_logprobs=batch.old_logprobs)
     return [batch] * (2 if several else 1)
 
 
@@ -280,21 +285,21 @@ def _report_invariance(
     objectives = dict(OBJECTIVES)
     if own != OBJECTIVES[config.loss.objective]:
         objectives[f"{config.loss.objective} of this config"] = own
-    options = dict(
+    options: dict[str, Any] = dict(
         temperature=config.rollout.temperature, max_new_tokens=config.rollout.max_new_tokens
     )
+    model, cut_rollouts = load_cut_model(config.model, rollouts, device)
     found = divergences(
-        load_invariance_model(config.model, device), rollouts, objectives, **options,
+        model, cut_rollouts, objectives, **options,
         progress=lambda done, total: progress(f"loss invariance, objective {done + 1} of {total}"),
     )  # fmt: skip
-    rounding = divergences(
-        load_invariance_model(config.model, device, torch.float32), rollouts,
-        {config.loss.objective: own}, **options,
-    )  # fmt: skip
+    model, cut_rollouts = load_cut_model(config.model, rollouts, device, torch.float32)
+    rounding = divergences(model, cut_rollouts, {config.loss.objective: own}, **options)
     report.head(
         "loss invariance: gradient of an optimizer step against that of one micro-batch, relative "
-        f"L2, worst of {len(objectives)} objectives\n  ({len(rollouts)} rollouts, first "
-        f"{MAX_LAYERS} layers, products in float64; in brackets {config.loss.objective} in float32)"
+        f"L2, worst of {len(objectives)} objectives\n  ({len(rollouts)} rollouts; of the model at "
+        f"most {MAX_LAYERS} layers and {MAX_VOCABULARY} tokens, products in float64; in brackets "
+        f"{config.loss.objective} in float32)"
     )
     for layout in LAYOUTS:
         worst = worst_of(found, layout)

@@ -25,6 +25,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -40,8 +41,8 @@ from warpo.kernels.objectives import Objective
 BOUND = 1e-6
 LAYOUTS = ("accumulation n", "packed", "padded")
 
-# Layers that are kept: what mixes tokens is there in the first, and a step takes seconds.
-MAX_LAYERS = 2
+# What is kept of the model: all that mixes tokens is there in the first layer.
+MAX_LAYERS, MAX_VOCABULARY = 2, 1024
 # Standard deviation, nats, of what is between old and new policy, and between sampler and old
 # policy: enough that rows clip, mask and truncate some tokens and leave others.
 NOISE = 0.3
@@ -73,17 +74,52 @@ class _Sample:
     ref_logprobs: Tensor
 
 
-def load_invariance_model(
-    path: str, device: torch.device, dtype: torch.dtype = torch.float64
-) -> PreTrainedModel:
-    """The first layers of a model, in `dtype` up to the logits, which are float32."""
-    model = load_model(path, "float32", device)
+def load_cut_model(
+    path: str,
+    rollouts: Sequence[Rollout],
+    device: torch.device,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[PreTrainedModel, list[Rollout]]:
+    """A part of a model that any machine holds and that takes seconds, and rollouts in its tokens.
+
+    Returns:
+        The first MAX_LAYERS layers, with MAX_VOCABULARY tokens, in `dtype` up to the logits, which
+        are float32, the widest type of the kernels.
+    """
+    model = load_model(path, "float32", torch.device("cpu"))
     layers = getattr(model.get_decoder(), "layers", None)
     if isinstance(layers, nn.ModuleList):
         del layers[MAX_LAYERS:]
-    # float32 is the widest type of the kernels
+    number = _cut_vocabulary(model, rollouts)
     model.get_output_embeddings().register_forward_hook(lambda _module, _args, out: out.float())
-    return model.to(dtype)  # type: ignore[arg-type]
+    renumbered = [
+        replace(
+            rollout,
+            prompt_ids=[number[token] for token in rollout.prompt_ids],
+            completion=replace(
+                rollout.completion,
+                token_ids=[number[token] for token in rollout.completion.token_ids],
+            ),
+        )
+        for rollout in rollouts
+    ]
+    return nn.Module.to(model, device, dtype), renumbered
+
+
+def _cut_vocabulary(model: PreTrainedModel, rollouts: Sequence[Rollout]) -> dict[int, int]:
+    """Keep the tokens of the rollouts and some more; returns their new numbers."""
+    embedding: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
+    used = {token for r in rollouts for token in r.prompt_ids + r.completion.token_ids}
+    others = (token for token in range(embedding.num_embeddings) if token not in used)
+    kept = sorted({*used, *islice(others, max(0, MAX_VOCABULARY - len(used)))})
+    tied = head.weight is embedding.weight
+    embedding.weight = nn.Parameter(embedding.weight.detach()[kept])
+    embedding.padding_idx = None
+    head.weight = embedding.weight if tied else nn.Parameter(head.weight.detach()[kept])
+    if head.bias is not None:
+        head.bias = nn.Parameter(head.bias.detach()[kept])
+    return {token: number for number, token in enumerate(kept)}
 
 
 def divergences(

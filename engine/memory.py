@@ -184,7 +184,7 @@ def _fake_batch(
     batch = pack(rollouts_of(shape))
     if with_ref:
         batch = replace(batch, ref_logprobs=batch.old_logprobs)
-    tensors = {
+    tensors: dict[str, Any] = {
         field.name: fake.from_tensor(value)
         for field in fields(batch)
         if isinstance(value := getattr(batch, field.name), Tensor)

@@ -18,7 +18,7 @@ from tests.engine.models import COMMON
 from warpo.engine import cli, step
 from warpo.engine.batch import Completion, Rollout
 from warpo.engine.config import load_config
-from warpo.engine.invariance import BOUND, LAYOUTS, divergences, load_invariance_model
+from warpo.engine.invariance import BOUND, LAYOUTS, divergences, load_cut_model
 from warpo.engine.memory import PHASES, plan_memory
 from warpo.kernels.objectives import OBJECTIVES
 
@@ -82,13 +82,22 @@ def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.fixture(scope="module")
-def model(model_path):
-    return load_invariance_model(model_path("qwen2"), torch.device("cpu"))
+@pytest.fixture(scope="module", params=["qwen2", "qwen2-untied"])
+def cut(request, model_path):
+    return load_cut_model(model_path(request.param), some_rollouts(), torch.device("cpu"))
 
 
-@pytest.fixture(scope="module")
-def rollouts() -> list[Rollout]:
+@pytest.fixture
+def model(cut):
+    return cut[0]
+
+
+@pytest.fixture
+def rollouts(cut):
+    return cut[1]
+
+
+def some_rollouts() -> list[Rollout]:
     rng = random.Random(0)
     return [
         Rollout(
