@@ -156,7 +156,7 @@ def _measured_step(
     parts.sampler.publish(parts.model)
     progress("sample")
     longest = max(len(prompt.token_ids) for prompt in prompts)
-    rng, vocabulary = random.Random(0), parts.model.config.get_text_config().vocab_size
+    rng, vocabulary = random.Random(0), _vocab_size(parts)
     requests = [
         [rng.randrange(vocabulary) for _ in range(longest)]
         for _ in range(config.rollout.prompts_per_step)
@@ -183,7 +183,7 @@ def _measured_step(
     with meter.phase("update"):
         _update(config, parts, micro_batches)
     progress("publish")
-    rollout = rollouts_of(replace(plan.shape, prompt_tokens=longest, sequences=1))[0]
+    rollout = rollouts_of(replace(plan.shape, prompt_tokens=longest), vocabulary)[0]
     tokens = rollout.prompt_ids + rollout.completion.token_ids
     with meter.phase("publish"):
         parts.sampler.publish(parts.model)
@@ -194,11 +194,15 @@ def _measured_step(
     return parts, meter
 
 
+def _vocab_size(parts: Parts) -> int:
+    return int(parts.model.config.get_text_config().vocab_size)
+
+
 def _micro_batches(config: Config, plan: MemoryPlan, parts: Parts) -> list[Batch]:
     """One of the planned shape, and a second where the step has several."""
     rollouts = config.rollout.prompts_per_step * config.rollout.group_size
     several = rollouts > config.update.minibatches * plan.shape.sequences
-    batch = pack(rollouts_of(plan.shape)).to(parts.device)
+    batch = pack(rollouts_of(plan.shape, _vocab_size(parts))).to(parts.device)
     batch = step.with_scores(
         batch, parts.model, parts.reference,
         temperature=config.rollout.temperature, recompute_old=True,

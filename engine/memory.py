@@ -154,17 +154,25 @@ def _shapes(config: Config, prompt_lengths: Sequence[int]) -> list[Shape]:
     ]
 
 
-def rollouts_of(shape: Shape) -> list[Rollout]:
-    """Rollouts of that shape; their tokens are token 0."""
+def rollouts_of(shape: Shape, vocab_size: int) -> list[Rollout]:
+    """Rollouts of that shape, of many tokens: a padding token's embedding is 0, and a sequence of
+    nothing else has an infinite gradient.
+    """
+    tokens = [
+        1 + i % (vocab_size - 1) for i in range(shape.prompt_tokens + shape.completion_tokens)
+    ]
     completion = Completion(
-        token_ids=[0] * shape.completion_tokens,
+        token_ids=tokens[shape.prompt_tokens :],
         logprobs=[0.0] * shape.completion_tokens,
         finished=True,
         weight_version=0,
     )
     return [
         Rollout(
-            prompt_ids=[0] * shape.prompt_tokens, completion=completion, reward=0.0, advantage=1.0
+            prompt_ids=tokens[: shape.prompt_tokens],
+            completion=completion,
+            reward=0.0,
+            advantage=1.0,
         )
     ] * shape.sequences
 
@@ -181,7 +189,7 @@ def _fake_model(
 def _fake_batch(
     shape: Shape, model: PreTrainedModel, fake: FakeTensorMode, with_ref: bool = False
 ) -> Batch:
-    batch = pack(rollouts_of(shape))
+    batch = pack(rollouts_of(shape, model.config.get_text_config().vocab_size))
     if with_ref:
         batch = replace(batch, ref_logprobs=batch.old_logprobs)
     tensors: dict[str, Any] = {

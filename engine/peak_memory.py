@@ -102,7 +102,7 @@ def rehearse(config: Config, device: torch.device) -> object:
         AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32).save_pretrained(folder)
         model = load_model(folder, config.dtype, device)
         sampler = _rehearsal_sampler(config, folder)
-    batch = pack(rollouts_of(Shape(sequences=4, prompt_tokens=8, completion_tokens=8)))
+    batch = pack(rollouts_of(Shape(sequences=4, prompt_tokens=8, completion_tokens=8), 64))
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     for _ in range(2):
         options = SamplingOptions(group_size=2, temperature=1.0, max_new_tokens=4, seed=0)
