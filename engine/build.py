@@ -59,6 +59,12 @@ class Parts:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
+    def publish(self) -> int:
+        """Make the learner's weights the sampler's, as those after `step`; returns bytes copied."""
+        num_bytes = self.resync.publish(self.fingerprints)
+        self.sampler.weights_changed(self.step)
+        return num_bytes
+
     @property
     def stateful(self) -> dict[str, checkpoint.Stateful]:
         return {"optimizer": self.optimizer, "schedule": self.schedule, "stream": self.stream}
@@ -91,7 +97,7 @@ def build(config: Config) -> Parts:
     model = load_model(config.model, config.dtype, torch.device("cpu"), config.lm_head_dtype)
     sampler = _sampler(config, model, tokenizer)
     resync = Resync(
-        sampler.load_weights, sampler.module, model, config.resync, device=_device(config)
+        sampler.load_weights, sampler.module, model, config.resync, device=learner_device(config)
     )
     optimizer = AdamW(
         model.named_parameters(),
@@ -120,7 +126,8 @@ def build(config: Config) -> Parts:
     )
 
 
-def _device(config: Config) -> torch.device:
+def learner_device(config: Config) -> torch.device:
+    """Where the learner runs, "auto" looked up."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device = 'cuda', but torch sees no CUDA device: set device to cpu")
     name = config.device
@@ -142,7 +149,7 @@ def _sampler(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokeni
         return VllmSampler(config.model, kv_cache_gib=config.rollout.kv_cache_gib, **options)
     from warpo.engine.sampler.transformers import TransformersSampler
 
-    return TransformersSampler(config.model, device=_device(config), **options)
+    return TransformersSampler(config.model, device=learner_device(config), **options)
 
 
 def make_reference(config: Config, parts: Parts) -> None:

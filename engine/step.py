@@ -86,6 +86,26 @@ def train_step(
     Raises:
         TrainingError: the gradient is not finite. The weights are those before the step.
     """
+    metrics = accumulate_gradients(
+        model, batches, objective, temperature=temperature, max_new_tokens=max_new_tokens
+    )
+    grad_norm, update = apply_gradients(model, optimizer, max_grad_norm)
+    return StepResult(metrics, grad_norm, update)
+
+
+def accumulate_gradients(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    objective: Objective,
+    *,
+    temperature: float,
+    max_new_tokens: int,
+) -> Tensor:
+    """Add the gradient of one optimizer step to that of the parameters, micro-batch by micro-batch.
+
+    Returns:
+        The vector of `ops.policy_loss`, summed over the micro-batches.
+    """
     total = denominator(batches, objective, max_new_tokens)
     metrics = []
     for batch in batches:
@@ -104,8 +124,7 @@ def train_step(
         )
         loss.backward()
         metrics.append(batch_metrics)
-    grad_norm, update = apply_gradients(model, optimizer, max_grad_norm)
-    return StepResult(ops.sum_metrics(metrics), grad_norm, update)
+    return ops.sum_metrics(metrics)
 
 
 def apply_gradients(

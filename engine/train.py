@@ -280,8 +280,7 @@ def _update(
 def _publish(config: Config, parts: Parts, log: RunLog, sequences: list[list[int]]) -> Metrics:
     """Write the learner's weights into the sampler and prove that they are there."""
     with log.phase("publish"):
-        copied = parts.resync.publish(parts.fingerprints)
-        parts.sampler.weights_changed(parts.step)
+        copied = parts.publish()
     with log.phase("resume"):
         parts.sampler.resume_kv()
     with log.phase("verify"):

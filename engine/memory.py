@@ -1,0 +1,340 @@
+"""What a run will hold in memory, phase by phase, predicted before a weight is read.
+
+Exact, from the shapes of the model: weights, gradients, optimizer state, KV cache. Activations come
+from one step of the training code itself, run on fake tensors, with every storage counted while it
+lives. vLLM's working memory is a formula (`_sampling_bytes`, `_probe_bytes`).
+
+The step that is planned for is the largest that the config and its data allow: completions of
+rollout.max_new_tokens, micro-batches that fill update.token_budget, and of the shortest and the
+longest prompts whichever takes more.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from warpo.engine import step
+from warpo.engine.batch import Batch, Completion, Rollout, pack
+from warpo.engine.config import Config, resolve_objective
+from warpo.engine.model import ATTENTION, set_lm_head_dtype
+from warpo.engine.sampler.vllm_setup import CPU_BLOCK_SIZE
+
+PHASES = ("load", "sample", "score", "update", "publish")
+MIB = 2**20
+
+# What vLLM takes together at most where it is not told, tokens and sequences, LLM_CLASS of
+# EngineArgs.get_batch_defaults; and the tokens of a block of its KV cache. On a CPU, on a GPU, and
+# on one of 70 GiB or more.
+_BATCH_LIMITS = {
+    "cpu": (4096, 256, CPU_BLOCK_SIZE),
+    "cuda": (8192, 256, 16),
+    "large cuda": (16384, 1024, 16),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shape:
+    """The micro-batch that is planned for: `sequences` rollouts of so many tokens each."""
+
+    sequences: int
+    prompt_tokens: int
+    completion_tokens: int
+
+    @property
+    def tokens(self) -> int:
+        return self.sequences * (self.prompt_tokens + self.completion_tokens)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryPlan:
+    """Bytes on the learner's device.
+
+    Attributes:
+        held: what stays from step to step, by name: learner, sampler, reference, KV cache,
+            optimizer state.
+        phases: peak of each phase, what is held in it included.
+        shape: micro-batch of the update.
+    """
+
+    held: dict[str, int]
+    phases: dict[str, int]
+    shape: Shape
+
+    @property
+    def peak(self) -> int:
+        return max(self.phases.values())
+
+
+def plan_memory(
+    config: Config,
+    prompt_lengths: Sequence[int],
+    device: torch.device,
+    resync: Literal["alias", "copy"],
+) -> MemoryPlan:
+    """Predict the memory of each phase; nothing but the model's config file is read.
+
+    Args:
+        prompt_lengths: tokens of each prompt of the data.
+        device: where the learner runs.
+        resync: "alias": the learner's parameters are the sampler's; "copy": each has its own.
+    """
+    hf_config = AutoConfig.from_pretrained(config.model)
+    fake = FakeTensorMode()
+    model = _fake_model(config, hf_config, device, fake)
+    parameters = sum(p.numel() for p in model.parameters())
+    weights = sum(p.nbytes for p in model.parameters())
+    objective = resolve_objective(config.loss)
+    held = {
+        "sampler weights": parameters * _sampler_dtype(config).itemsize,
+        "learner weights": 0 if resync == "alias" else weights,
+        "reference weights": weights if objective.kl_coef else 0,
+        "KV cache": int(config.rollout.kv_cache_gib * 2**30) if config.sampler == "vllm" else 0,
+        "optimizer state": optimizer_bytes(parameters, config, device),
+    }
+    kept = sum(held.values())
+    learning = kept - held["KV cache"]
+    before_training = kept - held["optimizer state"]
+    if resync == "alias" and device.type == "cpu":
+        # What is read from the checkpoint goes when the sampler's storage takes its place; the
+        # reference is made after that.
+        before_training += max(0, weights - held["reference weights"])
+    work = {
+        shape: _update_bytes(config, shape, model, fake)
+        for shape in _shapes(config, prompt_lengths)
+    }
+    shape = max(work, key=lambda s: work[s])
+    longest = max(prompt_lengths) + config.rollout.max_new_tokens
+    probe = Shape(
+        sequences=config.probe.num_sequences, prompt_tokens=1, completion_tokens=longest - 1
+    )
+    return MemoryPlan(
+        held={name: size for name, size in held.items() if size},
+        phases={
+            "load": before_training,
+            "sample": kept + _sampling_bytes(config, hf_config, max(prompt_lengths), device),
+            "score": learning + _score_bytes(shape, model, fake),
+            "update": learning + work[shape],
+            # On a CPU the pages of the KV cache come back when they are written.
+            "publish": (kept if device.type == "cuda" else learning)
+            + max(_score_bytes(probe, model, fake), _probe_bytes(config, hf_config, longest)),
+        },
+        shape=shape,
+    )
+
+
+def optimizer_bytes(parameters: int, config: Config, device: torch.device) -> int:
+    """Two float32 moments, and float32 master weights where the learner's are narrower."""
+    if config.update.optimizer_state == "host" and device.type == "cuda":
+        return 0
+    return parameters * (8 if config.dtype == "float32" else 12)
+
+
+def resync_of(config: Config) -> Literal["alias", "copy"]:
+    """What resync = auto is expected to be: models whose weights cannot be shared are rare."""
+    if config.resync != "auto":
+        return config.resync
+    return "alias" if _sampler_dtype(config) == _dtype(config.dtype) else "copy"
+
+
+def _dtype(name: str) -> torch.dtype:
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def _sampler_dtype(config: Config) -> torch.dtype:
+    return _dtype(config.dtype if config.rollout.dtype == "same" else config.rollout.dtype)
+
+
+def _shapes(config: Config, prompt_lengths: Sequence[int]) -> list[Shape]:
+    """A full micro-batch of the shortest prompts, which has the most logits, and of the longest."""
+    rollout, update = config.rollout, config.update
+    rollouts = -(-rollout.prompts_per_step * rollout.group_size // update.minibatches)
+    return [
+        Shape(
+            sequences=min(rollouts, update.token_budget // (length + rollout.max_new_tokens)),
+            prompt_tokens=length,
+            completion_tokens=rollout.max_new_tokens,
+        )
+        for length in {min(prompt_lengths), max(prompt_lengths)}
+    ]
+
+
+def rollouts_of(shape: Shape, vocab_size: int) -> list[Rollout]:
+    """Rollouts of that shape, of many tokens: a padding token's embedding is 0, and a sequence of
+    nothing else has an infinite gradient. No two have the same prompt, which would be packed once.
+    """
+    length = shape.prompt_tokens + shape.completion_tokens
+    rows = [
+        [1 + (i + number) % (vocab_size - 1) for i in range(length)]
+        for number in range(shape.sequences)
+    ]
+    return [
+        Rollout(
+            prompt_ids=tokens[: shape.prompt_tokens],
+            completion=Completion(
+                token_ids=tokens[shape.prompt_tokens :],
+                logprobs=[0.0] * shape.completion_tokens,
+                finished=True,
+                weight_version=0,
+            ),
+            reward=0.0,
+            advantage=1.0,
+        )
+        for tokens in rows
+    ]
+
+
+def _fake_model(
+    config: Config, hf_config: PretrainedConfig, device: torch.device, fake: FakeTensorMode
+) -> PreTrainedModel:
+    with fake, device:
+        model = AutoModelForCausalLM.from_config(
+            hf_config, dtype=_dtype(config.dtype), attn_implementation=ATTENTION
+        )
+    set_lm_head_dtype(model, config.lm_head_dtype)
+    return model
+
+
+def _fake_batch(
+    shape: Shape, model: PreTrainedModel, fake: FakeTensorMode, with_ref: bool = False
+) -> Batch:
+    batch = pack(rollouts_of(shape, model.config.get_text_config().vocab_size))
+    if with_ref:
+        batch = replace(batch, ref_logprobs=batch.old_logprobs)
+    tensors: dict[str, Any] = {
+        field.name: fake.from_tensor(value)
+        for field in fields(batch)
+        if isinstance(value := getattr(batch, field.name), Tensor)
+    }
+    with fake:
+        return replace(batch, **tensors).to(next(model.parameters()).device)
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Counts the storages that operations make, while they live.
+
+    torch.distributed._tools.MemTracker does more and refuses a second micro-batch.
+    """
+
+    def __init__(self, existing: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.peak = self._live = 0
+        self._known: weakref.WeakSet[Any] = weakref.WeakSet(t.untyped_storage() for t in existing)
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage() not in self._known:
+                self._add(tensor.untyped_storage())
+        self.peak = max(self.peak, self._live)
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        self._known.add(storage)
+        self._live += storage.nbytes()
+        weakref.finalize(storage, self._remove, storage.nbytes())
+
+    def _remove(self, size: int) -> None:
+        self._live -= size
+
+
+def _peak_bytes(work: Callable[[], object], model: PreTrainedModel, fake: FakeTensorMode) -> int:
+    existing = [*model.parameters(), *model.buffers()]
+    with fake, _LiveBytes(existing) as live:
+        work()
+    model.zero_grad(set_to_none=True)
+    return live.peak
+
+
+def _update_bytes(
+    config: Config, shape: Shape, model: PreTrainedModel, fake: FakeTensorMode
+) -> int:
+    """Gradients and activations of an optimizer step."""
+    objective = resolve_objective(config.loss)
+    batch = _fake_batch(shape, model, fake, with_ref=bool(objective.kl_coef))
+    rollouts = config.rollout.prompts_per_step * config.rollout.group_size
+    several = rollouts > config.update.minibatches * shape.sequences
+    return _peak_bytes(
+        lambda: step.accumulate_gradients(
+            model,
+            # From the second on, the gradients of those before are there.
+            [batch] * (2 if several else 1),
+            objective,
+            temperature=config.rollout.temperature,
+            max_new_tokens=config.rollout.max_new_tokens,
+        ),
+        model,
+        fake,
+    )
+
+
+def _score_bytes(shape: Shape, model: PreTrainedModel, fake: FakeTensorMode) -> int:
+    if not shape.sequences:
+        return 0
+    batch = _fake_batch(shape, model, fake)
+    return _peak_bytes(lambda: step.score(model, batch, 1.0), model, fake)
+
+
+def _sampling_bytes(
+    config: Config, hf_config: PretrainedConfig, prompt_tokens: int, device: torch.device
+) -> int:
+    """vLLM's working memory, the larger of
+
+        decoding   S V (4 + 4 + 1): logits and logprobs in float32, and a byte for the rank of the
+                   sampled token; on a GPU S V (4 + 4 + 4 + 4), with probabilities and noise.
+                   S V bytes of logits in the sampler's own type more, where it is not float32
+        prefill    T (3 I + 3 H) in the sampler's type: both halves of the MLP's input and their
+                   product, hidden states, residual and the attention's output
+
+    for S sequences of vocabulary V and T tokens of width H and MLP width I that it takes together.
+    Of a prompt's further completions T counts the last, incomplete block of the KV cache alone.
+    """
+    if config.sampler != "vllm":
+        return 0
+    model = hf_config.get_text_config()
+    limit, sequences, block = _BATCH_LIMITS[_hardware(device)]
+    rollout, itemsize = config.rollout, _sampler_dtype(config).itemsize
+    sequences = min(sequences, rollout.prompts_per_step * rollout.group_size)
+    cached = (prompt_tokens - 1) // block * block
+    tokens = rollout.prompts_per_step * (
+        prompt_tokens + (rollout.group_size - 1) * (prompt_tokens - cached)
+    )
+    tokens = min(limit, tokens)
+    logits = 9 if device.type == "cpu" else 16
+    if itemsize != 4:
+        logits += itemsize
+    decoding = sequences * model.vocab_size * logits
+    prefill = tokens * 3 * (model.intermediate_size + model.hidden_size) * itemsize
+    return max(decoding, prefill)
+
+
+def _probe_bytes(config: Config, hf_config: PretrainedConfig, tokens: int) -> int:
+    """vLLM's logprobs of a prompt, one prompt after the other: T V (4 + 4 + 4), its logits, its
+    logprobs, and those of the prompt before, which are still there.
+    """
+    if not config.probe.num_sequences or config.sampler != "vllm":
+        return 0
+    return 12 * tokens * hf_config.get_text_config().vocab_size
+
+
+def _hardware(device: torch.device) -> str:
+    if device.type != "cuda":
+        return "cpu"
+    properties = torch.cuda.get_device_properties(device)
+    large = properties.total_memory >= 70 * 2**30 and "a100" not in properties.name.lower()
+    return "large cuda" if large else "cuda"
