@@ -27,7 +27,7 @@ from warpo.engine import step
 from warpo.engine.batch import Batch, Completion, Rollout, pack
 from warpo.engine.config import Config, resolve_objective
 from warpo.engine.model import ATTENTION, set_lm_head_dtype
-from warpo.engine.sampler.vllm_setup import CPU_BLOCK_SIZE
+from warpo.engine.sampler.vllm_internals import CPU_BLOCK_SIZE
 
 PHASES = ("load", "sample", "score", "update", "publish")
 MIB = 2**20

@@ -98,8 +98,9 @@ def _prepare(config: Config, parts: Parts, log: RunLog, resume_from: Path | None
 
 def _describe(resync: Resync) -> str:
     if resync.mode == "alias":
-        return "resync: alias, learner and sampler share one copy of the weights"
-    return "resync: copy" + (f", as {resync.reason}" if resync.reason else "")
+        return "resync: alias, learner and sampler share one copy of the weights; 0 bytes to copy"
+    why = f", as {resync.reason}" if resync.reason else ""
+    return f"resync: copy, {resync.extra_bytes / 1e6:.1f} MB of weights twice{why}"
 
 
 def _step(

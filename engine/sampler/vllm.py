@@ -1,7 +1,7 @@
 """vLLM in the learner's process. On a machine with no GPU: its CPU build, the same engine.
 
-All that knows vLLM's inside is this file and `vllm_setup`. vLLM is imported when a `VllmSampler`
-is built, not with this module.
+What touches vLLM's inside is in `vllm_internals`; here are requests and phases. vLLM is imported
+when a `VllmSampler` is built, not with this module.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from warpo.engine.sampler.requests import (
     check_request,
     prompt_seed,
 )
-from warpo.engine.sampler.vllm_setup import (
+from warpo.engine.sampler.vllm_internals import (
+    abort_requests,
     build_llm,
     can_release_kv,
     is_cpu_build,
@@ -197,17 +198,8 @@ class VllmSampler:
                 outputs.update((output.request_id, output) for output in finished)
                 progress(total - engine.get_num_unfinished_requests())
         finally:
-            self._drain()
+            abort_requests(self._llm)
         return [outputs[str(index)] for index in range(len(requests))]
-
-    def _drain(self) -> None:
-        engine = self._llm.llm_engine
-        left = list(engine.output_processor.request_states)
-        if left:
-            # A request left behind would make the next run hang.
-            engine.abort_request(left, internal=True)
-        # The scheduler tells its workers of finished requests one step late.
-        engine.step()
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-probability (temperature 1) of token 1, 2, ... of each sequence given those before.

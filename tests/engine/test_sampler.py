@@ -25,7 +25,7 @@ from tests.engine.models import (
 )
 from warpo.engine.batch import Completion
 from warpo.engine.errors import SamplerError
-from warpo.engine.sampler import vllm_setup
+from warpo.engine.sampler import vllm_internals
 from warpo.engine.sampler.base import Interrupted, Sampler, SamplingOptions
 
 PROMPTS = [[7, 8, 9], [10, 11, 12, 13, 14, 15, 16], [20], [30, 31, 32, 33]]
@@ -357,9 +357,9 @@ def test_what_lies_beside_the_kv_cache_is_not_released() -> None:
     cache = torch.frombuffer(memory, dtype=torch.uint8, offset=first, count=count)
     assert cache.untyped_storage().nbytes() == count
     worker = SimpleNamespace(model_runner=SimpleNamespace(kv_caches=[cache]))
-    vllm_setup._discard(worker, ["weights"])
+    vllm_internals._discard(worker, ["weights"])
     assert memory.count(7) == len(memory)
-    vllm_setup._discard(worker, ["kv_cache"])
+    vllm_internals._discard(worker, ["kv_cache"])
     assert memory[:first].count(7) == first
     assert memory[first + count :].count(7) == len(memory) - first - count
     assert (cache == 0).sum() >= 4 * mmap.PAGESIZE
@@ -369,30 +369,30 @@ def test_a_vllm_without_a_feature_is_refused(
     build: Callable[[str, str], Sampler], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     llm = build("vllm", "qwen2")._llm
-    vllm_setup._check_features(llm)
+    vllm_internals._check_features(llm)
     monkeypatch.delattr(type(llm), "release_kv_cache_memory")
     with pytest.raises(SamplerError, match="this vLLM has no LLM.release_kv_cache_memory"):
-        vllm_setup._check_features(llm)
+        vllm_internals._check_features(llm)
 
 
 def test_a_missing_vllm_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RuntimeError, match="pip install vllm .* set sampler: transformers"):
-        vllm_setup.build_llm("nowhere", dtype="float32", max_model_len=8, kv_cache_gib=1)
+        vllm_internals.build_llm("nowhere", dtype="float32", max_model_len=8, kv_cache_gib=1)
 
 
 def test_another_version_of_vllm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     vllm = pytest.importorskip("vllm")
     monkeypatch.setattr(vllm, "__version__", "0.9.1")
     with pytest.raises(RuntimeError, match=r"vLLM 0.9.1 is installed, and warpo supports .*0\.32"):
-        vllm_setup.build_llm("nowhere", dtype="float32", max_model_len=8, kv_cache_gib=1)
+        vllm_internals.build_llm("nowhere", dtype="float32", max_model_len=8, kv_cache_gib=1)
 
 
 def test_ranks_without_a_process_group_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
     with pytest.raises(RuntimeError, match="init_process_group first"):
-        vllm_setup.build_llm("nowhere", dtype="float32", max_model_len=8, kv_cache_gib=1)
+        vllm_internals.build_llm("nowhere", dtype="float32", max_model_len=8, kv_cache_gib=1)
 
 
 QUIET = """

@@ -1,4 +1,7 @@
-"""Building vLLM in the learner's process, without disturbing the learner."""
+"""All that touches vLLM's inside: building it in the learner's process without disturbing the
+learner, and what its public methods do not offer. `SUPPORTED_VLLM` is what this was written for;
+whether it is there is checked by name when it is built.
+"""
 
 from __future__ import annotations
 
@@ -251,6 +254,15 @@ def build_llm(
             llm = vllm.LLM(enable_sleep_mode=can_release_kv(), **options)
         _check_features(llm)
         return vllm, llm
+
+
+def abort_requests(llm: Any) -> None:
+    """Leave no request behind, which would make the next run hang."""
+    left = list(llm.llm_engine.output_processor.request_states)
+    if left:
+        llm.llm_engine.abort_request(left, internal=True)
+    # The scheduler tells its workers of finished requests one step late.
+    llm.llm_engine.step()
 
 
 def is_cpu_build() -> bool:
