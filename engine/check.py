@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from warpo.engine import step
+from warpo.engine import mismatch, step
 from warpo.engine.batch import Batch, Rollout, pack
 from warpo.engine.build import Parts, build, learner_device
 from warpo.engine.config import Config, resolve_objective
@@ -248,13 +248,24 @@ def _probe(
     bound = config.probe.tolerance
     try:
         probe = step.probe_weights(parts.model, parts.sampler, sequences, bound)
-    except WeightMismatch as mismatch:
-        text, ok, cure = f"above {bound:g}", False, str(mismatch)
+    except WeightMismatch as found:
+        text, ok, cure = f"above {bound:g}", False, str(found)
     else:
         error = (probe.learner - probe.sampler).abs().max().item()
         text, ok, cure = f"{error:.1e} <= {bound:g}", True, ""
-    report.head("sampler against learner, largest difference of a logprob after an update, nats")
-    report.add(Line(name="probe", text=text, ok=ok, cure=cure))
+    report.head("largest difference of a logprob after an update, nats")
+    report.add(Line(name="probe", text=f"{text}, sampler against learner", ok=ok, cure=cure))
+    if ok:
+        alone = mismatch.composition(parts.model, sequences, probe)["mismatch/composition_max"]
+        report.add(
+            Line(
+                name="composition",
+                text=f"{alone:.1e} <= {bound:g}, learner with sequences packed against each alone",
+                ok=alone <= bound,
+                cure="what attention and matrix products add is above probe.tolerance: raise it, "
+                "or compute in float32",
+            )
+        )
 
 
 def _report_memory(report: Report, plan: MemoryPlan, meter: PeakMemory, config: Config) -> None:

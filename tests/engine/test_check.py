@@ -172,7 +172,17 @@ def test_check_passes_on_a_sound_config(folder):
         "ok    resync alias      0 bytes copied after an update, 0 bytes of weights"
         in result.stdout
     )
-    for name in ("fits", "probe", "load", "sample", "score", "update", "publish", *LAYOUTS):
+    for name in (
+        "fits",
+        "probe",
+        "composition",
+        "load",
+        "sample",
+        "score",
+        "update",
+        "publish",
+        *LAYOUTS,
+    ):
         assert f"ok    {name}" in result.stdout
     assert not (folder / "out").exists()
 
