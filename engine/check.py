@@ -40,9 +40,9 @@ from warpo.engine.sampler.base import SamplingOptions
 from warpo.kernels.objectives import OBJECTIVES
 
 MEMORY_BOUND = 0.05
-# Tokenizer, data, the objects of vLLM and of Python, pages: 23 to 41 MiB of the resident set were
+# Tokenizer, data, the objects of vLLM and of Python, pages: 22 to 50 MiB of the resident set were
 # seen beside the tensors, whatever the model.
-MEMORY_FLOOR = 48 * MIB
+MEMORY_FLOOR = 64 * MIB
 
 # Rollouts whose gradients are compared: prompts x completions, and their most new tokens.
 INVARIANCE_PROMPTS, INVARIANCE_GROUP, INVARIANCE_TOKENS = 2, 2, 32
