@@ -131,9 +131,9 @@ def _score(
 ) -> tuple[list[list[Batch]], Metrics]:
     """The minibatches on the device with their scores, and what not scoring saved.
 
-    old_logprobs/tokens_saved: tokens that the learner's extra forward pass would have read, all of
-    perf/tokens, in a step that did without. Its seconds are the growth of perf/score_s in the same
-    run with probe.num_sequences = 0, where nothing shows that the sampler's logprobs serve.
+    old_logprobs/tokens_saved: tokens that the learner's extra forward pass would have read, in a
+    step that did without. Its seconds are the growth of perf/score_s in the same run with
+    probe.num_sequences = 0, where nothing shows that the sampler's logprobs serve.
     """
     # A truncated distribution is not the learner's, so its logprobs are no old_logprobs.
     recompute_old = config.rollout.truncated or sampling_difference > EQUAL_LOGPROBS

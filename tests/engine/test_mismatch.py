@@ -20,7 +20,7 @@ from warpo.engine.model import load_model, set_lm_head_dtype, token_logprobs
 from warpo.engine.sampler.base import Sampler
 from warpo.engine.sampler.transformers import TransformersSampler
 from warpo.engine.sampler.vllm import VllmSampler
-from warpo.engine.step import Probe, probe_weights, score, train_step
+from warpo.engine.step import Probe, accumulate_gradients, probe_weights, score
 from warpo.kernels import ops
 
 CPU = torch.device("cpu")
@@ -201,13 +201,8 @@ def test_a_correction_weighs_the_gradient_by_its_formula(
     surrogate = torch.min(ratio * advantages, ratio.clamp(0.8, 1.28) * advantages)
     expected = torch.autograd.grad(-(weight * surrogate).mean(), list(learner.parameters()))
 
-    found: list[Tensor] = []
-    optimizer = torch.optim.SGD(learner.parameters(), lr=0.0)
-    optimizer.register_step_pre_hook(lambda *_: found.extend(p.grad for p in learner.parameters()))
-    train_step(
-        learner, optimizer, [batch], objective,
-        temperature=1.0, max_new_tokens=32, max_grad_norm=1e9,
-    )  # fmt: skip
+    accumulate_gradients(learner, [batch], objective, temperature=1.0, max_new_tokens=32)
+    found = [parameter.grad for parameter in learner.parameters()]
     largest = max(gradient.abs().max() for gradient in expected)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=CORRECTION_GRADIENT * largest)

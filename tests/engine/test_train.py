@@ -89,7 +89,8 @@ def test_the_saving_is_the_tokens_that_the_extra_forward_pass_would_read(folder)
     saved, spent = (
         json.loads((folder / out / "metrics.jsonl").read_text()) for out in ("probed", "unprobed")
     )
-    assert saved["old_logprobs/tokens_saved"] == saved["perf/tokens"] == spent["perf/tokens"]
+    # a prompt is read once for the completions of a micro-batch
+    assert 0 < saved["old_logprobs/tokens_saved"] < saved["perf/tokens"] == spent["perf/tokens"]
     assert (spent["old_logprobs/recomputed"], spent["old_logprobs/tokens_saved"]) == (1, 0)
     assert not [name for name in spent if name.startswith("mismatch/")]
 
