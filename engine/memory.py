@@ -124,8 +124,8 @@ def plan_memory(
             "sample": kept + _sampling_bytes(config, hf_config, max(prompt_lengths), device),
             "score": learning + _score_bytes(shape, model, fake),
             "update": learning + work[shape],
-            # On a CPU the pages of the KV cache come back when they are written.
             "publish": (kept if device.type == "cuda" else learning)
+            + _probe_cache_bytes(config, hf_config, longest, device)
             + max(_score_bytes(probe, model, fake), _probe_bytes(config, hf_config, longest)),
         },
         shape=shape,
@@ -330,6 +330,23 @@ def _probe_bytes(config: Config, hf_config: PretrainedConfig, tokens: int) -> in
     if not config.probe.num_sequences or config.sampler != "vllm":
         return 0
     return 12 * tokens * hf_config.get_text_config().vocab_size
+
+
+def _probe_cache_bytes(
+    config: Config, hf_config: PretrainedConfig, tokens: int, device: torch.device
+) -> int:
+    """Of a released KV cache what the probe's sequences write: on a CPU only these pages come back.
+    A token takes L x 2 x heads x width, keys and values of L layers.
+    """
+    if config.sampler != "vllm" or device.type == "cuda":
+        return 0
+    model = hf_config.get_text_config()
+    heads = getattr(model, "num_key_value_heads", None) or model.num_attention_heads
+    width = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
+    blocks = config.probe.num_sequences * -(-tokens // CPU_BLOCK_SIZE)
+    itemsize = _sampler_dtype(config).itemsize
+    size = blocks * CPU_BLOCK_SIZE * model.num_hidden_layers * 2 * heads * width * itemsize
+    return min(size, int(config.rollout.kv_cache_gib * 2**30))
 
 
 def _hardware(device: torch.device) -> str:
