@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 from warpo.bench.environment import aligned, environment, processor
 from warpo.bench.train import trl_side, warpo_side
 from warpo.bench.train.job import MODELS, Job, make
+from warpo.engine.environment import set_thread_waiting
 
 PHASES = (
     "sample", "reward", "score", "forward", "backward", "optimizer", "publish", "probe", "other"
@@ -69,7 +70,9 @@ def child(arguments: Sequence[str], peers: Path | None, log: Path) -> str:
         RuntimeError: it failed; with the end of its log.
     """
     settings = {
-        "OMP_WAIT_POLICY": "PASSIVE",  # read when OpenMP loads: waiting threads do not spin
+        # what `keep_freed_memory` sets, for both trainers
+        "MALLOC_MMAP_MAX_": "0",
+        "MALLOC_TRIM_THRESHOLD_": str(2**40),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -80,6 +83,7 @@ def child(arguments: Sequence[str], peers: Path | None, log: Path) -> str:
     path = [str(peers)] if peers else []
     path += [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
     variables = settings | os.environ | {"PYTHONPATH": os.pathsep.join(path)}
+    set_thread_waiting(variables)
     with log.open("a", encoding="utf-8") as file:
         done = subprocess.run(
             [sys.executable, *arguments],
