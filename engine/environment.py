@@ -9,9 +9,10 @@ import os
 import platform
 from collections.abc import MutableMapping
 
-# A waiting OpenMP thread tests a flag so often, some 10 us, before it sleeps. libgomp's own 300000
-# starve the threads of the other library's pool; with none, each small product of the sampler pays
-# for waking a thread: 64 x 256 x 768 in 0.41 ms, against 0.21, and 0.28 with one thread.
+# How often a waiting OpenMP thread looks for work before it sleeps, 20 us by libgomp's estimate.
+# With its own 300000 threads that wait starve those that work. With none, each small product of the
+# sampler wakes a thread: 64 x 256 x 768 took 0.41 ms on 2 cores, against 0.21 with this and 0.28
+# with one thread.
 SPIN_COUNT = 2000
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
@@ -29,9 +30,9 @@ def set_thread_waiting(variables: MutableMapping[str, str] = os.environ) -> None
 def keep_freed_memory() -> None:
     """Let glibc reuse memory that was freed, as caching allocators do, in place of returning it.
 
-    Activations and gradients on a CPU otherwise come as fresh memory in every step, whose page
-    faults took a quarter to a third of it. The process keeps the peak of its phases, and what lies
-    between pieces in use: 20 to 40 MiB of 550 more were seen.
+    Activations and gradients on a CPU otherwise come as fresh memory in every step, and a third of
+    the update's time was page faults. The price: between steps the process keeps what the largest
+    phase took, and holes between pieces in use raise that; 30 to 40 MiB of 530 were seen.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
