@@ -10,12 +10,10 @@ no time.
 
 import argparse
 import contextlib
-import ctypes
 import importlib.metadata
 import itertools
 import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -29,6 +27,7 @@ from warpo.bench import peers
 from warpo.bench.case import Call, Case
 from warpo.bench.cases import cases
 from warpo.bench.environment import aligned, environment, processor
+from warpo.engine.environment import keep_freed_memory
 from warpo.kernels import dispatch
 
 # Largest error against float64, relative to the largest value: float32 arithmetic with a bfloat16
@@ -235,19 +234,6 @@ def goals_table(goals: list[dict]) -> str:
         lines.append([goal["operation"], goal["size"], goal["against"], bound, reached,
                       "met" if goal["met"] else "missed"])  # fmt: skip
     return aligned(lines, 3)
-
-
-def keep_freed_memory() -> None:
-    """Let glibc reuse memory that was freed, as caching allocators do, in place of returning it.
-
-    On a CPU most of the time of a provider that returns a large tensor would otherwise be the page
-    faults of fresh memory, which depend on what else the machine does.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        trim_threshold, mmap_max = -1, -4
-        libc = ctypes.CDLL(None)
-        libc.mallopt(mmap_max, 0)
-        libc.mallopt(trim_threshold, -1)
 
 
 def run(device: str, out: Path, groups: list[Callable[[], list[Case]]], only: str) -> None:

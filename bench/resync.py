@@ -13,11 +13,12 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
-import os
 import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from warpo.engine.environment import set_thread_waiting
 
 SHAPE = dict(
     vocab_size=49152,
@@ -116,8 +117,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("bench/results/latest"), metavar="DIR")
     args = parser.parse_args()
-    # Read when torch loads.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    set_thread_waiting()
     from warpo.bench.environment import aligned, environment, processor
 
     rows = [row for dtype in ("float32", "bfloat16") for row in measure_resync(dtype, SHAPE)]

@@ -6,6 +6,7 @@ and both trainers see equal token counts. Words stand for tokens: "w7" is token 
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import json
 import random
@@ -195,7 +196,9 @@ class Clock:
 
         def timed_forward(*args: Any, **kwargs: Any) -> Any:
             if torch.is_grad_enabled():
-                self.resident_bytes = self.resident_bytes or memory_bytes("VmRSS")
+                if not self.resident_bytes:
+                    ctypes.CDLL(None).malloc_trim(0)  # lest loading's freed memory count
+                    self.resident_bytes = memory_bytes("VmRSS")
                 self._forward_start = time.perf_counter()
             return forward(*args, **kwargs)
 

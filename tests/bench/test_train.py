@@ -49,24 +49,32 @@ def test_a_step_is_the_sum_of_its_phases():
     assert step["step"] == pytest.approx(sum(parts)) and step["other"] >= 0 < step["sample"]
 
 
-def test_goals_compare_with_the_faster_run_of_trl(tmp_path):
+def test_goals_compare_with_each_run_of_trl(tmp_path):
     job = job_of(parse([]), "tiny", str(tmp_path))
 
-    def row(name: str, seconds: float, peak: int) -> dict:
+    def row(name: str, seconds: float, held: int, peak: int) -> dict:
         answer = {
             "steps": [{"step": seconds, "cpu": 1.0, "sample": seconds / 2}] * 3,
-            "peaks": [peak], "resident_bytes": 200, "imports_bytes": 100,
+            "peaks": [peak], "resident_bytes": held, "imports_bytes": 100,
             "completion_tokens": 4096.0, "reward": 0.5, "versions": {"torch": "2"},
         }  # fmt: skip
         return row_of(job, name, answer, weight_bytes=50)
 
-    rows = [row("warpo", 1.0, 300), row("trl", 4.0, 340), row("trl uncorrected", 1.6, 360)]
-    time_goal, cpu_goal, memory_goal = goals_of(rows)
-    assert time_goal["against"] == memory_goal["against"] == "trl uncorrected"
-    assert time_goal["reached"] == pytest.approx(1.0 / 1.6) and not time_goal["met"]
-    assert cpu_goal["reached"] == 1.0
-    assert memory_goal["reached"] == pytest.approx((360 - 300) / 50) and memory_goal["met"]
+    rows = [
+        row("warpo", 1.0, 200, 300), row("trl", 4.0, 240, 340),
+        row("trl uncorrected", 1.6, 260, 360),
+    ]  # fmt: skip
+    goals = goals_of(rows)
+    by_trainer = {
+        name: [g for g in goals if g["against"] == name] for name in ("trl", "trl uncorrected")
+    }
+    reached = {name: [g["reached"] for g in found] for name, found in by_trainer.items()}
+    assert reached["trl"] == pytest.approx([0.25, 1.0, 0.8, 0.8])
+    assert reached["trl uncorrected"] == pytest.approx([1.0 / 1.6, 1.0, 1.2, 1.2])
+    assert [g["met"] for g in by_trainer["trl"]] == [True, False, False, False]
+    assert [g["met"] for g in by_trainer["trl uncorrected"]] == [False, False, True, True]
     assert "1000" in table_of(rows)
+    assert goals_of(rows[1:]) == []
 
 
 def test_a_result_says_where_when_and_how_it_was_measured():

@@ -7,8 +7,9 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-# Read once, when torch loads OpenMP: threads that spin while they wait starve the other core's.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+from warpo.engine.environment import set_thread_waiting
+
+set_thread_waiting()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest  # noqa: E402
