@@ -260,7 +260,7 @@ def _probe(
         report.add(
             Line(
                 name="composition",
-                text=f"{alone:.1e} <= {bound:g}, learner with sequences packed against each alone",
+                text=f"{alone:.1e} <= {bound:g}, learner with sequences packed against one alone",
                 ok=alone <= bound,
                 cure="what attention and matrix products add is above probe.tolerance: raise it, "
                 "or compute in float32",

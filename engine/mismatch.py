@@ -6,7 +6,7 @@ wn and the probe scores. With logprobs of one token in nats:
 
     kernels      d = learner(wn) - sampler(wn): the same weights and tokens in other kernels, at
                  temperature 1, of every token after the first
-    composition  d = learner(wn), the sequences packed together - learner(wn), each alone
+    composition  d = learner(wn), the sequences packed together - learner(wn), the first one alone
     staleness    d = learner(w(n-1)) - learner(w0), at the sampling temperature, of the completions:
                  how old the samples are when the last optimizer step uses them
     sampling     d = recorded by the sampler while it drew - learner(w0), as above: what decides
@@ -46,11 +46,11 @@ def kernels(probe: Probe) -> Metrics:
 
 
 def composition(model: nn.Module, sequences: Sequence[Sequence[int]], probe: Probe) -> Metrics:
-    """mismatch/composition_max: a forward pass of each of the probe's sequences."""
-    device = next(model.parameters()).device
-    batches = [pack([as_rollout(ids, 1)]).to(device) for ids in sequences]
-    alone = torch.cat([score(model, batch, 1.0) for batch in batches]).cpu()
-    return {"mismatch/composition_max": (probe.learner - alone).abs().max().item()}
+    """mismatch/composition_max, of the probe's first sequence: a forward pass of it alone."""
+    batch = pack([as_rollout(sequences[0], 1)]).to(next(model.parameters()).device)
+    alone = score(model, batch, 1.0).cpu()
+    packed = probe.learner[: len(alone)]
+    return {"mismatch/composition_max": (packed - alone).abs().max().item()}
 
 
 class Drift:

@@ -60,7 +60,7 @@ def packed_attention(
         )
 
     def unpack(x: Tensor) -> Tensor:
-        rows = x[0].transpose(0, 1).flatten(1).index_select(0, slots.flatten())
+        rows = _take(x[0].transpose(0, 1).flatten(1), slots.flatten())
         return rows.view(*slots.shape, x.shape[1], x.shape[3]).transpose(1, 2)
 
     out = F.scaled_dot_product_attention(
@@ -72,8 +72,17 @@ def packed_attention(
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
     )
-    rows = out.transpose(1, 2).flatten(2).flatten(0, 1).index_select(0, places)
+    rows = _take(out.transpose(1, 2).flatten(2).flatten(0, 1), places)
     return rows.view(1, -1, query.shape[1], query.shape[3]), None
+
+
+def _take(rows: Tensor, index: Tensor) -> Tensor:
+    """rows[index], with a gradient that is the same in every run.
+
+    A shared prompt is taken several times, so its gradient is a sum: on a GPU the backward of
+    index_select adds with atomics, in any order, and that of an index sorts first.
+    """
+    return rows[index] if rows.is_cuda else rows.index_select(0, index)
 
 
 AttentionInterface.register(ATTENTION, packed_attention)

@@ -62,17 +62,15 @@ def test_goals_compare_with_each_run_of_trl(tmp_path):
 
     rows = [
         row("warpo", 1.0, 200, 300), row("trl", 4.0, 240, 340),
-        row("trl uncorrected", 1.6, 260, 360),
+        row("trl tuned", 1.6, 260, 360),
     ]  # fmt: skip
     goals = goals_of(rows)
-    by_trainer = {
-        name: [g for g in goals if g["against"] == name] for name in ("trl", "trl uncorrected")
-    }
+    by_trainer = {name: [g for g in goals if g["against"] == name] for name in ("trl", "trl tuned")}
     reached = {name: [g["reached"] for g in found] for name, found in by_trainer.items()}
-    assert reached["trl"] == pytest.approx([0.25, 1.0, 0.8, 0.8])
-    assert reached["trl uncorrected"] == pytest.approx([1.0 / 1.6, 1.0, 1.2, 1.2])
-    assert [g["met"] for g in by_trainer["trl"]] == [True, False, False, False]
-    assert [g["met"] for g in by_trainer["trl uncorrected"]] == [False, False, True, True]
+    assert reached["trl"] == pytest.approx([0.25, 1.0, 0.8])
+    assert reached["trl tuned"] == pytest.approx([1.0 / 1.6, 1.0, 1.2])
+    assert [g["met"] for g in by_trainer["trl"]] == [True, False, False]
+    assert [g["met"] for g in by_trainer["trl tuned"]] == [False, False, True]
     assert "1000" in table_of(rows)
     assert goals_of(rows[1:]) == []
 
@@ -96,7 +94,7 @@ def test_both_trainers_run_the_same_job(tmp_path):
     command = [sys.executable, "-m", "warpo.bench.train", "--quick", "--peers", PEERS]
     subprocess.run([*command, "--out", tmp_path], check=True, timeout=590, cwd=ROOT, env=os.environ)
     rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
-    assert [row["trainer"] for row in rows] == ["warpo", "trl", "trl uncorrected"]
+    assert [row["trainer"] for row in rows] == ["warpo", "trl", "trl tuned"]
     assert {row["completion_tokens"] for row in rows} == {8 * 8 * 64.0}
     for row in rows:
         # a random policy; both trainers score the same distribution
@@ -106,4 +104,4 @@ def test_both_trainers_run_the_same_job(tmp_path):
         assert {"torch", "transformers", "vllm"} <= row["versions"].keys()
         assert {"machine", "date", "commit", "command"} <= row.keys()
     by_name = {row["trainer"]: row["phases_s"] for row in rows}
-    assert by_name["trl"]["score"] > 0 == by_name["trl uncorrected"]["score"]
+    assert by_name["trl"]["score"] > 0 == by_name["trl tuned"]["score"]
