@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from warpo.engine.batch import Batch
 from warpo.engine.errors import ConfigError
+from warpo.engine.linear import Linear, linear
 from warpo.kernels import ops
 
 ATTENTION = "warpo_packed"
@@ -93,7 +94,7 @@ class Float32Head(nn.Linear):
 
     def forward(self, hidden: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.float()
-        return F.linear(hidden.float(), self.weight.float(), bias)
+        return linear(hidden.float(), self.weight.float(), bias)
 
 
 def set_lm_head_dtype(model: PreTrainedModel, lm_head_dtype: str) -> None:
@@ -107,7 +108,7 @@ def set_lm_head_dtype(model: PreTrainedModel, lm_head_dtype: str) -> None:
     if lm_head_dtype == "same":
         return
     head = model.get_output_embeddings()
-    if type(head) is not nn.Linear:
+    if type(head) not in (nn.Linear, Linear):
         raise ConfigError(
             f"lm_head_dtype = {lm_head_dtype!r} needs a model whose head is a linear layer, this "
             f"one's is {type(head).__name__}: set it to same"
@@ -124,6 +125,8 @@ def load_model(
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        elif type(module) is nn.Linear:
+            module.__class__ = Linear
     model.config.attention_dropout = 0.0
     set_lm_head_dtype(model, lm_head_dtype)
     model.to(device)  # type: ignore[arg-type]  # its wrapper hides the signature of nn.Module.to

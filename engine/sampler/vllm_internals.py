@@ -23,9 +23,10 @@ from typing import Any
 import numpy as np
 import torch
 from packaging.specifiers import SpecifierSet
-from torch import Tensor, nn
+from torch import Tensor
 
 from warpo.engine.errors import SamplerError
+from warpo.engine.linear import linear
 
 SUPPORTED_VLLM = SpecifierSet(">=0.32,<0.33", prereleases=True)
 
@@ -71,7 +72,7 @@ def _import_vllm() -> ModuleType:
 
 
 def _plain_linear(layer: Any, remove_weight: bool) -> None:
-    layer.cpu_linear = nn.functional.linear
+    layer.cpu_linear = linear
 
 
 def _count_at_least(x: Tensor, values: Tensor) -> Tensor:
