@@ -279,7 +279,7 @@ def _update(
 
 
 def _publish(config: Config, parts: Parts, log: RunLog, sequences: list[list[int]]) -> Metrics:
-    """Write the learner's weights into the sampler and prove that they are there."""
+    """Make the learner's weights the sampler's and prove that they are."""
     with log.phase("publish"):
         copied = parts.publish()
     with log.phase("resume"):

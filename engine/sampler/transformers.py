@@ -1,4 +1,4 @@
-"""Sampling with transformers alone, where vLLM is not installed: its own copy of the model."""
+"""Sampling with transformers alone, where vLLM is not installed."""
 
 from __future__ import annotations
 

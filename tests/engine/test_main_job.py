@@ -30,5 +30,6 @@ def test_grpo_on_vllm_raises_held_out_accuracy_by_40_points_to_above_85_percent(
     rows = read_rows(tmp_path / "out/metrics.jsonl")
     accuracy = [row["eval/accuracy"] for row in rows if "eval/accuracy" in row]
     assert accuracy[-1] - accuracy[0] >= 0.40 and accuracy[-1] > 0.85, accuracy
-    assert max(row["probe/max_difference"] for row in rows[1:]) < 1e-4
+    assert max(row["mismatch/kernels_max"] for row in rows[1:]) < 1e-4
+    assert {row["publish/bytes"] for row in rows[1:]} == {0}
     assert (tmp_path / "out/learning.png").stat().st_size > 0
