@@ -138,7 +138,7 @@ def learner_device(config: Config) -> torch.device:
 
 def _sampler(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Sampler:
     options: dict[str, Any] = {
-        "dtype": config.dtype if config.rollout.dtype == "same" else config.rollout.dtype,
+        "dtype": config.sampler_dtype,
         "lm_head_dtype": config.lm_head_dtype,
         "max_model_len": config.rollout.max_model_len,
         "eos_token_ids": eos_token_ids(model, tokenizer),

@@ -224,6 +224,11 @@ class Config:
         resolve_objective(self.loss)
 
     @property
+    def sampler_dtype(self) -> str:
+        """Type of the sampler's weights, "same" looked up."""
+        return self.dtype if self.rollout.dtype == "same" else self.rollout.dtype
+
+    @property
     def max_prompt_tokens(self) -> int:
         return self.rollout.max_model_len - self.rollout.max_new_tokens
 
@@ -241,7 +246,7 @@ def _check_inputs(config: Config) -> None:
             f"evaluation.every_steps = {config.evaluation.every_steps} needs data.eval: "
             "give a JSONL file of held-out prompts, or set evaluation.every_steps to 0"
         )
-    if config.resync == "alias" and config.rollout.dtype not in ("same", config.dtype):
+    if config.resync == "alias" and config.sampler_dtype != config.dtype:
         raise ConfigError(
             f"resync = 'alias' needs one dtype: the learner has dtype = {config.dtype!r} and the "
             f"sampler rollout.dtype = {config.rollout.dtype!r}; set resync to copy or auto"

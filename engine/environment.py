@@ -15,7 +15,11 @@ from collections.abc import MutableMapping
 # with one thread.
 SPIN_COUNT = 2000
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # of malloc.h
+# From this size on memory comes from the kernel and goes back at once. By default glibc raises the
+# bound to 32 MiB as it goes, and keeps what is below: 0.4 GiB were seen.
+_MMAP_THRESHOLD_BYTES = 256 * 1024
+_MMAP_MAX = 65536  # glibc's own
 
 
 def set_thread_waiting(variables: MutableMapping[str, str] = os.environ) -> None:
@@ -38,3 +42,12 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_MMAP_MAX, 0)
         libc.mallopt(_M_TRIM_THRESHOLD, -1)
+
+
+def return_freed_memory() -> None:
+    """Let glibc return large memory when it is freed, so that the resident set is what is in use:
+    the opposite of `keep_freed_memory`, to measure by.
+    """
+    libc = ctypes.CDLL(None)
+    libc.mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES)
+    libc.mallopt(_M_MMAP_MAX, _MMAP_MAX)

@@ -95,7 +95,7 @@ def plan_memory(
     weights = sum(p.nbytes for p in model.parameters())
     objective = resolve_objective(config.loss)
     held = {
-        "sampler weights": parameters * _sampler_dtype(config).itemsize,
+        "sampler weights": parameters * _dtype(config.sampler_dtype).itemsize,
         "learner weights": 0 if resync == "alias" else weights,
         "reference weights": weights if objective.kl_coef else 0,
         "KV cache": int(config.rollout.kv_cache_gib * 2**30) if config.sampler == "vllm" else 0,
@@ -143,15 +143,11 @@ def resync_of(config: Config) -> Literal["alias", "copy"]:
     """What resync = auto is expected to be: models whose weights cannot be shared are rare."""
     if config.resync != "auto":
         return config.resync
-    return "alias" if _sampler_dtype(config) == _dtype(config.dtype) else "copy"
+    return "alias" if config.sampler_dtype == config.dtype else "copy"
 
 
 def _dtype(name: str) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
-
-
-def _sampler_dtype(config: Config) -> torch.dtype:
-    return _dtype(config.dtype if config.rollout.dtype == "same" else config.rollout.dtype)
 
 
 def _shapes(config: Config, prompt_lengths: Sequence[int]) -> list[Shape]:
@@ -308,7 +304,7 @@ def _sampling_bytes(
         return 0
     model = hf_config.get_text_config()
     limit, sequences, block = _BATCH_LIMITS[_hardware(device)]
-    rollout, itemsize = config.rollout, _sampler_dtype(config).itemsize
+    rollout, itemsize = config.rollout, _dtype(config.sampler_dtype).itemsize
     sequences = min(sequences, rollout.prompts_per_step * rollout.group_size)
     cached = (prompt_tokens - 1) // block * block
     tokens = rollout.prompts_per_step * (
@@ -344,7 +340,7 @@ def _probe_cache_bytes(
     heads = getattr(model, "num_key_value_heads", None) or model.num_attention_heads
     width = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
     blocks = config.probe.num_sequences * -(-tokens // CPU_BLOCK_SIZE)
-    itemsize = _sampler_dtype(config).itemsize
+    itemsize = _dtype(config.sampler_dtype).itemsize
     size = blocks * CPU_BLOCK_SIZE * model.num_hidden_layers * 2 * heads * width * itemsize
     return min(size, int(config.rollout.kv_cache_gib * 2**30))
 

@@ -17,18 +17,13 @@ from transformers.utils import logging as transformers_logging
 from warpo.engine import step
 from warpo.engine.batch import pack
 from warpo.engine.config import Config
+from warpo.engine.environment import return_freed_memory
 from warpo.engine.memory import Shape, rollouts_of
 from warpo.engine.model import load_model
 from warpo.engine.optimizer import AdamW
 from warpo.engine.resync import Resync
 from warpo.engine.sampler.base import Sampler, SamplingOptions
 from warpo.kernels.objectives import OBJECTIVES
-
-_M_MMAP_THRESHOLD, _M_MMAP_MAX = -3, -4  # of malloc.h
-# From this size on glibc takes memory from the kernel and gives it back at once. By default it
-# raises the bound to 32 MiB as it goes, and keeps what is below: 0.4 GiB were seen.
-_MMAP_THRESHOLD_BYTES = 256 * 1024
-_MMAP_MAX = 65536  # glibc's own, which `keep_freed_memory` sets to 0
 
 
 class PeakMemory:
@@ -38,8 +33,7 @@ class PeakMemory:
         self._cuda = device.type == "cuda"
         self.peaks: dict[str, int] = {}
         if not self._cuda:
-            ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES)
-            ctypes.CDLL(None).mallopt(_M_MMAP_MAX, _MMAP_MAX)
+            return_freed_memory()
         self._baseline = self._reset()
 
     @property

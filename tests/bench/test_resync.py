@@ -5,18 +5,12 @@ import sys
 
 import pytest
 
+from tests.engine.models import COMMON
 from warpo.bench import resync
 
 pytest.importorskip("vllm")
 
-SMALL = dict(
-    vocab_size=128,
-    hidden_size=128,
-    intermediate_size=160,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-)
+SMALL = dict(vocab_size=128, **COMMON)
 
 
 def test_a_row_has_what_a_reader_needs_to_repeat_it(tmp_path, monkeypatch, capsys):
