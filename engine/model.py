@@ -122,15 +122,20 @@ def load_model(
     """The model of a Hugging Face directory, without dropout, reading packed sequences."""
     transformers_logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=ATTENTION)
+    prepare(model)
+    set_lm_head_dtype(model, lm_head_dtype)
+    model.to(device)  # type: ignore[arg-type]  # its wrapper hides the signature of nn.Module.to
+    return model
+
+
+def prepare(model: PreTrainedModel) -> None:
+    """Take the dropout out of a loaded model, and let oneDNN compute its products on a CPU."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         elif type(module) is nn.Linear:
             module.__class__ = Linear
     model.config.attention_dropout = 0.0
-    set_lm_head_dtype(model, lm_head_dtype)
-    model.to(device)  # type: ignore[arg-type]  # its wrapper hides the signature of nn.Module.to
-    return model
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:

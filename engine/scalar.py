@@ -1,0 +1,64 @@
+"""Models with one number for each token: critic, reward model, process reward model.
+
+All three are transformers' sequence classifiers with one label, so other libraries load their
+checkpoints too. A token's number is read from the hidden state at that token.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from warpo.engine.batch import Batch
+from warpo.engine.errors import ConfigError
+from warpo.engine.model import ATTENTION, prepare
+
+
+def load_scalar_model(path: str, dtype: str, device: torch.device) -> PreTrainedModel:
+    """The classifier of a Hugging Face directory, without dropout, reading packed sequences.
+
+    The directory of a language model serves too: its trunk is taken, with a head that starts at 0.
+
+    Raises:
+        ConfigError: the classifier has more labels than one.
+    """
+    config = AutoConfig.from_pretrained(path)
+    is_classifier = any("Classification" in name for name in config.architectures or ())
+    if is_classifier and config.num_labels != 1:
+        raise ConfigError(
+            f"{path} is a classifier of {config.num_labels} labels, wanted one with a single label"
+        )
+    verbosity = transformers_logging.get_verbosity()
+    # It warns of a head that is new, which here is meant.
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        model = AutoModelForSequenceClassification.from_pretrained(
+            path, num_labels=1, dtype=dtype, attn_implementation=ATTENTION
+        )
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    if not is_classifier:
+        nn.init.zeros_(model.score.weight)
+    prepare(model)
+    model.to(device)  # type: ignore[arg-type]  # its wrapper hides the signature of nn.Module.to
+    return model
+
+
+def token_scores(model: PreTrainedModel, batch: Batch, index: Tensor) -> Tensor:
+    """Scores (K,) float32 at K of the tokens of a packed micro-batch.
+
+    Args:
+        index: (K,) int64, places among the N tokens of the row; `batch.predictors` gives the value
+            of the state before each completion token.
+    """
+    hidden = model.base_model(
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        slots=batch.slots,
+        places=batch.places,
+        use_cache=False,
+    ).last_hidden_state[0, index]
+    return model.score(hidden).float().squeeze(-1)
