@@ -75,8 +75,8 @@ def _title(path: Path, rows: Sequence[dict[str, Any]]) -> str:
     if not settings_path.exists():
         return f"{path.parent.name}, {steps}"
     settings = yaml.safe_load(settings_path.read_text(encoding="utf-8"))
-    objective = settings["loss"]["objective"]
-    return f"{settings['model']}, {objective}, sampled by {settings['sampler']}, {steps}"
+    model, algorithm, sampler = (settings[name] for name in ("model", "algorithm", "sampler"))
+    return f"{model}, {algorithm}, sampled by {sampler}, {steps}"
 
 
 def _draw(axes: Axes, panel: Panel, rows: Sequence[dict[str, Any]]) -> None:

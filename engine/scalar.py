@@ -6,6 +6,8 @@ checkpoints too. A token's number is read from the hidden state at that token.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
@@ -61,4 +63,5 @@ def token_scores(model: PreTrainedModel, batch: Batch, index: Tensor) -> Tensor:
         places=batch.places,
         use_cache=False,
     ).last_hidden_state[0, index]
-    return model.score(hidden).float().squeeze(-1)
+    head: Any = model.score
+    return head(hidden).float().squeeze(-1)
