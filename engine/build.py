@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -126,7 +126,14 @@ def build(config: Config) -> Parts:
     )
 
 
-def learner_device(config: Config) -> torch.device:
+class WithDevice(Protocol):
+    """Settings that say where the learner runs."""
+
+    @property
+    def device(self) -> str: ...
+
+
+def learner_device(config: WithDevice) -> torch.device:
     """Where the learner runs, "auto" looked up."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device = 'cuda', but torch sees no CUDA device: set device to cpu")

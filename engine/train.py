@@ -7,9 +7,8 @@ one samples from.
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -20,6 +19,7 @@ from warpo.engine.build import Parts, build, load_reference, make_reference
 from warpo.engine.config import Config, resolve_advantage_std
 from warpo.engine.data import Prompt, columns
 from warpo.engine.errors import TrainingError, WeightMismatch
+from warpo.engine.loop import due, raise_if, signals
 from warpo.engine.metrics import ReportProgress, RunLog, read_rows
 from warpo.engine.optimizer import update_metrics
 from warpo.engine.resync import Resync
@@ -46,7 +46,7 @@ def run(config: Config) -> None:
     """
     resume_from = checkpoint.latest(config.output_dir) if config.resume else None
     resume_step = int(resume_from.name.removeprefix("step-")) if resume_from else 0
-    with RunLog(config.output_dir, config, resume_step=resume_step) as log, _signals(log) as stop:
+    with RunLog(config.output_dir, config, resume_step=resume_step) as log, signals(log) as stop:
         with log.phase("load"):
             parts = build(config)
         with parts.reward, _checkpoint_on_error(config, parts, log):
@@ -58,7 +58,7 @@ def run(config: Config) -> None:
                     metrics |= _evaluation(config, parts, log)
                 finally:
                     log.write(parts.step, metrics)
-                if _due(parts.step, config.checkpoint.every_steps, config.steps):
+                if due(parts.step, config.checkpoint.every_steps, config.steps):
                     _save(config, parts, log)
         _report(Path(config.output_dir) / "metrics.jsonl", log)
 
@@ -119,7 +119,7 @@ def _step(
     with log.phase("score"):
         drift = mismatch.Drift(parts.model, probed, config.rollout.temperature)
         minibatches, saving = _score(config, parts, minibatches, drift.sampling_difference)
-    _raise_if(stop)
+    raise_if(stop)
     with log.phase("update") as progress:
         metrics |= saving | _update(config, parts, minibatches, progress, drift)
     parts.step, parts.whole, parts.boundary = step, True, parts.stream.state_dict()
@@ -174,7 +174,7 @@ def _rollouts(
     _check_versions(parts, groups)
     with log.phase("reward"):
         rewards = _rewards(parts, prompts, groups)
-    _raise_if(stop)
+    raise_if(stop)
     advantages = ops.group_advantages(
         torch.tensor(rewards), group_size, std=resolve_advantage_std(config.loss)
     )
@@ -309,7 +309,7 @@ def _publish(config: Config, parts: Parts, log: RunLog, sequences: list[list[int
 def _evaluation(config: Config, parts: Parts, log: RunLog) -> Metrics:
     """Accuracy of greedy completions of the held-out prompts, where it is due."""
     every = config.evaluation.every_steps
-    if not every or not (parts.step == 0 or _due(parts.step, every, config.steps)):
+    if not every or not (parts.step == 0 or due(parts.step, every, config.steps)):
         return {}
     options = SamplingOptions(
         group_size=1, temperature=0.0, max_new_tokens=config.rollout.max_new_tokens, seed=0
@@ -330,10 +330,6 @@ def _report(metrics_path: Path, log: RunLog) -> None:
             f"{last['eval/accuracy']:.3f} after step {last['step']}"
         )
     log.say(f"learning curves: {plot.plot_run(metrics_path)}")
-
-
-def _due(step: int, every: int, last: int) -> bool:
-    return step == last or (every > 0 and step % every == 0)
 
 
 def _save(config: Config, parts: Parts, log: RunLog) -> None:
@@ -361,31 +357,3 @@ def _checkpoint_on_error(config: Config, parts: Parts, log: RunLog) -> Iterator[
         elif parts.boundary:
             log.say("stopped within an update; --resume continues from the newest checkpoint")
         raise
-
-
-@contextmanager
-def _signals(log: RunLog) -> Iterator[Callable[[], bool]]:
-    """Ctrl-C and SIGTERM wait for a moment at which nothing is lost; a second one does not wait."""
-    asked = False
-
-    def ask(signum: int, frame: object) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
-        log.say("stopping as soon as nothing is lost; again to stop at once")
-
-    previous = {}
-    with suppress(ValueError):  # not in the main thread: signals are the caller's
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, ask)
-    try:
-        yield lambda: asked
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def _raise_if(stop: Callable[[], bool]) -> None:
-    if stop():
-        raise KeyboardInterrupt
