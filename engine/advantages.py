@@ -272,4 +272,6 @@ _ESTIMATORS: dict[str, Callable[[Algorithm, _Tokens, AdaptiveState], Estimate]] 
     "group, batch": _group_batch,
     "process": _process,
     "gae": _critic,
+    # Pairs are made of rewards; this counts the groups that give none.
+    "pairs": _group,
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -173,13 +173,23 @@ def split(tokens: Tensor, rollouts: Sequence[Rollout]) -> tuple[Tensor, ...]:
     return tokens.split([len(rollout.completion.token_ids) for rollout in rollouts])
 
 
-def split_by_tokens(rollouts: Sequence[Rollout], token_budget: int) -> list[list[Rollout]]:
+class HasLength(Protocol):
+    """A rollout, or an example with all its completions."""
+
+    @property
+    def num_tokens(self) -> int: ...
+
+
+T = TypeVar("T", bound=HasLength)
+
+
+def split_by_tokens(rollouts: Sequence[T], token_budget: int) -> list[list[T]]:
     """Micro-batches of at most `token_budget` tokens each, in the given order.
 
     Raises:
         ValueError: one rollout alone exceeds the budget.
     """
-    micro_batches: list[list[Rollout]] = []
+    micro_batches: list[list[T]] = []
     room = 0
     for rollout in rollouts:
         if rollout.num_tokens > token_budget:

@@ -5,28 +5,32 @@ loaded.
 from __future__ import annotations
 
 import copy
+import random
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from warpo.engine import checkpoint
 from warpo.engine.advantages import AdaptiveState
 from warpo.engine.algorithms import Algorithm
+from warpo.engine.batch import Batch, pack, split_by_tokens
 from warpo.engine.config import Config
 from warpo.engine.critic import Critic
-from warpo.engine.data import Example, Prompt, PromptStream, load_examples, load_prompts
+from warpo.engine.data import Prompt, PromptStream, load_prompts
 from warpo.engine.errors import ConfigError, DataError
 from warpo.engine.model import eos_token_ids, load_model, load_tokenizer
+from warpo.engine.offline.data import Example, load_examples
 from warpo.engine.optimizer import AdamW, WeightUpdate, warmup_schedule
 from warpo.engine.resolve import resolve
 from warpo.engine.resync import Resync
 from warpo.engine.rewards import Reward
 from warpo.engine.sampler.base import Sampler
+from warpo.engine.step import as_rollout
 
 
 @dataclass(kw_only=True)
@@ -55,7 +59,7 @@ class Parts:
     examples: list[Example]
     probe_sequences: list[list[int]]
     critic: Critic | None = None
-    reference: nn.Module | None = None
+    reference: PreTrainedModel | None = None
     step: int = 0
     whole: bool = True
     boundary: dict[str, Any] = field(default_factory=dict)
@@ -77,6 +81,18 @@ class Parts:
         self.fingerprints = {
             name: value for name, value in update.fingerprints.items() if name in weights
         }
+
+    def pretraining_batches(
+        self, config: Config, count: int, step: int, update: int
+    ) -> list[Batch]:
+        """Micro-batches of `count` supervised examples, drawn by seed, step and update alone."""
+        rng = random.Random(f"{config.seed} {step} {update}")
+        chosen = rng.sample(self.examples, min(count, len(self.examples)))
+        micro = split_by_tokens(
+            [as_rollout(e.token_ids, len(e.prompt_ids)) for e in chosen],
+            config.update.token_budget,
+        )
+        return [pack(rollouts).to(self.device) for rollouts in micro]
 
     def position(self) -> dict[str, Any]:
         """What sampling and estimating advance, and a step that fails has to take back."""
@@ -115,7 +131,11 @@ def build(config: Config) -> Parts:
             )
     examples: list[Example] = []
     if config.pretraining.data:
-        examples = load_examples(config.pretraining.data, tokenizer, config.rollout.max_model_len)
+        examples = load_examples(
+            config.pretraining.data, tokenizer, "sft",
+            token_budget=config.update.token_budget,
+            max_length=config.rollout.max_model_len,
+        )  # fmt: skip
     reward = Reward(
         config.reward.function,
         deadline_s=config.reward.deadline_s,
@@ -155,7 +175,14 @@ def build(config: Config) -> Parts:
     )
 
 
-def learner_device(config: Config) -> torch.device:
+class WithDevice(Protocol):
+    """Settings that say where the learner runs."""
+
+    @property
+    def device(self) -> str: ...
+
+
+def learner_device(config: WithDevice) -> torch.device:
     """Where the learner runs, "auto" looked up."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device = 'cuda', but torch sees no CUDA device: set device to cpu")
@@ -184,8 +211,9 @@ def _sampler(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokeni
 def make_reference(config: Config, parts: Parts) -> None:
     """Freeze the model that step 1 starts from, and keep it on disk for a resumed run."""
     if parts.algorithm.has_reference:
-        parts.reference = copy.deepcopy(parts.model).requires_grad_(False).eval()
-        parts.reference.save_pretrained(_references(config) / _step_name(0))
+        reference = copy.deepcopy(parts.model)
+        reference.save_pretrained(_references(config) / _step_name(0))
+        parts.reference = reference.requires_grad_(False).eval()
 
 
 def renew_reference(config: Config, parts: Parts, step: int) -> None:

@@ -38,7 +38,7 @@ from warpo.engine.model import load_tokenizer
 from warpo.engine.peak_memory import PeakMemory, free_memory, rehearse
 from warpo.engine.resolve import resolve
 from warpo.engine.sampler.base import SamplingOptions
-from warpo.engine.train import optimize
+from warpo.engine.train import train_step
 from warpo.kernels.objectives import OBJECTIVES, Objective
 
 MEMORY_BOUND = 0.05
@@ -163,7 +163,7 @@ def _measured_step(
     micro_batches = _micro_batches(config, plan, parts)
     # The first update makes the optimizer's state, which all phases of later steps hold.
     progress("update")
-    optimize(config, parts, micro_batches, step=config.steps)
+    train_step(config, parts, micro_batches, step=config.steps, update=0)
     parts.publish()
     progress("sample")
     longest = max(len(prompt.token_ids) for prompt in prompts)
@@ -192,7 +192,7 @@ def _measured_step(
         ]  # fmt: skip
     progress("update")
     with meter.phase("update"):
-        optimize(config, parts, micro_batches, step=config.steps)
+        train_step(config, parts, micro_batches, step=config.steps, update=0)
     progress("publish")
     rollout = rollouts_of(replace(plan.shape, prompt_tokens=longest), vocabulary)[0]
     tokens = rollout.prompt_ids + rollout.completion.token_ids

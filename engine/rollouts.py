@@ -12,6 +12,7 @@ from warpo.engine.build import Parts
 from warpo.engine.config import Config
 from warpo.engine.data import Prompt, columns
 from warpo.engine.errors import WeightMismatch
+from warpo.engine.loop import raise_if
 from warpo.engine.metrics import ReportProgress, RunLog
 from warpo.engine.sampler.base import Interrupted, SamplingOptions
 
@@ -108,8 +109,7 @@ def _draw(config: Config, parts: Parts, log: RunLog, stop: Stop, step: int, numb
     groups = _sample(parts, log, prompts, options, stop, "sample")
     with log.phase("reward"):
         rewards = reward(parts, prompts, groups)
-    if stop():
-        raise KeyboardInterrupt
+    raise_if(stop)
     return _Draw(prompts, groups, rewards)
 
 

@@ -1,4 +1,6 @@
-"""One step of training: micro-batches of rollouts in, one AdamW step an optimizer step out."""
+"""What one optimizer step is made of: rollouts into micro-batches, their scores, the gradient of
+their loss, a step of AdamW; and the proof that the sampler has its weights.
+"""
 
 from __future__ import annotations
 
@@ -55,46 +57,23 @@ def denominator(batches: Sequence[Batch], objective: Objective, max_new_tokens: 
 
 
 class StepResult(NamedTuple):
-    """What an optimizer step reports, on the device.
+    """What an optimizer step reports, on the device; None where it has no such part.
 
     Attributes:
-        metrics: the vector of `ops.policy_loss`, summed over micro-batches. As grad_norm and
-            update, None where the critic learns alone.
-        values: that of `ops.value_loss`, None without a critic.
-        grad_norm: L2 norm before clipping.
-        update: what the step did to the weights.
+        policy: the vector of `ops.policy_loss`, summed over micro-batches.
+        pairs: that of `ops.preference_loss`.
+        values: that of `ops.value_loss`.
+        pretraining: the supervised loss, times its coefficient.
+        grad_norm: L2 norm of the policy's gradient before clipping.
+        update: what the step did to the policy's weights.
     """
 
-    metrics: Tensor | None
-    values: Tensor | None
-    grad_norm: Tensor | None
-    update: WeightUpdate | None
-
-
-def train_step(
-    model: nn.Module,
-    optimizer: AdamW,
-    batches: Sequence[Batch],
-    objective: Objective,
-    *,
-    max_grad_norm: float,
-    **options: Any,
-) -> StepResult:
-    """One optimizer step over packed micro-batches.
-
-    loss = sum over the micro-batches of sum_t w_t loss_t / denominator, where the denominator is
-    that of the whole step: loss and gradient do not depend on how the rollouts are split into
-    micro-batches.
-
-    Args:
-        options: those of `accumulate_gradients`.
-
-    Raises:
-        TrainingError: the gradient is not finite. The weights are those before the step.
-    """
-    metrics, values = accumulate_gradients(model, batches, objective, **options)
-    grad_norm, update = apply_gradients(optimizer, max_grad_norm)
-    return StepResult(metrics, values, grad_norm, update)
+    policy: Tensor | None = None
+    pairs: Tensor | None = None
+    values: Tensor | None = None
+    pretraining: Tensor | None = None
+    grad_norm: Tensor | None = None
+    update: WeightUpdate | None = None
 
 
 def accumulate_gradients(
@@ -108,6 +87,10 @@ def accumulate_gradients(
     critic: Critic | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Add the gradient of one optimizer step to that of the parameters, micro-batch by micro-batch.
+
+    loss = sum over the micro-batches of sum_t w_t loss_t / denominator, where the denominator is
+    that of the whole step: loss and gradient do not depend on how the rollouts are split into
+    micro-batches.
 
     Args:
         kl_coef: in place of the objective's.
@@ -259,19 +242,34 @@ def score_rollouts(
     if reference is None and critic is None and not recompute_old:
         return list(rollouts)
     device = next(model.parameters()).device
-    order = sorted(range(len(rollouts)), key=lambda i: rollouts[i].num_tokens)
-    scored = list(rollouts)
-    remaining = iter(order)
-    for micro in split_by_tokens([rollouts[i] for i in order], token_budget):
+    scored: dict[int, Rollout] = {}
+    for micro in scoring_order(rollouts, token_budget):
+        chosen = [rollouts[i] for i in micro]
         batch = with_scores(
-            pack(micro).to(device), model, reference, critic,
+            pack(chosen).to(device), model, reference, critic,
             temperature=temperature, recompute_old=recompute_old,
         )  # fmt: skip
         names = ["old_logprobs"] if recompute_old else []
         names += ["ref_logprobs"] if reference is not None else []
         names += ["values"] if critic is not None else []
-        parts = {name: split(getattr(batch, name), micro) for name in names}
-        for place, index in enumerate(islice(remaining, len(micro))):
+        parts = {name: split(getattr(batch, name), chosen) for name in names}
+        for place, index in enumerate(micro):
             own: dict[str, Any] = {name: part[place] for name, part in parts.items()}
             scored[index] = replace(rollouts[index], **own)
-    return scored
+    return [scored[index] for index in range(len(rollouts))]
+
+
+def scoring_order(rollouts: Sequence[Rollout], token_budget: int) -> list[list[int]]:
+    """Places of the rollouts of each micro-batch that is scored: neighbours of one length."""
+    order = sorted(range(len(rollouts)), key=lambda i: rollouts[i].num_tokens)
+    remaining = iter(order)
+    micro_batches = split_by_tokens([rollouts[i] for i in order], token_budget)
+    return [list(islice(remaining, len(micro))) for micro in micro_batches]
+
+
+def tokens_scored(rollouts: Sequence[Rollout], token_budget: int) -> int:
+    """Tokens that a forward pass over the rollouts reads, each prompt once a micro-batch."""
+    total = sum(len(rollout.completion.token_ids) for rollout in rollouts)
+    for micro in scoring_order(rollouts, token_budget):
+        total += sum(map(len, {tuple(rollouts[i].prompt_ids) for i in micro}))
+    return total

@@ -7,9 +7,8 @@ one samples from.
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,19 +18,24 @@ from warpo.engine.batch import Batch, Rollout
 from warpo.engine.build import Parts, build, load_reference, make_reference, renew_reference
 from warpo.engine.config import Config
 from warpo.engine.errors import TrainingError, WeightMismatch
+from warpo.engine.loop import due, raise_if, signals
 from warpo.engine.metrics import ReportProgress, RunLog, read_rows
-from warpo.engine.optimizer import update_metrics
+from warpo.engine.offline.losses import preference_gradients, supervised_gradients
+from warpo.engine.pairs import pair_minibatches
 from warpo.engine.resync import Resync
 from warpo.engine.rollouts import accuracy, collect, generate, greedy, reward
 from warpo.engine.step import (
     EQUAL_LOGPROBS,
     StepResult,
+    accumulate_gradients,
+    apply_gradients,
     make_minibatches,
     probe_weights,
     score_rollouts,
-    train_step,
+    tokens_scored,
 )
-from warpo.kernels import ops
+from warpo.engine.step_metrics import step_metrics
+from warpo.kernels.preferences import Preference
 
 Metrics = dict[str, float]
 
@@ -45,7 +49,7 @@ def run(config: Config) -> None:
     """
     resume_from = checkpoint.latest(config.output_dir) if config.resume else None
     resume_step = int(resume_from.name.removeprefix("step-")) if resume_from else 0
-    with RunLog(config.output_dir, config, resume_step=resume_step) as log, _signals(log) as stop:
+    with RunLog(config.output_dir, config, resume_step=resume_step) as log, signals(log) as stop:
         with log.phase("load"):
             parts = build(config)
         with parts.reward, _checkpoint_on_error(config, parts, log):
@@ -57,7 +61,7 @@ def run(config: Config) -> None:
                     metrics |= _evaluation(config, parts, log)
                 finally:
                     log.write(parts.step, metrics)
-                if _due(parts.step, config.checkpoint.every_steps, config.steps):
+                if due(parts.step, config.checkpoint.every_steps, config.steps):
                     _save(config, parts, log)
         _report(Path(config.output_dir) / "metrics.jsonl", log)
 
@@ -108,7 +112,7 @@ def _step(
         rollouts, estimated = estimate(
             parts.algorithm, rollouts, config.rollout.group_size, parts.adaptive
         )
-    _raise_if(stop)
+    raise_if(stop)
     with log.phase("update") as progress:
         updated = _update(config, parts, rollouts, progress, drift)
     metrics |= saving | updated | estimated
@@ -141,7 +145,7 @@ def _score(
     return scored, {
         "old_logprobs/recomputed": float(recompute_old),
         "old_logprobs/tokens_saved": (
-            0.0 if recompute_old else float(sum(rollout.num_tokens for rollout in rollouts))
+            0.0 if recompute_old else float(tokens_scored(rollouts, config.update.token_budget))
         ),
     }
 
@@ -154,7 +158,8 @@ def _update(
     drift: mismatch.Drift,
 ) -> Metrics:
     """epochs x minibatches optimizer steps on the rollouts of a step, and their mean metrics."""
-    minibatches = make_minibatches(
+    make = pair_minibatches if parts.algorithm.advantages == "pairs" else make_minibatches
+    minibatches = make(
         rollouts, config.update.minibatches, config.update.token_budget,
         config.seed + parts.step + 1,
     )  # fmt: skip
@@ -165,66 +170,56 @@ def _update(
         if 0 < update == updates - 1:
             drift.before_last_update()
         parts.whole = False
+        batches = minibatches[update % len(minibatches)]
         try:
-            batches = minibatches[update % len(minibatches)]
-            results.append(optimize(config, parts, batches, parts.step + 1))
+            results.append(train_step(config, parts, batches, parts.step + 1, update))
         except TrainingError:
             # the critic may have taken its step
             parts.whole = update == 0 and parts.critic is None
             raise
         progress(update + 1, updates)
-    return _update_metrics(results) | {
+    return step_metrics(results) | {
         "lr": float(parts.schedule.get_last_lr()[0]),
         **drift.metrics(truncated=config.rollout.truncated),
     }
 
 
-def optimize(config: Config, parts: Parts, batches: Sequence[Batch], step: int) -> StepResult:
-    """An optimizer step of the critic, where it has a network of its own, and one of the policy,
-    after the steps of training in which the critic learns alone.
+def train_step(
+    config: Config, parts: Parts, batches: Sequence[Batch], step: int, update: int
+) -> StepResult:
+    """One optimizer step on packed micro-batches: of the critic, where it has a network of its own,
+    and of the policy, after the steps in which the critic learns alone.
+
+    Raises:
+        TrainingError: a gradient is not finite. That model's weights are those before.
     """
-    critic, algorithm = parts.critic, parts.algorithm
-    values = None
+    critic, algorithm, temperature = parts.critic, parts.algorithm, config.rollout.temperature
+    values = policy = pairs = pretraining = None
     if critic is not None and not critic.is_shared:
         values = critic.train_step(batches)
         if step <= config.critic.warmup_steps:
-            return StepResult(None, values, None, None)
+            return StepResult(values=values)
     if algorithm.previous_reference:
         batches = [replace(batch, ref_logprobs=batch.old_logprobs) for batch in batches]
-    result = train_step(
-        parts.model, parts.optimizer, batches, algorithm.objective,
-        temperature=config.rollout.temperature,
-        max_new_tokens=config.rollout.max_new_tokens,
-        max_grad_norm=config.update.max_grad_norm,
-        kl_coef=parts.adaptive.kl_coef if algorithm.kl_adapts_in_loss else None,
-        critic=critic if critic is not None and critic.is_shared else None,
-    )  # fmt: skip
+    if isinstance(algorithm.objective, Preference):
+        pairs = preference_gradients(parts.model, batches, algorithm.objective, temperature)
+    elif algorithm.objective is not None:
+        policy, shared_values = accumulate_gradients(
+            parts.model, batches, algorithm.objective,
+            temperature=temperature,
+            max_new_tokens=config.rollout.max_new_tokens,
+            kl_coef=parts.adaptive.kl_coef if algorithm.kl_adapts_in_loss else None,
+            critic=critic if critic is not None and critic.is_shared else None,
+        )  # fmt: skip
+        values = shared_values if values is None else values
+    if algorithm.pretraining_coef:
+        count = sum(batch.num_sequences for batch in batches)
+        examples = parts.pretraining_batches(config, count, step, update)
+        pretraining = supervised_gradients(parts.model, examples, coef=algorithm.pretraining_coef)
+    grad_norm, weight_update = apply_gradients(parts.optimizer, config.update.max_grad_norm)
     parts.schedule.step()
-    if result.update is not None:
-        parts.updated(result.update)
-    return result if values is None else result._replace(values=values)
-
-
-def _update_metrics(results: list[StepResult]) -> Metrics:
-    """Means over the optimizer steps of a step."""
-    metrics: Metrics = {}
-    values = [result.values for result in results if result.values is not None]
-    if values:
-        metrics |= ops.value_metrics(ops.merge_value_metrics(values))
-    stepped = [result.update for result in results if result.update is not None]
-    if not stepped:
-        return metrics
-    count = len(stepped)
-    metrics |= ops.policy_metrics(
-        ops.sum_metrics([r.metrics for r in results if r.metrics is not None])
-    )
-    metrics |= update_metrics(stepped)
-    for name in ("loss/policy", "loss/kl", "loss/entropy"):
-        metrics[name] /= count
-    return metrics | {
-        "ratio/clip_frac": metrics["ratio/clip_frac_low"] + metrics["ratio/clip_frac_high"],
-        "grad_norm": sum(r.grad_norm.item() for r in results if r.grad_norm is not None) / count,
-    }
+    parts.updated(weight_update)
+    return StepResult(policy, pairs, values, pretraining, grad_norm, weight_update)
 
 
 def _publish(config: Config, parts: Parts, log: RunLog, sequences: list[list[int]]) -> Metrics:
@@ -258,7 +253,7 @@ def _publish(config: Config, parts: Parts, log: RunLog, sequences: list[list[int
 def _evaluation(config: Config, parts: Parts, log: RunLog) -> Metrics:
     """Accuracy of greedy completions of the held-out prompts, where it is due."""
     every = config.evaluation.every_steps
-    if not every or not (parts.step == 0 or _due(parts.step, every, config.steps)):
+    if not every or not (parts.step == 0 or due(parts.step, every, config.steps)):
         return {}
     with log.phase("evaluate") as progress:
         groups = generate(parts, parts.eval_prompts, greedy(config), lambda: False, progress)
@@ -276,10 +271,6 @@ def _report(metrics_path: Path, log: RunLog) -> None:
             f"{last['eval/accuracy']:.3f} after step {last['step']}"
         )
     log.say(f"learning curves: {plot.plot_run(metrics_path)}")
-
-
-def _due(step: int, every: int, last: int) -> bool:
-    return step == last or (every > 0 and step % every == 0)
 
 
 def _save(config: Config, parts: Parts, log: RunLog) -> None:
@@ -307,31 +298,3 @@ def _checkpoint_on_error(config: Config, parts: Parts, log: RunLog) -> Iterator[
         elif parts.boundary:
             log.say("stopped within an update; --resume continues from the newest checkpoint")
         raise
-
-
-@contextmanager
-def _signals(log: RunLog) -> Iterator[Callable[[], bool]]:
-    """Ctrl-C and SIGTERM wait for a moment at which nothing is lost; a second one does not wait."""
-    asked = False
-
-    def ask(signum: int, frame: object) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
-        log.say("stopping as soon as nothing is lost; again to stop at once")
-
-    previous = {}
-    with suppress(ValueError):  # not in the main thread: signals are the caller's
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, ask)
-    try:
-        yield lambda: asked
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def _raise_if(stop: Callable[[], bool]) -> None:
-    if stop():
-        raise KeyboardInterrupt
