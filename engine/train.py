@@ -7,9 +7,8 @@ one samples from.
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -20,6 +19,7 @@ from warpo.engine.build import Parts, build, load_reference, make_reference
 from warpo.engine.config import Config, resolve_advantage_std
 from warpo.engine.data import Prompt, columns
 from warpo.engine.errors import TrainingError, WeightMismatch
+from warpo.engine.interrupt import raise_if, signals
 from warpo.engine.metrics import ReportProgress, RunLog, read_rows
 from warpo.engine.optimizer import update_metrics
 from warpo.engine.resync import Resync
@@ -46,7 +46,7 @@ def run(config: Config) -> None:
     """
     resume_from = checkpoint.latest(config.output_dir) if config.resume else None
     resume_step = int(resume_from.name.removeprefix("step-")) if resume_from else 0
-    with RunLog(config.output_dir, config, resume_step=resume_step) as log, _signals(log) as stop:
+    with RunLog(config.output_dir, config, resume_step=resume_step) as log, signals(log) as stop:
         with log.phase("load"):
             parts = build(config)
         with parts.reward, _checkpoint_on_error(config, parts, log):
@@ -119,7 +119,7 @@ def _step(
     with log.phase("score"):
         drift = mismatch.Drift(parts.model, probed, config.rollout.temperature)
         minibatches, saving = _score(config, parts, minibatches, drift.sampling_difference)
-    _raise_if(stop)
+    raise_if(stop)
     with log.phase("update") as progress:
         metrics |= saving | _update(config, parts, minibatches, progress, drift)
     parts.step, parts.whole, parts.boundary = step, True, parts.stream.state_dict()
@@ -174,7 +174,7 @@ def _rollouts(
     _check_versions(parts, groups)
     with log.phase("reward"):
         rewards = _rewards(parts, prompts, groups)
-    _raise_if(stop)
+    raise_if(stop)
     advantages = ops.group_advantages(
         torch.tensor(rewards), group_size, std=resolve_advantage_std(config.loss)
     )
@@ -361,31 +361,3 @@ def _checkpoint_on_error(config: Config, parts: Parts, log: RunLog) -> Iterator[
         elif parts.boundary:
             log.say("stopped within an update; --resume continues from the newest checkpoint")
         raise
-
-
-@contextmanager
-def _signals(log: RunLog) -> Iterator[Callable[[], bool]]:
-    """Ctrl-C and SIGTERM wait for a moment at which nothing is lost; a second one does not wait."""
-    asked = False
-
-    def ask(signum: int, frame: object) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
-        log.say("stopping as soon as nothing is lost; again to stop at once")
-
-    previous = {}
-    with suppress(ValueError):  # not in the main thread: signals are the caller's
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, ask)
-    try:
-        yield lambda: asked
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def _raise_if(stop: Callable[[], bool]) -> None:
-    if stop():
-        raise KeyboardInterrupt
