@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from warpo.engine import checkpoint
 from warpo.engine.config import Config, resolve_objective
 from warpo.engine.data import Example, Prompt, PromptStream, load_examples, load_prompts
+from warpo.engine.device import learner_device
 from warpo.engine.errors import ConfigError, DataError
 from warpo.engine.model import eos_token_ids, load_model, load_tokenizer
 from warpo.engine.optimizer import AdamW
@@ -124,16 +125,6 @@ def build(config: Config) -> Parts:
         # with a token appended, so that there is one to score after the shortest prompt
         probe_sequences=[[*p.token_ids, p.token_ids[0]] for p in prompts[:4]],
     )
-
-
-def learner_device(config: Config) -> torch.device:
-    """Where the learner runs, "auto" looked up."""
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device = 'cuda', but torch sees no CUDA device: set device to cpu")
-    name = config.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
 
 
 def _sampler(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Sampler:
