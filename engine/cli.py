@@ -203,7 +203,9 @@ def _algorithms(name: str = "") -> int:
 def _help(names: Sequence[str]) -> int:
     def show() -> bool:
         row = find(names[0]) if names else ALGORITHMS[Config.algorithm]
-        print(train_help() if row.family == "policy" else settings_help(_tree(row.family), row.name))
+        print(
+            train_help() if row.family == "policy" else settings_help(_tree(row.family), row.name)
+        )
         return True
 
     return _guarded(show)
