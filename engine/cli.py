@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
 import sys
 import textwrap
@@ -146,21 +147,20 @@ def _train(path: str, overrides: Sequence[str]) -> bool:
     config: Any
     if family == "policy":
         config = load_config(path, overrides)
-        set_thread_waiting()
-        from warpo.engine.train import run
-    elif family == "control":
-        config = read_tree(_tree(family), Path(path), overrides)
-        from warpo.engine.control.train import run
     else:
         config = read_tree(_tree(family), Path(path), overrides)
+    if family != "control":
         set_thread_waiting()
-        from warpo.engine.offline.train import run
+    loop: Any = importlib.import_module(_LOOPS.get(family, "warpo.engine.offline.train"))
     from warpo.engine.device import learner_device
 
     if family != "control" and learner_device(config).type == "cpu":
         keep_freed_memory()
-    run(config)
+    loop.run(config)
     return True
+
+
+_LOOPS = {"policy": "warpo.engine.train", "control": "warpo.engine.control.train"}
 
 
 def _tree(family: str) -> type:
@@ -203,9 +203,8 @@ def _algorithms(name: str = "") -> int:
 def _help(names: Sequence[str]) -> int:
     def show() -> bool:
         row = find(names[0]) if names else ALGORITHMS[Config.algorithm]
-        print(
-            train_help() if row.family == "policy" else settings_help(_tree(row.family), row.name)
-        )
+        tree = _tree(row.family)
+        print(train_help() if tree is Config else settings_help(tree, row.name))
         return True
 
     return _guarded(show)
