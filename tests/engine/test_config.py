@@ -75,7 +75,10 @@ def test_the_tree_has_at_most_60_keys_each_with_a_text():
         ("rollout: {group_size: 0}\n", r"group_size = 0: wanted an integer >= 1"),
         ("seed: true\n", r"seed = True: wanted an integer >= 0"),
         ("dtype: fp16\n", r"dtype = 'fp16': wanted float32 or bfloat16"),
-        ("loss: {clip_range: [2, 1]}\n", r"clip_range = \[2, 1\]: wanted 2 values, each a number >= 0 "),
+        (
+            "loss: {clip_range: [2, 1]}\n",
+            r"clip_range = \[2, 1\]: wanted 2 values, each a number >= 0 ",
+        ),
         ("loss: {clip_range: 0.2}\n", r"clip_range = 0\.2: wanted 2 values, .* or algorithm"),
         ("loss: {gae_lambda: [1, length]}\n", r"gae_lambda = \[1, 'length'\]: wanted 2 values, "),
         ("loss: {kl_target: -1}\n", r"kl_target = -1: wanted a number > 0, or algorithm or fixed"),

@@ -93,9 +93,7 @@ def test_a_prompt_that_rollouts_share_is_read_once_and_changes_nothing(model_pat
 
 def gradient(model, batches, objective):
     model.zero_grad()
-    metrics, _ = accumulate_gradients(
-        model, batches, objective, temperature=1.0, max_new_tokens=16
-    )
+    metrics, _ = accumulate_gradients(model, batches, objective, temperature=1.0, max_new_tokens=16)
     return [p.grad.clone() for p in model.parameters()], metrics
 
 
@@ -152,9 +150,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(learner):
     batch.advantages[1] = torch.nan
     before = [p.clone() for p in learner.parameters()]
     optimizer = AdamW(learner.named_parameters(), lr=1.0)
-    accumulate_gradients(
-        learner, [batch], OBJECTIVES["dapo"], temperature=1.0, max_new_tokens=16
-    )
+    accumulate_gradients(learner, [batch], OBJECTIVES["dapo"], temperature=1.0, max_new_tokens=16)
     with pytest.raises(TrainingError, match="gradient norm is nan: the step was not taken"):
         apply_gradients(optimizer, 1.0)
     for a, b in zip(before, learner.parameters(), strict=True):
