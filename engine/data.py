@@ -33,14 +33,6 @@ class Prompt:
     fields: dict[str, Any]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Example:
-    """Prompt and completion for supervised fine-tuning; the loss is on what follows the prompt."""
-
-    token_ids: list[int]
-    num_prompt_tokens: int
-
-
 def load_prompts(
     path: str | Path, tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int
 ) -> list[Prompt]:
@@ -67,35 +59,6 @@ def load_prompts(
     return [
         Prompt(token_ids=prompt, fields=row) for prompt, (_, row) in zip(ids, rows, strict=True)
     ]
-
-
-def load_examples(
-    path: str | Path, tokenizer: PreTrainedTokenizerBase, max_tokens: int
-) -> list[Example]:
-    """Prompt and completion pairs of a JSONL file; the end-of-sequence token follows each.
-
-    Raises:
-        DataError: the file or a line of it is not usable; names file, line, reason.
-    """
-    rows = _read_rows(Path(path), required=("prompt", "completion"))
-    for number, row in rows:
-        _check_text(f"{path}:{number}: completion", row["completion"])
-    if tokenizer.eos_token_id is None:
-        raise DataError(f"{path}: the tokenizer has no end-of-sequence token to end completions")
-    prompts = _prompt_ids(Path(path), rows, tokenizer)
-    completions = tokenizer([row["completion"] for _, row in rows], add_special_tokens=False)
-    examples = [
-        Example(
-            token_ids=[*prompt, *completion, tokenizer.eos_token_id],
-            num_prompt_tokens=len(prompt),
-        )
-        for prompt, completion in zip(prompts, completions["input_ids"], strict=True)
-    ]
-    lengths = [len(example.token_ids) for example in examples]
-    _check_lengths(
-        Path(path), rows, lengths, max_tokens, "prompt and completion", "rollout.max_model_len"
-    )
-    return examples
 
 
 def columns(prompts: Sequence[Prompt]) -> dict[str, list]:
