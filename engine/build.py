@@ -20,7 +20,7 @@ from warpo.engine.errors import ConfigError, DataError
 from warpo.engine.model import eos_token_ids, load_model, load_tokenizer
 from warpo.engine.optimizer import AdamW
 from warpo.engine.resync import Resync
-from warpo.engine.rewards import Reward
+from warpo.engine.rewards.combine import RewardSources
 from warpo.engine.sampler.base import Sampler
 from warpo.kernels.objectives import Objective
 
@@ -41,7 +41,7 @@ class Parts:
     model: PreTrainedModel
     sampler: Sampler
     resync: Resync
-    reward: Reward
+    rewards: RewardSources
     stream: PromptStream
     optimizer: AdamW
     schedule: torch.optim.lr_scheduler.LambdaLR
@@ -88,10 +88,15 @@ def build(config: Config) -> Parts:
     examples: list[Example] = []
     if config.warm_start.steps:
         examples = load_examples(config.warm_start.data, tokenizer, config.rollout.max_model_len)
-    reward = Reward(
-        config.reward.function,
+    rewards = RewardSources(
+        config.reward.sources,
         deadline_s=config.reward.deadline_s,
         fields=list(prompts[0].fields),
+        tokenizer=tokenizer,
+        max_new_tokens=config.rollout.max_new_tokens,
+        dtype=config.dtype,
+        device=learner_device(config),
+        token_budget=config.update.token_budget,
     )
     # On the host until it is known whether it gets memory of its own on the device.
     model = load_model(config.model, config.dtype, torch.device("cpu"), config.lm_head_dtype)
@@ -112,7 +117,7 @@ def build(config: Config) -> Parts:
         model=model,
         sampler=sampler,
         resync=resync,
-        reward=reward,
+        rewards=rewards,
         stream=PromptStream(prompts, config.rollout.prompts_per_step, config.seed),
         optimizer=optimizer,
         schedule=torch.optim.lr_scheduler.LambdaLR(

@@ -18,11 +18,12 @@ from warpo.engine import checkpoint, mismatch, plot
 from warpo.engine.batch import Batch, Completion, Rollout
 from warpo.engine.build import Parts, build, load_reference, make_reference
 from warpo.engine.config import Config, resolve_advantage_std
-from warpo.engine.data import Prompt, columns
+from warpo.engine.data import Prompt
 from warpo.engine.errors import TrainingError, WeightMismatch
 from warpo.engine.metrics import ReportProgress, RunLog, read_rows
 from warpo.engine.optimizer import update_metrics
 from warpo.engine.resync import Resync
+from warpo.engine.rewards.combine import Rewards
 from warpo.engine.sampler.base import Interrupted, SamplingOptions
 from warpo.engine.step import (
     EQUAL_LOGPROBS,
@@ -49,7 +50,7 @@ def run(config: Config) -> None:
     with RunLog(config.output_dir, config, resume_step=resume_step) as log, _signals(log) as stop:
         with log.phase("load"):
             parts = build(config)
-        with parts.reward, _checkpoint_on_error(config, parts, log):
+        with parts.rewards, _checkpoint_on_error(config, parts, log):
             _prepare(config, parts, log, resume_from)
             while parts.step < config.steps:
                 metrics, sequences = _step(config, parts, log, stop)
@@ -173,8 +174,9 @@ def _rollouts(
         groups = _generate(parts, prompts, options, stop, progress)
     _check_versions(parts, groups)
     with log.phase("reward"):
-        rewards = _rewards(parts, prompts, groups)
+        scored = _rewards(parts, log, prompts, groups)
     _raise_if(stop)
+    rewards = scored.totals
     advantages = ops.group_advantages(
         torch.tensor(rewards), group_size, std=resolve_advantage_std(config.loss)
     )
@@ -194,6 +196,7 @@ def _rollouts(
     count = len(completions)
     return rollouts, {
         "reward/mean": sum(rewards) / count,
+        **scored.metrics(),
         "reward/accuracy": _accuracy(config, rewards),
         "reward/degenerate_frac": advantages.num_degenerate.item() / len(prompts),
         "completion/length_mean": sum(lengths) / count,
@@ -225,11 +228,14 @@ def _check_versions(parts: Parts, groups: list[list[Completion]]) -> None:
         )
 
 
-def _rewards(parts: Parts, prompts: list[Prompt], groups: list[list[Completion]]) -> list[float]:
-    ids = [completion.token_ids for group in groups for completion in group]
-    texts = parts.tokenizer.batch_decode(ids, skip_special_tokens=True)
+def _rewards(
+    parts: Parts, log: RunLog, prompts: list[Prompt], groups: list[list[Completion]]
+) -> Rewards:
     owners = [prompt for prompt, group in zip(prompts, groups, strict=True) for _ in group]
-    return parts.reward(texts, columns(owners))
+    rewards = parts.rewards(owners, [completion for group in groups for completion in group])
+    for note in rewards.notes:
+        log.say(note)
+    return rewards
 
 
 def _accuracy(config: Config, rewards: list[float]) -> float:
@@ -316,7 +322,7 @@ def _evaluation(config: Config, parts: Parts, log: RunLog) -> Metrics:
     )
     with log.phase("evaluate") as progress:
         groups = _generate(parts, parts.eval_prompts, options, lambda: False, progress)
-        rewards = _rewards(parts, parts.eval_prompts, groups)
+        rewards = _rewards(parts, log, parts.eval_prompts, groups).totals
     return {"eval/accuracy": _accuracy(config, rewards), "eval/reward": sum(rewards) / len(rewards)}
 
 
