@@ -13,8 +13,8 @@ even with the two numbers exchanged.
 
     python -m warpo.engine.arithmetic DIR --seed 0
 
-writes the model and its tokenizer to DIR/model, and three JSONL files beside it. The reward
-function is warpo.engine.arithmetic:reward.
+writes the model and its tokenizer to DIR/model, and JSONL files beside it. The reward function is
+warpo.engine.arithmetic:reward.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import re
 from collections.abc import Iterable, Sequence
 from itertools import combinations_with_replacement
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 # The worker process of the reward function imports this module: torch and transformers wait until
 # a model is made.
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 CARRY_FORGOTTEN = 0.6
 NUM_DEMONSTRATIONS = 19_200
 NUM_HELD_OUT = 400
+# Examples in each file for training from given preferences, verdicts, rankings and steps.
+NUM_JUDGED = 4_000
 
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")
 CHARACTERS = "0123456789+="
@@ -171,8 +173,64 @@ def write(folder: Path, seed: int) -> None:
             ({"prompt": f"{x}+{y}=", "answer": str(x + y)} for x, y in problems),
         )
 
+    judged = {"preference": preference, "kto": verdict, "rankings": ranking, "steps": steps}
+    for name, make in judged.items():
+        # Generators of their own: another file does not change what is drawn for this one.
+        rng = random.Random(f"{name} {seed}")
+        for ending, problems in (("", rng.choices(train, k=NUM_JUDGED)), ("_eval", held_out)):
+            _write_jsonl(
+                folder / f"{name}{ending}.jsonl",
+                ({"prompt": f"{x}+{y}="} | make(x, y, rng) for x, y in problems),
+            )
+    rng = random.Random(f"warm_start {seed}")
+    _write_jsonl(
+        folder / "warm_start_eval.jsonl",
+        (
+            {"prompt": f"{x}+{y}=", "completion": column_addition(x, y, CARRY_FORGOTTEN, rng)}
+            for x, y in held_out
+        ),
+    )
 
-def _write_jsonl(path: Path, rows: Iterable[dict[str, str]]) -> None:
+
+def with_mistakes(completion: str, mistakes: int, rng: random.Random) -> str:
+    """The completion with so many of its characters replaced: a digit, or a carry."""
+    written = list(completion)
+    for place in rng.sample(range(len(written)), mistakes):
+        others = "01" if place % 2 else "0123456789"
+        written[place] = rng.choice([c for c in others if c != written[place]])
+    return "".join(written)
+
+
+def preference(x: int, y: int, rng: random.Random) -> dict[str, Any]:
+    """The right completion, and the pupil's with a carry forgotten, or a slip if there is none."""
+    right = column_addition(x, y, 0.0, rng)
+    careless = column_addition(x, y, CARRY_FORGOTTEN, rng)
+    slip = with_mistakes(right, 1, rng)
+    return {"chosen": right, "rejected": slip if careless == right else careless}
+
+
+def verdict(x: int, y: int, rng: random.Random) -> dict[str, Any]:
+    """One of the two completions of a preference, and whether it is the right one."""
+    pair = preference(x, y, rng)
+    label = rng.random() < 0.5
+    return {"completion": pair["chosen" if label else "rejected"], "label": label}
+
+
+def ranking(x: int, y: int, rng: random.Random) -> dict[str, Any]:
+    """Completions with 0, 1, 2 and 3 mistakes."""
+    right = column_addition(x, y, 0.0, rng)
+    return {"completions": [with_mistakes(right, mistakes, rng) for mistakes in range(4)]}
+
+
+def steps(x: int, y: int, rng: random.Random) -> dict[str, Any]:
+    """A completion character by character, and which of these are as in the right one."""
+    right = column_addition(x, y, 0.0, rng)
+    written = rng.choice([right, *preference(x, y, rng).values(), with_mistakes(right, 2, rng)])
+    labels = [float(a == b) for a, b in zip(written, right, strict=True)]
+    return {"steps": list(written), "labels": labels}
+
+
+def _write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
@@ -181,7 +239,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="python -m warpo.engine.arithmetic",
         description="Make a small Qwen2 model with random weights, and the data to teach it the "
         "addition of two-digit numbers: DIR/model, DIR/warm_start.jsonl (demonstrations with "
-        "mistakes), DIR/train.jsonl (prompts) and DIR/eval.jsonl (held-out prompts).",
+        "mistakes), DIR/train.jsonl (prompts) and DIR/eval.jsonl (held-out prompts); also "
+        "preference.jsonl, kto.jsonl, rankings.jsonl and steps.jsonl (right and wrong completions, "
+        "judged). NAME_eval.jsonl has the held-out problems in the form of NAME.jsonl.",
     )
     parser.add_argument("folder", metavar="DIR", type=Path, help="where to write")
     parser.add_argument(

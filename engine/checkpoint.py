@@ -84,7 +84,7 @@ def latest(output_dir: str | Path) -> Path:
         CheckpointError: there is none.
     """
     root = Path(output_dir) / "checkpoints"
-    found = _complete(root)
+    found = complete(root)
     if not found:
         raise CheckpointError(f"{root} holds no checkpoint: start without --resume")
     return found[-1]
@@ -164,7 +164,7 @@ def _load_weights(path: Path, model: PreTrainedModel) -> None:
     model.load_state_dict(saved)
 
 
-def _complete(root: Path) -> list[Path]:
+def complete(root: Path) -> list[Path]:
     """Checkpoints, oldest first."""
     found = [entry for entry in root.glob("step-*") if _NAME.fullmatch(entry.name)]
     found = [entry for entry in found if (entry / _TRAINER_FILE).is_file()]
@@ -172,7 +172,7 @@ def _complete(root: Path) -> list[Path]:
 
 
 def _prune(root: Path, keep: int) -> None:
-    for old in _complete(root)[:-keep] if keep else []:
+    for old in complete(root)[:-keep] if keep else []:
         # Renamed first: half a checkpoint must not bear a checkpoint's name.
         os.rename(old, root / f".old-{old.name}")
         shutil.rmtree(root / f".old-{old.name}")

@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import jinja2
 import numpy as np
@@ -103,14 +103,24 @@ def columns(prompts: Sequence[Prompt]) -> dict[str, list]:
     return {name: [p.fields[name] for p in prompts] for name in prompts[0].fields}
 
 
-class PromptStream:
-    """Prompts in an endless shuffled order that (seed, epoch) alone determines.
+class HasTokens(Protocol):
+    """Something read from a data set, known by its token ids."""
+
+    @property
+    def token_ids(self) -> list[int]: ...
+
+
+T = TypeVar("T", bound=HasTokens)
+
+
+class PromptStream(Generic[T]):
+    """Prompts, or examples, in an endless shuffled order that (seed, epoch) alone determines.
 
     Every epoch draws each prompt once. A batch may span two epochs, so none is short. The whole
     state is one integer, the number of prompts drawn.
     """
 
-    def __init__(self, prompts: Sequence[Prompt], prompts_per_step: int, seed: int) -> None:
+    def __init__(self, prompts: Sequence[T], prompts_per_step: int, seed: int) -> None:
         self._prompts = prompts
         self._prompts_per_step = prompts_per_step
         self._seed = seed
@@ -119,7 +129,7 @@ class PromptStream:
         self._order_epoch = -1
         self._order: np.ndarray = np.empty(0, dtype=np.int64)
 
-    def next(self) -> list[Prompt]:
+    def next(self) -> list[T]:
         """The next `prompts_per_step` prompts."""
         return [self._draw() for _ in range(self._prompts_per_step)]
 
@@ -128,7 +138,7 @@ class PromptStream:
         """Passes over the data so far."""
         return self._position / len(self._prompts)
 
-    def _draw(self) -> Prompt:
+    def _draw(self) -> T:
         epoch, index = divmod(self._position, len(self._prompts))
         if epoch != self._order_epoch:
             rng = np.random.default_rng([self._seed, epoch])
@@ -158,7 +168,7 @@ class PromptStream:
         self._position = state["position"]
 
 
-def _crc(prompts: Sequence[Prompt]) -> int:
+def _crc(prompts: Sequence[HasTokens]) -> int:
     crc = 0
     for prompt in prompts:
         crc = zlib.crc32(np.asarray(prompt.token_ids, dtype=np.int64).tobytes(), crc)

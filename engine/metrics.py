@@ -11,21 +11,29 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import yaml
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from torch.utils.tensorboard import SummaryWriter
 
-from warpo.engine.config import Config
 from warpo.engine.errors import CheckpointError, ConfigError
 
 ReportProgress = Callable[[int, int], None]
+
+
+class Settings(Protocol):
+    """The root of a tree of settings, a dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def resume(self) -> bool: ...
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -61,6 +69,7 @@ class RunLog:
     Args:
         output_dir: gets metrics.jsonl, tensorboard/ and config.yaml.
         config: written to config.yaml. With `resume` set, the files of output_dir are continued.
+        columns: of the table.
         resume_step: step that a resumed run has reached; rows of later steps are dropped, so that
             metrics.jsonl has one row a step.
         console: where the table goes; standard output.
@@ -72,8 +81,9 @@ class RunLog:
     def __init__(
         self,
         output_dir: str | Path,
-        config: Config,
+        config: Settings,
         *,
+        columns: Sequence[Column] = COLUMNS,
         resume_step: int = 0,
         console: Console | None = None,
     ) -> None:
@@ -96,7 +106,7 @@ class RunLog:
             str(directory / "tensorboard"), purge_step=resume_step + 1 if config.resume else None
         )
         self._console = console or Console()
-        self._table = _Table(self._console)
+        self._table = _Table(self._console, columns)
         self._live = _live_line(self._console)
         self._seconds: dict[str, float] = {}
         self._step_start: float | None = None
@@ -180,11 +190,11 @@ class RunLog:
 class _Table:
     """Rows of fixed width, as wide as fits; the head comes again from time to time."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, columns: Sequence[Column]) -> None:
         width = console.width if console.is_terminal else _WIDTH_WITHOUT_TERMINAL
-        long = sum(max(8, len(c.long)) + 2 for c in COLUMNS) <= width
+        long = sum(max(8, len(c.long)) + 2 for c in columns) <= width
         self._cells: list[tuple[Column, str, int]] = []
-        for column in COLUMNS:
+        for column in columns:
             head = column.long if long else column.short
             cell = max(8 if long else 6, len(head), 8 if column.form == ".2e" else 0)
             used = sum(size + 1 + long for _, _, size in self._cells)

@@ -2,6 +2,12 @@
 
 All three are transformers' sequence classifiers with one label, so other libraries load their
 checkpoints too. A token's number is read from the hidden state at that token.
+
+    score = head(hidden state) + reward_bias
+
+reward_bias is an attribute of the model's config, 0 where there is none: it makes the mean reward 0
+(InstructGPT, https://arxiv.org/abs/2203.02155 section 3.5). The classifiers' heads have no bias, so
+what transformers itself computes is the score without it.
 """
 
 from __future__ import annotations
@@ -61,4 +67,5 @@ def token_scores(model: PreTrainedModel, batch: Batch, index: Tensor) -> Tensor:
         places=batch.places,
         use_cache=False,
     ).last_hidden_state[0, index]
-    return model.score(hidden).float().squeeze(-1)
+    scores: Tensor = model.get_submodule("score")(hidden)
+    return scores.float().squeeze(-1) + getattr(model.config, "reward_bias", 0.0)

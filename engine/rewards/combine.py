@@ -39,12 +39,6 @@ class Rewards:
     by_source: dict[str, list[float]]
     notes: list[str]
 
-    def metrics(self) -> dict[str, float]:
-        """reward/NAME: the mean of each source, where there are several."""
-        if len(self.by_source) == 1:
-            return {}
-        return {f"reward/{name}": sum(s) / len(s) for name, s in self.by_source.items()}
-
 
 class RewardSources:
     """All sources of `reward.sources`, ready to score. A context manager that ends their processes.

@@ -100,7 +100,7 @@ class RewardModel:
     ) -> list[list[float]]:
         """Scores at the given tokens of each completion, in packed micro-batches."""
         rollouts = [
-            Rollout(prompt_ids=prompt.token_ids, completion=completion, reward=0.0, advantage=0.0)
+            Rollout(prompt_ids=prompt.token_ids, completion=completion)
             for prompt, completion in zip(prompts, completions, strict=True)
         ]
         scores: list[list[float]] = [[] for _ in rollouts]

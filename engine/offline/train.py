@@ -1,0 +1,333 @@
+"""Training from given data: draw examples, compute the loss, update, measure on held-out ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from warpo.engine import checkpoint, plot
+from warpo.engine.batch import split_by_tokens
+from warpo.engine.build import learner_device
+from warpo.engine.data import PromptStream
+from warpo.engine.errors import TrainingError
+from warpo.engine.loop import due, raise_if, signals
+from warpo.engine.metrics import Column, RunLog, read_rows
+from warpo.engine.model import load_model, load_tokenizer
+from warpo.engine.offline.config import OfflineConfig
+from warpo.engine.offline.data import Example, load_examples
+from warpo.engine.offline.families import (
+    Family,
+    every_completion,
+    make_family,
+    micro_batches,
+    pack_sequences,
+)
+from warpo.engine.offline.losses import sequence_scores
+from warpo.engine.optimizer import AdamW, update_metrics
+from warpo.engine.scalar import load_scalar_model
+from warpo.engine.step import apply_gradients, score
+
+Metrics = dict[str, float]
+
+COLUMNS = (
+    Column("step", "step", "step", "d"),
+    Column("train/loss", "loss", "loss", ".4f"),
+    Column("eval/loss", "eval", "eval loss", ".4f"),
+    Column("train/accuracy", "acc", "accuracy", ".3f"),
+    Column("eval/accuracy", "eval", "eval accuracy", ".3f"),
+    Column("train/margin", "margin", "margin", ".3f"),
+    Column("grad_norm", "grad", "grad norm", ".3f"),
+    Column("lr", "lr", "lr", ".2e"),
+    Column("perf/tokens_per_s", "tok/s", "tokens/s", ".0f"),
+    Column("perf/step_s", "sec", "seconds", ".1f"),
+)
+PANELS = (
+    plot.Panel("loss", (("train/loss", "train"), ("eval/loss", "held out"))),
+    plot.Panel(
+        "accuracy",
+        (("train/accuracy", "train"), ("eval/accuracy", "held out")),
+        limits=(-0.02, 1.02),
+    ),
+    plot.Panel("margin", (("train/margin", "train"), ("eval/margin", "held out"))),
+    plot.Panel("gradient norm", (("grad_norm", "train"),), limits=(0, None)),
+    plot.Panel("learning rate", (("lr", "train"),), limits=(0, None)),
+    plot.Panel("seconds a step", (("perf/step_s", "train"),), limits=(0, None)),
+)
+
+
+@dataclass(kw_only=True)
+class Parts:
+    """What a run holds.
+
+    Attributes:
+        step: steps whose update is complete.
+        whole: False while the weights are between two steps.
+        boundary: position of the stream when `step` was completed.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    model: PreTrainedModel
+    family: Family
+    stream: PromptStream[Example]
+    examples: list[Example]
+    eval_examples: list[Example]
+    optimizer: AdamW
+    schedule: torch.optim.lr_scheduler.LambdaLR
+    step: int = 0
+    whole: bool = True
+    boundary: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def stateful(self) -> dict[str, checkpoint.Stateful]:
+        return {"optimizer": self.optimizer, "schedule": self.schedule, "stream": self.stream}
+
+
+def run(config: OfflineConfig) -> None:
+    """Train as the config says; see `warpo train --help`.
+
+    Raises:
+        WarpoError: bad input, or a failed step; a checkpoint of the last complete step is left.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; likewise.
+    """
+    resume_from = checkpoint.latest(config.output_dir) if config.resume else None
+    resume_step = int(resume_from.name.removeprefix("step-")) if resume_from else 0
+    with (
+        RunLog(config.output_dir, config, columns=COLUMNS, resume_step=resume_step) as log,
+        signals(log) as stop,
+    ):
+        parts = build(config, log, stop)
+        _start(config, parts, log, resume_from)
+        with _checkpoint_on_error(config, parts, log):
+            while parts.step < config.steps:
+                raise_if(stop)
+                metrics = _step(config, parts, log)
+                try:
+                    metrics |= _evaluation(config, parts, log)
+                finally:
+                    log.write(parts.step, metrics)
+                if due(parts.step, config.checkpoint.every_steps, config.steps):
+                    _save(config, parts, log)
+        _report(Path(config.output_dir) / "metrics.jsonl", log)
+
+
+def build(config: OfflineConfig, log: RunLog, stop: Callable[[], bool]) -> Parts:
+    """Data, model and optimizer, in the order of what can fail fastest."""
+    torch.manual_seed(config.seed)
+    device, family = learner_device(config), make_family(config)
+    with log.phase("load"):
+        tokenizer = load_tokenizer(config.model)
+        examples = _load_examples(config, config.data.train, tokenizer)
+        eval_examples: list[Example] = []
+        if config.data.eval:
+            eval_examples = _load_examples(config, config.data.eval, tokenizer)
+            eval_examples = eval_examples[: config.evaluation.max_examples]
+        load = load_scalar_model if family.scalar else load_model
+        model = load(config.model, config.dtype, device)
+    if family.scalar:
+        _describe_scalar(config, model, tokenizer)
+    if family.reference:
+        # The model is still the reference, so none has to be held beside it.
+        both = _with_reference(config, model, [*examples, *eval_examples], log, stop)
+        examples, eval_examples = both[: len(examples)], both[len(examples) :]
+    update = config.update
+    optimizer = AdamW(
+        model.named_parameters(), lr=update.lr, betas=update.betas,
+        weight_decay=update.weight_decay, state=update.optimizer_state,
+    )  # fmt: skip
+    return Parts(
+        tokenizer=tokenizer,
+        model=model,
+        family=family,
+        stream=PromptStream(examples, config.batch_size, config.seed),
+        examples=examples,
+        eval_examples=eval_examples,
+        optimizer=optimizer,
+        schedule=torch.optim.lr_scheduler.LambdaLR(optimizer, _schedule(config)),
+    )
+
+
+def _load_examples(
+    config: OfflineConfig, path: str, tokenizer: PreTrainedTokenizerBase
+) -> list[Example]:
+    positions = getattr(AutoConfig.from_pretrained(config.model), "max_position_embeddings", None)
+    return load_examples(
+        path, tokenizer, config.algorithm, token_budget=config.update.token_budget,
+        max_length=positions or config.update.token_budget,
+        step_separator=config.data.step_separator,
+    )  # fmt: skip
+
+
+def _schedule(config: OfflineConfig) -> Callable[[int], float]:
+    """What multiplies the learning rate in step + 1."""
+    warmup, steps = config.update.warmup_steps, config.steps
+
+    def factor(step: int) -> float:
+        rising = min(1.0, (step + 1) / (warmup + 1))
+        if config.update.schedule == "constant":
+            return rising
+        return max(0.0, min(rising, (steps - step) / (steps - warmup)))
+
+    return factor
+
+
+def _describe_scalar(
+    config: OfflineConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Write down in the model's config what the readers of its checkpoint need to know."""
+    model.config.reward_bias = 0.0
+    if model.config.pad_token_id is None:
+        # transformers' classifiers find the last token of padded sequences by it
+        model.config.pad_token_id = tokenizer.pad_token_id
+    if config.algorithm == "process_reward":
+        model.config.step_separator = config.data.step_separator
+
+
+def _with_reference(
+    config: OfflineConfig,
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    log: RunLog,
+    stop: Callable[[], bool],
+) -> list[Example]:
+    """The examples with logprobs by the model as it is."""
+    device = next(model.parameters()).device
+    done: list[Example] = []
+    with log.phase("reference") as progress:
+        for micro in split_by_tokens(examples, config.update.token_budget):
+            raise_if(stop)
+            places = every_completion(micro)
+            logprobs = score(model, pack_sequences(places).to(device), 1.0).cpu()
+            lengths = [len(example.completions[i]) for example, i in places]
+            parts = iter(logprobs.split(lengths))
+            done += [
+                replace(example, ref_logprobs=tuple(next(parts) for _ in example.completions))
+                for example in micro
+            ]
+            progress(len(done), len(examples))
+    return done
+
+
+def _start(config: OfflineConfig, parts: Parts, log: RunLog, resume_from: Path | None) -> None:
+    millions = sum(p.numel() for p in parts.model.parameters()) / 1e6
+    log.say(
+        f"{config.model}: {millions:.1f} M parameters, {config.dtype} on {parts.device}, "
+        f"{config.algorithm} on {len(parts.examples)} examples"
+    )
+    if resume_from:
+        parts.step = checkpoint.load(resume_from, model=parts.model, parts=parts.stateful)
+        log.say(f"resumed after step {parts.step} from {resume_from}")
+    parts.boundary = parts.stream.state_dict()
+    if not resume_from and config.evaluation.every_steps:
+        log.start_step()
+        log.write(0, _evaluation(config, parts, log))
+
+
+def _step(config: OfflineConfig, parts: Parts, log: RunLog) -> Metrics:
+    """One optimizer step on the next examples."""
+    log.start_step()
+    examples = parts.stream.next()
+    with log.phase("update"):
+        micro = micro_batches(examples, config.algorithm, config.update.token_budget)
+        vector = parts.family.gradients(parts.model, [m.to(parts.device) for m in micro])
+        parts.whole = False
+        try:
+            grad_norm, update = apply_gradients(parts.optimizer, config.update.max_grad_norm)
+        except TrainingError:
+            parts.whole = True
+            raise
+        lr = float(parts.schedule.get_last_lr()[0])
+        parts.schedule.step()
+    parts.step, parts.boundary, parts.whole = parts.step + 1, parts.stream.state_dict(), True
+    return _named("train", parts.family.read(vector)) | {
+        "grad_norm": grad_norm.item(),
+        "lr": lr,
+        "epoch": parts.stream.epoch,
+        "perf/tokens": float(sum(example.num_tokens for example in examples)),
+        **update_metrics([update]),
+    }
+
+
+def _named(prefix: str, metrics: Metrics) -> Metrics:
+    """Common metrics and those of a row, all under train/ or eval/."""
+    return {f"{prefix}/{name.replace('/', '_')}": value for name, value in metrics.items()}
+
+
+@torch.no_grad()
+def _evaluation(config: OfflineConfig, parts: Parts, log: RunLog) -> Metrics:
+    """Loss on the held-out examples, where it is due."""
+    every = config.evaluation.every_steps
+    if not every or not (parts.step == 0 or due(parts.step, every, config.steps)):
+        return {}
+    with log.phase("evaluate"):
+        micro = micro_batches(parts.eval_examples, config.algorithm, config.update.token_budget)
+        vector = parts.family.gradients(parts.model, [m.to(parts.device) for m in micro])
+    return _named("eval", parts.family.read(vector))
+
+
+@torch.no_grad()
+def _normalise(config: OfflineConfig, parts: Parts, log: RunLog) -> None:
+    """Let the mean reward of the training completions be 0."""
+    parts.model.config.reward_bias = 0.0
+    scores: list[Tensor] = []
+    with log.phase("normalise") as progress:
+        micro = split_by_tokens(parts.examples, config.update.token_budget)
+        for done, examples in enumerate(micro, start=1):
+            batch = pack_sequences(every_completion(examples)).to(parts.device)
+            scores.append(sequence_scores(parts.model, batch).double())
+            progress(done, len(micro))
+    mean = torch.cat(scores).mean().item()
+    parts.model.config.reward_bias = -mean
+    log.say(f"training completions score {mean:.4f} on average; reward_bias = {-mean:.4f}")
+
+
+def _save(config: OfflineConfig, parts: Parts, log: RunLog) -> None:
+    if parts.family.normalise and parts.step == config.steps:
+        _normalise(config, parts, log)
+    with log.phase("checkpoint"):
+        checkpoint.save(
+            config.output_dir,
+            step=parts.step,
+            model=parts.model,
+            tokenizer=parts.tokenizer,
+            parts=parts.stateful,
+            keep=config.checkpoint.keep,
+        )
+
+
+@contextmanager
+def _checkpoint_on_error(config: OfflineConfig, parts: Parts, log: RunLog) -> Iterator[None]:
+    """Leave a checkpoint of the last complete step, whatever ends the run."""
+    try:
+        yield
+    except BaseException:
+        if parts.whole:
+            parts.stream.load_state_dict(parts.boundary)
+            _save(config, parts, log)
+            log.say(f"stopped; step {parts.step} is saved: --resume continues after it")
+        else:
+            log.say("stopped within an update; --resume continues from the newest checkpoint")
+        raise
+
+
+def _report(metrics_path: Path, log: RunLog) -> None:
+    """What was learned, in a line and in a picture."""
+    evaluated = [row for row in read_rows(metrics_path) if "eval/loss" in row]
+    if len(evaluated) > 1:
+        first, last = evaluated[0], evaluated[-1]
+        for name in ("loss", "accuracy", "margin"):
+            if f"eval/{name}" in first:
+                log.say(
+                    f"held-out {name}: {first[f'eval/{name}']:.3f} after step {first['step']}, "
+                    f"{last[f'eval/{name}']:.3f} after step {last['step']}"
+                )
+    log.say(f"learning curves: {plot.plot_run(metrics_path, PANELS)}")
