@@ -21,7 +21,7 @@ from warpo.engine.algorithms import Algorithm
 from warpo.engine.batch import Batch, pack, split_by_tokens
 from warpo.engine.config import Config
 from warpo.engine.critic import Critic
-from warpo.engine.data import Prompt, PromptStream, load_prompts
+from warpo.engine.data import Prompt, PromptStream, load_prompts, split_prompts
 from warpo.engine.errors import ConfigError, DataError
 from warpo.engine.model import eos_token_ids, load_model, load_tokenizer
 from warpo.engine.offline.data import Example, load_examples
@@ -119,16 +119,7 @@ def build(config: Config) -> Parts:
     torch.manual_seed(config.seed)
     tokenizer = load_tokenizer(config.model)
     prompts = load_prompts(config.data.train, tokenizer, config.max_prompt_tokens)
-    eval_prompts: list[Prompt] = []
-    if config.data.eval:
-        eval_prompts = load_prompts(config.data.eval, tokenizer, config.max_prompt_tokens)
-        eval_prompts = eval_prompts[: config.evaluation.max_prompts]
-        missing = prompts[0].fields.keys() - eval_prompts[0].fields.keys()
-        if missing:
-            raise DataError(
-                f"{config.data.eval} lacks the field {sorted(missing)[0]!r} of "
-                f"{config.data.train}, which the reward function may read"
-            )
+    prompts, eval_prompts = _held_out(config, tokenizer, prompts)
     examples: list[Example] = []
     if config.pretraining.data:
         examples = load_examples(
@@ -185,6 +176,26 @@ class WithDevice(Protocol):
 
     @property
     def device(self) -> str: ...
+
+
+def _held_out(
+    config: Config, tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt]
+) -> tuple[list[Prompt], list[Prompt]]:
+    """The prompts to learn from and those to be measured on."""
+    if not config.data.eval:
+        return prompts, []
+    limit = config.evaluation.max_prompts
+    if isinstance(config.data.eval, int):
+        prompts, held_out = split_prompts(prompts, config.data.eval, config.seed)
+        return prompts, held_out[:limit]
+    held_out = load_prompts(config.data.eval, tokenizer, config.max_prompt_tokens)
+    missing = prompts[0].fields.keys() - held_out[0].fields.keys()
+    if missing:
+        raise DataError(
+            f"{config.data.eval} lacks the field {sorted(missing)[0]!r} of "
+            f"{config.data.train}, which a reward may read"
+        )
+    return prompts, held_out[:limit]
 
 
 def learner_device(config: WithDevice) -> torch.device:

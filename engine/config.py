@@ -40,9 +40,11 @@ class Data:
     """Prompts to learn from and to be measured on."""
 
     train: Text
-    """JSONL file; each line {"prompt": text or [{"role", "content"}, ...], further fields}."""
-    eval: str = ""
-    """JSONL file of held-out prompts, same form. Empty: none."""
+    """JSONL or Parquet file, or folder of Parquet files or of a data set that `datasets` saved.
+    Rows {"prompt": text or [{"role", "content"}, ...], further fields}."""
+    eval: Annotated[Count | str, Field(union_mode="left_to_right")] = ""
+    """Held-out prompts: such a file or folder; or a number of prompts that are taken out of train,
+    at random by seed, with all their repetitions. Empty: none."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_checked)
@@ -279,7 +281,7 @@ def _check_inputs(config: Config) -> None:
     if config.evaluation.every_steps and not config.data.eval:
         raise ConfigError(
             f"evaluation.every_steps = {config.evaluation.every_steps} needs data.eval: "
-            "give a JSONL file of held-out prompts, or set evaluation.every_steps to 0"
+            "give held-out prompts, as a file or a number, or set evaluation.every_steps to 0"
         )
     if config.resync == "alias" and config.sampler_dtype != config.dtype:
         raise ConfigError(
