@@ -35,7 +35,7 @@ steps: 100
 data:
   train: sums.jsonl               # lines like {"prompt": "2+3=", "answer": "5"}
 reward:
-  function: my_rewards:exact      # def exact(completions, answer): return [...]
+  sources: my_rewards:exact       # def exact(completions, answer): return [...]
 rollout:
   group_size: 8
   max_new_tokens: 64
