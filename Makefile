@@ -7,7 +7,7 @@ PYTHON ?= python3
 PIP_FLAGS ?=
 OUT ?= bench/results/latest
 SEED ?= 0
-PYTEST_FLAGS ?= -m "not slow"
+PYTEST_FLAGS ?= -m "not slow and not timing"
 TEST_JOBS ?= 2
 
 VENV := .venv

@@ -29,16 +29,41 @@ class Completion:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rollout:
-    """A prompt, one completion of it and what the step learned about that completion."""
+    """A prompt, one completion of it and what the step learned about that completion.
+
+    Tensors have one float32 for each of the n tokens of the completion, and lie where the learner
+    is.
+
+    Attributes:
+        reward: of the whole completion.
+        step_rewards: (index of the last token of the step, reward) of each step of the completion;
+            None without process supervision.
+        baseline_reward: of the greedy completion of the same prompt, where the estimator asks it.
+        old_logprobs: of the policy that the step began with; None: those of the sampler serve.
+        ref_logprobs: of the reference.
+        values: of the critic, for the state before each token.
+        advantages: what the policy loss weighs each token with.
+        returns: what the values should have been.
+    """
 
     prompt_ids: list[int]
     completion: Completion
-    reward: float
-    advantage: float
+    reward: float = 0.0
+    step_rewards: list[tuple[int, float]] | None = None
+    baseline_reward: float = 0.0
+    old_logprobs: Tensor | None = None
+    ref_logprobs: Tensor | None = None
+    values: Tensor | None = None
+    advantages: Tensor | None = None
+    returns: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
         return len(self.prompt_ids) + len(self.completion.token_ids)
+
+
+SCORES = ("old_logprobs", "ref_logprobs", "values", "advantages", "returns")
+"""The tensors of a rollout."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -59,8 +84,7 @@ class Batch:
         completion_cu_seqlens: (B + 1,) int32, where each completion starts among the M tokens.
         sampler_logprobs: (M,) float32, as the sampler computed them.
         old_logprobs: (M,) float32, the sampler's or the learner's.
-        advantages: (B,) float32.
-        ref_logprobs: (M,) float32, None where the objective has no KL term.
+        ref_logprobs, values, advantages, returns: (M,) float32, None where no rollout has them.
     """
 
     input_ids: Tensor
@@ -72,8 +96,14 @@ class Batch:
     completion_cu_seqlens: Tensor
     sampler_logprobs: Tensor
     old_logprobs: Tensor
-    advantages: Tensor
     ref_logprobs: Tensor | None = None
+    values: Tensor | None = None
+    advantages: Tensor | None = None
+    returns: Tensor | None = None
+
+    @property
+    def num_sequences(self) -> int:
+        return self.completion_cu_seqlens.numel() - 1
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on a device."""
@@ -117,6 +147,8 @@ def pack(rollouts: Sequence[Rollout]) -> Batch:
         slots.append(sequence + sequence[-1:] * (longest - len(sequence)))
     completions = [rollout.completion for rollout in rollouts]
     sampler_logprobs = torch.tensor([logp for c in completions for logp in c.logprobs])
+    scores = {name: _join(rollouts, name) for name in SCORES}
+    old_logprobs = scores.pop("old_logprobs")
     return Batch(
         input_ids=torch.tensor([ids]),
         position_ids=torch.tensor([positions]),
@@ -126,9 +158,19 @@ def pack(rollouts: Sequence[Rollout]) -> Batch:
         targets=torch.tensor([token for c in completions for token in c.token_ids]),
         completion_cu_seqlens=_starts([len(c.token_ids) for c in completions]),
         sampler_logprobs=sampler_logprobs,
-        old_logprobs=sampler_logprobs,
-        advantages=torch.tensor([rollout.advantage for rollout in rollouts]),
+        old_logprobs=sampler_logprobs if old_logprobs is None else old_logprobs,
+        **scores,
     )
+
+
+def _join(rollouts: Sequence[Rollout], name: str) -> Tensor | None:
+    parts = [getattr(rollout, name) for rollout in rollouts]
+    return None if parts[0] is None else torch.cat(parts)
+
+
+def split(tokens: Tensor, rollouts: Sequence[Rollout]) -> tuple[Tensor, ...]:
+    """(M,) of the completion tokens of rollouts, in parts for each of them."""
+    return tokens.split([len(rollout.completion.token_ids) for rollout in rollouts])
 
 
 class HasLength(Protocol):

@@ -5,24 +5,33 @@ loaded.
 from __future__ import annotations
 
 import copy
+import random
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from warpo.engine import checkpoint
-from warpo.engine.config import Config, resolve_objective
-from warpo.engine.data import Example, Prompt, PromptStream, load_examples, load_prompts
+from warpo.engine.advantages import AdaptiveState
+from warpo.engine.algorithms import Algorithm
+from warpo.engine.batch import Batch, pack, split_by_tokens
+from warpo.engine.config import Config
+from warpo.engine.critic import Critic
+from warpo.engine.data import Prompt, PromptStream, load_prompts
+from warpo.engine.device import learner_device
 from warpo.engine.errors import ConfigError, DataError
 from warpo.engine.model import eos_token_ids, load_model, load_tokenizer
-from warpo.engine.optimizer import AdamW
+from warpo.engine.offline.data import Example, load_examples
+from warpo.engine.optimizer import AdamW, WeightUpdate, warmup_schedule
+from warpo.engine.resolve import resolve
 from warpo.engine.resync import Resync
 from warpo.engine.rewards import Reward
 from warpo.engine.sampler.base import Sampler
-from warpo.kernels.objectives import Objective
+from warpo.engine.step import as_rollout
 
 
 @dataclass(kw_only=True)
@@ -33,7 +42,7 @@ class Parts:
         probe_sequences: token ids that learner and sampler are compared on before the first step.
         step: steps whose update is complete.
         whole: False while the weights are between two steps.
-        boundary: position of the stream when `step` was completed.
+        boundary: what `position` was when `step` was completed.
         fingerprints: of the weights, as the last optimizer step wrote them; None before it.
     """
 
@@ -45,14 +54,16 @@ class Parts:
     stream: PromptStream
     optimizer: AdamW
     schedule: torch.optim.lr_scheduler.LambdaLR
-    objective: Objective
+    algorithm: Algorithm
+    adaptive: AdaptiveState
     eval_prompts: list[Prompt]
     examples: list[Example]
     probe_sequences: list[list[int]]
-    reference: nn.Module | None = None
+    critic: Critic | None = None
+    reference: PreTrainedModel | None = None
     step: int = 0
     whole: bool = True
-    boundary: dict[str, int] = field(default_factory=dict)
+    boundary: dict[str, Any] = field(default_factory=dict)
     fingerprints: dict[str, Tensor] | None = None
 
     @property
@@ -65,9 +76,43 @@ class Parts:
         self.sampler.weights_changed(self.step)
         return num_bytes
 
+    def updated(self, update: WeightUpdate) -> None:
+        """Keep what an optimizer step says of the weights, for the next publish."""
+        weights = {name for name, _ in self.model.named_parameters()}
+        self.fingerprints = {
+            name: value for name, value in update.fingerprints.items() if name in weights
+        }
+
+    def pretraining_batches(
+        self, config: Config, count: int, step: int, update: int
+    ) -> list[Batch]:
+        """Micro-batches of `count` supervised examples, drawn by seed, step and update alone."""
+        rng = random.Random(f"{config.seed} {step} {update}")
+        chosen = rng.sample(self.examples, min(count, len(self.examples)))
+        micro = split_by_tokens(
+            [as_rollout(e.token_ids, len(e.prompt_ids)) for e in chosen],
+            config.update.token_budget,
+        )
+        return [pack(rollouts).to(self.device) for rollouts in micro]
+
+    def position(self) -> dict[str, Any]:
+        """What sampling and estimating advance, and a step that fails has to take back."""
+        return {"stream": self.stream.state_dict(), "adaptive": self.adaptive.state_dict()}
+
+    def rewind(self) -> None:
+        """Back to the position that was taken when `step` was completed."""
+        self.stream.load_state_dict(self.boundary["stream"])
+        self.adaptive.load_state_dict(self.boundary["adaptive"])
+
     @property
     def stateful(self) -> dict[str, checkpoint.Stateful]:
-        return {"optimizer": self.optimizer, "schedule": self.schedule, "stream": self.stream}
+        parts: dict[str, checkpoint.Stateful] = {
+            "optimizer": self.optimizer,
+            "schedule": self.schedule,
+            "stream": self.stream,
+            "adaptive": self.adaptive,
+        }
+        return parts if self.critic is None else parts | {"critic": self.critic}
 
 
 def build(config: Config) -> Parts:
@@ -86,8 +131,12 @@ def build(config: Config) -> Parts:
                 f"{config.data.train}, which the reward function may read"
             )
     examples: list[Example] = []
-    if config.warm_start.steps:
-        examples = load_examples(config.warm_start.data, tokenizer, config.rollout.max_model_len)
+    if config.pretraining.data:
+        examples = load_examples(
+            config.pretraining.data, tokenizer, "sft",
+            token_budget=config.update.token_budget,
+            max_length=config.rollout.max_model_len,
+        )  # fmt: skip
     reward = Reward(
         config.reward.function,
         deadline_s=config.reward.deadline_s,
@@ -99,14 +148,15 @@ def build(config: Config) -> Parts:
     resync = Resync(
         sampler.load_weights, sampler.module, model, config.resync, device=learner_device(config)
     )
+    algorithm = resolve(config)
+    critic = Critic(config, model, learner_device(config)) if algorithm.has_critic else None
     optimizer = AdamW(
-        model.named_parameters(),
+        [*model.named_parameters(), *([] if critic is None else critic.named_parameters())],
         lr=config.update.lr,
         betas=config.update.betas,
         weight_decay=config.update.weight_decay,
         state=config.update.optimizer_state,
     )
-    warmup = config.update.warmup_steps
     return Parts(
         tokenizer=tokenizer,
         model=model,
@@ -115,32 +165,15 @@ def build(config: Config) -> Parts:
         reward=reward,
         stream=PromptStream(prompts, config.rollout.prompts_per_step, config.seed),
         optimizer=optimizer,
-        schedule=torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda update: min(1.0, (update + 1) / (warmup + 1))
-        ),
-        objective=resolve_objective(config.loss),
+        schedule=warmup_schedule(optimizer, config.update.warmup_steps),
+        algorithm=algorithm,
+        adaptive=AdaptiveState(algorithm.kl_coef),
+        critic=critic,
         eval_prompts=eval_prompts,
         examples=examples,
         # with a token appended, so that there is one to score after the shortest prompt
         probe_sequences=[[*p.token_ids, p.token_ids[0]] for p in prompts[:4]],
     )
-
-
-class WithDevice(Protocol):
-    """Settings that say where the learner runs."""
-
-    @property
-    def device(self) -> str: ...
-
-
-def learner_device(config: WithDevice) -> torch.device:
-    """Where the learner runs, "auto" looked up."""
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device = 'cuda', but torch sees no CUDA device: set device to cpu")
-    name = config.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
 
 
 def _sampler(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Sampler:
@@ -161,25 +194,45 @@ def _sampler(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokeni
 
 def make_reference(config: Config, parts: Parts) -> None:
     """Freeze the model that step 1 starts from, and keep it on disk for a resumed run."""
-    if parts.objective.kl_coef == 0:
+    if parts.algorithm.has_reference:
+        reference = copy.deepcopy(parts.model)
+        reference.save_pretrained(_references(config) / _step_name(0))
+        parts.reference = reference.requires_grad_(False).eval()
+
+
+def renew_reference(config: Config, parts: Parts, step: int) -> None:
+    """Make the policy after this step the reference, where it is due."""
+    every = parts.algorithm.reference_every_steps
+    if parts.reference is None or not every or step % every:
         return
-    reference = copy.deepcopy(parts.model).requires_grad_(False).eval()
-    reference.save_pretrained(_reference_dir(config))
-    parts.reference = reference
+    parts.reference.load_state_dict(parts.model.state_dict())
+    parts.reference.save_pretrained(_references(config) / _step_name(step))
+    # A run that resumes goes back to the oldest checkpoint at most.
+    saved = checkpoint.complete(Path(config.output_dir) / "checkpoints")
+    first = saved[0].name if saved else _step_name(0)
+    older = [folder for folder in _references(config).iterdir() if folder.name <= first]
+    for folder in sorted(older)[:-1]:
+        shutil.rmtree(folder)
 
 
 def load_reference(config: Config, parts: Parts) -> None:
-    """The reference that the resumed run began with."""
-    if parts.objective.kl_coef == 0:
+    """The reference that a resumed run had after the step that it resumes from."""
+    if not parts.algorithm.has_reference:
         return
-    path = _reference_dir(config)
-    if not path.is_dir():
+    saved = sorted(_references(config).glob("step-*"))
+    path = next((p for p in reversed(saved) if p.name <= _step_name(parts.step)), None)
+    if path is None:
         raise ConfigError(
-            f"{path} is missing: the run began without a reference model, so kl_coef must be 0"
+            f"{_references(config)} has no reference model of step {parts.step} or before: the run "
+            "began without one, so loss.kl_coef must be 0"
         )
     reference = load_model(str(path), config.dtype, parts.device, config.lm_head_dtype)
     parts.reference = reference.requires_grad_(False).eval()
 
 
-def _reference_dir(config: Config) -> Path:
+def _references(config: Config) -> Path:
     return Path(config.output_dir) / "reference"
+
+
+def _step_name(step: int) -> str:
+    return f"step-{step:06d}"

@@ -13,9 +13,10 @@ from rich.console import Console
 
 from warpo.engine import mismatch, step
 from warpo.engine.batch import Batch, Rollout, pack
-from warpo.engine.build import Parts, build, learner_device
-from warpo.engine.config import Config, resolve_objective
+from warpo.engine.build import Parts, build
+from warpo.engine.config import Config
 from warpo.engine.data import Prompt, load_prompts
+from warpo.engine.device import learner_device
 from warpo.engine.errors import WeightMismatch
 from warpo.engine.invariance import (
     BOUND,
@@ -36,8 +37,10 @@ from warpo.engine.memory import (
 )
 from warpo.engine.model import load_tokenizer
 from warpo.engine.peak_memory import PeakMemory, free_memory, rehearse
+from warpo.engine.resolve import resolve
 from warpo.engine.sampler.base import SamplingOptions
-from warpo.kernels.objectives import OBJECTIVES
+from warpo.engine.train import train_step
+from warpo.kernels.objectives import OBJECTIVES, Objective
 
 MEMORY_BOUND = 0.05
 # Tokenizer, data, the objects of vLLM and of Python, pages: 22 to 50 MiB of the resident set were
@@ -155,13 +158,13 @@ def _measured_step(
     meter = PeakMemory(device)
     with meter.phase("load"):
         parts = build(config)
-        if parts.objective.kl_coef:
+        if parts.algorithm.has_reference:
             parts.reference = copy.deepcopy(parts.model).requires_grad_(False).eval()
         parts.publish()
     micro_batches = _micro_batches(config, plan, parts)
     # The first update makes the optimizer's state, which all phases of later steps hold.
     progress("update")
-    _update(config, parts, micro_batches)
+    train_step(config, parts, micro_batches, step=config.steps, update=0)
     parts.publish()
     progress("sample")
     longest = max(len(prompt.token_ids) for prompt in prompts)
@@ -183,14 +186,14 @@ def _measured_step(
     with meter.phase("score"):
         micro_batches = [
             step.with_scores(
-                batch, parts.model, parts.reference,
+                batch, parts.model, parts.reference, parts.critic,
                 temperature=config.rollout.temperature, recompute_old=True,
             )
             for batch in micro_batches
         ]  # fmt: skip
     progress("update")
     with meter.phase("update"):
-        _update(config, parts, micro_batches)
+        train_step(config, parts, micro_batches, step=config.steps, update=0)
     progress("publish")
     rollout = rollouts_of(replace(plan.shape, prompt_tokens=longest), vocabulary)[0]
     tokens = rollout.prompt_ids + rollout.completion.token_ids
@@ -225,20 +228,11 @@ def _micro_batches(config: Config, plan: MemoryPlan, parts: Parts) -> list[Batch
     several = rollouts > config.update.minibatches * plan.shape.sequences
     batch = pack(rollouts_of(plan.shape, _vocab_size(parts))).to(parts.device)
     batch = step.with_scores(
-        batch, parts.model, parts.reference,
+        batch, parts.model, parts.reference, parts.critic,
         temperature=config.rollout.temperature, recompute_old=True,
     )  # fmt: skip
     batch = replace(batch, sampler_logprobs=batch.old_logprobs)
     return [batch] * (2 if several else 1)
-
-
-def _update(config: Config, parts: Parts, micro_batches: Sequence[Batch]) -> None:
-    result = step.train_step(
-        parts.model, parts.optimizer, micro_batches, parts.objective,
-        temperature=config.rollout.temperature, max_new_tokens=config.rollout.max_new_tokens,
-        max_grad_norm=config.update.max_grad_norm,
-    )  # fmt: skip
-    parts.fingerprints = result.update.fingerprints
 
 
 def _probe(
@@ -306,7 +300,7 @@ def _sample(config: Config, parts: Parts, prompts: Sequence[Prompt]) -> list[Rol
         ),
     )  # fmt: skip
     return [
-        Rollout(prompt_ids=prompt.token_ids, completion=completion, reward=0.0, advantage=0.0)
+        Rollout(prompt_ids=prompt.token_ids, completion=completion)
         for prompt, group in zip(shortest, groups, strict=True)
         for completion in group
     ]
@@ -319,10 +313,12 @@ def _report_invariance(
     device: torch.device,
     progress: Callable[[str], None],
 ) -> None:
-    own = resolve_objective(config.loss)
     objectives = dict(OBJECTIVES)
-    if own != OBJECTIVES[config.loss.objective]:
-        objectives[f"{config.loss.objective} of this config"] = own
+    own = resolve(config).objective
+    if not isinstance(own, Objective):
+        own = OBJECTIVES["grpo"]
+    name = next((name for name, row in OBJECTIVES.items() if row == own), "this config's")
+    objectives[name] = own
     options: dict[str, Any] = dict(
         temperature=config.rollout.temperature, max_new_tokens=config.rollout.max_new_tokens
     )
@@ -332,12 +328,12 @@ def _report_invariance(
         progress=lambda done, total: progress(f"loss invariance, objective {done + 1} of {total}"),
     )  # fmt: skip
     model, cut_rollouts = load_cut_model(config.model, rollouts, device, torch.float32)
-    rounding = divergences(model, cut_rollouts, {config.loss.objective: own}, **options)
+    rounding = divergences(model, cut_rollouts, {name: own}, **options)
     report.head(
         "loss invariance: gradient of an optimizer step against that of one micro-batch, relative "
         f"L2, worst of {len(objectives)} objectives\n  ({len(rollouts)} rollouts; of the model at "
         f"most {MAX_LAYERS} layers and {MAX_VOCABULARY} tokens, products in float64; in brackets "
-        f"{config.loss.objective} in float32)"
+        f"{name} in float32)"
     )
     for layout in LAYOUTS:
         worst = worst_of(found, layout)

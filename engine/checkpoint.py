@@ -42,14 +42,15 @@ def save(
     output_dir: str | Path,
     *,
     step: int,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase | None,
     parts: Mapping[str, Stateful],
     keep: int,
 ) -> Path:
     """Write output_dir/checkpoints/step-<step>, all of it or nothing.
 
     Args:
+        model, tokenizer: None where the parts hold all there is.
         parts: objects whose state is kept, by name.
         keep: newest checkpoints that stay; 0: all.
     """
@@ -59,8 +60,10 @@ def save(
         shutil.rmtree(leftover)
     final = root / f"step-{step:06d}"
     draft = root / f".{final.name}"
-    model.save_pretrained(draft)
-    tokenizer.save_pretrained(draft)
+    draft.mkdir()
+    for saved in (model, tokenizer):
+        if saved is not None:
+            saved.save_pretrained(draft)
     state = {
         "step": step,
         "parts": {name: part.state_dict() for name, part in parts.items()},
@@ -84,13 +87,13 @@ def latest(output_dir: str | Path) -> Path:
         CheckpointError: there is none.
     """
     root = Path(output_dir) / "checkpoints"
-    found = _complete(root)
+    found = complete(root)
     if not found:
         raise CheckpointError(f"{root} holds no checkpoint: start without --resume")
     return found[-1]
 
 
-def load(path: str | Path, *, model: PreTrainedModel, parts: Mapping[str, Stateful]) -> int:
+def load(path: str | Path, *, model: PreTrainedModel | None, parts: Mapping[str, Stateful]) -> int:
     """Put a checkpoint into `model` (in place, its storage stays), `parts` and the random states.
 
     Returns:
@@ -111,7 +114,8 @@ def load(path: str | Path, *, model: PreTrainedModel, parts: Mapping[str, Statef
             f"{path} keeps {', '.join(sorted(state['parts']))}, "
             f"this run has {', '.join(sorted(parts))}"
         )
-    _load_weights(path, model)
+    if model is not None:
+        _load_weights(path, model)
     for name, part in parts.items():
         try:
             part.load_state_dict(state["parts"][name])
@@ -164,7 +168,7 @@ def _load_weights(path: Path, model: PreTrainedModel) -> None:
     model.load_state_dict(saved)
 
 
-def _complete(root: Path) -> list[Path]:
+def complete(root: Path) -> list[Path]:
     """Checkpoints, oldest first."""
     found = [entry for entry in root.glob("step-*") if _NAME.fullmatch(entry.name)]
     found = [entry for entry in found if (entry / _TRAINER_FILE).is_file()]
@@ -172,7 +176,7 @@ def _complete(root: Path) -> list[Path]:
 
 
 def _prune(root: Path, keep: int) -> None:
-    for old in _complete(root)[:-keep] if keep else []:
+    for old in complete(root)[:-keep] if keep else []:
         # Renamed first: half a checkpoint must not bear a checkpoint's name.
         os.rename(old, root / f".old-{old.name}")
         shutil.rmtree(root / f".old-{old.name}")

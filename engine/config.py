@@ -5,19 +5,18 @@ The text under a field is its line in `warpo train --help`.
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 from collections.abc import Sequence
-from dataclasses import field, replace
+from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from warpo.engine.config_file import read_tree
 from warpo.engine.errors import ConfigError
-from warpo.kernels.objectives import OBJECTIVES, Objective
+from warpo.engine.resolve import resolve
 
 Text = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -25,6 +24,7 @@ CountOrNone = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Unit = Annotated[float, Field(ge=0, le=1)]
 
 _checked = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
@@ -58,8 +58,11 @@ class Rollout:
 
     prompts_per_step: Count = 8
     """Prompts drawn in a step."""
-    group_size: Annotated[int, Field(ge=2)] = 8
-    """Completions of each prompt. Their mean reward is the baseline, hence two at least."""
+    group_size: Count = 8
+    """Completions of each prompt. Where they are compared with each other, two at least."""
+    max_draws: Count | Literal["algorithm"] = "algorithm"
+    """Prompts are drawn again, so many times at most, in place of those whose completions all have
+    one reward (dynamic sampling). "algorithm": 10 for dapo, 1 for the others, which keeps all."""
     temperature: Positive = 1.0
     """Sampling temperature in training."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -86,44 +89,66 @@ class Rollout:
 
 
 @dataclass(frozen=True, kw_only=True, config=_checked)
-class WarmStart:
-    """Supervised fine-tuning before the first reinforcement-learning step."""
-
-    data: str = ""
-    """JSONL file; each line {"prompt", "completion"}. Empty: no warm start."""
-    steps: CountOrNone = 0
-    """Optimizer steps."""
-    batch_size: Count = 16
-    """Examples in an optimizer step."""
-    lr: Positive = 1e-5
-    """Learning rate."""
-
-
-@dataclass(frozen=True, kw_only=True, config=_checked)
 class Loss:
-    """Objective of the policy. "objective" stands for the value in the published objective."""
+    """Numbers of the algorithm. "algorithm": what its row has, see `warpo algorithms NAME`."""
 
-    objective: Text = "grpo"
-    """Row of the table in warpo.kernels.objectives: ppo, grpo, dr_grpo, dapo, gspo, cispo, ..."""
-    clip_low: Fraction | Literal["objective"] = "objective"
-    """The ratio is clipped below at 1 - clip_low."""
-    clip_high: NonNegative | Literal["objective"] = "objective"
-    """The ratio is clipped above at 1 + clip_high."""
-    kl_coef: NonNegative | Literal["objective"] = "objective"
-    """Weight of the KL to the model that step 1 starts from. 0 needs no reference model."""
-    kl_estimator: Literal["objective", "k1", "k2", "k3"] = "objective"
+    clip_range: tuple[Unit, NonNegative] | Literal["algorithm"] = "algorithm"
+    """The ratio is clipped below at 1 - the first and above at 1 + the second."""
+    kl_coef: NonNegative | Literal["algorithm"] = "algorithm"
+    """Weight of the KL to the reference, the model that step 1 starts from. 0 needs no reference.
+    In ppo_kl the first weight; in iterative_dpo the beta of DPO."""
+    kl_estimator: Literal["algorithm", "k1", "k2", "k3"] = "algorithm"
     """Estimator of that KL."""
-    advantage_std: Literal["objective", "sample", "population", "none"] = "objective"
+    kl_target: Positive | Literal["algorithm", "fixed"] = "algorithm"
+    """KL in nats a token that kl_coef is adapted to after every step. fixed: it is not."""
+    reference_every_steps: CountOrNone | Literal["algorithm"] = "algorithm"
+    """The reference becomes the policy after every so many steps. 0: never."""
+    entropy_coef: NonNegative | Literal["algorithm"] = "algorithm"
+    """Weight of the entropy bonus."""
+    gamma: Unit | Literal["algorithm"] = "algorithm"
+    """Discount of rewards and values from token to token, where there is a critic."""
+    gae_lambda: tuple[Unit | Literal["length"], Unit] | Literal["algorithm"] = "algorithm"
+    """Lambda of the advantages and lambda of the critic's returns, where there is a critic. length:
+    1 - 1 / (0.05 x tokens of the completion)."""
+    advantage_std: Literal["algorithm", "sample", "population", "none"] = "algorithm"
     """What divides reward - group mean: the group's standard deviation (n - 1 or n in the
-    denominator) or nothing. "objective": none for dr_grpo, sample for the others."""
+    denominator) or nothing."""
     correction: Literal[
-        "objective", "none", "truncate_token", "truncate_sequence", "mask_token", "mask_sequence"
-    ] = "objective"
+        "algorithm", "none", "truncate_token", "truncate_sequence", "mask_token", "mask_sequence"
+    ] = "algorithm"
     """Weight w = exp(old_logprobs - sampler's) of a token, or of the sum over its completion, where
     sampler and learner differ. truncate: w cut to the range. mask: w in the range, 0 outside. w is
     1 in steps whose old_logprobs are the sampler's (old_logprobs/recomputed is 0)."""
-    correction_range: tuple[NonNegative, NonNegative] | Literal["objective"] = "objective"
+    correction_range: tuple[NonNegative, NonNegative] | Literal["algorithm"] = "algorithm"
     """Lowest and highest w of that correction."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_checked)
+class Critic:
+    """The value model of the algorithms with gae."""
+
+    model: str = "policy"
+    """Where it starts. policy: a network of its own with the policy's weights. shared: a head on
+    the policy's own trunk. Else the directory of a reward model, or of any classifier of one
+    label."""
+    lr: Positive = 1e-5
+    """Learning rate of a network of its own; the rest of update holds for it too."""
+    warmup_steps: CountOrNone = 0
+    """Steps at the beginning in which it learns alone and the policy stays."""
+    clip_range: Positive = 0.2
+    """How far from its old value a value may move to lower the loss."""
+    coef: Positive = 0.5
+    """Weight of the value loss beside the policy's, where it is shared."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_checked)
+class Pretraining:
+    """Supervised examples that are mixed into every optimizer step of the policy (ppo_ptx)."""
+
+    data: str = ""
+    """Lines like {"prompt", "completion"}. Empty: none."""
+    coef: NonNegative | Literal["algorithm"] = "algorithm"
+    """Weight of their mean -log pi a token. "algorithm": 27.8 for ppo_ptx, 0 for the others."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_checked)
@@ -189,6 +214,8 @@ class Config:
     """Directory of a Hugging Face model, or its name on the hub."""
     output_dir: Text
     """Where metrics, plot and checkpoints go."""
+    algorithm: Text = "grpo"
+    """Row of the table that `warpo algorithms` prints."""
     steps: Count
     """Reinforcement-learning steps in all."""
     seed: CountOrNone = 0
@@ -210,8 +237,9 @@ class Config:
     data: Data
     reward: Reward
     rollout: Rollout = field(default_factory=Rollout)
-    warm_start: WarmStart = field(default_factory=WarmStart)
     loss: Loss = field(default_factory=Loss)
+    critic: Critic = field(default_factory=Critic)
+    pretraining: Pretraining = field(default_factory=Pretraining)
     update: Update = field(default_factory=Update)
     probe: Probe = field(default_factory=Probe)
     evaluation: Evaluation = field(default_factory=Evaluation)
@@ -221,7 +249,7 @@ class Config:
         _check_inputs(self)
         _check_lengths(self)
         _check_schedule(self)
-        resolve_objective(self.loss)
+        resolve(self)
 
     @property
     def sampler_dtype(self) -> str:
@@ -251,11 +279,6 @@ def _check_inputs(config: Config) -> None:
             f"resync = 'alias' needs one dtype: the learner has dtype = {config.dtype!r} and the "
             f"sampler rollout.dtype = {config.rollout.dtype!r}; set resync to copy or auto"
         )
-    warm = config.warm_start
-    if warm.data and not warm.steps:
-        raise ConfigError("warm_start.data is given but warm_start.steps is 0: set both or neither")
-    if warm.steps and not warm.data:
-        raise ConfigError(f"warm_start.steps = {warm.steps} needs warm_start.data")
 
 
 def _check_lengths(config: Config) -> None:
@@ -286,77 +309,6 @@ def _check_schedule(config: Config) -> None:
             f"update.warmup_steps = {update.warmup_steps} must be below the {num_updates} "
             "optimizer steps of the run (steps x update.epochs x update.minibatches)"
         )
-
-
-# Rows whose paper has other advantages than those that this engine computes, which are relative
-# to the group.
-_OTHER_ADVANTAGES = {
-    "reinforce": "a moving average of the rewards as baseline",
-    "rloo": "the mean of the other answers as baseline",
-    "remax": "the reward of the greedy answer as baseline",
-    "reinforce_plus_plus": "rewards shaped by the KL and normalised over the batch",
-    "reinforce_plus_plus_baseline": "advantages normalised over the batch",
-    "ppo_kl": "a critic, and a coefficient that adapts",
-}
-
-
-def resolve_objective(loss: Loss) -> Objective:
-    """The row of the table that `loss` names, with its overrides.
-
-    Raises:
-        ConfigError: there is no such row, its advantages are not those of the engine, or an
-            override would have no effect.
-    """
-    if loss.objective not in OBJECTIVES:
-        near = difflib.get_close_matches(loss.objective, OBJECTIVES, n=1)
-        raise ConfigError(
-            f"loss.objective = {loss.objective!r} is unknown"
-            + (f", did you mean {near[0]!r}?" if near else "")
-            + f" Known: {', '.join(OBJECTIVES)}"
-        )
-    if loss.objective in _OTHER_ADVANTAGES:
-        raise ConfigError(
-            f"loss.objective = {loss.objective!r} needs {_OTHER_ADVANTAGES[loss.objective]}; the "
-            "engine has advantages relative to the group: "
-            + ", ".join(name for name in OBJECTIVES if name not in _OTHER_ADVANTAGES)
-        )
-    names = ("clip_low", "clip_high", "kl_coef", "kl_estimator")
-    given = {name: getattr(loss, name) for name in names if getattr(loss, name) != "objective"}
-    objective = replace(OBJECTIVES[loss.objective], **given, **_correction(loss))
-    if "kl_estimator" in given and objective.kl_coef == 0:
-        raise ConfigError(
-            f"loss.kl_estimator = {loss.kl_estimator!r} has no effect: loss.kl_coef is 0"
-            + ("" if "kl_coef" in given else f" in objective {loss.objective!r}")
-        )
-    return objective
-
-
-def _correction(loss: Loss) -> dict[str, Any]:
-    """The fields of the objective that loss.correction and loss.correction_range override."""
-    given: dict[str, Any] = {}
-    if loss.correction != "objective":
-        kind, _, level = loss.correction.partition("_")
-        given = {"correction": kind} | ({"correction_level": level} if level else {})
-    if loss.correction_range != "objective":
-        low, high = loss.correction_range
-        if given.get("correction", OBJECTIVES[loss.objective].correction) == "none":
-            raise ConfigError(
-                f"loss.correction_range = {low:g} {high:g} has no effect: loss.correction is none"
-                + ("" if given else f" in objective {loss.objective!r}")
-            )
-        if not low < high:
-            raise ConfigError(
-                f"loss.correction_range = {low:g} {high:g}: the lowest w must be below the highest"
-            )
-        given |= {"correction_low": low, "correction_high": high}
-    return given
-
-
-def resolve_advantage_std(loss: Loss) -> Literal["sample", "population", "none"]:
-    """What divides the advantages, with "objective" looked up."""
-    if loss.advantage_std != "objective":
-        return loss.advantage_std
-    return "none" if loss.objective == "dr_grpo" else "sample"
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

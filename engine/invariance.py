@@ -183,10 +183,11 @@ def _samples(
         batch = pack([rollout]).to(next(model.parameters()).device)
         current = step.score(model, batch, temperature).cpu()
         noise = NOISE * torch.randn(3, len(current), generator=generator)
+        advantages = torch.randn((), generator=generator).expand(len(current))
         old = current + noise[0]
         samples.append(
             _Sample(
-                rollout=replace(rollout, advantage=torch.randn((), generator=generator).item()),
+                rollout=replace(rollout, advantages=advantages),
                 sampler_logprobs=old + noise[1],
                 old_logprobs=old,
                 ref_logprobs=old + noise[2],
@@ -228,7 +229,9 @@ class _Padded:
         self._attended = torch.zeros(shape, dtype=torch.int64, device=device)
         self._mask = torch.zeros(shape, dtype=torch.bool, device=device)
         self._old, self._ref, self._sampled = torch.zeros(3, *shape, device=device)
-        self._advantages = torch.tensor([r.advantage for r in rollouts], device=device)
+        self._advantages = torch.stack(
+            [r.advantages[0] for r in rollouts if r.advantages is not None]
+        ).to(device)
         for row, (sample, rollout) in enumerate(zip(samples, rollouts, strict=True)):
             ids = torch.tensor(rollout.prompt_ids + rollout.completion.token_ids)
             completion = slice(len(rollout.prompt_ids), len(ids))

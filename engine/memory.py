@@ -25,9 +25,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from warpo.engine import step
 from warpo.engine.batch import Batch, Completion, Rollout, pack
-from warpo.engine.config import Config, resolve_objective
+from warpo.engine.config import Config
 from warpo.engine.model import ATTENTION, set_lm_head_dtype
+from warpo.engine.resolve import resolve
 from warpo.engine.sampler.vllm_internals import CPU_BLOCK_SIZE
+from warpo.kernels.objectives import OBJECTIVES, Objective
 
 PHASES = ("load", "sample", "score", "update", "publish")
 MIB = 2**20
@@ -93,13 +95,17 @@ def plan_memory(
     model = _fake_model(config, hf_config, device, fake)
     parameters = sum(p.numel() for p in model.parameters())
     weights = sum(p.nbytes for p in model.parameters())
-    objective = resolve_objective(config.loss)
+    algorithm = resolve(config)
+    # Beside its trunk it has one weight a hidden unit.
+    has_critic = algorithm.has_critic and config.critic.model != "shared"
+    critic = _trunk_parameters(model) if has_critic else 0
     held = {
         "sampler weights": parameters * _dtype(config.sampler_dtype).itemsize,
         "learner weights": 0 if resync == "alias" else weights,
-        "reference weights": weights if objective.kl_coef else 0,
+        "reference weights": weights if algorithm.has_reference else 0,
+        "critic weights": critic * _dtype(config.dtype).itemsize,
         "KV cache": int(config.rollout.kv_cache_gib * 2**30) if config.sampler == "vllm" else 0,
-        "optimizer state": optimizer_bytes(parameters, config, device),
+        "optimizer state": optimizer_bytes(parameters + critic, config, device),
     }
     kept = sum(held.values())
     learning = kept - held["KV cache"]
@@ -182,11 +188,15 @@ def rollouts_of(shape: Shape, vocab_size: int) -> list[Rollout]:
                 finished=True,
                 weight_version=0,
             ),
-            reward=0.0,
-            advantage=1.0,
+            advantages=torch.ones(shape.completion_tokens),
+            returns=torch.ones(shape.completion_tokens),
         )
         for tokens in rows
     ]
+
+
+def _trunk_parameters(model: PreTrainedModel) -> int:
+    return sum(parameter.numel() for parameter in model.base_model.parameters())
 
 
 def _fake_model(
@@ -261,7 +271,10 @@ def _update_bytes(
     config: Config, shape: Shape, model: PreTrainedModel, fake: FakeTensorMode
 ) -> int:
     """Gradients and activations of an optimizer step."""
-    objective = resolve_objective(config.loss)
+    objective = resolve(config).objective
+    if not isinstance(objective, Objective):
+        # Pairs of completions take as much as completions.
+        objective = OBJECTIVES["grpo"]
     batch = _fake_batch(shape, model, fake, with_ref=bool(objective.kl_coef))
     rollouts = config.rollout.prompts_per_step * config.rollout.group_size
     several = rollouts > config.update.minibatches * shape.sequences

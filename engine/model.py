@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -159,12 +161,29 @@ def token_logprobs(model: nn.Module, batch: Batch, temperature: float) -> ops.Lo
 
     Logits are computed for the M tokens that predict completion tokens only.
     """
-    output = model(
+    logits = _forward(model, batch).logits[0]
+    return ops.logprobs_and_entropy(logits, batch.targets, temperature=temperature)
+
+
+def token_logprobs_and_values(
+    model: nn.Module, value_head: nn.Module, batch: Batch, temperature: float
+) -> tuple[ops.LogprobsAndEntropy, Tensor]:
+    """The same, and the values (M,) float32 that a head on the last hidden states gives to the
+    states before those tokens.
+    """
+    output = _forward(model, batch, output_hidden_states=True)
+    hidden = output.hidden_states[-1][0, batch.predictors]
+    logprobs = ops.logprobs_and_entropy(output.logits[0], batch.targets, temperature=temperature)
+    return logprobs, value_head(hidden.float()).squeeze(-1)
+
+
+def _forward(model: nn.Module, batch: Batch, **options: Any) -> Any:
+    return model(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
         slots=batch.slots,
         places=batch.places,
         logits_to_keep=batch.predictors,
         use_cache=False,
+        **options,
     )
-    return ops.logprobs_and_entropy(output.logits[0], batch.targets, temperature=temperature)

@@ -265,6 +265,15 @@ class AdamW(torch.optim.Optimizer):
         return state
 
 
+def warmup_schedule(
+    optimizer: torch.optim.Optimizer, warmup_steps: int
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """The learning rate rises linearly over so many optimizer steps, then it stays."""
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda update: min(1.0, (update + 1) / (warmup_steps + 1))
+    )
+
+
 def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
     """L2 norm of all gradients together, () float32, computed in float32 whatever their dtype."""
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]

@@ -107,10 +107,9 @@ def rehearse(config: Config, device: torch.device) -> object:
         options = SamplingOptions(group_size=2, temperature=1.0, max_new_tokens=4, seed=0)
         sampler.generate([[2, 3, 4]] * 4, options)
         sampler.score([[2, 3, 4]])
-        step.train_step(
-            model, optimizer, [batch], OBJECTIVES["grpo"].replace(kl_coef=0.0),
-            temperature=1.0, max_new_tokens=8, max_grad_norm=1.0,
-        )  # fmt: skip
+        objective = OBJECTIVES["grpo"].replace(kl_coef=0.0)
+        step.accumulate_gradients(model, [batch], objective, temperature=1.0, max_new_tokens=8)
+        step.apply_gradients(optimizer, max_grad_norm=1.0)
         resync.publish()
         sampler.weights_changed(1)
         resync.verify()

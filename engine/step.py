@@ -1,28 +1,31 @@
-"""One step of training: micro-batches of rollouts in, one AdamW step an optimizer step out."""
+"""What one optimizer step is made of: rollouts into micro-batches, their scores, the gradient of
+their loss, a step of AdamW; and the proof that the sampler has its weights.
+"""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal, NamedTuple
+from itertools import islice
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from warpo.engine.batch import Batch, Completion, Rollout, pack, split_by_tokens
-from warpo.engine.data import Example
+from warpo.engine.batch import Batch, Completion, Rollout, pack, split, split_by_tokens
 from warpo.engine.errors import TrainingError, WeightMismatch
-from warpo.engine.model import token_logprobs
+from warpo.engine.model import token_logprobs, token_logprobs_and_values
 from warpo.engine.optimizer import AdamW, WeightUpdate, clip_coefficient, gradient_norm
 from warpo.engine.sampler.base import Sampler
 from warpo.kernels import ops
 from warpo.kernels.objectives import Objective
 
+if TYPE_CHECKING:
+    from warpo.engine.critic import Critic
+
 # Sampler logprobs within this of the learner's serve as old_logprobs: they move a ratio by 0.01 %.
 EQUAL_LOGPROBS = 1e-4
-# As torch.optim.AdamW has by default.
-WARM_START_DECAY = 0.01
 
 
 def make_minibatches(
@@ -31,7 +34,7 @@ def make_minibatches(
     """The rollouts, dealt at random into minibatches, each of them packed by a token budget."""
     shuffled = list(rollouts)
     random.Random(seed).shuffle(shuffled)
-    dealt = [shuffled[i::minibatches] for i in range(minibatches)]
+    dealt = [shuffled[i::minibatches] for i in range(min(minibatches, len(shuffled)))]
     # Neighbours of one length waste the least in attention, which pads within a micro-batch.
     ordered = [sorted(part, key=lambda rollout: rollout.num_tokens) for part in dealt]
     return [[pack(micro) for micro in split_by_tokens(part, token_budget)] for part in ordered]
@@ -45,7 +48,7 @@ def score(model: nn.Module, batch: Batch, temperature: float) -> Tensor:
 
 def denominator(batches: Sequence[Batch], objective: Objective, max_new_tokens: int) -> float:
     """What the loss of an optimizer step is divided by, counted over all of its micro-batches."""
-    sequences = sum(batch.advantages.numel() for batch in batches)
+    sequences = sum(batch.num_sequences for batch in batches)
     if objective.aggregation == "token-mean":
         return sum(batch.targets.numel() for batch in batches)
     if objective.aggregation == "sequence-mean-token-sum-norm":
@@ -54,43 +57,23 @@ def denominator(batches: Sequence[Batch], objective: Objective, max_new_tokens: 
 
 
 class StepResult(NamedTuple):
-    """What an optimizer step reports, on the device.
+    """What an optimizer step reports, on the device; None where it has no such part.
 
     Attributes:
-        metrics: the vector of `ops.policy_loss`, summed over micro-batches.
-        grad_norm: L2 norm before clipping.
-        update: what the step did to the weights.
+        policy: the vector of `ops.policy_loss`, summed over micro-batches.
+        pairs: that of `ops.preference_loss`.
+        values: that of `ops.value_loss`.
+        pretraining: the supervised loss, times its coefficient.
+        grad_norm: L2 norm of the policy's gradient before clipping.
+        update: what the step did to the policy's weights.
     """
 
-    metrics: Tensor
-    grad_norm: Tensor
-    update: WeightUpdate
-
-
-def train_step(
-    model: nn.Module,
-    optimizer: AdamW,
-    batches: Sequence[Batch],
-    objective: Objective,
-    *,
-    temperature: float,
-    max_new_tokens: int,
-    max_grad_norm: float,
-) -> StepResult:
-    """One optimizer step over packed micro-batches.
-
-    loss = sum over the micro-batches of sum_t w_t loss_t / denominator, where the denominator is
-    that of the whole step: loss and gradient do not depend on how the rollouts are split into
-    micro-batches.
-
-    Raises:
-        TrainingError: the gradient is not finite. The weights are those before the step.
-    """
-    metrics = accumulate_gradients(
-        model, batches, objective, temperature=temperature, max_new_tokens=max_new_tokens
-    )
-    grad_norm, update = apply_gradients(model, optimizer, max_grad_norm)
-    return StepResult(metrics, grad_norm, update)
+    policy: Tensor | None = None
+    pairs: Tensor | None = None
+    values: Tensor | None = None
+    pretraining: Tensor | None = None
+    grad_norm: Tensor | None = None
+    update: WeightUpdate | None = None
 
 
 def accumulate_gradients(
@@ -100,16 +83,32 @@ def accumulate_gradients(
     *,
     temperature: float,
     max_new_tokens: int,
-) -> Tensor:
+    kl_coef: float | None = None,
+    critic: Critic | None = None,
+) -> tuple[Tensor, Tensor | None]:
     """Add the gradient of one optimizer step to that of the parameters, micro-batch by micro-batch.
 
+    loss = sum over the micro-batches of sum_t w_t loss_t / denominator, where the denominator is
+    that of the whole step: loss and gradient do not depend on how the rollouts are split into
+    micro-batches.
+
+    Args:
+        kl_coef: in place of the objective's.
+        critic: one that shares the model's trunk: its loss is added, times its coef.
+
     Returns:
-        The vector of `ops.policy_loss`, summed over the micro-batches.
+        The vector of `ops.policy_loss`, summed over the micro-batches; that of `ops.value_loss`.
     """
     total = denominator(batches, objective, max_new_tokens)
-    metrics = []
+    num_tokens = sum(batch.targets.numel() for batch in batches)
+    metrics, value_metrics = [], []
     for batch in batches:
-        current = token_logprobs(model, batch, temperature)
+        if critic is None:
+            current = token_logprobs(model, batch, temperature)
+        else:
+            head = critic.value_head
+            current, values = token_logprobs_and_values(model, head, batch, temperature)
+        assert batch.advantages is not None
         loss, batch_metrics = ops.policy_loss(
             current.logprobs,
             batch.old_logprobs,
@@ -120,83 +119,42 @@ def accumulate_gradients(
             sampler_logprobs=batch.sampler_logprobs,
             # for the metrics alone it needs no gradient
             entropy=current.entropy if objective.entropy_coef else current.entropy.detach(),
+            kl_coef=kl_coef,
             denominator=total,
         )
+        if critic is not None:
+            value_loss, batch_values = critic.loss(values, batch, num_tokens)
+            loss = loss + critic.coef * value_loss
+            value_metrics.append(batch_values)
         loss.backward()
         metrics.append(batch_metrics)
-    return ops.sum_metrics(metrics)
+    return ops.sum_metrics(metrics), (
+        ops.merge_value_metrics(value_metrics) if value_metrics else None
+    )
 
 
 def apply_gradients(
-    model: nn.Module, optimizer: AdamW, max_grad_norm: float
+    optimizer: AdamW, max_grad_norm: float, setting: str = "update.lr"
 ) -> tuple[Tensor, WeightUpdate]:
     """Clip the gradient to an L2 norm and step; returns the norm before clipping, and the update.
+
+    Args:
+        setting: what the error proposes to lower.
 
     Raises:
         TrainingError: the norm is not finite. Nothing is stepped.
     """
-    grad_norm = gradient_norm(model.parameters())
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    grad_norm = gradient_norm(parameters)
     if not torch.isfinite(grad_norm):
         optimizer.zero_grad(set_to_none=True)
         raise TrainingError(
-            f"the gradient norm is {grad_norm.item()}: the step was not taken. Lower update.lr, "
+            f"the gradient norm is {grad_norm.item()}: the step was not taken. Lower {setting}, "
             "or check the rewards and the model for NaN"
         )
     update = optimizer.step(clip_coefficient(grad_norm, max_grad_norm))
     optimizer.zero_grad(set_to_none=True)
     return grad_norm, update
-
-
-def warm_start(
-    model: nn.Module,
-    examples: Sequence[Example],
-    *,
-    steps: int,
-    batch_size: int,
-    lr: float,
-    token_budget: int,
-    max_grad_norm: float,
-    optimizer_state: Literal["device", "host"],
-    seed: int,
-    progress: Callable[[int, int], None],
-) -> float:
-    """Supervised fine-tuning: minimise the mean of -logp over completion tokens, lr falling
-    linearly to 0.
-
-    Returns:
-        The loss of the last step, in nats a token.
-    """
-    device = next(model.parameters()).device
-    optimizer = AdamW(
-        model.named_parameters(), lr=lr, weight_decay=WARM_START_DECAY, state=optimizer_state
-    )
-    loss = torch.zeros(())
-    for step, chosen in enumerate(_example_batches(examples, steps, batch_size, seed)):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * (1 - step / steps)
-        tokens = sum(len(rollout.completion.token_ids) for rollout in chosen)
-        loss = torch.zeros((), device=device)
-        for micro in split_by_tokens(chosen, token_budget):
-            batch = pack(micro).to(device)
-            part = -token_logprobs(model, batch, 1.0).logprobs.sum() / tokens
-            part.backward()
-            loss += part.detach()
-        apply_gradients(model, optimizer, max_grad_norm)
-        progress(step + 1, steps)
-    return loss.item()
-
-
-def _example_batches(
-    examples: Sequence[Example], steps: int, batch_size: int, seed: int
-) -> Iterator[list[Rollout]]:
-    """Batches of examples in a shuffled order that comes anew with each epoch."""
-    rng = random.Random(seed)
-    order: list[int] = []
-    for _ in range(steps):
-        while len(order) < batch_size:
-            order += rng.sample(range(len(examples)), len(examples))
-        chosen, order = order[:batch_size], order[batch_size:]
-        yield [as_rollout(examples[i].token_ids, examples[i].num_prompt_tokens) for i in chosen]
 
 
 def as_rollout(token_ids: Sequence[int], num_prompt_tokens: int) -> Rollout:
@@ -207,12 +165,7 @@ def as_rollout(token_ids: Sequence[int], num_prompt_tokens: int) -> Rollout:
         finished=True,
         weight_version=0,
     )
-    return Rollout(
-        prompt_ids=list(token_ids[:num_prompt_tokens]),
-        completion=completion,
-        reward=0.0,
-        advantage=0.0,
-    )
+    return Rollout(prompt_ids=list(token_ids[:num_prompt_tokens]), completion=completion)
 
 
 class Probe(NamedTuple):
@@ -259,13 +212,64 @@ def with_scores(
     batch: Batch,
     model: nn.Module,
     reference: nn.Module | None,
+    critic: Critic | None = None,
     *,
     temperature: float,
     recompute_old: bool,
 ) -> Batch:
-    """The micro-batch with ref_logprobs, and with old_logprobs by the learner if the sampler's
-    cannot serve.
+    """The micro-batch with ref_logprobs, with values, and with old_logprobs by the learner if the
+    sampler's cannot serve.
     """
-    ref_logprobs = None if reference is None else score(reference, batch, temperature)
-    old_logprobs = score(model, batch, temperature) if recompute_old else batch.old_logprobs
-    return replace(batch, ref_logprobs=ref_logprobs, old_logprobs=old_logprobs)
+    return replace(
+        batch,
+        ref_logprobs=None if reference is None else score(reference, batch, temperature),
+        old_logprobs=score(model, batch, temperature) if recompute_old else batch.old_logprobs,
+        values=None if critic is None else critic.values(batch, temperature),
+    )
+
+
+def score_rollouts(
+    rollouts: Sequence[Rollout],
+    model: nn.Module,
+    reference: nn.Module | None,
+    critic: Critic | None,
+    *,
+    temperature: float,
+    token_budget: int,
+    recompute_old: bool,
+) -> list[Rollout]:
+    """The rollouts with what `with_scores` gives; as they are where it would give nothing."""
+    if reference is None and critic is None and not recompute_old:
+        return list(rollouts)
+    device = next(model.parameters()).device
+    scored: dict[int, Rollout] = {}
+    for micro in scoring_order(rollouts, token_budget):
+        chosen = [rollouts[i] for i in micro]
+        batch = with_scores(
+            pack(chosen).to(device), model, reference, critic,
+            temperature=temperature, recompute_old=recompute_old,
+        )  # fmt: skip
+        names = ["old_logprobs"] if recompute_old else []
+        names += ["ref_logprobs"] if reference is not None else []
+        names += ["values"] if critic is not None else []
+        parts = {name: split(getattr(batch, name), chosen) for name in names}
+        for place, index in enumerate(micro):
+            own: dict[str, Any] = {name: part[place] for name, part in parts.items()}
+            scored[index] = replace(rollouts[index], **own)
+    return [scored[index] for index in range(len(rollouts))]
+
+
+def scoring_order(rollouts: Sequence[Rollout], token_budget: int) -> list[list[int]]:
+    """Places of the rollouts of each micro-batch that is scored: neighbours of one length."""
+    order = sorted(range(len(rollouts)), key=lambda i: rollouts[i].num_tokens)
+    remaining = iter(order)
+    micro_batches = split_by_tokens([rollouts[i] for i in order], token_budget)
+    return [list(islice(remaining, len(micro))) for micro in micro_batches]
+
+
+def tokens_scored(rollouts: Sequence[Rollout], token_budget: int) -> int:
+    """Tokens that a forward pass over the rollouts reads, each prompt once a micro-batch."""
+    total = sum(len(rollout.completion.token_ids) for rollout in rollouts)
+    for micro in scoring_order(rollouts, token_budget):
+        total += sum(map(len, {tuple(rollouts[i].prompt_ids) for i in micro}))
+    return total

@@ -7,32 +7,35 @@ one samples from.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from warpo.engine import checkpoint, mismatch, plot
-from warpo.engine.batch import Batch, Completion, Rollout
-from warpo.engine.build import Parts, build, load_reference, make_reference
-from warpo.engine.config import Config, resolve_advantage_std
-from warpo.engine.data import Prompt, columns
+from warpo.engine.advantages import estimate
+from warpo.engine.batch import Batch, Rollout
+from warpo.engine.build import Parts, build, load_reference, make_reference, renew_reference
+from warpo.engine.config import Config
 from warpo.engine.errors import TrainingError, WeightMismatch
 from warpo.engine.loop import due, raise_if, signals
 from warpo.engine.metrics import ReportProgress, RunLog, read_rows
-from warpo.engine.optimizer import update_metrics
+from warpo.engine.offline.losses import preference_gradients, supervised_gradients
+from warpo.engine.pairs import pair_minibatches
 from warpo.engine.resync import Resync
-from warpo.engine.sampler.base import Interrupted, SamplingOptions
+from warpo.engine.rollouts import accuracy, collect, generate, greedy, reward
 from warpo.engine.step import (
     EQUAL_LOGPROBS,
+    StepResult,
+    accumulate_gradients,
+    apply_gradients,
     make_minibatches,
     probe_weights,
-    train_step,
-    warm_start,
-    with_scores,
+    score_rollouts,
+    tokens_scored,
 )
-from warpo.kernels import ops
+from warpo.engine.step_metrics import step_metrics
+from warpo.kernels.preferences import Preference
 
 Metrics = dict[str, float]
 
@@ -68,25 +71,14 @@ def _prepare(config: Config, parts: Parts, log: RunLog, resume_from: Path | None
     millions = sum(p.numel() for p in parts.model.parameters()) / 1e6
     log.say(
         f"{config.model}: {millions:.1f} M parameters, {config.dtype} on {parts.device}, "
-        f"sampled by {config.sampler}, {config.loss.objective}"
+        f"sampled by {config.sampler}; {config.algorithm}: {', '.join(parts.algorithm.models)}"
     )
     log.say(_describe(parts.resync))
     if resume_from:
         parts.step = checkpoint.load(resume_from, model=parts.model, parts=parts.stateful)
         load_reference(config, parts)
         log.say(f"resumed after step {parts.step} from {resume_from}")
-    elif config.warm_start.steps:
-        with log.phase("warm start") as progress:
-            loss = warm_start(
-                parts.model, parts.examples, steps=config.warm_start.steps,
-                batch_size=config.warm_start.batch_size, lr=config.warm_start.lr,
-                token_budget=config.update.token_budget,
-                max_grad_norm=config.update.max_grad_norm,
-                optimizer_state=config.update.optimizer_state,
-                seed=config.seed, progress=progress,
-            )  # fmt: skip
-        log.say(f"warm start: {config.warm_start.steps} steps, loss {loss:.3f} nats a token")
-    parts.boundary = parts.stream.state_dict()
+    parts.boundary = parts.position()
     if not resume_from:
         make_reference(config, parts)
         _save(config, parts, log)
@@ -109,27 +101,34 @@ def _step(
     """Sample, reward, score and update; returns metrics, and sequences to probe with."""
     step = parts.step + 1
     log.start_step()
-    rollouts, metrics = _rollouts(config, parts, log, stop, step)
+    rollouts, metrics = collect(config, parts, log, stop, step)
     with log.phase("release"):
         parts.sampler.release_kv()
-    minibatches = make_minibatches(
-        rollouts, config.update.minibatches, config.update.token_budget, config.seed + step
-    )
     probed = rollouts[: config.probe.num_sequences]
     with log.phase("score"):
         drift = mismatch.Drift(parts.model, probed, config.rollout.temperature)
-        minibatches, saving = _score(config, parts, minibatches, drift.sampling_difference)
+        rollouts, saving = _score(config, parts, rollouts, drift.sampling_difference)
+    with log.phase("advantages"):
+        rollouts, estimated = estimate(
+            parts.algorithm, rollouts, config.rollout.group_size, parts.adaptive
+        )
     raise_if(stop)
     with log.phase("update") as progress:
-        metrics |= saving | _update(config, parts, minibatches, progress, drift)
-    parts.step, parts.whole, parts.boundary = step, True, parts.stream.state_dict()
+        updated = _update(config, parts, rollouts, progress, drift)
+    metrics |= saving | updated | estimated
+    if "kl/approx" in metrics:
+        metrics["kl/mean"] = metrics["kl/ref" if parts.algorithm.kl_coef else "kl/approx"]
+        metrics["kl/coef"] = parts.adaptive.kl_coef
+        parts.adaptive.adapt(parts.algorithm, metrics["kl/mean"])
+    renew_reference(config, parts, step)
+    parts.step, parts.whole, parts.boundary = step, True, parts.position()
     return metrics, [r.prompt_ids + r.completion.token_ids for r in probed]
 
 
 def _score(
-    config: Config, parts: Parts, minibatches: list[list[Batch]], sampling_difference: float
-) -> tuple[list[list[Batch]], Metrics]:
-    """The minibatches on the device with their scores, and what not scoring saved.
+    config: Config, parts: Parts, rollouts: list[Rollout], sampling_difference: float
+) -> tuple[list[Rollout], Metrics]:
+    """The rollouts with the scores that the algorithm needs, and what not scoring saved.
 
     old_logprobs/tokens_saved: tokens that the learner's extra forward pass would have read, in a
     step that did without. Its seconds are the growth of perf/score_s in the same run with
@@ -137,145 +136,90 @@ def _score(
     """
     # A truncated distribution is not the learner's, so its logprobs are no old_logprobs.
     recompute_old = config.rollout.truncated or sampling_difference > EQUAL_LOGPROBS
-    scored = [
-        [
-            with_scores(
-                batch.to(parts.device), parts.model, parts.reference,
-                temperature=config.rollout.temperature, recompute_old=recompute_old,
-            )
-            for batch in batches
-        ]
-        for batches in minibatches
-    ]  # fmt: skip
-    tokens = sum(batch.input_ids.numel() for batches in minibatches for batch in batches)
+    scored = score_rollouts(
+        rollouts, parts.model, parts.reference, parts.critic,
+        temperature=config.rollout.temperature,
+        token_budget=config.update.token_budget,
+        recompute_old=recompute_old,
+    )  # fmt: skip
     return scored, {
         "old_logprobs/recomputed": float(recompute_old),
-        "old_logprobs/tokens_saved": 0.0 if recompute_old else float(tokens),
+        "old_logprobs/tokens_saved": (
+            0.0 if recompute_old else float(tokens_scored(rollouts, config.update.token_budget))
+        ),
     }
-
-
-def _rollouts(
-    config: Config, parts: Parts, log: RunLog, stop: Callable[[], bool], step: int
-) -> tuple[list[Rollout], Metrics]:
-    """Sample a group of completions of each prompt, reward them, compare each with its group."""
-    prompts = parts.stream.next()
-    group_size = config.rollout.group_size
-    options = SamplingOptions(
-        group_size=group_size,
-        temperature=config.rollout.temperature,
-        top_k=config.rollout.top_k,
-        top_p=config.rollout.top_p,
-        max_new_tokens=config.rollout.max_new_tokens,
-        # a function of seed and step: a resumed run samples what the whole run would have
-        seed=config.seed * 1_000_003 + step,
-    )
-    with log.phase("sample") as progress:
-        groups = _generate(parts, prompts, options, stop, progress)
-    _check_versions(parts, groups)
-    with log.phase("reward"):
-        rewards = _rewards(parts, prompts, groups)
-    raise_if(stop)
-    advantages = ops.group_advantages(
-        torch.tensor(rewards), group_size, std=resolve_advantage_std(config.loss)
-    )
-    completions = [completion for group in groups for completion in group]
-    rollouts = [
-        Rollout(
-            prompt_ids=prompts[i // group_size].token_ids,
-            completion=completion,
-            reward=rewards[i],
-            advantage=advantage,
-        )
-        for i, (completion, advantage) in enumerate(
-            zip(completions, advantages.advantages.tolist(), strict=True)
-        )
-    ]
-    lengths = [len(completion.token_ids) for completion in completions]
-    count = len(completions)
-    return rollouts, {
-        "reward/mean": sum(rewards) / count,
-        "reward/accuracy": _accuracy(config, rewards),
-        "reward/degenerate_frac": advantages.num_degenerate.item() / len(prompts),
-        "completion/length_mean": sum(lengths) / count,
-        "completion/finished_frac": sum(c.finished for c in completions) / count,
-        "perf/tokens": float(sum(rollout.num_tokens for rollout in rollouts)),
-    }
-
-
-def _generate(
-    parts: Parts,
-    prompts: list[Prompt],
-    options: SamplingOptions,
-    stop: Callable[[], bool],
-    progress: ReportProgress,
-) -> list[list[Completion]]:
-    try:
-        ids = [prompt.token_ids for prompt in prompts]
-        return parts.sampler.generate(ids, options, stop, progress)
-    except Interrupted:
-        raise KeyboardInterrupt from None
-
-
-def _check_versions(parts: Parts, groups: list[list[Completion]]) -> None:
-    versions = {completion.weight_version for group in groups for completion in group}
-    if versions != {parts.step}:
-        raise WeightMismatch(
-            f"step {parts.step + 1} sampled with versions {sorted(versions)} of the weights, and "
-            f"the learner has version {parts.step}"
-        )
-
-
-def _rewards(parts: Parts, prompts: list[Prompt], groups: list[list[Completion]]) -> list[float]:
-    ids = [completion.token_ids for group in groups for completion in group]
-    texts = parts.tokenizer.batch_decode(ids, skip_special_tokens=True)
-    owners = [prompt for prompt, group in zip(prompts, groups, strict=True) for _ in group]
-    return parts.reward(texts, columns(owners))
-
-
-def _accuracy(config: Config, rewards: list[float]) -> float:
-    return sum(reward >= config.reward.success for reward in rewards) / len(rewards)
 
 
 def _update(
     config: Config,
     parts: Parts,
-    minibatches: list[list[Batch]],
+    rollouts: list[Rollout],
     progress: ReportProgress,
     drift: mismatch.Drift,
 ) -> Metrics:
     """epochs x minibatches optimizer steps on the rollouts of a step, and their mean metrics."""
-    results = []
+    make = pair_minibatches if parts.algorithm.advantages == "pairs" else make_minibatches
+    minibatches = make(
+        rollouts, config.update.minibatches, config.update.token_budget,
+        config.seed + parts.step + 1,
+    )  # fmt: skip
+    minibatches = [[batch.to(parts.device) for batch in batches] for batches in minibatches]
+    results: list[StepResult] = []
     updates = config.update.epochs * len(minibatches)
     for update in range(updates):
         if 0 < update == updates - 1:
             drift.before_last_update()
         parts.whole = False
+        batches = minibatches[update % len(minibatches)]
         try:
-            result = train_step(
-                parts.model, parts.optimizer, minibatches[update % len(minibatches)],
-                parts.objective, temperature=config.rollout.temperature,
-                max_new_tokens=config.rollout.max_new_tokens,
-                max_grad_norm=config.update.max_grad_norm,
-            )  # fmt: skip
+            results.append(train_step(config, parts, batches, parts.step + 1, update))
         except TrainingError:
-            parts.whole = update == 0
+            # the critic may have taken its step
+            parts.whole = update == 0 and parts.critic is None
             raise
-        parts.schedule.step()
-        results.append(result)
-        parts.fingerprints = result.update.fingerprints
         progress(update + 1, updates)
-    metrics = ops.policy_metrics(ops.sum_metrics([result.metrics for result in results]))
-    metrics |= update_metrics([result.update for result in results])
-    return metrics | {
-        "loss/policy": metrics["loss/policy"] / updates,
-        "loss/kl": metrics["loss/kl"] / updates,
-        "loss/entropy": metrics["loss/entropy"] / updates,
-        "kl/mean": metrics["kl/ref" if parts.reference is not None else "kl/approx"],
-        "ratio/clip_frac": metrics["ratio/clip_frac_low"] + metrics["ratio/clip_frac_high"],
-        "grad_norm": sum(result.grad_norm.item() for result in results) / updates,
+    return step_metrics(results) | {
         "lr": float(parts.schedule.get_last_lr()[0]),
         **drift.metrics(truncated=config.rollout.truncated),
     }
+
+
+def train_step(
+    config: Config, parts: Parts, batches: Sequence[Batch], step: int, update: int
+) -> StepResult:
+    """One optimizer step on packed micro-batches: of the critic, where it has a network of its own,
+    and of the policy, after the steps in which the critic learns alone.
+
+    Raises:
+        TrainingError: a gradient is not finite. That model's weights are those before.
+    """
+    critic, algorithm, temperature = parts.critic, parts.algorithm, config.rollout.temperature
+    values = policy = pairs = pretraining = None
+    if critic is not None and not critic.is_shared:
+        values = critic.train_step(batches)
+        if step <= config.critic.warmup_steps:
+            return StepResult(values=values)
+    if algorithm.previous_reference:
+        batches = [replace(batch, ref_logprobs=batch.old_logprobs) for batch in batches]
+    if isinstance(algorithm.objective, Preference):
+        pairs = preference_gradients(parts.model, batches, algorithm.objective, temperature)
+    elif algorithm.objective is not None:
+        policy, shared_values = accumulate_gradients(
+            parts.model, batches, algorithm.objective,
+            temperature=temperature,
+            max_new_tokens=config.rollout.max_new_tokens,
+            kl_coef=parts.adaptive.kl_coef if algorithm.kl_adapts_in_loss else None,
+            critic=critic if critic is not None and critic.is_shared else None,
+        )  # fmt: skip
+        values = shared_values if values is None else values
+    if algorithm.pretraining_coef:
+        count = sum(batch.num_sequences for batch in batches)
+        examples = parts.pretraining_batches(config, count, step, update)
+        pretraining = supervised_gradients(parts.model, examples, coef=algorithm.pretraining_coef)
+    grad_norm, weight_update = apply_gradients(parts.optimizer, config.update.max_grad_norm)
+    parts.schedule.step()
+    parts.updated(weight_update)
+    return StepResult(policy, pairs, values, pretraining, grad_norm, weight_update)
 
 
 def _publish(config: Config, parts: Parts, log: RunLog, sequences: list[list[int]]) -> Metrics:
@@ -311,13 +255,10 @@ def _evaluation(config: Config, parts: Parts, log: RunLog) -> Metrics:
     every = config.evaluation.every_steps
     if not every or not (parts.step == 0 or due(parts.step, every, config.steps)):
         return {}
-    options = SamplingOptions(
-        group_size=1, temperature=0.0, max_new_tokens=config.rollout.max_new_tokens, seed=0
-    )
     with log.phase("evaluate") as progress:
-        groups = _generate(parts, parts.eval_prompts, options, lambda: False, progress)
-        rewards = _rewards(parts, parts.eval_prompts, groups)
-    return {"eval/accuracy": _accuracy(config, rewards), "eval/reward": sum(rewards) / len(rewards)}
+        groups = generate(parts, parts.eval_prompts, greedy(config), lambda: False, progress)
+        rewards = [rewards[0] for rewards in reward(parts, parts.eval_prompts, groups)]
+    return {"eval/accuracy": accuracy(config, rewards), "eval/reward": sum(rewards) / len(rewards)}
 
 
 def _report(metrics_path: Path, log: RunLog) -> None:
@@ -351,7 +292,7 @@ def _checkpoint_on_error(config: Config, parts: Parts, log: RunLog) -> Iterator[
         yield
     except BaseException:
         if parts.whole and parts.boundary:
-            parts.stream.load_state_dict(parts.boundary)
+            parts.rewind()
             _save(config, parts, log)
             log.say(f"stopped; step {parts.step} is saved: --resume continues after it")
         elif parts.boundary:

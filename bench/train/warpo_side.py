@@ -34,7 +34,8 @@ def config_of(job: Job, output_dir: str) -> config.Config:
             max_model_len=job.max_model_len,
             kv_cache_gib=job.kv_cache_gib,
         ),
-        loss=config.Loss(objective="grpo", kl_coef=0.0),
+        algorithm="grpo",
+        loss=config.Loss(kl_coef=0.0),
         update=config.Update(
             lr=job.lr, token_budget=max(16384, job.completions * job.max_model_len)
         ),

@@ -45,22 +45,23 @@ def supervised_gradients(
 
 
 def preference_gradients(
-    model: nn.Module, batches: Sequence[Batch], preference: Preference
+    model: nn.Module, batches: Sequence[Batch], preference: Preference, temperature: float = 1.0
 ) -> Tensor:
     """Loss of pairs, `ops.preference_loss`, as a mean over the pairs of all batches.
 
     Args:
         batches: of 2 B sequences each: B chosen completions, then the B rejected ones in the same
             order. ref_logprobs is needed where the preference has a reference.
+        temperature: of the distribution whose logprobs count, and of which ref_logprobs are.
 
     Returns:
         The vector of `ops.preference_loss`, summed over the batches.
     """
-    pairs = sum(_sequences(batch) // 2 for batch in batches)
+    pairs = sum(batch.num_sequences // 2 for batch in batches)
     metrics = []
     for batch in batches:
-        logprobs = token_logprobs(model, batch, 1.0).logprobs
-        half, starts = _sequences(batch) // 2, batch.completion_cu_seqlens
+        logprobs = token_logprobs(model, batch, temperature).logprobs
+        half, starts = batch.num_sequences // 2, batch.completion_cu_seqlens
         result = ops.preference_loss(
             logprobs, logprobs, batch.ref_logprobs, batch.ref_logprobs, loss=preference,
             chosen_cu_seqlens=starts[: half + 1], rejected_cu_seqlens=starts[half:],
@@ -92,7 +93,7 @@ def kto_gradients(
     Returns:
         The vector of `ops.kto_loss`, summed over the batches.
     """
-    examples = sum(_sequences(batch) for batch in batches)
+    examples = sum(batch.num_sequences for batch in batches)
     ratios = [(score(model, batch, 1.0) - _reference(batch)).sum() for batch in unrelated]
     kl = (torch.stack(ratios).sum() / examples).clamp(min=0)
     metrics = []
@@ -123,7 +124,7 @@ def pair_gradients(
     Returns:
         The vector of `ops.reward_model_loss` of all batches.
     """
-    pairs = sum(_sequences(batch) // 2 for batch in batches)
+    pairs = sum(batch.num_sequences // 2 for batch in batches)
     metrics = []
     for batch, margin in zip(batches, margins, strict=True):
         chosen, rejected = sequence_scores(model, batch).chunk(2)
@@ -209,10 +210,6 @@ def _backward(loss: Tensor) -> Tensor:
     if loss.requires_grad:
         loss.backward()
     return loss.detach()
-
-
-def _sequences(batch: Batch) -> int:
-    return batch.completion_cu_seqlens.numel() - 1
 
 
 def _reference(batch: Batch) -> Tensor:

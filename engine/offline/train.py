@@ -13,8 +13,8 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from warpo.engine import checkpoint, plot
 from warpo.engine.batch import split_by_tokens
-from warpo.engine.build import learner_device
 from warpo.engine.data import PromptStream
+from warpo.engine.device import learner_device
 from warpo.engine.errors import TrainingError
 from warpo.engine.loop import due, raise_if, signals
 from warpo.engine.metrics import Column, RunLog, read_rows
@@ -241,9 +241,7 @@ def _step(config: OfflineConfig, parts: Parts, log: RunLog) -> Metrics:
         vector = parts.family.gradients(parts.model, [m.to(parts.device) for m in micro])
         parts.whole = False
         try:
-            grad_norm, update = apply_gradients(
-                parts.model, parts.optimizer, config.update.max_grad_norm
-            )
+            grad_norm, update = apply_gradients(parts.optimizer, config.update.max_grad_norm)
         except TrainingError:
             parts.whole = True
             raise

@@ -25,11 +25,11 @@ def test_a_row_has_what_a_reader_needs_to_repeat_it(tmp_path, monkeypatch, capsy
     assert capsys.readouterr().out.count("goal: at ") == 4
 
 
-@pytest.mark.slow
+@pytest.mark.timing
 def test_a_packed_copy_is_near_a_flat_copy_and_far_from_the_loader():
-    """Goals of the design, with a half of room for what else the machine does."""
+    """Goals of the design, with room for what else the machine does."""
     rows = resync.measure_resync("float32", resync.SHAPE)
     ms = {row["provider"]: row["ms"] for row in rows}
     assert ms["packed copy"] <= 1.5 * resync.FLAT_COPY_TIMES * ms["flat copy"]
-    assert ms["load_weights, tensor by tensor"] >= resync.PER_TENSOR_TIMES / 1.5 * ms["packed copy"]
+    assert ms["load_weights, tensor by tensor"] >= resync.PER_TENSOR_TIMES / 2 * ms["packed copy"]
     assert ms["alias"] < 1

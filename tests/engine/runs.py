@@ -20,7 +20,8 @@ data: {{train: {folder}/train.jsonl, eval: {folder}/eval.jsonl}}
 reward: {{function: "token_rewards:low", deadline_s: 60}}
 rollout:
   {{prompts_per_step: 3, group_size: 4, max_new_tokens: 6, max_model_len: 64, kv_cache_gib: 0.03}}
-loss: {{objective: grpo, kl_coef: 0.01}}
+algorithm: grpo
+loss: {{kl_coef: 0.01}}
 update: {{lr: 1e-3, token_budget: 64, minibatches: 2, epochs: 2}}
 probe: {{tolerance: 1e-3}}
 evaluation: {{every_steps: 2}}

@@ -33,7 +33,7 @@ def test_forward_makes_no_temporary_of_the_size_of_the_logits():
     assert int(result.stdout) < 4096
 
 
-@pytest.mark.slow
+@pytest.mark.timing
 @pytest.mark.skipif(DEVICE != "cpu", reason="`make gpu` times the kernels on a GPU")
 def test_forward_is_five_times_as_fast_as_log_softmax_and_gather():
     logits, targets = torch.randn(1024, 151936), torch.randint(0, 151936, (1024,))

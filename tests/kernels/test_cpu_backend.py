@@ -14,8 +14,6 @@ from warpo.kernels import ops
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="`make gpu` tests the GPU's kernels")
 
 LEVELS = ("portable", "avx2", "avx512")
-# of the two that are not the best of this processor one is enough for `make test`
-SLOW = pytest.mark.slow
 
 
 def python(code: str, **environment: str) -> str:
@@ -31,8 +29,9 @@ def chosen(**environment: str) -> str:
     return python(code, **environment)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="only x86-64 has several")
-@pytest.mark.parametrize("level", [pytest.param("portable", marks=SLOW), *LEVELS[1:]])
+@pytest.mark.parametrize("level", LEVELS)
 def test_every_instruction_set_passes_the_tests_of_the_kernels(level):
     if LEVELS.index(level) > LEVELS.index(chosen()):
         pytest.skip(f"this processor has no {level}")

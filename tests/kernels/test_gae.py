@@ -178,7 +178,7 @@ def test_rewards_behind_the_last_valid_step_go_to_it_in_compact_mode(backend):
 
 
 @each_backend
-@pytest.mark.parametrize("steps", [9, 100, 1200])
+@pytest.mark.parametrize("steps", [9, 100, pytest.param(1200, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("layout", ["time", "rows", "packed"])
 def test_a_row_alone_has_the_bits_of_the_row_in_a_batch(backend, layout, steps):
     shape = (steps, 21) if layout == "rows" else (21, steps)

@@ -106,7 +106,7 @@ def test_shaped_rewards_are_given_on_request_alone(backend):
 
 
 @each_backend
-@pytest.mark.parametrize("steps", [9, 1200])
+@pytest.mark.parametrize("steps", [9, pytest.param(1200, marks=pytest.mark.slow)])
 def test_a_row_alone_has_the_bits_of_the_row_in_a_batch(backend, steps):
     tensors = torch.randn(4, 21, steps, device=DEVICE)
     options = {"gamma": 1.0, "gae_lambda": 0.9, "kl_coef": 0.1, "kl_estimator": "k3"}

@@ -83,7 +83,7 @@ def test_a_far_ratio_stays_finite(backend):
 
 
 @each_backend
-@pytest.mark.parametrize("steps", [9, 100, 1200])
+@pytest.mark.parametrize("steps", [9, 100, pytest.param(1200, marks=pytest.mark.slow)])
 def test_a_row_alone_has_the_bits_of_the_row_in_a_batch(backend, steps):
     tensors = torch.randn(4, 21, steps, device=DEVICE)
     batch = ops.vtrace(*tensors, gamma=0.99, backend=backend)

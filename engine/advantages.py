@@ -1,0 +1,277 @@
+"""Advantages of a step's rollouts, by the estimator that the algorithm's row names.
+
+In:  rewards, of completions or of their steps; logprobs of the policy and of the reference; values.
+Out: one advantage for each token, and where there is a critic one return.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from warpo.engine.algorithms import Algorithm
+from warpo.engine.batch import Rollout, split
+from warpo.engine.errors import RewardError
+from warpo.kernels import ops
+
+# Share of the old baseline in the new one, of "moving average".
+BASELINE_DECAY = 0.9
+# alpha of length-adaptive GAE, https://arxiv.org/abs/2504.05118
+LENGTH_ALPHA = 0.05
+
+
+@dataclass
+class AdaptiveState:
+    """What an estimator carries from step to step.
+
+    Attributes:
+        kl_coef: weight of the KL, where it adapts.
+        baseline: moving average of the rewards; None before the first step.
+    """
+
+    kl_coef: float
+    baseline: float | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"kl_coef": self.kl_coef, "baseline": self.baseline}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.kl_coef, self.baseline = state["kl_coef"], state["baseline"]
+
+    def adapt(self, algorithm: Algorithm, kl: float) -> None:
+        """Move kl_coef towards the one at which the KL is the target.
+
+        doubling:      half of it below target / 1.5, twice above 1.5 target
+        proportional:  times 1 + 0.1 clip(kl / target - 1, -0.2, 0.2)
+
+        Args:
+            kl: nats a token, of the step that is over.
+        """
+        if algorithm.kl_target is None:
+            return
+        excess = kl / algorithm.kl_target
+        if algorithm.kl_rule == "doubling":
+            self.kl_coef *= 0.5 if excess < 1 / 1.5 else 2.0 if excess > 1.5 else 1.0
+        else:
+            self.kl_coef *= 1 + 0.1 * min(max(excess - 1, -0.2), 0.2)
+
+
+class _Tokens(NamedTuple):
+    """The rollouts of a step, (B,), with their completions in one packed row, (M,)."""
+
+    rollouts: Sequence[Rollout]
+    group_size: int
+    lengths: Tensor
+    cu_seqlens: Tensor
+    rewards: Tensor
+    logprobs: Tensor
+    ref_logprobs: Tensor
+    values: Tensor | None
+
+
+class Estimate(NamedTuple):
+    """advantages and returns, (M,); how many groups have one reward for all."""
+
+    advantages: Tensor
+    returns: Tensor | None = None
+    num_degenerate: Tensor | None = None
+
+
+def estimate(
+    algorithm: Algorithm, rollouts: Sequence[Rollout], group_size: int, state: AdaptiveState
+) -> tuple[list[Rollout], dict[str, float]]:
+    """The rollouts with advantages, and with returns where there is a critic; and metrics.
+
+    Args:
+        rollouts: scored; the group_size completions of a prompt follow each other.
+
+    Raises:
+        RewardError: the estimator wants rewards of steps and a rollout has none.
+    """
+    tokens = _tokens(rollouts, group_size)
+    found = _ESTIMATORS[algorithm.advantages](algorithm, tokens, state)
+    advantages = split(found.advantages, rollouts)
+    returns = (None,) * len(rollouts) if found.returns is None else split(found.returns, rollouts)
+    metrics = {"advantages/std": found.advantages.std(correction=0).item()}
+    if found.num_degenerate is not None:
+        metrics["reward/degenerate_frac"] = found.num_degenerate.item() * group_size / len(rollouts)
+    if algorithm.kl_in_reward and algorithm.reward_kl_coef:
+        metrics["kl/ref"] = (tokens.logprobs - tokens.ref_logprobs).mean().item()
+    return [
+        replace(rollout, advantages=mine, returns=target)
+        for rollout, mine, target in zip(rollouts, advantages, returns, strict=True)
+    ], metrics
+
+
+def _tokens(rollouts: Sequence[Rollout], group_size: int) -> _Tokens:
+    def joined(name: str) -> Tensor | None:
+        parts = [getattr(rollout, name) for rollout in rollouts]
+        return None if parts[0] is None else torch.cat(parts)
+
+    old, ref, values = joined("old_logprobs"), joined("ref_logprobs"), joined("values")
+    device = next((x.device for x in (old, ref, values) if x is not None), torch.device("cpu"))
+    if old is None:
+        sampled = [logp for rollout in rollouts for logp in rollout.completion.logprobs]
+        old = torch.tensor(sampled, device=device)
+    lengths = torch.tensor([len(r.completion.token_ids) for r in rollouts], device=device)
+    return _Tokens(
+        rollouts,
+        group_size,
+        lengths,
+        torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32),
+        torch.tensor([rollout.reward for rollout in rollouts], device=device),
+        old,
+        old if ref is None else ref,
+        values,
+    )
+
+
+def _per_token(advantages: Tensor, tokens: _Tokens) -> Tensor:
+    return advantages.repeat_interleave(tokens.lengths)
+
+
+def _shaped_rewards(algorithm: Algorithm, tokens: _Tokens, state: AdaptiveState) -> Tensor:
+    """(B,): the reward of each completion less kl_coef times its KL, summed over its tokens."""
+    if not algorithm.reward_kl_coef:
+        return tokens.rewards
+    return _reward_to_go(algorithm, tokens, state)[tokens.cu_seqlens[:-1].long()]
+
+
+def _reward_to_go(algorithm: Algorithm, tokens: _Tokens, state: AdaptiveState) -> Tensor:
+    """(M,): what is still to come of the KL-shaped reward, undiscounted."""
+    return _gae(algorithm, tokens, state, torch.zeros_like(tokens.logprobs), 1.0).advantages
+
+
+def _gae(
+    algorithm: Algorithm, tokens: _Tokens, state: AdaptiveState, values: Tensor, gae_lambda: float
+) -> ops.ShapedGae:
+    return ops.shaped_gae(
+        tokens.logprobs,
+        tokens.ref_logprobs,
+        values,
+        gamma=algorithm.gamma,
+        gae_lambda=gae_lambda,
+        kl_coef=state.kl_coef if algorithm.kl_in_reward else 0.0,
+        kl_estimator=algorithm.reward_kl_estimator,
+        terminal_rewards=tokens.rewards,
+        cu_seqlens=tokens.cu_seqlens,
+    )
+
+
+def _group(algorithm: Algorithm, tokens: _Tokens, state: AdaptiveState) -> Estimate:
+    found = ops.group_advantages(tokens.rewards, tokens.group_size, std=algorithm.advantage_std)
+    return Estimate(_per_token(found.advantages, tokens), None, found.num_degenerate)
+
+
+def _rescaled_group(algorithm: Algorithm, tokens: _Tokens, state: AdaptiveState) -> Estimate:
+    """A group of one reward has no gradient; the others make up for it."""
+    found = _group(algorithm, tokens, state)
+    assert found.num_degenerate is not None
+    groups = len(tokens.rollouts) // tokens.group_size
+    scale = groups / (groups - found.num_degenerate).clamp(min=1)
+    return found._replace(advantages=found.advantages * scale)
+
+
+def _leave_one_out(algorithm: Algorithm, tokens: _Tokens, state: AdaptiveState) -> Estimate:
+    rewards = _shaped_rewards(algorithm, tokens, state)
+    found = ops.group_advantages(rewards, tokens.group_size, std="none", leave_one_out=True)
+    return Estimate(_per_token(found.advantages, tokens), None, found.num_degenerate)
+
+
+def _moving_average(algorithm: Algorithm, tokens: _Tokens, state: AdaptiveState) -> Estimate:
+    rewards = _shaped_rewards(algorithm, tokens, state)
+    mean = rewards.mean().item()
+    baseline = mean if state.baseline is None else state.baseline
+    state.baseline = BASELINE_DECAY * baseline + (1 - BASELINE_DECAY) * mean
+    return Estimate(_per_token(rewards - baseline, tokens))
+
+
+def _greedy(algorithm: Algorithm, tokens: _Tokens, state: AdaptiveState) -> Estimate:
+    baselines = [rollout.baseline_reward for rollout in tokens.rollouts]
+    rewards = _shaped_rewards(algorithm, tokens, state)
+    return Estimate(_per_token(rewards - rewards.new_tensor(baselines), tokens))
+
+
+def _batch(algorithm: Algorithm, tokens: _Tokens, state: AdaptiveState) -> Estimate:
+    return Estimate(ops.whiten(_reward_to_go(algorithm, tokens, state)))
+
+
+def _group_batch(algorithm: Algorithm, tokens: _Tokens, state: AdaptiveState) -> Estimate:
+    found = _group(algorithm, tokens, state)
+    return found._replace(advantages=ops.whiten(found.advantages))
+
+
+def _process(algorithm: Algorithm, tokens: _Tokens, state: AdaptiveState) -> Estimate:
+    steps = []
+    for number, rollout in enumerate(tokens.rollouts):
+        if rollout.step_rewards is None:
+            raise RewardError(
+                f"algorithm = {algorithm.name!r} learns from rewards of steps, and completion "
+                f"{number} has one for the whole: let reward.sources give steps"
+            )
+        steps.append(rollout.step_rewards)
+    flat = [step for of_one in steps for step in of_one]
+    offsets = torch.tensor([0, *map(len, steps)]).cumsum(0)
+    device = tokens.rewards.device
+    found = ops.process_advantages(
+        torch.tensor([reward for _, reward in flat], device=device),
+        offsets.to(device),
+        torch.tensor([end for end, _ in flat], device=device),
+        tokens.logprobs.numel(),
+        tokens.group_size,
+        cu_seqlens=tokens.cu_seqlens,
+        std=algorithm.advantage_std,
+    )
+    return Estimate(found.advantages, None, found.num_degenerate)
+
+
+def _critic(algorithm: Algorithm, tokens: _Tokens, state: AdaptiveState) -> Estimate:
+    assert tokens.values is not None
+    policy_lambda, value_lambda = algorithm.gae_lambda
+    found = _gae(algorithm, tokens, state, tokens.values, value_lambda)
+    advantages, returns = found.advantages, found.returns
+    if policy_lambda == "length":
+        advantages = _length_adaptive(algorithm, tokens, state)
+    elif policy_lambda != value_lambda:
+        advantages = _gae(algorithm, tokens, state, tokens.values, policy_lambda).advantages
+    return Estimate(ops.whiten(advantages), returns)
+
+
+def _length_adaptive(algorithm: Algorithm, tokens: _Tokens, state: AdaptiveState) -> Tensor:
+    """One scan for each length that occurs, since that has one lambda."""
+    assert tokens.values is not None
+    advantages = torch.empty_like(tokens.values)
+    starts = tokens.cu_seqlens[:-1].long()
+    for length in set(tokens.lengths.tolist()):
+        mine = tokens.lengths == length
+        index = starts[mine, None] + torch.arange(length, device=starts.device)
+        advantages[index] = ops.shaped_gae(
+            tokens.logprobs[index],
+            tokens.ref_logprobs[index],
+            tokens.values[index],
+            gamma=algorithm.gamma,
+            gae_lambda=max(0.0, 1 - 1 / (LENGTH_ALPHA * length)),
+            kl_coef=state.kl_coef if algorithm.kl_in_reward else 0.0,
+            kl_estimator=algorithm.reward_kl_estimator,
+            terminal_rewards=tokens.rewards[mine],
+        ).advantages
+    return advantages
+
+
+_ESTIMATORS: dict[str, Callable[[Algorithm, _Tokens, AdaptiveState], Estimate]] = {
+    "group": _group,
+    "rescaled group": _rescaled_group,
+    "leave one out": _leave_one_out,
+    "moving average": _moving_average,
+    "greedy": _greedy,
+    "batch": _batch,
+    "group, batch": _group_batch,
+    "process": _process,
+    "gae": _critic,
+    # Pairs are made of rewards; this counts the groups that give none.
+    "pairs": _group,
+}

@@ -1,0 +1,187 @@
+"""What a config makes of a row of engine/algorithms.py. What cannot run, or would have no effect,
+is refused here, before a model is loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from typing import TYPE_CHECKING, Any
+
+from warpo.engine.algorithms import ALGORITHMS, Algorithm
+from warpo.engine.errors import ConfigError
+from warpo.kernels.objectives import Objective
+from warpo.kernels.preferences import Preference
+
+if TYPE_CHECKING:
+    from warpo.engine.config import Config, Loss
+
+
+def find(name: str) -> Algorithm:
+    """The row of that name.
+
+    Raises:
+        ConfigError: there is none; names the nearest.
+    """
+    if name not in ALGORITHMS:
+        near = difflib.get_close_matches(name, ALGORITHMS, n=1)
+        raise ConfigError(
+            f"algorithm = {name!r} is unknown"
+            + (f", did you mean {near[0]!r}?" if near else "")
+            + f" Known: {', '.join(ALGORITHMS)}"
+        )
+    return ALGORITHMS[name]
+
+
+def resolve(config: Config) -> Algorithm:
+    """The row that the config names, with the config's numbers.
+
+    Raises:
+        ConfigError: there is no such row, it cannot run with these settings, or one of them would
+            have no effect on it.
+    """
+    row = find(config.algorithm)
+    if row.family != "policy":
+        raise ConfigError(
+            f"algorithm = {row.name!r} trains from given data or environments and has other "
+            "settings: `warpo train` chooses them by the algorithm of the file"
+        )
+    _check_effects(config, row)
+    own = {
+        "max_draws": config.rollout.max_draws,
+        "advantage_std": config.loss.advantage_std,
+        "reference_every_steps": config.loss.reference_every_steps,
+        "gamma": config.loss.gamma,
+        "gae_lambda": config.loss.gae_lambda,
+        "pretraining_coef": config.pretraining.coef,
+        "kl_target": config.loss.kl_target,
+    }
+    changes: dict[str, Any] = {name: value for name, value in own.items() if value != "algorithm"}
+    if changes.get("kl_target") == "fixed":
+        changes["kl_target"] = None
+    kl = {
+        name: getattr(config.loss, name)
+        for name in ("kl_coef", "kl_estimator")
+        if getattr(config.loss, name) != "algorithm"
+    }
+    if row.kl_in_reward:
+        changes |= {f"reward_{name}": value for name, value in kl.items()}
+    if isinstance(row.objective, Objective):
+        changes["objective"] = _objective(
+            row.objective, config.loss, {} if row.kl_in_reward else kl, row.name
+        )
+    elif isinstance(row.objective, Preference) and "kl_coef" in kl:
+        changes["objective"] = row.objective.replace(beta=kl["kl_coef"])
+    resolved = row.replace(**changes)
+    _check_combinations(config, resolved)
+    return resolved
+
+
+def _objective(objective: Objective, loss: Loss, kl: dict[str, Any], name: str) -> Objective:
+    """The objective of the row with the overrides of `loss`."""
+    given: dict[str, Any] = dict(kl)
+    if loss.clip_range != "algorithm":
+        given["clip_low"], given["clip_high"] = loss.clip_range
+    if loss.entropy_coef != "algorithm":
+        given["entropy_coef"] = loss.entropy_coef
+    if loss.correction != "algorithm":
+        kind, _, level = loss.correction.partition("_")
+        given |= {"correction": kind} | ({"correction_level": level} if level else {})
+    if loss.correction_range != "algorithm":
+        low, high = loss.correction_range
+        if given.get("correction", objective.correction) == "none":
+            raise ConfigError(
+                f"loss.correction_range = {low:g} {high:g} has no effect: loss.correction is none"
+                + ("" if "correction" in given else f" in algorithm {name!r}")
+            )
+        if not low < high:
+            raise ConfigError(
+                f"loss.correction_range = {low:g} {high:g}: the lowest w must be below the highest"
+            )
+        given |= {"correction_low": low, "correction_high": high}
+    return objective.replace(**given)
+
+
+def _check_effects(config: Config, row: Algorithm) -> None:
+    """Refuse settings that this row does not read."""
+    loss = config.loss
+    ratio = isinstance(row.objective, Objective) and row.objective.surrogate not in (
+        "none", "reinforce", "soft_gate",
+    )  # fmt: skip
+    read = {
+        "loss.clip_range": ratio,
+        "loss.kl_target": row.advantages != "pairs",
+        "loss.kl_estimator": row.advantages != "pairs",
+        "loss.entropy_coef": row.advantages != "pairs",
+        "loss.correction": row.advantages != "pairs",
+        "loss.correction_range": row.advantages != "pairs",
+        "loss.gamma": row.has_critic,
+        "loss.gae_lambda": row.has_critic,
+        "loss.advantage_std": row.advantages in ("group", "process"),
+        "loss.reference_every_steps": not row.previous_reference,
+        "rollout.max_draws": row.is_relative and row.advantages not in ("process", "pairs"),
+    }
+    read |= {f"critic.{field.name}": row.has_critic for field in dataclasses.fields(config.critic)}
+    for name, is_read in read.items():
+        section, _, leaf = name.partition(".")
+        part = getattr(config, section)
+        value = getattr(part, leaf)
+        default = type(part).__dataclass_fields__[leaf].default
+        if not is_read and value != default:
+            raise ConfigError(
+                f"{name} = {_shown(value)} has no effect on algorithm = {row.name!r}: remove it"
+                + (" (it has no critic)" if section == "critic" else "")
+            )
+    if (
+        loss.kl_estimator != "algorithm"
+        and 0 in (loss.kl_coef, row.kl_coef)
+        and (loss.kl_coef in (0, "algorithm"))
+    ):
+        raise ConfigError(
+            f"loss.kl_estimator = {loss.kl_estimator!r} has no effect: loss.kl_coef is 0"
+            + ("" if loss.kl_coef == 0 else f" in algorithm {row.name!r}")
+        )
+
+
+def _shown(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else repr(value)
+
+
+def _check_combinations(config: Config, row: Algorithm) -> None:
+    group, critic = config.rollout.group_size, config.critic
+    if row.is_relative and group < 2:
+        std = ", and the standard deviation of one is 0" if row.advantage_std != "none" else ""
+        raise ConfigError(
+            f"rollout.group_size = {group} is too small for algorithm = {row.name!r}: its "
+            f"advantages compare the completions of a prompt{std} "
+            f"(loss.advantage_std = {row.advantage_std!r}). Set rollout.group_size to 2 or more"
+        )
+    if row.has_critic and critic.model.lower() in ("none", ""):
+        raise ConfigError(
+            f"critic.model = {critic.model!r}, but algorithm = {row.name!r} takes its advantages "
+            "from a critic: set critic.model to policy, shared or a directory, or choose an "
+            "algorithm without one, such as reinforce_plus_plus or grpo"
+        )
+    if critic.warmup_steps >= config.steps and row.has_critic:
+        raise ConfigError(
+            f"critic.warmup_steps = {critic.warmup_steps} leaves no step of steps = "
+            f"{config.steps} to the policy"
+        )
+    if row.pretraining_coef and not config.pretraining.data:
+        raise ConfigError(
+            f"pretraining.coef = {row.pretraining_coef:g} of algorithm = {row.name!r} needs "
+            "pretraining.data: give a file of examples, or set pretraining.coef to 0"
+        )
+    if config.pretraining.data and not row.pretraining_coef:
+        raise ConfigError(
+            f"pretraining.data has no effect on algorithm = {row.name!r}: set pretraining.coef"
+        )
+    if row.reference_every_steps and not row.has_reference:
+        raise ConfigError(
+            f"loss.reference_every_steps = {row.reference_every_steps} has no effect on algorithm "
+            f"= {row.name!r}: it has no reference, since loss.kl_coef is 0"
+        )
+    if row.kl_target and not row.kl_coef:
+        raise ConfigError(
+            f"loss.kl_target = {row.kl_target:g} needs a loss.kl_coef above 0 to start from"
+        )

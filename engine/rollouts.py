@@ -1,0 +1,183 @@
+"""The rollouts of a step: prompts drawn, completions sampled and rewarded; and the same greedily
+for evaluation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from warpo.engine.batch import Completion, Rollout
+from warpo.engine.build import Parts
+from warpo.engine.config import Config
+from warpo.engine.data import Prompt, columns
+from warpo.engine.errors import WeightMismatch
+from warpo.engine.loop import raise_if
+from warpo.engine.metrics import ReportProgress, RunLog
+from warpo.engine.sampler.base import Interrupted, SamplingOptions
+
+Stop = Callable[[], bool]
+Metrics = dict[str, float]
+
+
+class _Draw(NamedTuple):
+    """Prompts with the completions of each, and the reward of each of these."""
+
+    prompts: list[Prompt]
+    groups: list[list[Completion]]
+    rewards: list[list[float]]
+
+    def select(self, chosen: list[int]) -> _Draw:
+        return _Draw(*([part[i] for i in chosen] for part in self))  # type: ignore[arg-type]
+
+    def __add__(self, other: _Draw) -> _Draw:  # type: ignore[override]
+        return _Draw(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))  # type: ignore[arg-type, operator]
+
+
+def collect(
+    config: Config, parts: Parts, log: RunLog, stop: Stop, step: int
+) -> tuple[list[Rollout], Metrics]:
+    """A group of rewarded completions of each prompt of a step.
+
+    Where the algorithm draws again (DAPO's dynamic sampling, https://arxiv.org/abs/2503.14476
+    eq. 11), groups of one reward give way to those of further prompts, until none is left or the
+    draws are spent.
+    """
+    wanted = config.rollout.prompts_per_step
+    drawn = _draw(config, parts, log, stop, step, 0)
+    draws, sampled = 1, wanted
+    max_draws = parts.algorithm.max_draws
+    if max_draws > 1:
+        useful = drawn.select(_unequal(drawn))
+        while len(useful.prompts) < wanted and draws < max_draws:
+            further = _draw(config, parts, log, stop, step, draws)
+            useful = useful + further.select(_unequal(further))
+            draws, sampled = draws + 1, sampled + wanted
+        if useful.prompts:
+            drawn = useful.select(list(range(min(wanted, len(useful.prompts)))))
+    baselines = [0.0] * len(drawn.prompts)
+    if parts.algorithm.advantages == "greedy":
+        baselines = _greedy_rewards(config, parts, log, stop, drawn.prompts)
+    rollouts = [
+        Rollout(
+            prompt_ids=prompt.token_ids,
+            completion=completion,
+            reward=reward,
+            baseline_reward=baseline,
+        )
+        for prompt, group, rewards, baseline in zip(*drawn, baselines, strict=True)
+        for completion, reward in zip(group, rewards, strict=True)
+    ]
+    metrics = _describe(config, rollouts)
+    if max_draws > 1:
+        metrics |= {
+            "rollout/draws": float(draws),
+            "rollout/kept_frac": len(drawn.prompts) / sampled,
+        }
+    return rollouts, metrics
+
+
+def _describe(config: Config, rollouts: list[Rollout]) -> Metrics:
+    count = len(rollouts)
+    rewards = [rollout.reward for rollout in rollouts]
+    completions = [rollout.completion for rollout in rollouts]
+    return {
+        "reward/mean": sum(rewards) / count,
+        "reward/accuracy": accuracy(config, rewards),
+        "completion/length_mean": sum(len(c.token_ids) for c in completions) / count,
+        "completion/finished_frac": sum(c.finished for c in completions) / count,
+        "perf/tokens": float(sum(rollout.num_tokens for rollout in rollouts)),
+    }
+
+
+def _unequal(drawn: _Draw) -> list[int]:
+    """Places of the groups whose rewards are not all the same."""
+    return [i for i, rewards in enumerate(drawn.rewards) if min(rewards) < max(rewards)]
+
+
+def _draw(config: Config, parts: Parts, log: RunLog, stop: Stop, step: int, number: int) -> _Draw:
+    prompts = parts.stream.next()
+    options = SamplingOptions(
+        group_size=config.rollout.group_size,
+        temperature=config.rollout.temperature,
+        top_k=config.rollout.top_k,
+        top_p=config.rollout.top_p,
+        max_new_tokens=config.rollout.max_new_tokens,
+        # a function of seed, step and draw: a resumed run samples what the whole run would have
+        seed=config.seed * 1_000_003 + step + number * 500_009,
+    )
+    groups = _sample(parts, log, prompts, options, stop, "sample")
+    with log.phase("reward"):
+        rewards = reward(parts, prompts, groups)
+    raise_if(stop)
+    return _Draw(prompts, groups, rewards)
+
+
+def _greedy_rewards(
+    config: Config, parts: Parts, log: RunLog, stop: Stop, prompts: list[Prompt]
+) -> list[float]:
+    """The reward of the most probable completion of each prompt, by one of them each."""
+    groups = _sample(parts, log, prompts, greedy(config), stop, "sample greedily")
+    with log.phase("reward"):
+        return [rewards[0] for rewards in reward(parts, prompts, groups)]
+
+
+def greedy(config: Config) -> SamplingOptions:
+    """One completion of the most probable tokens."""
+    return SamplingOptions(
+        group_size=1, temperature=0.0, max_new_tokens=config.rollout.max_new_tokens, seed=0
+    )
+
+
+def _sample(
+    parts: Parts,
+    log: RunLog,
+    prompts: list[Prompt],
+    options: SamplingOptions,
+    stop: Stop,
+    phase: str,
+) -> list[list[Completion]]:
+    with log.phase(phase) as progress:
+        groups = generate(parts, prompts, options, stop, progress)
+    versions = {completion.weight_version for group in groups for completion in group}
+    if versions != {parts.step}:
+        raise WeightMismatch(
+            f"step {parts.step + 1} sampled with versions {sorted(versions)} of the weights, and "
+            f"the learner has version {parts.step}"
+        )
+    return groups
+
+
+def generate(
+    parts: Parts,
+    prompts: list[Prompt],
+    options: SamplingOptions,
+    stop: Stop,
+    progress: ReportProgress,
+) -> list[list[Completion]]:
+    """Completions of each prompt.
+
+    Raises:
+        KeyboardInterrupt: stop() became true.
+    """
+    try:
+        ids = [prompt.token_ids for prompt in prompts]
+        return parts.sampler.generate(ids, options, stop, progress)
+    except Interrupted:
+        raise KeyboardInterrupt from None
+
+
+def reward(
+    parts: Parts, prompts: list[Prompt], groups: list[list[Completion]]
+) -> list[list[float]]:
+    """The reward of each completion of each prompt."""
+    ids = [completion.token_ids for group in groups for completion in group]
+    texts = parts.tokenizer.batch_decode(ids, skip_special_tokens=True)
+    owners = [prompt for prompt, group in zip(prompts, groups, strict=True) for _ in group]
+    totals = iter(parts.reward(texts, columns(owners)))
+    return [[next(totals) for _ in group] for group in groups]
+
+
+def accuracy(config: Config, rewards: list[float]) -> float:
+    """Share of rewards that count as success."""
+    return sum(reward >= config.reward.success for reward in rewards) / len(rewards)

@@ -1,0 +1,44 @@
+"""What a step's optimizer steps report, as the metrics of one row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from warpo.engine.optimizer import update_metrics
+from warpo.engine.step import StepResult
+from warpo.kernels import ops
+
+Metrics = dict[str, float]
+
+
+def step_metrics(results: Sequence[StepResult]) -> Metrics:
+    """Losses, gradient norm and shares as means over the optimizer steps of a step."""
+    metrics: Metrics = {}
+    policy = [result.policy for result in results if result.policy is not None]
+    if policy:
+        metrics |= _policy(ops.policy_metrics(ops.sum_metrics(policy)), len(policy))
+    pairs = [result.pairs for result in results if result.pairs is not None]
+    if pairs:
+        metrics |= ops.preference_metrics(torch.stack(pairs).sum(0))
+        metrics["loss/preference"] /= len(pairs)
+    values = [result.values for result in results if result.values is not None]
+    if values:
+        metrics |= ops.value_metrics(ops.merge_value_metrics(values))
+        metrics["loss/value"] /= len(values)
+    pretraining = [result.pretraining for result in results if result.pretraining is not None]
+    if pretraining:
+        metrics["loss/pretraining"] = torch.stack(pretraining).mean().item()
+    norms = [result.grad_norm for result in results if result.grad_norm is not None]
+    if norms:
+        metrics["grad_norm"] = torch.stack(norms).mean().item()
+    updates = [result.update for result in results if result.update is not None]
+    return metrics | (update_metrics(updates) if updates else {})
+
+
+def _policy(metrics: Metrics, updates: int) -> Metrics:
+    for name in ("loss/policy", "loss/kl", "loss/entropy"):
+        metrics[name] /= updates
+    clipped = metrics["ratio/clip_frac_low"] + metrics["ratio/clip_frac_high"]
+    return metrics | {"ratio/clip_frac": clipped}
