@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from warpo.engine import checkpoint
 from warpo.engine.advantages import AdaptiveState
 from warpo.engine.algorithms import Algorithm
-from warpo.engine.batch import Batch, pack, split_by_tokens
+from warpo.engine.batch import Batch, Completion, pack, split_by_tokens
 from warpo.engine.config import Config
 from warpo.engine.critic import Critic
 from warpo.engine.data import Prompt, PromptStream, load_prompts, split_prompts
@@ -138,13 +138,15 @@ def build(config: Config) -> Parts:
         device=learner_device(config),
         token_budget=config.update.token_budget,
     )
+    algorithm = resolve(config)
+    if algorithm.advantages == "process":
+        _check_steps(config, rewards, prompts[0])
     # On the host until it is known whether it gets memory of its own on the device.
     model = load_model(config.model, config.dtype, torch.device("cpu"), config.lm_head_dtype)
     sampler = _sampler(config, model, tokenizer)
     resync = Resync(
         sampler.load_weights, sampler.module, model, config.resync, device=learner_device(config)
     )
-    algorithm = resolve(config)
     critic = Critic(config, model, learner_device(config)) if algorithm.has_critic else None
     optimizer = AdamW(
         [*model.named_parameters(), *([] if critic is None else critic.named_parameters())],
@@ -170,6 +172,17 @@ def build(config: Config) -> Parts:
         # with a token appended, so that there is one to score after the shortest prompt
         probe_sequences=[[*p.token_ids, p.token_ids[0]] for p in prompts[:4]],
     )
+
+
+def _check_steps(config: Config, rewards: RewardSources, prompt: Prompt) -> None:
+    """Only a call shows whether a function or a server scores steps."""
+    empty = Completion(token_ids=[], logprobs=[], finished=False, weight_version=0)
+    if rewards([prompt], [empty]).steps is None:
+        raise ConfigError(
+            f"algorithm = {config.algorithm!r} learns from rewards of steps, and reward.sources = "
+            f"{' '.join(config.reward.sources)} gave a number for an empty completion, not a list "
+            "of (end, score): let it return [(end, score), ...] for each completion"
+        )
 
 
 def _held_out(
