@@ -1,0 +1,76 @@
+"""Soft actor-critic: sampling an action with its logprob, and the targets of the Q-functions."""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from warpo.bench.case import Call, Case, compiled, each_backend, relative_error
+from warpo.kernels import ops, reference
+
+
+def squashed_gaussian_case(device: str, rows: int, columns: int) -> Case:
+    """Forward and backward through actions and logprobs."""
+    mean, log_std, noise, grad_actions = torch.randn(4, rows, columns, device=device)
+    leaves = [mean.requires_grad_(), log_std.requires_grad_()]
+    upstream = (grad_actions, torch.full((rows,), 0.2, device=device))
+
+    def eager(mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        s = log_std.clamp(-20.0, 2.0)
+        u = mean + s.exp() * noise
+        logprobs = -noise * noise / 2 - s - math.log(2 * math.pi) / 2
+        logprobs = logprobs - 2 * (math.log(2) - u - softplus(-2 * u))
+        return torch.tanh(u), logprobs.sum(1)
+
+    def trained(function) -> Call:
+        return lambda: torch.autograd.grad(function(*leaves, noise), leaves, upstream)
+
+    def error(backend: str) -> float:
+        gradients = trained(lambda *x: ops.squashed_gaussian(*x, backend=backend))()
+        exact = [x.detach().double().requires_grad_() for x in leaves]
+        results = reference.squashed_gaussian(*exact, noise.double())
+        wanted = torch.autograd.grad(results, exact, [x.double() for x in upstream])
+        return max(relative_error(a, b) for a, b in zip(gradients, wanted, strict=True))
+
+    def ours(backend: str) -> Call:
+        return trained(lambda *x: ops.squashed_gaussian(*x, backend=backend))
+
+    return Case(
+        name="squashed_gaussian forward + backward",
+        size=f"{rows} x {columns} float32",
+        providers=each_backend(device, ours)
+        | {"eager": lambda: trained(eager), "compile": lambda: trained(compiled(eager))},
+        error=error,
+        # read mean, log_std, noise twice and the gradient; write actions and two gradients
+        traffic=rows * columns * 40,
+        goals={"eager": 1.2} if device == "cpu" else {},
+    )
+
+
+def soft_q_targets_case(device: str, count: int) -> Case:
+    rewards, *after = torch.randn(4, count, device=device)
+    ends = torch.rand(count, device=device) < 0.01
+    alpha = torch.tensor(0.2, device=device)
+    gamma = 0.99
+
+    def eager() -> Tensor:
+        q1, q2, logprobs = after
+        return rewards + gamma * (1 - ends.float()) * (torch.min(q1, q2) - alpha * logprobs)
+
+    def ours(backend: str) -> Tensor:
+        return ops.soft_q_targets(rewards, ends, *after, alpha=alpha, gamma=gamma, backend=backend)
+
+    def error(backend: str) -> float:
+        exact = [x.double() for x in after]
+        wanted = reference.soft_q_targets(rewards.double(), ends, *exact, alpha.double(), gamma)
+        return relative_error(ours(backend), wanted)
+
+    return Case(
+        name="soft_q_targets",
+        size=f"{count} float32",
+        providers=each_backend(device, lambda b: lambda: ours(b))
+        | {"eager": lambda: eager, "compile": lambda: compiled(eager)},
+        error=error,
+        traffic=count * 21,  # read four floats and a flag, write a float
+    )
