@@ -28,9 +28,9 @@ def squashed_gaussian_case(device: str, rows: int, columns: int) -> Case:
 
     def error(backend: str) -> float:
         gradients = trained(lambda *x: ops.squashed_gaussian(*x, backend=backend))()
-        exact = [x.detach().double().requires_grad_() for x in leaves]
-        results = reference.squashed_gaussian(*exact, noise.double())
-        wanted = torch.autograd.grad(results, exact, [x.double() for x in upstream])
+        m, s = (x.detach().double().requires_grad_() for x in leaves)
+        results = reference.squashed_gaussian(m, s, noise.double())
+        wanted = torch.autograd.grad(results, (m, s), [x.double() for x in upstream])
         return max(relative_error(a, b) for a, b in zip(gradients, wanted, strict=True))
 
     def ours(backend: str) -> Call:
@@ -44,26 +44,30 @@ def squashed_gaussian_case(device: str, rows: int, columns: int) -> Case:
         error=error,
         # read mean, log_std, noise twice and the gradient; write actions and two gradients
         traffic=rows * columns * 40,
-        goals={"eager": 1.2} if device == "cpu" else {},
+        # a small batch is all call overhead
+        goals={"eager": 1.5} if device == "cpu" and rows > 1000 else {},
     )
 
 
 def soft_q_targets_case(device: str, count: int) -> Case:
-    rewards, *after = torch.randn(4, count, device=device)
+    rewards, q1, q2, logprobs = torch.randn(4, count, device=device)
     ends = torch.rand(count, device=device) < 0.01
     alpha = torch.tensor(0.2, device=device)
     gamma = 0.99
 
     def eager() -> Tensor:
-        q1, q2, logprobs = after
         return rewards + gamma * (1 - ends.float()) * (torch.min(q1, q2) - alpha * logprobs)
 
     def ours(backend: str) -> Tensor:
-        return ops.soft_q_targets(rewards, ends, *after, alpha=alpha, gamma=gamma, backend=backend)
+        return ops.soft_q_targets(
+            rewards, ends, q1, q2, logprobs, alpha=alpha, gamma=gamma, backend=backend
+        )
 
     def error(backend: str) -> float:
-        exact = [x.double() for x in after]
-        wanted = reference.soft_q_targets(rewards.double(), ends, *exact, alpha.double(), gamma)
+        wanted = reference.soft_q_targets(
+            rewards.double(), ends, q1.double(), q2.double(), logprobs.double(), alpha.double(),
+            gamma,
+        )  # fmt: skip
         return relative_error(ours(backend), wanted)
 
     return Case(
