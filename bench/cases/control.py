@@ -1,6 +1,7 @@
 """Soft actor-critic: sampling an action with its logprob, and the targets of the Q-functions."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -23,23 +24,25 @@ def squashed_gaussian_case(device: str, rows: int, columns: int) -> Case:
         logprobs = logprobs - 2 * (math.log(2) - u - softplus(-2 * u))
         return torch.tanh(u), logprobs.sum(1)
 
-    def trained(function) -> Call:
-        return lambda: torch.autograd.grad(function(*leaves, noise), leaves, upstream)
+    def gradients(results: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(results, leaves, upstream)
+
+    def ours(backend: str) -> tuple[Tensor, ...]:
+        return gradients(ops.squashed_gaussian(mean, log_std, noise, backend=backend))
+
+    def trained(function: Callable[..., tuple[Tensor, Tensor]]) -> Call:
+        return lambda: gradients(function(mean, log_std, noise))
 
     def error(backend: str) -> float:
-        gradients = trained(lambda *x: ops.squashed_gaussian(*x, backend=backend))()
         m, s = (x.detach().double().requires_grad_() for x in leaves)
         results = reference.squashed_gaussian(m, s, noise.double())
         wanted = torch.autograd.grad(results, (m, s), [x.double() for x in upstream])
-        return max(relative_error(a, b) for a, b in zip(gradients, wanted, strict=True))
-
-    def ours(backend: str) -> Call:
-        return trained(lambda *x: ops.squashed_gaussian(*x, backend=backend))
+        return max(relative_error(a, b) for a, b in zip(ours(backend), wanted, strict=True))
 
     return Case(
         name="squashed_gaussian forward + backward",
         size=f"{rows} x {columns} float32",
-        providers=each_backend(device, ours)
+        providers=each_backend(device, lambda b: lambda: ours(b))
         | {"eager": lambda: trained(eager), "compile": lambda: trained(compiled(eager))},
         error=error,
         # read mean, log_std, noise twice and the gradient; write actions and two gradients
