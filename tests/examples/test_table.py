@@ -1,5 +1,6 @@
 """The table of algorithms, its examples and the README agree."""
 
+import re
 import subprocess
 import sys
 
@@ -8,25 +9,25 @@ import pytest
 from tests.examples.runs import EXAMPLES
 from warpo.engine import algorithms_table
 from warpo.engine.algorithms import ADVANTAGES, ALGORITHMS
+from warpo.engine.cli import tree_of
 from warpo.engine.config_file import read_tree
 
 NAMES = sorted(path.stem for path in EXAMPLES.glob("*.yaml"))
 
 
 def test_each_row_has_its_example():
-    assert NAMES == sorted(ALGORITHMS)
+    assert sorted(ALGORITHMS) == NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_example_is_a_config_of_its_row(name, monkeypatch, tmp_path):
-    from warpo.engine.cli import tree_of
-
+def test_the_example_is_a_config_of_its_row(name):
     text = (EXAMPLES / f"{name}.yaml").read_text()
-    assert f"\nalgorithm: {name}\n" in text
+    assert re.search(rf"^algorithm: {name}\b", text, re.MULTILINE)
     assert ALGORITHMS[name].url in text
     assert len(text.splitlines()) <= 50
     config = read_tree(tree_of(ALGORITHMS[name].family), EXAMPLES / f"{name}.yaml", [])
-    assert config.algorithm == name and config.output_dir == f"runs/arithmetic/{name}"
+    assert config.algorithm == name and config.output_dir.startswith("runs/")
+    assert config.output_dir.endswith(f"/{name}")
 
 
 def test_every_row_names_a_paper_models_and_what_it_estimates():
