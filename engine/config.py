@@ -207,6 +207,9 @@ class Evaluation:
     """Evaluate after every so many steps. 0: never."""
     max_prompts: Count = 256
     """Prompts that are evaluated, the first of the file."""
+    samples: Count = 1
+    """Completions of each of these prompts. 1: the most probable one. More: drawn as in training,
+    and beside the accuracy pass@k is estimated for k = 1, 2, 4, ... up to it."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_checked)
