@@ -20,33 +20,38 @@
 #include "arguments/preference_loss.h"
 #include "arguments/process_advantages.h"
 #include "arguments/reward_model_loss.h"
+#include "arguments/soft_q_targets.h"
+#include "arguments/squashed_gaussian.h"
 #include "arguments/value_loss.h"
 #include "arguments/whiten.h"
 
 // clang-format off
-#define WARPO_OPERATIONS(X)                                \
-    X(logprobs_forward, Logprobs)                          \
-    X(logprobs_backward, LogprobsBackward)                 \
-    X(gae_forward, Gae)                                    \
-    X(gae_backward, GaeBackward)                           \
-    X(shaped_gae, ShapedGae)                               \
-    X(vtrace, Vtrace)                                      \
-    X(policy_loss, PolicyLoss)                             \
-    X(policy_loss_from_logits, PolicyLossFromLogits)       \
-    X(scale_gradient, ScaleGradient)                       \
-    X(value_loss, ValueLoss)                               \
-    X(reward_model_loss, RewardModelLoss)                  \
-    X(ranking_loss, RankingLoss)                           \
-    X(preference_loss, PreferenceLoss)                     \
-    X(kto_loss, KtoLoss)                                   \
-    X(group_advantages_forward, GroupAdvantages)           \
-    X(group_advantages_backward, GroupAdvantagesBackward)  \
-    X(process_advantages, ProcessAdvantages)               \
-    X(whiten_forward, Whiten)                              \
-    X(whiten_backward, WhitenBackward)                     \
-    X(adamw_publish, AdamwPublish)                         \
-    X(fingerprint, Fingerprint)                            \
-    X(kept_set_logprobs_forward, KeptSetLogprobs)          \
-    X(kept_set_logprobs_backward, KeptSetLogprobsBackward) \
+#define WARPO_OPERATIONS(X)                                 \
+    X(logprobs_forward, Logprobs)                           \
+    X(logprobs_backward, LogprobsBackward)                  \
+    X(gae_forward, Gae)                                     \
+    X(gae_backward, GaeBackward)                            \
+    X(shaped_gae, ShapedGae)                                \
+    X(vtrace, Vtrace)                                       \
+    X(policy_loss, PolicyLoss)                              \
+    X(policy_loss_from_logits, PolicyLossFromLogits)        \
+    X(scale_gradient, ScaleGradient)                        \
+    X(value_loss, ValueLoss)                                \
+    X(reward_model_loss, RewardModelLoss)                   \
+    X(ranking_loss, RankingLoss)                            \
+    X(preference_loss, PreferenceLoss)                      \
+    X(kto_loss, KtoLoss)                                    \
+    X(group_advantages_forward, GroupAdvantages)            \
+    X(group_advantages_backward, GroupAdvantagesBackward)   \
+    X(process_advantages, ProcessAdvantages)                \
+    X(whiten_forward, Whiten)                               \
+    X(whiten_backward, WhitenBackward)                      \
+    X(adamw_publish, AdamwPublish)                          \
+    X(squashed_gaussian_forward, SquashedGaussian)          \
+    X(squashed_gaussian_backward, SquashedGaussianBackward) \
+    X(soft_q_targets, SoftQTargets)                         \
+    X(fingerprint, Fingerprint)                             \
+    X(kept_set_logprobs_forward, KeptSetLogprobs)           \
+    X(kept_set_logprobs_backward, KeptSetLogprobsBackward)  \
     X(kept_set_weight_gradient, KeptSetWeightGradient)
 // clang-format on

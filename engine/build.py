@@ -9,7 +9,7 @@ import random
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from warpo.engine.batch import Batch, pack, split_by_tokens
 from warpo.engine.config import Config
 from warpo.engine.critic import Critic
 from warpo.engine.data import Prompt, PromptStream, load_prompts, split_prompts
+from warpo.engine.device import learner_device
 from warpo.engine.errors import ConfigError, DataError
 from warpo.engine.model import eos_token_ids, load_model, load_tokenizer
 from warpo.engine.offline.data import Example, load_examples
@@ -171,13 +172,6 @@ def build(config: Config) -> Parts:
     )
 
 
-class WithDevice(Protocol):
-    """Settings that say where the learner runs."""
-
-    @property
-    def device(self) -> str: ...
-
-
 def _held_out(
     config: Config, tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt]
 ) -> tuple[list[Prompt], list[Prompt]]:
@@ -196,16 +190,6 @@ def _held_out(
             f"{config.data.train}, which a reward may read"
         )
     return prompts, held_out[:limit]
-
-
-def learner_device(config: WithDevice) -> torch.device:
-    """Where the learner runs, "auto" looked up."""
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device = 'cuda', but torch sees no CUDA device: set device to cpu")
-    name = config.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
 
 
 def _sampler(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Sampler:

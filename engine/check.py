@@ -13,9 +13,10 @@ from rich.console import Console
 
 from warpo.engine import mismatch, step
 from warpo.engine.batch import Batch, Rollout, pack
-from warpo.engine.build import Parts, build, learner_device
+from warpo.engine.build import Parts, build
 from warpo.engine.config import Config
 from warpo.engine.data import Prompt, load_prompts
+from warpo.engine.device import learner_device
 from warpo.engine.errors import WeightMismatch
 from warpo.engine.invariance import (
     BOUND,

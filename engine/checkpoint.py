@@ -42,14 +42,15 @@ def save(
     output_dir: str | Path,
     *,
     step: int,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase | None,
     parts: Mapping[str, Stateful],
     keep: int,
 ) -> Path:
     """Write output_dir/checkpoints/step-<step>, all of it or nothing.
 
     Args:
+        model, tokenizer: None where the parts hold all there is.
         parts: objects whose state is kept, by name.
         keep: newest checkpoints that stay; 0: all.
     """
@@ -59,8 +60,10 @@ def save(
         shutil.rmtree(leftover)
     final = root / f"step-{step:06d}"
     draft = root / f".{final.name}"
-    model.save_pretrained(draft)
-    tokenizer.save_pretrained(draft)
+    draft.mkdir()
+    for saved in (model, tokenizer):
+        if saved is not None:
+            saved.save_pretrained(draft)
     state = {
         "step": step,
         "parts": {name: part.state_dict() for name, part in parts.items()},
@@ -90,7 +93,7 @@ def latest(output_dir: str | Path) -> Path:
     return found[-1]
 
 
-def load(path: str | Path, *, model: PreTrainedModel, parts: Mapping[str, Stateful]) -> int:
+def load(path: str | Path, *, model: PreTrainedModel | None, parts: Mapping[str, Stateful]) -> int:
     """Put a checkpoint into `model` (in place, its storage stays), `parts` and the random states.
 
     Returns:
@@ -111,7 +114,8 @@ def load(path: str | Path, *, model: PreTrainedModel, parts: Mapping[str, Statef
             f"{path} keeps {', '.join(sorted(state['parts']))}, "
             f"this run has {', '.join(sorted(parts))}"
         )
-    _load_weights(path, model)
+    if model is not None:
+        _load_weights(path, model)
     for name, part in parts.items():
         try:
             part.load_state_dict(state["parts"][name])

@@ -1,29 +1,36 @@
-"""The command line: `warpo train|check CONFIG.yaml [--key value ...]`."""
+"""The command line: `warpo train|check CONFIG.yaml [--key value ...]`, `warpo algorithms`."""
 
 from __future__ import annotations
 
+import importlib
 import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
+from warpo.engine.algorithms import ALGORITHMS
 from warpo.engine.config import Config, load_config
-from warpo.engine.config_file import Key, keys, sections
+from warpo.engine.config_file import Key, keys, peek, read_tree, sections
 from warpo.engine.environment import keep_freed_memory, set_thread_waiting
 from warpo.engine.errors import WarpoError
+from warpo.engine.resolve import find
 
 USAGE = """\
 warpo: reinforcement-learning post-training of language models, sampler and learner in one process.
 
 usage: warpo train CONFIG.yaml [--key value | --section.key value ...]
-       warpo train --help      what a run does, an example, every setting
+       warpo train --help [ALGORITHM]      what a run does, an example, every setting
+       warpo algorithms [NAME]             the algorithms that there are; the numbers of one
        warpo check CONFIG.yaml [--plan-only] [--key value ...]
-       warpo check --help      what is proven before a run, and what it prints
+       warpo check --help                  what is proven before a run, and what it prints
 """
 
 EXAMPLE_YAML = """\
 model: models/Qwen2.5-0.5B        # a Hugging Face directory
 output_dir: runs/sums
+algorithm: grpo                   # `warpo algorithms` lists them all
 steps: 100
 data:
   train: sums.jsonl               # lines like {"prompt": "2+3=", "answer": "5"}
@@ -58,7 +65,16 @@ and my_rewards.py beside it, which gets the completions and the data fields that
 output_dir then holds metrics.jsonl (one row a step), tensorboard/, learning.png, config.yaml and
 checkpoints/step-000100/, which transformers and vLLM load.
 
+These are the settings of the algorithms that learn from sampled completions. Those that learn from
+given data or in gymnasium environments have others: warpo train --help sft, dpo, sac, ...
+
 Settings:
+"""
+
+OTHER_HELP = """\
+usage: warpo train CONFIG.yaml [--key value | --section.key value ...]
+
+Settings of algorithm: {algorithm}. A config to begin with is examples/{algorithm}.yaml.
 """
 
 CHECK_HELP = """\
@@ -93,17 +109,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(USAGE)
             return 0 if args else 2
         case ["train", *rest] if {"-h", "--help"} & set(rest):
-            print(train_help())
-            return 0
+            return _help([word for word in rest if word not in ("-h", "--help")])
+        case ["algorithms", *rest] if len(rest) < 2:
+            return _algorithms(*rest)
         case ["train", config, *overrides] if not config.startswith("-"):
-            return _run(config, overrides, _train)
+            return _guarded(lambda: _train(config, overrides))
         case ["check", *rest] if {"-h", "--help"} & set(rest):
             print(CHECK_HELP)
             return 0
         case ["check", config, *overrides] if not config.startswith("-"):
             plan_only = "--plan-only" in overrides
             overrides = [argument for argument in overrides if argument != "--plan-only"]
-            return _run(config, overrides, lambda checked: _check(checked, plan_only))
+            return _guarded(lambda: _check(load_config(config, overrides), plan_only))
         case ["train" | "check" as command, *_]:
             print(
                 f"warpo {command}: the first argument is the YAML file\n\n{USAGE}", file=sys.stderr
@@ -113,11 +130,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 2
 
 
-def _run(path: str, overrides: Sequence[str], command: Callable[[Config], bool]) -> int:
+def _guarded(command: Callable[[], bool]) -> int:
     try:
-        config = load_config(path, overrides)
-        set_thread_waiting()
-        return 0 if command(config) else 1
+        return 0 if command() else 1
     except WarpoError as error:
         print(f"warpo: {error}", file=sys.stderr)
         return 1
@@ -126,35 +141,97 @@ def _run(path: str, overrides: Sequence[str], command: Callable[[Config], bool])
         return 130
 
 
-# They load torch, which a mistyped setting must not wait for.
-def _train(config: Config) -> bool:
-    from warpo.engine.build import learner_device
-    from warpo.engine.train import run
+# What follows loads torch late, since a mistyped setting must not wait for it.
+def _train(path: str, overrides: Sequence[str]) -> bool:
+    family = find(peek(Path(path), overrides, "algorithm") or Config.algorithm).family
+    config: Any
+    if family == "policy":
+        config = load_config(path, overrides)
+    else:
+        config = read_tree(tree_of(family), Path(path), overrides)
+    if family != "control":
+        set_thread_waiting()
+    loop: Any = importlib.import_module(_LOOPS.get(family, "warpo.engine.offline.train"))
+    from warpo.engine.device import learner_device
 
-    if learner_device(config).type == "cpu":
+    if family != "control" and learner_device(config).type == "cpu":
         keep_freed_memory()
-    run(config)
+    loop.run(config)
     return True
 
 
+_LOOPS = {"policy": "warpo.engine.train", "control": "warpo.engine.control.train"}
+
+
+def tree_of(family: str) -> type:
+    """The settings of a family."""
+    if family == "policy":
+        return Config
+    if family == "control":
+        from warpo.engine.control.config import ControlConfig
+
+        return ControlConfig
+    from warpo.engine.offline.config import OfflineConfig
+
+    return OfflineConfig
+
+
 def _check(config: Config, plan_only: bool) -> bool:
+    set_thread_waiting()
     from warpo.engine.check import run
 
     return run(config, plan_only=plan_only)
 
 
+def _algorithms(name: str = "") -> int:
+    from rich.console import Console
+
+    from warpo.engine import algorithms_table
+
+    if name in ("-h", "--help"):
+        print(USAGE)
+    elif name == "--markdown":
+        print(algorithms_table.markdown())
+    elif name:
+        return _guarded(lambda: print(algorithms_table.describe(find(name))) is None)
+    else:
+        # Piped, there is no width to fit.
+        algorithms_table.print_table(Console(width=None if sys.stdout.isatty() else 200))
+    return 0
+
+
+def _help(names: Sequence[str]) -> int:
+    def show() -> bool:
+        row = find(names[0]) if names else ALGORITHMS[Config.algorithm]
+        tree = tree_of(row.family)
+        print(train_help() if tree is Config else settings_help(tree, row.name))
+        return True
+
+    return _guarded(show)
+
+
+def settings_help(tree: type, algorithm: str) -> str:
+    """Every setting of a tree."""
+    return "\n".join([OTHER_HELP.format(algorithm=algorithm), *_settings(tree)])
+
+
 def train_help() -> str:
     """What `warpo train --help` prints, as wide as the terminal, at most 100 columns."""
+    head = TRAIN_HELP.format(yaml=textwrap.indent(EXAMPLE_YAML, "    "))
+    return "\n".join([head, *_settings(Config)])
+
+
+def _settings(tree: type) -> list[str]:
     width = min(100, shutil.get_terminal_size((100, 24)).columns)
-    lines = [TRAIN_HELP.format(yaml=textwrap.indent(EXAMPLE_YAML, "    "))]
+    lines = []
     section = ""
-    for key in keys(Config).values():
+    for key in keys(tree).values():
         head = key.name.rpartition(".")[0]
         if head != section:
             section = head
-            lines += ["", f"{section}: {sections(Config)[section]}"]
+            lines += ["", f"{section}: {' '.join(sections(tree)[section].split())}"]
         lines += _describe(key, width)
-    return "\n".join(lines)
+    return lines
 
 
 def _describe(key: Key, width: int) -> list[str]:

@@ -83,22 +83,26 @@ def read_tree(tree: type[T], path: Path, overrides: Sequence[str]) -> T:
         raise ConfigError(_explain(error, path, known, values, places)) from None
 
 
+def peek(path: Path, overrides: Sequence[str], name: str) -> str | None:
+    """The value of a top-level key, before it is known what keys there are; None if not given.
+
+    Raises:
+        ConfigError: the file cannot be read as YAML.
+    """
+    for i, option in enumerate(overrides):
+        if option.startswith(f"--{name}="):
+            return option.partition("=")[2]
+        if option == f"--{name}" and i + 1 < len(overrides):
+            return overrides[i + 1]
+    root = _compose(path)
+    leaves = root.value if root is not None else []
+    return next((str(value.value) for key, value in leaves if key.value == name), None)
+
+
 def _read_yaml(path: Path, known: dict[str, Key]) -> tuple[dict[str, Any], dict[str, str]]:
     """Values by dotted name, and the file and line of each."""
-    try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-        if root is not None and not isinstance(root, yaml.MappingNode):
-            raise ConfigError(f"{path}:{root.start_mark.line + 1}: wanted `key: value` lines")
-        leaves = _leaves(root, "", known) if root else []
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 at byte {error.start}") from None
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise ConfigError(f"{path}:{line}: not YAML: {error.problem}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML: {error}") from None
+    root = _compose(path)
+    leaves = _leaves(root, "", known) if root else []
     values: dict[str, Any] = {}
     places: dict[str, str] = {}
     faults: list[str] = []
@@ -113,6 +117,24 @@ def _read_yaml(path: Path, known: dict[str, Key]) -> tuple[dict[str, Any], dict[
     if faults:
         raise ConfigError("\n".join(faults))
     return values, places
+
+
+def _compose(path: Path) -> yaml.MappingNode | None:
+    """The nodes of a file; None if it is empty."""
+    try:
+        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 at byte {error.start}") from None
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ConfigError(f"{path}:{line}: not YAML: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {error}") from None
+    if root is not None and not isinstance(root, yaml.MappingNode):
+        raise ConfigError(f"{path}:{root.start_mark.line + 1}: wanted `key: value` lines")
+    return root
 
 
 def _leaves(node: yaml.MappingNode, prefix: str, known: dict[str, Key]) -> list[tuple]:

@@ -43,8 +43,9 @@ PANELS = (
 )
 
 
-def plot_run(metrics_path: str | Path, panels: Sequence[Panel] = PANELS) -> Path:
-    """Draw learning.png beside a metrics.jsonl; config.yaml, if it is there too, gives the title.
+def plot_run(metrics_path: str | Path, panels: Sequence[Panel] = PANELS, title: str = "") -> Path:
+    """Draw learning.png beside a metrics.jsonl: six panels. Without a title config.yaml, if it is
+    there too, gives it.
 
     Training metrics of 20 steps or more are drawn twice: each step faintly, and their running
     mean. Evaluations are drawn as they are.
@@ -64,7 +65,7 @@ def plot_run(metrics_path: str | Path, panels: Sequence[Panel] = PANELS) -> Path
         raise ValueError(f"{path} has no rows: there is nothing to draw")
     figure = Figure(figsize=(1400 / _DPI, 800 / _DPI), dpi=_DPI)
     figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.12)
-    figure.suptitle(_title(path, rows), fontsize=14, color=_INK)
+    figure.suptitle(title or _title(path, rows), fontsize=14, color=_INK)
     for axes, panel in zip(figure.subplots(2, 3).flat, panels, strict=True):
         _draw(axes, panel, rows)
     picture = path.with_name("learning.png")

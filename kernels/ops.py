@@ -48,6 +48,8 @@ from warpo.kernels.reward_model_loss import (
     reward_model_metrics,
 )
 from warpo.kernels.shaped_gae import ShapedGae, shaped_gae
+from warpo.kernels.soft_q_targets import soft_q_targets
+from warpo.kernels.squashed_gaussian import SquashedGaussian, squashed_gaussian
 from warpo.kernels.value_loss import (
     VALUE_METRICS,
     ValueLoss,
@@ -80,6 +82,7 @@ __all__ = [
     "ProcessAdvantages",
     "RewardModelLoss",
     "ShapedGae",
+    "SquashedGaussian",
     "ValueLoss",
     "Vtrace",
     "adamw_publish",
@@ -111,6 +114,8 @@ __all__ = [
     "reward_model_loss",
     "reward_model_metrics",
     "shaped_gae",
+    "soft_q_targets",
+    "squashed_gaussian",
     "sum_metrics",
     "value_loss",
     "value_metrics",

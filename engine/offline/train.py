@@ -13,8 +13,8 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from warpo.engine import checkpoint, plot
 from warpo.engine.batch import split_by_tokens
-from warpo.engine.build import learner_device
 from warpo.engine.data import PromptStream
+from warpo.engine.device import learner_device
 from warpo.engine.errors import TrainingError
 from warpo.engine.loop import due, raise_if, signals
 from warpo.engine.metrics import Column, RunLog, read_rows

@@ -25,6 +25,11 @@ from warpo.kernels._triton.preference_loss import kto_loss, preference_loss
 from warpo.kernels._triton.process_advantages import process_advantages
 from warpo.kernels._triton.reward_model_loss import ranking_loss, reward_model_loss
 from warpo.kernels._triton.shaped_gae import shaped_gae
+from warpo.kernels._triton.soft_q_targets import soft_q_targets
+from warpo.kernels._triton.squashed_gaussian import (
+    squashed_gaussian_backward,
+    squashed_gaussian_forward,
+)
 from warpo.kernels._triton.value_loss import value_loss
 from warpo.kernels._triton.vtrace import vtrace
 from warpo.kernels._triton.whiten import whiten_backward, whiten_forward
@@ -50,6 +55,9 @@ __all__ = [
     "reward_model_loss",
     "scale_gradient",
     "shaped_gae",
+    "soft_q_targets",
+    "squashed_gaussian_backward",
+    "squashed_gaussian_forward",
     "value_loss",
     "vtrace",
     "whiten_backward",

@@ -17,6 +17,8 @@ from warpo.kernels.reference.preference_loss import kto_loss, preference_loss
 from warpo.kernels.reference.process_advantages import process_advantages
 from warpo.kernels.reference.reward_model_loss import ranking_loss, reward_model_loss
 from warpo.kernels.reference.shaped_gae import shaped_gae
+from warpo.kernels.reference.soft_q_targets import soft_q_targets
+from warpo.kernels.reference.squashed_gaussian import squashed_gaussian
 from warpo.kernels.reference.value_loss import value_loss
 from warpo.kernels.reference.vtrace import vtrace
 from warpo.kernels.reference.whiten import whiten
@@ -39,6 +41,8 @@ __all__ = [
     "ranking_loss",
     "reward_model_loss",
     "shaped_gae",
+    "soft_q_targets",
+    "squashed_gaussian",
     "value_loss",
     "vtrace",
     "whiten",

@@ -201,6 +201,21 @@ def _moments() -> dict[str, Tensor]:
     }
 
 
+def _squashed() -> dict[str, Tensor]:
+    mean = _numbers(B, T)
+    return {"mean": mean, "log_std": mean.flip(0), "noise": mean.flip(1)}
+
+
+def _transitions() -> dict[str, Tensor]:
+    values = _numbers(4, 12)
+    names = ("next_q1", "next_q2", "next_logprobs")
+    return {
+        "rewards": values[0],
+        "terminated": ~_mask(12),
+        **dict(zip(names, values[1:], strict=True)),
+    }
+
+
 OPERATIONS = [
     Operation(name="logprobs", **_LOGPROBS),
     Operation(name="logprobs_and_entropy", **_LOGPROBS),
@@ -396,6 +411,24 @@ OPERATIONS = [
         differentiable=("logprobs",),
         outputs=1,
         masked=("logprobs", "ref_logprobs"),
+    ),
+    Operation(
+        name="squashed_gaussian",
+        kernels="squashed_gaussian",
+        tensors=_squashed,
+        floats=("mean", "log_std", "noise"),
+        differentiable=("mean", "log_std"),
+        batched=("mean", "log_std", "noise"),
+        not_promised={4: _NO_MASK},
+    ),
+    Operation(
+        name="soft_q_targets",
+        kernels="soft_q_targets",
+        tensors=_transitions,
+        options={"alpha": 0.2, "gamma": 0.9},
+        floats=tuple(name for name in _transitions() if name != "terminated"),
+        batched=tuple(_transitions()),
+        not_promised={4: "where an episode ends is in its own tests"},
     ),
     Operation(
         name="fingerprint",

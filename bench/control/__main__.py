@@ -1,0 +1,196 @@
+"""Control beside Stable-Baselines3: same settings, same number of environment steps, several seeds.
+
+    make bench-control, or, where `make peers` has been run: python -m warpo.bench.control --out DIR
+
+The settings are those of examples/sac.yaml (Pendulum-v1) and examples/ppo_gymnasium.yaml
+(CartPole-v1). Each run is a process of its own with one thread; the trainers take turns. Both are
+evaluated without exploration in the same episodes. Prints the returns, the time and the goals.
+Writes OUT/control.jsonl, one row for each trainer, algorithm and seed, with versions, date, machine
+and command, and OUT/control.png, the learning curves of both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from warpo.bench.control.side import SIDES
+from warpo.bench.environment import aligned, environment, processor
+from warpo.engine.config_file import read_tree
+from warpo.engine.control.config import ControlConfig
+
+EXAMPLES = {"sac": "examples/sac.yaml", "ppo_gymnasium": "examples/ppo_gymnasium.yaml"}
+# Environment steps, and those between two evaluations.
+STEPS = {"sac": (10_000, 1_000), "ppo_gymnasium": (51_200, 5_120)}
+COLORS = {"warpo": "#2563a8", "stable-baselines3": "#d9730d"}
+
+
+def measure(args: argparse.Namespace, algorithm: str, name: str, seed: int) -> dict[str, Any]:
+    """A row of the results: one run in a process.
+
+    Raises:
+        RuntimeError: it failed; with the end of its output.
+    """
+    steps, every = STEPS[algorithm]
+    steps = args.steps or steps
+    path = [str(args.peers.absolute())] if name != "warpo" else []
+    path += [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder, "result.json")
+        overrides = {
+            "output_dir": f"{folder}/run", "steps": steps, "seed": seed,
+            "evaluation.every_steps": min(every, steps), "evaluation.episodes": args.episodes,
+        }  # fmt: skip
+        flags = [text for key, value in overrides.items() for text in (f"--{key}", str(value))]
+        done = subprocess.run(
+            [sys.executable, "-m", "warpo.bench.control.side", name, EXAMPLES[algorithm],
+             str(result), *flags],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+        )  # fmt: skip
+        if done.returncode:
+            end = "".join(done.stdout.splitlines(keepends=True)[-12:])
+            raise RuntimeError(
+                f"{name}, {algorithm}, seed {seed} ended with status {done.returncode}; "
+                f"Stable-Baselines3 is installed by `make peers`; the end of its output:\n{end}"
+            )
+        answer = json.loads(result.read_text())
+    config = read_tree(ControlConfig, Path(EXAMPLES[algorithm]), flags)
+    return {
+        "trainer": name,
+        "algorithm": algorithm,
+        "environment": config.environment,
+        "seed": seed,
+        "steps": answer["curve"][-1][0],
+        "return": answer["curve"][-1][1],
+        "curve_mean": statistics.fmean(value for _, value in answer["curve"]),
+        **answer,
+    }
+
+
+def summaries(rows: Sequence[dict]) -> dict[tuple[str, str], dict[str, Any]]:
+    """Mean and standard deviation over the seeds, by algorithm and trainer."""
+    groups: dict[tuple[str, str], list[dict]] = defaultdict(list)
+    for row in rows:
+        groups[row["algorithm"], row["trainer"]].append(row)
+    found = {}
+    for key, group in groups.items():
+        summary: dict[str, Any] = {"environment": group[0]["environment"], "seeds": len(group)}
+        for name in ("return", "curve_mean", "run_s", "cpu_s"):
+            values = [row[name] for row in group]
+            spread = statistics.stdev(values) if len(values) > 1 else 0.0
+            summary |= {name: statistics.fmean(values), f"{name}_std": spread}
+        found[key] = summary
+    return found
+
+
+def goals_of(found: dict[tuple[str, str], dict[str, Any]]) -> list[dict[str, Any]]:
+    """In the same number of steps, the mean return of Stable-Baselines3, less the larger of the
+    two standard deviations over the seeds.
+    """
+    goals = []
+    for algorithm in EXAMPLES:
+        mine, theirs = (found.get((algorithm, name)) for name in SIDES)
+        if mine and theirs:
+            goal = theirs["return"] - max(mine["return_std"], theirs["return_std"])
+            goals.append({"algorithm": algorithm, "goal": goal, "reached": mine["return"],
+                          "met": mine["return"] >= goal})  # fmt: skip
+    return goals
+
+
+def table_of(found: dict[tuple[str, str], dict[str, Any]], goals: Sequence[dict]) -> str:
+    lines = [["algorithm", "environment", "trainer", "seeds", "return", "mean of curve", "s",
+              "CPU s"]]  # fmt: skip
+    for (algorithm, trainer), row in found.items():
+        lines.append([algorithm, row["environment"], trainer, str(row["seeds"]),
+                      *(f"{row[name]:.1f} +- {row[f'{name}_std']:.1f}"
+                        for name in ("return", "curve_mean", "run_s", "cpu_s"))])  # fmt: skip
+    verdicts = [
+        f"{goal['algorithm']}: return >= {goal['goal']:.1f}: {goal['reached']:.1f}, "
+        + ("met" if goal["met"] else "missed")
+        for goal in goals
+    ]
+    return "\n".join([aligned(lines, 3), *verdicts])
+
+
+def plot(rows: Sequence[dict], path: Path) -> None:
+    """Each seed faintly, and the mean of the trainer."""
+    algorithms = list(dict.fromkeys(row["algorithm"] for row in rows))
+    figure = Figure(figsize=(7 * len(algorithms), 4.5), dpi=100, layout="constrained")
+    for axes, algorithm in zip(figure.subplots(1, len(algorithms), squeeze=False).flat, algorithms,
+                               strict=True):  # fmt: skip
+        mine = [row for row in rows if row["algorithm"] == algorithm]
+        for name, color in COLORS.items():
+            curves = [row["curve"] for row in mine if row["trainer"] == name]
+            for curve in curves:
+                axes.plot(*zip(*curve, strict=True), color=color, alpha=0.25, linewidth=1)
+            points = [
+                (stage[0][0], statistics.fmean(value for _, value in stage))
+                for stage in zip(*curves, strict=False)
+            ]
+            if points:
+                axes.plot(*zip(*points, strict=True), color=color, linewidth=2, label=name)
+        axes.set_title(f"{mine[0]['environment']}, {algorithm}", loc="left")
+        axes.set_xlabel("environment steps")
+        axes.set_ylabel("return without exploration")
+        axes.grid(color="#e3e3e3", linewidth=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, loc="lower right")
+    figure.savefig(path)
+
+
+def versions(peers: Path) -> dict[str, str]:
+    found = {name: importlib.metadata.version(name) for name in ("gymnasium", "numpy")}
+    for distribution in importlib.metadata.distributions(path=[str(peers)]):
+        if distribution.metadata["Name"].replace("_", "-") == "stable-baselines3":
+            found["stable-baselines3"] = distribution.version
+    return found
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m warpo.bench.control", description=(__doc__ or "").split("\n\n")[0]
+    )
+    parser.add_argument("--algorithms", nargs="+", choices=EXAMPLES, default=list(EXAMPLES))
+    parser.add_argument("--trainers", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each trainer")
+    parser.add_argument("--steps", type=int, default=0, help="of a run; 0: by algorithm")
+    parser.add_argument("--episodes", type=int, default=10, help="of an evaluation")
+    parser.add_argument("--peers", type=Path, default=Path(".peers"), metavar="DIR")
+    parser.add_argument("--out", type=Path, default=Path("bench/results/latest"), metavar="DIR")
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    args = parse()
+    args.out.mkdir(parents=True, exist_ok=True)
+    common = environment("warpo.bench.control", processor()) | versions(args.peers)
+    common["threads"] = 1
+    rows = []
+    with (args.out / "control.jsonl").open("w", encoding="utf-8") as file:
+        for algorithm in args.algorithms:
+            for seed in range(args.seeds):
+                for name in args.trainers:
+                    print(f"{algorithm}: {name}, seed {seed}", file=sys.stderr, flush=True)
+                    rows.append(measure(args, algorithm, name, seed))
+                    file.write(json.dumps(rows[-1] | common) + "\n")
+                    file.flush()
+    plot(rows, args.out / "control.png")
+    found = summaries(rows)
+    print(table_of(found, goals_of(found)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+"""Where the learner runs."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from warpo.engine.errors import ConfigError
+
+
+class DeviceSetting(Protocol):
+    @property
+    def device(self) -> str: ...
+
+
+def learner_device(config: DeviceSetting) -> torch.device:
+    """Where the learner runs, "auto" looked up."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device = 'cuda', but torch sees no CUDA device: set device to cpu")
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
