@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from warpo.engine.algorithms import ALGORITHMS, Algorithm
 from warpo.engine.errors import ConfigError
+from warpo.engine.rewards.sources import parse_sources
 from warpo.kernels.objectives import Objective
 from warpo.kernels.preferences import Preference
 
@@ -155,6 +156,13 @@ def _check_combinations(config: Config, row: Algorithm) -> None:
             f"rollout.group_size = {group} is too small for algorithm = {row.name!r}: its "
             f"advantages compare the completions of a prompt{std} "
             f"(loss.advantage_std = {row.advantage_std!r}). Set rollout.group_size to 2 or more"
+        )
+    sources = parse_sources(config.reward.sources)
+    if row.advantages == "process" and not any(source.may_give_steps for source in sources):
+        raise ConfigError(
+            f"algorithm = {row.name!r} learns from rewards of steps, and reward.sources = "
+            f"{', '.join(config.reward.sources)} gives none: add process_model:DIR, or a function "
+            "or server that returns lists of (end, score)"
         )
     if row.has_critic and critic.model.lower() in ("none", ""):
         raise ConfigError(
