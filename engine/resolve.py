@@ -150,13 +150,6 @@ def _shown(value: Any) -> str:
 
 def _check_combinations(config: Config, row: Algorithm) -> None:
     group, critic = config.rollout.group_size, config.critic
-    sources = parse_sources(config.reward.sources)
-    if row.advantages == "process" and not any(source.may_give_steps for source in sources):
-        raise ConfigError(
-            f"algorithm = {row.name!r} learns from rewards of steps, and reward.sources = "
-            f"{_shown(config.reward.sources)} has none: name a process_model:DIR, or a "
-            "module:function that returns [(end, score), ...] for each completion"
-        )
     if row.is_relative and group < 2:
         std = ", and the standard deviation of one is 0" if row.advantage_std != "none" else ""
         raise ConfigError(
@@ -164,11 +157,23 @@ def _check_combinations(config: Config, row: Algorithm) -> None:
             f"advantages compare the completions of a prompt{std} "
             f"(loss.advantage_std = {row.advantage_std!r}). Set rollout.group_size to 2 or more"
         )
+    sources = parse_sources(config.reward.sources)
+    if row.advantages == "process" and not any(source.may_give_steps for source in sources):
+        raise ConfigError(
+            f"algorithm = {row.name!r} learns from rewards of steps, and reward.sources = "
+            f"{', '.join(config.reward.sources)} gives none: add process_model:DIR, or a function "
+            "or server that returns lists of (end, score)"
+        )
     if row.has_critic and critic.model.lower() in ("none", ""):
         raise ConfigError(
             f"critic.model = {critic.model!r}, but algorithm = {row.name!r} takes its advantages "
             "from a critic: set critic.model to policy, shared or a directory, or choose an "
             "algorithm without one, such as reinforce_plus_plus or grpo"
+        )
+    if critic.warmup_steps and critic.model == "shared":
+        raise ConfigError(
+            f"critic.warmup_steps = {critic.warmup_steps}, but with critic.model = 'shared' the "
+            "critic learns with the policy: set it to 0, or critic.model to policy"
         )
     if critic.warmup_steps >= config.steps and row.has_critic:
         raise ConfigError(

@@ -117,15 +117,8 @@ def _unequal(drawn: _Draw) -> list[int]:
 
 def _draw(config: Config, parts: Parts, log: RunLog, stop: Stop, step: int, number: int) -> _Draw:
     prompts = parts.stream.next()
-    options = SamplingOptions(
-        group_size=config.rollout.group_size,
-        temperature=config.rollout.temperature,
-        top_k=config.rollout.top_k,
-        top_p=config.rollout.top_p,
-        max_new_tokens=config.rollout.max_new_tokens,
-        # a function of seed, step and draw: a resumed run samples what the whole run would have
-        seed=config.seed * 1_000_003 + step + number * 500_009,
-    )
+    # a function of seed, step and draw: a resumed run samples what the whole run would have
+    options = sampling_options(config, seed=config.seed * 1_000_003 + step + number * 500_009)
     groups = _sample(parts, log, prompts, options, stop, "sample")
     with log.phase("reward"):
         verdicts = reward(parts, log, prompts, groups)
@@ -140,6 +133,18 @@ def _greedy_rewards(
     groups = _sample(parts, log, prompts, greedy(config), stop, "sample greedily")
     with log.phase("reward"):
         return [verdicts[0].total for verdicts in reward(parts, log, prompts, groups)]
+
+
+def sampling_options(config: Config, seed: int = 0) -> SamplingOptions:
+    """A group of completions, drawn as in training."""
+    return SamplingOptions(
+        group_size=config.rollout.group_size,
+        temperature=config.rollout.temperature,
+        top_k=config.rollout.top_k,
+        top_p=config.rollout.top_p,
+        max_new_tokens=config.rollout.max_new_tokens,
+        seed=seed,
+    )
 
 
 def greedy(config: Config) -> SamplingOptions:

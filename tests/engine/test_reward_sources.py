@@ -10,6 +10,7 @@ import transformers
 from tests.engine.models import CONFIGS
 from tests.engine.runs import train
 from warpo.engine.batch import Completion
+from warpo.engine.config import load_config
 from warpo.engine.data import load_prompts
 from warpo.engine.errors import ConfigError, RewardError
 from warpo.engine.model import load_tokenizer
@@ -124,6 +125,16 @@ def test_weights_kinds_and_names(tmp_path):
 def test_malformed_sources_are_refused(texts, message):
     with pytest.raises(ConfigError, match=message):
         parse_sources(texts)
+
+
+def test_process_supervision_without_a_source_of_steps_is_refused(folder):
+    process = ("--algorithm", "grpo_process", "--reward.sources")
+    with pytest.raises(
+        ConfigError,
+        match=r"'grpo_process' learns from .*sources = math, 0.1 \* overlong:2 gives none",
+    ):
+        load_config(folder / "config.yaml", [*process, "math", "0.1 * overlong:2"])
+    load_config(folder / "config.yaml", [*process, "math", "token_rewards:low"])
 
 
 def test_overlong_is_equation_13_of_dapo():
