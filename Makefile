@@ -1,4 +1,5 @@
-# make train   environment, build, then the main job: GRPO of a small model on real vLLM
+# make train   environment, build, then the main job: a small model learns from demonstrations, then
+#              by GRPO on real vLLM
 # make test    environment, build, then the whole test suite
 # make bench   environment, build, peers, then kernel timings with their goals as a table and in OUT
 # make bench-train  the same, then a training step beside TRL's: by phase, with the goals, and in OUT
@@ -20,7 +21,8 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 train: $(VENV)/built
 	rm -rf runs/arithmetic
 	$(BIN)/python -m warpo.engine.arithmetic runs/arithmetic --seed $(SEED)
-	$(BIN)/warpo train engine/arithmetic.yaml --seed $(SEED)
+	$(BIN)/warpo train examples/sft.yaml --seed $(SEED)
+	$(BIN)/warpo train examples/grpo.yaml --seed $(SEED)
 
 test: $(VENV)/built
 	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile $(PYTEST_FLAGS)

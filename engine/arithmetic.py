@@ -67,6 +67,35 @@ def reward(completions: Sequence[str], answer: Sequence[str], **fields: object) 
     ]
 
 
+def step_rewards(
+    completions: Sequence[str], prompt: Sequence[str], **fields: object
+) -> list[list[tuple[int, float]]]:
+    """For process supervision: (end, reward) of each column, 1.0 where digit and carry are right.
+
+    Args:
+        completions: what the model wrote, without special tokens.
+        prompt: the problems, "57+68=".
+        fields: further fields of the data, of no importance here.
+
+    Returns:
+        For each completion its steps; end is the number of characters up to the end of the step. A
+        completion that is cut short has the steps that it began.
+    """
+    rewards = []
+    for completion, problem in zip(completions, prompt, strict=True):
+        x, y = map(int, problem.rstrip("=").split("+"))
+        right = column_addition(x, y, 0.0, random.Random(0))
+        columns = ((0, min(2, len(completion))), (2, len(completion)))
+        rewards.append(
+            [
+                (end, float(completion[start:end] == right[start : start + 2]))
+                for start, end in columns
+                if start < end
+            ]
+        )
+    return rewards
+
+
 def read_sum(completion: str) -> int | None:
     """The sum that a completion states; None if it is malformed."""
     match = re.fullmatch("([0-9])[01]([0-9])([01])", completion)

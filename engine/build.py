@@ -18,10 +18,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from warpo.engine import checkpoint
 from warpo.engine.advantages import AdaptiveState
 from warpo.engine.algorithms import Algorithm
-from warpo.engine.batch import Batch, pack, split_by_tokens
+from warpo.engine.batch import Batch, Completion, pack, split_by_tokens
 from warpo.engine.config import Config
 from warpo.engine.critic import Critic
-from warpo.engine.data import Prompt, PromptStream, load_prompts
+from warpo.engine.data import Prompt, PromptStream, load_prompts, split_prompts
 from warpo.engine.device import learner_device
 from warpo.engine.errors import ConfigError, DataError
 from warpo.engine.model import eos_token_ids, load_model, load_tokenizer
@@ -29,7 +29,7 @@ from warpo.engine.offline.data import Example, load_examples
 from warpo.engine.optimizer import AdamW, WeightUpdate, warmup_schedule
 from warpo.engine.resolve import resolve
 from warpo.engine.resync import Resync
-from warpo.engine.rewards import Reward
+from warpo.engine.rewards.combine import RewardSources
 from warpo.engine.sampler.base import Sampler
 from warpo.engine.step import as_rollout
 
@@ -50,7 +50,7 @@ class Parts:
     model: PreTrainedModel
     sampler: Sampler
     resync: Resync
-    reward: Reward
+    rewards: RewardSources
     stream: PromptStream
     optimizer: AdamW
     schedule: torch.optim.lr_scheduler.LambdaLR
@@ -120,16 +120,7 @@ def build(config: Config) -> Parts:
     torch.manual_seed(config.seed)
     tokenizer = load_tokenizer(config.model)
     prompts = load_prompts(config.data.train, tokenizer, config.max_prompt_tokens)
-    eval_prompts: list[Prompt] = []
-    if config.data.eval:
-        eval_prompts = load_prompts(config.data.eval, tokenizer, config.max_prompt_tokens)
-        eval_prompts = eval_prompts[: config.evaluation.max_prompts]
-        missing = prompts[0].fields.keys() - eval_prompts[0].fields.keys()
-        if missing:
-            raise DataError(
-                f"{config.data.eval} lacks the field {sorted(missing)[0]!r} of "
-                f"{config.data.train}, which the reward function may read"
-            )
+    prompts, eval_prompts = _held_out(config, tokenizer, prompts)
     examples: list[Example] = []
     if config.pretraining.data:
         examples = load_examples(
@@ -137,18 +128,25 @@ def build(config: Config) -> Parts:
             token_budget=config.update.token_budget,
             max_length=config.rollout.max_model_len,
         )  # fmt: skip
-    reward = Reward(
-        config.reward.function,
+    rewards = RewardSources(
+        config.reward.sources,
         deadline_s=config.reward.deadline_s,
         fields=list(prompts[0].fields),
+        tokenizer=tokenizer,
+        max_new_tokens=config.rollout.max_new_tokens,
+        dtype=config.dtype,
+        device=learner_device(config),
+        token_budget=config.update.token_budget,
     )
+    algorithm = resolve(config)
+    if algorithm.advantages == "process":
+        _check_steps(config, rewards, prompts[0])
     # On the host until it is known whether it gets memory of its own on the device.
     model = load_model(config.model, config.dtype, torch.device("cpu"), config.lm_head_dtype)
     sampler = _sampler(config, model, tokenizer)
     resync = Resync(
         sampler.load_weights, sampler.module, model, config.resync, device=learner_device(config)
     )
-    algorithm = resolve(config)
     critic = Critic(config, model, learner_device(config)) if algorithm.has_critic else None
     optimizer = AdamW(
         [*model.named_parameters(), *([] if critic is None else critic.named_parameters())],
@@ -162,7 +160,7 @@ def build(config: Config) -> Parts:
         model=model,
         sampler=sampler,
         resync=resync,
-        reward=reward,
+        rewards=rewards,
         stream=PromptStream(prompts, config.rollout.prompts_per_step, config.seed),
         optimizer=optimizer,
         schedule=warmup_schedule(optimizer, config.update.warmup_steps),
@@ -174,6 +172,37 @@ def build(config: Config) -> Parts:
         # with a token appended, so that there is one to score after the shortest prompt
         probe_sequences=[[*p.token_ids, p.token_ids[0]] for p in prompts[:4]],
     )
+
+
+def _check_steps(config: Config, rewards: RewardSources, prompt: Prompt) -> None:
+    """Only a call shows whether a function or a server scores steps."""
+    empty = Completion(token_ids=[], logprobs=[], finished=False, weight_version=0)
+    if rewards([prompt], [empty]).steps is None:
+        raise ConfigError(
+            f"algorithm = {config.algorithm!r} learns from rewards of steps, and reward.sources = "
+            f"{' '.join(config.reward.sources)} gave a number for an empty completion, not a list "
+            "of (end, score): let it return [(end, score), ...] for each completion"
+        )
+
+
+def _held_out(
+    config: Config, tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt]
+) -> tuple[list[Prompt], list[Prompt]]:
+    """The prompts to learn from and those to be measured on."""
+    if not config.data.eval:
+        return prompts, []
+    limit = config.evaluation.max_prompts
+    if isinstance(config.data.eval, int):
+        prompts, held_out = split_prompts(prompts, config.data.eval, config.seed)
+        return prompts, held_out[:limit]
+    held_out = load_prompts(config.data.eval, tokenizer, config.max_prompt_tokens)
+    missing = prompts[0].fields.keys() - held_out[0].fields.keys()
+    if missing:
+        raise DataError(
+            f"{config.data.eval} lacks the field {sorted(missing)[0]!r} of "
+            f"{config.data.train}, which a reward may read"
+        )
+    return prompts, held_out[:limit]
 
 
 def _sampler(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Sampler:

@@ -112,7 +112,7 @@ def run(config: Config, *, plan_only: bool = False, console: Console | None = No
         status.update("sampling")
         rollouts = _sample(config, parts, prompts)
         # The learner, the optimizer and the KV cache make room for the model in float64.
-        parts.reward.close()
+        parts.rewards.close()
         parts.sampler.release_kv()
         del parts
         _report_invariance(report, config, rollouts, device, status.update)

@@ -35,7 +35,7 @@ steps: 100
 data:
   train: sums.jsonl               # lines like {"prompt": "2+3=", "answer": "5"}
 reward:
-  function: my_rewards:exact      # def exact(completions, answer): return [...]
+  sources: my_rewards:exact       # def exact(completions, answer): return [...]
 rollout:
   group_size: 8
   max_new_tokens: 64
@@ -148,7 +148,7 @@ def _train(path: str, overrides: Sequence[str]) -> bool:
     if family == "policy":
         config = load_config(path, overrides)
     else:
-        config = read_tree(_tree(family), Path(path), overrides)
+        config = read_tree(tree_of(family), Path(path), overrides)
     if family != "control":
         set_thread_waiting()
     loop: Any = importlib.import_module(_LOOPS.get(family, "warpo.engine.offline.train"))
@@ -163,7 +163,7 @@ def _train(path: str, overrides: Sequence[str]) -> bool:
 _LOOPS = {"policy": "warpo.engine.train", "control": "warpo.engine.control.train"}
 
 
-def _tree(family: str) -> type:
+def tree_of(family: str) -> type:
     """The settings of a family."""
     if family == "policy":
         return Config
@@ -203,7 +203,7 @@ def _algorithms(name: str = "") -> int:
 def _help(names: Sequence[str]) -> int:
     def show() -> bool:
         row = find(names[0]) if names else ALGORITHMS[Config.algorithm]
-        tree = _tree(row.family)
+        tree = tree_of(row.family)
         print(train_help() if tree is Config else settings_help(tree, row.name))
         return True
 

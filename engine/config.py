@@ -11,14 +11,20 @@ from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from warpo.engine.config_file import read_tree
 from warpo.engine.errors import ConfigError
 from warpo.engine.resolve import resolve
+from warpo.engine.rewards.sources import parse_sources
 
 Text = Annotated[str, Field(min_length=1)]
+Texts = Annotated[
+    tuple[Text, ...],
+    Field(min_length=1),
+    BeforeValidator(lambda v: [v] if isinstance(v, str) else v),
+]
 Count = Annotated[int, Field(ge=1)]
 CountOrNone = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
@@ -34,20 +40,27 @@ class Data:
     """Prompts to learn from and to be measured on."""
 
     train: Text
-    """JSONL file; each line {"prompt": text or [{"role", "content"}, ...], further fields}."""
-    eval: str = ""
-    """JSONL file of held-out prompts, same form. Empty: none."""
+    """JSONL or Parquet file, or folder of Parquet files or of a data set that `datasets` saved.
+    Rows {"prompt": text or [{"role", "content"}, ...], further fields}."""
+    eval: Annotated[Count | str, Field(union_mode="left_to_right")] = ""
+    """Held-out prompts: such a file or folder; or a number of prompts that are taken out of train,
+    at random by seed, with all their repetitions. Empty: none."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_checked)
 class Reward:
-    """The function that scores completions; it runs in a process of its own."""
+    """What scores completions."""
 
-    function: Text
-    """module:function, called as function(completions, **fields) -> list of numbers. The module is
-    searched in the current directory too."""
+    sources: Texts
+    """One source or several, each "[WEIGHT * ]SOURCE"; the reward is their weighted sum. SOURCE:
+    module:function, called as function(completions, **fields) -> list of numbers, or of lists of
+    (characters up to the end of the step, score); the module is searched in the current directory
+    too. http://... or https://..., a server. math: math-verify against the data field answer.
+    model:DIR: a reward model. process_model:DIR: one that scores steps. overlong:N: falls from 0 to
+    -1 over the last N of rollout.max_new_tokens."""
     deadline_s: Positive = 30.0
-    """Seconds one call may take. The worker process is killed then."""
+    """Seconds that a call of a function or a server may take; a function is killed then. math: that
+    one completion may take, at most 5; its worker is killed then, and the reward is 0."""
     success: float = 1.0
     """A completion with at least this reward counts as correct in the accuracy."""
 
@@ -264,15 +277,11 @@ class Config:
 def _check_inputs(config: Config) -> None:
     if config.model.startswith(("/", "./", "../", "~")) and not Path(config.model).is_dir():
         raise ConfigError(f"model: there is no directory {config.model}")
-    module, colon, function = config.reward.function.partition(":")
-    if not (module and colon and function):
-        raise ConfigError(
-            f"reward.function must be module:function, got {config.reward.function!r}"
-        )
+    parse_sources(config.reward.sources)
     if config.evaluation.every_steps and not config.data.eval:
         raise ConfigError(
             f"evaluation.every_steps = {config.evaluation.every_steps} needs data.eval: "
-            "give a JSONL file of held-out prompts, or set evaluation.every_steps to 0"
+            "give held-out prompts, as a file or a number, or set evaluation.every_steps to 0"
         )
     if config.resync == "alias" and config.sampler_dtype != config.dtype:
         raise ConfigError(

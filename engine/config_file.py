@@ -171,6 +171,8 @@ def _parse_overrides(args: Sequence[str], known: dict[str, Key]) -> list[tuple[s
 
 
 def _override_value(key: Key, words: list[str], flag: str) -> Any:
+    if Ellipsis in get_args(key.type):
+        return words
     choices = [choice for part in get_args(key.type) for choice in get_args(part)]
     if any(get_origin(part) is tuple for part in (key.type, *get_args(key.type))):
         if len(words) == 1 and words[0] in choices:
@@ -235,6 +237,8 @@ def _wanted(annotation: Any, metadata: Sequence[Any] = ()) -> str:
         return _wanted(inner, metadata)
     if get_origin(annotation) is Literal:
         return " or ".join(str(choice) for choice in get_args(annotation))
+    if get_origin(annotation) is tuple and Ellipsis in get_args(annotation):
+        return f"{_wanted(get_args(annotation)[0])} or a list of it"
     if get_origin(annotation) is tuple:
         return f"{len(get_args(annotation))} values, each {_wanted(get_args(annotation)[0])}"
     if annotation not in _WORDS:

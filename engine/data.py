@@ -1,15 +1,13 @@
-"""JSONL data sets: the whole file is checked and tokenised before a model is loaded.
+"""Prompts and examples of a data set: all of it is checked and tokenised before a model is loaded.
 
-A line is {"prompt": text or chat messages, further fields}. Chat messages go through the
-tokenizer's chat template, with the header of the assistant's turn appended. Text is continued as
-it stands: it gets the special tokens that the tokenizer puts before any text (a BOS where the model
-was trained with one), and nothing after it.
+A row is {"prompt": text or chat messages, further fields}. Chat messages go through the tokenizer's
+chat template, with the header of the assistant's turn appended. Text is continued as it stands: it
+gets the special tokens that the tokenizer puts before any text (a BOS where the model was trained
+with one), and nothing after it.
 """
 
 from __future__ import annotations
 
-import difflib
-import json
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ import jinja2
 import numpy as np
 
 from warpo.engine.errors import CheckpointError, DataError
+from warpo.engine.rows import Row, check_text, read_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prompt:
-    """A prompt as the model reads it, and its line of the file for the reward function."""
+    """A prompt as the model reads it, and its row for the reward function."""
 
     token_ids: list[int]
     fields: dict[str, Any]
@@ -44,20 +43,22 @@ class Example:
 def load_prompts(
     path: str | Path, tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int
 ) -> list[Prompt]:
-    """The prompts of a JSONL file, in its order.
+    """The prompts of a data set, in its order.
+
+    Args:
+        path: a file or folder, as rows.py reads them.
 
     Raises:
-        DataError: the file or a line of it is not usable; names file, line, reason.
+        DataError: the data or a row of it is not usable; names the place and the reason.
     """
-    rows = _read_rows(Path(path), required=("prompt",))
+    rows = read_rows(Path(path), required=("prompt",))
     if "completions" in rows[0][1]:
         raise DataError(
-            f"{path}:{rows[0][0]}: rename the field 'completions': "
+            f"{rows[0][0]}: rename the field 'completions': "
             "reward functions get the sampled completions under that name"
         )
-    ids = _prompt_ids(Path(path), rows, tokenizer)
+    ids = prompt_ids(rows, tokenizer)
     _check_lengths(
-        Path(path),
         rows,
         [len(prompt) for prompt in ids],
         max_prompt_tokens,
@@ -72,17 +73,17 @@ def load_prompts(
 def load_examples(
     path: str | Path, tokenizer: PreTrainedTokenizerBase, max_tokens: int
 ) -> list[Example]:
-    """Prompt and completion pairs of a JSONL file; the end-of-sequence token follows each.
+    """Prompt and completion pairs of a data set; the end-of-sequence token follows each.
 
     Raises:
-        DataError: the file or a line of it is not usable; names file, line, reason.
+        DataError: the data or a row of it is not usable; names the place and the reason.
     """
-    rows = _read_rows(Path(path), required=("prompt", "completion"))
-    for number, row in rows:
-        _check_text(f"{path}:{number}: completion", row["completion"])
+    rows = read_rows(Path(path), required=("prompt", "completion"))
+    for place, row in rows:
+        check_text(f"{place}: completion", row["completion"])
     if tokenizer.eos_token_id is None:
         raise DataError(f"{path}: the tokenizer has no end-of-sequence token to end completions")
-    prompts = _prompt_ids(Path(path), rows, tokenizer)
+    prompts = prompt_ids(rows, tokenizer)
     completions = tokenizer([row["completion"] for _, row in rows], add_special_tokens=False)
     examples = [
         Example(
@@ -92,10 +93,32 @@ def load_examples(
         for prompt, completion in zip(prompts, completions["input_ids"], strict=True)
     ]
     lengths = [len(example.token_ids) for example in examples]
-    _check_lengths(
-        Path(path), rows, lengths, max_tokens, "prompt and completion", "rollout.max_model_len"
-    )
+    _check_lengths(rows, lengths, max_tokens, "prompt and completion", "rollout.max_model_len")
     return examples
+
+
+def split_prompts(
+    prompts: Sequence[Prompt], count: int, seed: int
+) -> tuple[list[Prompt], list[Prompt]]:
+    """Prompts to learn from, and `count` others to be measured on, drawn at random by the seed.
+
+    A prompt that occurs several times, by its token ids, is held out with all its occurrences, and
+    the first of them is kept.
+
+    Raises:
+        DataError: there are not more different prompts than `count`.
+    """
+    first = {tuple(prompt.token_ids): prompt for prompt in reversed(prompts)}
+    different = list(dict.fromkeys(tuple(prompt.token_ids) for prompt in prompts))
+    if count >= len(different):
+        raise DataError(
+            f"data.eval = {count} would leave nothing to learn from: data.train holds "
+            f"{len(different)} different prompts; lower it"
+        )
+    order = np.random.default_rng(seed).permutation(len(different))
+    held_out = {different[i]: None for i in order[:count]}
+    rest = [prompt for prompt in prompts if tuple(prompt.token_ids) not in held_out]
+    return rest, [first[ids] for ids in held_out]
 
 
 def columns(prompts: Sequence[Prompt]) -> dict[str, list]:
@@ -175,106 +198,26 @@ def _crc(prompts: Sequence[HasTokens]) -> int:
     return crc
 
 
-def _read_rows(path: Path, required: Sequence[str]) -> list[tuple[int, dict[str, Any]]]:
-    """(line number, object) of each line that is not blank."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}") from None
-    rows = [
-        (number, _parse_line(f"{path}:{number}", line))
-        for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1)
-        if line.strip()
-    ]
-    if not rows:
-        raise DataError(f"{path}: the file is empty, wanted one JSON object a line")
-    first_number, first = rows[0]
-    for number, row in rows:
-        _check_fields(f"{path}:{number}", row, required, first, first_number)
-    return rows
-
-
-def _parse_line(place: str, line: bytes) -> dict[str, Any]:
-    try:
-        row = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{place}: not UTF-8 at byte {error.start + 1} of the line: save the file as UTF-8"
-        ) from None
-    except json.JSONDecodeError as error:
-        raise DataError(f"{place}: not JSON: {error.msg} at column {error.colno}") from None
-    if not isinstance(row, dict):
-        raise DataError(f"{place}: wanted a JSON object, got {type(row).__name__}: {row!r:.60}")
-    return row
-
-
-def _check_fields(
-    place: str, row: dict, required: Sequence[str], first: dict, first_number: int
-) -> None:
-    for name in required:
-        if name not in row:
-            near = difflib.get_close_matches(name, row, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(row) or 'none'}"
-            raise DataError(f"{place}: the field {name!r} is missing: {hint}")
-    for name in first:
-        if name not in row:
-            raise DataError(f"{place}: the field {name!r} is missing, line {first_number} has it")
-    for name in row:
-        if name not in first:
-            raise DataError(f"{place}: the field {name!r} is new, line {first_number} lacks it")
-    if isinstance(row["prompt"], list) != isinstance(first["prompt"], list):
-        raise DataError(
-            f"{place}: text and chat prompts are mixed: line {first_number} is of the other kind"
-        )
-    _check_prompt(f"{place}: prompt", row["prompt"])
-
-
-def _check_prompt(place: str, prompt: Any) -> None:
-    if not isinstance(prompt, list):
-        _check_text(place, prompt, "text or a list of chat messages")
-        return
-    if not prompt:
-        raise DataError(f"{place} is empty, wanted at least one chat message")
-    for i, message in enumerate(prompt):
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise DataError(
-                f'{place}: message {i} must be {{"role": ..., "content": ...}}, got {message!r:.60}'
-            )
-        _check_text(f"{place}: role of message {i}", message["role"])
-        _check_text(f"{place}: content of message {i}", message["content"])
-    if prompt[-1]["role"] == "assistant":
-        raise DataError(f"{place} ends with an assistant message: nothing is left to answer")
-
-
-def _check_text(place: str, value: Any, wanted: str = "text") -> None:
-    if not isinstance(value, str):
-        raise DataError(f"{place} must be {wanted}, got {type(value).__name__}: {value!r:.60}")
-    if not value:
-        raise DataError(f"{place} is empty")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{place} holds half a surrogate pair at character {error.start + 1}: "
-            "it is not valid Unicode"
-        ) from None
-
-
-def _prompt_ids(
-    path: Path, rows: Sequence[tuple[int, dict]], tokenizer: PreTrainedTokenizerBase
+def prompt_ids(
+    rows: Sequence[tuple[str, Row]], tokenizer: PreTrainedTokenizerBase
 ) -> list[list[int]]:
+    """Token ids of the prompt of each row.
+
+    Raises:
+        DataError: the tokenizer cannot make a prompt of one; names the place.
+    """
     if isinstance(rows[0][1]["prompt"], list):
-        texts = [_render(f"{path}:{number}", row["prompt"], tokenizer) for number, row in rows]
+        texts = [_render(place, row["prompt"], tokenizer) for place, row in rows]
         # The template has written the special tokens already.
         ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
     else:
         ids = tokenizer([row["prompt"] for _, row in rows])["input_ids"]
-    for (number, _), prompt in zip(rows, ids, strict=True):
+    for (place, _), prompt in zip(rows, ids, strict=True):
         if not prompt:
-            raise DataError(f"{path}:{number}: the tokenizer makes no token of the prompt")
+            raise DataError(f"{place}: the tokenizer makes no token of the prompt")
         if prompt[-1] == tokenizer.eos_token_id and not isinstance(rows[0][1]["prompt"], list):
             raise DataError(
-                f"{path}:{number}: the prompt ends with the end-of-sequence token: remove it from "
+                f"{place}: the prompt ends with the end-of-sequence token: remove it from "
                 "the text, or set add_eos_token to false in the model's tokenizer_config.json"
             )
     return ids
@@ -295,13 +238,13 @@ def _render(place: str, messages: list[dict], tokenizer: PreTrainedTokenizerBase
 
 
 def _check_lengths(
-    path: Path, rows: Sequence[tuple], lengths: list[int], limit: int, what: str, setting: str
+    rows: Sequence[tuple[str, Row]], lengths: list[int], limit: int, what: str, setting: str
 ) -> None:
     too_long = [(row[0], n) for row, n in zip(rows, lengths, strict=True) if n > limit]
     if too_long:
-        number, length = too_long[0]
-        others = f" ({len(too_long) - 1} more lines are too long)" if len(too_long) > 1 else ""
+        place, length = too_long[0]
+        others = f" ({len(too_long) - 1} more are too long)" if len(too_long) > 1 else ""
         raise DataError(
-            f"{path}:{number}: {what} of {length} tokens, at most {limit} fit ({setting}){others}: "
+            f"{place}: {what} of {length} tokens, at most {limit} fit ({setting}){others}: "
             f"raise rollout.max_model_len by {max(lengths) - limit}, or shorten the text"
         )

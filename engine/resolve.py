@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from warpo.engine.algorithms import ALGORITHMS, Algorithm
 from warpo.engine.errors import ConfigError
+from warpo.engine.rewards.sources import parse_sources
 from warpo.kernels.objectives import Objective
 from warpo.kernels.preferences import Preference
 
@@ -149,6 +150,13 @@ def _shown(value: Any) -> str:
 
 def _check_combinations(config: Config, row: Algorithm) -> None:
     group, critic = config.rollout.group_size, config.critic
+    sources = parse_sources(config.reward.sources)
+    if row.advantages == "process" and not any(source.may_give_steps for source in sources):
+        raise ConfigError(
+            f"algorithm = {row.name!r} learns from rewards of steps, and reward.sources = "
+            f"{_shown(config.reward.sources)} has none: name a process_model:DIR, or a "
+            "module:function that returns [(end, score), ...] for each completion"
+        )
     if row.is_relative and group < 2:
         std = ", and the standard deviation of one is 0" if row.advantage_std != "none" else ""
         raise ConfigError(

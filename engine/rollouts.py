@@ -10,22 +10,32 @@ from typing import NamedTuple
 from warpo.engine.batch import Completion, Rollout
 from warpo.engine.build import Parts
 from warpo.engine.config import Config
-from warpo.engine.data import Prompt, columns
+from warpo.engine.data import Prompt
 from warpo.engine.errors import WeightMismatch
 from warpo.engine.loop import raise_if
 from warpo.engine.metrics import ReportProgress, RunLog
+from warpo.engine.rewards.model import TokenSteps
 from warpo.engine.sampler.base import Interrupted, SamplingOptions
 
 Stop = Callable[[], bool]
 Metrics = dict[str, float]
 
 
+class Verdict(NamedTuple):
+    """The reward of a completion, those of its steps where a source scores steps, and what each
+    source gave it."""
+
+    total: float
+    steps: TokenSteps | None
+    by_source: dict[str, float]
+
+
 class _Draw(NamedTuple):
-    """Prompts with the completions of each, and the reward of each of these."""
+    """Prompts with the completions of each, and the verdict on each of these."""
 
     prompts: list[Prompt]
     groups: list[list[Completion]]
-    rewards: list[list[float]]
+    verdicts: list[list[Verdict]]
 
     def select(self, chosen: list[int]) -> _Draw:
         return _Draw(*([part[i] for i in chosen] for part in self))  # type: ignore[arg-type]
@@ -62,13 +72,14 @@ def collect(
         Rollout(
             prompt_ids=prompt.token_ids,
             completion=completion,
-            reward=reward,
+            reward=verdict.total,
+            step_rewards=verdict.steps,
             baseline_reward=baseline,
         )
-        for prompt, group, rewards, baseline in zip(*drawn, baselines, strict=True)
-        for completion, reward in zip(group, rewards, strict=True)
+        for prompt, group, verdicts, baseline in zip(*drawn, baselines, strict=True)
+        for completion, verdict in zip(group, verdicts, strict=True)
     ]
-    metrics = _describe(config, rollouts)
+    metrics = _describe(config, rollouts) | _source_means(drawn.verdicts)
     if max_draws > 1:
         metrics |= {
             "rollout/draws": float(draws),
@@ -90,9 +101,18 @@ def _describe(config: Config, rollouts: list[Rollout]) -> Metrics:
     }
 
 
+def _source_means(verdicts: list[list[Verdict]]) -> Metrics:
+    """The mean of each source, without its weight, where there are several."""
+    given = [verdict.by_source for group in verdicts for verdict in group]
+    if len(given[0]) == 1:
+        return {}
+    return {f"reward/{name}": sum(row[name] for row in given) / len(given) for name in given[0]}
+
+
 def _unequal(drawn: _Draw) -> list[int]:
     """Places of the groups whose rewards are not all the same."""
-    return [i for i, rewards in enumerate(drawn.rewards) if min(rewards) < max(rewards)]
+    totals = [[verdict.total for verdict in group] for group in drawn.verdicts]
+    return [i for i, rewards in enumerate(totals) if min(rewards) < max(rewards)]
 
 
 def _draw(config: Config, parts: Parts, log: RunLog, stop: Stop, step: int, number: int) -> _Draw:
@@ -108,9 +128,9 @@ def _draw(config: Config, parts: Parts, log: RunLog, stop: Stop, step: int, numb
     )
     groups = _sample(parts, log, prompts, options, stop, "sample")
     with log.phase("reward"):
-        rewards = reward(parts, prompts, groups)
+        verdicts = reward(parts, log, prompts, groups)
     raise_if(stop)
-    return _Draw(prompts, groups, rewards)
+    return _Draw(prompts, groups, verdicts)
 
 
 def _greedy_rewards(
@@ -119,7 +139,7 @@ def _greedy_rewards(
     """The reward of the most probable completion of each prompt, by one of them each."""
     groups = _sample(parts, log, prompts, greedy(config), stop, "sample greedily")
     with log.phase("reward"):
-        return [rewards[0] for rewards in reward(parts, prompts, groups)]
+        return [verdicts[0].total for verdicts in reward(parts, log, prompts, groups)]
 
 
 def greedy(config: Config) -> SamplingOptions:
@@ -168,14 +188,22 @@ def generate(
 
 
 def reward(
-    parts: Parts, prompts: list[Prompt], groups: list[list[Completion]]
-) -> list[list[float]]:
-    """The reward of each completion of each prompt."""
-    ids = [completion.token_ids for group in groups for completion in group]
-    texts = parts.tokenizer.batch_decode(ids, skip_special_tokens=True)
+    parts: Parts, log: RunLog, prompts: list[Prompt], groups: list[list[Completion]]
+) -> list[list[Verdict]]:
+    """The verdict on each completion of each prompt; what could not be judged is told."""
     owners = [prompt for prompt, group in zip(prompts, groups, strict=True) for _ in group]
-    totals = iter(parts.reward(texts, columns(owners)))
-    return [[next(totals) for _ in group] for group in groups]
+    rewards = parts.rewards(owners, [completion for group in groups for completion in group])
+    for note in rewards.notes:
+        log.say(note)
+    verdicts = (
+        Verdict(
+            total,
+            rewards.steps[i] if rewards.steps is not None else None,
+            {name: scores[i] for name, scores in rewards.by_source.items()},
+        )
+        for i, total in enumerate(rewards.totals)
+    )
+    return [[next(verdicts) for _ in group] for group in groups]
 
 
 def accuracy(config: Config, rewards: list[float]) -> float:

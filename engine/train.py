@@ -52,7 +52,7 @@ def run(config: Config) -> None:
     with RunLog(config.output_dir, config, resume_step=resume_step) as log, signals(log) as stop:
         with log.phase("load"):
             parts = build(config)
-        with parts.reward, _checkpoint_on_error(config, parts, log):
+        with parts.rewards, _checkpoint_on_error(config, parts, log):
             _prepare(config, parts, log, resume_from)
             while parts.step < config.steps:
                 metrics, sequences = _step(config, parts, log, stop)
@@ -257,7 +257,8 @@ def _evaluation(config: Config, parts: Parts, log: RunLog) -> Metrics:
         return {}
     with log.phase("evaluate") as progress:
         groups = generate(parts, parts.eval_prompts, greedy(config), lambda: False, progress)
-        rewards = [rewards[0] for rewards in reward(parts, parts.eval_prompts, groups)]
+        judged = reward(parts, log, parts.eval_prompts, groups)
+    rewards = [verdict.total for group in judged for verdict in group]
     return {"eval/accuracy": accuracy(config, rewards), "eval/reward": sum(rewards) / len(rewards)}
 
 

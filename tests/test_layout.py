@@ -84,10 +84,13 @@ def test_files_can_be_read_in_one_sitting():
 
 
 def test_one_training_step_is_six_files():
-    """From the command line to optimizer.step, and on to the sampler's weights."""
-    files = ["cli.py", "train.py", "step.py", "batch.py", "sampler/vllm.py", "resync.py"]
+    """What is sampled, scored, estimated, updated and published, in the order of train.py."""
+    files = ["train.py", "rollouts.py", "advantages.py", "step.py", "batch.py", "resync.py"]
     read = {file: (ROOT / "engine" / file).read_text() for file in files}
-    assert "run(config)" in read["cli.py"]
-    assert "train_step(" in read["train.py"] and ".publish(" in read["train.py"]
-    assert "optimizer.step(" in read["step.py"] and "pack(" in read["step.py"]
-    assert "self.module" in read["sampler/vllm.py"] and "class Resync" in read["resync.py"]
+    train = read["train.py"]
+    for called in ("collect(", "_score(", "estimate(", "_update(", "train_step(", ".publish()"):
+        assert called in train
+    assert "def collect(" in read["rollouts.py"] and "def estimate(" in read["advantages.py"]
+    assert "optimizer.step(" in read["step.py"] and "def pack(" in read["batch.py"]
+    assert "class Resync" in read["resync.py"]
+    assert all(f"`{file}`" in (ROOT / "README.md").read_text() for file in files[1:])

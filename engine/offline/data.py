@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from warpo.engine.data import _check_text, _prompt_ids, _read_rows
+from warpo.engine.data import prompt_ids
 from warpo.engine.errors import DataError
+from warpo.engine.rows import check_text, read_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -74,13 +75,13 @@ def load_examples(
         DataError: the file or a line of it is not usable; names file, line, reason.
     """
     required, texts_of, values_of = _FORMS.get(algorithm, _FORMS["dpo"])
-    rows = _read_rows(Path(path), required=("prompt", *required))
+    rows = read_rows(Path(path), required=("prompt", *required))
     if tokenizer.eos_token_id is None:
         raise DataError(f"{path}: the tokenizer has no end-of-sequence token to end completions")
-    places = [f"{path}:{number}" for number, _ in rows]
+    places = [place for place, _ in rows]
     texts = [texts_of(place, row) for place, (_, row) in zip(places, rows, strict=True)]
     values = [values_of(place, row) for place, (_, row) in zip(places, rows, strict=True)]
-    prompts = _prompt_ids(Path(path), rows, tokenizer)
+    prompts = prompt_ids(rows, tokenizer)
     if algorithm == "process_reward":
         examples = _stepped(places, tokenizer, prompts, texts, values, step_separator)
     else:
@@ -103,7 +104,7 @@ def _texts(*names: str) -> Callable[[Place, dict[str, Any]], list[str]]:
 
     def read(place: Place, row: dict[str, Any]) -> list[str]:
         for name in names:
-            _check_text(f"{place}: {name}", row[name])
+            check_text(f"{place}: {name}", row[name])
         return [row[name] for name in names]
 
     return read
@@ -119,7 +120,7 @@ def _list_of_texts(name: str, least: int) -> Callable[[Place, dict[str, Any]], l
                 f"{place}: {name} must be a list of {least} texts or more, got {texts!r:.60}"
             )
         for i, text in enumerate(texts):
-            _check_text(f"{place}: {name}[{i}]", text)
+            check_text(f"{place}: {name}[{i}]", text)
         return texts
 
     return read

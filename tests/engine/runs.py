@@ -17,7 +17,7 @@ model: {folder}/model
 output_dir: {folder}/out
 steps: 4
 data: {{train: {folder}/train.jsonl, eval: {folder}/eval.jsonl}}
-reward: {{function: "token_rewards:low", deadline_s: 60}}
+reward: {{sources: "token_rewards:low", deadline_s: 60}}
 rollout:
   {{prompts_per_step: 3, group_size: 4, max_new_tokens: 6, max_model_len: 64, kv_cache_gib: 0.03}}
 algorithm: grpo

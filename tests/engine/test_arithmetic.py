@@ -6,6 +6,7 @@ import json
 import random
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import transformers
 from warpo.engine import arithmetic
 from warpo.engine.data import load_examples, load_prompts
 from warpo.engine.model import load_tokenizer
-from warpo.engine.rewards import Reward
+from warpo.engine.rewards.function import RewardFunction
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +137,8 @@ def test_reward_of_a_batch_is_in_order_and_ignores_further_fields() -> None:
 
 def test_reward_serves_in_the_worker_process(folder: Path) -> None:
     columns = {"prompt": ["57+68=", "57+68="], "answer": ["125", "125"]}
-    with Reward("warpo.engine.arithmetic:reward", deadline_s=30, fields=list(columns)) as reward:
+    function = RewardFunction("warpo.engine.arithmetic:reward", deadline_s=30, fields=list(columns))
+    with closing(function) as reward:
         assert reward(["5121", "5010"], columns) == [1.0, 0.0]
 
 

@@ -28,7 +28,7 @@ model: {folder}/model
 output_dir: {folder}/out
 steps: 4
 data: {{train: {folder}/train.jsonl}}
-reward: {{function: "some_rewards:length", deadline_s: 60}}
+reward: {{sources: "some_rewards:length", deadline_s: 60}}
 rollout:
   {{prompts_per_step: 8, group_size: 4, max_new_tokens: 64, max_model_len: 128,
   kv_cache_gib: {kv}}}

@@ -16,7 +16,7 @@ def config_path(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(
         "model: m\noutput_dir: o\nsteps: 3\nsampler: transformers\n"
-        "data: {train: t.jsonl}\nreward: {function: a:b}\n"
+        "data: {train: t.jsonl}\nreward: {sources: 'a:b'}\n"
     )
     return str(path)
 
@@ -71,7 +71,7 @@ def test_help_shows_every_key_with_its_text_and_default(monkeypatch):
 def test_the_example_of_the_help_is_a_config_that_loads(tmp_path):
     path = tmp_path / "example.yaml"
     path.write_text(cli.EXAMPLE_YAML)
-    assert load_config(path, ["--sampler", "transformers"]).reward.function == "my_rewards:exact"
+    assert load_config(path, ["--sampler", "transformers"]).reward.sources == ("my_rewards:exact",)
 
 
 def test_train_hands_the_config_to_run(config_path, stub_run):

@@ -12,7 +12,7 @@ sampler: transformers
 data:
   train: prompts.jsonl
 reward:
-  function: rewards:exact
+  sources: rewards:exact
 """
 
 
@@ -152,8 +152,8 @@ def test_settings_that_cannot_run_together_are_refused(load, text, message):
 def test_other_refusals(load, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="No such file"):
         load_config(tmp_path / "absent.yaml")
-    with pytest.raises(ConfigError, match="reward.function must be module:function"):
-        load(MINIMAL, "--reward.function", "rewards.exact")
+    with pytest.raises(ConfigError, match=r"reward.sources: 'rewards.exact': wanted module:func"):
+        load(MINIMAL, "--reward.sources", "rewards.exact")
     with pytest.raises(ConfigError, match="model: there is no directory ./absent"):
         load(MINIMAL, "--model", "./absent")
     (tmp_path / "bytes.yaml").write_bytes(b"model: \xff")
@@ -199,3 +199,17 @@ def test_dr_grpo_divides_by_no_std_unless_told(load):
     assert resolve_advantage_std(dr_grpo) == "none"
     told = load(MINIMAL, "--loss.objective", "dr_grpo", "--loss.advantage_std", "population").loss
     assert resolve_advantage_std(told) == "population"
+
+
+def test_reward_sources_are_one_text_or_several(load):
+    assert load(MINIMAL).reward.sources == ("rewards:exact",)
+    several = ("math", "0.5 * overlong:16")
+    assert load(MINIMAL, "--reward.sources", *several).reward.sources == several
+    text = MINIMAL.replace("sources: rewards:exact", "sources: [math, 0.5 * overlong:16]")
+    assert load(text).reward.sources == several
+    with pytest.raises(ConfigError, match=r"reward.sources = \[\]: wanted text or a list of it"):
+        load(MINIMAL.replace("sources: rewards:exact", "sources: []"))
+    with pytest.raises(ConfigError, match=r"reward.sources = \[3\]: wanted text or a list of it"):
+        load(MINIMAL.replace("sources: rewards:exact", "sources: [3]"))
+    with pytest.raises(ConfigError, match=r"--reward.sources: reward.sources = \[\]"):
+        load(MINIMAL, "--reward.sources")

@@ -136,7 +136,7 @@ def test_long_prompts_are_refused_with_the_cure(write):
     with pytest.raises(
         DataError,
         match=r":2: prompt of 6 tokens, at most 5 fit \(rollout\.max_model_len - .*"
-        r"\(1 more lines are too long\): raise rollout\.max_model_len by 3",
+        r"\(1 more are too long\): raise rollout\.max_model_len by 3",
     ):
         load_prompts(path, character_tokenizer(), 5)
 

@@ -3,11 +3,12 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 
 import pytest
 
 from warpo.engine.errors import RewardError
-from warpo.engine.rewards import Reward
+from warpo.engine.rewards.function import RewardFunction
 
 MODULE = """\
 import os, signal, subprocess, sys, time
@@ -65,6 +66,15 @@ def interrupt_me(completions):
     os.kill(os.getpid(), signal.SIGINT)
     return [1.0] * len(completions)
 
+def steps(completions):
+    return [[(1, 0.5), [2, -1]], []]
+
+def mixed(completions): return [[(1, 0.5)], 1.0]
+def falling(completions): return [[(1, 0.5), (1, 0.5)], []]
+def too_far(completions): return [[(4, 0.5)], []]
+def no_pair(completions): return [[0.5], []]
+def infinite_step(completions): return [[(1, float("inf"))], []]
+
 def wants(completions, anwser): return []
 def no_completions(answer): return []
 constant = 3
@@ -82,7 +92,9 @@ def directory(tmp_path, monkeypatch):
 
 def call(name, deadline_s=30.0, completions=("a", "b"), fields=None):
     fields = fields or {}
-    with Reward(f"scores:{name}", deadline_s=deadline_s, fields=list(fields)) as reward:
+    with closing(
+        RewardFunction(f"scores:{name}", deadline_s=deadline_s, fields=list(fields))
+    ) as reward:
         return reward(completions, fields)
 
 
@@ -96,10 +108,14 @@ def running(pid):
 
 def test_rewards_come_back_as_floats_and_see_only_the_fields_they_name():
     fields = {"prompt": ["p", "q"], "answer": ["a", "x"]}
-    with Reward("scores:exact", deadline_s=30, fields=list(fields)) as reward:
+    with closing(RewardFunction("scores:exact", deadline_s=30, fields=list(fields))) as reward:
         assert reward(["a", "b"], fields) == [1.0, 0.0]
     assert call("count_fields", fields=fields) == [2.0, 2.0]
     assert call("as_array") == [1.0, 1.0]
+
+
+def test_a_function_may_score_steps():
+    assert call("steps", completions=("abc", "")) == [[(1, 0.5), (2, -1.0)], []]
 
 
 def test_a_function_may_start_processes():
@@ -120,12 +136,12 @@ def test_the_deadline_kills(name):
 
 
 def test_the_call_after_a_kill_works_and_no_process_is_left():
-    with Reward("scores:spin", deadline_s=0.5, fields=[]) as reward:
-        pids = [reward._process.pid]
+    with closing(RewardFunction("scores:spin", deadline_s=0.5, fields=[])) as reward:
+        pids = [reward._worker.pid]
         with pytest.raises(RewardError, match="took longer"):
             reward(["slow"], {})
         assert reward(["fast"], {}) == [0.5]
-        pids.append(reward._process.pid)
+        pids.append(reward._worker.pid)
     # Reaped as well: a zombie would still have its entry.
     assert [os.path.exists(f"/proc/{pid}") for pid in pids] == [False, False]
 
@@ -144,11 +160,22 @@ def test_the_kill_takes_the_children_of_the_function_along(directory):
         ("leave", r"scores:leave died with exit code 3"),
         ("crash", r"scores:crash died with signal SIGSEGV"),
         ("fail", r"(?s)scores:fail raised\nTraceback.*scores\.py.*in fail.*KeyError: 'the key'"),
-        ("too_few", r"must return a list of 2 numbers, one for each completion, returned 1"),
+        (
+            "too_few",
+            r"list of 2 numbers or lists of \[end, score\], one for each completion, returned 1",
+        ),
         ("not_finite", r"returned nan for completion 1, 'b': rewards must be finite"),
-        ("no_number", r"list of 2 numbers, returned None for completion 0, 'a'"),
-        ("as_text", r"must return a list of 2 numbers, returned str: 'ab'"),
-        ("no_list", r"must return a list of 2 numbers, returned float: 1\.0"),
+        ("no_number", r"list of 2 numbers .*, returned None for completion 0, 'a'"),
+        ("as_text", r"must return a list of 2 numbers .*, returned str: 'ab'"),
+        ("mixed", r"returned both: a number for completion 1, 'b'"),
+        (
+            "falling",
+            r"returned the step \(1, 0.5\) for completion 0, 'a': its end must be in 2 to 1",
+        ),
+        ("too_far", r"the step \(4, 0.5\) for completion 0, 'a': its end must be in 1 to 1"),
+        ("no_pair", r"returned the step 0.5 for completion 0, 'a': wanted \[end, score\]"),
+        ("infinite_step", r"returned inf for completion 0, 'a': rewards must be finite"),
+        ("no_list", r"must return a list of 2 numbers .*, returned float: 1\.0"),
     ],
 )
 def test_what_goes_wrong_in_a_call_is_told(name, message):
@@ -170,22 +197,22 @@ def test_what_goes_wrong_in_a_call_is_told(name, message):
 )
 def test_a_function_that_cannot_serve_is_refused_at_once(spec, message):
     with pytest.raises(RewardError, match=message):
-        Reward(spec, deadline_s=30, fields=["prompt", "answer"])
+        RewardFunction(spec, deadline_s=30, fields=["prompt", "answer"])
 
 
 def test_ctrl_c_does_not_reach_the_worker():
     assert call("interrupt_me") == [1.0, 1.0]
-    with Reward("scores:spin", deadline_s=30, fields=[]) as reward:
-        assert os.getpgid(reward._process.pid) != os.getpgid(0)
+    with closing(RewardFunction("scores:spin", deadline_s=30, fields=[])) as reward:
+        assert os.getpgid(reward._worker.pid) != os.getpgid(0)
 
 
 def test_an_engine_that_forgets_to_close_still_exits(directory):
     script = directory / "forgets.py"
     script.write_text(
-        "from warpo.engine.rewards import Reward\n"
+        "from warpo.engine.rewards.function import RewardFunction\n"
         "if __name__ == '__main__':\n"
-        "    reward = Reward('scores:spin', deadline_s=30, fields=[])\n"
-        "    print(reward._process.pid, reward(['fast'], {}))\n"
+        "    reward = RewardFunction('scores:spin', deadline_s=30, fields=[])\n"
+        "    print(reward._worker.pid, reward(['fast'], {}))\n"
     )
     result = subprocess.run(
         [sys.executable, str(script)], capture_output=True, text=True, timeout=20
@@ -198,10 +225,10 @@ def test_the_worker_ends_when_the_engine_is_killed(directory):
     script = directory / "killed.py"
     script.write_text(
         "import os, signal\n"
-        "from warpo.engine.rewards import Reward\n"
+        "from warpo.engine.rewards.function import RewardFunction\n"
         "if __name__ == '__main__':\n"
-        "    reward = Reward('scores:spin', deadline_s=30, fields=[])\n"
-        "    print(reward._process.pid, flush=True)\n"
+        "    reward = RewardFunction('scores:spin', deadline_s=30, fields=[])\n"
+        "    print(reward._worker.pid, flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     result = subprocess.run(

@@ -1,16 +1,11 @@
-"""The user's reward function, in a process of its own that a deadline really kills.
-
-This module imports nothing heavy: the worker process imports it to start.
-"""
+"""The user's reward function, in a process of its own that a deadline really kills."""
 
 from __future__ import annotations
 
-import atexit
 import difflib
 import importlib
 import inspect
 import math
-import multiprocessing
 import os
 import signal
 import sys
@@ -21,16 +16,17 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from warpo.engine.errors import RewardError
+from warpo.engine.rewards.scores import Steps, parse_scores
+from warpo.engine.rewards.worker import START_DEADLINE_S, Worker
 
-# Importing torch and a verifier on a loaded machine takes tens of seconds.
-_START_DEADLINE_S = 180.0
 
-
-class Reward:
-    """`module:function` as a callable: completions and data fields in, one number each out.
+class RewardFunction:
+    """`module:function` as a callable: completions and data fields in, scores out.
 
     The function is called as function(completions, **fields) with the fields that its signature
-    names, all of them if it takes **kwargs.
+    names, all of them if it takes **kwargs. It returns for each completion a number, or for each a
+    list of (end, score): `end` is the number of characters of the completion up to the end of that
+    step.
 
     Args:
         spec: "module:function"; the current directory is searched as well.
@@ -45,23 +41,18 @@ class Reward:
         self._spec = spec
         self._deadline_s = deadline_s
         self._fields = list(fields)
-        self._process: multiprocessing.process.BaseProcess | None = None
-        self._connection: Connection | None = None
-        # Before multiprocessing's own exit handler, which would wait for the worker.
-        atexit.register(self.close)
-        try:
-            self._start()
-        except RewardError:
-            self.close()
-            raise
+        self._worker: Worker | None = None
+        self._start()
 
-    def __call__(self, completions: Sequence[str], fields: Mapping[str, list]) -> list[float]:
-        """One finite number for each completion.
+    def __call__(
+        self, completions: Sequence[str], fields: Mapping[str, list]
+    ) -> list[float] | list[Steps]:
+        """Finite scores, one entry for each completion.
 
         Raises:
             RewardError: the function raised, died, ran past the deadline or returned nonsense.
         """
-        if self._process is None:
+        if self._worker is None:
             self._start()
         late = (
             f"reward function {self._spec} took longer than {self._deadline_s:g} s for "
@@ -72,104 +63,64 @@ class Reward:
 
     def close(self) -> None:
         """Kill the worker and reap it. The next call would start another."""
-        atexit.unregister(self.close)
-        self._kill()
-
-    def __enter__(self) -> Reward:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        if self._worker is not None:
+            self._worker.close()
+            self._worker = None
 
     def _start(self) -> None:
-        # vLLM changes the default start method; a forked child would share its CUDA context.
-        context = multiprocessing.get_context("spawn")
-        self._connection, remote = context.Pipe()
-        # Not a daemon: those may not start processes, and verifiers do.
-        self._process = context.Process(target=_serve, args=(remote,), name="warpo-reward")
-        self._process.start()
-        remote.close()
+        self._worker = Worker(_serve, "warpo-reward")
         late = (
             f"importing the module of reward function {self._spec} took longer than "
-            f"{_START_DEADLINE_S:g} s"
+            f"{START_DEADLINE_S:g} s"
         )
         request = (self._spec, self._fields, os.getcwd(), self._deadline_s)
-        self._ask(request, _START_DEADLINE_S, late)
+        try:
+            self._ask(request, START_DEADLINE_S, late)
+        except RewardError:
+            self.close()
+            raise
 
     def _ask(self, request: Any, deadline_s: float, late: str) -> Any:
         """The worker's answer; a timer kills the worker, so no read or write can block for ever."""
-        expired = threading.Event()
+        assert self._worker is not None
+        worker, expired = self._worker, threading.Event()
 
         def expire() -> None:
             expired.set()
-            self._kill_group()
+            worker.kill()
 
-        assert self._connection is not None
         timer = threading.Timer(deadline_s, expire)
         timer.start()
         died = False
         try:
-            self._connection.send(request)
-            ok, answer = self._connection.recv()
+            worker.connection.send(request)
+            ok, answer = worker.connection.recv()
         except (EOFError, OSError):
             died = True
         except BaseException:
             timer.cancel()
             # The answer is still to come, and the next call must not read it as its own.
-            self._kill()
+            self.close()
             raise
         finally:
             timer.cancel()
             timer.join()
         if expired.is_set():
-            self._kill()
+            self.close()
             raise RewardError(late)
         if died:
-            raise RewardError(self._death())
+            self._worker = None
+            raise RewardError(
+                f"the worker process of reward function {self._spec} died with {worker.death()}; "
+                "what it wrote last stands above"
+            )
         if not ok:
             raise RewardError(answer)
         return answer
 
-    def _death(self) -> str:
-        assert self._process is not None
-        # The pipe closes a moment before the exit code can be read.
-        self._process.join(timeout=5)
-        code = self._process.exitcode
-        self._kill()
-        how = f"exit code {code}"
-        if code is not None and code < 0:
-            how = f"signal {signal.Signals(-code).name}"
-        return (
-            f"the worker process of reward function {self._spec} died with {how}; "
-            "what it wrote last stands above"
-        )
-
-    def _kill_group(self) -> None:
-        process = self._process
-        if process is None or process.pid is None:
-            return
-        try:
-            # The worker leads its own group, so what it started goes with it.
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            process.kill()
-
-    def _kill(self) -> None:
-        if self._process is None:
-            return
-        self._kill_group()
-        self._process.join()
-        self._process.close()
-        assert self._connection is not None
-        self._connection.close()
-        self._process = self._connection = None
-
 
 def _serve(connection: Connection) -> None:
     """The worker: import the function, then answer one call after another."""
-    # Its own session: Ctrl-C of the terminal belongs to the engine.
-    os.setsid()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     spec, fields, directory, deadline_s = connection.recv()
     if directory not in sys.path:
         sys.path.insert(0, directory)
@@ -249,25 +200,8 @@ def _call(
     spec: str, function: Callable, completions: list[str], columns: dict[str, list]
 ) -> tuple[bool, Any]:
     try:
-        return True, _numbers(function(completions=completions, **columns), completions)
+        return True, parse_scores(function(completions=completions, **columns), completions)
     except RewardError as error:
         return False, f"reward function {spec} {error}"
     except Exception:  # the user's function may raise anything; the engine hears all of it
         return False, f"reward function {spec} raised\n{traceback.format_exc()}"
-
-
-def _numbers(rewards: Any, completions: list[str]) -> list[float]:
-    wanted = f"must return a list of {len(completions)} numbers"
-    if isinstance(rewards, (str, bytes, Mapping, set)) or not hasattr(rewards, "__len__"):
-        raise RewardError(f"{wanted}, returned {type(rewards).__name__}: {rewards!r:.80}")
-    if len(rewards) != len(completions):
-        raise RewardError(f"{wanted}, one for each completion, returned {len(rewards)}")
-    numbers = []
-    for i, reward in enumerate(rewards):
-        place = f"for completion {i}, {completions[i]!r:.80}"
-        if not hasattr(reward, "__float__"):
-            raise RewardError(f"{wanted}, returned {reward!r:.80} {place}")
-        numbers.append(float(reward))
-        if not math.isfinite(numbers[-1]):
-            raise RewardError(f"returned {numbers[-1]} {place}: rewards must be finite")
-    return numbers

@@ -1,0 +1,139 @@
+"""Rewards from a checkpoint: a reward model, or a process reward model, in the engine's process.
+
+Both read the token ids that the policy wrote. A process reward model scores each step of a
+completion at the last token of its text. Steps end with a newline, or with the text that the
+attribute `step_separator` of the checkpoint's config.json holds, and the last one with the text of
+the completion. With an empty separator each token is a step, but for special ones.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+from transformers import AutoConfig, PreTrainedTokenizerBase
+
+from warpo.engine.batch import Completion, Rollout, pack, split_by_tokens
+from warpo.engine.data import Prompt
+from warpo.engine.errors import ConfigError, RewardError
+from warpo.engine.model import load_tokenizer
+from warpo.engine.rewards.steps import separator_ends, token_indices
+from warpo.engine.scalar import load_scalar_model, token_scores
+
+TokenSteps = list[tuple[int, float]]
+
+
+class RewardModel:
+    """The checkpoint of a reward model in a directory, without gradient.
+
+    Args:
+        tokenizer: that of the policy.
+        token_budget: tokens of a micro-batch.
+
+    Raises:
+        ConfigError: the checkpoint is none of a classifier with one label, or was trained with
+            another vocabulary than the policy's.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        tokenizer: PreTrainedTokenizerBase,
+        dtype: str,
+        device: torch.device,
+        token_budget: int,
+    ) -> None:
+        config = AutoConfig.from_pretrained(path)
+        if not any("Classification" in name for name in config.architectures or ()):
+            raise ConfigError(
+                f"{path} is no reward model but {', '.join(config.architectures or ['nothing'])}: "
+                "train one with algorithm: bradley_terry, k_wise or process_reward"
+            )
+        _check_vocabulary(path, tokenizer)
+        self._path = path
+        self._tokenizer = tokenizer
+        self._token_budget = token_budget
+        self._device = device
+        self._separator = getattr(config, "step_separator", "\n")
+        self._model = load_scalar_model(path, dtype, device).requires_grad_(False).eval()
+
+    def totals(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[float]:
+        """The score at the last token of each prompt + completion."""
+        last = [[len(completion.token_ids) - 1] for completion in completions]
+        return [scores[0] for scores in self._scores(prompts, completions, last)]
+
+    def steps(
+        self, prompts: Sequence[Prompt], completions: Sequence[Completion], texts: Sequence[str]
+    ) -> list[TokenSteps]:
+        """(token, score) of each step of each completion."""
+        indices = [
+            self._step_tokens(completion.token_ids, text)
+            for completion, text in zip(completions, texts, strict=True)
+        ]
+        scores = self._scores(prompts, completions, indices)
+        return [list(zip(*pair, strict=True)) for pair in zip(indices, scores, strict=True)]
+
+    def close(self) -> None:
+        """Give the memory of the weights back."""
+        del self._model
+
+    def _step_tokens(self, ids: list[int], text: str) -> list[int]:
+        if not self._separator:
+            special = set(self._tokenizer.all_special_ids)
+            return [i for i, token in enumerate(ids) if token not in special] or [len(ids) - 1]
+        ends = separator_ends(text, self._separator)
+        # Two separators in a token end one step.
+        return sorted(set(token_indices(self._decode, ids, text, ends)))
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+
+    @torch.no_grad()
+    def _scores(
+        self,
+        prompts: Sequence[Prompt],
+        completions: Sequence[Completion],
+        indices: Sequence[Sequence[int]],
+    ) -> list[list[float]]:
+        """Scores at the given tokens of each completion, in packed micro-batches."""
+        rollouts = [
+            Rollout(prompt_ids=prompt.token_ids, completion=completion)
+            for prompt, completion in zip(prompts, completions, strict=True)
+        ]
+        scores: list[list[float]] = [[] for _ in rollouts]
+        # Neighbours of one length waste the least in attention, which pads within a micro-batch.
+        order = sorted(range(len(rollouts)), key=lambda i: rollouts[i].num_tokens)
+        rest = iter(order)
+        for micro in split_by_tokens([rollouts[i] for i in order], self._token_budget):
+            batch = pack(micro).to(self._device)
+            chosen = list(itertools.islice(rest, len(micro)))
+            places = [
+                batch.slots[row, len(prompts[i].token_ids) + index]
+                for row, i in enumerate(chosen)
+                for index in indices[i]
+            ]
+            found = iter(token_scores(self._model, batch, torch.stack(places)).tolist())
+            for i in chosen:
+                scores[i] = list(itertools.islice(found, len(indices[i])))
+        self._check_finite(scores)
+        return scores
+
+    def _check_finite(self, scores: list[list[float]]) -> None:
+        for i, row in enumerate(scores):
+            if not all(map(math.isfinite, row)):
+                raise RewardError(f"reward model {self._path} gave {row} for completion {i}")
+
+
+def _check_vocabulary(path: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    ours, theirs = tokenizer.get_vocab(), load_tokenizer(path).get_vocab()
+    if ours == theirs:
+        return
+    different = sorted(ours.items() ^ theirs.items(), key=lambda pair: pair[1])
+    raise ConfigError(
+        f"reward model {path} has another vocabulary than the policy ({len(theirs)} and "
+        f"{len(ours)} tokens, different at {different[0][0]!r}): it reads the policy's token ids; "
+        "train it from a model with the policy's tokenizer, or serve it by HTTP"
+    )

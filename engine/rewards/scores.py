@@ -1,0 +1,70 @@
+"""What a reward source says of completions, checked: a number for each, or the scores of steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from warpo.engine.errors import RewardError
+
+# (end, score) of each step. `end` is the number of characters of the completion up to the end of
+# the step.
+Steps = list[tuple[int, float]]
+
+
+def parse_scores(scores: Any, completions: Sequence[str]) -> list[float] | list[Steps]:
+    """The scores as plain numbers.
+
+    Args:
+        scores: one entry for each completion, all numbers or all lists of [end, score]. The ends of
+            a list rise, the last is at most the length of the completion.
+
+    Raises:
+        RewardError: they are anything else, or not finite; names the completion.
+    """
+    wanted = f"must return a list of {len(completions)} numbers or lists of [end, score]"
+    if isinstance(scores, (str, bytes, Mapping, set)) or not hasattr(scores, "__len__"):
+        raise RewardError(f"{wanted}, returned {type(scores).__name__}: {scores!r:.80}")
+    if len(scores) != len(completions):
+        raise RewardError(f"{wanted}, one for each completion, returned {len(scores)}")
+    places = [f"for completion {i}, {text!r:.80}" for i, text in enumerate(completions)]
+    kinds = [isinstance(entry, (list, tuple)) for entry in scores]
+    if any(kinds) and not all(kinds):
+        raise RewardError(f"{wanted}, returned both: a number {places[kinds.index(False)]}")
+    if any(kinds):
+        return [
+            _steps(steps, text, place)
+            for steps, text, place in zip(scores, completions, places, strict=True)
+        ]
+    for score, place in zip(scores, places, strict=True):
+        if not hasattr(score, "__float__"):
+            raise RewardError(f"{wanted}, returned {score!r:.80} {place}")
+    return [_finite(score, place) for score, place in zip(scores, places, strict=True)]
+
+
+def _finite(score: Any, place: str) -> float:
+    number = float(score)
+    if not math.isfinite(number):
+        raise RewardError(f"returned {number} {place}: rewards must be finite")
+    return number
+
+
+def _steps(entries: Sequence[Any], text: str, place: str) -> Steps:
+    steps: Steps = []
+    for entry in entries:
+        if not (
+            isinstance(entry, (list, tuple))
+            and len(entry) == 2
+            and hasattr(entry[0], "__index__")
+            and hasattr(entry[1], "__float__")
+        ):
+            raise RewardError(f"returned the step {entry!r:.80} {place}: wanted [end, score]")
+        end, lowest = int(entry[0]), steps[-1][0] + 1 if steps else min(1, len(text))
+        if not lowest <= end <= len(text):
+            raise RewardError(
+                f"returned the step {entry!r:.80} {place}: its end must be in {lowest} to "
+                f"{len(text)}, the characters of the completion up to the end of the step"
+            )
+        steps.append((end, _finite(entry[1], place)))
+    return steps

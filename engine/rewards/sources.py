@@ -1,0 +1,111 @@
+"""Where rewards come from: the strings of reward.sources, read and checked.
+
+Each is "[WEIGHT * ]SOURCE", the reward is the weighted sum, and SOURCE one of
+
+    module:function         the user's function, function.py
+    http://..., https://... a server, http.py
+    math                    math-verify against the data field `answer`, math.py
+    model:DIR               reward model: its score at the last token of prompt + completion
+    process_model:DIR       process reward model: its score at the end of each step
+    overlong:N              soft punishment of long completions, overlong.py
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from warpo.engine.errors import ConfigError
+
+KINDS = "module:function, http://..., https://..., math, model:DIR, process_model:DIR or overlong:N"
+_WEIGHT = re.compile(r"([^*]*)\*(.*)", re.DOTALL)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """One of the sources.
+
+    Attributes:
+        name: what the metrics call it: the kind, or module:function.
+        kind: function, http, math, model, process_model or overlong.
+        target: what the kind is applied to: URL, directory, module:function or number.
+    """
+
+    name: str
+    kind: str
+    target: str
+    weight: float
+
+    @property
+    def may_give_steps(self) -> bool:
+        """Whether it may score steps. A process model does; function and server as they like."""
+        return self.kind in ("function", "http", "process_model")
+
+
+def parse_sources(sources: Sequence[str]) -> list[Source]:
+    """The sources in the order given.
+
+    Raises:
+        ConfigError: one of them is malformed, or two are process reward models.
+    """
+    parsed = [_parse(text.strip()) for text in sources]
+    process = [source for source in parsed if source.kind == "process_model"]
+    if len(process) > 1:
+        raise ConfigError(
+            "reward.sources has two process reward models, "
+            f"{' and '.join(source.target for source in process)}: one source may score steps"
+        )
+    counts = Counter(source.name for source in parsed if source.kind in ("http", "model"))
+    for name, count in Counter((source.kind, source.target) for source in parsed).items():
+        if count > 1:
+            raise ConfigError(
+                f"reward.sources names {':'.join(filter(None, name))} {count} times: give it once, "
+                "with the sum of the weights"
+            )
+    # Several servers or models are told apart by what follows the kind.
+    return [
+        Source(
+            name=source.target if counts[source.name] > 1 else source.name,
+            kind=source.kind,
+            target=source.target,
+            weight=source.weight,
+        )
+        for source in parsed
+    ]
+
+
+def _parse(text: str) -> Source:
+    place = f"reward.sources: {text!r}"
+    weight, target = 1.0, text
+    if (match := _WEIGHT.fullmatch(text)) and not text.startswith(("http://", "https://")):
+        weight, target = _weight(place, match[1]), match[2].strip()
+    kind, colon, rest = target.partition(":")
+    if target.startswith(("http://", "https://")):
+        return Source(name="http", kind="http", target=target, weight=weight)
+    if target == "math":
+        return Source(name="math", kind="math", target="", weight=weight)
+    if kind in ("model", "process_model"):
+        if not Path(rest).is_dir():
+            raise ConfigError(f"{place}: there is no directory {rest!r}")
+        return Source(name=kind, kind=kind, target=rest, weight=weight)
+    if kind == "overlong":
+        if not (rest.isdecimal() and int(rest) > 0):
+            raise ConfigError(f"{place}: wanted overlong:N, N tokens >= 1")
+        return Source(name=kind, kind=kind, target=rest, weight=weight)
+    if not (kind and colon and rest):
+        raise ConfigError(f"{place}: wanted {KINDS}, with 'WEIGHT * ' before it or without")
+    return Source(name=target, kind="function", target=target, weight=weight)
+
+
+def _weight(place: str, text: str) -> float:
+    try:
+        weight = float(text)
+    except ValueError:
+        raise ConfigError(f"{place}: the weight {text.strip()!r} is no number") from None
+    if not math.isfinite(weight) or weight == 0:
+        raise ConfigError(f"{place}: the weight must be finite and not 0")
+    return weight

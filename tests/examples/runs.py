@@ -1,0 +1,37 @@
+"""The examples as a user runs them: `warpo train`, in a process of its own, on the arithmetic task."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from warpo.engine.metrics import read_rows
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+# A busy machine of 2 cores; alone on it the slowest takes a third.
+SECONDS = 300
+
+
+def prepare(folder: Path, seed: int = 0) -> Path:
+    """The arithmetic task and the checkpoint of sft.yaml, where the other examples start."""
+    python = [sys.executable, "-m"]
+    subprocess.run(
+        [*python, "warpo.engine.arithmetic", "runs/arithmetic", "--seed", str(seed)],
+        cwd=folder, check=True, capture_output=True,
+    )  # fmt: skip
+    train(folder, "sft", "--evaluation.every_steps", "0")
+    return folder
+
+
+def train(folder: Path, name: str, *overrides: str) -> list[dict]:
+    """Run examples/<name>.yaml in a folder; its rows of metrics."""
+    start = time.monotonic()
+    result = subprocess.run(
+        [sys.executable, "-m", "warpo.engine.cli", "train", str(EXAMPLES / f"{name}.yaml"), *overrides],
+        cwd=folder, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
+    assert time.monotonic() - start < SECONDS, result.stdout[-2000:]
+    return read_rows(folder / "runs/arithmetic" / name / "metrics.jsonl")
