@@ -79,7 +79,7 @@ def collect(
         for prompt, group, verdicts, baseline in zip(*drawn, baselines, strict=True)
         for completion, verdict in zip(group, verdicts, strict=True)
     ]
-    metrics = _describe(config, rollouts) | _source_means(drawn.verdicts)
+    metrics = _describe(config, rollouts) | source_means(drawn.verdicts, "reward")
     if max_draws > 1:
         metrics |= {
             "rollout/draws": float(draws),
@@ -101,12 +101,12 @@ def _describe(config: Config, rollouts: list[Rollout]) -> Metrics:
     }
 
 
-def _source_means(verdicts: list[list[Verdict]]) -> Metrics:
+def source_means(verdicts: list[list[Verdict]], prefix: str) -> Metrics:
     """The mean of each source, without its weight, where there are several."""
     given = [verdict.by_source for group in verdicts for verdict in group]
     if len(given[0]) == 1:
         return {}
-    return {f"reward/{name}": sum(row[name] for row in given) / len(given) for name in given[0]}
+    return {f"{prefix}/{name}": sum(row[name] for row in given) / len(given) for name in given[0]}
 
 
 def _unequal(drawn: _Draw) -> list[int]:

@@ -24,7 +24,15 @@ from warpo.engine.offline.losses import preference_gradients, supervised_gradien
 from warpo.engine.pairs import pair_minibatches
 from warpo.engine.pass_at_k import pass_at_k, powers_of_two
 from warpo.engine.resync import Resync
-from warpo.engine.rollouts import accuracy, collect, generate, greedy, reward, sampling_options
+from warpo.engine.rollouts import (
+    accuracy,
+    collect,
+    generate,
+    greedy,
+    reward,
+    sampling_options,
+    source_means,
+)
 from warpo.engine.step import (
     EQUAL_LOGPROBS,
     StepResult,
@@ -265,6 +273,7 @@ def _evaluation(config: Config, parts: Parts, log: RunLog) -> Metrics:
     rewards = [[verdict.total for verdict in group] for group in judged]
     flat = [total for group in rewards for total in group]
     metrics = {"eval/accuracy": accuracy(config, flat), "eval/reward": sum(flat) / len(flat)}
+    metrics |= source_means(judged, "eval")
     if samples > 1:
         correct = [sum(total >= config.reward.success for total in group) for group in rewards]
         metrics |= {
