@@ -162,9 +162,10 @@ def test_totals_are_weighted_sums(open_sources, sampled):
 def test_steps_of_a_function_end_at_tokens_and_count_in_the_total(open_sources, sampled):
     owners, completions = sampled[0][:4], sampled[1][:4]
     rewards = open_sources("3 * some_scores:halves", "some_scores:length")(owners, completions)
-    # 7 of "t10 t11 t12 t13" is the end of t11, 1 of "t20" lies within it.
+    # 7 of "t10 t11 t12 t13" is the end of t11, 1 of "t20" lies within it. The length of the whole
+    # counts to the last step.
     assert rewards.steps == [
-        [(1, 3.0), (3, 6.0)], [(0, 3.0), (0, 6.0)], [(3, 3.0), (7, 6.0)], [(1, 3.0), (3, 6.0)]
+        [(1, 3.0), (3, 21.0)], [(0, 3.0), (0, 9.0)], [(3, 3.0), (7, 37.0)], [(1, 3.0), (3, 21.0)]
     ]  # fmt: skip
     assert rewards.totals == [9.0 + 15, 9.0 + 3, 9.0 + 31, 9.0 + 15]
     with pytest.raises(RewardError, match="some_scores:whole scores steps and so does another so"):
