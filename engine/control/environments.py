@@ -156,7 +156,7 @@ def make(name: str) -> gymnasium.Env:
     """
     try:
         env = gymnasium.make(name)
-    except gymnasium.error.Error as error:
+    except (gymnasium.error.Error, ImportError) as error:
         raise ConfigError(f"environment = {name!r} cannot be made: {error}") from None
     space = env.observation_space
     if isinstance(space, Box) and len(space.shape) == 1:
