@@ -11,8 +11,6 @@ namespace warpo::cpu::WARPO_ISA {
 namespace {
 
 constexpr int kTile = 1024;
-// Whole vectors only: the bits of an element do not depend on where in the tile it lies.
-constexpr int kLanes = 16;
 
 // Columns [column, column + columns) of `rows` rows; several rows only where they are whole.
 struct Span {
@@ -25,14 +23,11 @@ struct Buffer {
     alignas(64) float data[kTile];
 };
 
-int padded(int count) { return (count + kLanes - 1) / kLanes * kLanes; }
-
 void load_span(const View& view, const Span& span, Buffer& out) {
     const bool dense = view.stride1 == 1 && view.stride0 == span.columns;
     const int runs = dense ? 1 : span.rows, length = span.count() / runs;
     for (int run = 0; run < runs; ++run)
         load_steps(view, span.row + run, span.column, length, out.data + run * length);
-    for (int i = span.count(); i < padded(span.count()); ++i) out.data[i] = 0.0f;
 }
 
 void forward_span(const SquashedGaussian& a, const Span& span, double* sums) {
@@ -41,7 +36,7 @@ void forward_span(const SquashedGaussian& a, const Span& span, double* sums) {
     load_span(a.log_std, span, log_std);
     load_span(a.noise, span, noise);
     const float low = a.log_std_min, high = a.log_std_max;
-    const int count = padded(span.count());
+    const int count = span.count();
 #pragma omp simd
     for (int i = 0; i < count; ++i) {
         const SquashedSample x =
@@ -49,8 +44,7 @@ void forward_span(const SquashedGaussian& a, const Span& span, double* sums) {
         action.data[i] = x.action;
         logprob.data[i] = squashed_logprob(x, noise.data[i]);
     }
-    memcpy(a.actions + span.row * a.columns + span.column, action.data,
-           span.count() * sizeof(float));
+    memcpy(a.actions + span.row * a.columns + span.column, action.data, count * sizeof(float));
     for (int row = 0; row < span.rows; ++row)
         for (int i = 0; i < span.columns; ++i) sums[row] += logprob.data[row * span.columns + i];
 }
@@ -67,7 +61,7 @@ void backward_span(const SquashedGaussianBackward& b, const Span& span) {
     if (of_rows.data)
         load_span({of_rows.data, of_rows.stride1, 0, of_rows.dtype}, span, grad_logprob);
     const float low = a.log_std_min, high = a.log_std_max;
-    const int count = padded(span.count());
+    const int count = span.count();
 #pragma omp simd
     for (int i = 0; i < count; ++i) {
         const SquashedSample x =
@@ -78,8 +72,8 @@ void backward_span(const SquashedGaussianBackward& b, const Span& span) {
         log_std.data[i] = grad.log_std;
     }
     const int64_t offset = span.row * a.columns + span.column;
-    memcpy(b.grad_mean + offset, mean.data, span.count() * sizeof(float));
-    memcpy(b.grad_log_std + offset, log_std.data, span.count() * sizeof(float));
+    memcpy(b.grad_mean + offset, mean.data, count * sizeof(float));
+    memcpy(b.grad_log_std + offset, log_std.data, count * sizeof(float));
 }
 
 // Calls f(span) for the columns of up to `rows` rows from `row` on.

@@ -133,6 +133,16 @@ def test_small_actions_keep_their_digits(backend):
 
 
 @each_backend
+def test_the_gradient_of_a_saturated_action_keeps_its_digits(backend):
+    mean = torch.linspace(-30, 30, 61, device=DEVICE)[:, None].requires_grad_()
+    zeros = torch.zeros_like(mean)
+    actions, _ = ops.squashed_gaussian(mean, zeros, zeros, backend=backend)
+    actions.sum().backward()
+    wanted = mean.detach().double().cosh() ** -2
+    torch.testing.assert_close(mean.grad, wanted.float(), rtol=1e-5, atol=0)
+
+
+@each_backend
 def test_the_clamp_passes_the_gradient_as_torch_does(backend):
     log_std = torch.tensor([[-2.5, -2.0, 0.0, 1.0, 1.5]], device=DEVICE)
     mean, noise = torch.full_like(log_std, 0.3), torch.full_like(log_std, -0.8)
