@@ -238,9 +238,9 @@ def renew_reference(config: Config, parts: Parts, step: int) -> None:
     parts.reference.save_pretrained(_references(config) / _step_name(step))
     # A run that resumes goes back to the oldest checkpoint at most.
     saved = checkpoint.complete(Path(config.output_dir) / "checkpoints")
-    first = saved[0].name if saved else _step_name(0)
-    older = [folder for folder in _references(config).iterdir() if folder.name <= first]
-    for folder in sorted(older)[:-1]:
+    first = _step_of(saved[0]) if saved else 0
+    older = [folder for folder in _saved_references(config) if _step_of(folder) <= first]
+    for folder in older[:-1]:
         shutil.rmtree(folder)
 
 
@@ -248,14 +248,13 @@ def load_reference(config: Config, parts: Parts) -> None:
     """The reference that a resumed run had after the step that it resumes from."""
     if not parts.algorithm.has_reference:
         return
-    saved = sorted(_references(config).glob("step-*"))
-    path = next((p for p in reversed(saved) if p.name <= _step_name(parts.step)), None)
-    if path is None:
+    before = [p for p in _saved_references(config) if _step_of(p) <= parts.step]
+    if not before:
         raise ConfigError(
             f"{_references(config)} has no reference model of step {parts.step} or before: the run "
             "began without one, so loss.kl_coef must be 0"
         )
-    reference = load_model(str(path), config.dtype, parts.device, config.lm_head_dtype)
+    reference = load_model(str(before[-1]), config.dtype, parts.device, config.lm_head_dtype)
     parts.reference = reference.requires_grad_(False).eval()
 
 
@@ -263,5 +262,14 @@ def _references(config: Config) -> Path:
     return Path(config.output_dir) / "reference"
 
 
+def _saved_references(config: Config) -> list[Path]:
+    """Oldest first."""
+    return sorted(_references(config).glob("step-*"), key=_step_of)
+
+
 def _step_name(step: int) -> str:
     return f"step-{step:06d}"
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
@@ -102,7 +103,8 @@ def peek(path: Path, overrides: Sequence[str], name: str) -> str | None:
 def _read_yaml(path: Path, known: dict[str, Key]) -> tuple[dict[str, Any], dict[str, str]]:
     """Values by dotted name, and the file and line of each."""
     root = _compose(path)
-    leaves = _leaves(root, "", known) if root else []
+    with _yaml_errors(path):
+        leaves = _leaves(root, "", known) if root else []
     values: dict[str, Any] = {}
     places: dict[str, str] = {}
     faults: list[str] = []
@@ -121,8 +123,18 @@ def _read_yaml(path: Path, known: dict[str, Key]) -> tuple[dict[str, Any], dict[
 
 def _compose(path: Path) -> yaml.MappingNode | None:
     """The nodes of a file; None if it is empty."""
-    try:
+    with _yaml_errors(path):
         root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    if root is not None and not isinstance(root, yaml.MappingNode):
+        raise ConfigError(f"{path}:{root.start_mark.line + 1}: wanted `key: value` lines")
+    return root
+
+
+@contextmanager
+def _yaml_errors(path: Path) -> Iterator[None]:
+    """What is wrong with a file, as a ConfigError."""
+    try:
+        yield
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
@@ -132,9 +144,6 @@ def _compose(path: Path) -> yaml.MappingNode | None:
         raise ConfigError(f"{path}:{line}: not YAML: {error.problem}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not YAML: {error}") from None
-    if root is not None and not isinstance(root, yaml.MappingNode):
-        raise ConfigError(f"{path}:{root.start_mark.line + 1}: wanted `key: value` lines")
-    return root
 
 
 def _leaves(node: yaml.MappingNode, prefix: str, known: dict[str, Key]) -> list[tuple]:

@@ -18,7 +18,7 @@ import jinja2
 import numpy as np
 
 from warpo.engine.errors import CheckpointError, DataError
-from warpo.engine.rows import Row, check_text, read_rows
+from warpo.engine.rows import Row, read_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,14 +30,6 @@ class Prompt:
 
     token_ids: list[int]
     fields: dict[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Example:
-    """Prompt and completion for supervised fine-tuning; the loss is on what follows the prompt."""
-
-    token_ids: list[int]
-    num_prompt_tokens: int
 
 
 def load_prompts(
@@ -68,33 +60,6 @@ def load_prompts(
     return [
         Prompt(token_ids=prompt, fields=row) for prompt, (_, row) in zip(ids, rows, strict=True)
     ]
-
-
-def load_examples(
-    path: str | Path, tokenizer: PreTrainedTokenizerBase, max_tokens: int
-) -> list[Example]:
-    """Prompt and completion pairs of a data set; the end-of-sequence token follows each.
-
-    Raises:
-        DataError: the data or a row of it is not usable; names the place and the reason.
-    """
-    rows = read_rows(Path(path), required=("prompt", "completion"))
-    for place, row in rows:
-        check_text(f"{place}: completion", row["completion"])
-    if tokenizer.eos_token_id is None:
-        raise DataError(f"{path}: the tokenizer has no end-of-sequence token to end completions")
-    prompts = prompt_ids(rows, tokenizer)
-    completions = tokenizer([row["completion"] for _, row in rows], add_special_tokens=False)
-    examples = [
-        Example(
-            token_ids=[*prompt, *completion, tokenizer.eos_token_id],
-            num_prompt_tokens=len(prompt),
-        )
-        for prompt, completion in zip(prompts, completions["input_ids"], strict=True)
-    ]
-    lengths = [len(example.token_ids) for example in examples]
-    _check_lengths(rows, lengths, max_tokens, "prompt and completion", "rollout.max_model_len")
-    return examples
 
 
 def split_prompts(

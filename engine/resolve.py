@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from warpo.engine.algorithms import ALGORITHMS, Algorithm
@@ -72,6 +73,10 @@ def resolve(config: Config) -> Algorithm:
             row.objective, config.loss, {} if row.kl_in_reward else kl, row.name
         )
     elif isinstance(row.objective, Preference) and "kl_coef" in kl:
+        if not kl["kl_coef"]:
+            raise ConfigError(
+                f"loss.kl_coef = 0, which is the beta of algorithm = {row.name!r}: set it above 0"
+            )
         changes["objective"] = row.objective.replace(beta=kl["kl_coef"])
     resolved = row.replace(**changes)
     _check_combinations(config, resolved)
@@ -123,6 +128,13 @@ def _check_effects(config: Config, row: Algorithm) -> None:
         "rollout.max_draws": row.is_relative and row.advantages not in ("process", "pairs"),
     }
     read |= {f"critic.{field.name}": row.has_critic for field in dataclasses.fields(config.critic)}
+    where = {name: f"algorithm = {row.name!r}" for name in read}
+    if row.has_critic:
+        shared = config.critic.model == "shared"
+        # A head on the policy's trunk learns with it, at its rate and from the first step.
+        own = {"critic.lr": not shared, "critic.warmup_steps": not shared, "critic.coef": shared}
+        read |= own
+        where |= dict.fromkeys(own, f"critic.model = {config.critic.model!r}")
     for name, is_read in read.items():
         section, _, leaf = name.partition(".")
         part = getattr(config, section)
@@ -130,8 +142,8 @@ def _check_effects(config: Config, row: Algorithm) -> None:
         default = type(part).__dataclass_fields__[leaf].default
         if not is_read and value != default:
             raise ConfigError(
-                f"{name} = {_shown(value)} has no effect on algorithm = {row.name!r}: remove it"
-                + (" (it has no critic)" if section == "critic" else "")
+                f"{name} = {_shown(value)} has no effect on {where[name]}: remove it"
+                + (" (it has no critic)" if section == "critic" and not row.has_critic else "")
             )
     if (
         loss.kl_estimator != "algorithm"
@@ -170,6 +182,8 @@ def _check_combinations(config: Config, row: Algorithm) -> None:
             "from a critic: set critic.model to policy, shared or a directory, or choose an "
             "algorithm without one, such as reinforce_plus_plus or grpo"
         )
+    if critic.model.startswith(("/", "./", "../", "~")) and not Path(critic.model).is_dir():
+        raise ConfigError(f"critic.model: there is no directory {critic.model}")
     if critic.warmup_steps and critic.model == "shared":
         raise ConfigError(
             f"critic.warmup_steps = {critic.warmup_steps}, but with critic.model = 'shared' the "

@@ -13,8 +13,9 @@ import pytest
 import transformers
 
 from warpo.engine import arithmetic
-from warpo.engine.data import load_examples, load_prompts
+from warpo.engine.data import load_prompts
 from warpo.engine.model import load_tokenizer
+from warpo.engine.offline.data import load_examples
 from warpo.engine.rewards.function import RewardFunction
 
 
@@ -194,9 +195,11 @@ def test_the_engine_reads_the_files(
 ) -> None:
     prompts = load_prompts(folder / "train.jsonl", tokenizer, max_prompt_tokens=7)
     assert {len(prompt.token_ids) for prompt in prompts} == {7}
-    examples = load_examples(folder / "warm_start.jsonl", tokenizer, max_tokens=12)
+    examples = load_examples(
+        folder / "warm_start.jsonl", tokenizer, "sft", token_budget=12, max_length=12
+    )
     assert {len(example.token_ids) for example in examples} == {12}
-    assert {example.num_prompt_tokens for example in examples} == {7}
+    assert {len(example.prompt_ids) for example in examples} == {7}
 
 
 def test_model_size_and_special_tokens(

@@ -32,7 +32,8 @@ reward: {{sources: "some_rewards:length", deadline_s: 60}}
 rollout:
   {{prompts_per_step: 8, group_size: 4, max_new_tokens: 64, max_model_len: 128,
   kv_cache_gib: {kv}}}
-loss: {{objective: grpo, kl_coef: 0.01}}
+algorithm: grpo
+loss: {{kl_coef: 0.01}}
 update: {{lr: 1e-3, token_budget: 1024}}
 probe: {{tolerance: 1e-3}}
 """
@@ -109,8 +110,7 @@ def some_rollouts() -> list[Rollout]:
                 finished=True,
                 weight_version=0,
             ),
-            reward=0.0,
-            advantage=0.0,
+            advantages=torch.zeros(completion),
         )
         for prompt, completion in [(3, 9), (12, 4), (5, 17), (2, 1), (7, 12)]
     ]

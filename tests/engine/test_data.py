@@ -4,7 +4,7 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from warpo.engine.data import PromptStream, columns, load_examples, load_prompts
+from warpo.engine.data import PromptStream, columns, load_prompts
 from warpo.engine.errors import CheckpointError, DataError
 
 TEMPLATE = (
@@ -139,19 +139,6 @@ def test_long_prompts_are_refused_with_the_cure(write):
         r"\(1 more are too long\): raise rollout\.max_model_len by 3",
     ):
         load_prompts(path, character_tokenizer(), 5)
-
-
-def test_examples_end_with_eos_and_know_their_prompt(write):
-    tokenizer = character_tokenizer("<s> $A")
-    (example,) = load_examples(write({"prompt": "ab", "completion": "cd"}), tokenizer, 6)
-    assert example.num_prompt_tokens == 3
-    assert tokenizer.decode(example.token_ids) == "<s>abcd</s>"
-    with pytest.raises(DataError, match=r":1: prompt and completion of 6 tokens, at most 5 fit"):
-        load_examples(write({"prompt": "ab", "completion": "cd"}), tokenizer, 5)
-    with pytest.raises(DataError, match=r":1: completion must be text, got int: 3"):
-        load_examples(write({"prompt": "ab", "completion": 3}), tokenizer, 6)
-    with pytest.raises(DataError, match=r":1: the field 'completion' is missing"):
-        load_examples(write({"prompt": "ab"}), tokenizer, 6)
 
 
 @pytest.fixture

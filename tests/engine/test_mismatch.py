@@ -14,7 +14,6 @@ from tests.engine.models import EOS_TOKEN_IDS, MAX_MODEL_LEN, connect, new_learn
 from tests.tolerance import CORRECTION_GRADIENT, LEARNER_COMPOSITION
 from warpo.engine import mismatch
 from warpo.engine.batch import Batch, Completion, Rollout, pack
-from warpo.engine.config import Loss, resolve_objective
 from warpo.engine.errors import ConfigError
 from warpo.engine.model import load_model, set_lm_head_dtype, token_logprobs
 from warpo.engine.sampler.base import Sampler
@@ -22,6 +21,7 @@ from warpo.engine.sampler.transformers import TransformersSampler
 from warpo.engine.sampler.vllm import VllmSampler
 from warpo.engine.step import Probe, accumulate_gradients, probe_weights, score
 from warpo.kernels import ops
+from warpo.kernels.objectives import OBJECTIVES
 
 CPU = torch.device("cpu")
 MODELS = ["qwen2", "qwen2-untied", "qwen3", "llama", "gpt2"]
@@ -39,8 +39,7 @@ def rollouts(number: int, seed: int = 0) -> list[Rollout]:
             completion=Completion(
                 token_ids=ids[3:], logprobs=[-3.0] * len(ids[3:]), finished=True, weight_version=1
             ),
-            reward=0.0,
-            advantage=(-1.0) ** i * (1 + i % 3),
+            advantages=torch.full((len(ids) - 3,), (-1.0) ** i * (1 + i % 3)),
         )
         for i, ids in enumerate(token_ids(number, 5, 24, seed))
     ]
@@ -117,8 +116,6 @@ def pack_whole(sequences: list[list[int]]) -> Batch:
                     finished=True,
                     weight_version=0,
                 ),
-                reward=0.0,
-                advantage=0.0,
             )
             for ids in sequences
         ]
@@ -181,8 +178,9 @@ def corrected(log_weights: Tensor, starts: list[int], correction: str) -> Tensor
 def test_a_correction_weighs_the_gradient_by_its_formula(
     learner: nn.Module, correction: str
 ) -> None:
-    objective = resolve_objective(
-        Loss(objective="dapo", correction=correction, correction_range=(0.6, 1.5))
+    kind, level = correction.split("_")
+    objective = OBJECTIVES["dapo"].replace(
+        correction=kind, correction_level=level, correction_low=0.6, correction_high=1.5
     )
     torch.manual_seed(0)
     batch = pack(rollouts(8))
@@ -194,8 +192,7 @@ def test_a_correction_weighs_the_gradient_by_its_formula(
     weight = corrected(difference, starts, correction)
     inside = (weight > 0.6) & (weight < 1.5)
     assert 0 < inside.sum() < len(weight), "the planted differences do not reach the range's ends"
-    lengths = batch.completion_cu_seqlens.diff().long()
-    advantages = batch.advantages.double().repeat_interleave(lengths)
+    advantages = batch.advantages.double()
     logp = token_logprobs(learner, batch, 1.0).logprobs.double()
     ratio = (logp - batch.old_logprobs).exp()
     surrogate = torch.min(ratio * advantages, ratio.clamp(0.8, 1.28) * advantages)

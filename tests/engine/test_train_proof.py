@@ -53,25 +53,29 @@ def run_with_fault(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..
     return run
 
 
-@pytest.mark.parametrize("step", [0, 2])
+@pytest.mark.parametrize("resumed", [False, True])
 def test_a_publish_that_does_not_arrive(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, step: int
+    folder: Path, monkeypatch: pytest.MonkeyPatch, resumed: bool
 ) -> None:
+    """That after step 2; and the first of a run that resumes after it, with a learner that has
+    moved away from the model that the sampler has loaded.
+    """
+    settings = ["--sampler", "transformers", "--resync", "copy"]
+    if resumed:
+        train(folder, *settings, "--steps", "2")
+        settings.append("--resume")
     copy, copies = Resync._copy, iter(range(-1, 9))
 
     def lose(self: Resync) -> int:
         # The first one, -1, gives the sampler the learner's values when both are made.
-        return 0 if next(copies) == step else copy(self)
+        return 0 if next(copies) == (0 if resumed else 2) else copy(self)
 
     monkeypatch.setattr(Resync, "_copy", lose)
-    # Before step 1 the learner moves away from the checkpoint that the sampler has loaded.
-    (folder / "warm.jsonl").write_text('{"prompt": "t9 t8", "completion": "t20 t21 t22"}')
-    warm = ["--warm_start.data", "warm.jsonl", "--warm_start.steps", "5", "--warm_start.lr", "1e-2"]
     with pytest.raises(WeightMismatch, match="does not hold the weights that were published"):
-        train(folder, "--sampler", "transformers", "--resync", "copy", *warm)
+        train(folder, *settings)
     # The learner's update of the step is kept.
     saved = sorted(path.name for path in (folder / "out/checkpoints").iterdir())
-    assert saved[-1] == f"step-{step:06d}"
+    assert saved[-1] == "step-000002"
 
 
 @pytest.mark.parametrize("mode", ["alias", "copy"])

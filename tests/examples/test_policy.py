@@ -8,7 +8,7 @@ from tests.examples.runs import evaluations, prepare, train
 from warpo.engine.algorithms import ALGORITHMS
 
 STEPS = 20
-# Share of held-out sums that are right after so many steps, greedily: 0.95 and more was seen of each.
+# Share of held-out sums that are right after so many steps: 0.95 and more was seen of each.
 ACCURACY = 0.85
 # Where the reward is no 1 or 0 for the sum, the metric that is.
 RIGHT = {

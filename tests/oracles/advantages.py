@@ -1,0 +1,153 @@
+"""Advantages of the completions of a step in NumPy, completion by completion, from the papers.
+
+Each function gives one array of tokens for each completion.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from tests.oracles.gae import gae
+from tests.oracles.group_advantages import group_advantages
+from tests.oracles.process_advantages import process_advantages
+from tests.oracles.shaped_gae import KL
+from tests.oracles.whiten import whiten
+
+Tokens = list[np.ndarray]
+
+
+@dataclass
+class Sampled:
+    """B completions; those of a prompt follow each other."""
+
+    rewards: np.ndarray
+    group_size: int
+    logprobs: Tokens
+    ref_logprobs: Tokens
+    values: Tokens
+    steps: list[list[tuple[int, float]]]
+    greedy_rewards: np.ndarray
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(tokens) for tokens in self.logprobs]
+
+    @property
+    def group_ids(self) -> np.ndarray:
+        return np.arange(len(self.rewards)) // self.group_size
+
+    def spread(self, advantages: np.ndarray) -> Tokens:
+        """One number a completion, for each of its tokens."""
+        return [np.full(n, a) for n, a in zip(self.lengths, advantages, strict=True)]
+
+
+def shaped_rewards(s: Sampled, kl_coef: float, kl_estimator: str) -> Tokens:
+    """https://arxiv.org/abs/2203.02155 eq. 2, token by token: less the KL of each token, and with
+    the reward of the completion at the last one.
+    """
+    shaped = []
+    for reward, logp, ref in zip(s.rewards, s.logprobs, s.ref_logprobs, strict=True):
+        tokens = np.array([-kl_coef * KL[kl_estimator](d) for d in ref - logp])
+        tokens[-1] += reward
+        shaped.append(tokens)
+    return shaped
+
+
+def totals(s: Sampled, kl_coef: float, kl_estimator: str) -> np.ndarray:
+    return np.array([tokens.sum() for tokens in shaped_rewards(s, kl_coef, kl_estimator)])
+
+
+def normalised(parts: Tokens) -> Tokens:
+    """Over all tokens of the batch."""
+    together = np.concatenate(parts)
+    found = whiten(together, np.ones(len(together), bool), True, 1e-8)
+    return np.split(found, np.cumsum([len(part) for part in parts])[:-1])
+
+
+def grpo(s: Sampled, std: str) -> Tokens:
+    """https://arxiv.org/abs/2402.03300 section 4.1.2."""
+    return s.spread(group_advantages(s.rewards, s.group_ids, std=std))
+
+
+def gpg(s: Sampled) -> Tokens:
+    """https://arxiv.org/abs/2504.02546: (r - mean) times B / (B - M), with M completions in groups
+    whose rewards are all equal.
+    """
+    groups = s.rewards.reshape(-1, s.group_size)
+    valid = sum(s.group_size for group in groups if len(set(group.tolist())) > 1)
+    plain = group_advantages(s.rewards, s.group_ids, std="none")
+    return s.spread(plain * len(s.rewards) / max(valid, 1))
+
+
+def rloo(s: Sampled, kl_coef: float, kl_estimator: str) -> Tokens:
+    """https://arxiv.org/abs/2402.14740 eq. 8, of the rewards of its section 2: R = r - beta KL."""
+    rewards = totals(s, kl_coef, kl_estimator)
+    advantages = np.zeros(len(rewards))
+    for i, reward in enumerate(rewards):
+        start = i // s.group_size * s.group_size
+        others = [rewards[j] for j in range(start, start + s.group_size) if j != i]
+        advantages[i] = reward - sum(others) / len(others)
+    return s.spread(advantages)
+
+
+def reinforce(s: Sampled, kl_coef: float, kl_estimator: str, baseline: float) -> Tokens:
+    """https://doi.org/10.1007/BF00992696: (r - b) for every factor of the answer."""
+    return s.spread(totals(s, kl_coef, kl_estimator) - baseline)
+
+
+def remax(s: Sampled, kl_coef: float, kl_estimator: str) -> Tokens:
+    """https://arxiv.org/abs/2310.10505 algorithm 1: baseline is the greedy reward."""
+    return s.spread(totals(s, kl_coef, kl_estimator) - s.greedy_rewards)
+
+
+def reinforce_plus_plus(s: Sampled, kl_coef: float, kl_estimator: str) -> Tokens:
+    """https://arxiv.org/abs/2501.03262: A_t = r - beta sum_{i >= t} KL_i, normalised over the
+    batch.
+    """
+    shaped = shaped_rewards(s, kl_coef, kl_estimator)
+    return normalised([np.array([r[t:].sum() for t in range(len(r))]) for r in shaped])
+
+
+def reinforce_plus_plus_baseline(s: Sampled) -> Tokens:
+    """https://arxiv.org/abs/2501.03262: r - mean of the group, normalised over the batch."""
+    groups = s.rewards.reshape(-1, s.group_size)
+    return normalised(s.spread((groups - groups.mean(1, keepdims=True)).ravel()))
+
+
+def process(s: Sampled, std: str) -> Tokens:
+    """https://arxiv.org/abs/2402.03300 section 4.1.3."""
+    size = s.group_size
+
+    def grouped(parts: list) -> list:
+        return [parts[i : i + size] for i in range(0, len(parts), size)]
+
+    return process_advantages(
+        grouped([[reward for _, reward in steps] for steps in s.steps]),
+        grouped([[end for end, _ in steps] for steps in s.steps]),
+        grouped(s.lengths), {"sample": 1, "population": 0}[std], 1e-6,
+    )  # fmt: skip
+
+
+def ppo(
+    s: Sampled,
+    kl_coef: float,
+    kl_estimator: str,
+    gamma: float,
+    gae_lambda: tuple[float | str, float],
+) -> tuple[Tokens, Tokens]:
+    """Advantages and returns. GAE, https://arxiv.org/abs/1506.02438 eq. 16, of the shaped rewards,
+    normalised over the batch; decoupled and length-adaptive lambda of
+    https://arxiv.org/abs/2504.05118: 1 - 1 / (alpha l), alpha = 0.05.
+    """
+    advantages, returns = [], []
+    shaped = shaped_rewards(s, kl_coef, kl_estimator)
+    for rewards, values in zip(shaped, s.values, strict=True):
+        policy_lambda, value_lambda = gae_lambda
+        if policy_lambda == "length":
+            # below 1 / alpha tokens the formula leaves [0, 1]
+            policy_lambda = max(0.0, 1 - 1 / (0.05 * len(rewards)))
+        advantages.append(gae(rewards, values, gamma=gamma, gae_lambda=policy_lambda)[0])
+        returns.append(gae(rewards, values, gamma=gamma, gae_lambda=value_lambda)[1])
+    return normalised(advantages), returns
