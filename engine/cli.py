@@ -185,8 +185,8 @@ def _check(path: str, overrides: Sequence[str], plan_only: bool) -> bool:
     row = _row(path, overrides)
     if row.family != "policy":
         raise ConfigError(
-            f"algorithm = {row.name!r} samples no completions: `warpo check` is for algorithms that "
-            "share their weights with a sampler"
+            f"algorithm = {row.name!r} samples no completions: `warpo check` is for those that do, "
+            "whose weights a sampler shares"
         )
     config = load_config(path, overrides)
     set_thread_waiting()
