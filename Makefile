@@ -3,6 +3,7 @@
 # make test    environment, build, then the whole test suite
 # make bench   environment, build, peers, then kernel timings with their goals as a table and in OUT
 # make bench-train  the same, then a training step beside TRL's: by phase, with the goals, and in OUT
+# make bench-control  the same, then control with gymnasium beside Stable-Baselines3, and in OUT
 # make gpu     on a CUDA machine that has torch: build, tests on CUDA, timings as JSON in OUT
 PYTHON ?= python3
 PIP_FLAGS ?=
@@ -15,7 +16,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: train test bench bench-train peers gpu lint types clean
+.PHONY: train test bench bench-train bench-control peers gpu lint types clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/built
@@ -32,6 +33,9 @@ bench: $(VENV)/built peers
 
 bench-train: $(VENV)/built peers
 	$(BIN)/python -m warpo.bench.train --peers .peers --out $(OUT)
+
+bench-control: $(VENV)/built peers
+	$(BIN)/python -m warpo.bench.control --peers .peers --out $(OUT)
 
 peers: .peers/built
 

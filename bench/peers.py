@@ -17,7 +17,7 @@ from torch import Tensor
 
 from warpo.bench.case import Missing
 
-PEERS = ("trl", "verl", "numba", "stable-baselines3")
+PEERS = ("trl", "verl", "numba")
 
 
 def versions() -> dict[str, str]:

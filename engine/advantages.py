@@ -20,8 +20,6 @@ from warpo.kernels import ops
 
 # Share of the old baseline in the new one, of "moving average".
 BASELINE_DECAY = 0.9
-# alpha of length-adaptive GAE, https://arxiv.org/abs/2504.05118
-LENGTH_ALPHA = 0.05
 
 
 @dataclass
@@ -234,14 +232,17 @@ def _critic(algorithm: Algorithm, tokens: _Tokens, state: AdaptiveState) -> Esti
     policy_lambda, value_lambda = algorithm.gae_lambda
     found = _gae(algorithm, tokens, state, tokens.values, value_lambda)
     advantages, returns = found.advantages, found.returns
-    if policy_lambda == "length":
-        advantages = _length_adaptive(algorithm, tokens, state)
+    if isinstance(policy_lambda, str):
+        alpha = float(policy_lambda.removeprefix("length:"))
+        advantages = _length_adaptive(algorithm, tokens, state, alpha)
     elif policy_lambda != value_lambda:
         advantages = _gae(algorithm, tokens, state, tokens.values, policy_lambda).advantages
     return Estimate(ops.whiten(advantages), returns)
 
 
-def _length_adaptive(algorithm: Algorithm, tokens: _Tokens, state: AdaptiveState) -> Tensor:
+def _length_adaptive(
+    algorithm: Algorithm, tokens: _Tokens, state: AdaptiveState, alpha: float
+) -> Tensor:
     """One scan for each length that occurs, since that has one lambda."""
     assert tokens.values is not None
     advantages = torch.empty_like(tokens.values)
@@ -254,7 +255,7 @@ def _length_adaptive(algorithm: Algorithm, tokens: _Tokens, state: AdaptiveState
             tokens.ref_logprobs[index],
             tokens.values[index],
             gamma=algorithm.gamma,
-            gae_lambda=max(0.0, 1 - 1 / (LENGTH_ALPHA * length)),
+            gae_lambda=max(0.0, 1 - 1 / (alpha * length)),
             kl_coef=state.kl_coef if algorithm.kl_in_reward else 0.0,
             kl_estimator=algorithm.reward_kl_estimator,
             terminal_rewards=tokens.rewards[mine],

@@ -53,8 +53,8 @@ class Algorithm:
         kl_target: nats a token; None: the coefficient is fixed.
         reference_every_steps: the reference becomes the policy after every so many steps. 0: never.
         gamma: discount of "gae".
-        gae_lambda: lambda of the advantages, and of the returns that the critic learns. "length":
-            1 - 1 / (0.05 x length of the completion), at least 0,
+        gae_lambda: lambda of the advantages, and of the returns that the critic learns.
+            "length:ALPHA": 1 - 1 / (ALPHA x length of the completion), at least 0,
             https://arxiv.org/abs/2504.05118.
         max_draws: how often prompts are drawn until all groups of a step have unequal rewards. 1:
             groups of equal rewards are kept.
@@ -78,7 +78,7 @@ class Algorithm:
     kl_target: float | None = None
     reference_every_steps: int = 0
     gamma: float = 1.0
-    gae_lambda: tuple[float | Literal["length"], float] = (0.95, 0.95)
+    gae_lambda: tuple[float | str, float] = (0.95, 0.95)
     max_draws: int = 1
     pretraining_coef: float = 0.0
 
@@ -142,12 +142,11 @@ def _group(objective: str | Objective, title: str, url: str, **fields: Any) -> A
     return _policy(objective, "group", title, url, **{"advantage_std": "sample", **fields})
 
 
-def _preference(
-    row: str, title: str, url: str, others: tuple[str, ...] = ("reference",)
-) -> Algorithm:
+def _preference(row: str, title: str, url: str, loss: str) -> Algorithm:
+    others = ("reference",) if PREFERENCES[row].reference else ()
     return Algorithm(
         family="preference", title=title, url=url, objective=PREFERENCES[row], others=others,
-        loss="of chosen and rejected completions",
+        loss=loss,
     )  # fmt: skip
 
 
@@ -197,7 +196,7 @@ _ROWS: dict[str, Algorithm] = {
     ),
     "ppo_length_adaptive": _policy(
         OBJECTIVES["ppo"].replace(clip_high=0.28), "gae", "length-adaptive GAE of VAPO",
-        "https://arxiv.org/abs/2504.05118", gae_lambda=("length", 1.0),
+        "https://arxiv.org/abs/2504.05118", gae_lambda=("length:0.05", 1.0),
     ),
     "ppo_ptx": _policy(
         "ppo", "gae", "PPO-ptx of InstructGPT, eq. 2", _RLHF,
@@ -241,17 +240,42 @@ _ROWS: dict[str, Algorithm] = {
         family="supervised", title="supervised fine-tuning, as step 1 of InstructGPT", url=_RLHF,
         loss="-log pi of the completion, mean over tokens",
     ),
-    "dpo": _preference("dpo", "DPO, eq. 7", "https://arxiv.org/abs/2305.18290"),
-    "ipo": _preference("ipo", "IPO, eq. 17", "https://arxiv.org/abs/2310.12036"),
-    "conservative_dpo": _preference(
-        "conservative_dpo", "conservative DPO", "https://ericmitchell.ai/cdpo.pdf"
+    "dpo": _preference(
+        "dpo", "DPO, eq. 7", "https://arxiv.org/abs/2305.18290",
+        "-log sigmoid of the difference of a pair's rewards",
     ),
-    "robust_dpo": _preference("robust_dpo", "robust DPO", "https://arxiv.org/abs/2403.00409"),
-    "hinge": _preference("hinge", "the hinge loss of RSO", "https://arxiv.org/abs/2309.06657"),
-    "slic": _preference("slic", "SLiC-HF", "https://arxiv.org/abs/2305.10425", ()),
-    "simpo": _preference("simpo", "SimPO, eq. 6", "https://arxiv.org/abs/2405.14734", ()),
-    "orpo": _preference("orpo", "ORPO, eq. 6 and 7", "https://arxiv.org/abs/2403.07691", ()),
-    "dpo_nll": _preference("dpo_nll", "DPO + NLL, eq. 1", "https://arxiv.org/abs/2404.19733"),
+    "ipo": _preference(
+        "ipo", "IPO, eq. 17", "https://arxiv.org/abs/2310.12036",
+        "squared distance of the difference from 1 / (2 beta)",
+    ),
+    "conservative_dpo": _preference(
+        "conservative_dpo", "conservative DPO", "https://ericmitchell.ai/cdpo.pdf",
+        "DPO, a share of the pairs being the wrong way round",
+    ),
+    "robust_dpo": _preference(
+        "robust_dpo", "robust DPO", "https://arxiv.org/abs/2403.00409",
+        "DPO, unbiased under such a share",
+    ),
+    "hinge": _preference(
+        "hinge", "the hinge loss of RSO", "https://arxiv.org/abs/2309.06657",
+        "max(0, 1 - difference of a pair's rewards)",
+    ),
+    "slic": _preference(
+        "slic", "SLiC-HF", "https://arxiv.org/abs/2305.10425",
+        "the same of log-likelihoods, without a reference",
+    ),
+    "simpo": _preference(
+        "simpo", "SimPO, eq. 6", "https://arxiv.org/abs/2405.14734",
+        "-log sigmoid of the difference of mean logprobs, less a margin",
+    ),
+    "orpo": _preference(
+        "orpo", "ORPO, eq. 6 and 7", "https://arxiv.org/abs/2403.07691",
+        "-log pi of the chosen, and -log sigmoid of the log odds ratio",
+    ),
+    "dpo_nll": _preference(
+        "dpo_nll", "DPO + NLL, eq. 1", "https://arxiv.org/abs/2404.19733",
+        "DPO, and -log pi of the chosen, mean over tokens",
+    ),
     "kto": Algorithm(
         family="preference", title="KTO, eq. 8", url="https://arxiv.org/abs/2402.01306",
         others=("reference",), loss="of completions labelled good or bad",

@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from warpo.engine.algorithms import ALGORITHMS
+from warpo.engine.algorithms import ALGORITHMS, Algorithm
 from warpo.engine.config import Config, load_config
 from warpo.engine.config_file import Key, keys, peek, read_tree, sections
 from warpo.engine.environment import keep_freed_memory, set_thread_waiting
-from warpo.engine.errors import WarpoError
+from warpo.engine.errors import ConfigError, WarpoError
 from warpo.engine.resolve import find
 
 USAGE = """\
@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         case ["check", config, *overrides] if not config.startswith("-"):
             plan_only = "--plan-only" in overrides
             overrides = [argument for argument in overrides if argument != "--plan-only"]
-            return _guarded(lambda: _check(load_config(config, overrides), plan_only))
+            return _guarded(lambda: _check(config, overrides, plan_only))
         case ["train" | "check" as command, *_]:
             print(
                 f"warpo {command}: the first argument is the YAML file\n\n{USAGE}", file=sys.stderr
@@ -143,7 +143,7 @@ def _guarded(command: Callable[[], bool]) -> int:
 
 # What follows loads torch late, since a mistyped setting must not wait for it.
 def _train(path: str, overrides: Sequence[str]) -> bool:
-    family = find(peek(Path(path), overrides, "algorithm") or Config.algorithm).family
+    family = _row(path, overrides).family
     config: Any
     if family == "policy":
         config = load_config(path, overrides)
@@ -163,6 +163,11 @@ def _train(path: str, overrides: Sequence[str]) -> bool:
 _LOOPS = {"policy": "warpo.engine.train", "control": "warpo.engine.control.train"}
 
 
+def _row(path: str, overrides: Sequence[str]) -> Algorithm:
+    """The algorithm of a config, which decides what settings there are."""
+    return find(peek(Path(path), overrides, "algorithm") or Config.algorithm)
+
+
 def tree_of(family: str) -> type:
     """The settings of a family."""
     if family == "policy":
@@ -176,7 +181,14 @@ def tree_of(family: str) -> type:
     return OfflineConfig
 
 
-def _check(config: Config, plan_only: bool) -> bool:
+def _check(path: str, overrides: Sequence[str], plan_only: bool) -> bool:
+    row = _row(path, overrides)
+    if row.family != "policy":
+        raise ConfigError(
+            f"algorithm = {row.name!r} samples no completions: `warpo check` is for those that do, "
+            "whose weights a sampler shares"
+        )
+    config = load_config(path, overrides)
     set_thread_waiting()
     from warpo.engine.check import run
 

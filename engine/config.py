@@ -31,6 +31,7 @@ Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Unit = Annotated[float, Field(ge=0, le=1)]
+LengthAdaptive = Annotated[str, Field(pattern=r"^length:\d*\.?\d+$")]
 
 _checked = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
@@ -120,9 +121,9 @@ class Loss:
     """Weight of the entropy bonus."""
     gamma: Unit | Literal["algorithm"] = "algorithm"
     """Discount of rewards and values from token to token, where there is a critic."""
-    gae_lambda: tuple[Unit | Literal["length"], Unit] | Literal["algorithm"] = "algorithm"
-    """Lambda of the advantages and lambda of the critic's returns, where there is a critic. length:
-    1 - 1 / (0.05 x tokens of the completion)."""
+    gae_lambda: tuple[Unit | LengthAdaptive, Unit] | Literal["algorithm"] = "algorithm"
+    """Lambda of the advantages and lambda of the critic's returns, where there is a critic. As
+    text "length:ALPHA" the first is 1 - 1 / (ALPHA x tokens of the completion), at least 0."""
     advantage_std: Literal["algorithm", "sample", "population", "none"] = "algorithm"
     """What divides reward - group mean: the group's standard deviation (n - 1 or n in the
     denominator) or nothing."""
@@ -207,6 +208,9 @@ class Evaluation:
     """Evaluate after every so many steps. 0: never."""
     max_prompts: Count = 256
     """Prompts that are evaluated, the first of the file."""
+    samples: Count = 1
+    """Completions of each of these prompts. 1: the most probable one. More: drawn as in training,
+    and beside the accuracy pass@k is estimated for k = 1, 2, 4, ... up to it."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_checked)

@@ -21,13 +21,20 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from warpo.engine import step
 from warpo.engine.batch import Batch, Completion, Rollout, pack
 from warpo.engine.config import Config
 from warpo.engine.model import ATTENTION, set_lm_head_dtype
 from warpo.engine.resolve import resolve
+from warpo.engine.rewards.sources import parse_sources
 from warpo.engine.sampler.vllm_internals import CPU_BLOCK_SIZE
 from warpo.kernels.objectives import OBJECTIVES, Objective
 
@@ -103,6 +110,7 @@ def plan_memory(
         "sampler weights": parameters * _dtype(config.sampler_dtype).itemsize,
         "learner weights": 0 if resync == "alias" else weights,
         "reference weights": weights if algorithm.has_reference else 0,
+        "reward models": _reward_parameters(config, device, fake) * _dtype(config.dtype).itemsize,
         "critic weights": critic * _dtype(config.dtype).itemsize,
         "KV cache": int(config.rollout.kv_cache_gib * 2**30) if config.sampler == "vllm" else 0,
         "optimizer state": optimizer_bytes(parameters + critic, config, device),
@@ -193,6 +201,18 @@ def rollouts_of(shape: Shape, vocab_size: int) -> list[Rollout]:
         )
         for tokens in rows
     ]
+
+
+def _reward_parameters(config: Config, device: torch.device, fake: FakeTensorMode) -> int:
+    """Of the reward models among reward.sources."""
+    total = 0
+    for source in parse_sources(config.reward.sources):
+        if source.kind in ("model", "process_model"):
+            hf_config = AutoConfig.from_pretrained(source.target, num_labels=1)
+            with fake, device:
+                model = AutoModelForSequenceClassification.from_config(hf_config)
+            total += sum(parameter.numel() for parameter in model.parameters())
+    return total
 
 
 def _trunk_parameters(model: PreTrainedModel) -> int:

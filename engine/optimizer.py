@@ -266,12 +266,19 @@ class AdamW(torch.optim.Optimizer):
 
 
 def warmup_schedule(
-    optimizer: torch.optim.Optimizer, warmup_steps: int
+    optimizer: torch.optim.Optimizer, warmup_steps: int, zero_after: int = 0
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """The learning rate rises linearly over so many optimizer steps, then it stays."""
-    return torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda update: min(1.0, (update + 1) / (warmup_steps + 1))
-    )
+    """The learning rate rises linearly over so many optimizer steps. Then it stays, or falls
+    linearly, to be 0 after `zero_after` steps where that is not 0.
+    """
+
+    def factor(step: int) -> float:
+        rising = min(1.0, (step + 1) / (warmup_steps + 1))
+        if not zero_after:
+            return rising
+        return max(0.0, min(rising, (zero_after - step) / (zero_after - warmup_steps)))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:

@@ -162,19 +162,19 @@ def _shown(value: Any) -> str:
 
 def _check_combinations(config: Config, row: Algorithm) -> None:
     group, critic = config.rollout.group_size, config.critic
-    sources = parse_sources(config.reward.sources)
-    if row.advantages == "process" and not any(source.may_give_steps for source in sources):
-        raise ConfigError(
-            f"algorithm = {row.name!r} learns from rewards of steps, and reward.sources = "
-            f"{_shown(config.reward.sources)} has none: name a process_model:DIR, or a "
-            "module:function that returns [(end, score), ...] for each completion"
-        )
     if row.is_relative and group < 2:
         std = ", and the standard deviation of one is 0" if row.advantage_std != "none" else ""
         raise ConfigError(
             f"rollout.group_size = {group} is too small for algorithm = {row.name!r}: its "
             f"advantages compare the completions of a prompt{std} "
             f"(loss.advantage_std = {row.advantage_std!r}). Set rollout.group_size to 2 or more"
+        )
+    sources = parse_sources(config.reward.sources)
+    if row.advantages == "process" and not any(source.may_give_steps for source in sources):
+        raise ConfigError(
+            f"algorithm = {row.name!r} learns from rewards of steps, and reward.sources = "
+            f"{', '.join(config.reward.sources)} gives none: add process_model:DIR, or a function "
+            "or server that returns lists of (end, score)"
         )
     if row.has_critic and critic.model.lower() in ("none", ""):
         raise ConfigError(
@@ -184,6 +184,11 @@ def _check_combinations(config: Config, row: Algorithm) -> None:
         )
     if critic.model.startswith(("/", "./", "../", "~")) and not Path(critic.model).is_dir():
         raise ConfigError(f"critic.model: there is no directory {critic.model}")
+    if critic.warmup_steps and critic.model == "shared":
+        raise ConfigError(
+            f"critic.warmup_steps = {critic.warmup_steps}, but with critic.model = 'shared' the "
+            "critic learns with the policy: set it to 0, or critic.model to policy"
+        )
     if critic.warmup_steps >= config.steps and row.has_critic:
         raise ConfigError(
             f"critic.warmup_steps = {critic.warmup_steps} leaves no step of steps = "

@@ -79,7 +79,7 @@ def collect(
         for prompt, group, verdicts, baseline in zip(*drawn, baselines, strict=True)
         for completion, verdict in zip(group, verdicts, strict=True)
     ]
-    metrics = _describe(config, rollouts) | _source_means(drawn.verdicts)
+    metrics = _describe(config, rollouts) | source_means(drawn.verdicts, "reward")
     if max_draws > 1:
         metrics |= {
             "rollout/draws": float(draws),
@@ -101,12 +101,12 @@ def _describe(config: Config, rollouts: list[Rollout]) -> Metrics:
     }
 
 
-def _source_means(verdicts: list[list[Verdict]]) -> Metrics:
+def source_means(verdicts: list[list[Verdict]], prefix: str) -> Metrics:
     """The mean of each source, without its weight, where there are several."""
     given = [verdict.by_source for group in verdicts for verdict in group]
     if len(given[0]) == 1:
         return {}
-    return {f"reward/{name}": sum(row[name] for row in given) / len(given) for name in given[0]}
+    return {f"{prefix}/{name}": sum(row[name] for row in given) / len(given) for name in given[0]}
 
 
 def _unequal(drawn: _Draw) -> list[int]:
@@ -117,15 +117,8 @@ def _unequal(drawn: _Draw) -> list[int]:
 
 def _draw(config: Config, parts: Parts, log: RunLog, stop: Stop, step: int, number: int) -> _Draw:
     prompts = parts.stream.next()
-    options = SamplingOptions(
-        group_size=config.rollout.group_size,
-        temperature=config.rollout.temperature,
-        top_k=config.rollout.top_k,
-        top_p=config.rollout.top_p,
-        max_new_tokens=config.rollout.max_new_tokens,
-        # a function of seed, step and draw: a resumed run samples what the whole run would have
-        seed=config.seed * 1_000_003 + step + number * 500_009,
-    )
+    # a function of seed, step and draw: a resumed run samples what the whole run would have
+    options = sampling_options(config, seed=config.seed * 1_000_003 + step + number * 500_009)
     groups = _sample(parts, log, prompts, options, stop, "sample")
     with log.phase("reward"):
         verdicts = reward(parts, log, prompts, groups)
@@ -140,6 +133,18 @@ def _greedy_rewards(
     groups = _sample(parts, log, prompts, greedy(config), stop, "sample greedily")
     with log.phase("reward"):
         return [verdicts[0].total for verdicts in reward(parts, log, prompts, groups)]
+
+
+def sampling_options(config: Config, seed: int = 0) -> SamplingOptions:
+    """A group of completions, drawn as in training."""
+    return SamplingOptions(
+        group_size=config.rollout.group_size,
+        temperature=config.rollout.temperature,
+        top_k=config.rollout.top_k,
+        top_p=config.rollout.top_p,
+        max_new_tokens=config.rollout.max_new_tokens,
+        seed=seed,
+    )
 
 
 def greedy(config: Config) -> SamplingOptions:

@@ -22,8 +22,17 @@ from warpo.engine.loop import due, raise_if, signals
 from warpo.engine.metrics import ReportProgress, RunLog, read_rows
 from warpo.engine.offline.losses import preference_gradients, supervised_gradients
 from warpo.engine.pairs import pair_minibatches
+from warpo.engine.pass_at_k import pass_at_k, powers_of_two
 from warpo.engine.resync import Resync
-from warpo.engine.rollouts import accuracy, collect, generate, greedy, reward
+from warpo.engine.rollouts import (
+    accuracy,
+    collect,
+    generate,
+    greedy,
+    reward,
+    sampling_options,
+    source_means,
+)
 from warpo.engine.step import (
     EQUAL_LOGPROBS,
     StepResult,
@@ -251,15 +260,26 @@ def _publish(config: Config, parts: Parts, log: RunLog, sequences: list[list[int
 
 
 def _evaluation(config: Config, parts: Parts, log: RunLog) -> Metrics:
-    """Accuracy of greedy completions of the held-out prompts, where it is due."""
+    """How many completions of the held-out prompts are correct, where it is due."""
     every = config.evaluation.every_steps
     if not every or not (parts.step == 0 or due(parts.step, every, config.steps)):
         return {}
+    options, samples = greedy(config), config.evaluation.samples
+    if samples > 1:
+        options = replace(sampling_options(config), group_size=samples)
     with log.phase("evaluate") as progress:
-        groups = generate(parts, parts.eval_prompts, greedy(config), lambda: False, progress)
+        groups = generate(parts, parts.eval_prompts, options, lambda: False, progress)
         judged = reward(parts, log, parts.eval_prompts, groups)
-    rewards = [verdict.total for group in judged for verdict in group]
-    return {"eval/accuracy": accuracy(config, rewards), "eval/reward": sum(rewards) / len(rewards)}
+    rewards = [[verdict.total for verdict in group] for group in judged]
+    flat = [total for group in rewards for total in group]
+    metrics = {"eval/accuracy": accuracy(config, flat), "eval/reward": sum(flat) / len(flat)}
+    metrics |= source_means(judged, "eval")
+    if samples > 1:
+        correct = [sum(total >= config.reward.success for total in group) for group in rewards]
+        metrics |= {
+            f"eval/pass@{k}": pass_at_k(correct, samples, k) for k in powers_of_two(samples)
+        }
+    return metrics
 
 
 def _report(metrics_path: Path, log: RunLog) -> None:

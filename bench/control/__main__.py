@@ -33,7 +33,7 @@ from warpo.engine.control.config import ControlConfig
 
 EXAMPLES = {"sac": "examples/sac.yaml", "ppo_gymnasium": "examples/ppo_gymnasium.yaml"}
 # Environment steps, and those between two evaluations.
-STEPS = {"sac": (10_000, 1_000), "ppo_gymnasium": (51_200, 5_120)}
+STEPS = {"sac": (8_000, 1_000), "ppo_gymnasium": (51_200, 5_120)}
 COLORS = {"warpo": "#2563a8", "stable-baselines3": "#d9730d"}
 
 

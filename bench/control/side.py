@@ -69,7 +69,7 @@ def _ppo(config: ControlConfig, env: Any, common: dict[str, Any]) -> Any:
 
 def _evaluation(config: ControlConfig, curve: Curve) -> Any:
     """A callback that adds (step, mean return) to `curve` where warpo's run would evaluate."""
-    base = peers.load("stable_baselines3.common.callbacks", "BaseCallback")
+    base: Any = peers.load("stable_baselines3.common.callbacks", "BaseCallback")
     every = config.evaluation.every_steps
 
     class Evaluation(base):

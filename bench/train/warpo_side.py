@@ -26,7 +26,7 @@ def config_of(job: Job, output_dir: str) -> config.Config:
         seed=job.seed,
         device="cpu",
         data=config.Data(train=job.prompts_path),
-        reward=config.Reward(sources="warpo.bench.train.job:reward"),
+        reward=config.Reward(sources=("warpo.bench.train.job:reward",)),
         rollout=config.Rollout(
             prompts_per_step=job.prompts_per_step,
             group_size=job.group_size,

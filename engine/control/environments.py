@@ -12,7 +12,7 @@ from gymnasium.spaces import Box, Discrete
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from warpo.engine.control.config import ControlConfig
-from warpo.engine.errors import CheckpointError, ConfigError
+from warpo.engine.errors import CheckpointError, ConfigError, TrainingError
 
 # Of the seeds of evaluation: apart from those of training for any number of its environments.
 _EVALUATION_STREAM = 2**31
@@ -86,7 +86,7 @@ class Environments:
     """
 
     def __init__(self, config: ControlConfig) -> None:
-        self._id = config.environment
+        self._id, self._lr = config.environment, config.lr
         self._episodes: list[Episodes] = []
         for stream in range(config.num_envs):
             self._episodes.append(Episodes(make(config.environment), config.seed, stream))
@@ -102,7 +102,15 @@ class Environments:
         Returns:
             rewards (N,) float32; terminated, truncated (N,) bool; next observations (N, D) float32,
             those of a finished episode its last, while `observations` has the first of the next.
+
+        Raises:
+            TrainingError: an action is not finite.
         """
+        if not np.isfinite(actions).all():
+            raise TrainingError(
+                f"the actions for {self._id!r} are not finite: lower lr = {self._lr:g}, or resume "
+                "from an earlier checkpoint"
+            )
         observations, rewards, terminated, truncated, info = self._vector.step(actions)
         self.observations = last = observations.astype(np.float32)
         if "final_obs" in info:
@@ -156,7 +164,7 @@ def make(name: str) -> gymnasium.Env:
     """
     try:
         env = gymnasium.make(name)
-    except gymnasium.error.Error as error:
+    except (gymnasium.error.Error, ImportError) as error:
         raise ConfigError(f"environment = {name!r} cannot be made: {error}") from None
     space = env.observation_space
     if isinstance(space, Box) and len(space.shape) == 1:

@@ -17,11 +17,9 @@ from warpo.engine.metrics import Column, ReportProgress
 from warpo.engine.plot import Panel
 from warpo.kernels import ops
 
-_RETURNS = Panel("return of an episode", (("episode/return", "train"), ("eval/return", "eval")))
-
 
 class Rollout:
-    """T steps of N environments, (T, N, ...), on the device of the networks."""
+    """T steps of N environments, (T, N, ...)."""
 
     def __init__(self, steps: int, envs: int, observation: int, action: tuple[int, ...]) -> None:
         self.observations = np.empty((steps, envs, observation), np.float32)
@@ -33,7 +31,7 @@ class Rollout:
 
 
 class PpoLearner:
-    """Networks, optimizer and draws of a run; one `iterate` is a rollout and its updates."""
+    """Networks and optimizer of a run; one `iterate` is a rollout and its updates."""
 
     columns = (
         Column("step", "step", "step", "d"),
@@ -47,7 +45,7 @@ class PpoLearner:
         Column("perf/env_steps_per_s", "steps/s", "steps/s", ".0f"),
     )
     panels = (
-        _RETURNS,
+        Panel("return of an episode", (("episode/return", "train"), ("eval/return", "eval"))),
         Panel("value loss", (("loss/value", "train"),)),
         Panel("KL to the old policy (nats)", (("kl/mean", "train"),)),
         Panel("clip fraction", (("ratio/clip_frac", "train"),), limits=(0, None)),
@@ -69,7 +67,7 @@ class PpoLearner:
             spaces.observation, spaces.action, self._discrete,
             [ppo.hidden_size] * ppo.hidden_layers,
         ).to(device)  # fmt: skip
-        # eps: of the original implementation, https://arxiv.org/abs/2006.05990 appendix B.7
+        # eps: detail 3 of iclr-blog-track.github.io/2022/03/25/ppo-implementation-details
         self._optimizer = torch.optim.Adam(
             self.network.parameters(), lr=config.lr, eps=1e-5, fused=True
         )

@@ -55,8 +55,9 @@ class ReplayBuffer:
     def draw(self, count: int) -> Steps:
         """`count` steps, uniformly and with replacement."""
         chosen = torch.randint(len(self), (count,), device=self._rows.device)
-        parts = self._rows.index_select(0, chosen).split(self._widths, 1)
-        return Steps(*parts[:3], parts[3][:, 0], parts[4][:, 0].bool())
+        rows = self._rows.index_select(0, chosen)
+        observations, actions, after, rewards, terminated = rows.split(self._widths, 1)
+        return Steps(observations, actions, after, rewards[:, 0], terminated[:, 0].bool())
 
     def state_dict(self) -> dict[str, Any]:
         return {"count": self._count, "rows": self._rows[: len(self)].cpu()}

@@ -7,8 +7,10 @@ for the steps of process_reward, of which only the last token of each is scored.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,10 +83,7 @@ def load_examples(
     values = [values_of(place, row) for place, (_, row) in zip(places, rows, strict=True)]
     prompts = prompt_ids(rows, tokenizer)
     if algorithm == "process_reward":
-        examples = [
-            _steps(place, tokenizer, prompt, row["steps"], labels, step_separator)
-            for place, prompt, (_, row), labels in zip(places, prompts, rows, values, strict=True)
-        ]
+        examples = _stepped(places, tokenizer, prompts, texts, values, step_separator)
     else:
         encoded = tokenizer([text for group in texts for text in group], add_special_tokens=False)
         ids = iter([*tokens, tokenizer.eos_token_id] for tokens in encoded["input_ids"])
@@ -170,15 +169,49 @@ _FORMS: dict[str, tuple[tuple[str, ...], Callable[..., list[str]], Callable[...,
 }
 
 
-def _steps(
-    place: Place,
+def _stepped(
+    places: Sequence[Place],
     tokenizer: PreTrainedTokenizerBase,
-    prompt: list[int],
-    steps: list[str],
-    labels: list[float],
+    prompts: Sequence[list[int]],
+    steps: Sequence[list[str]],
+    labels: Sequence[list[float]],
     separator: str,
-) -> Example:
-    """A completion with the last token of each of its steps."""
+) -> list[Example]:
+    """Completions with the last token of each of their steps."""
+    for place, texts in zip(places, steps, strict=True):
+        _check_separators(place, texts, separator)
+    if not tokenizer.is_fast:
+        raise DataError(
+            f"{places[0]}: the tokenizer of {tokenizer.name_or_path or 'this model'} does not tell "
+            "where in the text a token is, and steps need one that does (a tokenizer.json)"
+        )
+    encoded = tokenizer(
+        ["".join(texts) for texts in steps], add_special_tokens=False, return_offsets_mapping=True
+    )
+    examples = []
+    for i, place in enumerate(places):
+        token_ends = [stop for _, stop in encoded["offset_mapping"][i]]
+        text_ends = list(accumulate(map(len, steps[i])))
+        ends = [min(bisect_left(token_ends, end), len(token_ends) - 1) for end in text_ends]
+        if not separator and len(ends) != len(token_ends):
+            raise DataError(
+                f"{place}: {len(token_ends)} tokens are in {len(ends)} steps: wanted one token a "
+                "step, as data.step_separator is empty"
+            )
+        if len(set(ends)) < len(ends):
+            raise DataError(f"{place}: two of its steps end in one token: join them")
+        examples.append(
+            Example(
+                prompt_ids=prompts[i],
+                completions=[encoded["input_ids"][i]],
+                values=labels[i],
+                ends=ends,
+            )
+        )
+    return examples
+
+
+def _check_separators(place: Place, steps: Sequence[str], separator: str) -> None:
     for i, step in enumerate(steps if separator else []):
         ended = step.endswith(separator) or i == len(steps) - 1
         if not ended or separator in step.removesuffix(separator):
@@ -186,27 +219,6 @@ def _steps(
                 f"{place}: steps[{i}] must end with data.step_separator = {separator!r} and hold "
                 f"it nowhere else, got {step!r:.60}"
             )
-    if not tokenizer.is_fast:
-        raise DataError(f"{place}: steps need a tokenizer that tells where in the text a token is")
-    encoded = tokenizer(
-        "".join(steps), add_special_tokens=False, return_offsets_mapping=True
-    )  # fmt: skip
-    ends, token, length = [], 0, 0
-    offsets = encoded["offset_mapping"]
-    for step in steps:
-        length += len(step)
-        while token < len(offsets) - 1 and offsets[token][1] < length:
-            token += 1
-        ends.append(token)
-    wanted = list(range(len(offsets))) if not separator else sorted(set(ends))
-    if ends != wanted:
-        raise DataError(
-            f"{place}: the {len(steps)} steps end at the tokens {ends} of {len(offsets)}: "
-            + ("two steps end in one token" if separator else "wanted one token a step")
-        )
-    return Example(
-        prompt_ids=prompt, completions=[encoded["input_ids"]], values=labels, ends=ends
-    )  # fmt: skip
 
 
 def _with_unrelated(path: str, examples: Sequence[Example]) -> list[Example]:

@@ -29,7 +29,7 @@ from warpo.engine.offline.families import (
     pack_sequences,
 )
 from warpo.engine.offline.losses import sequence_scores
-from warpo.engine.optimizer import AdamW, update_metrics
+from warpo.engine.optimizer import AdamW, update_metrics, warmup_schedule
 from warpo.engine.scalar import load_scalar_model
 from warpo.engine.step import apply_gradients, score
 
@@ -152,7 +152,9 @@ def build(config: OfflineConfig, log: RunLog, stop: Callable[[], bool]) -> Parts
         examples=examples,
         eval_examples=eval_examples,
         optimizer=optimizer,
-        schedule=torch.optim.lr_scheduler.LambdaLR(optimizer, _schedule(config)),
+        schedule=warmup_schedule(
+            optimizer, update.warmup_steps, config.steps if update.schedule == "linear" else 0
+        ),
     )
 
 
@@ -165,19 +167,6 @@ def _load_examples(
         max_length=positions or config.update.token_budget,
         step_separator=config.data.step_separator,
     )  # fmt: skip
-
-
-def _schedule(config: OfflineConfig) -> Callable[[int], float]:
-    """What multiplies the learning rate in step + 1."""
-    warmup, steps = config.update.warmup_steps, config.steps
-
-    def factor(step: int) -> float:
-        rising = min(1.0, (step + 1) / (warmup + 1))
-        if config.update.schedule == "constant":
-            return rising
-        return max(0.0, min(rising, (steps - step) / (steps - warmup)))
-
-    return factor
 
 
 def _describe_scalar(

@@ -29,7 +29,8 @@ class Rewards:
     Attributes:
         totals: B weighted sums over sources and steps.
         steps: (index of the step's last token in the completion, weighted score) of each step of
-            each completion; None if no source scores steps.
+            each completion; None if no source scores steps. What other sources say of a whole
+            completion counts to its last step.
         by_source: B scores of each source, without its weight.
         notes: a line for each completion that a source could not score.
     """
@@ -120,6 +121,9 @@ class RewardSources:
                 scores = [sum(score for _, score in row) for row in scores]
             by_source[source.name] = scores
             totals = [t + source.weight * score for t, score in zip(totals, scores, strict=True)]
+        if steps is not None:
+            lengths = [len(completion_ids) for completion_ids in ids]
+            steps = [_with_rest(*of_one) for of_one in zip(steps, totals, lengths, strict=True)]
         return Rewards(totals=totals, steps=steps, by_source=by_source, notes=notes)
 
     def _ask(
@@ -170,3 +174,12 @@ class RewardSources:
 
     def _decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def _with_rest(steps: TokenSteps, total: float, length: int) -> TokenSteps:
+    """The steps, the last of which makes their sum the total."""
+    rest = total - sum(score for _, score in steps)
+    if steps:
+        end, score = steps[-1]
+        return [*steps[:-1], (end, score + rest)]
+    return [(length - 1, rest)] if rest and length else []

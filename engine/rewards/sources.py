@@ -1,6 +1,7 @@
 """Where rewards come from: the strings of reward.sources, read and checked.
 
-Each is "[WEIGHT * ]SOURCE", the reward is the weighted sum, and SOURCE one of
+Each is "[WEIGHT * ]SOURCE", the reward is the weighted sum, of weight 0 a source is only measured,
+and SOURCE is one of
 
     module:function         the user's function, function.py
     http://..., https://... a server, http.py
@@ -106,6 +107,6 @@ def _weight(place: str, text: str) -> float:
         weight = float(text)
     except ValueError:
         raise ConfigError(f"{place}: the weight {text.strip()!r} is no number") from None
-    if not math.isfinite(weight) or weight == 0:
-        raise ConfigError(f"{place}: the weight must be finite and not 0")
+    if not math.isfinite(weight):
+        raise ConfigError(f"{place}: the weight must be finite")
     return weight

@@ -10,6 +10,7 @@ import transformers
 from tests.engine.models import CONFIGS
 from tests.engine.runs import train
 from warpo.engine.batch import Completion
+from warpo.engine.config import load_config
 from warpo.engine.data import load_prompts
 from warpo.engine.errors import ConfigError, RewardError
 from warpo.engine.model import load_tokenizer
@@ -112,8 +113,7 @@ def test_weights_kinds_and_names(tmp_path):
     [
         (["rewards.exact"], r"'rewards.exact': wanted module:function, http://"),
         (["x * math"], r"'x \* math': the weight 'x' is no number"),
-        (["nan * math"], r"the weight must be finite and not 0"),
-        (["0 * math"], r"the weight must be finite and not 0"),
+        (["nan * math"], r"the weight must be finite"),
         (["overlong:0"], r"'overlong:0': wanted overlong:N, N tokens >= 1"),
         (["overlong:-3"], r"wanted overlong:N"),
         (["model:absent"], r"'model:absent': there is no directory 'absent'"),
@@ -124,6 +124,16 @@ def test_weights_kinds_and_names(tmp_path):
 def test_malformed_sources_are_refused(texts, message):
     with pytest.raises(ConfigError, match=message):
         parse_sources(texts)
+
+
+def test_process_supervision_without_a_source_of_steps_is_refused(folder):
+    process = ("--algorithm", "grpo_process", "--reward.sources")
+    with pytest.raises(
+        ConfigError,
+        match=r"'grpo_process' learns from .*sources = math, 0.1 \* overlong:2 gives none",
+    ):
+        load_config(folder / "config.yaml", [*process, "math", "0.1 * overlong:2"])
+    load_config(folder / "config.yaml", [*process, "math", "token_rewards:low"])
 
 
 def test_overlong_is_equation_13_of_dapo():
@@ -152,9 +162,10 @@ def test_totals_are_weighted_sums(open_sources, sampled):
 def test_steps_of_a_function_end_at_tokens_and_count_in_the_total(open_sources, sampled):
     owners, completions = sampled[0][:4], sampled[1][:4]
     rewards = open_sources("3 * some_scores:halves", "some_scores:length")(owners, completions)
-    # 7 of "t10 t11 t12 t13" is the end of t11, 1 of "t20" lies within it.
+    # 7 of "t10 t11 t12 t13" is the end of t11, 1 of "t20" lies within it. The length of the whole
+    # counts to the last step.
     assert rewards.steps == [
-        [(1, 3.0), (3, 6.0)], [(0, 3.0), (0, 6.0)], [(3, 3.0), (7, 6.0)], [(1, 3.0), (3, 6.0)]
+        [(1, 3.0), (3, 21.0)], [(0, 3.0), (0, 9.0)], [(3, 3.0), (7, 37.0)], [(1, 3.0), (3, 21.0)]
     ]  # fmt: skip
     assert rewards.totals == [9.0 + 15, 9.0 + 3, 9.0 + 31, 9.0 + 15]
     with pytest.raises(RewardError, match="some_scores:whole scores steps and so does another so"):

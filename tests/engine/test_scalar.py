@@ -53,3 +53,12 @@ def test_a_classifier_of_two_labels_is_refused(tmp_path):
     save_classifier(tmp_path, num_labels=2)
     with pytest.raises(ConfigError, match="2 labels"):
         load_scalar_model(str(tmp_path), "float32", CPU)
+
+
+def test_the_bias_of_the_config_is_part_of_the_score(tmp_path, model_path):
+    model = load_scalar_model(model_path("qwen2"), "float32", CPU)
+    model.config.reward_bias = -0.75
+    model.save_pretrained(tmp_path)
+    batch = pack([as_rollout(*sequence) for sequence in SEQUENCES])
+    loaded = load_scalar_model(str(tmp_path), "float32", CPU)
+    assert (token_scores(loaded, batch, batch.predictors) == -0.75).all()

@@ -183,3 +183,18 @@ def test_bad_input_is_refused_in_one_line_before_a_model_is_loaded(folder):
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "train.jsonl:2" in output and "Traceback" not in output
+
+
+def test_an_evaluation_of_several_samples_estimates_pass_at_k(folder, kind):
+    table = train(
+        folder, "--sampler", kind, "--steps", "1", "--evaluation.every_steps", "1",
+        "--evaluation.samples", "6", "--data.eval", "4", "--reward.success", "0.6",
+    )  # fmt: skip
+    assert len(table) == 2
+    for row in table:
+        passed = [row[f"eval/pass@{k}"] for k in (1, 2, 4, 6)]
+        assert row["eval/accuracy"] == pytest.approx(passed[0])
+        assert passed == sorted(passed) and 0 < passed[0] < passed[-1] <= 1
+        # A count of 4 prompts x 6 completions, and one of prompts.
+        assert passed[0] * 24 == pytest.approx(round(passed[0] * 24))
+        assert passed[-1] * 4 == pytest.approx(round(passed[-1] * 4))

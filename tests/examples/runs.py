@@ -1,4 +1,4 @@
-"""The examples as a user runs them: `warpo train`, in a process of its own, on the arithmetic task."""
+"""The examples as a user runs them: `warpo train`, each in a process of its own."""
 
 from __future__ import annotations
 
@@ -28,10 +28,14 @@ def prepare(folder: Path, seed: int = 0) -> Path:
 def train(folder: Path, name: str, *overrides: str) -> list[dict]:
     """Run examples/<name>.yaml in a folder; its rows of metrics."""
     start = time.monotonic()
-    result = subprocess.run(
-        [sys.executable, "-m", "warpo.engine.cli", "train", str(EXAMPLES / f"{name}.yaml"), *overrides],
-        cwd=folder, capture_output=True, text=True,
-    )  # fmt: skip
+    command = [sys.executable, "-m", "warpo.engine.cli", "train", str(EXAMPLES / f"{name}.yaml")]
+    result = subprocess.run([*command, *overrides], cwd=folder, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
     assert time.monotonic() - start < SECONDS, result.stdout[-2000:]
-    return read_rows(folder / "runs/arithmetic" / name / "metrics.jsonl")
+    (metrics,) = (folder / "runs").glob(f"**/{name}/metrics.jsonl")
+    return read_rows(metrics)
+
+
+def evaluations(rows: list[dict], metric: str) -> list[float]:
+    """A metric of the evaluations, in their order."""
+    return [row[metric] for row in rows if metric in row]

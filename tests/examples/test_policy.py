@@ -1,15 +1,21 @@
-"""Every algorithm that learns from sampled completions, on the real vLLM: held-out accuracy, greedy,
-from that of the careless pupil to what is stated here. Slow: about a minute each.
+"""Every algorithm that learns from sampled completions, on the real vLLM: from the sums that a
+careless pupil gets right to those that are stated here. Slow: about a minute each.
 """
 
 import pytest
 
-from tests.examples.runs import prepare, train
+from tests.examples.runs import evaluations, prepare, train
 from warpo.engine.algorithms import ALGORITHMS
 
-# Held-out accuracy after so many steps; the runs start at 0.22 to 0.30.
 STEPS = 20
-ACCURACY = {name: 0.8 for name, row in ALGORITHMS.items() if row.family == "policy"}
+# Share of held-out sums that are right after so many steps: 0.95 and more was seen of each.
+ACCURACY = 0.85
+# Where the reward is no 1 or 0 for the sum, the metric that is.
+RIGHT = {
+    "ppo_ptx": "eval/warpo.engine.arithmetic:reward",
+    "dapo": "eval/warpo.engine.arithmetic:reward",
+}
+POLICY = [name for name, row in ALGORITHMS.items() if row.family == "policy"]
 
 
 @pytest.fixture(scope="module")
@@ -18,11 +24,13 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ACCURACY)
+@pytest.mark.parametrize("name", POLICY)
 def test_the_example_raises_held_out_accuracy(folder, name):
+    if name == "ppo_ptx":
+        train(folder, "bradley_terry")
     rows = train(folder, name, "--steps", str(STEPS))
-    accuracy = [row["eval/accuracy"] for row in rows if "eval/accuracy" in row]
-    assert accuracy[0] < 0.4
-    assert accuracy[-1] >= ACCURACY[name], accuracy
+    right = evaluations(rows, RIGHT.get(name, "eval/accuracy"))
+    assert right[0] < (0.6 if name == "grpo_process" else 0.4)
+    assert right[-1] >= ACCURACY, right
     assert max(row["mismatch/kernels_max"] for row in rows[1:]) < 1e-4
     assert {row["publish/bytes"] for row in rows[1:]} == {0}

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+import tokenizers
+import transformers
 
 from warpo.engine import arithmetic
 from warpo.engine.errors import DataError
@@ -103,5 +105,13 @@ def test_a_bad_line_is_refused_by_its_place(tmp_path, tokenizer, algorithm, row,
 
 
 def test_a_step_that_is_more_than_a_token_is_no_token(tmp_path, tokenizer):
-    with pytest.raises(DataError, match="one token a step"):
+    with pytest.raises(DataError, match="3 tokens are in 2 steps: wanted one token a step"):
         load(tmp_path, tokenizer, "process_reward", STEPS, step_separator="")
+
+
+def test_two_steps_in_one_token_are_refused(tmp_path):
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"?": 0, "<eos>": 1}, unk_token="?"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>")
+    with pytest.raises(DataError, match="two of its steps end in one token"):
+        load(tmp_path, tokenizer, "process_reward", STEPS, step_separator="=")
