@@ -277,6 +277,10 @@ def test_the_state_goes_round() -> None:
     again = AdaptiveState(0.1)
     again.load_state_dict(state.state_dict())
     assert again == state and again.kl_coef == 1.0 and again.baseline is not None
+    # a fixed coefficient is the config's, also in a run that resumes
+    fixed = AdaptiveState(0.1, adapts=False)
+    fixed.load_state_dict(state.state_dict())
+    assert (fixed.kl_coef, fixed.baseline) == (0.1, state.baseline)
     assert (
         estimated(ALGORITHMS["reinforce"], sample(9), again)[1]
         == (estimated(ALGORITHMS["reinforce"], sample(9), state)[1])
