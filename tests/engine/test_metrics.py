@@ -27,7 +27,7 @@ def config():
         output_dir="o",
         steps=3,
         data={"train": "t.jsonl"},
-        reward={"function": "a:b"},
+        reward={"sources": ["a:b"]},
     )
 
 
