@@ -29,16 +29,20 @@ class AdaptiveState:
     Attributes:
         kl_coef: weight of the KL, where it adapts.
         baseline: moving average of the rewards; None before the first step.
+        adapts: whether kl_coef is part of the state. A fixed one is the config's, resumed or not.
     """
 
     kl_coef: float
     baseline: float | None = None
+    adapts: bool = True
 
     def state_dict(self) -> dict[str, Any]:
         return {"kl_coef": self.kl_coef, "baseline": self.baseline}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.kl_coef, self.baseline = state["kl_coef"], state["baseline"]
+        self.baseline = state["baseline"]
+        if self.adapts:
+            self.kl_coef = state["kl_coef"]
 
     def adapt(self, algorithm: Algorithm, kl: float) -> None:
         """Move kl_coef towards the one at which the KL is the target.

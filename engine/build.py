@@ -165,7 +165,7 @@ def build(config: Config) -> Parts:
         optimizer=optimizer,
         schedule=warmup_schedule(optimizer, config.update.warmup_steps),
         algorithm=algorithm,
-        adaptive=AdaptiveState(algorithm.kl_coef),
+        adaptive=AdaptiveState(algorithm.kl_coef, adapts=algorithm.kl_target is not None),
         critic=critic,
         eval_prompts=eval_prompts,
         examples=examples,

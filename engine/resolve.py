@@ -184,16 +184,14 @@ def _check_combinations(config: Config, row: Algorithm) -> None:
         )
     if critic.model.startswith(("/", "./", "../", "~")) and not Path(critic.model).is_dir():
         raise ConfigError(f"critic.model: there is no directory {critic.model}")
-    if critic.warmup_steps and critic.model == "shared":
-        raise ConfigError(
-            f"critic.warmup_steps = {critic.warmup_steps}, but with critic.model = 'shared' the "
-            "critic learns with the policy: set it to 0, or critic.model to policy"
-        )
     if critic.warmup_steps >= config.steps and row.has_critic:
         raise ConfigError(
             f"critic.warmup_steps = {critic.warmup_steps} leaves no step of steps = "
             f"{config.steps} to the policy"
         )
+    adaptive = str(row.gae_lambda[0])
+    if adaptive.startswith("length:") and not float(adaptive.removeprefix("length:")):
+        raise ConfigError(f"loss.gae_lambda = {_shown(row.gae_lambda)}: ALPHA must be above 0")
     if row.pretraining_coef and not config.pretraining.data:
         raise ConfigError(
             f"pretraining.coef = {row.pretraining_coef:g} of algorithm = {row.name!r} needs "

@@ -161,12 +161,12 @@ def test_the_kl_of_each_estimator_is_taken_off_the_reward_of_its_token(
 
 @pytest.mark.parametrize("gamma", [1.0, 0.97])
 @pytest.mark.parametrize(
-    "gae_lambda", [(0.95, 0.95), (0.9, 1.0), (0.0, 1.0), ("length", 1.0), ("length", 0.9)]
+    "gae_lambda", [(0.95, 0.95), (0.9, 1.0), (0.0, 1.0), ("length:0.05", 1.0), ("length:0.2", 0.9)]
 )
 def test_lambda_of_the_policy_and_of_the_critic_are_two(
     gamma: float, gae_lambda: tuple[float | str, float]
 ) -> None:
-    # lengths on both sides of 20, below which the length-adaptive lambda is 0
+    # lengths on both sides of 20, below which the length-adaptive lambda of alpha 0.05 is 0
     s = sample(2, groups=4, longest=50)
     assert min(s.lengths) < 20 < max(s.lengths)
     row = with_kl("ppo", gamma=gamma, gae_lambda=gae_lambda)
@@ -277,6 +277,10 @@ def test_the_state_goes_round() -> None:
     again = AdaptiveState(0.1)
     again.load_state_dict(state.state_dict())
     assert again == state and again.kl_coef == 1.0 and again.baseline is not None
+    # a fixed coefficient is the config's, also in a run that resumes
+    fixed = AdaptiveState(0.1, adapts=False)
+    fixed.load_state_dict(state.state_dict())
+    assert (fixed.kl_coef, fixed.baseline) == (0.1, state.baseline)
     assert (
         estimated(ALGORITHMS["reinforce"], sample(9), again)[1]
         == (estimated(ALGORITHMS["reinforce"], sample(9), state)[1])

@@ -80,7 +80,7 @@ def test_the_tree_has_at_most_60_keys_each_with_a_text():
             r"clip_range = \[2, 1\]: wanted 2 values, each a number >= 0 ",
         ),
         ("loss: {clip_range: 0.2}\n", r"clip_range = 0\.2: wanted 2 values, .* or algorithm"),
-        ("loss: {gae_lambda: [1, length]}\n", r"gae_lambda = \[1, 'length'\]: wanted 2 values, "),
+        ("loss: {gae_lambda: [1, length:0.1]}\n", r"gae_lambda = \[1, 'length:0\.1'\]: wanted 2 "),
         ("loss: {kl_target: -1}\n", r"kl_target = -1: wanted a number > 0, or algorithm or fixed"),
         ("rollout: {top_p: 0}\n", r"top_p = 0: wanted a number > 0 and <= 1"),
         ("rollout: {top_k: -1}\n", r"top_k = -1: wanted an integer >= 0"),

@@ -100,7 +100,7 @@ SETTINGS: dict[str, tuple[tuple[str, ...], set[str], dict[str, Any]]] = {
     ),
     "loss.gamma": (("--loss.gamma", "0.97"), CRITIC, {"gamma": 0.97}),
     "loss.gae_lambda": (
-        ("--loss.gae_lambda", "length", "0.5"), CRITIC, {"gae_lambda": ("length", 0.5)}
+        ("--loss.gae_lambda", "length:0.1", "0.5"), CRITIC, {"gae_lambda": ("length:0.1", 0.5)}
     ),
     "loss.advantage_std": (
         ("--loss.advantage_std", "population"), GROUP_STD, {"advantage_std": "population"}
@@ -233,6 +233,10 @@ def test_a_target_may_be_fixed(resolved: Resolve) -> None:
             "grpo", ["--rollout.group_size", "1"],
             r"the standard deviation of one is 0 \(loss\.advantage_std = 'sample'\)",
         ),
+        (
+            "ppo", ["--loss.gae_lambda", "length:0", "1"],
+            r"loss\.gae_lambda = length:0 1\.0: ALPHA must be above 0",
+        ),
         ("iterative_dpo", ["--loss.kl_coef", "0"], r"beta of algorithm = 'iterative_dpo': set it"),
         ("dapo", ["--loss.kl_estimator", "k1"], r"no effect: .* is 0 in algorithm 'dapo'"),
         (
@@ -267,7 +271,7 @@ def test_a_target_may_be_fixed(resolved: Resolve) -> None:
         (
             "grpo_process", ["--reward.sources", "math"],
             r"algorithm = 'grpo_process' learns from rewards of steps, and reward\.sources = math "
-            r"has none: name a process_model:DIR, or a module:function",
+            r"gives none: add process_model:DIR, or a function or server",
         ),
     ],
 )  # fmt: skip

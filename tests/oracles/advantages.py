@@ -139,15 +139,16 @@ def ppo(
 ) -> tuple[Tokens, Tokens]:
     """Advantages and returns. GAE, https://arxiv.org/abs/1506.02438 eq. 16, of the shaped rewards,
     normalised over the batch; decoupled and length-adaptive lambda of
-    https://arxiv.org/abs/2504.05118: 1 - 1 / (alpha l), alpha = 0.05.
+    https://arxiv.org/abs/2504.05118: 1 - 1 / (alpha l), as length:alpha.
     """
     advantages, returns = [], []
     shaped = shaped_rewards(s, kl_coef, kl_estimator)
     for rewards, values in zip(shaped, s.values, strict=True):
         policy_lambda, value_lambda = gae_lambda
-        if policy_lambda == "length":
+        if isinstance(policy_lambda, str):
+            alpha = float(policy_lambda.removeprefix("length:"))
             # below 1 / alpha tokens the formula leaves [0, 1]
-            policy_lambda = max(0.0, 1 - 1 / (0.05 * len(rewards)))
+            policy_lambda = max(0.0, 1 - 1 / (alpha * len(rewards)))
         advantages.append(gae(rewards, values, gamma=gamma, gae_lambda=policy_lambda)[0])
         returns.append(gae(rewards, values, gamma=gamma, gae_lambda=value_lambda)[1])
     return normalised(advantages), returns

@@ -1,0 +1,110 @@
+"""Pre-training data in the policy's step: the gamma E[log pi] of InstructGPT's PPO-ptx."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.engine.runs import train
+from tests.engine.test_critic import rollouts
+from warpo.engine.batch import pack
+from warpo.engine.build import Parts, build
+from warpo.engine.config import Config, load_config
+from warpo.engine.step import accumulate_gradients
+from warpo.engine.train import train_step
+
+COEF = 0.75
+
+
+@pytest.fixture
+def ptx(folder: Path) -> Iterator[tuple[Config, Parts]]:
+    """A run of ppo_ptx before its first step; 20 examples of one to five tokens and their end."""
+    lines = [
+        {"prompt": f"t{9 + i} t8", "completion": " ".join(f"t{20 + j}" for j in range(1 + i % 5))}
+        for i in range(20)
+    ]
+    (folder / "examples.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    words = [
+        *("--algorithm", "ppo_ptx", "--sampler", "transformers", "--critic.model", "shared"),
+        *("--pretraining.data", "examples.jsonl", "--pretraining.coef", str(COEF)),
+    ]
+    config = load_config(folder / "config.yaml", words)
+    parts = build(config)
+    with parts.rewards:
+        yield config, parts
+
+
+def test_the_gradient_is_that_of_the_policy_and_coef_times_the_supervised_one(
+    ptx: tuple[Config, Parts], folder: Path
+) -> None:
+    config, parts = ptx
+    made = rollouts()
+    batches = [pack(made[:3]), pack(made[3:])]
+    names = [name for name, _ in parts.model.named_parameters()]
+
+    accumulate_gradients(
+        parts.model, batches, parts.algorithm.objective, temperature=1.0, max_new_tokens=6,
+        critic=parts.critic,
+    )  # fmt: skip
+    policy = {name: p.grad.double() for name, p in parts.model.named_parameters()}
+    parts.optimizer.zero_grad()
+
+    # as many examples as rollouts, each alone, through plain transformers in float64
+    drawn = parts.pretraining_batches(config, len(made), step=1, update=0)
+    assert sum(batch.num_sequences for batch in drawn) == len(made)
+    plain = AutoModelForCausalLM.from_pretrained(folder / "model").double()
+    losses, count = [], 0
+    for batch in drawn:
+        starts = batch.completion_cu_seqlens.tolist()
+        for i, slots in enumerate(batch.slots):
+            length = starts[i + 1] - starts[i]
+            total = int(batch.position_ids[0, slots].max()) + 1
+            ids = batch.input_ids[0, slots][:total][None]
+            logp = plain(ids).logits[0, -length - 1 : -1].log_softmax(-1)
+            losses.append(-logp.gather(1, ids[0, -length:, None]).sum())
+            assert ids[0, -1] == parts.tokenizer.eos_token_id
+            count += length
+    loss = torch.stack(losses).sum() / count
+    loss.backward()
+    supervised = {name: p.grad for name, p in plain.named_parameters()}
+
+    found = {}
+    parts.optimizer.register_step_pre_hook(
+        lambda *_: found.update({n: p.grad.clone() for n, p in parts.model.named_parameters()})
+    )
+    result = train_step(config, parts, batches, 1, 0)
+    assert result.pretraining.item() == pytest.approx(COEF * loss.item(), rel=1e-5)
+    largest = max(gradient.abs().max().item() for gradient in supervised.values())
+    assert largest > 0
+    for name in names:
+        expected = policy[name] + COEF * supervised[name]
+        torch.testing.assert_close(
+            found[name].double(), expected, rtol=0, atol=2e-5 * max(1, largest), msg=name
+        )
+
+
+def test_examples_are_drawn_by_seed_step_and_update_alone(ptx: tuple[Config, Parts]) -> None:
+    config, parts = ptx
+
+    def drawn(step: int, update: int) -> list[int]:
+        batches = parts.pretraining_batches(config, 6, step, update)
+        return [token for batch in batches for token in batch.input_ids[0].tolist()]
+
+    first = drawn(1, 0)
+    assert first != drawn(1, 1) != drawn(2, 0)
+    assert drawn(1, 0) == first
+    everything = parts.pretraining_batches(config, 100, 1, 0)
+    assert sum(batch.num_sequences for batch in everything) == len(parts.examples)
+
+
+def test_a_run_tells_the_supervised_loss(ptx: tuple[Config, Parts], folder: Path) -> None:
+    del ptx
+    words = ["--algorithm", "ppo_ptx", "--pretraining.data", "examples.jsonl", "--steps", "2"]
+    words += ["--sampler", "transformers", "--evaluation.every_steps", "0", "--update.lr", "1e-2"]
+    table = train(folder, *words)
+    assert table[0]["loss/pretraining"] > table[1]["loss/pretraining"] > 0

@@ -1,0 +1,120 @@
+"""What the algorithms' losses have in common, as identities of the operations."""
+
+import math
+
+import pytest
+import torch
+
+from tests.kernels.backends import DEVICE, each_backend
+from warpo.kernels import ops
+from warpo.kernels.objectives import OBJECTIVES
+
+LENGTHS = (5, 1, 9, 3)
+TOKENS = sum(LENGTHS)
+
+
+def starts(lengths=LENGTHS) -> torch.Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(DEVICE)
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def loss_and_gradient(logp, old, advantages, objective, **options):
+    logp = logp.clone().requires_grad_()
+    loss, _ = ops.policy_loss(logp, old, advantages, objective, **options)
+    loss.backward()
+    return loss.detach(), logp.grad
+
+
+@each_backend
+def test_gspo_of_responses_of_one_token_is_grpo(backend):
+    """With the same bounds and KL: the mean of the log ratios of one token is that of the token."""
+    number = 6 if backend == "triton" else 64
+    old = -normal(number).abs()
+    logp = old + torch.linspace(-0.6, 0.6, number, device=DEVICE)
+    ref, advantages = old + 0.3 * normal(number, seed=2), normal(number, seed=3)
+    of = {}
+    for length in (1, 2):
+        for name in ("gspo", "grpo"):
+            objective = OBJECTIVES[name].replace(clip_low=0.2, clip_high=0.28, kl_coef=0.04)
+            of[name, length] = loss_and_gradient(
+                logp, old, advantages, objective, cu_seqlens=starts([length] * (number // length)),
+                ref_logprobs=ref, backend=backend,
+            )  # fmt: skip
+    torch.testing.assert_close(of["gspo", 1], of["grpo", 1], rtol=1e-6, atol=1e-8)
+    # of longer ones it is not
+    assert not torch.allclose(of["gspo", 2][1], of["grpo", 2][1], rtol=1e-2)
+
+
+def weight_of_token(aggregation: str) -> torch.Tensor:
+    """Each token's share of the loss, with the denominator that is counted."""
+    if aggregation == "token-mean":
+        return torch.full((TOKENS,), 1 / TOKENS)
+    shares = [1 / n if "token-mean" in aggregation else 1.0 for n in LENGTHS]
+    weights = [torch.full((n,), s / len(LENGTHS)) for n, s in zip(LENGTHS, shares, strict=True)]
+    return torch.cat(weights) / (7 if aggregation.endswith("norm") else 1)
+
+
+@each_backend
+@pytest.mark.parametrize("name", list(OBJECTIVES))
+def test_where_the_ratio_is_1_the_gradient_is_the_policy_gradient(backend, name):
+    """grad = -A grad log pi, weighed as the row aggregates, for every surrogate and correction; the
+    KL to a reference that is the policy adds nothing.
+    """
+    objective = OBJECTIVES[name]
+    logp = -normal(TOKENS).abs()
+    # one advantage a response: where the ratio is the response's, its tokens share it
+    advantages = normal(len(LENGTHS), seed=1).repeat_interleave(torch.tensor(LENGTHS).to(DEVICE))
+    is_norm = objective.aggregation.endswith("norm")
+    _, gradient = loss_and_gradient(
+        logp, logp, advantages, objective, cu_seqlens=starts(), ref_logprobs=logp,
+        sampler_logprobs=logp, denominator=7.0 * len(LENGTHS) if is_norm else None, backend=backend,
+    )  # fmt: skip
+    expected = -advantages * weight_of_token(objective.aggregation).to(DEVICE)
+    torch.testing.assert_close(gradient, expected, rtol=2e-6, atol=1e-8)
+
+
+@each_backend
+@pytest.mark.parametrize("name", ["dpo", "conservative_dpo", "robust_dpo"])
+def test_dpo_of_equal_pairs_is_log_2(backend, name):
+    """Chosen and rejected are one response; or the policy is the reference. Whatever the labels."""
+    one, ref, other = (-normal(6, 5, seed=seed).abs() for seed in range(3))
+    for chosen, rejected, ref_chosen, ref_rejected in (
+        (one, one, ref, ref), (one, other, one, other)
+    ):  # fmt: skip
+        loss, metrics = ops.preference_loss(
+            chosen, rejected, ref_chosen, ref_rejected, loss=name, backend=backend
+        )
+        assert loss.item() == pytest.approx(math.log(2), rel=1e-6)
+        assert ops.preference_metrics(metrics)["reward/margin"] == 0
+
+
+@each_backend
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_k3_is_not_negative_and_its_expectation_is_the_kl(backend, estimator):
+    """E over the policy's categories, every one of them, so nothing is sampled. k1 has the same
+    expectation and a sign; k2 has a bias.
+    """
+    logits, ref_logits = 2 * normal(40, seed=4), 2 * normal(40, seed=5)
+    logp, ref = logits.log_softmax(0), ref_logits.log_softmax(0)
+    zeros = torch.zeros_like(logp)
+    found = -ops.shaped_gae(
+        logp[:, None], ref[:, None], zeros[:, None], gamma=1.0, gae_lambda=1.0, kl_coef=1.0,
+        kl_estimator=estimator, rewards=zeros[:, None], return_rewards=True, backend=backend,
+    ).rewards[:, 0]  # fmt: skip
+    p = logp.double().exp()
+    kl = (p * (logp.double() - ref.double())).sum().item()
+    expectation = (p * found.double()).sum().item()
+    assert kl > 0.5
+    assert (expectation == pytest.approx(kl, rel=1e-5)) == (estimator != "k2")
+    assert (found >= 0).all() == (estimator != "k1")
+    # the same in the loss: a token's share of it is its estimate
+    row = OBJECTIVES["grpo"].replace(kl_coef=1.0, kl_estimator=estimator, aggregation="token-mean")
+    for i in (0, 7, 39):
+        loss, _ = ops.policy_loss(
+            logp[i : i + 1, None], logp[i : i + 1, None], zeros[:1], row,
+            ref_logprobs=ref[i : i + 1, None], backend=backend,
+        )  # fmt: skip
+        assert loss.item() == pytest.approx(found[i].item(), rel=1e-5)
