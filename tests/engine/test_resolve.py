@@ -227,7 +227,7 @@ def test_a_target_may_be_fixed(resolved: Resolve) -> None:
                 rf"group_size = 1 is too small for algorithm = '{name}': its advantages compare "
                 r"the completions of a prompt.*Set rollout\.group_size to 2 or more",
             )
-            for name in [*GROUP_STD - {"grpo_process"}, *REDRAWN, *PAIRS]
+            for name in sorted((GROUP_STD | REDRAWN | PAIRS) - {"grpo_process"})
         ),
         (
             "grpo", ["--rollout.group_size", "1"],
