@@ -53,21 +53,17 @@ def collect(
     eq. 11), groups of one reward give way to those of further prompts, until none is left or the
     draws are spent.
     """
-    wanted = config.rollout.prompts_per_step
-    drawn = _draw(config, parts, log, stop, step, 0)
-    draws, sampled = 1, wanted
-    max_draws = parts.algorithm.max_draws
+    wanted, max_draws = config.rollout.prompts_per_step, parts.algorithm.max_draws
+    drawn = kept = _draw(config, parts, log, stop, step, 0)
+    draws = 1
     if max_draws > 1:
-        useful = drawn.select(_unequal(drawn))
-        while len(useful.prompts) < wanted and draws < max_draws:
-            further = _draw(config, parts, log, stop, step, draws)
-            useful = useful + further.select(_unequal(further))
-            draws, sampled = draws + 1, sampled + wanted
-        if useful.prompts:
-            drawn = useful.select(list(range(min(wanted, len(useful.prompts)))))
-    baselines = [0.0] * len(drawn.prompts)
+        while len(_unequal(drawn)) < wanted and draws < max_draws:
+            drawn = drawn + _draw(config, parts, log, stop, step, draws)
+            draws += 1
+        kept = drawn.select(_unequal(drawn)[:wanted]) if _unequal(drawn) else kept
+    baselines = [0.0] * len(kept.prompts)
     if parts.algorithm.advantages == "greedy":
-        baselines = _greedy_rewards(config, parts, log, stop, drawn.prompts)
+        baselines = _greedy_rewards(config, parts, log, stop, kept.prompts)
     rollouts = [
         Rollout(
             prompt_ids=prompt.token_ids,
@@ -76,28 +72,29 @@ def collect(
             step_rewards=verdict.steps,
             baseline_reward=baseline,
         )
-        for prompt, group, verdicts, baseline in zip(*drawn, baselines, strict=True)
+        for prompt, group, verdicts, baseline in zip(*kept, baselines, strict=True)
         for completion, verdict in zip(group, verdicts, strict=True)
     ]
-    metrics = _describe(config, rollouts) | source_means(drawn.verdicts, "reward")
+    metrics = _describe(config, drawn) | source_means(drawn.verdicts, "reward")
+    metrics["perf/tokens"] = float(sum(rollout.num_tokens for rollout in rollouts))
     if max_draws > 1:
         metrics |= {
             "rollout/draws": float(draws),
-            "rollout/kept_frac": len(drawn.prompts) / sampled,
+            "rollout/kept_frac": len(kept.prompts) / len(drawn.prompts),
         }
     return rollouts, metrics
 
 
-def _describe(config: Config, rollouts: list[Rollout]) -> Metrics:
-    count = len(rollouts)
-    rewards = [rollout.reward for rollout in rollouts]
-    completions = [rollout.completion for rollout in rollouts]
+def _describe(config: Config, drawn: _Draw) -> Metrics:
+    """Of all that was sampled, so that runs that draw again compare with others."""
+    rewards = [verdict.total for verdicts in drawn.verdicts for verdict in verdicts]
+    completions = [completion for group in drawn.groups for completion in group]
+    count = len(completions)
     return {
         "reward/mean": sum(rewards) / count,
         "reward/accuracy": accuracy(config, rewards),
         "completion/length_mean": sum(len(c.token_ids) for c in completions) / count,
         "completion/finished_frac": sum(c.finished for c in completions) / count,
-        "perf/tokens": float(sum(rollout.num_tokens for rollout in rollouts)),
     }
 
 

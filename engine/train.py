@@ -128,7 +128,9 @@ def _step(
     if "kl/approx" in metrics:
         metrics["kl/mean"] = metrics["kl/ref" if parts.algorithm.kl_coef else "kl/approx"]
         metrics["kl/coef"] = parts.adaptive.kl_coef
-        parts.adaptive.adapt(parts.algorithm, metrics["kl/mean"])
+        # of the old policy where that is the reference: the first update finds none of it
+        own = "kl/ref_last" if parts.algorithm.previous_reference else "kl/mean"
+        parts.adaptive.adapt(parts.algorithm, metrics[own])
     renew_reference(config, parts, step)
     parts.step, parts.whole, parts.boundary = step, True, parts.position()
     return metrics, [r.prompt_ids + r.completion.token_ids for r in probed]
