@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
-
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from warpo.engine.algorithms import ADVANTAGES, ALGORITHMS, Algorithm
+from warpo.engine.offline.config import LOSS_KEYS
+from warpo.engine.resolve import has_effect
+from warpo.kernels.objectives import Objective
+from warpo.kernels.preferences import Preference
 
 _FAMILIES = {
     "policy": "policy, from sampled completions",
@@ -51,20 +52,61 @@ def markdown() -> str:
 
 
 def describe(row: Algorithm) -> str:
-    """One row with its numbers and a config to begin with."""
-    lines = [f"{row.name}: {row.title}", f"  {row.url}", f"  models: {', '.join(row.models)}"]
+    """One row: what it is made of, and its settings with their values."""
+    lines = [f"{row.name}: {row.title}", f"  {row.url}", f"  models      {', '.join(row.models)}"]
     if row.advantages:
-        lines.append(f"  advantages: {ADVANTAGES[row.advantages]}")
+        lines.append(f"  advantages  {ADVANTAGES[row.advantages]}")
     if row.loss:
-        lines.append(f"  loss: {row.loss}")
-    numbers = _changed(row, skip={"name", "family", "title", "url", "trained", "others", "loss"})
-    objective: Any = numbers.pop("objective", None)
-    numbers.pop("advantages", None)
-    if objective is not None:
-        kind = type(objective).__name__
-        numbers |= {f"{kind}.{name}": v for name, v in _changed(objective, skip=set()).items()}
-    lines += [f"  {name}: {value}" for name, value in numbers.items()]
-    return "\n".join([*lines, "", f"  examples/{row.name}.yaml is a config to begin with"])
+        lines.append(f"  loss        {row.loss}")
+    if isinstance(row.objective, Objective):
+        objective = row.objective
+        lines.append(
+            f"  loss        {objective.surrogate}, ratio of the {objective.ratio_level}, "
+            f"{objective.aggregation}"
+        )
+    settings = _settings(row)
+    if settings:
+        lines += ["", "  settings, and their values where a config does not name them:"]
+        lines += [f"    {name:28}{value}" for name, value in settings.items()]
+    return "\n".join([*lines, "", f"  a config to begin with: examples/{row.name}.yaml"])
+
+
+def _settings(row: Algorithm) -> dict[str, str]:
+    """The numbers of a row under the names of their settings."""
+    settings: dict[str, str] = {}
+    objective = row.objective
+    if isinstance(objective, Preference):
+        place = "loss.kl_coef" if row.family == "policy" else "loss.beta"
+        settings = {place: f"{objective.beta:g}, the beta of the loss"}
+        own = {f"loss.{name}": getattr(objective, name) for name in LOSS_KEYS.get(row.name, ())}
+        settings |= {name: f"{value:g}" for name, value in own.items() if name != place}
+    if row.family != "policy":
+        return settings
+    if isinstance(objective, Objective):
+        correction = objective.correction
+        settings |= {
+            "loss.clip_range": f"{objective.clip_low:.4g} {objective.clip_high:.4g}",
+            "loss.kl_coef": f"{row.kl_coef:g}, of the {'reward' if row.kl_in_reward else 'loss'}",
+            "loss.kl_estimator": row.reward_kl_estimator
+            if row.kl_in_reward
+            else objective.kl_estimator,
+            "loss.kl_target": "fixed" if row.kl_target is None else f"{row.kl_target:g}",
+            "loss.entropy_coef": f"{objective.entropy_coef:g}",
+            "loss.correction": correction
+            if correction == "none"
+            else f"{correction}_{objective.correction_level}",
+            "loss.correction_range": f"{objective.correction_low:g} {objective.correction_high:g}",
+        }
+    settings |= {
+        "loss.reference_every_steps": str(row.reference_every_steps),
+        "loss.gamma": f"{row.gamma:g}",
+        "loss.gae_lambda": " ".join(map(str, row.gae_lambda)),
+        "loss.advantage_std": row.advantage_std,
+        "rollout.max_draws": str(row.max_draws),
+        "pretraining.coef": f"{row.pretraining_coef:g}",
+    }
+    read = has_effect(row)
+    return {name: value for name, value in settings.items() if read.get(name, True)}
 
 
 def _of(family: str) -> list[Algorithm]:
@@ -74,12 +116,3 @@ def _of(family: str) -> list[Algorithm]:
 def _cells(row: Algorithm) -> tuple[str, str, str, str]:
     what = row.loss or ADVANTAGES[row.advantages]
     return f"algorithm: {row.name}", what, ", ".join(row.models), f"{row.title} {row.url}"
-
-
-def _changed(row: Any, skip: set[str]) -> dict[str, Any]:
-    """Fields that differ from their defaults."""
-    return {
-        field.name: getattr(row, field.name)
-        for field in dataclasses.fields(row)
-        if field.init and field.name not in skip and getattr(row, field.name) != field.default
-    }

@@ -29,7 +29,7 @@ def find(name: str) -> Algorithm:
         near = difflib.get_close_matches(name, ALGORITHMS, n=1)
         raise ConfigError(
             f"algorithm = {name!r} is unknown"
-            + (f", did you mean {near[0]!r}?" if near else "")
+            + (f", did you mean {near[0]!r}?" if near else ".")
             + f" Known: {', '.join(ALGORITHMS)}"
         )
     return ALGORITHMS[name]
@@ -108,13 +108,12 @@ def _objective(objective: Objective, loss: Loss, kl: dict[str, Any], name: str) 
     return objective.replace(**given)
 
 
-def _check_effects(config: Config, row: Algorithm) -> None:
-    """Refuse settings that this row does not read."""
-    loss = config.loss
+def has_effect(row: Algorithm) -> dict[str, bool]:
+    """Whether a row of the policy family reads a setting, for those that not all rows read."""
     ratio = isinstance(row.objective, Objective) and row.objective.surrogate not in (
         "none", "reinforce", "soft_gate",
     )  # fmt: skip
-    read = {
+    return {
         "loss.clip_range": ratio,
         "loss.kl_target": row.advantages != "pairs",
         "loss.kl_estimator": row.advantages != "pairs",
@@ -127,6 +126,11 @@ def _check_effects(config: Config, row: Algorithm) -> None:
         "loss.reference_every_steps": not row.previous_reference,
         "rollout.max_draws": row.is_relative and row.advantages not in ("process", "pairs"),
     }
+
+
+def _check_effects(config: Config, row: Algorithm) -> None:
+    """Refuse settings that this row does not read."""
+    loss, read = config.loss, has_effect(row)
     read |= {f"critic.{field.name}": row.has_critic for field in dataclasses.fields(config.critic)}
     where = {name: f"algorithm = {row.name!r}" for name in read}
     if row.has_critic:

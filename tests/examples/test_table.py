@@ -46,7 +46,8 @@ def test_warpo_algorithms_prints_every_row():
         assert f" algorithm: {row.name} " in printed
         assert row.url in printed
     one = subprocess.run([*command, "dapo"], capture_output=True, text=True, check=True).stdout
-    assert "clip_high: 0.28" in one and "max_draws: 10" in one
+    assert re.search(r"loss\.clip_range +0\.2 0\.28\n", one)
+    assert re.search(r"rollout\.max_draws +10\n", one)
     wrong = subprocess.run([*command, "dappo"], capture_output=True, text=True)
     assert wrong.returncode == 1 and "did you mean 'dapo'?" in wrong.stderr
 
