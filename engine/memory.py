@@ -168,14 +168,18 @@ def _shapes(config: Config, prompt_lengths: Sequence[int]) -> list[Shape]:
     """A full micro-batch of the shortest prompts, which has the most logits, and of the longest."""
     rollout, update = config.rollout, config.update
     rollouts = -(-rollout.prompts_per_step * rollout.group_size // update.minibatches)
-    return [
-        Shape(
-            sequences=min(rollouts, update.token_budget // (length + rollout.max_new_tokens)),
-            prompt_tokens=length,
-            completion_tokens=rollout.max_new_tokens,
+    together = 2 if resolve(config).advantages == "pairs" else 1
+    shapes = []
+    for length in {min(prompt_lengths), max(prompt_lengths)}:
+        fitting = min(rollouts, update.token_budget // (length + rollout.max_new_tokens))
+        shapes.append(
+            Shape(
+                sequences=max(together, fitting - fitting % together),
+                prompt_tokens=length,
+                completion_tokens=rollout.max_new_tokens,
+            )
         )
-        for length in {min(prompt_lengths), max(prompt_lengths)}
-    ]
+    return shapes
 
 
 def rollouts_of(shape: Shape, vocab_size: int) -> list[Rollout]:

@@ -173,6 +173,12 @@ def _check_combinations(config: Config, row: Algorithm) -> None:
             f"advantages compare the completions of a prompt{std} "
             f"(loss.advantage_std = {row.advantage_std!r}). Set rollout.group_size to 2 or more"
         )
+    pair = 2 * config.rollout.max_model_len
+    if row.advantages == "pairs" and config.update.token_budget < pair:
+        raise ConfigError(
+            f"update.token_budget = {config.update.token_budget} cannot hold a pair of algorithm = "
+            f"{row.name!r}: raise it to {pair}, twice rollout.max_model_len"
+        )
     sources = parse_sources(config.reward.sources)
     if row.advantages == "process" and not any(source.may_give_steps for source in sources):
         raise ConfigError(

@@ -223,6 +223,37 @@ def test_what_is_held_is_exact_and_alias_mode_holds_the_weights_once(folder, dty
         assert copied.phases[phase] - aliased.phases[phase] == weights
 
 
+def test_the_micro_batch_of_pairs_that_is_planned_has_both_of_each(folder):
+    odd = ["--rollout.prompts_per_step", "3", "--rollout.group_size", "3"]
+    odd += ["--update.minibatches", "1", "--update.token_budget", "5000"]
+    for algorithm, sequences in (("dapo", 9), ("iterative_dpo", 8)):
+        words = ["--algorithm", algorithm, *odd, "--loss.kl_coef", "0.1"]
+        config = load_config(folder / "config.yaml", words)
+        plan = plan_memory(config, [8], torch.device("cpu"), resync="alias")
+        assert plan.shape.sequences == sequences
+
+
+def test_critic_and_reward_models_are_held(folder):
+    ppo = ["--algorithm", "ppo", "--loss.kl_coef", "0.01"]
+    reward_model = ["--reward.sources", f"model:{folder}/model"]
+    plans = {
+        name: plan_memory(
+            load_config(folder / "config.yaml", words), [8], torch.device("cpu"), resync="alias"
+        ).held
+        for name, words in {
+            "grpo": [], "own": ppo, "shared": [*ppo, "--critic.model", "shared"],
+            "model": [*ppo, *reward_model],
+        }.items()
+    }  # fmt: skip
+    trunk = transformers.AutoModel.from_pretrained(folder / "model")
+    weights = sum(parameter.nbytes for parameter in trunk.parameters())
+    assert "critic weights" not in plans["grpo"] and "critic weights" not in plans["shared"]
+    assert plans["own"]["critic weights"] == weights
+    assert plans["own"]["optimizer state"] - plans["shared"]["optimizer state"] == 2 * weights
+    hidden = trunk.config.hidden_size
+    assert plans["model"]["reward models"] == weights + 4 * hidden
+
+
 def stepped(model: torch.nn.Module) -> torch.optim.Optimizer:
     optimizer = AdamW(model.named_parameters(), lr=1e-3)
     for parameter in model.parameters():
