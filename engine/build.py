@@ -26,7 +26,7 @@ from warpo.engine.device import learner_device
 from warpo.engine.errors import ConfigError, DataError
 from warpo.engine.model import eos_token_ids, load_model, load_tokenizer
 from warpo.engine.offline.data import Example, load_examples
-from warpo.engine.optimizer import AdamW, WeightUpdate, warmup_schedule
+from warpo.engine.optimizer import AdamW, WarmupSchedule, WeightUpdate
 from warpo.engine.resolve import resolve
 from warpo.engine.resync import Resync
 from warpo.engine.rewards.combine import RewardSources
@@ -163,7 +163,7 @@ def build(config: Config) -> Parts:
         rewards=rewards,
         stream=PromptStream(prompts, config.rollout.prompts_per_step, config.seed),
         optimizer=optimizer,
-        schedule=warmup_schedule(optimizer, config.update.warmup_steps),
+        schedule=WarmupSchedule(optimizer, config.update.warmup_steps),
         algorithm=algorithm,
         adaptive=AdaptiveState(algorithm.kl_coef, adapts=algorithm.kl_target is not None),
         critic=critic,

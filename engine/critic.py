@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from warpo.engine.batch import Batch
 from warpo.engine.config import Config
 from warpo.engine.model import token_logprobs_and_values
-from warpo.engine.optimizer import AdamW, warmup_schedule
+from warpo.engine.optimizer import AdamW, WarmupSchedule
 from warpo.engine.scalar import load_scalar_model, token_scores
 from warpo.engine.step import apply_gradients
 from warpo.kernels import ops
@@ -52,7 +52,7 @@ class Critic:
             weight_decay=config.update.weight_decay,
             state=config.update.optimizer_state,
         )
-        self._schedule = warmup_schedule(self._optimizer, config.update.warmup_steps)
+        self._schedule = WarmupSchedule(self._optimizer, config.update.warmup_steps)
 
     @property
     def is_shared(self) -> bool:

@@ -225,15 +225,22 @@ class AdamW(torch.optim.Optimizer):
         return torch.empty(tuple(shape), dtype=dtype, pin_memory=self._device.type == "cuda")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken; the weights must be those of that moment.
+        """Go on where `state_dict` was taken; the weights must be those of that moment. Learning
+        rate, betas and weight decay stay those of this optimizer.
 
         Raises:
             ValueError: it belongs to other parameters, or to parameters of another dtype.
         """
         own = [name for name, *_ in self._parameters()]
         groups = state_dict["param_groups"]
+        settings = [
+            {name: value for name, value in group.items() if name != "params"}
+            for group in self.param_groups
+        ]
         # Without the state, which torch would round to the dtype of the parameters.
         super().load_state_dict({"state": {}, "param_groups": groups})
+        for group, values in zip(self.param_groups, settings, strict=True):
+            group.update(values)
         self.reset()
         saved = [name for group in groups for name in group.get("param_names", group["params"])]
         for name, other in zip(own, saved, strict=True):
@@ -265,20 +272,30 @@ class AdamW(torch.optim.Optimizer):
         return state
 
 
-def warmup_schedule(
-    optimizer: torch.optim.Optimizer, warmup_steps: int, zero_after: int = 0
-) -> torch.optim.lr_scheduler.LambdaLR:
+class WarmupSchedule(torch.optim.lr_scheduler.LambdaLR):
     """The learning rate rises linearly over so many optimizer steps. Then it stays, or falls
     linearly, to be 0 after `zero_after` steps where that is not 0.
     """
 
-    def factor(step: int) -> float:
-        rising = min(1.0, (step + 1) / (warmup_steps + 1))
-        if not zero_after:
-            return rising
-        return max(0.0, min(rising, (zero_after - step) / (zero_after - warmup_steps)))
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, warmup_steps: int, zero_after: int = 0
+    ) -> None:
+        def factor(step: int) -> float:
+            rising = min(1.0, (step + 1) / (warmup_steps + 1))
+            if not zero_after:
+                return rising
+            return max(0.0, min(rising, (zero_after - step) / (zero_after - warmup_steps)))
 
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        super().__init__(optimizer, factor)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on at the step where `state_dict` was taken, with the learning rate of this run."""
+        own = self.base_lrs
+        super().load_state_dict(state_dict)
+        self.base_lrs = own
+        self._last_lr = self.get_lr()
+        for group, lr in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+            group["lr"] = lr
 
 
 def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:

@@ -29,7 +29,7 @@ from warpo.engine.offline.families import (
     pack_sequences,
 )
 from warpo.engine.offline.losses import sequence_scores
-from warpo.engine.optimizer import AdamW, update_metrics, warmup_schedule
+from warpo.engine.optimizer import AdamW, WarmupSchedule, update_metrics
 from warpo.engine.scalar import load_scalar_model
 from warpo.engine.step import apply_gradients, score
 
@@ -152,7 +152,7 @@ def build(config: OfflineConfig, log: RunLog, stop: Callable[[], bool]) -> Parts
         examples=examples,
         eval_examples=eval_examples,
         optimizer=optimizer,
-        schedule=warmup_schedule(
+        schedule=WarmupSchedule(
             optimizer, update.warmup_steps, config.steps if update.schedule == "linear" else 0
         ),
     )

@@ -7,7 +7,13 @@ import torch
 from torch import nn
 
 from tests.tolerance import ADAMW_ABSOLUTE, ADAMW_RELATIVE, STEP_RELATIVE, assert_close
-from warpo.engine.optimizer import AdamW, clip_coefficient, gradient_norm, update_metrics
+from warpo.engine.optimizer import (
+    AdamW,
+    WarmupSchedule,
+    clip_coefficient,
+    gradient_norm,
+    update_metrics,
+)
 from warpo.kernels import ops
 
 OPTIONS = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
@@ -158,7 +164,7 @@ def test_a_parameter_without_gradient_is_left_alone_and_reported(staged):
 def test_a_resumed_run_goes_on_bit_for_bit(dtype, before, after):
     named = parameters(dtype)
     optimizer = new(named, before)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
+    schedule = WarmupSchedule(optimizer, warmup_steps=5)
     learn(named, optimizer, range(3))
     schedule.step()
     state, weights = saved(optimizer), {name: p.detach().clone() for name, p in named.items()}
@@ -166,9 +172,11 @@ def test_a_resumed_run_goes_on_bit_for_bit(dtype, before, after):
     with torch.no_grad():
         for name, parameter in resumed.items():
             parameter.copy_(weights[name])
-    fresh = new(resumed, after, lr=1.0)
+    fresh = new(resumed, after)
+    going_on = WarmupSchedule(fresh, warmup_steps=5)
     fresh.load_state_dict(state)
-    assert fresh.param_groups[0]["lr"] == OPTIONS["lr"] / 2
+    going_on.load_state_dict(schedule.state_dict())
+    assert fresh.param_groups[0]["lr"] == schedule.get_last_lr()[0] == OPTIONS["lr"] * (2 / 6)
     wanted = learn(named, optimizer, range(3, 6))
     assert learn(resumed, fresh, range(3, 6)).fingerprints == wanted.fingerprints
     for name, parameter in named.items():
@@ -176,6 +184,20 @@ def test_a_resumed_run_goes_on_bit_for_bit(dtype, before, after):
         for key, value in optimizer.state[parameter].items():
             own = fresh.state[resumed[name]][key]
             assert own == value if key == "step" else torch.equal(own, value)
+
+
+def test_a_resumed_run_may_have_other_settings():
+    optimizer = new(parameters(torch.float32))
+    schedule = WarmupSchedule(optimizer, warmup_steps=3)
+    schedule.step()
+    other = new(parameters(torch.float32), lr=1.0, weight_decay=0.25, betas=(0.5, 0.75))
+    going_on = WarmupSchedule(other, warmup_steps=3)
+    other.load_state_dict(saved(optimizer))
+    going_on.load_state_dict(schedule.state_dict())
+    group = other.param_groups[0]
+    assert (group["lr"], group["weight_decay"], group["betas"]) == (0.5, 0.25, (0.5, 0.75))
+    going_on.step()
+    assert group["lr"] == 0.75
 
 
 @staged_or_not
