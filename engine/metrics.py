@@ -70,6 +70,7 @@ class RunLog:
         output_dir: gets metrics.jsonl, tensorboard/ and config.yaml.
         config: written to config.yaml. With `resume` set, the files of output_dir are continued.
         columns: of the table.
+        shown_every: steps from one row of the table to the next; evaluations are all in it.
         resume_step: step that a resumed run has reached; rows of later steps are dropped, so that
             metrics.jsonl has one row a step.
         console: where the table goes; standard output.
@@ -84,6 +85,7 @@ class RunLog:
         config: Settings,
         *,
         columns: Sequence[Column] = COLUMNS,
+        shown_every: int = 1,
         resume_step: int = 0,
         console: Console | None = None,
     ) -> None:
@@ -107,6 +109,7 @@ class RunLog:
         )
         self._console = console or Console()
         self._table = _Table(self._console, columns)
+        self._shown_every = shown_every
         self._live = _live_line(self._console)
         self._seconds: dict[str, float] = {}
         self._step_start: float | None = None
@@ -182,8 +185,9 @@ class RunLog:
         self._file.flush()
         for name, value in row.items():
             self._board.add_scalar(name, value, step)
-        for line in self._table.lines({"step": step} | row):
-            self.say(line)
+        if step % self._shown_every == 0 or any(name.startswith("eval/") for name in row):
+            for line in self._table.lines({"step": step} | row):
+                self.say(line)
         return {"step": step} | finite
 
 

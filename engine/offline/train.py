@@ -35,6 +35,7 @@ from warpo.engine.step import apply_gradients, score
 
 Metrics = dict[str, float]
 
+SHOWN_ROWS = 30
 COLUMNS = (
     Column("step", "step", "step", "d"),
     Column("train/loss", "loss", "loss", ".4f"),
@@ -102,7 +103,14 @@ def run(config: OfflineConfig) -> None:
     resume_from = checkpoint.latest(config.output_dir) if config.resume else None
     resume_step = int(resume_from.name.removeprefix("step-")) if resume_from else 0
     with (
-        RunLog(config.output_dir, config, columns=COLUMNS, resume_step=resume_step) as log,
+        RunLog(
+            config.output_dir,
+            config,
+            columns=COLUMNS,
+            resume_step=resume_step,
+            # a step takes moments: as many rows as one looks through
+            shown_every=max(1, config.steps // SHOWN_ROWS),
+        ) as log,
         signals(log) as stop,
     ):
         parts = build(config, log, stop)

@@ -47,6 +47,16 @@ def shown(log):
     return log._console.file.getvalue()
 
 
+def test_rows_between_those_shown_are_written_all_the_same(tmp_path, config):
+    console = Console(file=io.StringIO(), width=200)
+    with RunLog(tmp_path, config, console=console, shown_every=10) as log:
+        for step in range(1, 21):
+            log.write(step, {"reward/mean": 0.5} | ({"eval/accuracy": 1.0} if step == 7 else {}))
+    shown = [line.split()[0] for line in console.file.getvalue().splitlines()]
+    assert shown == ["step", "7", "10", "20"]
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == list(range(1, 21))
+
+
 def test_a_step_becomes_a_json_row_a_tensorboard_point_and_a_table_row(open_log, tmp_path):
     with open_log() as log:
         with log.phase("sample") as progress:
