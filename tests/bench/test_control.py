@@ -53,7 +53,10 @@ def test_a_missing_peer_is_named_with_the_command_that_installs_it(tmp_path, mon
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not PEERS.exists(), reason="Stable-Baselines3 is not installed: make peers")
+@pytest.mark.skipif(
+    not (PEERS / "stable_baselines3").exists(),
+    reason="Stable-Baselines3 is not installed: make peers",
+)
 def test_both_trainers_run_the_same_steps(tmp_path):
     command = [sys.executable, "-m", "warpo.bench.control", "--peers", PEERS, "--out", tmp_path]
     options = ["--steps", "1024", "--seeds", "1", "--episodes", "2"]
