@@ -82,7 +82,7 @@ def test_groups_of_one_reward_give_no_pairs() -> None:
 
 SETTINGS = (
     *("--algorithm", "iterative_dpo", "--sampler", "transformers", "--steps", "2"),
-    *("--loss.kl_coef", "0.5", "--evaluation.every_steps", "0"),
+    *("--loss.kl_coef", "0.5", "--update.token_budget", "128", "--evaluation.every_steps", "0"),
 )
 
 
