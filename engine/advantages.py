@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from warpo.engine.algorithms import Algorithm
-from warpo.engine.batch import Rollout, split
+from warpo.engine.batch import Rollout, join, split
 from warpo.engine.errors import RewardError
 from warpo.kernels import ops
 
@@ -110,11 +110,7 @@ def estimate(
 
 
 def _tokens(rollouts: Sequence[Rollout], group_size: int) -> _Tokens:
-    def joined(name: str) -> Tensor | None:
-        parts = [getattr(rollout, name) for rollout in rollouts]
-        return None if parts[0] is None else torch.cat(parts)
-
-    old, ref, values = joined("old_logprobs"), joined("ref_logprobs"), joined("values")
+    old, ref, values = (join(rollouts, name) for name in ("old_logprobs", "ref_logprobs", "values"))
     device = next((x.device for x in (old, ref, values) if x is not None), torch.device("cpu"))
     if old is None:
         sampled = [logp for rollout in rollouts for logp in rollout.completion.logprobs]

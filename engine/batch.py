@@ -147,7 +147,7 @@ def pack(rollouts: Sequence[Rollout]) -> Batch:
         slots.append(sequence + sequence[-1:] * (longest - len(sequence)))
     completions = [rollout.completion for rollout in rollouts]
     sampler_logprobs = torch.tensor([logp for c in completions for logp in c.logprobs])
-    scores = {name: _join(rollouts, name) for name in SCORES}
+    scores = {name: join(rollouts, name) for name in SCORES}
     old_logprobs = scores.pop("old_logprobs")
     return Batch(
         input_ids=torch.tensor([ids]),
@@ -163,7 +163,8 @@ def pack(rollouts: Sequence[Rollout]) -> Batch:
     )
 
 
-def _join(rollouts: Sequence[Rollout], name: str) -> Tensor | None:
+def join(rollouts: Sequence[Rollout], name: str) -> Tensor | None:
+    """(M,): a tensor of the rollouts, one after the other; None where they have none."""
     parts = [getattr(rollout, name) for rollout in rollouts]
     return None if parts[0] is None else torch.cat(parts)
 

@@ -78,9 +78,9 @@ class Parts:
 
     def updated(self, update: WeightUpdate) -> None:
         """Keep what an optimizer step says of the weights, for the next publish."""
-        weights = {name for name, _ in self.model.named_parameters()}
+        others = {name for name, _ in self.critic.named_parameters()} if self.critic else set()
         self.fingerprints = {
-            name: value for name, value in update.fingerprints.items() if name in weights
+            name: value for name, value in update.fingerprints.items() if name not in others
         }
 
     def pretraining_batches(

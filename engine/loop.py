@@ -1,12 +1,68 @@
-"""What every training loop shares: when something is due, and how a run is stopped."""
+"""What training loops share: when something is due, how a run is stopped, and what it leaves."""
 
 from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, Protocol
 
+from warpo.engine import checkpoint
 from warpo.engine.metrics import RunLog
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Trained(Protocol):
+    """The parts of a run that trains a language or reward model.
+
+    Attributes:
+        step: steps whose update is complete.
+        whole: False while the weights are between two steps.
+        boundary: what `rewind` goes back to; empty before the run is prepared.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    step: int
+    whole: bool
+    boundary: dict[str, Any]
+
+    @property
+    def stateful(self) -> dict[str, checkpoint.Stateful]: ...
+
+    def rewind(self) -> None: ...
+
+
+def save(parts: Trained, log: RunLog, output_dir: str, keep: int) -> None:
+    """Write a checkpoint of the parts."""
+    with log.phase("checkpoint"):
+        checkpoint.save(
+            output_dir,
+            step=parts.step,
+            model=parts.model,
+            tokenizer=parts.tokenizer,
+            parts=parts.stateful,
+            keep=keep,
+        )
+
+
+@contextmanager
+def checkpoint_on_error(
+    parts: Trained, log: RunLog, save_parts: Callable[[], None]
+) -> Iterator[None]:
+    """Leave a checkpoint of the last complete step, whatever ends the run."""
+    try:
+        yield
+    except BaseException:
+        if parts.whole and parts.boundary:
+            parts.rewind()
+            save_parts()
+            log.say(f"stopped; step {parts.step} is saved: --resume continues after it")
+        elif parts.boundary:
+            log.say("stopped within an update; --resume continues from the newest checkpoint")
+        raise
 
 
 def due(step: int, every: int, last: int) -> bool:

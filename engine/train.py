@@ -7,8 +7,7 @@ one samples from.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from warpo.engine.batch import Batch, Rollout
 from warpo.engine.build import Parts, build, load_reference, make_reference, renew_reference
 from warpo.engine.config import Config
 from warpo.engine.errors import TrainingError, WeightMismatch
-from warpo.engine.loop import due, raise_if, signals
+from warpo.engine.loop import checkpoint_on_error, due, raise_if, save, signals
 from warpo.engine.metrics import ReportProgress, RunLog, read_rows
 from warpo.engine.offline.losses import preference_gradients, supervised_gradients
 from warpo.engine.pairs import pair_minibatches
@@ -61,7 +60,8 @@ def run(config: Config) -> None:
     with RunLog(config.output_dir, config, resume_step=resume_step) as log, signals(log) as stop:
         with log.phase("load"):
             parts = build(config)
-        with parts.rewards, _checkpoint_on_error(config, parts, log):
+        on_error = checkpoint_on_error(parts, log, lambda: _save(config, parts, log))
+        with parts.rewards, on_error:
             _prepare(config, parts, log, resume_from)
             while parts.step < config.steps:
                 metrics, sequences = _step(config, parts, log, stop)
@@ -297,27 +297,4 @@ def _report(metrics_path: Path, log: RunLog) -> None:
 
 
 def _save(config: Config, parts: Parts, log: RunLog) -> None:
-    with log.phase("checkpoint"):
-        checkpoint.save(
-            config.output_dir,
-            step=parts.step,
-            model=parts.model,
-            tokenizer=parts.tokenizer,
-            parts=parts.stateful,
-            keep=config.checkpoint.keep,
-        )
-
-
-@contextmanager
-def _checkpoint_on_error(config: Config, parts: Parts, log: RunLog) -> Iterator[None]:
-    """Leave a checkpoint of the last complete step, whatever ends the run."""
-    try:
-        yield
-    except BaseException:
-        if parts.whole and parts.boundary:
-            parts.rewind()
-            _save(config, parts, log)
-            log.say(f"stopped; step {parts.step} is saved: --resume continues after it")
-        elif parts.boundary:
-            log.say("stopped within an update; --resume continues from the newest checkpoint")
-        raise
+    save(parts, log, config.output_dir, config.checkpoint.keep)

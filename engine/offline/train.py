@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from warpo.engine.batch import split_by_tokens
 from warpo.engine.data import PromptStream
 from warpo.engine.device import learner_device
 from warpo.engine.errors import TrainingError
-from warpo.engine.loop import due, raise_if, signals
+from warpo.engine.loop import checkpoint_on_error, due, raise_if, save, signals
 from warpo.engine.metrics import Column, RunLog, read_rows
 from warpo.engine.model import load_model, load_tokenizer
 from warpo.engine.offline.config import OfflineConfig
@@ -92,6 +91,10 @@ class Parts:
     def stateful(self) -> dict[str, checkpoint.Stateful]:
         return {"optimizer": self.optimizer, "schedule": self.schedule, "stream": self.stream}
 
+    def rewind(self) -> None:
+        """Back to the position that was taken when `step` was completed."""
+        self.stream.load_state_dict(self.boundary)
+
 
 def run(config: OfflineConfig) -> None:
     """Train as the config says; see `warpo train --help`.
@@ -115,7 +118,7 @@ def run(config: OfflineConfig) -> None:
     ):
         parts = build(config, log, stop)
         _start(config, parts, log, resume_from)
-        with _checkpoint_on_error(config, parts, log):
+        with checkpoint_on_error(parts, log, lambda: _save(config, parts, log)):
             while parts.step < config.steps:
                 raise_if(stop)
                 metrics = _step(config, parts, log)
@@ -290,30 +293,7 @@ def _normalise(config: OfflineConfig, parts: Parts, log: RunLog) -> None:
 def _save(config: OfflineConfig, parts: Parts, log: RunLog) -> None:
     if parts.family.normalise and parts.step == config.steps:
         _normalise(config, parts, log)
-    with log.phase("checkpoint"):
-        checkpoint.save(
-            config.output_dir,
-            step=parts.step,
-            model=parts.model,
-            tokenizer=parts.tokenizer,
-            parts=parts.stateful,
-            keep=config.checkpoint.keep,
-        )
-
-
-@contextmanager
-def _checkpoint_on_error(config: OfflineConfig, parts: Parts, log: RunLog) -> Iterator[None]:
-    """Leave a checkpoint of the last complete step, whatever ends the run."""
-    try:
-        yield
-    except BaseException:
-        if parts.whole:
-            parts.stream.load_state_dict(parts.boundary)
-            _save(config, parts, log)
-            log.say(f"stopped; step {parts.step} is saved: --resume continues after it")
-        else:
-            log.say("stopped within an update; --resume continues from the newest checkpoint")
-        raise
+    save(parts, log, config.output_dir, config.checkpoint.keep)
 
 
 def _report(metrics_path: Path, log: RunLog) -> None:
