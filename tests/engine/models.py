@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import random
+
 import torch
 import transformers
 from torch import nn
 
+from warpo.engine.batch import Completion
 from warpo.engine.resync import Resync
 from warpo.engine.sampler.base import Sampler
 
@@ -83,3 +86,13 @@ def connect(sampler: Sampler, learner: nn.Module, mode: str = "auto", **options:
     resync = Resync(sampler.load_weights, sampler.module, learner, mode, **options)
     publish(resync, sampler)
     return resync
+
+
+def random_completion(rng: random.Random, length: int) -> Completion:
+    """Tokens and logprobs out of the air."""
+    return Completion(
+        token_ids=[rng.randrange(3, 60) for _ in range(length)],
+        logprobs=[-rng.random() * 4 for _ in range(length)],
+        finished=True,
+        weight_version=1,
+    )

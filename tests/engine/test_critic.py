@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from tests.engine.models import random_completion
 from tests.engine.runs import rows, train
-from warpo.engine.batch import Batch, Completion, Rollout, pack
+from warpo.engine.batch import Batch, Rollout, pack
 from warpo.engine.config import Config, load_config
 from warpo.engine.critic import Critic
 from warpo.engine.errors import TrainingError
@@ -47,12 +48,7 @@ def rollouts(number: int = 7) -> list[Rollout]:
     made = []
     for i in range(number):
         length = rng.randint(1, 9)
-        completion = Completion(
-            token_ids=[rng.randrange(3, 60) for _ in range(length)],
-            logprobs=[-rng.random() * 4 for _ in range(length)],
-            finished=True,
-            weight_version=1,
-        )
+        completion = random_completion(rng, length)
         scores = {
             name: torch.randn(length, generator=generator) * spread
             for name, spread in (("values", 0.3), ("advantages", 1.0), ("returns", 1.0))

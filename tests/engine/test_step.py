@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.engine.models import connect, new_learner
-from warpo.engine.batch import Completion, Rollout, pack, split_by_tokens
+from tests.engine.models import connect, new_learner, random_completion
+from warpo.engine.batch import Rollout, pack, split_by_tokens
 from warpo.engine.errors import TrainingError, WeightMismatch
 from warpo.engine.model import load_model, token_logprobs
 from warpo.engine.optimizer import AdamW
@@ -30,12 +30,7 @@ def rollouts(number: int = 12, seed: int = 0) -> list[Rollout]:
     made = []
     for _ in range(number):
         length = rng.randint(1, 9)
-        completion = Completion(
-            token_ids=[rng.randrange(3, 60) for _ in range(length)],
-            logprobs=[-rng.random() * 4 for _ in range(length)],
-            finished=True,
-            weight_version=1,
-        )
+        completion = random_completion(rng, length)
         prompt = [rng.randrange(3, 60) for _ in range(rng.randint(1, 7))]
         made.append(
             Rollout(
