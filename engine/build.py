@@ -26,7 +26,7 @@ from warpo.engine.device import learner_device
 from warpo.engine.errors import ConfigError, DataError
 from warpo.engine.model import eos_token_ids, load_model, load_tokenizer
 from warpo.engine.offline.data import Example, load_examples
-from warpo.engine.optimizer import AdamW, WarmupSchedule, WeightUpdate
+from warpo.engine.optimizer import AdamW, WeightUpdate, make_optimizer
 from warpo.engine.resolve import resolve
 from warpo.engine.resync import Resync
 from warpo.engine.rewards.combine import RewardSources
@@ -148,13 +148,8 @@ def build(config: Config) -> Parts:
         sampler.load_weights, sampler.module, model, config.resync, device=learner_device(config)
     )
     critic = Critic(config, model, learner_device(config)) if algorithm.has_critic else None
-    optimizer = AdamW(
-        [*model.named_parameters(), *([] if critic is None else critic.named_parameters())],
-        lr=config.update.lr,
-        betas=config.update.betas,
-        weight_decay=config.update.weight_decay,
-        state=config.update.optimizer_state,
-    )
+    learned = [*model.named_parameters(), *([] if critic is None else critic.named_parameters())]
+    optimizer, schedule = make_optimizer(learned, config.update)
     return Parts(
         tokenizer=tokenizer,
         model=model,
@@ -163,7 +158,7 @@ def build(config: Config) -> Parts:
         rewards=rewards,
         stream=PromptStream(prompts, config.rollout.prompts_per_step, config.seed),
         optimizer=optimizer,
-        schedule=WarmupSchedule(optimizer, config.update.warmup_steps),
+        schedule=schedule,
         algorithm=algorithm,
         adaptive=AdaptiveState(algorithm.kl_coef, adapts=algorithm.kl_target is not None),
         critic=critic,

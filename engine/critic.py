@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from warpo.engine.batch import Batch
 from warpo.engine.config import Config
 from warpo.engine.model import token_logprobs_and_values
-from warpo.engine.optimizer import AdamW, WarmupSchedule
+from warpo.engine.optimizer import AdamW, make_optimizer
 from warpo.engine.scalar import load_scalar_model, token_scores
 from warpo.engine.step import apply_gradients
 from warpo.kernels import ops
@@ -45,14 +45,9 @@ class Critic:
             return
         path = config.model if config.critic.model == "policy" else config.critic.model
         self._network = load_scalar_model(path, config.dtype, device)
-        self._optimizer = AdamW(
-            self._network.named_parameters(),
-            lr=config.critic.lr,
-            betas=config.update.betas,
-            weight_decay=config.update.weight_decay,
-            state=config.update.optimizer_state,
+        self._optimizer, self._schedule = make_optimizer(
+            self._network.named_parameters(), config.update, lr=config.critic.lr
         )
-        self._schedule = WarmupSchedule(self._optimizer, config.update.warmup_steps)
 
     @property
     def is_shared(self) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -296,6 +296,39 @@ class WarmupSchedule(torch.optim.lr_scheduler.LambdaLR):
         self._last_lr = self.get_lr()
         for group, lr in zip(self.optimizer.param_groups, self._last_lr, strict=True):
             group["lr"] = lr
+
+
+class UpdateSettings(Protocol):
+    """The section `update` of a config, as far as an optimizer reads it."""
+
+    @property
+    def lr(self) -> float: ...
+    @property
+    def betas(self) -> tuple[float, float]: ...
+    @property
+    def weight_decay(self) -> float: ...
+    @property
+    def optimizer_state(self) -> Literal["device", "host"]: ...
+    @property
+    def warmup_steps(self) -> int: ...
+
+
+def make_optimizer(
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    update: UpdateSettings,
+    *,
+    lr: float | None = None,
+    zero_after: int = 0,
+) -> tuple[AdamW, WarmupSchedule]:
+    """AdamW and its schedule from a config's `update`; `lr` in place of its own."""
+    optimizer = AdamW(
+        named_parameters,
+        lr=update.lr if lr is None else lr,
+        betas=update.betas,
+        weight_decay=update.weight_decay,
+        state=update.optimizer_state,
+    )
+    return optimizer, WarmupSchedule(optimizer, update.warmup_steps, zero_after)
 
 
 def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:

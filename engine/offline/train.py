@@ -28,7 +28,7 @@ from warpo.engine.offline.families import (
     pack_sequences,
 )
 from warpo.engine.offline.losses import sequence_scores
-from warpo.engine.optimizer import AdamW, WarmupSchedule, update_metrics
+from warpo.engine.optimizer import AdamW, make_optimizer, update_metrics
 from warpo.engine.scalar import load_scalar_model
 from warpo.engine.step import apply_gradients, score
 
@@ -150,10 +150,9 @@ def build(config: OfflineConfig, log: RunLog, stop: Callable[[], bool]) -> Parts
         # The model is still the reference, so none has to be held beside it.
         both = _with_reference(config, model, [*examples, *eval_examples], log, stop)
         examples, eval_examples = both[: len(examples)], both[len(examples) :]
-    update = config.update
-    optimizer = AdamW(
-        model.named_parameters(), lr=update.lr, betas=update.betas,
-        weight_decay=update.weight_decay, state=update.optimizer_state,
+    optimizer, schedule = make_optimizer(
+        model.named_parameters(), config.update,
+        zero_after=config.steps if config.update.schedule == "linear" else 0,
     )  # fmt: skip
     return Parts(
         tokenizer=tokenizer,
@@ -163,9 +162,7 @@ def build(config: OfflineConfig, log: RunLog, stop: Callable[[], bool]) -> Parts
         examples=examples,
         eval_examples=eval_examples,
         optimizer=optimizer,
-        schedule=WarmupSchedule(
-            optimizer, update.warmup_steps, config.steps if update.schedule == "linear" else 0
-        ),
+        schedule=schedule,
     )
 
 
