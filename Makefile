@@ -29,19 +29,22 @@ test: $(VENV)/built
 	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile $(PYTEST_FLAGS)
 
 bench: $(VENV)/built peers
-	PYTHONPATH=.peers $(BIN)/python -m warpo.bench.kernels --device cpu --out $(OUT)
+	PYTHONPATH=.peers/trl:.peers/verl $(BIN)/python -m warpo.bench.kernels --device cpu --out $(OUT)
 
 bench-train: $(VENV)/built peers
-	$(BIN)/python -m warpo.bench.train --peers .peers --out $(OUT)
+	$(BIN)/python -m warpo.bench.train --peers .peers/trl --out $(OUT)
 
 bench-control: $(VENV)/built peers
-	$(BIN)/python -m warpo.bench.control --peers .peers --out $(OUT)
+	$(BIN)/python -m warpo.bench.control --peers .peers/stable-baselines3 --out $(OUT)
 
-peers: .peers/built
+# Each library in a folder of its own, since their pins exclude one another; without dependencies,
+# which would bring another torch. DS_BUILD_OPS: DeepSpeed's kernels are not compiled.
+PEERS := $(basename $(notdir $(wildcard bench/requirements/*.txt)))
+peers: $(PEERS:%=.peers/%/built)
 
-.peers/built: bench/peers.txt $(VENV)/built
-	rm -rf .peers
-	$(BIN)/pip install --quiet --no-deps --target .peers $(PIP_FLAGS) -r bench/peers.txt
+.peers/%/built: bench/requirements/%.txt $(VENV)/built
+	rm -rf $(@D)
+	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --no-deps --no-build-isolation --target $(@D) $(PIP_FLAGS) -r $<
 	touch $@
 
 # Timings are taken even where a test fails: time on a GPU is scarce. Tests share the cores, since

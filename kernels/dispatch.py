@@ -14,6 +14,8 @@ from typing import Any
 from torch import Tensor
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
+DEVICES = ("cpu", "cuda")
+"""Those that have a backend by default."""
 _REQUESTED = os.environ.get("WARPO_BACKEND", "")
 _CUDA_DEFAULT = "cuda" if importlib.util.find_spec("warpo.kernels._cuda") else "triton"
 

@@ -168,7 +168,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3, help="runs of each trainer")
     parser.add_argument("--steps", type=int, default=0, help="of a run; 0: by algorithm")
     parser.add_argument("--episodes", type=int, default=10, help="of an evaluation")
-    parser.add_argument("--peers", type=Path, default=Path(".peers"), metavar="DIR")
+    parser.add_argument(
+        "--peers", type=Path, default=Path(".peers/stable-baselines3"), metavar="DIR"
+    )
     parser.add_argument("--out", type=Path, default=Path("bench/results/latest"), metavar="DIR")
     return parser.parse_args(argv)
 

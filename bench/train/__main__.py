@@ -237,7 +237,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=1e-5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="the tiny model, 3 steps")
-    parser.add_argument("--peers", type=Path, default=Path(".peers"), metavar="DIR")
+    parser.add_argument("--peers", type=Path, default=Path(".peers/trl"), metavar="DIR")
     parser.add_argument("--out", type=Path, default=Path("bench/results/latest"), metavar="DIR")
     args = parser.parse_args(argv)
     if args.warm_up < 1 or args.steps < 0 or args.rounds < 1:

@@ -11,7 +11,7 @@ import pytest
 from warpo.bench.control.__main__ import goals_of, main, plot, summaries, table_of
 
 ROOT = Path(__file__).parents[2]
-PEERS = ROOT / ".peers"
+PEERS = ROOT / ".peers/stable-baselines3"
 
 
 def row(trainer, seed, value, seconds=2.0):
@@ -54,7 +54,7 @@ def test_a_missing_peer_is_named_with_the_command_that_installs_it(tmp_path, mon
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    not (PEERS / "stable_baselines3").exists(),
+    not PEERS.exists(),
     reason="Stable-Baselines3 is not installed: make peers",
 )
 def test_both_trainers_run_the_same_steps(tmp_path):

@@ -17,7 +17,7 @@ from warpo.engine.data import load_prompts
 from warpo.engine.model import eos_token_ids, load_tokenizer
 
 ROOT = Path(__file__).parents[2]
-PEERS = ROOT / ".peers"
+PEERS = ROOT / ".peers/trl"
 
 
 def test_nothing_ends_a_completion_and_every_prompt_has_its_length(tmp_path):

@@ -1,0 +1,321 @@
+"""How functions of another library are replaced by ones that run on our kernels, and put back.
+
+A replacement takes the arguments of the function that it replaces, with that function before them:
+what the kernels do not do is passed to it. It is installed wherever the original is held, as in
+modules that imported it by name.
+"""
+
+import functools
+import importlib
+import importlib.metadata
+import inspect
+import sys
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from warpo.kernels import dispatch
+from warpo.kernels.checks import FLAGS, FLOATS
+
+
+class IntegrationError(RuntimeError):
+    """A library that cannot be patched: not installed, not a tested version, or not the tested
+    functions. The message says how to cure it.
+    """
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """One function of a library and what takes its place.
+
+    Attributes:
+        module: where the library defines it.
+        name: "function" or "Class.method".
+        operations: of `warpo.kernels.ops`, that it runs on.
+        function: called with the original, then with the arguments of the call.
+    """
+
+    module: str
+    name: str
+    operations: tuple[str, ...]
+    function: Callable[..., Any]
+
+    @property
+    def path(self) -> str:
+        return f"{self.module}.{self.name}"
+
+    def owner(self) -> Any:
+        """The module or class that holds it."""
+        *classes, _ = self.name.split(".")
+        return functools.reduce(getattr, classes, importlib.import_module(self.module))
+
+    def current(self) -> Any:
+        """What the library holds now: its own function, or ours."""
+        return vars(self.owner())[self.name.rpartition(".")[2]]
+
+
+@dataclass(frozen=True)
+class Registry:
+    """A dictionary in which a library looks functions up by name.
+
+    Attributes:
+        module, name: where it is.
+        register: name in the module of the library's own hook: register(key)(function) puts a
+            function in. None where the library has none that replaces.
+    """
+
+    module: str
+    name: str
+    register: str | None = None
+
+    def put(self, key: Any, function: Callable) -> None:
+        module = importlib.import_module(self.module)
+        if self.register is None:
+            getattr(module, self.name)[key] = function
+        else:
+            getattr(module, self.register)(key)(function)
+
+
+class Library:
+    """The functions of one library that have replacements.
+
+    Args:
+        name: of the package, which is also its name on PyPI and our optional extra.
+        tested: versions on which tests/integrations passed.
+        registries: of the library, searched like modules.
+    """
+
+    def __init__(
+        self, name: str, tested: Sequence[str], registries: Sequence[Registry] = ()
+    ) -> None:
+        self.name = name
+        self.tested = tuple(tested)
+        self.registries = tuple(registries)
+        self.replacements: dict[str, Replacement] = {}
+
+    def replaces(self, module: str, name: str, *operations: str) -> Callable[[Callable], Callable]:
+        """Decorator of a replacement of `module.name` that runs on these operations."""
+
+        def register(function: Callable) -> Callable:
+            if name in self.replacements:
+                raise ValueError(f"{self.name}: two replacements of {name}")
+            self.replacements[name] = Replacement(module, name, operations, function)
+            return function
+
+        return register
+
+    def version(self) -> str | None:
+        """The installed version."""
+        try:
+            return importlib.metadata.version(self.name)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    def patch(self, only: Sequence[str] | None = None) -> "Patch":
+        """Replaces the library's functions by ours, in every module that holds them. Functions that
+        are replaced already stay so.
+
+        Args:
+            only: names of functions as in `names()`; all if not given.
+
+        Returns:
+            A handle: `unpatch()` takes back what this call replaced; as a context manager it does
+            so at the end.
+
+        Raises:
+            ValueError: `only` holds a name that has no replacement.
+            IntegrationError: the library is not installed, its version is not among `tested`, or a
+                function has another signature. Nothing is patched then.
+        """
+        chosen = self._choose(only)
+        self._check_version()
+        found = [(r, r.current()) for r in chosen]
+        fresh = [(r, original) for r, original in found if not is_ours(original)]
+        self._check_signatures(fresh)
+        patch = Patch(self, [(original, wrap(r, original)) for r, original in fresh])
+        patch.apply()
+        return patch
+
+    def unpatch(self) -> None:
+        """Puts all functions of the library back."""
+        ours = [r.current() for r in self.replacements.values() if self._imported(r)]
+        self.swap([(f, original_of(f)) for f in ours if is_ours(f)])
+
+    def names(self) -> tuple[str, ...]:
+        """Functions that have replacements."""
+        return tuple(self.replacements)
+
+    def patched(self) -> tuple[str, ...]:
+        """Functions that are replaced in this process."""
+        return tuple(
+            name
+            for name, r in self.replacements.items()
+            if self._imported(r) and is_ours(r.current())
+        )
+
+    def problem(self) -> str | None:
+        """Why `patch()` would be refused; None if it would not. Imports the library."""
+        try:
+            self._check_version()
+            self._check_signatures([(r, r.current()) for r in self.replacements.values()])
+        except IntegrationError as error:
+            return str(error)
+        return None
+
+    def swap(self, pairs: Sequence[tuple[Any, Any]]) -> None:
+        """Old functions become new ones wherever they are held."""
+        for old, new in pairs:
+            for holder, name in self._holders(old):
+                if isinstance(holder, Registry):
+                    holder.put(name, new)
+                else:
+                    setattr(holder, name, new)
+
+    def _holders(self, function: Any) -> Iterator[tuple[Any, Any]]:
+        for replacement in self.replacements.values():
+            if self._imported(replacement) and replacement.current() is function:
+                yield replacement.owner(), replacement.name.rpartition(".")[2]
+        for module in list(sys.modules.values()):
+            for name, value in list(getattr(module, "__dict__", {}).items()):
+                if value is function:
+                    yield module, name
+        for registry in self.registries:
+            if registry.module in sys.modules:
+                held: MutableMapping = getattr(sys.modules[registry.module], registry.name)
+                for key in [key for key, value in held.items() if value is function]:
+                    yield registry, key
+
+    @staticmethod
+    def _imported(replacement: Replacement) -> bool:
+        return replacement.module in sys.modules
+
+    def _choose(self, only: Sequence[str] | None) -> list[Replacement]:
+        if only is None:
+            return list(self.replacements.values())
+        if isinstance(only, str):
+            raise ValueError(f"only must be a list of names, got the string {only!r}: [{only!r}]")
+        unknown = [name for name in only if name not in self.replacements]
+        if unknown:
+            raise ValueError(
+                f"{self.name}: no replacement for {', '.join(map(repr, unknown))}; "
+                f"there are {', '.join(self.replacements)}"
+            )
+        return [self.replacements[name] for name in only]
+
+    def _check_version(self) -> None:
+        version = self.version()
+        if version is None:
+            raise IntegrationError(
+                f"{self.name} is not installed in {sys.executable}: "
+                f"pip install {self.name}=={self.tested[-1]}"
+            )
+        if version not in self.tested:
+            raise IntegrationError(
+                f"{self.name} {version} is installed, and the replacements were tested with "
+                f"{', '.join(self.tested)}: pip install {self.name}=={self.tested[-1]}"
+            )
+
+    def _check_signatures(self, found: Sequence[tuple[Replacement, Any]]) -> None:
+        wrong = []
+        for replacement, original in found:
+            wanted = _parameters(replacement.function)[1:]
+            if not is_ours(original) and _parameters(original) != wanted:
+                wrong.append(
+                    f"{replacement.path}{inspect.signature(original)}, "
+                    f"tested with ({', '.join(map(_show, wanted))})"
+                )
+        if wrong:
+            raise IntegrationError(
+                f"{self.name} {self.version()}: functions have other signatures than the tested "
+                "ones:\n  " + "\n  ".join(wrong) + "\nreinstall it by pip install "
+                f"--force-reinstall {self.name}=={self.version()}, or name the functions that you "
+                "want: patch(only=[...])"
+            )
+
+
+class Patch:
+    """Functions that one call of `patch` replaced, as pairs of original and ours."""
+
+    def __init__(self, library: Library, pairs: Sequence[tuple[Any, Any]]) -> None:
+        self.library = library
+        self.pairs = pairs
+
+    def apply(self) -> None:
+        try:
+            self.library.swap(self.pairs)
+        except BaseException:
+            self.unpatch()
+            raise
+
+    def unpatch(self) -> None:
+        self.library.swap([(ours, original) for original, ours in self.pairs])
+
+    def __enter__(self) -> "Patch":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.unpatch()
+
+
+def wrap(replacement: Replacement, original: Any) -> Any:
+    """The replacement with the name, signature and docstring of the original."""
+    function = original.__func__ if isinstance(original, staticmethod) else original
+
+    @functools.wraps(function)
+    def ours(*args: Any, **kwargs: Any) -> Any:
+        return replacement.function(function, *args, **kwargs)
+
+    held = ours if function is original else staticmethod(ours)
+    held.__dict__["__warpo__"] = original
+    return held
+
+
+def is_ours(function: Any) -> bool:
+    return "__warpo__" in getattr(function, "__dict__", {})
+
+
+def original_of(function: Any) -> Any:
+    """What one of ours replaced."""
+    return function.__dict__["__warpo__"]
+
+
+def _parameters(function: Any) -> list[tuple[str, Any, Any]]:
+    if isinstance(function, staticmethod):
+        function = function.__func__
+    found = inspect.signature(function).parameters.values()
+    return [(p.name, p.kind, p.default) for p in found]
+
+
+def _show(parameter: tuple[str, Any, Any]) -> str:
+    name, kind, default = parameter
+    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    value = "" if default is inspect.Parameter.empty else f"={default!r}"
+    return f"{stars.get(kind, '')}{name}{value}"
+
+
+def served(*tensors: Tensor | None) -> bool:
+    """Whether the kernels take these tensors: plain ones of float32, bfloat16 or float16, all on
+    one device that has a backend. None stands for an argument that was not given.
+    """
+    given = [tensor for tensor in tensors if tensor is not None]
+    return all(
+        type(tensor) in (Tensor, torch.nn.Parameter)
+        and tensor.dtype in FLOATS
+        and tensor.device == given[0].device
+        and tensor.device.type in dispatch.DEVICES
+        for tensor in given
+    )
+
+
+def as_flags(mask: Tensor | None) -> Tensor | None:
+    """A mask of any dtype as the kernels take it: not 0 is valid."""
+    return mask if mask is None or mask.dtype in FLAGS else mask.ne(0)

@@ -1,0 +1,3 @@
+from flash_attn.bert_padding import _absent
+
+all_gather = _absent
