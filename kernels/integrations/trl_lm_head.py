@@ -61,12 +61,13 @@ def forward(
         hidden.contiguous()[None], weight, bias, cap, torch.ones_like(targets, dtype=torch.bool),
         *_chunking(hidden, cap),
     )  # fmt: skip
-    logprobs, entropy, log_z, constants = _score(head, targets, temperature / logit_scale, outputs)
+    logprobs, entropy, stats, constants = _score(head, targets, temperature / logit_scale, outputs)
+    log_z = (stats[:, 0].double() * logit_scale / temperature + stats[:, 1]).float()
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(
         hidden, weight, bias, targets, log_z, log_z if entropy is None else entropy
     )
-    ctx.compute_dtype, ctx.chunk_size = dtype, chunk_size
+    ctx.compute_dtype, ctx.chunk_size, ctx.stats = dtype, chunk_size, stats
     ctx.kernel_args = {
         "logit_scale": logit_scale,
         "softcap": final_logit_softcapping if capped else 1.0,
@@ -94,7 +95,11 @@ def backward(
     given = [g for g in (grad_logprobs, grad_entropy) if g is not None]
     if not given:
         return (None,) * 9
-    mask, stats = None, torch.stack([torch.zeros_like(log_z), log_z], -1)
+    # our own say more of logsumexp than its float32 sum does
+    stats = getattr(ctx, "stats", None)
+    if stats is None:
+        stats = torch.stack([torch.zeros_like(log_z), log_z], -1)
+    mask = None
     if hidden.device.type == "cpu":
         mask = torch.stack(given).any(0)
         stats = stats[mask]
@@ -137,7 +142,7 @@ def _chunking(hidden: Tensor, cap: float) -> tuple[int, int, bool]:
 def _score(
     head: LinearHead, targets: Tensor, temperature: float, outputs: tuple[str, ...]
 ) -> tuple[Tensor, Tensor | None, Tensor, dict[str, Tensor]]:
-    """logprobs, entropy and logsumexp of every token, and the CONSTANTS that are wanted.
+    """logprobs, entropy and stats (max z, log d) of every token, and the CONSTANTS wanted.
 
     With T the temperature and d(T) the sum of e^((z - max z) / T): log sum p^2 = log d(T / 2) - 2
     log d(T).
@@ -167,8 +172,7 @@ def _score(
         if "is_top1" in constants:
             # of equal logits `max` finds the first
             constants["is_top1"][part] = logits[0].max(-1).indices == targets[part]
-    log_z = stats[0, :, 0] / temperature + stats[0, :, 1]
-    return logp[0], None if entropy is None else entropy[0], log_z, constants
+    return logp[0], None if entropy is None else entropy[0], stats[0], constants
 
 
 def _softmax(

@@ -105,9 +105,9 @@ def _log(
     if mode == "train":
         trainer._total_train_tokens += int(attended) // trainer._tp_size
     metrics = trainer._metrics[mode]
+    metrics["entropy"].append(_over(entropy, chosen + rejected))
     metrics["num_tokens"] = [trainer._total_train_tokens]
     for name, value in {
-        "entropy": _over(entropy, chosen + rejected),
         "logits/chosen": _over(logit, chosen),
         "logits/rejected": _over(other_logit, rejected),
         "mean_token_accuracy": _over(hits, chosen),

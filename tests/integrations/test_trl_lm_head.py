@@ -59,9 +59,11 @@ def test_fused_head(sizes, dtype, with_bias, temperature, softcap, scale, output
     # TRL's result of a bool is of rounded logits: compared apart
     outputs = tuple(sorted(outputs - {"is_top1"}))
     differentiable = [0, 1, 2] if with_bias else [0, 1]
+    # a gradient sums products of both signs, of logits' gradients up to 10 and of the other factor
+    gradient_scale = 20.0 if dtype == torch.float32 else 0.0
     compare(
         function_of(False, False), function_of(*halves), *arguments, temperature, 32, softcap,
-        scale, outputs, differentiable=differentiable, scale=40.0,
+        scale, outputs, differentiable=differentiable, scale=40.0, gradient_scale=gradient_scale,
     )  # fmt: skip
 
 
