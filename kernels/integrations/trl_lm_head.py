@@ -44,7 +44,7 @@ def forward(
     final_logit_softcapping: float | None = None,
     logit_scale: float = 1.0,
     outputs: tuple[str, ...] = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"),
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+) -> tuple[Tensor | None, ...]:
     """Differs: a target outside the vocabulary gives NaN, where TRL takes its logit for 0.
 
     `chunk_size` is for TRL's backward pass: ours takes 64 MiB of logits at a time, 1 GiB on a GPU.
@@ -56,7 +56,7 @@ def forward(
             logit_scale, outputs,
         )  # fmt: skip
     capped = final_logit_softcapping is not None
-    cap = final_logit_softcapping / logit_scale if capped else 0.0
+    cap = (final_logit_softcapping or 0.0) / logit_scale
     head = LinearHead(
         hidden.contiguous()[None], weight, bias, cap, torch.ones_like(targets, dtype=torch.bool),
         *_chunking(hidden, cap),

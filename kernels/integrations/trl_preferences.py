@@ -47,9 +47,10 @@ def dpo_loss(original: Callable, self: Any, model: Any, inputs: Any, return_outp
     scores = ratios
     if self.loss_types[0] in ("ipo", "sigmoid_norm"):
         scores = scores / completion_mask.sum(1).clamp(min=1).view(2, -1)
-    loss = ops.preference_loss(scores[0, :, None], scores[1, :, None], loss=row).loss
+    loss = ops.preference_loss(*scores.unsqueeze(-1).unbind(), loss=row).loss
     _log(self, inputs, outputs, steps, self.beta * ratios.detach(), logps.detach())
-    return loss * self.loss_weights[0]
+    weight = self.loss_weights[0]
+    return loss if weight == 1 else loss * weight
 
 
 def _row(trainer: Any) -> ops.Preference | None:
@@ -88,16 +89,15 @@ def _log(
 ) -> None:
     """TRL's metrics. Its per-token outputs are 0 outside answers."""
     mode = "train" if trainer.model.training else "eval"
-    counts = inputs["completion_mask"][:, 1:].sum(1).view(2, -1).sum(1)
-    logits = outputs.mean_logits[:, -steps:].sum(1).view(2, -1).sum(1)
+    sides = (2, rewards.shape[1], steps)
+    counts = inputs["completion_mask"][:, 1:].view(sides).sum((1, 2))
+    logits = outputs.mean_logits[:, -steps:].view(sides).sum((1, 2))
     correct = outputs.is_top1[: rewards.shape[1], -steps:].sum()
-    tokens = torch.stack([
-        outputs.entropy[:, -steps:].sum(), inputs["attention_mask"].sum(), correct,
-        *logits, *counts,
-    ]).double()  # fmt: skip
-    pairs = torch.cat([
-        rewards.mean(1), (rewards[0] > rewards[1]).float().mean()[None], logps.mean(1)
-    ])  # fmt: skip
+    totals = torch.stack(
+        [outputs.entropy[:, -steps:].sum(), inputs["attention_mask"].sum(), correct]
+    )
+    tokens = torch.cat([totals.double(), logits, counts])
+    pairs = torch.cat([rewards, (rewards[0] > rewards[1])[None], logps]).mean(1)
     gather, gather_tokens = trainer.accelerator.gather, trainer.accelerator.gather_for_metrics
     entropy, attended, hits, *by_side = gather_tokens(tokens[None]).sum(0).tolist()
     reward, other_reward, accuracy, logp, other_logp = gather(pairs[None]).mean(0).tolist()
