@@ -237,7 +237,7 @@ def _fake_forward(hidden, weight, bias, targets, *arguments):
     return _allocate(hidden, weight, targets, *arguments[7:10])
 
 
-def _backward(
+def linear_logprobs_backward(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -259,7 +259,9 @@ def _backward(
     grad_entropy: Tensor | None,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias; empty ones for those that are not wanted."""
+    """Gradients of hidden, weight and bias; empty ones for those that are not wanted. stats are
+    those of the compacted tokens.
+    """
     valid = valid_tokens(targets, mask, ignore_index)
     apart = bool(softcap) and cache is None
     head = LinearHead(
@@ -304,7 +306,7 @@ def _fake_backward(hidden, weight, bias, *arguments):
     )
 
 
-_backward_operator = Operator("linear_logprobs_backward", _backward, _fake_backward)
+_backward_operator = Operator("linear_logprobs_backward", linear_logprobs_backward, _fake_backward)
 
 
 def _save(ctx, inputs, output) -> None:

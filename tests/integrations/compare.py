@@ -17,6 +17,7 @@ def compare(
     differentiable: Sequence[int | str] = (),
     valid: Tensor | None = None,
     scale: float = 1.0,
+    gradient_scale: float = 0.0,
     **keywords: Any,
 ) -> None:
     """Results of `ours` have the dtypes and shapes of those of `original`, and are as near to those
@@ -27,6 +28,7 @@ def compare(
             random gradient of each differentiable result.
         valid: results and gradients of its shape are compared where it is true alone.
         scale: of the terms whose sum or difference the results are, where it may be larger.
+        gradient_scale: the same of the gradients.
     """
     exact = _run(original, arguments, keywords, differentiable, torch.float64)
     theirs = _run(original, arguments, keywords, differentiable, None)
@@ -36,10 +38,11 @@ def compare(
         actual = found[name]
         if not isinstance(wanted, Tensor):
             wanted, actual = torch.tensor(wanted), torch.tensor(actual)
+        wanted, actual = wanted.detach(), actual.detach()
         assert actual.shape == wanted.shape, f"{name}: {actual.shape} for {wanted.shape}"
         assert actual.dtype == wanted.dtype, f"{name}: {actual.dtype} for {wanted.dtype}"
-        _assert_as_near(name, actual, wanted, torch.as_tensor(exact[name]), valid,
-                        scale if name.startswith("result") else 0.0)  # fmt: skip
+        _assert_as_near(name, actual, wanted, torch.as_tensor(exact[name]).detach(), valid,
+                        scale if name.startswith("result") else gradient_scale)  # fmt: skip
 
 
 def _run(
