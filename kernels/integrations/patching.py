@@ -304,10 +304,11 @@ def _show(parameter: tuple[str, Any, Any]) -> str:
 
 def served(*tensors: Tensor | None) -> bool:
     """Whether the kernels take these tensors: plain ones of float32, bfloat16 or float16, all on
-    one device that has a backend. None stands for an argument that was not given.
+    one device that has a backend, and outside the transforms of torch.func, such as vmap. None
+    stands for an argument that was not given.
     """
     given = [tensor for tensor in tensors if tensor is not None]
-    return all(
+    return torch._C._functorch.peek_interpreter_stack() is None and all(
         type(tensor) in (Tensor, torch.nn.Parameter)
         and tensor.dtype in FLOATS
         and tensor.device == given[0].device
