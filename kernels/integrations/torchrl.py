@@ -255,7 +255,7 @@ def _deltas(
 ) -> Tensor:
     """r + gamma V' - V, without V' where terminated."""
     next_state_value = next_state_value.masked_fill(terminated, 0)
-    return next_state_value.mul_(gamma).add_(reward).sub_(state_value)
+    return torch.sub(reward, state_value).add_(next_state_value, alpha=gamma)
 
 
 def _scan(
@@ -283,10 +283,14 @@ def _scan(
 def _rows(tensor: Tensor, time_dim: int) -> Tensor:
     """As [rows, T]; a copy only if there is a dimension of more than one on both sides of time."""
     steps = tensor.shape[time_dim]
+    if time_dim == -2 and tensor.shape[-1] == 1:
+        return tensor.reshape(-1, steps)
     return tensor.movedim(time_dim, -1).reshape(-1, steps)
 
 
 def _as_given(rows: Tensor, shape: torch.Size, time_dim: int) -> Tensor:
+    if time_dim == -2 and shape[-1] == 1:
+        return rows.contiguous().view(shape)
     time_dim %= len(shape)
     others = shape[:time_dim] + shape[time_dim + 1 :]
     return rows.reshape(others + rows.shape[-1:]).movedim(-1, time_dim).contiguous()
