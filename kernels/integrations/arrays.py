@@ -12,14 +12,16 @@ torch. Needs torch and NumPy alone.
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from warpo.kernels import ops
+from warpo.kernels import dispatch, ops, scan
 from warpo.kernels.integrations.patching import as_flags
+from warpo.kernels.native import DTYPE_CODES
 from warpo.kernels.objectives import Objective
 from warpo.kernels.policy_metrics import METRICS
 
@@ -54,7 +56,7 @@ def gae(
 
     Args:
         rewards: (T, N), or (T,) of one environment; float64 | float32 | bfloat16 | float16, any
-            strides. Not copied, unless it is a NumPy array that is read-only or runs backwards.
+            strides. Not copied, unless it is a NumPy array that runs backwards.
         values: like rewards.
         dones: like rewards, of any dtype: not 0 at t where the observation at t is the first of an
             episode; the episode_starts of Stable-Baselines3.
@@ -71,18 +73,20 @@ def gae(
     Raises:
         ValueError: a shape, dtype or number is not as above.
 
-    float64 is computed in float64, step by step; all else in float32, in one scan. A value behind
-    the end of an episode is not read in float32: NaN does not spread from there.
+    float64 is computed in float64, step by step; all else in float32, in one scan, which does not
+    read values behind the end of an episode: NaN does not spread from there.
     """
-    as_numpy = not isinstance(rewards, Tensor)
-    per_step = [_rows(x) for x in (rewards, values, dones)]
-    last = [_tensor(x).reshape(-1) for x in (next_value, next_done)]
+    arrays = (rewards, values, dones, next_value, next_done)
+    _check_shapes(*arrays)
+    if not isinstance(rewards, Tensor) and rewards.dtype == values.dtype == np.float32:
+        return _gae_numpy(*arrays, gamma, gae_lambda)
+    per_step = [_rows(x) for x in arrays[:3]]
+    last = [_tensor(x).reshape(-1) for x in arrays[3:]]
     dtype = torch.promote_types(per_step[0].dtype, per_step[1].dtype)
-    scan = _gae64 if dtype == torch.float64 else _gae32
-    found = scan(*per_step, *last, gamma, gae_lambda)
-    if as_numpy:
-        return Gae(*(x.to(dtype).numpy().T.reshape(rewards.shape) for x in found))
-    return Gae(*(x.to(dtype).t().reshape(rewards.shape) for x in found))
+    compute = _gae64 if dtype == torch.float64 else _gae32
+    results = compute(*per_step, *last, gamma, gae_lambda)
+    found = [x.to(dtype).t().reshape(rewards.shape) for x in results]
+    return Gae(*(found if isinstance(rewards, Tensor) else [x.numpy() for x in found]))
 
 
 def policy_loss(
@@ -144,6 +148,36 @@ def _clip(clip_coef: float) -> Objective:
     return Objective(clip_low=clip_coef, clip_high=clip_coef)
 
 
+def _gae_numpy(
+    rewards: np.ndarray,
+    values: np.ndarray,
+    dones: np.ndarray,
+    next_value: Array,
+    next_done: Array,
+    gamma: float,
+    gae_lambda: float,
+) -> Gae:
+    """float32, straight to the CPU backend: the tensors of `ops.gae` take 60 us, which is more than
+    the loop over the 5 steps of A2C.
+    """
+    scan.check_discount("gamma", gamma)
+    scan.check_discount("gae_lambda", gae_lambda)
+    steps, rows = rewards.shape[0], math.prod(next_value.shape)
+    advantages, returns = np.empty_like(rewards, order="C"), np.empty_like(rewards, order="C")
+    inputs = (_readable(rewards), _readable(values), _flags(dones))
+    last = (
+        _numpy(next_value).astype(np.float32).reshape(-1),
+        _flags(_numpy(next_done).reshape(-1)),
+    )
+    views = [_view(x) for x in (*inputs, advantages, returns, *last)]
+    if rewards.size:
+        dispatch.load("cpu").gae_forward(
+            rows, steps, None, views[0], None, views[1], views[5], None, None, views[2],
+            None, views[6], None, gamma, gae_lambda, 0, True, views[3], views[4],
+        )  # fmt: skip
+    return Gae(advantages, returns)
+
+
 def _gae32(
     rewards: Tensor,
     values: Tensor,
@@ -181,22 +215,59 @@ def _gae64(
     return advantages, advantages + values
 
 
-def _rows(array: Array) -> Tensor:
-    """(T, N) or (T,) as [N, T]. NumPy makes views in a tenth of torch's time."""
-    if array.ndim not in (1, 2):
+def _check_shapes(
+    rewards: Array, values: Array, dones: Array, next_value: Array, next_done: Array
+) -> None:
+    shape = rewards.shape
+    if len(shape) not in (1, 2):
+        raise ValueError(f"rewards must be (T, N) or (T,), got {tuple(shape)}")
+    if not shape == values.shape == dones.shape:
         raise ValueError(
-            f"rewards, values and dones must be (T, N) or (T,), got {tuple(array.shape)}"
+            f"values and dones must be of the shape of rewards, {tuple(shape)}, got "
+            f"{tuple(values.shape)} and {tuple(dones.shape)}"
         )
-    if isinstance(array, Tensor):
-        return array[None] if array.ndim == 1 else array.t()
-    return _tensor(array[None] if array.ndim == 1 else array.T)
+    rows = shape[1] if len(shape) == 2 else 1
+    if not rows == math.prod(next_value.shape) == math.prod(next_done.shape):
+        raise ValueError(
+            f"next_value and next_done must be one an environment, {rows}, got "
+            f"{tuple(next_value.shape)} and {tuple(next_done.shape)}"
+        )
+
+
+def _rows(array: Array) -> Tensor:
+    """(T, N) or (T,) as [N, T]."""
+    tensor = _tensor(array)
+    return tensor[None] if tensor.dim() == 1 else tensor.t()
 
 
 def _tensor(array: Array) -> Tensor:
     if isinstance(array, Tensor):
         return array
-    array = np.asarray(array)
-    # torch has neither read-only tensors nor negative strides
-    if not array.flags.writeable or min(array.strides, default=0) < 0:
-        array = array.copy()
-    return torch.from_numpy(array)
+    array = _readable(np.asarray(array))
+    # torch has no read-only tensors
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
+
+
+def _numpy(array: Array) -> np.ndarray:
+    return array.detach().cpu().numpy() if isinstance(array, Tensor) else np.asarray(array)
+
+
+def _readable(array: np.ndarray) -> np.ndarray:
+    """With strides that are multiples of the element, not negative."""
+    if array.flags.aligned and min(array.strides, default=0) >= 0:
+        return array
+    return array.copy()
+
+
+def _flags(array: np.ndarray) -> np.ndarray:
+    return _readable(array if array.dtype in (np.bool_, np.uint8) else array != 0)
+
+
+def _view(array: np.ndarray) -> tuple[int, int, int, int]:
+    """The View of csrc/view.h of (T, N) or (T,) as [N, T], or of (N,): address, strides, dtype."""
+    size, strides = array.itemsize, array.strides
+    code = _FLOAT32 if size == 4 else _UINT8
+    return array.ctypes.data, strides[-1] // size, strides[0] // size, code
+
+
+_FLOAT32, _UINT8 = DTYPE_CODES[torch.float32], DTYPE_CODES[torch.uint8]

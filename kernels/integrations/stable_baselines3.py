@@ -28,7 +28,7 @@ def compute_returns_and_advantage(
 ) -> None:
     """Differs: a value behind the end of an episode is not read, so that NaN does not spread."""
     shape = (self.buffer_size, self.n_envs)
-    per_step = (self.rewards, self.values, self.episode_starts, self.advantages)
+    per_step = (self.rewards, self.values, self.episode_starts)
     if (
         not all(x.dtype == np.float32 and x.shape == shape for x in per_step)
         or last_values.numel() != self.n_envs
@@ -36,7 +36,7 @@ def compute_returns_and_advantage(
         or not (0 <= self.gamma <= 1 and 0 <= self.gae_lambda <= 1)
     ):
         return original(self, last_values, dones)
-    self.advantages[:], self.returns = arrays.gae(
-        *per_step[:3], last_values.detach().cpu(), dones, self.gamma, self.gae_lambda
+    self.advantages, self.returns = arrays.gae(
+        *per_step, last_values, dones, self.gamma, self.gae_lambda
     )
     return None
