@@ -55,8 +55,8 @@ def gae(
         A_t     = delta_t + gamma lambda alive_t A_{t+1}            returns_t = A_t + V_t
 
     Args:
-        rewards: (T, N), or (T,) of one environment; float64 | float32 | bfloat16 | float16, any
-            strides. Not copied, unless it is a NumPy array that runs backwards.
+        rewards: (T, N), or (T,) of one environment; float32 | float64, tensors also bfloat16 |
+            float16; any strides. Not copied, unless it is a NumPy array that runs backwards.
         values: like rewards.
         dones: like rewards, of any dtype: not 0 at t where the observation at t is the first of an
             episode; the episode_starts of Stable-Baselines3.
@@ -73,20 +73,22 @@ def gae(
     Raises:
         ValueError: a shape, dtype or number is not as above.
 
-    float64 is computed in float64, step by step; all else in float32, in one scan, which does not
+    float64 goes through the loop, in float64; all else through one scan in float32, which does not
     read values behind the end of an episode: NaN does not spread from there.
     """
-    arrays = (rewards, values, dones, next_value, next_done)
-    _check_shapes(*arrays)
-    if not isinstance(rewards, Tensor) and rewards.dtype == values.dtype == np.float32:
-        return _gae_numpy(*arrays, gamma, gae_lambda)
-    per_step = [_rows(x) for x in arrays[:3]]
-    last = [_tensor(x).reshape(-1) for x in arrays[3:]]
-    dtype = torch.promote_types(per_step[0].dtype, per_step[1].dtype)
-    compute = _gae64 if dtype == torch.float64 else _gae32
-    results = compute(*per_step, *last, gamma, gae_lambda)
-    found = [x.to(dtype).t().reshape(rewards.shape) for x in results]
-    return Gae(*(found if isinstance(rewards, Tensor) else [x.numpy() for x in found]))
+    per_step, last = (rewards, values, dones), (next_value, next_done)
+    _check_shapes(*per_step, *last)
+    if isinstance(rewards, Tensor):
+        last = tuple(x if isinstance(x, Tensor) else torch.as_tensor(x) for x in last)
+        dtype = torch.promote_types(rewards.dtype, values.dtype)
+        compute = _loop if dtype == torch.float64 else _gae_tensors
+    else:
+        last = tuple(x.detach().cpu().numpy() if isinstance(x, Tensor) else x for x in last)
+        dtype = np.result_type(rewards, values)
+        if dtype not in (np.float32, np.float64):
+            raise ValueError(f"rewards and values must be float32 | float64, got {dtype}")
+        compute = _loop if dtype == np.float64 else _gae_numpy
+    return compute(*per_step, *last, gamma, gae_lambda, dtype)
 
 
 def policy_loss(
@@ -152,33 +154,33 @@ def _gae_numpy(
     rewards: np.ndarray,
     values: np.ndarray,
     dones: np.ndarray,
-    next_value: Array,
-    next_done: Array,
+    next_value: np.ndarray,
+    next_done: np.ndarray,
     gamma: float,
     gae_lambda: float,
+    dtype: np.dtype,
 ) -> Gae:
-    """float32, straight to the CPU backend: the tensors of `ops.gae` take 60 us, which is more than
-    the loop over the 5 steps of A2C.
+    """Straight to the CPU backend: the tensors of `ops.gae` take 60 us, which is more than the loop
+    over the 5 steps of A2C.
     """
     scan.check_discount("gamma", gamma)
     scan.check_discount("gae_lambda", gae_lambda)
-    steps, rows = rewards.shape[0], math.prod(next_value.shape)
-    advantages, returns = np.empty_like(rewards, order="C"), np.empty_like(rewards, order="C")
-    inputs = (_readable(rewards), _readable(values), _flags(dones))
-    last = (
-        _numpy(next_value).astype(np.float32).reshape(-1),
-        _flags(_numpy(next_done).reshape(-1)),
-    )
-    views = [_view(x) for x in (*inputs, advantages, returns, *last)]
+    advantages, returns = (np.empty(rewards.shape, np.float32) for _ in range(2))
+    arrays = (
+        _readable(rewards), _readable(values), _flags(dones),
+        next_value.astype(np.float32).reshape(-1), _flags(next_done.reshape(-1)),
+        advantages, returns,
+    )  # fmt: skip
+    r, v, d, last_v, last_d, a, g = map(_view, arrays)
     if rewards.size:
         dispatch.load("cpu").gae_forward(
-            rows, steps, None, views[0], None, views[1], views[5], None, None, views[2],
-            None, views[6], None, gamma, gae_lambda, 0, True, views[3], views[4],
+            next_value.size, len(rewards), None, r, None, v, last_v, None, None, d, None, last_d,
+            None, gamma, gae_lambda, 0, True, a, g,
         )  # fmt: skip
     return Gae(advantages, returns)
 
 
-def _gae32(
+def _gae_tensors(
     rewards: Tensor,
     values: Tensor,
     dones: Tensor,
@@ -186,33 +188,41 @@ def _gae32(
     next_done: Tensor,
     gamma: float,
     gae_lambda: float,
-) -> tuple[Tensor, Tensor]:
-    return ops.gae(
-        rewards, values, gamma=gamma, gae_lambda=gae_lambda, done_convention="starts_at_t",
-        terminated=as_flags(dones), last_values=next_value, last_terminated=as_flags(next_done),
+    dtype: torch.dtype,
+) -> Gae:
+    found = ops.gae(
+        *map(_two_dimensional, (rewards, values)), gamma=gamma, gae_lambda=gae_lambda, time_dim=0,
+        terminated=as_flags(_two_dimensional(dones)), last_values=next_value.reshape(-1),
+        last_terminated=as_flags(next_done.reshape(-1)), done_convention="starts_at_t",
     )  # fmt: skip
+    return Gae(*(x.to(dtype).reshape(rewards.shape) for x in found))
 
 
-def _gae64(
-    rewards: Tensor,
-    values: Tensor,
-    dones: Tensor,
-    next_value: Tensor,
-    next_done: Tensor,
+def _two_dimensional(tensor: Tensor) -> Tensor:
+    return tensor[:, None] if tensor.dim() == 1 else tensor
+
+
+def _loop(
+    rewards: Array,
+    values: Array,
+    dones: Array,
+    next_value: Array,
+    next_done: Array,
     gamma: float,
     gae_lambda: float,
-) -> tuple[Tensor, Tensor]:
-    alive = torch.cat([dones[:, 1:], next_done[:, None]], 1).eq(0).double()
-    after = torch.cat([values[:, 1:], next_value[:, None]], 1)
-    deltas = rewards + gamma * alive * after - values
-    decays = gamma * gae_lambda * alive
-    advantage = torch.zeros_like(next_value, dtype=torch.float64)
-    found = []
-    for delta, decay in zip(deltas.t().flip(0), decays.t().flip(0), strict=True):
-        advantage = torch.addcmul(delta, decay, advantage)
-        found.append(advantage)
-    advantages = torch.stack(found[::-1], 1)
-    return advantages, advantages + values
+    dtype: Any,
+) -> Gae:
+    scan.check_discount("gamma", gamma)
+    scan.check_discount("gae_lambda", gae_lambda)
+    empty: Any = torch.empty_like if isinstance(rewards, Tensor) else np.empty_like
+    advantages = empty(rewards, dtype=dtype)
+    no_start, alive = dones == 0, next_done.reshape(rewards.shape[1:]) == 0
+    after, advantage = next_value.reshape(rewards.shape[1:]), 0
+    for t in reversed(range(len(rewards))):
+        delta = rewards[t] + gamma * after * alive - values[t]
+        advantages[t] = advantage = delta + gamma * gae_lambda * advantage * alive
+        alive, after = no_start[t], values[t]
+    return Gae(advantages, advantages + values)
 
 
 def _check_shapes(
@@ -232,24 +242,6 @@ def _check_shapes(
             f"next_value and next_done must be one an environment, {rows}, got "
             f"{tuple(next_value.shape)} and {tuple(next_done.shape)}"
         )
-
-
-def _rows(array: Array) -> Tensor:
-    """(T, N) or (T,) as [N, T]."""
-    tensor = _tensor(array)
-    return tensor[None] if tensor.dim() == 1 else tensor.t()
-
-
-def _tensor(array: Array) -> Tensor:
-    if isinstance(array, Tensor):
-        return array
-    array = _readable(np.asarray(array))
-    # torch has no read-only tensors
-    return torch.from_numpy(array if array.flags.writeable else array.copy())
-
-
-def _numpy(array: Array) -> np.ndarray:
-    return array.detach().cpu().numpy() if isinstance(array, Tensor) else np.asarray(array)
 
 
 def _readable(array: np.ndarray) -> np.ndarray:

@@ -36,7 +36,7 @@ LAYOUTS = {
 
 
 @st.composite
-def rollouts(draw, dtypes=(np.float32, np.float64, np.float16)):
+def rollouts(draw, dtypes=(np.float32, np.float64)):
     shape = (draw(st.integers(1, 90)), *draw(st.sampled_from([(), (1,), (3,), (40,)])))
     rng = np.random.default_rng(draw(st.integers(0, 999)))
     layout = LAYOUTS[draw(st.sampled_from(sorted(LAYOUTS)))]
@@ -58,7 +58,7 @@ def test_gae_of_numpy(rollout, gamma, gae_lambda):
     wanted = loop(*(x.astype(np.float64) for x in rollout), gamma, gae_lambda)
     found = arrays.gae(*rollout, gamma, gae_lambda)
     dtype = rollout[0].dtype
-    rounding = {2: 2e-3, 4: 1e-6, 8: 1e-14}[dtype.itemsize]
+    rounding = {4: 1e-6, 8: 1e-14}[dtype.itemsize]
     for mine, exact in zip(found, wanted, strict=True):
         assert type(mine) is np.ndarray and mine.dtype == dtype and mine.shape == exact.shape
         np.testing.assert_allclose(mine, exact, rtol=rounding, atol=10 * rounding)
@@ -121,6 +121,7 @@ def test_a_value_behind_the_end_of_an_episode_is_not_read():
         ({"values": (2, 4)}, r"shape of rewards, \(2, 3\), got \(2, 4\)"),
         ({"next_value": (2,)}, r"one an environment, 3, got \(2,\)"),
         ({"gamma": 1.5}, "gamma must be in"),
+        ({"dtype": "int32"}, "float32"),
     ],
 )
 def test_bad_arguments_are_named(kind, changes, message):
@@ -128,7 +129,8 @@ def test_bad_arguments_are_named(kind, changes, message):
     shapes |= dict.fromkeys(("next_value", "next_done"), (3,))
     numbers = {"gamma": 0.9, "gae_lambda": 0.8}
     given_shapes = shapes | {k: v for k, v in changes.items() if k in shapes}
-    inputs = {k: kind(np.zeros(shape, np.float32)) for k, shape in given_shapes.items()}
+    dtype = changes.get("dtype", "float32")
+    inputs = {k: kind(np.zeros(shape, dtype)) for k, shape in given_shapes.items()}
     inputs |= numbers | {k: v for k, v in changes.items() if k in numbers}
     with pytest.raises(ValueError, match=message):
         arrays.gae(**inputs)
