@@ -76,7 +76,9 @@ def gae(
     float64 goes through the loop, in float64; all else through one scan in float32, which does not
     read values behind the end of an episode: NaN does not spread from there.
     """
-    per_step, last = (rewards, values, dones), (next_value, next_done)
+    per_step = (rewards, values, dones)
+    last: tuple[Array, ...] = (next_value, next_done)
+    dtype: Any
     _check_shapes(*per_step, *last)
     if isinstance(rewards, Tensor):
         last = tuple(x if isinstance(x, Tensor) else torch.as_tensor(x) for x in last)
@@ -88,7 +90,7 @@ def gae(
         if dtype not in (np.float32, np.float64):
             raise ValueError(f"rewards and values must be float32 | float64, got {dtype}")
         compute = _loop if dtype == np.float64 else _gae_numpy
-    return compute(*per_step, *last, gamma, gae_lambda, dtype)
+    return compute(*per_step, last[0], last[1], gamma, gae_lambda, dtype)
 
 
 def policy_loss(

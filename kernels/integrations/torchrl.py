@@ -16,6 +16,7 @@ gamma lambda is 0; ours do neither.
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ def generalized_advantage_estimate(
         return original(
             gamma, lmbda, *values, done, terminated, time_dim=time_dim
         )  # fmt: skip
-    return _gae(*numbers, *values, done, terminated, time_dim)
+    return _gae(numbers[0], numbers[1], *values, done, terminated, time_dim)
 
 
 @library.replaces(FUNCTIONAL, "vec_generalized_advantage_estimate", "discounted_returns")
@@ -68,7 +69,7 @@ def vec_generalized_advantage_estimate(
     values = (state_value, next_state_value, reward)
     if numbers is None or not _served(values, (done, terminated), time_dim):
         return original(gamma, lmbda, *values, done, terminated, time_dim=time_dim)
-    return _gae(*numbers, *values, done, terminated, time_dim)
+    return _gae(numbers[0], numbers[1], *values, done, terminated, time_dim)
 
 
 @library.replaces(FUNCTIONAL, "td1_return_estimate", "discounted_returns")
@@ -124,7 +125,7 @@ def td_lambda_return_estimate(
         return original(
             gamma, lmbda, *values, done, terminated, rolling_gamma, time_dim=time_dim
         )  # fmt: skip
-    return _lambda_returns(*numbers, *values, done, terminated, time_dim)
+    return _lambda_returns(numbers[0], numbers[1], *values, done, terminated, time_dim)
 
 
 @library.replaces(FUNCTIONAL, "vec_td_lambda_return_estimate", "discounted_returns")
@@ -146,7 +147,7 @@ def vec_td_lambda_return_estimate(
         return original(
             gamma, lmbda, *values, done, terminated, rolling_gamma, time_dim=time_dim
         )  # fmt: skip
-    return _lambda_returns(*numbers, *values, done, terminated, time_dim)
+    return _lambda_returns(numbers[0], numbers[1], *values, done, terminated, time_dim)
 
 
 @library.replaces(FUNCTIONAL, "vtrace_advantage_estimate", "vtrace")
@@ -168,7 +169,7 @@ def vtrace_advantage_estimate(
     without values, since torchrl's next values are not those of the next step.
     """
     numbers = _discounts(gamma)
-    bounds = _number(rho_thresh), _number(c_thresh)
+    bounds: Any = _number(rho_thresh), _number(c_thresh)
     values = (log_pi, log_mu, state_value, next_state_value, reward)
     if (
         numbers is None
@@ -181,10 +182,10 @@ def vtrace_advantage_estimate(
         )  # fmt: skip
     terminated = done if terminated is None else terminated
     deltas = _deltas(numbers[0], state_value, next_state_value, reward, terminated)
-    rows = [_rows(x, time_dim) for x in (log_pi, log_mu, deltas)]
-    nothing = deltas.new_zeros(()).expand(rows[0].shape)
+    new, old, rewards = (_rows(x, time_dim) for x in (log_pi, log_mu, deltas))
+    nothing = deltas.new_zeros(()).expand(new.shape)
     traces, _ = ops.vtrace(
-        *rows, nothing, gamma=numbers[0], rho_max=bounds[0], c_max=bounds[1],
+        new, old, rewards, nothing, gamma=numbers[0], rho_max=bounds[0], c_max=bounds[1],
         terminated=_rows(done, time_dim), log_ratio_limit=_LOG_RATIO_LIMIT,
     )  # fmt: skip
     targets = _as_given(traces, reward.shape, time_dim).add_(state_value)
@@ -314,7 +315,7 @@ def _served(values: Sequence[Tensor], flags: tuple[Tensor, Tensor | None], time_
     )
 
 
-def _discounts(*numbers: float | Tensor, synchronises: bool = False) -> tuple[float, ...] | None:
+def _discounts(*numbers: float | Tensor, synchronises: bool = False) -> tuple[Any, ...] | None:
     """gamma, or gamma and lambda, as numbers in [0, 1]; None if one is not."""
     found = [_number(x, synchronises) for x in numbers]
     wanted = tuple(x for x in found if x is not None and 0 <= x <= 1)
