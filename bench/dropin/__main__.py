@@ -1,5 +1,5 @@
 """Time every function of TRL, verl, OpenRLHF, torchrl and Stable-Baselines3 that warpo replaces,
-beside the library's own, on the same tensors.
+beside the library's own, on the same tensors; and the loops of single-file PPO.
 
     make bench-dropin, or, where `make peers` has been run: python -m warpo.bench.dropin --out DIR
 
@@ -22,6 +22,7 @@ from warpo.bench.environment import aligned, environment, processor
 from warpo.kernels.integrations.doctor import LIBRARIES
 
 STAND_INS = Path(__file__).parents[2] / "tests/integrations/stand_ins"
+CHOICES = (*LIBRARIES, "arrays")
 # The two sides take turns, but single runs of this virtual machine differ by a few percent.
 AT_LEAST = 0.97
 
@@ -90,7 +91,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("libraries", nargs="*", metavar="LIBRARY", help=", ".join(LIBRARIES))
+    parser.add_argument("libraries", nargs="*", metavar="LIBRARY", help=", ".join(CHOICES))
     parser.add_argument(
         "--only", default="", metavar="TEXT", help="functions with TEXT in the name"
     )
@@ -98,13 +99,13 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("bench/results/latest"), metavar="DIR")
     args = parser.parse_args()
     for library in args.libraries:
-        if library not in LIBRARIES:
-            parser.error(f"there is no integration {library!r}, only {', '.join(LIBRARIES)}")
+        if library not in CHOICES:
+            parser.error(f"there is no integration {library!r}, only {', '.join(CHOICES)}")
     common = environment("warpo.bench.dropin", processor())
     args.out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     with (args.out / "dropin.jsonl").open("w", encoding="utf-8") as file:
-        for library in args.libraries or LIBRARIES:
+        for library in args.libraries or CHOICES:
             found = measured(library, args.peers, args.only)
             file.writelines(json.dumps(row | common) + "\n" for row in found)
             file.flush()

@@ -23,6 +23,26 @@ from warpo.kernels.integrations.patching import Library, wrap
 BUDGET_S = 0.6
 
 
+def load(name: str) -> tuple[list[DropIn], Callable[[str], tuple[Callable, Callable]], str | None]:
+    """The cases of a library, its function of a name and ours, its version. `arrays` is none: its
+    cases bring the loops.
+    """
+    module = importlib.import_module(f"warpo.bench.dropin.{name}")
+    if hasattr(module, "SIDES"):
+        return module.cases(), module.SIDES.__getitem__, None
+    library: Library = importlib.import_module(f"warpo.kernels.integrations.{name}").library
+    problem = library.problem()
+    if problem:
+        sys.exit(problem)
+
+    def sides(function: str) -> tuple[Callable, Callable]:
+        replacement = library.replacements[function]
+        original = replacement.current()
+        return original, wrap(replacement, original)
+
+    return module.cases(), sides, library.version()
+
+
 def row_of(case: DropIn, original: Callable, ours: Callable) -> dict[str, Any]:
     """Milliseconds and peak bytes of both. What fails has its error in place of a time."""
     row: dict[str, Any] = {"function": case.function, "size": case.size, "mode": case.mode}
@@ -51,11 +71,7 @@ def main() -> None:
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     keep_freed_memory()
-    library: Library = importlib.import_module(f"warpo.kernels.integrations.{args.library}").library
-    problem = library.problem()
-    if problem:
-        sys.exit(problem)
-    cases = importlib.import_module(f"warpo.bench.dropin.{args.library}").cases()
+    cases, sides, version = load(args.library)
     cases = [case for case in cases if args.only in case.function]
     start = time.perf_counter()
     with args.rows.open("a", encoding="utf-8") as file:
@@ -65,10 +81,8 @@ def main() -> None:
                 f"[{args.library} {number + 1}/{len(cases)}, {left:.0f} s left] {case.function} "
                 f"{case.size} {case.mode}", file=sys.stderr,
             )  # fmt: skip
-            replacement = library.replacements[case.function]
-            original = replacement.current()
-            row = row_of(case, original, wrap(replacement, original))
-            described = {"library": args.library, "version": library.version()}
+            row = row_of(case, *sides(case.function))
+            described = {"library": args.library, "version": version}
             file.write(json.dumps(described | row) + "\n")
             file.flush()
 

@@ -101,6 +101,8 @@ void forward_rows(const Gae& a, const Vtrace* vtrace, int64_t row, int lanes) {
         const int64_t begin = end > kTileSteps ? end - kTileSteps : 0;
         const TileAt at = {row, begin, lanes, (int)(end - begin)};
         load_tile(a.rewards, at, tile.rewards);
+        // the returns of the steps behind lie there
+        if (!a.values.data) memset(tile.values, 0, sizeof tile.values);
         load_tile(a.values, at, tile.values);
         load_tile(a.final_values, at, tile.final_values);
         load_flags(a, at, tile.flags);

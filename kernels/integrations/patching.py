@@ -172,26 +172,29 @@ class Library:
 
     def swap(self, pairs: Sequence[tuple[Any, Any]]) -> None:
         """Old functions become new ones wherever they are held."""
-        for old, new in pairs:
-            for holder, name in self._holders(old):
-                if isinstance(holder, Registry):
-                    holder.put(name, new)
-                else:
-                    setattr(holder, name, new)
+        new = {id(old): new for old, new in pairs}
+        for holder, name, old in [held for held in self._held() if id(held[2]) in new]:
+            if isinstance(holder, Registry):
+                holder.put(name, new[id(old)])
+            else:
+                setattr(holder, name, new[id(old)])
 
-    def _holders(self, function: Any) -> Iterator[tuple[Any, Any]]:
+    def _held(self) -> Iterator[tuple[Any, Any, Any]]:
+        """Everything that modules, registries and the classes of replacements hold: holder, name,
+        value.
+        """
         for replacement in self.replacements.values():
-            if self._imported(replacement) and replacement.current() is function:
-                yield replacement.owner(), replacement.name.rpartition(".")[2]
+            if self._imported(replacement):
+                name = replacement.name.rpartition(".")[2]
+                yield replacement.owner(), name, replacement.current()
         for module in list(sys.modules.values()):
             for name, value in list(getattr(module, "__dict__", {}).items()):
-                if value is function:
-                    yield module, name
+                yield module, name, value
         for registry in self.registries:
             if registry.module in sys.modules:
-                held: MutableMapping = getattr(sys.modules[registry.module], registry.name)
-                for key in [key for key, value in held.items() if value is function]:
-                    yield registry, key
+                found: MutableMapping = getattr(sys.modules[registry.module], registry.name)
+                for key, value in list(found.items()):
+                    yield registry, key, value
 
     @staticmethod
     def _imported(replacement: Replacement) -> bool:
@@ -308,10 +311,11 @@ def _show(parameter: tuple[str, Any, Any]) -> str:
 
 def served(*tensors: Tensor | None) -> bool:
     """Whether the kernels take these tensors: plain ones of float32, bfloat16 or float16, all on
-    one device that has a backend. None stands for an argument that was not given.
+    one device that has a backend, and outside the transforms of torch.func, such as vmap. None
+    stands for an argument that was not given.
     """
     given = [tensor for tensor in tensors if tensor is not None]
-    return all(
+    return torch._C._functorch.peek_interpreter_stack() is None and all(
         type(tensor) in (Tensor, torch.nn.Parameter)
         and tensor.dtype in FLOATS
         and tensor.device == given[0].device

@@ -69,6 +69,21 @@ def test_a_penalty_at_the_end_of_a_response_reaches_every_token(backend):
 
 
 @each_backend
+@pytest.mark.parametrize("time_dim", [0, 1])
+def test_nothing_of_a_later_episode_reaches_one_that_has_ended(backend, time_dim):
+    rewards = torch.zeros(130, 40, device=DEVICE)
+    rewards[120] = torch.nan
+    ended = torch.zeros(130, 40, dtype=torch.bool, device=DEVICE)
+    ended[80] = True
+    if time_dim == 1:
+        rewards, ended = rewards.t(), ended.t()
+    returns = ops.discounted_returns(
+        rewards, gamma=0.9, terminated=ended, time_dim=time_dim, backend=backend
+    )
+    assert (returns.narrow(time_dim, 0, 81) == 0).all()
+
+
+@each_backend
 def test_lambda_returns_are_advantages_plus_values(backend):
     rewards, values = torch.randn(2, 5, 70, device=DEVICE)
     returns = ops.lambda_returns(rewards, values, gamma=0.99, gae_lambda=0.9, backend=backend)
