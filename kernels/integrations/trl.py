@@ -10,9 +10,10 @@ from collections.abc import Callable
 from torch import Tensor
 
 from warpo.kernels import ops
-from warpo.kernels.integrations.patching import Library, served
+from warpo.kernels.integrations import trl_policy as _policy  # noqa: F401
+from warpo.kernels.integrations.patching import served
+from warpo.kernels.integrations.trl_library import library
 
-library = Library("trl", tested=("1.16.0",))
 patch, unpatch, patched, names = library.patch, library.unpatch, library.patched, library.names
 
 

@@ -1,0 +1,401 @@
+"""The policy losses of TRL's GRPOTrainer and RLOOTrainer on `ops.policy_loss`.
+
+TRL multiplies the loss of a token by weights >= 0: of the off-policy mask, the entropy mask, the
+sampler's correction and VESPO. Here they multiply its advantage.
+
+Differs: masked slots may hold NaN or infinity, which TRL multiplies by 0 and so spreads; and log
+ratios are bounded by +-80, where exp of float32 overflows in TRL from 88.7 on.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from warpo.kernels import ops
+from warpo.kernels.integrations.patching import as_flags, served
+from warpo.kernels.integrations.trl_library import library
+from warpo.kernels.objectives import Objective
+from warpo.kernels.policy_metrics import METRICS
+
+LOG_RATIO_LIMIT = 80.0
+CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
+AGGREGATIONS = {
+    "grpo": "sequence-mean-token-mean",
+    "sapo": "sequence-mean-token-mean",
+    "luspo": "sequence-mean-token-sum",
+    "dr_grpo": "sequence-mean-token-sum-norm",
+    "bnpo": "token-mean",
+    "dapo": "token-mean",
+    "cispo": "token-mean",
+    "vespo": "token-mean",
+}
+# Divided by the tokens of all micro-batches of a step.
+BY_STEP = ("dapo", "cispo", "vespo")
+# Of images, as the model takes them.
+IMAGES = (
+    "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes",
+    "num_tiles", "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids",
+)  # fmt: skip
+
+
+class Batch(NamedTuple):
+    """A micro-batch after the forward pass: B completions of T tokens.
+
+    Attributes:
+        logprobs, entropy: (B, T), differentiable.
+        old_logprobs: (B, T); None where this policy is the old one.
+        mask: (B, T) bool.
+        advantages: (B, 1) or (B, T).
+        mode: "train" or "eval".
+        accumulated: number of micro-batches whose gradients are added up.
+    """
+
+    logprobs: Tensor
+    entropy: Tensor
+    old_logprobs: Tensor | None
+    mask: Tensor
+    advantages: Tensor
+    mode: str
+    accumulated: float
+
+
+class AfterForward:
+    """A trainer whose forward pass is done: for TRL's own loss of what the kernels do not take."""
+
+    def __init__(self, trainer: Any, results: tuple) -> None:
+        self.__dict__.update(_trainer=trainer, _results=results)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._trainer, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._trainer, name, value)
+
+    def _get_per_token_logps_and_entropies(self, *_: Any, **__: Any) -> tuple:
+        return self._results
+
+
+@library.replaces("trl.trainer.grpo_trainer", "GRPOTrainer._compute_loss", "policy_loss")
+def grpo_loss(original: Callable, self: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
+    objective = objective_of(self)
+    given = [inputs.get(name) for name in (
+        "old_per_token_logps", "ref_per_token_logps", "sampling_per_token_logps",
+        "importance_sampling_ratio",
+    )]  # fmt: skip
+    # of completions of one token TRL's metrics are means over sequences, masked ones included
+    if objective is None or inputs["completion_ids"].shape[1] < 2 or not _takes(inputs, given):
+        return original(self, model, inputs)
+    logprobs, entropy, aux_loss = forward = _forward(self, model, inputs)
+    if not served(logprobs, entropy, *given):
+        return original(AfterForward(self, forward), model, inputs)
+
+    batch = _batch(self, inputs, logprobs, entropy)
+    keep, phi = _entropy_mask(self, batch), _vespo_weights(self, inputs, batch)
+    loss, metrics = ops.policy_loss(
+        logprobs, batch.old_logprobs, _weighted_advantages(self, inputs, batch, keep, phi),
+        objective, mask=batch.mask, ref_logprobs=given[1] if self.beta != 0.0 else None,
+        entropy=entropy, denominator=_denominator(self, inputs, batch),
+    )  # fmt: skip
+    policy_loss = loss.detach()
+    if self.loss_type not in BY_STEP and batch.accumulated != 1:
+        loss = loss / batch.accumulated
+    if self._entropy_bonus_enabled:
+        loss = loss - _entropy_bonus(self, batch, keep, policy_loss)
+    if self.aux_loss_enabled:
+        loss = loss + _aux_loss(self, batch.mode, aux_loss) / batch.accumulated
+    _log(self, batch, metrics, phi)
+    return loss
+
+
+@library.replaces("trl.trainer.rloo_trainer", "RLOOTrainer._compute_loss", "policy_loss")
+def rloo_loss(original: Callable, self: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
+    # one action is a whole completion: the ratio is that of the product over its tokens
+    objective = _objective("bnpo", "token", 0.0, self.epsilon_low, self.epsilon_high, None)
+    if objective is None or not _takes(inputs, [inputs["old_logps"]]):
+        return original(self, model, inputs)
+    logprobs, entropy, aux_loss = forward = _forward(self, model, inputs)
+    if not served(logprobs, entropy, inputs["old_logps"]):
+        return original(AfterForward(self, forward), model, inputs)
+
+    mask = inputs["completion_mask"] != 0
+    summed = torch.where(mask, logprobs, 0.0).sum(1, keepdim=True, dtype=torch.float32)
+    old, advantages = inputs["old_logps"][:, None], inputs["advantages"][:, None]
+    loss, _ = ops.policy_loss(summed, old, advantages, objective)
+    mode = "train" if self.model.training else "eval"
+    if self.aux_loss_enabled:
+        loss = loss + _aux_loss(self, mode, aux_loss)
+
+    ratio = torch.exp(summed.detach() - old)
+    outside = _outside(ratio, advantages, 1 - self.epsilon_low, 1 + self.epsilon_high)
+    clipped = self.accelerator.gather(torch.cat(outside, dim=1).float())
+    total, tokens = self.accelerator.reduce(
+        torch.stack(
+            [torch.where(mask, entropy.detach(), 0.0).sum(dtype=torch.float32), mask.sum()]
+        ),
+        reduction="sum",
+    )
+    (low, high), (least, _), (_, most) = clipped.mean(0), clipped.amin(0), clipped.amax(0)
+    found = torch.stack([total / tokens.clamp(min=1.0), low, least, high, most, low + high])
+    names = ("entropy", "clip_ratio/low_mean", "clip_ratio/low_min", "clip_ratio/high_mean",
+             "clip_ratio/high_max", "clip_ratio/region_mean")  # fmt: skip
+    for name, value in zip(names, found.tolist(), strict=True):
+        self._metrics[mode][name].append(value)
+    return loss
+
+
+def objective_of(trainer: Any) -> Objective | None:
+    """The objective that a GRPOTrainer's settings ask for; None if there is none."""
+    args, loss_type = trainer.args, trainer.loss_type
+    if trainer.beta != 0.0 and args.use_bias_correction_kl:
+        return None
+    numbers: tuple = ()
+    if loss_type in CLIPPED:
+        numbers = trainer.epsilon_low, trainer.epsilon_high, args.delta
+    elif loss_type == "cispo":
+        numbers = (trainer.epsilon_high,)
+    elif loss_type == "sapo":
+        numbers = args.sapo_temperature_pos, args.sapo_temperature_neg
+    return _objective(loss_type, trainer.importance_sampling_level, trainer.beta, *numbers)
+
+
+@functools.lru_cache
+def _objective(loss_type: str, level: str, beta: float, *numbers: Any) -> Objective | None:
+    if loss_type not in AGGREGATIONS or level not in ("token", "sequence"):
+        return None
+    options: dict[str, Any] = {"surrogate": "reinforce"}
+    if loss_type in CLIPPED:
+        low, high, delta = numbers
+        options = {"surrogate": "clip", "clip_low": low, "clip_high": high}
+        if delta is not None:
+            # a lower one would be the upper bound where the advantage is positive
+            if delta <= 1 + high:
+                return None
+            options |= {"surrogate": "dual_clip", "dual_clip": delta}
+    elif loss_type == "cispo":
+        options = {"surrogate": "stop_gradient", "clip_low": 1.0, "clip_high": numbers[0] - 1}
+    elif loss_type == "sapo":
+        options = {"surrogate": "soft_gate", "tau_positive": numbers[0], "tau_negative": numbers[1]}
+    try:
+        return Objective(
+            ratio_level=level, kl_coef=beta, aggregation=AGGREGATIONS[loss_type],
+            log_ratio_limit=LOG_RATIO_LIMIT, **options,
+        )  # fmt: skip
+    except ValueError:  # a bound or coefficient that TRL takes and objectives do not
+        return None
+
+
+def _takes(inputs: dict[str, Any], given: list[Tensor | None]) -> bool:
+    """Whether the kernels take the tensors. Where advantages are float32, so is TRL's loss,
+    whatever the logprobs are.
+    """
+    advantages = inputs["advantages"]
+    return advantages.dtype == torch.float32 and served(advantages, *given)
+
+
+def _forward(trainer: Any, model: Any, inputs: dict[str, Any]) -> tuple:
+    """Logprobs, entropy and the loss of the router of the completions' tokens."""
+    return trainer._get_per_token_logps_and_entropies(
+        model,
+        torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
+        torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
+        inputs["completion_ids"].shape[1],
+        compute_entropy=True,
+        compute_aux_loss=trainer.aux_loss_enabled,
+        **{name: inputs.get(name) for name in IMAGES},
+    )
+
+
+def _batch(trainer: Any, inputs: dict[str, Any], logprobs: Tensor, entropy: Tensor) -> Batch:
+    mask = as_flags(inputs["completion_mask"])
+    if "tool_mask" in inputs:
+        mask = mask & as_flags(inputs["tool_mask"])
+    advantages = inputs["advantages"]
+    training = trainer.model.training
+    return Batch(
+        logprobs=logprobs,
+        entropy=entropy,
+        old_logprobs=inputs.get("old_per_token_logps"),
+        mask=mask,
+        advantages=advantages[:, None] if advantages.dim() == 1 else advantages,
+        mode="train" if training else "eval",
+        accumulated=trainer.current_gradient_accumulation_steps if training else 1.0,
+    )
+
+
+def _entropy_mask(trainer: Any, batch: Batch) -> Tensor | None:
+    if trainer.top_entropy_quantile >= 1.0:
+        return None
+    quantile = 1 - trainer.top_entropy_quantile
+    return trainer.get_high_entropy_mask(batch.entropy, batch.mask, quantile)
+
+
+def _vespo_weights(trainer: Any, inputs: dict[str, Any], batch: Batch) -> Tensor | None:
+    if trainer.loss_type != "vespo":
+        return None
+    args = trainer.args
+    return trainer.get_gamma_weights(
+        advantages=batch.advantages,
+        log_ratio_per_token=_log_ratio(batch),
+        mask=batch.mask,
+        importance_sampling_ratio=inputs.get("importance_sampling_ratio"),
+        k_pos=args.vespo_k_pos,
+        lambda_pos=args.vespo_lambda_pos,
+        k_neg=args.vespo_k_neg,
+        lambda_neg=args.vespo_lambda_neg,
+    )
+
+
+def _weighted_advantages(
+    trainer: Any, inputs: dict[str, Any], batch: Batch, keep: Tensor | None, phi: Tensor | None
+) -> Tensor:
+    """(B, T), or (B,) if they are the same for all tokens of a sequence."""
+    weighted = batch.advantages
+    if phi is not None:
+        weighted = weighted * phi
+    if trainer.off_policy_mask_threshold is not None:
+        logprobs = batch.logprobs.detach()
+        old = logprobs if batch.old_logprobs is None else batch.old_logprobs
+        weighted = weighted * trainer.get_off_policy_mask(
+            advantages=batch.advantages,
+            per_token_logps=logprobs,
+            sampling_per_token_logps=inputs.get("sampling_per_token_logps", old),
+            mask=batch.mask,
+            off_policy_threshold=trainer.off_policy_mask_threshold,
+        )
+    if keep is not None:
+        weighted = weighted * keep
+    if trainer.use_vllm and trainer.vllm_importance_sampling_correction and phi is None:
+        weighted = weighted * inputs["importance_sampling_ratio"]
+    return weighted[:, 0] if weighted.shape[1] == 1 else weighted
+
+
+def _denominator(trainer: Any, inputs: dict[str, Any], batch: Batch) -> float | Tensor | None:
+    if trainer.loss_type == "dr_grpo":
+        return len(batch.logprobs) * trainer.max_completion_length
+    if trainer.loss_type not in BY_STEP:
+        return None
+    # the tokens of all completions that were sampled together, over those steps
+    tokens = inputs["num_items_in_batch"].clamp(min=1.0) / trainer.accelerator.num_processes
+    if batch.mode == "train":
+        tokens = tokens * batch.accumulated / trainer.args.steps_per_generation
+    return tokens
+
+
+def _entropy_bonus(trainer: Any, batch: Batch, keep: Tensor | None, policy_loss: Tensor) -> Tensor:
+    """What the bonus takes off the loss. Logs, and where the coefficient adapts, adapts it."""
+    active = batch.mask if keep is None else batch.mask & keep
+    total = torch.where(active, batch.entropy, 0.0).sum(dtype=torch.float32)
+    tokens = active.sum()
+    coef = trainer.entropy_coef
+    if trainer.use_adaptive_entropy and trainer._last_world_entropy > trainer.args.entropy_target:
+        coef = 0.0
+    metrics = trainer._metrics[batch.mode]
+    metrics["policy_loss"].append(trainer.accelerator.gather(policy_loss).nanmean().item())
+    if batch.mode == "train":
+        if trainer.use_adaptive_entropy:
+            _adapt_entropy_coef(trainer, torch.stack([total.detach(), tokens]))
+        if trainer.accelerator.sync_gradients:
+            metrics["entropy_coef"].append(trainer.entropy_coef)
+    return coef * (total / tokens.clamp(min=1.0) / batch.accumulated)
+
+
+def _adapt_entropy_coef(trainer: Any, sums: Tensor) -> None:
+    """At the end of a step, one move of the coefficient towards the target of the mean entropy over
+    its micro-batches and processes. sums: of entropy and tokens, of this micro-batch.
+    """
+    before = trainer._entropy_window_stats
+    trainer._entropy_window_stats = sums if before is None else before + sums
+    if not trainer.accelerator.sync_gradients:
+        return
+    total, tokens = trainer.accelerator.reduce(trainer._entropy_window_stats, reduction="sum")
+    entropy = (total / tokens.clamp(min=1.0)).item()
+    args, coef = trainer.args, trainer.entropy_coef
+    if entropy <= args.entropy_target:
+        trainer.entropy_coef = min(coef + args.entropy_coef_delta, args.entropy_coef_max)
+    else:
+        trainer.entropy_coef = max(coef - args.entropy_coef_delta, args.entropy_coef_min)
+    trainer._last_world_entropy = entropy
+    trainer._entropy_window_stats = None
+
+
+def _aux_loss(trainer: Any, mode: str, aux_loss: Tensor) -> Tensor:
+    mean = trainer.accelerator.gather_for_metrics(aux_loss).mean().item()
+    trainer._metrics[mode]["aux_loss"].append(mean)
+    return trainer.router_aux_loss_coef * aux_loss
+
+
+def _log_ratio(batch: Batch) -> Tensor:
+    """(B, T), a constant; 0 where masked."""
+    if batch.old_logprobs is None:
+        return torch.zeros_like(batch.logprobs)
+    return (batch.logprobs.detach() - batch.old_logprobs).masked_fill_(~batch.mask, 0.0)
+
+
+def _outside(ratio: Tensor, advantages: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+    """Where the lower and the upper bound of the ratio take the gradient."""
+    return (ratio < low) & (advantages < 0), (ratio > high) & (advantages > 0)
+
+
+def _clipped(trainer: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Of each sequence, how often the lower and the upper bound is active, (2, B), and how often
+    it could be, (B,): once a token, or once where the sequence has one ratio and one advantage.
+    """
+    by_sequence = trainer.importance_sampling_level == "sequence"
+    once = by_sequence and batch.advantages.shape[1] == 1
+    tokens = batch.mask.sum(-1)
+    count = torch.ones_like(tokens) if once else tokens
+    if batch.old_logprobs is None:  # the ratio is 1, between all bounds
+        return tokens.new_zeros((2, len(tokens))), count
+    ratio = _log_ratio(batch)
+    if by_sequence:
+        ratio = ratio.sum(-1, keepdim=True) / tokens[:, None].clamp(min=1)
+    low, high = 1 - trainer.epsilon_low, 1 + trainer.epsilon_high
+    if trainer.loss_type == "cispo":
+        low, high = 0.0, trainer.epsilon_high
+    outside = _outside(ratio.exp_(), batch.advantages, low, high)
+    return torch.stack([(x if once else x & batch.mask).sum(-1) for x in outside]), count
+
+
+def _log(trainer: Any, batch: Batch, metrics: Tensor, phi: Tensor | None) -> None:
+    """Means over all processes, read from the device once."""
+    sums = dict(zip(METRICS, metrics, strict=True))
+    tokens = sums["tokens"]
+    means = {"kl": (sums["kl"], tokens)} if trainer.beta != 0.0 else {}
+    means["entropy"] = sums["entropy"], tokens
+    extremes = metrics[:0]
+    if phi is not None:
+        means["vespo/phi_seq_mean"] = (
+            (phi.sum(), tokens.new_full((), len(phi)))
+            if phi.shape[1] == 1
+            else (torch.where(batch.mask, phi, 0.0).sum(), tokens)
+        )
+    elif trainer.loss_type != "sapo":
+        clipped, count = _clipped(trainer, batch)
+        (low, high), total = clipped.sum(1), count.sum()
+        if trainer.loss_type == "cispo":
+            means["cispo_clip_ratio"] = high, total
+        else:
+            means["clip_ratio/low_mean"] = low, total
+            means["clip_ratio/high_mean"] = high, total
+            means["clip_ratio/region_mean"] = low + high, total
+            extremes = _extremes(trainer.accelerator.gather((clipped / count).T))
+    pairs = torch.stack([torch.stack(pair) for pair in zip(*means.values(), strict=True)])
+    pairs = trainer.accelerator.reduce(pairs, reduction="sum")
+    found = torch.cat([pairs[0] / pairs[1].clamp(min=1.0), extremes]).tolist()
+    names = [*means, "clip_ratio/low_min", "clip_ratio/high_max"][: len(found)]
+    for name, value in zip(names, found, strict=True):
+        trainer._metrics[batch.mode][name].append(value)
+
+
+def _extremes(shares: Tensor) -> Tensor:
+    """Of (sequences, 2): the least of the first column and the most of the second. NaN, of a
+    sequence without tokens, counts in neither; NaN if there is no other.
+    """
+    low = shares[:, 0].nan_to_num(math.inf).amin()
+    high = shares[:, 1].nan_to_num(-math.inf).amax()
+    both = torch.stack([low, high])
+    return both.masked_fill(both.isinf(), math.nan)
