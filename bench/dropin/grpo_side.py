@@ -38,7 +38,8 @@ def trainer_of(job: Job, output_dir: str, callback: Any, **settings: Any) -> Any
         reward_funcs=reward,
         args=GRPOConfig(**config | settings),
         train_dataset=load_dataset("json", data_files=job.prompts_path, split="train"),
-        processing_class=PreTrainedTokenizerFast.from_pretrained(job.model_path),
+        # TRL cannot do without one; the model has no such token, so completions have full length
+        processing_class=PreTrainedTokenizerFast.from_pretrained(job.model_path, eos_token="end"),
         callbacks=[callback],
     )
 
@@ -64,7 +65,7 @@ def train(
         trainer = trainer_of(job, output_dir, AtStepEnd(), **settings)
         clock.wrap(trainer, "_generate", "sample")
         trainer.train()
-    return [row for row in trainer.state.log_history if "reward" in row]
+    return [row for row in trainer.state.log_history if "loss" in row]
 
 
 def main() -> None:

@@ -112,7 +112,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--group-size", type=int, default=8, help="completions of each prompt")
     parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=1e-5)
+    parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--peers", type=Path, default=Path(".peers/trl"), metavar="DIR")
     parser.add_argument("--out", type=Path, default=Path("bench/results/latest"), metavar="DIR")

@@ -3,14 +3,13 @@
 TRL multiplies the loss of a token by weights >= 0: of the off-policy mask, the entropy mask, the
 sampler's correction and VESPO. Here they multiply its advantage.
 
-Differs: masked slots may hold NaN or infinity, which TRL multiplies by 0 and so spreads; and log
-ratios are bounded by +-80, where exp of float32 overflows in TRL from 88.7 on.
+Differs: masked slots may hold NaN or infinity, which TRL multiplies by 0 and so spreads (in GRPO);
+and log ratios are bounded by +-80, where exp of float32 overflows in TRL from 88.7 on.
 """
 
 import functools
-import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +17,14 @@ from torch import Tensor
 from warpo.kernels import ops
 from warpo.kernels.integrations.patching import as_flags, served
 from warpo.kernels.integrations.trl_library import library
+from warpo.kernels.integrations.trl_policy_metrics import (
+    Batch,
+    log,
+    log_clipped,
+    log_ratio,
+    outside,
+)
 from warpo.kernels.objectives import Objective
-from warpo.kernels.policy_metrics import METRICS
 
 LOG_RATIO_LIMIT = 80.0
 CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
@@ -40,27 +45,6 @@ IMAGES = (
     "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes",
     "num_tiles", "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids",
 )  # fmt: skip
-
-
-class Batch(NamedTuple):
-    """A micro-batch after the forward pass: B completions of T tokens.
-
-    Attributes:
-        logprobs, entropy: (B, T), differentiable.
-        old_logprobs: (B, T); None where this policy is the old one.
-        mask: (B, T) bool.
-        advantages: (B, 1) or (B, T).
-        mode: "train" or "eval".
-        accumulated: number of micro-batches whose gradients are added up.
-    """
-
-    logprobs: Tensor
-    entropy: Tensor
-    old_logprobs: Tensor | None
-    mask: Tensor
-    advantages: Tensor
-    mode: str
-    accumulated: float
 
 
 class AfterForward:
@@ -87,10 +71,10 @@ def grpo_loss(original: Callable, self: Any, model: Any, inputs: dict[str, Any])
         "importance_sampling_ratio",
     )]  # fmt: skip
     # of completions of one token TRL's metrics are means over sequences, masked ones included
-    if objective is None or inputs["completion_ids"].shape[1] < 2 or not _takes(inputs, given):
+    if objective is None or inputs["completion_ids"].shape[1] < 2:
         return original(self, model, inputs)
     logprobs, entropy, aux_loss = forward = _forward(self, model, inputs)
-    if not served(logprobs, entropy, *given):
+    if not _takes(inputs["advantages"], logprobs, entropy, *given):
         return original(AfterForward(self, forward), model, inputs)
 
     batch = _batch(self, inputs, logprobs, entropy)
@@ -107,7 +91,7 @@ def grpo_loss(original: Callable, self: Any, model: Any, inputs: dict[str, Any])
         loss = loss - _entropy_bonus(self, batch, keep, policy_loss)
     if self.aux_loss_enabled:
         loss = loss + _aux_loss(self, batch.mode, aux_loss) / batch.accumulated
-    _log(self, batch, metrics, phi)
+    log(self, batch, metrics, phi)
     return loss
 
 
@@ -115,14 +99,14 @@ def grpo_loss(original: Callable, self: Any, model: Any, inputs: dict[str, Any])
 def rloo_loss(original: Callable, self: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
     # one action is a whole completion: the ratio is that of the product over its tokens
     objective = _objective("bnpo", "token", 0.0, self.epsilon_low, self.epsilon_high, None)
-    if objective is None or not _takes(inputs, [inputs["old_logps"]]):
+    if objective is None:
         return original(self, model, inputs)
     logprobs, entropy, aux_loss = forward = _forward(self, model, inputs)
-    if not served(logprobs, entropy, inputs["old_logps"]):
+    if not _takes(inputs["advantages"], logprobs, entropy, inputs["old_logps"]):
         return original(AfterForward(self, forward), model, inputs)
 
-    mask = inputs["completion_mask"] != 0
-    summed = torch.where(mask, logprobs, 0.0).sum(1, keepdim=True, dtype=torch.float32)
+    mask = inputs["completion_mask"]
+    summed = (logprobs * mask).sum(1, keepdim=True, dtype=torch.float32)
     old, advantages = inputs["old_logps"][:, None], inputs["advantages"][:, None]
     loss, _ = ops.policy_loss(summed, old, advantages, objective)
     mode = "train" if self.model.training else "eval"
@@ -130,20 +114,13 @@ def rloo_loss(original: Callable, self: Any, model: Any, inputs: dict[str, Any])
         loss = loss + _aux_loss(self, mode, aux_loss)
 
     ratio = torch.exp(summed.detach() - old)
-    outside = _outside(ratio, advantages, 1 - self.epsilon_low, 1 + self.epsilon_high)
-    clipped = self.accelerator.gather(torch.cat(outside, dim=1).float())
-    total, tokens = self.accelerator.reduce(
-        torch.stack(
-            [torch.where(mask, entropy.detach(), 0.0).sum(dtype=torch.float32), mask.sum()]
-        ),
-        reduction="sum",
-    )
-    (low, high), (least, _), (_, most) = clipped.mean(0), clipped.amin(0), clipped.amax(0)
-    found = torch.stack([total / tokens.clamp(min=1.0), low, least, high, most, low + high])
-    names = ("entropy", "clip_ratio/low_mean", "clip_ratio/low_min", "clip_ratio/high_mean",
-             "clip_ratio/high_max", "clip_ratio/region_mean")  # fmt: skip
-    for name, value in zip(names, found.tolist(), strict=True):
-        self._metrics[mode][name].append(value)
+    clipped = outside(ratio, advantages, 1 - self.epsilon_low, 1 + self.epsilon_high)
+    entropies = (entropy.detach() * mask).sum(1, keepdim=True, dtype=torch.float32)
+    rows = torch.cat([entropies, mask.sum(1, keepdim=True), *clipped], dim=1)
+    total, tokens, low, high = zip(*self.accelerator.gather(rows).tolist(), strict=True)
+    found = self._metrics[mode]
+    found["entropy"].append(sum(total) / max(sum(tokens), 1.0))
+    log_clipped(found, [1.0] * len(low), low, high)
     return loss
 
 
@@ -188,12 +165,11 @@ def _objective(loss_type: str, level: str, beta: float, *numbers: Any) -> Object
         return None
 
 
-def _takes(inputs: dict[str, Any], given: list[Tensor | None]) -> bool:
+def _takes(advantages: Tensor, *tensors: Tensor | None) -> bool:
     """Whether the kernels take the tensors. Where advantages are float32, so is TRL's loss,
     whatever the logprobs are.
     """
-    advantages = inputs["advantages"]
-    return advantages.dtype == torch.float32 and served(advantages, *given)
+    return advantages.dtype == torch.float32 and served(advantages, *tensors)
 
 
 def _forward(trainer: Any, model: Any, inputs: dict[str, Any]) -> tuple:
@@ -239,7 +215,7 @@ def _vespo_weights(trainer: Any, inputs: dict[str, Any], batch: Batch) -> Tensor
     args = trainer.args
     return trainer.get_gamma_weights(
         advantages=batch.advantages,
-        log_ratio_per_token=_log_ratio(batch),
+        log_ratio_per_token=log_ratio(batch),
         mask=batch.mask,
         importance_sampling_ratio=inputs.get("importance_sampling_ratio"),
         k_pos=args.vespo_k_pos,
@@ -257,7 +233,7 @@ def _weighted_advantages(
     if phi is not None:
         weighted = weighted * phi
     if trainer.off_policy_mask_threshold is not None:
-        logprobs = batch.logprobs.detach()
+        logprobs = batch.logprobs.detach().float()
         old = logprobs if batch.old_logprobs is None else batch.old_logprobs
         weighted = weighted * trainer.get_off_policy_mask(
             advantages=batch.advantages,
@@ -326,76 +302,3 @@ def _aux_loss(trainer: Any, mode: str, aux_loss: Tensor) -> Tensor:
     mean = trainer.accelerator.gather_for_metrics(aux_loss).mean().item()
     trainer._metrics[mode]["aux_loss"].append(mean)
     return trainer.router_aux_loss_coef * aux_loss
-
-
-def _log_ratio(batch: Batch) -> Tensor:
-    """(B, T), a constant; 0 where masked."""
-    if batch.old_logprobs is None:
-        return torch.zeros_like(batch.logprobs)
-    return (batch.logprobs.detach() - batch.old_logprobs).masked_fill_(~batch.mask, 0.0)
-
-
-def _outside(ratio: Tensor, advantages: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
-    """Where the lower and the upper bound of the ratio take the gradient."""
-    return (ratio < low) & (advantages < 0), (ratio > high) & (advantages > 0)
-
-
-def _clipped(trainer: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Of each sequence, how often the lower and the upper bound is active, (2, B), and how often
-    it could be, (B,): once a token, or once where the sequence has one ratio and one advantage.
-    """
-    by_sequence = trainer.importance_sampling_level == "sequence"
-    once = by_sequence and batch.advantages.shape[1] == 1
-    tokens = batch.mask.sum(-1)
-    count = torch.ones_like(tokens) if once else tokens
-    if batch.old_logprobs is None:  # the ratio is 1, between all bounds
-        return tokens.new_zeros((2, len(tokens))), count
-    ratio = _log_ratio(batch)
-    if by_sequence:
-        ratio = ratio.sum(-1, keepdim=True) / tokens[:, None].clamp(min=1)
-    low, high = 1 - trainer.epsilon_low, 1 + trainer.epsilon_high
-    if trainer.loss_type == "cispo":
-        low, high = 0.0, trainer.epsilon_high
-    outside = _outside(ratio.exp_(), batch.advantages, low, high)
-    return torch.stack([(x if once else x & batch.mask).sum(-1) for x in outside]), count
-
-
-def _log(trainer: Any, batch: Batch, metrics: Tensor, phi: Tensor | None) -> None:
-    """Means over all processes, read from the device once."""
-    sums = dict(zip(METRICS, metrics, strict=True))
-    tokens = sums["tokens"]
-    means = {"kl": (sums["kl"], tokens)} if trainer.beta != 0.0 else {}
-    means["entropy"] = sums["entropy"], tokens
-    extremes = metrics[:0]
-    if phi is not None:
-        means["vespo/phi_seq_mean"] = (
-            (phi.sum(), tokens.new_full((), len(phi)))
-            if phi.shape[1] == 1
-            else (torch.where(batch.mask, phi, 0.0).sum(), tokens)
-        )
-    elif trainer.loss_type != "sapo":
-        clipped, count = _clipped(trainer, batch)
-        (low, high), total = clipped.sum(1), count.sum()
-        if trainer.loss_type == "cispo":
-            means["cispo_clip_ratio"] = high, total
-        else:
-            means["clip_ratio/low_mean"] = low, total
-            means["clip_ratio/high_mean"] = high, total
-            means["clip_ratio/region_mean"] = low + high, total
-            extremes = _extremes(trainer.accelerator.gather((clipped / count).T))
-    pairs = torch.stack([torch.stack(pair) for pair in zip(*means.values(), strict=True)])
-    pairs = trainer.accelerator.reduce(pairs, reduction="sum")
-    found = torch.cat([pairs[0] / pairs[1].clamp(min=1.0), extremes]).tolist()
-    names = [*means, "clip_ratio/low_min", "clip_ratio/high_max"][: len(found)]
-    for name, value in zip(names, found, strict=True):
-        trainer._metrics[batch.mode][name].append(value)
-
-
-def _extremes(shares: Tensor) -> Tensor:
-    """Of (sequences, 2): the least of the first column and the most of the second. NaN, of a
-    sequence without tokens, counts in neither; NaN if there is no other.
-    """
-    low = shares[:, 0].nan_to_num(math.inf).amin()
-    high = shares[:, 1].nan_to_num(-math.inf).amax()
-    both = torch.stack([low, high])
-    return both.masked_fill(both.isinf(), math.nan)

@@ -105,9 +105,9 @@ def loss_of(name, compute, settings, inputs, seen, clean=False):
         result = compute(trainer, None, trl_inputs(tensors["advantages"], mask, **given))
         metrics = trainer._metrics["train" if trainer.model.training else "eval"]
         assert all(type(value) is float for row in metrics.values() for value in row)
-        seen.append(list(metrics))
+        seen.append(sorted(metrics))
         adapted = [trainer.entropy_coef, trainer._last_world_entropy, trainer._entropy_window_stats]
-        return result, [x for x in adapted if x is not None], dict(metrics)
+        return result, [x for x in adapted if x is not None], dict(sorted(metrics.items()))
 
     return loss
 
@@ -155,14 +155,11 @@ def test_grpo(
 
 @given(
     shape=shapes, low=st.sampled_from([0.2, 1.0]), high=st.sampled_from([0.2, 5.0]),
-    aux=st.booleans(), training=st.booleans(), poison=st.sampled_from([None, math.nan, math.inf]),
+    aux=st.booleans(), training=st.booleans(),
 )  # fmt: skip
-def test_rloo(shape, low, high, aux, training, poison):
+def test_rloo(shape, low, high, aux, training):
     tensors = make(**shape)
     tensors["old"] = (tensors["old"] * tensors["mask"]).sum(1)
-    if poison is not None:
-        for key in ("logprobs", "entropy"):
-            tensors[key] = tensors[key].masked_fill(tensors["mask"] == 0, poison)
     options = {"epsilon_low": low, "epsilon_high": high, "aux_loss_enabled": aux,
                "training": training}  # fmt: skip
-    compare_losses("RLOOTrainer", options, {"old_logps": "old"}, tensors, clean=poison is not None)
+    compare_losses("RLOOTrainer", options, {"old_logps": "old"}, tensors)
