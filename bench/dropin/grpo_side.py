@@ -30,8 +30,8 @@ def trainer_of(job: Job, output_dir: str, callback: Any, **settings: Any) -> Any
         per_device_train_batch_size=job.completions, num_generations=job.group_size,
         max_completion_length=job.new_tokens, learning_rate=job.lr, lr_scheduler_type="constant",
         loss_type="dapo", beta=0.04, use_bias_correction_kl=False, num_iterations=2, use_cpu=True,
-        bf16=False, gradient_checkpointing=False, save_strategy="no", report_to="none", logging_steps=1,
-        disable_tqdm=True,
+        bf16=False, gradient_checkpointing=False, save_strategy="no", report_to="none",
+        logging_steps=1, disable_tqdm=True,
     )  # fmt: skip
     return GRPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(job.model_path, dtype=torch.float32),

@@ -25,8 +25,10 @@ from warpo.kernels.integrations.trl_policy_metrics import (
     outside,
 )
 from warpo.kernels.objectives import Objective
+from warpo.kernels.policy_metrics import METRICS
 
 LOG_RATIO_LIMIT = 80.0
+REF = "ref_per_token_logps"
 CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 AGGREGATIONS = {
     "grpo": "sequence-mean-token-mean",
@@ -67,8 +69,7 @@ class AfterForward:
 def grpo_loss(original: Callable, self: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
     objective = objective_of(self)
     given = [inputs.get(name) for name in (
-        "old_per_token_logps", "ref_per_token_logps", "sampling_per_token_logps",
-        "importance_sampling_ratio",
+        "old_per_token_logps", REF, "sampling_per_token_logps", "importance_sampling_ratio"
     )]  # fmt: skip
     # of completions of one token TRL's metrics are means over sequences, masked ones included
     if objective is None or inputs["completion_ids"].shape[1] < 2:
@@ -79,11 +80,15 @@ def grpo_loss(original: Callable, self: Any, model: Any, inputs: dict[str, Any])
 
     batch = _batch(self, inputs, logprobs, entropy)
     keep, phi = _entropy_mask(self, batch), _vespo_weights(self, inputs, batch)
+    denominator, ref = _denominator(self, inputs, batch), given[1]
     loss, metrics = ops.policy_loss(
         logprobs, batch.old_logprobs, _weighted_advantages(self, inputs, batch, keep, phi),
-        objective, mask=batch.mask, ref_logprobs=given[1] if self.beta != 0.0 else None,
-        entropy=entropy, denominator=_denominator(self, inputs, batch),
+        objective, mask=batch.mask, ref_logprobs=ref if objective.kl_coef else None,
+        entropy=entropy, denominator=denominator,
     )  # fmt: skip
+    if self.beta != 0.0 and self.args.use_bias_correction_kl:
+        kl, metrics[METRICS.index("kl")] = _corrected_kl(self, batch, inputs[REF], denominator)
+        loss = loss + self.beta * kl
     policy_loss = loss.detach()
     if self.loss_type not in BY_STEP and batch.accumulated != 1:
         loss = loss / batch.accumulated
@@ -127,8 +132,6 @@ def rloo_loss(original: Callable, self: Any, model: Any, inputs: dict[str, Any])
 def objective_of(trainer: Any) -> Objective | None:
     """The objective that a GRPOTrainer's settings ask for; None if there is none."""
     args, loss_type = trainer.args, trainer.loss_type
-    if trainer.beta != 0.0 and args.use_bias_correction_kl:
-        return None
     numbers: tuple = ()
     if loss_type in CLIPPED:
         numbers = trainer.epsilon_low, trainer.epsilon_high, args.delta
@@ -136,7 +139,8 @@ def objective_of(trainer: Any) -> Objective | None:
         numbers = (trainer.epsilon_high,)
     elif loss_type == "sapo":
         numbers = args.sapo_temperature_pos, args.sapo_temperature_neg
-    return _objective(loss_type, trainer.importance_sampling_level, trainer.beta, *numbers)
+    beta = 0.0 if args.use_bias_correction_kl else trainer.beta
+    return _objective(loss_type, trainer.importance_sampling_level, beta, *numbers)
 
 
 @functools.lru_cache
@@ -259,6 +263,30 @@ def _denominator(trainer: Any, inputs: dict[str, Any], batch: Batch) -> float | 
     if batch.mode == "train":
         tokens = tokens * batch.accumulated / trainer.args.steps_per_generation
     return tokens
+
+
+def _corrected_kl(
+    trainer: Any, batch: Batch, ref: Tensor, denominator: float | Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The KL term with `use_bias_correction_kl`: ratio k3, aggregated as the policy loss, and its
+    sum over the tokens, a constant. The gradient goes through both factors.
+    """
+    masked, tokens = ~batch.mask, batch.mask.sum(-1)
+    logprobs = batch.logprobs.float().masked_fill(masked, 0.0)
+    old = logprobs.detach()
+    if batch.old_logprobs is not None:
+        old = batch.old_logprobs.masked_fill(masked, 0.0)
+    log_weight = logprobs - old
+    if trainer.importance_sampling_level == "sequence":
+        log_weight = log_weight.sum(-1, keepdim=True) / tokens[:, None].clamp(min=1)
+    distance = ref.masked_fill(masked, 0.0) - logprobs
+    sums = (torch.exp(log_weight) * (torch.expm1(distance) - distance)).sum(-1)
+    aggregation = AGGREGATIONS[trainer.loss_type]
+    if denominator is None:
+        denominator = tokens.sum().clamp(min=1) if aggregation == "token-mean" else len(sums)
+    by_sequence = aggregation == "sequence-mean-token-mean"
+    terms = sums / tokens.clamp(min=1) if by_sequence else sums
+    return terms.sum() / denominator, sums.detach().sum()
 
 
 def _entropy_bonus(trainer: Any, batch: Batch, keep: Tensor | None, policy_loss: Tensor) -> Tensor:

@@ -1,3 +1,4 @@
+import functools
 import math
 
 import pytest
@@ -16,14 +17,13 @@ from warpo.kernels.integrations import trl, trl_policy  # noqa: E402
 LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"]
 PER_TOKEN = ("logprobs", "entropy", "old", "ref", "sampling")
 originals = {kind: kind._compute_loss for kind in (GRPOTrainer, RLOOTrainer)}
-with trl.patch(only=["GRPOTrainer._compute_loss", "RLOOTrainer._compute_loss"]):
-    ours = {kind: kind._compute_loss for kind in (GRPOTrainer, RLOOTrainer)}
 
 settings_of_grpo = st.fixed_dictionaries(
     {
         "loss_type": st.sampled_from(LOSS_TYPES),
         "importance_sampling_level": st.sampled_from(["token", "sequence"]),
         "beta": st.sampled_from([0.0, 0.04]),
+        "use_bias_correction_kl": st.booleans(),
         "epsilon_low": st.sampled_from([0.2, 3e-4, 1.0]),
         "epsilon_high": st.sampled_from([0.2, 4e-4, 5.0]),
         "delta": st.sampled_from([None, 1.5, 1.1]),
@@ -112,14 +112,21 @@ def loss_of(name, compute, settings, inputs, seen, clean=False):
     return loss
 
 
-def compare_losses(name, settings, inputs, tensors, clean=False):
+def unexpected(*_):
+    raise AssertionError("TRL's own loss was called")
+
+
+def compare_losses(name, settings, inputs, tensors, clean=False, served=True):
     kind, seen = {"GRPOTrainer": GRPOTrainer, "RLOOTrainer": RLOOTrainer}[name], []
+    replaced = trl.library.replacements[f"{name}._compute_loss"].function
+    own = functools.partial(replaced, unexpected if served else originals[kind])
     differentiable = ["logprobs"]
     differentiable += ["entropy"] if settings.get("_entropy_bonus_enabled") else []
     differentiable += ["aux_loss"] if settings.get("aux_loss_enabled") else []
+
     compare(
         loss_of(name, originals[kind], settings, inputs, seen, clean),
-        loss_of(name, ours[kind], settings, inputs, seen),
+        loss_of(name, own, settings, inputs, seen),
         differentiable=differentiable,
         **tensors,
     )
@@ -146,11 +153,12 @@ def test_grpo(
     inputs |= {"importance_sampling_ratio": "ratio"} if options["use_vllm"] else {}
     inputs |= {"tool_mask": "tools"} if has_tools else {}
     served = trl_policy.objective_of(trl_trainer("GRPOTrainer", **options)) is not None
-    poisoned = poison is not None and served and shape["columns"] > 1
+    served = served and shape["columns"] > 1
+    poisoned = poison is not None and served
     if poisoned:
         for key in PER_TOKEN:
             tensors[key] = tensors[key].masked_fill(tensors["mask"] == 0, poison)
-    compare_losses("GRPOTrainer", options | bonus, inputs, tensors, clean=poisoned)
+    compare_losses("GRPOTrainer", options | bonus, inputs, tensors, poisoned, served)
 
 
 @given(
@@ -163,3 +171,59 @@ def test_rloo(shape, low, high, aux, training):
     options = {"epsilon_low": low, "epsilon_high": high, "aux_loss_enabled": aux,
                "training": training}  # fmt: skip
     compare_losses("RLOOTrainer", options, {"old_logps": "old"}, tensors)
+
+
+def state(**settings):
+    tensors = make(3, 5, 0)
+    forward = tensors["logprobs"].requires_grad_(), tensors["entropy"], None
+    trainer = trl_trainer("GRPOTrainer", forward=forward, **settings)
+    given = {"num_items_in_batch": tensors["count"], "old_per_token_logps": tensors["old"]}
+    return trainer, trl_inputs(tensors["advantages"], tensors["mask"], **given)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"delta": 1.2}, {"delta": 0.5}, {"epsilon_low": 1.5}, {"loss_type": "cispo"},
+     {"loss_type": "sapo", "sapo_temperature_pos": 100.0}, {"loss_type": "other"},
+     {"importance_sampling_level": "prefix"}],
+)  # fmt: skip
+def test_settings_that_are_passed_on(options):
+    trainer, inputs = state(**options)
+    calls = []
+    trl_policy.grpo_loss(lambda *given: calls.append(given), trainer, None, inputs)
+    assert calls == [(trainer, None, inputs)]
+    assert not any(trainer._metrics.values())
+
+
+def test_float64_is_passed_on_after_one_forward_pass():
+    trainer, inputs = state(_entropy_bonus_enabled=True, use_adaptive_entropy=True)
+    trainer.forward = tuple(x.double() for x in trainer.forward[:2]) + (None,)
+    forward, calls = trainer._get_per_token_logps_and_entropies, []
+    trainer._get_per_token_logps_and_entropies = lambda *a, **k: calls.append(1) or forward()
+    loss = trl_policy.grpo_loss(originals[GRPOTrainer], trainer, None, inputs)
+    assert loss.dtype == torch.float64 and calls == [1]
+    assert trainer._metrics["train"]["entropy"] and trainer._last_world_entropy < math.inf
+
+
+def test_a_ratio_above_float32_is_bounded():
+    trainer, inputs = state()
+    inputs["advantages"] = -torch.ones(3)
+    inputs["old_per_token_logps"] = inputs["old_per_token_logps"] - 200
+    assert not originals[GRPOTrainer](trainer, None, inputs).isfinite()
+    with trl.patch(only=["GRPOTrainer._compute_loss"]):
+        loss = trainer._compute_loss(None, inputs)
+    loss.backward()
+    assert loss.isfinite() and trainer.forward[0].grad.isfinite().all()
+
+
+def test_subclasses_of_trl_have_it():
+    from trl.experimental.gmpo import GMPOTrainer
+
+    assert "_compute_loss" in vars(GMPOTrainer)
+
+    class Mine(GRPOTrainer):
+        pass
+
+    with trl.patch(only=["GRPOTrainer._compute_loss"]):
+        assert Mine._compute_loss is GRPOTrainer._compute_loss is not originals[GRPOTrainer]
+        assert GMPOTrainer._compute_loss is not GRPOTrainer._compute_loss
