@@ -2,7 +2,6 @@
 .peers, out of the way of the environment.
 """
 
-import functools
 import importlib
 import importlib.metadata
 import os
@@ -47,43 +46,77 @@ def load(module: str, name: str) -> Any:
         raise Missing(f"{module}: {error}; install it by `make peers`".replace("\n", " ")) from None
 
 
+def trl_trainer(name: str, **settings: Any) -> Any:
+    """A trainer of TRL with what its `_compute_loss` reads: no model, data or other processes.
+
+    Args:
+        name: "GRPOTrainer" or "RLOOTrainer".
+        settings: attributes, and those of its `args`, in place of the defaults here. `forward` is
+            what its forward pass returns: logprobs, entropy and the loss of a router.
+    """
+    trainer_class = load("trl", name)
+    trainer = trainer_class.__new__(trainer_class)
+    args: dict[str, Any] = dict(
+        use_bias_correction_kl=False, delta=None, sapo_temperature_pos=1.0,
+        sapo_temperature_neg=1.05, vespo_k_pos=2.0, vespo_lambda_pos=3.0, vespo_k_neg=3.0,
+        vespo_lambda_neg=2.0, steps_per_generation=1, entropy_target=0.2, entropy_coef_delta=0.01,
+        entropy_coef_max=1.0, entropy_coef_min=0.0,
+    )  # fmt: skip
+    attributes: dict[str, Any] = dict(
+        loss_type="grpo", importance_sampling_level="token", beta=0.0, epsilon_low=0.2,
+        epsilon_high=0.2, use_vllm=False, vllm_importance_sampling_correction=True,
+        top_entropy_quantile=1.0, off_policy_mask_threshold=None, max_completion_length=256,
+        current_gradient_accumulation_steps=1, aux_loss_enabled=False, router_aux_loss_coef=0.001,
+        _entropy_bonus_enabled=False, use_adaptive_entropy=False, entropy_coef=0.0,
+        _last_world_entropy=float("inf"), _entropy_window_stats=None, training=True,
+    ) | settings  # fmt: skip
+    for key in args.keys() & settings:
+        args[key] = attributes.pop(key)
+    vars(trainer).update(attributes)
+    trainer.args = types.SimpleNamespace(**args)
+    trainer.model = types.SimpleNamespace(training=attributes.pop("training"))
+    trainer.accelerator = _OneProcess()
+    trainer._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
+    trainer._get_per_token_logps_and_entropies = lambda *_, **__: trainer.forward
+    return trainer
+
+
+class _OneProcess:
+    """accelerate's `Accelerator`, of one process."""
+
+    num_processes, sync_gradients = 1, True
+
+    def gather(self, x: Tensor) -> Tensor:
+        return x
+
+    def reduce(self, x: Tensor, reduction: str = "sum") -> Tensor:
+        return x
+
+    def pad_across_processes(self, x: Tensor, dim: int, pad_index: float) -> Tensor:
+        return x
+
+    gather_for_metrics = gather
+
+
+def trl_inputs(advantages: Tensor, mask: Tensor, **others: Any) -> dict[str, Any]:
+    """What TRL hands to `_compute_loss` beside the model: completions without prompts."""
+    ids = torch.zeros(mask.shape, dtype=torch.int64, device=mask.device)
+    return {
+        "prompt_ids": ids[:, :0], "prompt_mask": mask[:, :0], "completion_ids": ids,
+        "completion_mask": mask, "advantages": advantages, **others,
+    }  # fmt: skip
+
+
 def trl_grpo_loss(beta: float) -> Callable[..., Tensor]:
     """`GRPOTrainer._compute_loss` on given logprobs: its trainer without model, data and ranks."""
-    trainer = load("trl", "GRPOTrainer")
-
-    class Alone:
-        num_processes, sync_gradients = 1, True
-
-        def gather(self, x: Tensor) -> Tensor:
-            return x
-
-        def reduce(self, x: Tensor, reduction: str = "sum") -> Tensor:
-            return x
-
-        gather_for_metrics = gather
-
-    state: Any = types.SimpleNamespace(
-        aux_loss_enabled=False, top_entropy_quantile=1.0, off_policy_mask_threshold=None,
-        importance_sampling_level="token", beta=beta, loss_type="grpo",
-        epsilon_low=0.2, epsilon_high=0.2, use_vllm=False, current_gradient_accumulation_steps=1,
-        _entropy_bonus_enabled=False, accelerator=Alone(),
-        model=types.SimpleNamespace(training=True),
-        args=types.SimpleNamespace(use_bias_correction_kl=False, delta=None),
-        _metrics={"train": defaultdict(list)},
-    )  # fmt: skip
-    compute = functools.partial(trainer._compute_loss, state, None)
+    trainer = trl_trainer("GRPOTrainer", beta=beta)
 
     def loss(
         logprobs: Tensor, old: Tensor, ref: Tensor, advantages: Tensor, mask: Tensor
     ) -> Tensor:
-        state._get_per_token_logps_and_entropies = lambda *_, **__: (logprobs, old, None)
-        state._metrics["train"].clear()
-        empty = torch.zeros(len(logprobs), 0, dtype=torch.int64)
-        ids = torch.zeros(logprobs.shape, dtype=torch.int64)
-        return compute({
-            "prompt_ids": empty, "prompt_mask": empty, "completion_ids": ids,
-            "completion_mask": mask, "advantages": advantages, "old_per_token_logps": old,
-            "ref_per_token_logps": ref,
-        })  # fmt: skip
+        trainer.forward = logprobs, old, None
+        trainer._metrics["train"].clear()
+        inputs = trl_inputs(advantages, mask, old_per_token_logps=old, ref_per_token_logps=ref)
+        return trainer._compute_loss(None, inputs)
 
     return loss

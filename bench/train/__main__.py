@@ -36,8 +36,8 @@ PHASES = (
 TIME_GOAL, WEIGHTS_GOAL = 0.5, 1.0
 
 # Timed steps of a process and prompts of a step, so that the command ends within minutes.
-STEPS = {"tiny": 8, "20m": 3, "100m": 2}
-PROMPTS = {"tiny": 8, "20m": 4, "100m": 2}
+STEPS = {"tiny": 8, "20m": 3, "32k": 3, "100m": 2}
+PROMPTS = {"tiny": 8, "20m": 4, "32k": 4, "100m": 2}
 
 # Prints the resident bytes of a process that has imported these modules and done nothing else.
 _IMPORT = """

@@ -35,6 +35,14 @@ MODELS: dict[str, dict[str, Any]] = {
         num_key_value_heads=2,
         intermediate_size=1408,
     ),
+    "32k": dict(
+        vocab_size=32000,
+        hidden_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        intermediate_size=768,
+    ),
     "100m": dict(
         vocab_size=32768,
         hidden_size=768,

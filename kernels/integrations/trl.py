@@ -5,7 +5,12 @@ from warpo.kernels.integrations import trl
 trl.patch()
 """
 
-from warpo.kernels.integrations import trl_lm_head, trl_logprobs, trl_preferences  # noqa: F401
+from warpo.kernels.integrations import (  # noqa: F401
+    trl_lm_head,
+    trl_logprobs,
+    trl_policy,
+    trl_preferences,
+)
 from warpo.kernels.integrations.trl_library import library
 
 patch, unpatch, patched, names = library.patch, library.unpatch, library.patched, library.names

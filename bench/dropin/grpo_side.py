@@ -1,0 +1,89 @@
+"""TRL's GRPOTrainer on a job, as it is or with warpo's kernels in it.
+
+python -m warpo.bench.dropin.grpo_side JOB.json RESULT.json [--patch]
+
+Samples by `generate` of transformers. Every sample is used for two updates, and there is a KL term:
+so the loss has ratios that are not 1, bounds that clip, and a reference.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from warpo.bench.train.job import Clock, Job, read_job, reward
+
+
+def trainer_of(job: Job, output_dir: str, callback: Any, **settings: Any) -> Any:
+    """A GRPOTrainer; settings of `GRPOConfig` take the place of those here."""
+    import torch
+    from datasets import load_dataset
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+    from trl import GRPOConfig, GRPOTrainer
+
+    config: dict[str, Any] = dict(
+        output_dir=output_dir, max_steps=job.steps + job.warm_up, seed=job.seed,
+        per_device_train_batch_size=job.completions, num_generations=job.group_size,
+        max_completion_length=job.new_tokens, learning_rate=job.lr, lr_scheduler_type="constant",
+        loss_type="dapo", beta=0.04, use_bias_correction_kl=False, num_iterations=2, use_cpu=True,
+        bf16=False, gradient_checkpointing=False, save_strategy="no", report_to="none",
+        logging_steps=1, disable_tqdm=True,
+    )  # fmt: skip
+    return GRPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(job.model_path, dtype=torch.float32),
+        reward_funcs=reward,
+        args=GRPOConfig(**config | settings),
+        train_dataset=load_dataset("json", data_files=job.prompts_path, split="train"),
+        # TRL cannot do without one; the model has no such token, so completions have full length
+        processing_class=PreTrainedTokenizerFast.from_pretrained(job.model_path, eos_token="end"),
+        callbacks=[callback],
+    )
+
+
+def train(
+    job: Job, output_dir: str, patched: bool, clock: Clock, **settings: Any
+) -> list[dict[str, float]]:
+    """What the trainer logs at each step.
+
+    Args:
+        patched: with all replacements of `warpo.kernels.integrations.trl`.
+        clock: times the steps.
+    """
+    from transformers import TrainerCallback
+
+    from warpo.kernels.integrations import trl
+
+    class AtStepEnd(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            clock.end_step()
+
+    with trl.patch() if patched else contextlib.nullcontext():
+        trainer = trainer_of(job, output_dir, AtStepEnd(), **settings)
+        clock.wrap(trainer, "_generate", "sample")
+        trainer.train()
+    return [row for row in trainer.state.log_history if "loss" in row]
+
+
+def main() -> None:
+    job, result, patched = read_job(sys.argv[1]), Path(sys.argv[2]), "--patch" in sys.argv
+    clock = Clock()
+    clock.watch_learner()
+    logs = train(job, str(result.with_suffix("")), patched, clock)
+    from warpo.kernels.integrations import trl
+
+    names = ("torch", "trl", "transformers", "accelerate")
+    answer = clock.answer(
+        job.warm_up,
+        logs=logs,
+        replaced=trl.names() if patched else [],
+        versions={name: importlib.metadata.version(name) for name in names},
+    )
+    result.write_text(json.dumps(answer), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+import math
+
+import pytest
+
+from tests.tolerance import TRAINER_LOSS
+
+pytest.importorskip("trl", reason="TRL is not installed: make peers; then make test-integrations")
+
+from warpo.bench.dropin.grpo_side import train  # noqa: E402
+from warpo.bench.train.job import Clock, Job, make  # noqa: E402
+from warpo.kernels import ops  # noqa: E402
+from warpo.kernels.integrations import trl  # noqa: E402
+
+
+@pytest.mark.slow
+def test_twenty_steps_log_the_same(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    job = Job(
+        folder=str(tmp_path), model="tiny", steps=18, warm_up=2, prompts_per_step=2, group_size=4,
+        prompt_tokens=8, new_tokens=12, lr=1e-3, kv_cache_gib=0.0,
+    )  # fmt: skip
+    make(job)
+    theirs = train(job, str(tmp_path / "theirs"), False, Clock())
+    calls = []
+    policy_loss = ops.policy_loss
+    monkeypatch.setattr(ops, "policy_loss", lambda *a, **k: calls.append(1) or policy_loss(*a, **k))
+    ours = train(job, str(tmp_path / "ours"), True, Clock())
+    assert not trl.patched()
+    assert len(theirs) == len(ours) == len(calls) == 20
+    for step, (a, b) in enumerate(zip(theirs, ours, strict=True)):
+        assert a.keys() == b.keys()
+        for name in a.keys() - {"step_time"}:
+            apart = abs(a[name] - b[name])
+            allowed = TRAINER_LOSS * max(1.0, abs(a[name]))
+            assert apart <= allowed or math.isnan(a[name]), (step, name, a[name], b[name])
+    assert max(abs(row["loss"]) for row in ours) > 100 * TRAINER_LOSS
+    assert max(row["kl"] for row in ours) > 100 * TRAINER_LOSS
+    assert max(row["clip_ratio/region_mean"] for row in ours) > 0
