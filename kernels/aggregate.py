@@ -26,7 +26,7 @@ from warpo.kernels.objectives import AGGREGATIONS
 from warpo.kernels.registration import Operator
 from warpo.kernels.sequences import as_denominator, check_aggregation, check_sequences
 
-# Rows of the workspace at least: kMinAggregateParts in csrc/math/aggregate.h.
+# Rows of the workspace at least: kMinAggregateParts in csrc/arguments/aggregate.h.
 MIN_PARTS = 512
 _CODES = {name: code for code, name in enumerate(AGGREGATIONS)}
 
@@ -82,7 +82,7 @@ def aggregate(
             values.float(), aggregation, mask=mask, cu_seqlens=cu_seqlens,
             denominator=denominator if number < 0 else values.new_full((), number).float(),
         )  # fmt: skip
-    return _operator(values, mask, cu_seqlens, _CODES[aggregation], denominator, number, name)[0]
+    return _operator(values, mask, cu_seqlens, _CODES[aggregation], denominator, number, name)
 
 
 def _sequences(values: Tensor, cu_seqlens: Tensor | None) -> int:
@@ -101,7 +101,9 @@ def _forward(
     """The result, and the weight of a valid token of each sequence."""
     sequences = _sequences(values, cu_seqlens)
     result, weights = _allocate(values, sequences)
-    partials = values.new_empty((max(sequences, MIN_PARTS), 2), dtype=torch.float32)
+    partials = None
+    if backend != "cpu":
+        partials = values.new_empty((max(sequences, MIN_PARTS), 2), dtype=torch.float32)
     dispatch.load(backend).aggregate_forward(
         sequences, values.shape[-1], cu_seqlens, values, mask, aggregation, denominator, number,
         partials, weights, result,
@@ -112,7 +114,7 @@ def _forward(
 def _allocate(values: Tensor, sequences: int) -> tuple[Tensor, Tensor]:
     return (
         values.new_empty((), dtype=torch.float32),
-        values.new_empty((sequences,), dtype=torch.float32),
+        values.new_empty(sequences, dtype=torch.float32),
     )
 
 
@@ -147,21 +149,17 @@ _backward_operator = Operator("aggregate_backward", _backward, _fake_backward)
 
 
 def _save(ctx: Any, inputs: Any, output: Any) -> None:
-    values, mask, cu_seqlens, *_, ctx.backend = inputs
-    ctx.shape, ctx.dtype = values.shape, values.dtype
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[1])
+    values, mask, cu_seqlens = inputs[:3]
+    ctx.layout = (values.shape, values.dtype, inputs[-1])
     ctx.save_for_backward(mask, cu_seqlens, output[1])
 
 
-def _differentiate(ctx: Any, grad: Tensor | None, _grad_weights: Any) -> Any:
-    if grad is None:
-        return (None,) * 7
+def _differentiate(ctx: Any, grad: Tensor, *_: Any) -> Any:
     mask, cu_seqlens, weights = ctx.saved_tensors
-    gradient = _backward_operator(
-        weights, mask, cu_seqlens, grad, ctx.shape, ctx.dtype, ctx.backend
-    )
-    return (gradient, *(None,) * 6)
+    gradient = _backward_operator(weights, mask, cu_seqlens, grad, *ctx.layout)
+    return (gradient, None, None, None, None, None, None)
 
 
-_operator = Operator("aggregate", _forward, _fake_forward, _save, _differentiate, differentiable=1)
+_operator = Operator(
+    "aggregate", _forward, _fake_forward, _save, _differentiate, differentiable=1, first_only=True
+)

@@ -147,11 +147,11 @@ def _backward(
     weight: Tensor | None,
     mask: Tensor | None,
     grad_kl: Tensor,
+    of_logprobs: bool,
+    of_ref: bool,
     estimator: int,
     straight_through: bool,
     limit: float,
-    of_logprobs: bool,
-    of_ref: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Those gradients that are wanted, the others empty."""
@@ -173,24 +173,24 @@ def _allocate(
 
 
 def _fake_backward(logprobs, ref_logprobs, *arguments):
-    return _allocate(logprobs, ref_logprobs, *arguments[-3:-1])
+    return _allocate(logprobs, ref_logprobs, *arguments[3:5])
 
 
 _backward_operator = Operator("approx_kl_backward", _backward, _fake_backward)
 
 
 def _save(ctx: Any, inputs: Any, _output: Any) -> None:
-    *ctx.options, ctx.backend = inputs[4:]
-    ctx.set_materialize_grads(False)
+    ctx.options = inputs[4:]
     ctx.save_for_backward(*inputs[:4])
 
 
-def _differentiate(ctx: Any, grad_kl: Tensor | None) -> Any:
-    if grad_kl is None:
-        return (None,) * 8
-    wanted = ctx.needs_input_grad[:2]
-    gradients = _backward_operator(*ctx.saved_tensors, grad_kl, *ctx.options, *wanted, ctx.backend)
-    return (*(x if want else None for x, want in zip(gradients, wanted, strict=True)), *(None,) * 6)
+def _differentiate(ctx: Any, grad_kl: Tensor) -> Any:
+    of_logprobs, of_ref, *_ = ctx.needs_input_grad
+    grad_logprobs, grad_ref = _backward_operator(
+        *ctx.saved_tensors, grad_kl, of_logprobs, of_ref, *ctx.options
+    )
+    gradients = (grad_logprobs if of_logprobs else None, grad_ref if of_ref else None)
+    return (*gradients, None, None, None, None, None, None)
 
 
 _operator = Operator("approx_kl", _forward, _fake_forward, _save, _differentiate, differentiable=2)

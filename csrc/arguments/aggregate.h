@@ -11,7 +11,7 @@ enum Aggregation : int {
     kSequenceMeanTokenSumNorm = 3,
 };
 
-// Rows of partial sums: at most this many, unless there are more sequences.
+// Parts that a GPU cuts the sequences of a small batch into: at most this many in all.
 constexpr int64_t kMinAggregateParts = 512;
 
 struct Aggregate {
@@ -22,7 +22,8 @@ struct Aggregate {
     int aggregation;
     const float* denominator;  // one float on the device, optional
     float number;              // in its place; negative: the count that the aggregation asks for
-    float* partials;           // (max(sequences, kMinAggregateParts), 2): sum and valid tokens
+    float* partials;           // (max(sequences, kMinAggregateParts), 2): sum and valid tokens of
+                               // each part; the CPU has its own
     float* weights;            // (sequences): of a valid token; a denominator of 0 gives 0
     float* result;             // ()
 };

@@ -2,6 +2,8 @@
 // their order.
 #include "math/aggregate.h"
 
+#include <vector>
+
 #include "cpu/cpu.h"
 #include "cpu/load.h"
 
@@ -11,6 +13,18 @@ namespace {
 // Tokens whose sum is float32 before it is added up in double.
 constexpr int kTile = 512;
 constexpr int64_t kPart = 8192;
+
+template <class Arguments, class Function>
+void for_each_part(const Arguments& a, int64_t parts, Function body) {
+    const int64_t count = a.sequences * parts;
+    if ((a.cu_seqlens ? a.steps : a.sequences * a.steps) < kParallelWork) {
+        for (int64_t p = 0; p < count; ++p)
+            body(p, tokens_of_part(a, p / parts, p % parts, parts));
+        return;
+    }
+#pragma omp parallel for
+    for (int64_t p = 0; p < count; ++p) body(p, tokens_of_part(a, p / parts, p % parts, parts));
+}
 
 struct Sums {
     double sum = 0;
@@ -66,19 +80,20 @@ Sums sum_part(const Aggregate& a, const TokenRange& range) {
     }
 }
 
-void reduce(const Aggregate& a, int64_t parts) {
-    double tokens = 0, result = 0;
-    for (int64_t p = 0; p < a.sequences * parts; ++p) tokens += a.partials[2 * p + 1];
+// The sums of the parts in their order.
+void reduce(const Aggregate& a, const Sums* partials, int64_t parts) {
+    int64_t tokens = 0;
+    for (int64_t p = 0; p < a.sequences * parts; ++p) tokens += partials[p].tokens;
     const float inverse = inverse_denominator(a, (float)tokens);
+    double result = 0;
     for (int64_t b = 0; b < a.sequences; ++b) {
-        const float* const partials = a.partials + 2 * b * parts;
-        double sum = 0, own = 0;
+        Sums own;
         for (int64_t p = 0; p < parts; ++p) {
-            sum += partials[2 * p];
-            own += partials[2 * p + 1];
+            own.sum += partials[b * parts + p].sum;
+            own.tokens += partials[b * parts + p].tokens;
         }
-        a.weights[b] = sequence_weight(a, inverse, (float)own);
-        result += sum * a.weights[b];
+        a.weights[b] = sequence_weight(a, inverse, (float)own.tokens);
+        result += own.sum * a.weights[b];
     }
     *a.result = (float)result;
 }
@@ -110,7 +125,6 @@ void write_part(const AggregateBackward& a, const TokenRange& range, float weigh
 template <class T>
 void write_gradient(const AggregateBackward& a) {
     const int64_t parts = parts_per_sequence(a, kPart);
-    const int64_t tokens = a.cu_seqlens ? a.steps : a.sequences * a.steps;
     if (a.cu_seqlens) {
         // tokens that belong to no sequence
         T* const out = (T*)a.grad_values.data;
@@ -118,23 +132,20 @@ void write_gradient(const AggregateBackward& a) {
         write_zeros(out, a.cu_seqlens[0]);
         write_zeros(out + end, a.steps - end);
     }
-#pragma omp parallel for if (tokens >= kParallelWork)
-    for (int64_t p = 0; p < a.sequences * parts; ++p)
-        write_part<T>(a, tokens_of_part(a, p / parts, p % parts, parts), a.weights[p / parts]);
+    for_each_part(a, parts, [&](int64_t index, const TokenRange& range) {
+        write_part<T>(a, range, a.weights[index / parts]);
+    });
 }
 
 }  // namespace
 
 void aggregate_forward(const Aggregate& a) {
     const int64_t parts = parts_per_sequence(a, kPart);
-    const int64_t tokens = a.cu_seqlens ? a.steps : a.sequences * a.steps;
-#pragma omp parallel for if (tokens >= kParallelWork)
-    for (int64_t p = 0; p < a.sequences * parts; ++p) {
-        const Sums sums = sum_part(a, tokens_of_part(a, p / parts, p % parts, parts));
-        a.partials[2 * p] = (float)sums.sum;
-        a.partials[2 * p + 1] = (float)sums.tokens;
-    }
-    reduce(a, parts);
+    std::vector<Sums> partials(a.sequences * parts);
+    for_each_part(a, parts, [&](int64_t index, const TokenRange& range) {
+        partials[index] = sum_part(a, range);
+    });
+    reduce(a, partials.data(), parts);
 }
 
 void aggregate_backward(const AggregateBackward& a) {
