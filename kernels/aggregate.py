@@ -98,15 +98,12 @@ def _forward(
     number: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """The result, and the weight of a valid token of each sequence."""
+    """The result, and the weight of a valid token of each sequence, with the workspace behind."""
     sequences = _sequences(values, cu_seqlens)
     result, weights = _allocate(values, sequences)
-    partials = None
-    if backend != "cpu":
-        partials = values.new_empty((max(sequences, MIN_PARTS), 2), dtype=torch.float32)
     dispatch.load(backend).aggregate_forward(
         sequences, values.shape[-1], cu_seqlens, values, mask, aggregation, denominator, number,
-        partials, weights, result,
+        weights, result,
     )  # fmt: skip
     return result, weights
 
@@ -114,7 +111,7 @@ def _forward(
 def _allocate(values: Tensor, sequences: int) -> tuple[Tensor, Tensor]:
     return (
         values.new_empty((), dtype=torch.float32),
-        values.new_empty(sequences, dtype=torch.float32),
+        values.new_empty(sequences + 2 * max(sequences, MIN_PARTS), dtype=torch.float32),
     )
 
 
@@ -131,7 +128,7 @@ def _backward(
     dtype: torch.dtype,
     backend: str,
 ) -> Tensor:
-    sequences = weights.shape[0]
+    sequences = shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     grad_values = weights.new_empty(shape, dtype=dtype)
     if sequences == 0:
         return grad_values.zero_()

@@ -22,9 +22,9 @@ struct Aggregate {
     int aggregation;
     const float* denominator;  // one float on the device, optional
     float number;              // in its place; negative: the count that the aggregation asks for
-    float* partials;           // (max(sequences, kMinAggregateParts), 2): sum and valid tokens of
-                               // each part; the CPU has its own
-    float* weights;            // (sequences): of a valid token; a denominator of 0 gives 0
+    float* weights;            // (sequences): of a valid token; a denominator of 0 gives 0. Then
+                               // (max(sequences, kMinAggregateParts), 2) for sum and valid tokens
+                               // of each part
     float* result;             // ()
 };
 

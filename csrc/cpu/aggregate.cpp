@@ -2,8 +2,6 @@
 // their order.
 #include "math/aggregate.h"
 
-#include <vector>
-
 #include "cpu/cpu.h"
 #include "cpu/load.h"
 
@@ -81,19 +79,19 @@ Sums sum_part(const Aggregate& a, const TokenRange& range) {
 }
 
 // The sums of the parts in their order.
-void reduce(const Aggregate& a, const Sums* partials, int64_t parts) {
-    int64_t tokens = 0;
-    for (int64_t p = 0; p < a.sequences * parts; ++p) tokens += partials[p].tokens;
+void reduce(const Aggregate& a, int64_t parts) {
+    const float* const partials = partials_of(a);
+    double tokens = 0, result = 0;
+    for (int64_t p = 0; p < a.sequences * parts; ++p) tokens += partials[2 * p + 1];
     const float inverse = inverse_denominator(a, (float)tokens);
-    double result = 0;
     for (int64_t b = 0; b < a.sequences; ++b) {
-        Sums own;
-        for (int64_t p = 0; p < parts; ++p) {
-            own.sum += partials[b * parts + p].sum;
-            own.tokens += partials[b * parts + p].tokens;
+        double sum = 0, own = 0;
+        for (int64_t p = b * parts; p < (b + 1) * parts; ++p) {
+            sum += partials[2 * p];
+            own += partials[2 * p + 1];
         }
-        a.weights[b] = sequence_weight(a, inverse, (float)own.tokens);
-        result += own.sum * a.weights[b];
+        a.weights[b] = sequence_weight(a, inverse, (float)own);
+        result += sum * a.weights[b];
     }
     *a.result = (float)result;
 }
@@ -141,11 +139,13 @@ void write_gradient(const AggregateBackward& a) {
 
 void aggregate_forward(const Aggregate& a) {
     const int64_t parts = parts_per_sequence(a, kPart);
-    std::vector<Sums> partials(a.sequences * parts);
+    float* const partials = partials_of(a);
     for_each_part(a, parts, [&](int64_t index, const TokenRange& range) {
-        partials[index] = sum_part(a, range);
+        const Sums sums = sum_part(a, range);
+        partials[2 * index] = (float)sums.sum;
+        partials[2 * index + 1] = (float)sums.tokens;
     });
-    reduce(a, partials.data(), parts);
+    reduce(a, parts);
 }
 
 void aggregate_backward(const AggregateBackward& a) {

@@ -33,6 +33,8 @@ WARPO_HD TokenRange tokens_of_part(const Arguments& a, int64_t sequence, int64_t
     return {row, start + begin, count > 0 ? count : 0, row * a.steps + start + begin};
 }
 
+WARPO_HD float* partials_of(const Aggregate& a) { return a.weights + a.sequences; }
+
 WARPO_HD float inverse_denominator(const Aggregate& a, float tokens) {
     const float count = a.aggregation == kTokenMean ? tokens : (float)a.sequences;
     const float number = a.number >= 0.0f ? a.number : count;
