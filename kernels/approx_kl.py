@@ -179,7 +179,7 @@ def _fake_backward(logprobs, ref_logprobs, *arguments):
 _backward_operator = Operator("approx_kl_backward", _backward, _fake_backward)
 
 
-def _save(ctx: Any, inputs: Any, _output: Any) -> None:
+def _save(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.options = inputs[4:]
     ctx.save_for_backward(*inputs[:4])
 

@@ -21,7 +21,8 @@ def cases(draw, backend: str):
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     dtype = draw(st.sampled_from(dtypes(backend)))
     shape = draw(st.sampled_from([(), (0,), (1,), (1500,), (3, 40), (2, 1100), (2, 3, 4)]))
-    spread = draw(st.sampled_from([1e-4, 0.5, 20.0]))
+    # float16 ends at e^11
+    spread = draw(st.sampled_from([1e-4, 0.5, 2.0 if dtype == torch.float16 else 20.0]))
     base = -torch.rand(shape, generator=generator)
     tensors = {
         "logprobs": base,
@@ -70,10 +71,12 @@ def test_values_and_gradients_equal_float64(backend):
         d = exact["ref_logprobs"].detach() - exact["logprobs"].detach()
         free = reference.approx_kl(-d, torch.zeros_like(d), options["estimator"])
         decided = ((free.abs() - options["limit"]).abs() > 1e-4).logical_or(free.isnan())
-        assert_close(value, wanted, relative=2e-6, absolute=1e-9, what="value")
+        # the rounding of a difference of 100 is 4e-6 of its exponential
+        assert_close(value, wanted, relative=1e-5, absolute=1e-13, what="value")
         for name, gradient, other in zip(NAMES, gradients, wanted_gradients, strict=False):
             assert gradient.dtype == tensors[name].dtype
-            assert_close(gradient[decided], other[decided], relative=2e-6, absolute=1e-9, what=name)
+            # absolute: steps of subnormal float16
+            assert_close(gradient[decided], other[decided], relative=1e-5, absolute=6e-8, what=name)
 
     check()
 
@@ -86,8 +89,8 @@ def test_the_reference_equals_numpy(estimator, limit):
     value = reference.approx_kl(logprobs, refs, estimator, limit=limit)
     (gradient,) = torch.autograd.grad(value.sum(), logprobs)
     wanted = oracle.approx_kl(logprobs.detach().cpu().numpy(), refs.cpu().numpy(), estimator, limit)
-    np.testing.assert_allclose(value.detach().cpu().numpy(), wanted[0], rtol=1e-14)
-    np.testing.assert_allclose(gradient.cpu().numpy(), wanted[1], rtol=1e-14)
+    np.testing.assert_allclose(value.detach().cpu().numpy(), wanted[0], rtol=1e-13, atol=1e-15)
+    np.testing.assert_allclose(gradient.cpu().numpy(), wanted[1], rtol=1e-13, atol=1e-15)
 
 
 @each_backend
