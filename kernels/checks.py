@@ -19,7 +19,7 @@ def check_tensor(
     name: str,
     tensor: Tensor,
     dtypes: Sequence[torch.dtype],
-    shape: Sequence[int] | None = None,
+    shape: tuple[int, ...] | None = None,
     like: Tensor | None = None,
 ) -> None:
     """dtype, shape and device of one argument; a sharded tensor is refused with the way to gather
@@ -39,7 +39,7 @@ def check_tensor(
         )
     if tensor.dtype not in dtypes:
         raise ValueError(f"{name} must be {_names(dtypes)}, got {_names([tensor.dtype])}")
-    if shape is not None and tensor.shape != torch.Size(shape):
+    if shape is not None and tensor.shape != shape:
         raise ValueError(f"{name} must be of shape {tuple(shape)}, got {tuple(tensor.shape)}")
     if like is not None and tensor.device != like.device:
         raise ValueError(
@@ -47,7 +47,7 @@ def check_tensor(
         )
 
 
-def check_mask(name: str, mask: Tensor | None, shape: Sequence[int], like: Tensor) -> None:
+def check_mask(name: str, mask: Tensor | None, shape: tuple[int, ...], like: Tensor) -> None:
     """An optional bool or uint8 tensor; another dtype is refused, as its meaning would be a
     guess.
     """

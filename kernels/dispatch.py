@@ -27,8 +27,10 @@ def choose(tensor: Tensor, backend: str | None) -> str:
     Raises:
         ValueError: no such backend, or it does not run on the device of the tensor.
     """
-    device = tensor.device.type
     name = backend or _REQUESTED
+    if not name and tensor.is_cpu:
+        return "cpu"
+    device = tensor.device.type
     if not name:
         return default(device)
     if name not in BACKENDS:

@@ -31,9 +31,17 @@ def _view(x: Tensor) -> tuple[int, int, int, int]:
     return (x.data_ptr(), 0, stride[0] if stride else 0, DTYPE_CODES[x.dtype])
 
 
+# told by their type alone: isinstance of a Tensor takes 0.1 us for each that is none
+_NUMBERS = frozenset((int, float, bool, type(None)))
+
+
+def _field(x: Any) -> Any:
+    return _view(x) if isinstance(x, Tensor) else x
+
+
 def _on_cpu(function: Callable[..., None]) -> Callable[..., None]:
     def call(*arguments: Any) -> None:
-        function(*[_view(x) if isinstance(x, Tensor) else x for x in arguments])
+        function(*[x if type(x) in _NUMBERS else _field(x) for x in arguments])
 
     return call
 
@@ -44,7 +52,7 @@ def _on_cuda(function: Callable[..., None]) -> Callable[..., None]:
     def call(*arguments: Any) -> None:
         device = next(x for x in arguments if isinstance(x, Tensor)).get_device()
         stream = torch._C._cuda_getCurrentRawStream(device)
-        views = [_view(x) if isinstance(x, Tensor) else x for x in arguments]
+        views = [x if type(x) in _NUMBERS else _field(x) for x in arguments]
         function(*views, device, stream)
 
     return call

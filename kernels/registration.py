@@ -26,6 +26,7 @@ class Operator:
         differentiable: gradients flow to the first so many arguments at most. In eager mode the
             others then travel as one: `torch.autograd.Function` takes 0.2 us for each argument.
         mutates: names of the tensors that `body` changes, each of them optional; not the first one.
+        first_only: a call returns the first result; the others are for `save`.
     """
 
     def __init__(
@@ -38,8 +39,10 @@ class Operator:
         differentiable: int | None = None,
         differentiate_eager: Callable[..., Any] | None = None,
         mutates: Sequence[str] = (),
+        first_only: bool = False,
     ) -> None:
         self._body = body
+        self._first_only = first_only
         self._differentiable = differentiable
         self._registered = torch.library.custom_op(f"warpo::{name}", body, mutates_args=mutates)
         self._registered.register_fake(fake)
@@ -55,7 +58,7 @@ class Operator:
                     arguments = (*arguments[:-1], *arguments[-1])
                 results = body(*arguments)
                 save(ctx, arguments, results)
-                return results
+                return results[0] if first_only else results
 
             def backward(ctx: Any, *gradients: Any) -> Any:
                 return (*differentiate(ctx, *gradients)[:differentiable], None)
@@ -65,11 +68,18 @@ class Operator:
                 "backward": staticmethod(differentiate if differentiable is None else backward),
             }
             function: Any = type(name, (torch.autograd.Function,), members)
-            self._apply = function.apply
+            # without what `Function.apply` does for torch.func, 1.5 us; see __call__
+            base: Any = super(torch.autograd.Function, function)  # type: ignore[misc]
+            self._apply = base.apply
 
     def __call__(self, first: Tensor, *arguments: Any) -> Any:
-        if torch.compiler.is_compiling() or type(first) not in (Tensor, nn.Parameter):
-            return self._registered(first, *arguments)
+        if (
+            torch.compiler.is_compiling()
+            or type(first) not in (Tensor, nn.Parameter)
+            or torch._C._are_functorch_transforms_active()
+        ):
+            results = self._registered(first, *arguments)
+            return results[0] if self._first_only else results
         rest = None if self._differentiable is None else self._differentiable - 1
         if torch.is_grad_enabled() and (
             first.requires_grad
@@ -83,4 +93,4 @@ class Operator:
             # so that a graph that has saved one of them refuses its backward
             changed = [arguments[i] for i in self._mutated if arguments[i] is not None]
             torch.autograd.graph.increment_version(changed)
-        return results
+        return results[0] if self._first_only else results

@@ -7,7 +7,7 @@ import torch
 from warpo.bench.case import Case
 from warpo.bench.cases.control import soft_q_targets_case, squashed_gaussian_case
 from warpo.bench.cases.groups import group_advantages_case
-from warpo.bench.cases.losses import policy_loss_case
+from warpo.bench.cases.losses import aggregate_case, approx_kl_case, policy_loss_case
 from warpo.bench.cases.scans import gae_case, one_row_case
 from warpo.bench.cases.vocabulary import (
     from_logits_case,
@@ -27,6 +27,8 @@ def cases(device: str) -> list[Callable[[], list[Case]]]:
             lambda: [gae_case("cpu", 512, 4096, -1), gae_case("cpu", 4096, 128, 0)],
             lambda: [one_row_case(2048, 3.0), one_row_case(32768, 40.0)],
             lambda: [policy_loss_case("cpu", 256, 2048), group_advantages_case("cpu", 1024, 16)],
+            lambda: [aggregate_case("cpu", 8, 64), aggregate_case("cpu", 256, 2048)],
+            lambda: [approx_kl_case("cpu", 8, 64), approx_kl_case("cpu", 256, 2048)],
             lambda: [
                 squashed_gaussian_case("cpu", 256, 6),
                 squashed_gaussian_case("cpu", 4096, 17),
@@ -41,6 +43,8 @@ def cases(device: str) -> list[Callable[[], list[Case]]]:
         lambda: [gae_case(device, 256, 8192, -1), gae_case(device, 4096, 128, 0)],
         lambda: [gae_case(device, 128, 4096, 0)],
         lambda: [policy_loss_case(device, 16, 2048), policy_loss_case(device, 256, 8192)],
+        lambda: [aggregate_case(device, 8, 64), aggregate_case(device, 256, 8192)],
+        lambda: [approx_kl_case(device, 8, 64), approx_kl_case(device, 256, 8192)],
         lambda: [group_advantages_case(device, 1024, 16)],
         lambda: [squashed_gaussian_case(device, 256, 6), squashed_gaussian_case(device, 65536, 17)],
         lambda: [soft_q_targets_case(device, 256), soft_q_targets_case(device, 65536)],

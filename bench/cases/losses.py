@@ -1,5 +1,7 @@
 """Losses of per-token logprobs."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -69,3 +71,77 @@ def policy_loss_case(device: str, rows: int, steps: int) -> Case:
         goals={"trl": 8, "compile": 1.3, "bytes a token": 16} if device == "cpu" else {},
         tokens=rows * steps,
     )
+
+
+def aggregate_case(device: str, rows: int, steps: int) -> Case:
+    """The mean of the valid tokens, which any loss by tokens ends with."""
+    values = torch.randn(rows, steps, device=device, requires_grad=True)
+    mask = torch.rand(rows, steps, device=device) < 0.9
+
+    def eager(values: Tensor) -> Tensor:
+        return torch.where(mask, values, 0).sum() / mask.sum()
+
+    def ours(backend: str) -> Tensor:
+        return ops.aggregate(values, mask=mask, backend=backend)
+
+    def error(backend: str) -> float:
+        (gradient,) = torch.autograd.grad(ours(backend), values)
+        return relative_error(gradient, mask.double() / mask.sum())
+
+    return Case(
+        name="aggregate forward + backward",
+        size=f"{rows} x {steps} float32",
+        providers=each_backend(device, lambda b: _trained(values, lambda: ours(b)))
+        | _torch_providers(eager, values),
+        error=error,
+        # read values (4 bytes) and mask (1); read mask, write the gradient
+        traffic=rows * steps * 10,
+    )
+
+
+def approx_kl_case(device: str, rows: int, steps: int) -> Case:
+    """k3 of each token, clamped to 10, with a gradient from above."""
+    logp = (-torch.rand(rows, steps, device=device)).requires_grad_()
+    ref = logp.detach() + 0.1 * torch.randn(rows, steps, device=device)
+    upstream = torch.randn(rows, steps, device=device)
+
+    def eager(logp: Tensor) -> Tensor:
+        difference = ref - logp
+        return (difference.exp() - difference - 1).clamp(-10, 10)
+
+    def ours(backend: str) -> Tensor:
+        return ops.approx_kl(logp, ref, limit=10.0, backend=backend)
+
+    def error(backend: str) -> float:
+        (gradient,) = torch.autograd.grad(ours(backend), logp, upstream)
+        exact = logp.detach().double().requires_grad_()
+        value = reference.approx_kl(exact, ref.double(), "k3", limit=10.0)
+        return relative_error(gradient, torch.autograd.grad(value, exact, upstream.double())[0])
+
+    return Case(
+        name="approx_kl forward + backward",
+        size=f"{rows} x {steps} float32",
+        providers=each_backend(device, lambda b: _trained(logp, lambda: ours(b), upstream))
+        | _torch_providers(eager, logp, upstream),
+        error=error,
+        # read logp and ref, write the value; read them and a gradient, write one
+        traffic=rows * steps * 28,
+    )
+
+
+def _trained(leaf: Tensor, function: Callable[[], Tensor], upstream: Tensor | None = None) -> Call:
+    def call() -> None:
+        leaf.grad = None
+        function().backward(upstream)
+
+    return call
+
+
+def _torch_providers(
+    eager: Callable[[Tensor], Tensor], leaf: Tensor, upstream: Tensor | None = None
+) -> dict[str, Callable[[], Call]]:
+    def compile_() -> Call:
+        function = compiled(eager)
+        return _trained(leaf, lambda: function(leaf), upstream)
+
+    return {"eager": lambda: _trained(leaf, lambda: eager(leaf), upstream), "compile": compile_}

@@ -39,6 +39,17 @@ __device__ __forceinline__ void store_float(const View& view, int64_t row, int64
     static_cast<float*>(view.data)[offset_of(view, row, step)] = value;
 }
 
+// Into element `offset` of a float32, bfloat16 or float16 array.
+__device__ __forceinline__ void store_as(const View& view, int64_t offset, float value) {
+    if (view.dtype == kFloat32) {
+        static_cast<float*>(view.data)[offset] = value;
+        return;
+    }
+    const uint32_t bits =
+        view.dtype == kBFloat16 ? pack_bf16x2(value, 0.0f) : pack_f16x2(value, 0.0f);
+    static_cast<uint16_t*>(view.data)[offset] = static_cast<uint16_t>(bits);
+}
+
 // How a dtype lies in a 32-bit word. kPerVector elements make 16 bytes.
 template <int kDType>
 struct Element {

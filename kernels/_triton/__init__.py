@@ -7,6 +7,8 @@ the interpreter truncates float32 where a GPU rounds to bfloat16.
 """
 
 from warpo.kernels._triton.adamw_publish import adamw_publish
+from warpo.kernels._triton.aggregate import aggregate_backward, aggregate_forward
+from warpo.kernels._triton.approx_kl import approx_kl_backward, approx_kl_forward
 from warpo.kernels._triton.fingerprint import fingerprint
 from warpo.kernels._triton.gae import gae_backward, gae_forward
 from warpo.kernels._triton.group_advantages import (
@@ -36,6 +38,10 @@ from warpo.kernels._triton.whiten import whiten_backward, whiten_forward
 
 __all__ = [
     "adamw_publish",
+    "aggregate_backward",
+    "aggregate_forward",
+    "approx_kl_backward",
+    "approx_kl_forward",
     "fingerprint",
     "gae_backward",
     "gae_forward",

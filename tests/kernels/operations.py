@@ -149,6 +149,10 @@ def _values() -> dict[str, Tensor]:
     }
 
 
+def _kl() -> dict[str, Tensor]:
+    return {name: _policy()[name] for name in ("logprobs", "ref_logprobs", "mask")}
+
+
 def _steps_of_answers() -> dict[str, Tensor]:
     """Four answers of two steps each, over T tokens."""
     return {
@@ -359,6 +363,25 @@ OPERATIONS = [
         outputs=1,
         masked=("values", "old_values", "returns"),
         wrong=("loss", "mae"),
+    ),
+    Operation(
+        name="aggregate",
+        kernels="aggregate",
+        tensors=lambda: {"values": _numbers(B, T), "mask": _mask(B, T)},
+        floats=("values",),
+        differentiable=("values",),
+        masked=("values",),
+        wrong=("aggregation", "mean"),
+    ),
+    Operation(
+        name="approx_kl",
+        kernels="approx_kl",
+        tensors=_kl,
+        floats=("logprobs", "ref_logprobs"),
+        differentiable=("logprobs", "ref_logprobs"),
+        masked=("logprobs", "ref_logprobs"),
+        batched=("logprobs", "ref_logprobs", "mask"),
+        wrong=("estimator", "k4"),
     ),
     Operation(
         name="preference_loss",

@@ -1,0 +1,172 @@
+"""One number from the values of sequences, and its gradient: a program a part of a sequence, then
+one that adds up the parts in their order.
+
+The formulas are those of `csrc/math/aggregate.h`.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from warpo.kernels._triton.launch import kernel, strided
+from warpo.kernels._triton.sequences import bounds, inverse_or_zero, load_tokens, valid_tokens
+
+BLOCK = 512
+WARPS = 4
+# sequences and parts that the last program takes at once
+REDUCE = ((512, 1), (32, 32))
+MIN_PARTS = 512
+# the enumeration of csrc/arguments/aggregate.h
+TOKEN_MEAN, SEQUENCE_MEAN_TOKEN_MEAN = tl.constexpr(0), tl.constexpr(1)
+
+
+@triton.jit
+def _part_of(sequences, parts, steps, cu_seqlens_ptr):
+    """Sequence, its first step in its row, first and end of the part, and where its gradient is."""
+    sequence = tl.program_id(0).to(tl.int64) // parts
+    part = tl.program_id(0).to(tl.int64) % parts
+    first, length, grad_start = bounds(sequence, steps, cu_seqlens_ptr)
+    share = tl.cdiv(length, parts)
+    begin = part * share
+    return sequence, first, begin, tl.minimum(begin + share, length), grad_start
+
+
+@kernel()
+def _sum_kernel(
+    values_ptr, values_stride_b: tl.int64, values_stride_t: tl.int64,
+    mask_ptr, mask_stride_b: tl.int64, mask_stride_t: tl.int64,
+    cu_seqlens_ptr, sequences: tl.int64, parts: tl.int64, steps: tl.int64, weights_ptr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    sequence, first, begin, end, _ = _part_of(sequences, parts, steps, cu_seqlens_ptr)
+    values_ptr += sequence * values_stride_b + first * values_stride_t
+    if mask_ptr is not None:
+        mask_ptr += sequence * mask_stride_b + first * mask_stride_t
+    total, tokens = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    for start in range(begin, end, BLOCK):
+        token = start + tl.arange(0, BLOCK)
+        keep = valid_tokens(mask_ptr, token, mask_stride_t, end)
+        total += load_tokens(values_ptr, token, values_stride_t, keep)
+        tokens += tl.where(keep, 1.0, 0.0)
+    partials_ptr = weights_ptr + sequences + tl.program_id(0).to(tl.int64) * 2
+    tl.store(partials_ptr, tl.sum(total))
+    tl.store(partials_ptr + 1, tl.sum(tokens))
+
+
+@kernel()
+def _reduce_kernel(
+    sequences: tl.int64, parts: tl.int64, denominator_ptr, number: tl.float32,
+    weights_ptr, result_ptr, AGGREGATION: tl.constexpr, BLOCK: tl.constexpr,
+    SEQUENCES: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    partials_ptr = weights_ptr + sequences
+    counts = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, sequences * parts, BLOCK):
+        row = start + tl.arange(0, BLOCK)
+        counts += tl.load(partials_ptr + row * 2 + 1, mask=row < sequences * parts, other=0)
+    if denominator_ptr is not None:
+        denominator = tl.load(denominator_ptr)
+    else:
+        count = sequences.to(tl.float32)
+        if AGGREGATION == TOKEN_MEAN:
+            count = tl.sum(counts)
+        denominator = tl.where(number >= 0, number, count)
+    inverse = inverse_or_zero(denominator)
+    result = tl.zeros([SEQUENCES], tl.float32)
+    for start in range(0, sequences, SEQUENCES):
+        sequence = start + tl.arange(0, SEQUENCES)
+        total = tl.zeros([SEQUENCES, PARTS], tl.float32)
+        tokens = tl.zeros([SEQUENCES, PARTS], tl.float32)
+        for first in range(0, parts, PARTS):
+            part = first + tl.arange(0, PARTS)
+            pointers = partials_ptr + (sequence[:, None] * parts + part[None, :]) * 2
+            inside = (sequence < sequences)[:, None] & (part < parts)[None, :]
+            total += tl.load(pointers, mask=inside, other=0)
+            tokens += tl.load(pointers + 1, mask=inside, other=0)
+        own = tl.sum(tokens, 1)
+        weight = tl.zeros([SEQUENCES], tl.float32) + inverse
+        if AGGREGATION == SEQUENCE_MEAN_TOKEN_MEAN:
+            weight = tl.where(own > 0, inverse / tl.where(own > 0, own, 1.0), inverse)
+        tl.store(weights_ptr + sequence, weight, mask=sequence < sequences)
+        result += weight * tl.sum(total, 1)
+    tl.store(result_ptr, tl.sum(result))
+
+
+@triton.jit
+def _zero(ptr, begin, end, BLOCK: tl.constexpr):
+    for start in range(begin, end, BLOCK):
+        token = start + tl.arange(0, BLOCK)
+        tl.store(ptr + token, tl.zeros([BLOCK], tl.float32), mask=token < end)
+
+
+@kernel()
+def _gradient_kernel(
+    mask_ptr, mask_stride_b: tl.int64, mask_stride_t: tl.int64, cu_seqlens_ptr,
+    sequences: tl.int64, parts: tl.int64, steps: tl.int64, weights_ptr, grad_ptr, grad_values_ptr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    sequence, first, begin, end, out = _part_of(sequences, parts, steps, cu_seqlens_ptr)
+    value = tl.load(weights_ptr + sequence) * tl.load(grad_ptr)
+    if cu_seqlens_ptr is not None:
+        # tokens that belong to no sequence
+        if tl.program_id(0) == 0:
+            _zero(grad_values_ptr, 0, tl.load(cu_seqlens_ptr), BLOCK)
+        if tl.program_id(0) == tl.num_programs(0) - 1:
+            _zero(grad_values_ptr, tl.load(cu_seqlens_ptr + sequences), steps, BLOCK)
+    if mask_ptr is not None:
+        mask_ptr += sequence * mask_stride_b + first * mask_stride_t
+    for start in range(begin, end, BLOCK):
+        token = start + tl.arange(0, BLOCK)
+        keep = valid_tokens(mask_ptr, token, mask_stride_t, end)
+        tl.store(grad_values_ptr + out + token, tl.where(keep, value, 0.0), mask=token < end)
+
+
+def _parts(sequences: int, steps: int) -> int:
+    return max(1, min(MIN_PARTS // max(sequences, 1), triton.cdiv(steps, BLOCK)))
+
+
+def aggregate_forward(
+    sequences: int,
+    steps: int,
+    cu_seqlens: Tensor | None,
+    values: Tensor,
+    mask: Tensor | None,
+    aggregation: int,
+    denominator: Tensor | None,
+    number: float,
+    weights: Tensor,
+    result: Tensor,
+) -> None:
+    """The fields of `Aggregate`."""
+    parts = _parts(sequences, steps)
+    at_once = REDUCE[parts > 1]
+    with torch.cuda.device_of(values):
+        if sequences:
+            _sum_kernel[(sequences * parts,)](
+                *strided(values), *strided(mask), cu_seqlens, sequences, parts, steps, weights,
+                BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=True,
+            )  # fmt: skip
+        _reduce_kernel[(1,)](
+            sequences, parts, denominator, float(number), weights, result,
+            AGGREGATION=aggregation, BLOCK=BLOCK, SEQUENCES=at_once[0], PARTS=at_once[1],
+            num_warps=WARPS, enable_fp_fusion=True,
+        )  # fmt: skip
+
+
+def aggregate_backward(
+    sequences: int,
+    steps: int,
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
+    weights: Tensor,
+    grad: Tensor,
+    grad_values: Tensor,
+) -> None:
+    """The fields of `AggregateBackward`."""
+    parts = _parts(sequences, steps)
+    with torch.cuda.device_of(weights):
+        _gradient_kernel[(sequences * parts,)](
+            *strided(mask), cu_seqlens, sequences, parts, steps, weights, grad, grad_values,
+            BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=True,
+        )  # fmt: skip

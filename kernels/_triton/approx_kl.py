@@ -1,0 +1,151 @@
+"""Estimators of the KL of each token, and their gradient: a program a block of tokens.
+
+The formulas are those of `csrc/math/approx_kl.h`.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from warpo.kernels._triton.launch import kernel, strided
+from warpo.kernels._triton.policy_terms import K1, K2, clamp, exp, exp_minus_1_minus_x, is_outside
+
+BLOCK = 512
+WARPS = 4
+LARGEST = tl.constexpr(3.4028234663852886e38)
+
+
+@triton.jit
+def _approx_kl(logp, ref, ESTIMATOR: tl.constexpr):
+    """Value before the clamp, and its derivative with respect to logp."""
+    d = ref - logp
+    if ESTIMATOR == K1:
+        value, derivative = -d, tl.full(d.shape, 1.0, tl.float32)
+    elif ESTIMATOR == K2:
+        value, derivative = 0.5 * d * d, -d
+    else:
+        # inf where e^d overflows, also at d = inf; below -104 e^d is 0
+        bounded = tl.where(d > 89.0, 89.0, d)
+        growth = exp(tl.where(bounded < -104.0, -104.0, bounded)) - 1.0
+        near = tl.abs(d) < 0.5
+        series = exp_minus_1_minus_x(tl.where(near, d, 0.0))
+        value = tl.where(near, series, growth - bounded)
+        # near 0 all digits of the difference matter
+        derivative = tl.where(near, -(series + d), -growth)
+    return value, derivative
+
+
+@triton.jit
+def _own_tokens(rows, columns, mask_ptr, mask_stride_b, mask_stride_t, BLOCK: tl.constexpr):
+    """Index, row, column, which are inside, and which of those are valid."""
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < rows * columns
+    row = index // columns
+    column = index - row * columns
+    keep = inside
+    if mask_ptr is not None:
+        flags = mask_ptr + row * mask_stride_b + column * mask_stride_t
+        keep &= tl.load(flags, mask=inside, other=0) != 0
+    return index, row, column, inside, keep
+
+
+@triton.jit
+def _load(ptr, row, column, stride_b, stride_t, keep):
+    return tl.load(ptr + row * stride_b + column * stride_t, mask=keep, other=0).to(tl.float32)
+
+
+@kernel()
+def _approx_kl_fwd_kernel(
+    rows: tl.int64, columns: tl.int64,
+    logp_ptr, logp_stride_b: tl.int64, logp_stride_t: tl.int64,
+    ref_ptr, ref_stride_b: tl.int64, ref_stride_t: tl.int64,
+    mask_ptr, mask_stride_b: tl.int64, mask_stride_t: tl.int64,
+    limit: tl.float32, kl_ptr, ESTIMATOR: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    index, row, column, inside, keep = _own_tokens(
+        rows, columns, mask_ptr, mask_stride_b, mask_stride_t, BLOCK
+    )
+    logp = _load(logp_ptr, row, column, logp_stride_b, logp_stride_t, keep)
+    ref = _load(ref_ptr, row, column, ref_stride_b, ref_stride_t, keep)
+    value, _ = _approx_kl(logp, ref, ESTIMATOR)
+    tl.store(kl_ptr + index, tl.where(keep, clamp(value, -limit, limit), 0.0), mask=inside)
+
+
+@kernel()
+def _approx_kl_bwd_kernel(
+    rows: tl.int64, columns: tl.int64,
+    logp_ptr, logp_stride_b: tl.int64, logp_stride_t: tl.int64,
+    ref_ptr, ref_stride_b: tl.int64, ref_stride_t: tl.int64,
+    weight_ptr, weight_stride_b: tl.int64, weight_stride_t: tl.int64,
+    mask_ptr, mask_stride_b: tl.int64, mask_stride_t: tl.int64,
+    grad_ptr, grad_stride_b: tl.int64, grad_stride_t: tl.int64,
+    limit: tl.float32, grad_logprobs_ptr, grad_ref_ptr,
+    ESTIMATOR: tl.constexpr, STRAIGHT_THROUGH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    index, row, column, inside, keep = _own_tokens(
+        rows, columns, mask_ptr, mask_stride_b, mask_stride_t, BLOCK
+    )
+    logp = _load(logp_ptr, row, column, logp_stride_b, logp_stride_t, keep)
+    ref = _load(ref_ptr, row, column, ref_stride_b, ref_stride_t, keep)
+    if STRAIGHT_THROUGH:
+        grad = logp - ref
+        if weight_ptr is not None:
+            grad *= _load(weight_ptr, row, column, weight_stride_b, weight_stride_t, keep)
+    else:
+        value, derivative = _approx_kl(logp, ref, ESTIMATOR)
+        outside = is_outside(value, tl.minimum(limit, LARGEST))
+        grad = tl.where(outside, 0.0, derivative)
+    grad *= _load(grad_ptr, row, column, grad_stride_b, grad_stride_t, keep)
+    grad = tl.where(keep, grad, 0.0)
+    if grad_logprobs_ptr is not None:
+        tl.store(grad_logprobs_ptr + index, grad, mask=inside)
+    if grad_ref_ptr is not None:
+        tl.store(grad_ref_ptr + index, -grad, mask=inside)
+
+
+def approx_kl_forward(
+    rows: int,
+    columns: int,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    mask: Tensor | None,
+    estimator: int,
+    limit: float,
+    kl: Tensor,
+) -> None:
+    """The fields of `ApproxKl`."""
+    if rows * columns == 0:
+        return
+    with torch.cuda.device_of(logprobs):
+        _approx_kl_fwd_kernel[(triton.cdiv(rows * columns, BLOCK),)](
+            rows, columns, *strided(logprobs), *strided(ref_logprobs), *strided(mask),
+            float(limit), kl, ESTIMATOR=estimator, BLOCK=BLOCK, num_warps=WARPS,
+            enable_fp_fusion=True,
+        )  # fmt: skip
+
+
+def approx_kl_backward(
+    rows: int,
+    columns: int,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    weight: Tensor | None,
+    mask: Tensor | None,
+    estimator: int,
+    straight_through: bool,
+    limit: float,
+    grad_kl: Tensor,
+    grad_logprobs: Tensor | None,
+    grad_ref: Tensor | None,
+) -> None:
+    """The fields of `ApproxKlBackward`."""
+    if rows * columns == 0:
+        return
+    with torch.cuda.device_of(logprobs):
+        _approx_kl_bwd_kernel[(triton.cdiv(rows * columns, BLOCK),)](
+            rows, columns, *strided(logprobs), *strided(ref_logprobs), *strided(weight),
+            *strided(mask), *strided(grad_kl), float(limit), grad_logprobs, grad_ref,
+            ESTIMATOR=estimator, STRAIGHT_THROUGH=straight_through, BLOCK=BLOCK, num_warps=WARPS,
+            enable_fp_fusion=True,
+        )  # fmt: skip

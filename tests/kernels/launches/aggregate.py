@@ -1,0 +1,41 @@
+"""Launches of the Triton kernels of aggregate, for test_triton_compile."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+
+from tests.kernels.launches import flags
+
+Launch = tuple[str, Callable[[], None]]
+
+
+def aggregate(
+    dtype: torch.dtype, packed: bool, masked: bool, aggregation: int, given: bool = False,
+    rows: int = 4, steps: int = 100, number: float = -1.0,
+) -> None:  # fmt: skip
+    from warpo.kernels import _triton
+
+    values = torch.empty(steps if packed else (rows, steps), dtype=dtype)
+    cu_seqlens = torch.zeros(rows + 1, dtype=torch.int32) if packed else None
+    mask, weights, scalar = flags(values, masked), torch.empty(rows + 2 * 512), torch.empty(())
+    _triton.aggregate_forward(
+        rows, steps, cu_seqlens, values, mask, aggregation, scalar if given else None, number,
+        weights, scalar,
+    )  # fmt: skip
+    _triton.aggregate_backward(
+        rows, steps, cu_seqlens, mask, weights, scalar, torch.empty_like(values)
+    )
+
+
+def configurations(all_of_them: bool) -> Iterator[Launch]:
+    yield "packed mask", partial(aggregate, torch.float32, True, True, 0)
+    if all_of_them:
+        yield "mean mask", partial(aggregate, torch.bfloat16, False, True, 1)
+        yield "parts", partial(aggregate, torch.bfloat16, False, True, 1, False, 2, 2000)
+        yield "sum given", partial(aggregate, torch.bfloat16, False, False, 2, True)
+
+
+def variations() -> Iterator[Callable[[], None]]:
+    for rows, steps in ((1, 1), (2, 128), (16, 37), (1, 4096)):
+        yield partial(aggregate, torch.bfloat16, False, True, 1, False, rows, steps, 1 / rows)
