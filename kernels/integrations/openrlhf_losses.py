@@ -1,0 +1,92 @@
+"""OpenRLHF's losses of tokens: their aggregation, the policy loss, the value loss.
+
+All of them differ in three points. Masked slots are never read: an infinity or NaN there does not
+spread. Without a valid token the loss is 0, and not NaN, unless a count was given. A loss of bf16
+is summed in float32.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from warpo.kernels import ops
+from warpo.kernels.integrations.openrlhf_library import (
+    LOSSES,
+    constant,
+    library,
+    promoted,
+    same_shape,
+)
+from warpo.kernels.integrations.patching import as_flags, served
+
+
+class Normaliser(NamedTuple):
+    """aggregation and denominator of our operations."""
+
+    aggregation: str
+    denominator: float | Tensor | None
+
+
+def normaliser(
+    flags: Tensor | None,
+    token_level: bool,
+    dp_size: int,
+    batch_num_tokens: float | Tensor | None,
+    global_batch_size: float | Tensor | None,
+) -> Normaliser | None:
+    """None for counts that our operations do not take, or that the library refuses."""
+    count = batch_num_tokens if token_level else global_batch_size
+    if flags is None and not (token_level and count is None):
+        return None
+    aggregation = "token-mean" if token_level else "sequence-mean-token-mean"
+    if count is None:
+        if token_level or flags is None:
+            return Normaliser(aggregation, None)
+        # sequences without a valid token do not count
+        return Normaliser(aggregation, flags.any(-1).sum(dtype=torch.float32))
+    if isinstance(count, Tensor):
+        if count.dtype != torch.float32 or count.dim() or count.requires_grad:
+            return None
+    elif not count > 0:
+        return None
+    return Normaliser(aggregation, count if dp_size == 1 else count / dp_size)
+
+
+@library.replaces(LOSSES, "ValueLoss.forward", "value_loss")
+def value_loss(
+    original: Callable,
+    self: Any,
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    action_mask: Tensor | None = None,
+    dp_size: int = 1,
+    batch_num_tokens: float | None = None,
+    global_batch_size: float | None = None,
+) -> Tensor:
+    clip_range = self.clip_eps
+    old = None if clip_range is None else old_values
+    scale = None
+    if (
+        served(values, old, returns)
+        and values.dim() == 2
+        and same_shape(values, old, returns, action_mask)
+        and constant(old, returns)
+        and (clip_range is None or clip_range >= 0)
+    ):
+        flags = as_flags(action_mask)
+        scale = normaliser(
+            flags, self.token_level_loss, dp_size, batch_num_tokens, global_batch_size
+        )
+    if scale is None:
+        return original(
+            self, values, old_values, returns, action_mask, dp_size, batch_num_tokens,
+            global_batch_size,
+        )  # fmt: skip
+    loss = ops.value_loss(
+        values, old, returns, mask=flags, clip_range=clip_range, aggregation=scale.aggregation,
+        denominator=scale.denominator,
+    ).loss  # fmt: skip
+    return loss.to(promoted(values, old, returns, action_mask))
