@@ -6,9 +6,8 @@
 
 in the process that computes, which with Ray is every worker:
 
-    ray.init(
-        runtime_env={"worker_process_setup_hook": "warpo.kernels.integrations.openrlhf.set_up_worker"}
-    )
+    hook = "warpo.kernels.integrations.openrlhf.set_up_worker"
+    ray.init(runtime_env={"worker_process_setup_hook": hook})
 
 Left to OpenRLHF, since a kernel gains nothing: compute_approx_kl with the estimator k1, masked_mean
 over one dimension, masked_normalize, compute_reward.

@@ -7,8 +7,16 @@ import torch
 from torch import Tensor
 
 from warpo.kernels import ops
-from warpo.kernels.integrations.openrlhf_library import LOSSES, UTILITIES, library
+from warpo.kernels.integrations.openrlhf_library import (
+    LOSSES,
+    UTILITIES,
+    library,
+    same_shape,
+)
 from warpo.kernels.integrations.patching import served
+
+# Of the estimate of the KL, and of the importance weight of its gradient, as the library has them.
+_KL_LIMIT, _WEIGHT_LIMIT = 10.0, 10.0
 
 
 @library.replaces(UTILITIES, "log_probs_from_logits", "logprobs")
@@ -35,6 +43,34 @@ def compute_entropy(original: Callable, logits: Tensor) -> Tensor:
         return original(logits)
     targets = logits.new_zeros(logits.shape[:-1], dtype=torch.int64)
     return ops.logprobs_and_entropy(logits, targets).entropy.to(logits.dtype)
+
+
+@library.replaces(UTILITIES, "compute_approx_kl", "approx_kl")
+def compute_approx_kl(
+    original: Callable,
+    log_probs: Tensor,
+    log_probs_base: Tensor,
+    log_probs_old: Tensor | None = None,
+    kl_estimator: str = "k1",
+    unbiased_gradient: bool = False,
+) -> Tensor:
+    old = log_probs_old if unbiased_gradient else None
+    if (
+        kl_estimator not in (("k1", "k2", "k3") if unbiased_gradient else ("k2", "k3"))
+        or not served(log_probs, log_probs_base, old)
+        or not same_shape(log_probs, log_probs_base, old)
+        or log_probs.dim() not in (1, 2)
+    ):
+        return original(log_probs, log_probs_base, log_probs_old, kl_estimator, unbiased_gradient)
+    if not unbiased_gradient:
+        return ops.approx_kl(log_probs, log_probs_base, kl_estimator, limit=_KL_LIMIT)
+    weight = None
+    if old is not None:
+        with torch.no_grad():
+            weight = (log_probs.float() - old.float()).exp_().clamp_(max=_WEIGHT_LIMIT)
+    return ops.approx_kl(
+        log_probs, log_probs_base, kl_estimator, gradient="k2", limit=_KL_LIMIT, weight=weight
+    )
 
 
 @library.replaces(LOSSES, "GPTLMLoss.forward", "logprobs")

@@ -23,10 +23,20 @@ from warpo.kernels.integrations.patching import as_flags, served
 
 
 class Normaliser(NamedTuple):
-    """aggregation and denominator of our operations."""
+    """How the losses of tokens become one.
+
+    Attributes:
+        aggregation, denominator: of our operations.
+        in_float32: whatever the dtype of the losses; the library divides by a float32 tensor.
+    """
 
     aggregation: str
     denominator: float | Tensor | None
+    in_float32: bool
+
+    def dtype(self, *tensors: Tensor | None) -> torch.dtype:
+        """Of a loss that is made of these tensors."""
+        return torch.float32 if self.in_float32 else promoted(*tensors)
 
 
 def normaliser(
@@ -43,15 +53,38 @@ def normaliser(
     aggregation = "token-mean" if token_level else "sequence-mean-token-mean"
     if count is None:
         if token_level or flags is None:
-            return Normaliser(aggregation, None)
+            return Normaliser(aggregation, None, False)
         # sequences without a valid token do not count
-        return Normaliser(aggregation, flags.any(-1).sum(dtype=torch.float32))
+        return Normaliser(aggregation, flags.any(-1).sum(dtype=torch.float32), True)
     if isinstance(count, Tensor):
         if count.dtype != torch.float32 or count.dim() or count.requires_grad:
             return None
     elif not count > 0:
         return None
-    return Normaliser(aggregation, count if dp_size == 1 else count / dp_size)
+    denominator = count if dp_size == 1 else count / dp_size
+    return Normaliser(aggregation, denominator, not token_level or isinstance(count, Tensor))
+
+
+@library.replaces(LOSSES, "aggregate_loss", "aggregate")
+def aggregate_loss(
+    original: Callable,
+    loss: Tensor,
+    loss_mask: Tensor,
+    token_level_loss: bool = True,
+    dp_size: int = 1,
+    batch_num_tokens: float | None = None,
+    global_batch_size: float | None = None,
+) -> Tensor:
+    scale = None
+    if served(loss) and loss.dim() == 2 and same_shape(loss, loss_mask):
+        flags = as_flags(loss_mask)
+        scale = normaliser(flags, token_level_loss, dp_size, batch_num_tokens, global_batch_size)
+    if scale is None:
+        return original(
+            loss, loss_mask, token_level_loss, dp_size, batch_num_tokens, global_batch_size
+        )
+    result = ops.aggregate(loss, scale.aggregation, mask=flags, denominator=scale.denominator)
+    return result.to(scale.dtype(loss, loss_mask))
 
 
 @library.replaces(LOSSES, "ValueLoss.forward", "value_loss")
@@ -89,4 +122,4 @@ def value_loss(
         values, old, returns, mask=flags, clip_range=clip_range, aggregation=scale.aggregation,
         denominator=scale.denominator,
     ).loss  # fmt: skip
-    return loss.to(promoted(values, old, returns, action_mask))
+    return loss.to(scale.dtype(values, old, returns, action_mask))

@@ -8,25 +8,12 @@ through log(1 + e^x) = softplus(x), which does not overflow. No kernel runs.
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from warpo.kernels.integrations.openrlhf_library import LOSSES, library
 from warpo.kernels.integrations.patching import served
-
-
-@library.replaces(LOSSES, "PairWiseLoss.forward")
-def pairwise_loss(
-    original: Callable,
-    self: Any,
-    chosen_reward: Tensor,
-    reject_reward: Tensor,
-    margin: Tensor | None = None,
-) -> Tensor:
-    if not served(chosen_reward, reject_reward):
-        return original(self, chosen_reward, reject_reward, margin)
-    difference = reject_reward - chosen_reward
-    return F.softplus(difference if margin is None else difference + margin).mean()
 
 
 @library.replaces(LOSSES, "LogExpLoss.forward")
@@ -67,8 +54,7 @@ def dpo_loss(
         losses = (margin - 1 / (2 * self.beta)).square()
     else:
         losses = F.softplus(margin * -self.beta)
-    loss = losses.mean()
-    if self.label_smoothing and not self.ipo:
-        # -log sigmoid(-x) = x - log sigmoid(x)
-        loss = loss + margin.mean() * (self.beta * self.label_smoothing)
-    return loss, chosen.detach() * self.beta, rejected.detach() * self.beta
+        if self.label_smoothing:
+            # -log sigmoid(-x) = x - log sigmoid(x)
+            losses = torch.add(losses, margin, alpha=self.beta * self.label_smoothing)
+    return losses.mean(), chosen.detach() * self.beta, rejected.detach() * self.beta

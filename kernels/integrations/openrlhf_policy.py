@@ -90,7 +90,7 @@ def policy_loss(
     )  # fmt: skip
     tokens = metrics[_TOKENS]
     return (
-        loss.to(promoted(log_probs, old_log_probs, advantages, action_mask, rollout)),
+        loss.to(scale.dtype(log_probs, old_log_probs, advantages, action_mask, rollout)),
         (metrics[_CLIPPED_LOW] + metrics[_CLIPPED_HIGH]) / tokens,
         (metrics[_KL] / -tokens).to(promoted(log_probs, old_log_probs, action_mask)),
         *_sampler_metrics(sampler, metrics, tokens, promoted(old_log_probs, rollout, action_mask)),
