@@ -4,9 +4,10 @@
 
     openrlhf.patch()
 
-in the process that computes, which with Ray is every worker:
+in the process that computes, which with Ray is every worker (those of vLLM import OpenRLHF's models
+and DeepSpeed by this):
 
-    hook = "warpo.kernels.integrations.openrlhf.set_up_worker"
+    hook = "warpo.kernels.integrations.openrlhf.patch"
     ray.init(runtime_env={"worker_process_setup_hook": hook})
 
 Left to OpenRLHF, since a kernel gains nothing: compute_approx_kl with the estimator k1, masked_mean
@@ -23,8 +24,3 @@ from warpo.kernels.integrations import (  # noqa: F401  (they register replaceme
 from warpo.kernels.integrations.openrlhf_library import library
 
 patch, unpatch, patched, names = library.patch, library.unpatch, library.patched, library.names
-
-
-def set_up_worker() -> None:
-    """patch(), for Ray, whose hooks return nothing."""
-    patch()

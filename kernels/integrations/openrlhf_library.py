@@ -12,10 +12,10 @@ UTILITIES = "openrlhf.models.utils"
 EXPERIENCE = "openrlhf.trainer.ppo_utils.experience_maker"
 
 
-def promoted(*tensors: Tensor | None) -> torch.dtype:
+def promoted(first: Tensor, *others: Tensor | None) -> torch.dtype:
     """What PyTorch computes in where it combines these tensors, None standing for no argument."""
-    dtype = torch.bool
-    for x in tensors:
+    dtype = first.dtype
+    for x in others:
         if x is not None and x.dtype != dtype:
             dtype = torch.promote_types(dtype, x.dtype)
     return dtype

@@ -34,9 +34,9 @@ class Normaliser(NamedTuple):
     denominator: float | Tensor | None
     in_float32: bool
 
-    def dtype(self, *tensors: Tensor | None) -> torch.dtype:
+    def dtype(self, first: Tensor, *others: Tensor | None) -> torch.dtype:
         """Of a loss that is made of these tensors."""
-        return torch.float32 if self.in_float32 else promoted(*tensors)
+        return torch.float32 if self.in_float32 else promoted(first, *others)
 
 
 def normaliser(

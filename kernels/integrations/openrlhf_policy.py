@@ -93,7 +93,7 @@ def policy_loss(
         loss.to(scale.dtype(log_probs, old_log_probs, advantages, action_mask, rollout)),
         (metrics[_CLIPPED_LOW] + metrics[_CLIPPED_HIGH]) / tokens,
         (metrics[_KL] / -tokens).to(promoted(log_probs, old_log_probs, action_mask)),
-        *_sampler_metrics(sampler, metrics, tokens, promoted(old_log_probs, rollout, action_mask)),
+        *_sampler_metrics(sampler, metrics, tokens, action_mask),
     )
 
 
@@ -206,7 +206,7 @@ def _kept(
 
 
 def _sampler_metrics(
-    sampler: Sampler, metrics: Tensor, tokens: Tensor, dtype: torch.dtype
+    sampler: Sampler, metrics: Tensor, tokens: Tensor, action_mask: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """The KL of the sampler and the old policy, and what the correction leaves out."""
     if sampler.gap is None:
@@ -214,4 +214,4 @@ def _sampler_metrics(
     filtered = sampler.filtered
     if filtered is None:
         filtered = metrics[_CORRECTED] / tokens
-    return (metrics[_ENTROPY] / tokens).to(dtype), filtered
+    return (metrics[_ENTROPY] / tokens).to(promoted(sampler.gap, action_mask)), filtered

@@ -310,14 +310,17 @@ def served(*tensors: Tensor | None) -> bool:
     """Whether the kernels take these tensors: plain ones of float32, bfloat16 or float16, all on
     one device that has a backend. None stands for an argument that was not given.
     """
-    given = [tensor for tensor in tensors if tensor is not None]
-    return all(
-        type(tensor) in (Tensor, torch.nn.Parameter)
-        and tensor.dtype in FLOATS
-        and tensor.device == given[0].device
-        and tensor.device.type in dispatch.DEVICES
-        for tensor in given
-    )
+    device = None
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.dtype not in FLOATS:
+            return False
+        if device is None:
+            device = tensor.device
+        elif tensor.device != device:
+            return False
+    return device is None or device.type in dispatch.DEVICES
 
 
 def as_flags(mask: Tensor | None) -> Tensor | None:
