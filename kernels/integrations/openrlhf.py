@@ -10,8 +10,9 @@ and DeepSpeed by this):
     hook = "warpo.kernels.integrations.openrlhf.patch"
     ray.init(runtime_env={"worker_process_setup_hook": hook})
 
-Left to OpenRLHF, since a kernel gains nothing: compute_approx_kl with the estimator k1, masked_mean
-over one dimension, masked_normalize, compute_reward.
+Left to OpenRLHF, a few vector operations each, on which a kernel gains nothing: compute_approx_kl
+with the estimator k1, masked_mean, masked_normalize, compute_reward, aggregate_loss and with it
+SFTLoss, ValueLoss without clipping, PairWiseLoss. It has no K-wise loss.
 """
 
 from warpo.kernels.integrations import (  # noqa: F401  (they register replacements)

@@ -1,6 +1,6 @@
-"""OpenRLHF's losses of tokens: their aggregation, the policy loss, the value loss.
+"""OpenRLHF's losses of tokens: how they are aggregated, and the value loss.
 
-All of them differ in three points. Masked slots are never read: an infinity or NaN there does not
+They differ in three points. Masked slots are never read: an infinity or NaN there does not
 spread. Without a valid token the loss is 0, and not NaN, unless a count was given. A loss of bf16
 is summed in float32.
 """
@@ -65,28 +65,6 @@ def normaliser(
     return Normaliser(aggregation, denominator, not token_level or isinstance(count, Tensor))
 
 
-@library.replaces(LOSSES, "aggregate_loss", "aggregate")
-def aggregate_loss(
-    original: Callable,
-    loss: Tensor,
-    loss_mask: Tensor,
-    token_level_loss: bool = True,
-    dp_size: int = 1,
-    batch_num_tokens: float | None = None,
-    global_batch_size: float | None = None,
-) -> Tensor:
-    scale = None
-    if served(loss) and loss.dim() == 2 and same_shape(loss, loss_mask):
-        flags = as_flags(loss_mask)
-        scale = normaliser(flags, token_level_loss, dp_size, batch_num_tokens, global_batch_size)
-    if scale is None:
-        return original(
-            loss, loss_mask, token_level_loss, dp_size, batch_num_tokens, global_batch_size
-        )
-    result = ops.aggregate(loss, scale.aggregation, mask=flags, denominator=scale.denominator)
-    return result.to(scale.dtype(loss, loss_mask))
-
-
 @library.replaces(LOSSES, "ValueLoss.forward", "value_loss")
 def value_loss(
     original: Callable,
@@ -99,15 +77,16 @@ def value_loss(
     batch_num_tokens: float | None = None,
     global_batch_size: float | None = None,
 ) -> Tensor:
+    """Without clipping it is the library's: a squared difference and a mean."""
     clip_range = self.clip_eps
-    old = None if clip_range is None else old_values
     scale = None
     if (
-        served(values, old, returns)
+        clip_range is not None
+        and clip_range >= 0
+        and served(values, old_values, returns)
         and values.dim() == 2
-        and same_shape(values, old, returns, action_mask)
-        and constant(old, returns)
-        and (clip_range is None or clip_range >= 0)
+        and same_shape(values, old_values, returns, action_mask)
+        and constant(old_values, returns)
     ):
         flags = as_flags(action_mask)
         scale = normaliser(
@@ -119,7 +98,7 @@ def value_loss(
             global_batch_size,
         )  # fmt: skip
     loss = ops.value_loss(
-        values, old, returns, mask=flags, clip_range=clip_range, aggregation=scale.aggregation,
-        denominator=scale.denominator,
+        values, old_values, returns, mask=flags, clip_range=clip_range,
+        aggregation=scale.aggregation, denominator=scale.denominator,
     ).loss  # fmt: skip
-    return loss.to(scale.dtype(values, old, returns, action_mask))
+    return loss.to(scale.dtype(values, old_values, returns, action_mask))

@@ -36,15 +36,7 @@ def tensors(count, shape, dtype, layout, seed, spread=1.0):
     return [laid_out(x.to(dtype), layout) for x in values], generator
 
 
-@given(SHAPES, DTYPES, LAYOUTS, MASK_DTYPES, st.booleans(), COUNTS, SEEDS)
-def test_aggregate_loss(shape, dtype, layout, mask_dtype, token_level, counts, seed):
-    (values,), generator = tensors(1, shape, dtype, layout, seed)
-    mask = mask_of(shape, generator, some_empty=True).to(mask_dtype)
-    original, ours = pair("aggregate_loss")
-    compare(original, ours, values, mask, token_level, differentiable=[0], scale=4.0, **counts)
-
-
-@given(SHAPES, DTYPES, LAYOUTS, MASK_DTYPES, st.booleans(), st.sampled_from([None, 0.2]), COUNTS,
+@given(SHAPES, DTYPES, LAYOUTS, MASK_DTYPES, st.booleans(), st.sampled_from([0.2, 1.0]), COUNTS,
        SEEDS)  # fmt: skip
 def test_value_loss(shape, dtype, layout, mask_dtype, token_level, clip, counts, seed):
     (values, old, returns), generator = tensors(3, shape, dtype, layout, seed)
@@ -98,17 +90,16 @@ def test_policy_loss(shape, dtype, layout, mask_dtype, objective, correction, co
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["PolicyLoss.forward", "ValueLoss.forward", "aggregate_loss"])
+@pytest.mark.parametrize("name", ["PolicyLoss.forward", "ValueLoss.forward"])
 def test_masked_slots_do_not_spread(name):
     """Where the library's result is NaN."""
     module = {
         "PolicyLoss.forward": [losses.PolicyLoss()],
-        "ValueLoss.forward": [losses.ValueLoss()],
+        "ValueLoss.forward": [losses.ValueLoss(0.2)],
     }
     original, ours = pair(name, *module.get(name, []))
-    count = 1 if name == "aggregate_loss" else 3
     generator = torch.Generator().manual_seed(0)
-    clean = [torch.randn(2, 5, generator=generator) for _ in range(count)]
+    clean = [torch.randn(2, 5, generator=generator) for _ in range(3)]
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]])
     dirty = [x.masked_fill(mask == 0, torch.nan) for x in clean]
 
@@ -126,20 +117,23 @@ def test_masked_slots_do_not_spread(name):
 @pytest.mark.parametrize("token_level", [True, False])
 def test_no_valid_token(token_level):
     values = torch.randn(2, 3, requires_grad=True)
-    original, ours = pair("aggregate_loss")
-    mask = torch.zeros(2, 3, dtype=torch.int64)
-    assert original(values, mask, token_level).isnan()
-    loss = ours(values, mask, token_level)
+    original, ours = pair("ValueLoss.forward", losses.ValueLoss(0.2, token_level))
+    arguments = (values, torch.randn(2, 3), torch.randn(2, 3), torch.zeros(2, 3))
+    assert original(*arguments).isnan()
+    loss = ours(*arguments)
     loss.backward()
     assert loss == 0
     assert not values.grad.any()
 
 
 REFUSED = [
-    ("aggregate_loss", [], [torch.randn(2, 3).double(), torch.ones(2, 3)]),
-    ("aggregate_loss", [], [torch.randn(6), torch.ones(6)]),
-    ("aggregate_loss", [], [torch.randn(2, 3), torch.ones(1, 3)]),
-    ("aggregate_loss", [], [torch.randn(2, 3), torch.ones(2, 3), True, 1, torch.tensor(6)]),
+    ("ValueLoss.forward", [losses.ValueLoss()], list(torch.randn(3, 2, 3))),
+    ("ValueLoss.forward", [losses.ValueLoss(0.2)], list(torch.randn(3, 6))),
+    ("ValueLoss.forward", [losses.ValueLoss(0.2)],
+     [*torch.randn(3, 2, 3).double(), torch.ones(2, 3)]),
+    ("ValueLoss.forward", [losses.ValueLoss(0.2)], [*torch.randn(3, 2, 3), torch.ones(1, 3)]),
+    ("ValueLoss.forward", [losses.ValueLoss(0.2)],
+     [*torch.randn(3, 2, 3), torch.ones(2, 3), 1, torch.tensor(6)]),
     ("ValueLoss.forward", [losses.ValueLoss(0.2)],
      [torch.randn(2, 3), torch.randn(2, 3, requires_grad=True), torch.randn(2, 3)]),
     ("PolicyLoss.forward", [losses.PolicyLoss()],
