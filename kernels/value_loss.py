@@ -217,14 +217,30 @@ def _fake_forward(values, *arguments):
 def _save(ctx, inputs, output) -> None:
     ctx.dtype, ctx.with_gradient = inputs[0].dtype, inputs[9]
     ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1], output[2])
     ctx.save_for_backward(output[2])
 
 
 def _differentiate(ctx, grad_loss, _grad_metrics, _grad_gradient):
+    return _scale(ctx, grad_loss, is_one=False)
+
+
+def _differentiate_eager(ctx, grad_loss, _grad_metrics, _grad_gradient):
+    # on a GPU to look at it would stop the host
+    is_one = grad_loss is not None and grad_loss.is_cpu and grad_loss.item() == 1.0
+    return _scale(ctx, grad_loss, is_one)
+
+
+def _scale(ctx, grad_loss: Tensor | None, is_one: bool) -> tuple:
     if grad_loss is None or not ctx.with_gradient:
         return (None,) * 11
     (gradient,) = ctx.saved_tensors
-    return ((gradient * grad_loss).to(ctx.dtype), *(None,) * 10)
+    if not is_one:
+        gradient = gradient * grad_loss
+    return (gradient.to(ctx.dtype), *(None,) * 10)
 
 
-_operator = Operator("value_loss", _forward, _fake_forward, _save, _differentiate)
+_operator = Operator(
+    "value_loss", _forward, _fake_forward, _save, _differentiate,
+    differentiable=1, differentiate_eager=_differentiate_eager,
+)  # fmt: skip

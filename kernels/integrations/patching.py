@@ -314,14 +314,19 @@ def served(*tensors: Tensor | None) -> bool:
     one device that has a backend, and outside the transforms of torch.func, such as vmap. None
     stands for an argument that was not given.
     """
-    given = [tensor for tensor in tensors if tensor is not None]
-    return torch._C._functorch.peek_interpreter_stack() is None and all(
-        type(tensor) in (Tensor, torch.nn.Parameter)
-        and tensor.dtype in FLOATS
-        and tensor.device == given[0].device
-        and tensor.device.type in dispatch.DEVICES
-        for tensor in given
-    )
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    device = None
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.dtype not in FLOATS:
+            return False
+        if device is None:
+            device = tensor.device
+        elif tensor.device != device:
+            return False
+    return device is None or device.type in dispatch.DEVICES
 
 
 def as_flags(mask: Tensor | None) -> Tensor | None:
