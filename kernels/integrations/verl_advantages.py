@@ -103,7 +103,7 @@ def compute_grpo_outcome_advantage(
             token_level_rewards, response_mask, index, epsilon, norm_adv_by_std_in_grpo, config
         )
     advantages = groups.normalised(epsilon) if norm_adv_by_std_in_grpo else groups.centred()
-    return _spread(advantages.to(groups.scores.dtype), response_mask)
+    return _spread(advantages, response_mask, token_level_rewards.dtype)
 
 
 @library.replaces(MODULE, "compute_grpo_vectorized_outcome_advantage", "group_advantages")
@@ -123,7 +123,7 @@ def compute_grpo_vectorized_outcome_advantage(
             token_level_rewards, response_mask, index, epsilon, norm_adv_by_std_in_grpo, config
         )
     advantages = groups.normalised(epsilon) if norm_adv_by_std_in_grpo else groups.centred()
-    return _spread(advantages, response_mask)
+    return _spread(advantages, response_mask, torch.float32)
 
 
 @library.replaces(
@@ -163,7 +163,7 @@ def compute_rloo_outcome_advantage(
     if groups is None:
         return original(token_level_rewards, response_mask, index, epsilon, config, **kwargs)
     advantages = groups.centred(leave_one_out=True)
-    return _spread(advantages.to(groups.scores.dtype), response_mask)
+    return _spread(advantages, response_mask, token_level_rewards.dtype)
 
 
 @library.replaces(MODULE, "compute_rloo_vectorized_outcome_advantage", "group_advantages")
@@ -178,10 +178,10 @@ def compute_rloo_vectorized_outcome_advantage(
 ) -> tuple[Tensor, Tensor]:
     groups = _groups(token_level_rewards, index)
     # verl sums others than float32 in float64, and returns that
-    if groups is None or groups.scores.dtype != torch.float32:
+    if groups is None or token_level_rewards.dtype != torch.float32:
         return original(token_level_rewards, response_mask, index, epsilon, config, **kwargs)
     advantages = groups.centred(leave_one_out=True, alone=0.0)
-    return _spread(advantages, response_mask)
+    return _spread(advantages, response_mask, torch.float32)
 
 
 @library.replaces(MODULE, "compute_opo_outcome_advantage", "group_advantages")
@@ -198,13 +198,13 @@ def compute_opo_outcome_advantage(
     groups = _groups(token_level_rewards, index)
     if groups is None:
         return original(token_level_rewards, response_mask, index, epsilon, config, **kwargs)
-    scores = groups.scores.float()
+    scores = groups.scores
     lengths = response_mask.sum(dim=-1).float()
     baseline = groups.mean(lengths * scores) / groups.mean(lengths)
     advantages = scores - baseline[groups.ids]
     if groups.alone is not None:
         advantages = torch.where(groups.alone, scores, advantages)
-    return _spread(advantages.to(groups.scores.dtype), response_mask)
+    return _spread(advantages, response_mask, token_level_rewards.dtype)
 
 
 @library.replaces(MODULE, "compute_gpg_outcome_advantage", "group_advantages")
@@ -227,14 +227,14 @@ def compute_gpg_outcome_advantage(
         )
     scores = groups.scores
     scale = scores.numel() / scores.count_nonzero().clamp(min=1) / f_norm
-    return _spread((groups.centred() * scale).to(scores.dtype), response_mask)
+    return _spread(groups.centred() * scale, response_mask, token_level_rewards.dtype)
 
 
 class _Groups(NamedTuple):
     """Answers by prompt.
 
     Attributes:
-        scores: (B,) sums of the rewards of the tokens.
+        scores: (B,) float32 sums of the rewards of the tokens.
         ids: (B,) int64 in [0, count).
         count: of the prompts.
         layout: as `ops.group_advantages` takes it.
@@ -263,7 +263,7 @@ class _Groups(NamedTuple):
     def _or_alone(self, advantages: Tensor, share: float) -> Tensor:
         if self.alone is None:
             return advantages
-        return torch.where(self.alone, share * self.scores.float(), advantages)
+        return torch.where(self.alone, share * self.scores, advantages)
 
 
 def _groups(rewards: Tensor, index: Any) -> _Groups | None:
@@ -288,7 +288,7 @@ def _groups(rewards: Tensor, index: Any) -> _Groups | None:
     sizes = np.bincount(ids)
     if sizes.min() == 1:
         alone = torch.from_numpy(sizes[ids] == 1).to(device)
-    return _Groups(rewards.sum(dim=-1), ids_there, count, layout, alone)
+    return _Groups(rewards.sum(dim=-1, dtype=torch.float32), ids_there, count, layout, alone)
 
 
 def _is_plain(index: np.ndarray) -> bool:
@@ -300,12 +300,18 @@ def _is_plain(index: np.ndarray) -> bool:
     return kinds == {int} or (kinds == {str} and not names[0].strip().lstrip("+-").isdigit())
 
 
-def _spread(advantages: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Each answer's to all of its tokens; verl gives the same tensor as returns."""
-    column = advantages[:, None]
-    # a product of two dtypes would copy the mask to that of the advantages first
-    as_float = mask.is_floating_point()
-    spread = column * mask if as_float else torch.where(as_flags(mask), column, 0.0)
+def _spread(advantages: Tensor, mask: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Each answer's to all of its tokens; verl gives the same tensor as returns.
+
+    Args:
+        dtype: that verl's advantages have before they are multiplied with the mask.
+    """
+    if mask.is_floating_point():
+        # in float32, if one of both is, without a rounding before
+        spread = advantages.to(torch.promote_types(dtype, mask.dtype))[:, None] * mask
+    else:
+        # a product of two dtypes would copy the mask to that of the advantages first
+        spread = torch.where(as_flags(mask), advantages.to(dtype)[:, None], 0.0)
     return spread, spread
 
 

@@ -17,6 +17,8 @@ def compare(
     differentiable: Sequence[int | str] = (),
     valid: Tensor | None = None,
     scale: float = 1.0,
+    gradient_scale: float = 0.0,
+    exact_original: Callable | None = None,
     **keywords: Any,
 ) -> None:
     """Results of `ours` have the dtypes and shapes of those of `original`, and are as near to those
@@ -27,8 +29,10 @@ def compare(
             random gradient of each differentiable result.
         valid: results and gradients of its shape are compared where it is true alone.
         scale: of the terms whose sum or difference the results are, where it may be larger.
+        gradient_scale: likewise of the terms of the gradients.
+        exact_original: in place of the original in float64, where that casts to float32 itself.
     """
-    exact = _run(original, arguments, keywords, differentiable, torch.float64)
+    exact = _run(exact_original or original, arguments, keywords, differentiable, torch.float64)
     theirs = _run(original, arguments, keywords, differentiable, None)
     found = _run(ours, arguments, keywords, differentiable, None)
     assert found.keys() == theirs.keys()
@@ -39,7 +43,7 @@ def compare(
         assert actual.shape == wanted.shape, f"{name}: {actual.shape} for {wanted.shape}"
         assert actual.dtype == wanted.dtype, f"{name}: {actual.dtype} for {wanted.dtype}"
         _assert_as_near(name, actual, wanted, torch.as_tensor(exact[name]), valid,
-                        scale if name.startswith("result") else 0.0)  # fmt: skip
+                        scale if name.startswith("result") else gradient_scale)  # fmt: skip
 
 
 def _run(
@@ -55,13 +59,12 @@ def _run(
     def fresh(key: int | str, value: Any) -> Any:
         if not isinstance(value, Tensor) or not value.is_floating_point():
             return value
-        copy = value.detach().to(dtype or value.dtype)
-        # the strides of the argument, which clone() keeps of dense tensors alone
-        copy = torch.empty_strided(value.shape, value.stride(), dtype=copy.dtype).copy_(copy)
+        leaf = value.detach().to(dtype or value.dtype)
         if key in differentiable:
-            leaves[key] = copy.requires_grad_()
-            return copy.view_as(copy)  # a function may write to it, as to the logits of a model
-        return copy
+            leaves[key] = leaf = leaf.clone().requires_grad_()
+        # the strides of the argument, which clone() keeps of dense tensors alone; no leaf, as a
+        # function may write to it, as to the logits of a model
+        return torch.empty_strided(value.shape, value.stride(), dtype=leaf.dtype).copy_(leaf)
 
     args = [fresh(i, value) for i, value in enumerate(arguments)]
     kwargs = {name: fresh(name, value) for name, value in keywords.items()}
