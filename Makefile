@@ -4,6 +4,10 @@
 # make bench   environment, build, peers, then kernel timings with their goals as a table and in OUT
 # make bench-train  the same, then a training step beside TRL's: by phase, with the goals, and in OUT
 # make bench-control  the same, then control with gymnasium beside Stable-Baselines3, and in OUT
+# make bench-dropin  the same, then each function of another trainer that warpo replaces, beside the
+#              trainer's own, as a table and in OUT
+# make test-integrations  environment, build, peers, then the drop-ins against the real trainers
+# make test-upstream      the same, then the trainers' own tests without and with the drop-ins
 # make gpu     on a CUDA machine that has torch: build, tests on CUDA, timings as JSON in OUT
 PYTHON ?= python3
 PIP_FLAGS ?=
@@ -16,7 +20,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: train test bench bench-train bench-control peers gpu lint types clean
+.PHONY: train test test-integrations test-upstream bench bench-train bench-control bench-dropin peers gpu lint types clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/built
@@ -35,14 +39,30 @@ bench-train: $(VENV)/built peers
 	$(BIN)/python -m warpo.bench.train --peers .peers/trl --out $(OUT)
 
 bench-control: $(VENV)/built peers
-	$(BIN)/python -m warpo.bench.control --peers .peers/stable-baselines3 --out $(OUT)
+	$(BIN)/python -m warpo.bench.control --peers .peers/stable_baselines3 --out $(OUT)
+
+bench-dropin: $(VENV)/built peers
+	$(BIN)/python -m warpo.bench.dropin --peers .peers --out $(OUT)
+
+# Each library with its own versions of what it needs; flash-attn, which OpenRLHF imports, installs
+# on a CUDA machine alone.
+test-integrations: $(VENV)/built peers
+	status=0; \
+	for library in $(PEERS); do \
+	    PYTHONPATH=$(CURDIR)/tests/integrations/stand_ins:$(CURDIR)/.peers/$$library \
+	    $(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile $(PYTEST_FLAGS) tests/integrations/test_$$library*.py || status=1; \
+	done; exit $$status
+
+test-upstream: $(VENV)/built peers
+	$(BIN)/python tests/integrations/upstream.py verl
+	$(BIN)/python tests/integrations/upstream.py openrlhf
 
 # Each library in a folder of its own, since their pins exclude one another; without dependencies,
 # which would bring another torch. DS_BUILD_OPS: DeepSpeed's kernels are not compiled.
 PEERS := $(basename $(notdir $(wildcard bench/requirements/*.txt)))
 peers: $(PEERS:%=.peers/%/built)
 
-.peers/%/built: bench/requirements/%.txt $(VENV)/built
+.peers/%/built: bench/requirements/%.txt | $(VENV)/installed
 	rm -rf $(@D)
 	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --no-deps --no-build-isolation --target $(@D) $(PIP_FLAGS) -r $<
 	touch $@

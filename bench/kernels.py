@@ -36,7 +36,9 @@ TOLERANCE = 5e-3
 WARM_UP_S, BUDGET_S = 0.2, 1.5
 
 
-def measure(device: str, calls: dict[str, Call]) -> dict[str, list[float]]:
+def measure(
+    device: str, calls: dict[str, Call], budget_s: float = BUDGET_S
+) -> dict[str, list[float]]:
     """Milliseconds of each call; the providers take turns, so that drift hits all of them alike."""
     timer = _cuda_ms if device == "cuda" else _cpu_ms
     flush = torch.empty(1 << 26, device=device) if device == "cuda" else None
@@ -48,7 +50,7 @@ def measure(device: str, calls: dict[str, Call]) -> dict[str, list[float]]:
     times: dict[str, list[float]] = {name: [] for name in calls}
     start = time.perf_counter()
     while len(times[next(iter(times))]) < 3 or (
-        time.perf_counter() - start < BUDGET_S * len(calls) and len(times[next(iter(times))]) < 200
+        time.perf_counter() - start < budget_s * len(calls) and len(times[next(iter(times))]) < 200
     ):
         for name, call in calls.items():
             if flush is not None:

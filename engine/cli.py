@@ -25,6 +25,7 @@ usage: warpo train CONFIG.yaml [--key value | --section.key value ...]
        warpo algorithms [NAME]             the algorithms that there are; the numbers of one
        warpo check CONFIG.yaml [--plan-only] [--key value ...]
        warpo check --help                  what is proven before a run, and what it prints
+       warpo doctor [LIBRARY ...]          backends, other trainers, what of them is replaced
 """
 
 EXAMPLE_YAML = """\
@@ -77,6 +78,19 @@ usage: warpo train CONFIG.yaml [--key value | --section.key value ...]
 Settings of algorithm: {algorithm}. A config to begin with is examples/{algorithm}.yaml.
 """
 
+DOCTOR_HELP = """\
+usage: warpo doctor [trl | verl | openrlhf | torchrl | stable_baselines3 ...]
+
+Which backends are built and, of these libraries, which are installed in this environment, whether
+their versions are tested ones, which of their functions warpo replaces and by which operations and
+backends. A library is imported to see that its functions are the tested ones, which takes seconds.
+
+    warpo doctor
+    warpo doctor trl                                    # that one alone
+
+What is replaced in a process of yours: print(warpo.kernels.integrations.doctor.report()) in it.
+"""
+
 CHECK_HELP = """\
 usage: warpo check CONFIG.yaml [--plan-only] [--key value | --section.key value ...]
 
@@ -112,6 +126,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _help([word for word in rest if word not in ("-h", "--help")])
         case ["algorithms", *rest] if len(rest) < 2:
             return _algorithms(*rest)
+        case ["doctor", *libraries]:
+            return _doctor(libraries)
         case ["train", config, *overrides] if not config.startswith("-"):
             return _guarded(lambda: _train(config, overrides))
         case ["check", *rest] if {"-h", "--help"} & set(rest):
@@ -209,6 +225,20 @@ def _algorithms(name: str = "") -> int:
     else:
         # Piped, there is no width to fit.
         algorithms_table.print_table(Console(width=None if sys.stdout.isatty() else 200))
+    return 0
+
+
+def _doctor(libraries: Sequence[str]) -> int:
+    if {"-h", "--help"} & set(libraries):
+        print(DOCTOR_HELP)
+        return 0
+    from warpo.kernels.integrations import doctor
+
+    try:
+        print(doctor.report(libraries or doctor.LIBRARIES))
+    except ValueError as error:
+        print(f"warpo doctor: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

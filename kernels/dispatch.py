@@ -30,14 +30,7 @@ def choose(tensor: Tensor, backend: str | None) -> str:
     device = tensor.device.type
     name = backend or _REQUESTED
     if not name:
-        if device == "cpu":
-            return "cpu"
-        if device == "cuda":
-            return _CUDA_DEFAULT
-        raise ValueError(
-            f"no backend for device {device!r}: "
-            "move the tensors to cpu or cuda, or pass backend='reference'"
-        )
+        return default(device)
     if name not in BACKENDS:
         raise ValueError(
             f"backend (argument or WARPO_BACKEND) must be one of {', '.join(BACKENDS)}; "
@@ -53,6 +46,22 @@ def choose(tensor: Tensor, backend: str | None) -> str:
             "or TRITON_INTERPRET=1 set before Python starts, which is for tests"
         )
     return name
+
+
+def default(device: str) -> str:
+    """Name of the backend of a type of device.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if device == "cpu":
+        return "cpu"
+    if device == "cuda":
+        return _CUDA_DEFAULT
+    raise ValueError(
+        f"no backend for device {device!r}: "
+        "move the tensors to cpu or cuda, or pass backend='reference'"
+    )
 
 
 @functools.cache

@@ -115,6 +115,10 @@ class Library:
         except importlib.metadata.PackageNotFoundError:
             return None
 
+    def requirement(self) -> str:
+        """What pip is asked for."""
+        return f"{self.name}=={self.tested[-1]}"
+
     def patch(self, only: Sequence[str] | None = None) -> "Patch":
         """Replaces the library's functions by ours, in every module that holds them. Functions that
         are replaced already stay so.
@@ -211,12 +215,12 @@ class Library:
         if version is None:
             raise IntegrationError(
                 f"{self.name} is not installed in {sys.executable}: "
-                f"pip install {self.name}=={self.tested[-1]}"
+                f"pip install {self.requirement()}"
             )
         if version not in self.tested:
             raise IntegrationError(
                 f"{self.name} {version} is installed, and the replacements were tested with "
-                f"{', '.join(self.tested)}: pip install {self.name}=={self.tested[-1]}"
+                f"{', '.join(self.tested)}: pip install {self.requirement()}"
             )
 
     def _check_signatures(self, found: Sequence[tuple[Replacement, Any]]) -> None:

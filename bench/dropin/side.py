@@ -1,0 +1,77 @@
+"""Times the functions of one library as they are and as warpo replaces them, in turns; a process of
+its own, since the libraries need other versions of the same packages.
+
+    python -m warpo.bench.dropin.side LIBRARY ROWS.jsonl [--only TEXT]
+"""
+
+import argparse
+import importlib
+import json
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from warpo.bench.dropin.case import DropIn
+from warpo.bench.kernels import measure, peak_bytes
+from warpo.engine.environment import keep_freed_memory
+from warpo.kernels.integrations.patching import Library, wrap
+
+BUDGET_S = 0.6
+
+
+def row_of(case: DropIn, original: Callable, ours: Callable) -> dict[str, Any]:
+    """Milliseconds and peak bytes of both. What fails has its error in place of a time."""
+    row: dict[str, Any] = {"function": case.function, "size": case.size, "mode": case.mode}
+    try:
+        call = case.make()
+        calls = {"library": lambda: call(original), "warpo": lambda: call(ours)}
+        times = measure("cpu", calls, BUDGET_S)
+        for name, found in times.items():
+            ordered = sorted(found)
+            row |= {
+                f"{name}_ms": statistics.median(ordered),
+                f"{name}_p20_ms": ordered[len(ordered) // 5],
+                f"{name}_p80_ms": ordered[len(ordered) * 4 // 5],
+                f"{name}_peak_bytes": peak_bytes("cpu", calls[name]),
+            }
+    except (RuntimeError, ValueError, TypeError) as error:
+        return row | {"problem": f"{type(error).__name__}: {error}"}
+    return row | {"runs": len(found), "times_as_fast": row["library_ms"] / row["warpo_ms"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("library")
+    parser.add_argument("rows", type=Path)
+    parser.add_argument("--only", default="")
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    keep_freed_memory()
+    library: Library = importlib.import_module(f"warpo.kernels.integrations.{args.library}").library
+    problem = library.problem()
+    if problem:
+        sys.exit(problem)
+    cases = importlib.import_module(f"warpo.bench.dropin.{args.library}").cases()
+    cases = [case for case in cases if args.only in case.function]
+    start = time.perf_counter()
+    with args.rows.open("a", encoding="utf-8") as file:
+        for number, case in enumerate(cases):
+            left = (time.perf_counter() - start) / max(number, 1) * (len(cases) - number)
+            print(
+                f"[{args.library} {number + 1}/{len(cases)}, {left:.0f} s left] {case.function} "
+                f"{case.size} {case.mode}", file=sys.stderr,
+            )  # fmt: skip
+            replacement = library.replacements[case.function]
+            original = replacement.current()
+            row = row_of(case, original, wrap(replacement, original))
+            described = {"library": args.library, "version": library.version()}
+            file.write(json.dumps(described | row) + "\n")
+            file.flush()
+
+
+if __name__ == "__main__":
+    main()

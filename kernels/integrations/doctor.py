@@ -1,0 +1,94 @@
+"""What is installed, what of it can be replaced or is, and by which backend.
+
+warpo doctor                                                 # in a process of its own
+from warpo.kernels.integrations import doctor; print(doctor.report())        # in yours
+"""
+
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+from collections.abc import Sequence
+
+import torch
+
+from warpo.kernels import dispatch
+from warpo.kernels.integrations.patching import Library
+
+LIBRARIES = ("trl", "verl", "openrlhf", "torchrl", "stable_baselines3")
+
+
+def report(libraries: Sequence[str] = LIBRARIES) -> str:
+    """The findings as text. Imports those of the libraries that are installed.
+
+    Raises:
+        ValueError: no integration has such a name.
+    """
+    unknown = [name for name in libraries if name not in LIBRARIES]
+    if unknown:
+        raise ValueError(
+            f"no integration {', '.join(map(repr, unknown))}; there are {', '.join(LIBRARIES)}"
+        )
+    lines = [_versions(), "", "backends", *_backends(), "", "libraries"]
+    for name in libraries:
+        lines += _library(name)
+    return "\n".join(lines)
+
+
+def _versions() -> str:
+    return (
+        f"warpo {importlib.metadata.version('warpo')}, Python {platform.python_version()}, "
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads"
+    )
+
+
+def _backends() -> list[str]:
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "torch sees no GPU"
+    built = {name: _is_there(f"warpo.kernels._{name}") for name in ("cpu", "cuda")}
+    cpu = "not built: pip install -e . with a C++ compiler"
+    if built["cpu"]:
+        cpu = f"built, {importlib.import_module('warpo.kernels._cpu').instruction_set()}"
+    triton = "not installed: pip install triton"
+    if _is_there("triton"):
+        triton = f"{importlib.metadata.version('triton')}, {gpu}"
+    cuda = f"built, {gpu}" if built["cuda"] else "not built: pip install -e . with nvcc on the PATH"
+    chosen = os.environ.get("WARPO_BACKEND")
+    lines = [f"  cpu     {cpu}", f"  triton  {triton}", f"  cuda    {cuda}"]
+    return lines + ([f"  WARPO_BACKEND={chosen} chooses for all tensors"] if chosen else [])
+
+
+def _library(name: str) -> list[str]:
+    library: Library = importlib.import_module(f"warpo.kernels.integrations.{name}").library
+    version = library.version()
+    tested = f"tested with {', '.join(library.tested)}"
+    if version is None:
+        return [f"  {name}: not installed; {tested}: pip install {library.requirement()}"]
+    problem = library.problem()
+    if problem:
+        return [f"  {name} {version}: cannot be patched", *_indented(problem)]
+    patched = library.patched()
+    how = f"from warpo.kernels.integrations import {name}; {name}.patch()"
+    lines = [
+        f"  {name} {version}: {tested}; {len(patched)} of {len(library.names())} functions "
+        f"replaced here" + ("" if patched else f", all by: {how}")
+    ]
+    width = max(map(len, library.names()))
+    for function, replacement in library.replacements.items():
+        operations = ", ".join(f"ops.{operation}" for operation in replacement.operations)
+        state = "replaced" if function in patched else "the library's"
+        lines.append(f"    {function:{width}}  {state:13}  {operations}")
+    return [*lines, f"    Tensors on cpu go to the backend {_backend('cpu')}, on cuda to "
+            f"{_backend('cuda')}; what these do not do stays with {name}."]  # fmt: skip
+
+
+def _backend(device: str) -> str:
+    return os.environ.get("WARPO_BACKEND") or dispatch.default(device)
+
+
+def _indented(text: str) -> list[str]:
+    return [f"    {line}" for line in text.splitlines()]
+
+
+def _is_there(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
