@@ -70,8 +70,9 @@ def whiten(
         check_no_grad("x", x)
     name = dispatch.choose(x, backend)
     if name == "reference":
-        options = {"shift_mean": shift_mean, "eps": eps, "fill_masked": fill_masked}
-        return reference.whiten(x.float(), mask, **options)
+        return reference.whiten(
+            x.float(), mask, shift_mean=shift_mean, eps=eps, fill_masked=fill_masked
+        )
     whitened, stats = _dense(x, mask, shift_mean, eps, name)
     if not fill_masked or mask is None:
         return whitened

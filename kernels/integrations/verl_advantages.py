@@ -41,8 +41,8 @@ def compute_gae_advantage_return(
     token_level_rewards: Tensor,
     values: Tensor,
     response_mask: Tensor,
-    gamma: Tensor,
-    lam: Tensor,
+    gamma: float,
+    lam: float,
 ) -> tuple[Tensor, Tensor]:
     """Differs: NaN in a masked slot of the rewards or values stays there."""
     if (
@@ -97,7 +97,7 @@ def compute_grpo_outcome_advantage(
     config: Any = None,
 ) -> tuple[Tensor, Tensor]:
     """Differs: equal rewards have advantage 0, where verl divides a rounding by a rounding."""
-    groups = _groups(token_level_rewards, index) if epsilon >= 0 else None
+    groups = _groups(token_level_rewards, response_mask, index) if epsilon >= 0 else None
     if groups is None:
         return original(
             token_level_rewards, response_mask, index, epsilon, norm_adv_by_std_in_grpo, config
@@ -117,7 +117,7 @@ def compute_grpo_vectorized_outcome_advantage(
     config: Any = None,
 ) -> tuple[Tensor, Tensor]:
     """Differs: equal rewards have advantage 0, where verl divides a rounding by a rounding."""
-    groups = _groups(token_level_rewards, index) if epsilon >= 0 else None
+    groups = _groups(token_level_rewards, response_mask, index) if epsilon >= 0 else None
     if groups is None or not _is_plain(index):
         return original(
             token_level_rewards, response_mask, index, epsilon, norm_adv_by_std_in_grpo, config
@@ -140,7 +140,7 @@ def compute_reinforce_plus_plus_baseline_outcome_advantage(
 ) -> tuple[Tensor, Tensor]:
     groups = None
     if _tokens_served(response_mask, token_level_rewards):
-        groups = _groups(token_level_rewards, index)
+        groups = _groups(token_level_rewards, response_mask, index)
     if groups is None or not _has_two(flags := as_flags(response_mask)):
         return original(token_level_rewards, response_mask, index, epsilon, config, **kwargs)
     advantages = groups.centred()[:, None].expand(response_mask.shape)
@@ -159,7 +159,7 @@ def compute_rloo_outcome_advantage(
     config: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    groups = _groups(token_level_rewards, index)
+    groups = _groups(token_level_rewards, response_mask, index)
     if groups is None:
         return original(token_level_rewards, response_mask, index, epsilon, config, **kwargs)
     advantages = groups.centred(leave_one_out=True)
@@ -176,7 +176,7 @@ def compute_rloo_vectorized_outcome_advantage(
     config: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    groups = _groups(token_level_rewards, index)
+    groups = _groups(token_level_rewards, response_mask, index)
     # verl sums others than float32 in float64, and returns that
     if groups is None or token_level_rewards.dtype != torch.float32:
         return original(token_level_rewards, response_mask, index, epsilon, config, **kwargs)
@@ -195,13 +195,13 @@ def compute_opo_outcome_advantage(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
     """The baseline is the mean of length times score over the mean of the length."""
-    groups = _groups(token_level_rewards, index)
+    groups = _groups(token_level_rewards, response_mask, index)
     if groups is None:
         return original(token_level_rewards, response_mask, index, epsilon, config, **kwargs)
     scores = groups.scores
     lengths = response_mask.sum(dim=-1).float()
     baseline = groups.mean(lengths * scores) / groups.mean(lengths)
-    advantages = scores - baseline[groups.ids]
+    advantages = scores - baseline[torch.from_numpy(groups.ids)]
     if groups.alone is not None:
         advantages = torch.where(groups.alone, scores, advantages)
     return _spread(advantages, response_mask, token_level_rewards.dtype)
@@ -220,7 +220,7 @@ def compute_gpg_outcome_advantage(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
     """As verl's, which computes alpha: answers over those whose score is not 0."""
-    groups = _groups(token_level_rewards, index)
+    groups = _groups(token_level_rewards, response_mask, index)
     if groups is None:
         return original(
             token_level_rewards, response_mask, index, epsilon, f_norm, alpha, config, **kwargs
@@ -235,15 +235,13 @@ class _Groups(NamedTuple):
 
     Attributes:
         scores: (B,) float32 sums of the rewards of the tokens.
-        ids: (B,) int64 in [0, count).
-        count: of the prompts.
+        ids: (B,) int64, numbers of the prompts from 0.
         layout: as `ops.group_advantages` takes it.
         alone: (B,) bool: the only answer to its prompt; None if there is none such.
     """
 
     scores: Tensor
-    ids: Tensor
-    count: int
+    ids: np.ndarray
     layout: dict[str, Any]
     alone: Tensor | None
 
@@ -266,11 +264,13 @@ class _Groups(NamedTuple):
         return torch.where(self.alone, share * self.scores, advantages)
 
 
-def _groups(rewards: Tensor, index: Any) -> _Groups | None:
+def _groups(rewards: Tensor, mask: Tensor, index: Any) -> _Groups | None:
     """None where they are not served."""
     if (
         rewards.dim() != 2
         or rewards.shape[0] == 0
+        or mask.dim() != 2
+        or mask.shape[0] != rewards.shape[0]
         or not isinstance(index, np.ndarray)
         or index.shape != rewards.shape[:1]
         or not _are_constants(rewards)
@@ -280,15 +280,16 @@ def _groups(rewards: Tensor, index: Any) -> _Groups | None:
     ids = np.array([numbers.setdefault(name, len(numbers)) for name in index.tolist()])
     count = len(numbers)
     size, rest = divmod(len(ids), count)
-    alone, device = None, rewards.device
-    ids_there = torch.from_numpy(ids).to(device)
-    layout: dict[str, Any] = {"group_ids": ids_there, "num_groups": count}
+    alone = None
     if rest == 0 and (ids.reshape(count, size) == np.arange(count)[:, None]).all():
-        layout = {"group_size": size}
-    sizes = np.bincount(ids)
-    if sizes.min() == 1:
-        alone = torch.from_numpy(sizes[ids] == 1).to(device)
-    return _Groups(rewards.sum(dim=-1, dtype=torch.float32), ids_there, count, layout, alone)
+        layout: dict[str, Any] = {"group_size": size}
+        smallest = size
+    else:
+        layout = {"group_ids": torch.from_numpy(ids).to(rewards.device), "num_groups": count}
+        smallest = np.bincount(ids).min()
+    if smallest == 1:
+        alone = torch.from_numpy(np.bincount(ids)[ids] == 1).to(rewards.device)
+    return _Groups(rewards.sum(dim=-1, dtype=torch.float32), ids, layout, alone)
 
 
 def _is_plain(index: np.ndarray) -> bool:
@@ -306,12 +307,9 @@ def _spread(advantages: Tensor, mask: Tensor, dtype: torch.dtype) -> tuple[Tenso
     Args:
         dtype: that verl's advantages have before they are multiplied with the mask.
     """
-    if mask.is_floating_point():
-        # in float32, if one of both is, without a rounding before
-        spread = advantages.to(torch.promote_types(dtype, mask.dtype))[:, None] * mask
-    else:
-        # a product of two dtypes would copy the mask to that of the advantages first
-        spread = torch.where(as_flags(mask), advantages.to(dtype)[:, None], 0.0)
+    column = advantages.to(torch.promote_types(dtype, mask.dtype))[:, None]
+    # without `out`, a product of two dtypes is one of two copies in the same dtype
+    spread = torch.mul(column, mask, out=column.new_empty(mask.shape))
     return spread, spread
 
 
@@ -330,9 +328,9 @@ def _tokens_served(mask: Tensor, *tensors: Tensor) -> bool:
     )
 
 
-def _has_two(flags: Tensor) -> bool:
+def _has_two(flags: Tensor | None) -> bool:
     """verl refuses to whiten less."""
-    return int(flags.count_nonzero()) >= 2
+    return flags is not None and int(flags.count_nonzero()) >= 2
 
 
 def _is_discount(value: Any) -> bool:
