@@ -202,7 +202,7 @@ def test_by_name_and_by_registry():
 @pytest.mark.parametrize(
     "name, arguments",
     [
-        ("compute_grpo_outcome_advantage", (torch.ones(2, 3, dtype=torch.float64), 1, [0, 0])),
+        ("compute_grpo_outcome_advantage", (torch.ones(2, 3).double(), torch.ones(2, 3), [0, 0])),
         ("compute_grpo_outcome_advantage", (torch.ones(2, 3), torch.ones(2, 3), [0, 0])),
         (
             "compute_grpo_vectorized_outcome_advantage",
