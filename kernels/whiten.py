@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from warpo.kernels import dispatch, reference
-from warpo.kernels.checks import FLOATS, check_mask, check_tensor
+from warpo.kernels.checks import FLOATS, check_mask, check_no_grad, check_tensor
 from warpo.kernels.registration import Operator
 
 # csrc/math/tiles.h: partial results at most, and three numbers each
@@ -32,6 +32,7 @@ def whiten(
     *,
     shift_mean: bool = True,
     eps: float = 1e-8,
+    fill_masked: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """(x - mean) / sqrt(variance + eps) over all valid elements, of advantages for instance.
@@ -45,6 +46,9 @@ def whiten(
             and the gradient are 0 there.
         shift_mean: False adds the mean again, so that only the spread changes.
         eps: added to the unbiased variance (divided by n - 1; that of one element is 0).
+        fill_masked: the result in masked slots is that of the same formula, with the mean and the
+            variance of the valid elements: they are read after all, and what they hold stays in
+            them. Then x must not require grad.
         backend: reference | cpu | triton | cuda; chosen by device if not given.
 
     Returns:
@@ -62,17 +66,36 @@ def whiten(
     check_mask("mask", mask, x.shape, x)
     if not eps >= 0:
         raise ValueError(f"eps must be >= 0, got {eps}")
+    if fill_masked:
+        check_no_grad("x", x)
     name = dispatch.choose(x, backend)
     if name == "reference":
-        return reference.whiten(x.float(), mask, shift_mean=shift_mean, eps=eps)
+        return reference.whiten(
+            x.float(), mask, shift_mean=shift_mean, eps=eps, fill_masked=fill_masked
+        )
+    whitened, stats = _dense(x, mask, shift_mean, eps, name)
+    if not fill_masked or mask is None:
+        return whitened
+    filled = (x.float() - stats[0]).mul_(stats[1])
+    return filled if shift_mean else filled.add_(stats[0])
+
+
+def _dense(
+    x: Tensor, mask: Tensor | None, shift_mean: bool, eps: float, name: str
+) -> tuple[Tensor, Tensor]:
+    """Through the operator in the layout that it walks fastest: one row if all is dense."""
     if x.is_contiguous() and (mask is None or mask.is_contiguous()):
         row = None if mask is None else mask.view(1, -1)
-        return _operator(x.view(1, -1), row, shift_mean, eps, name).view(x.shape)
+        whitened, stats = _operator(x.view(1, -1), row, shift_mean, eps, name)
+        return whitened.view(x.shape), stats
     if x.dim() == 1:
         row = None if mask is None else mask[None]
-        return _operator(x[None], row, shift_mean, eps, name)[0]
+        whitened, stats = _operator(x[None], row, shift_mean, eps, name)
+        return whitened[0], stats
     if x.stride(0) < x.stride(1):
-        return _operator(x.t(), None if mask is None else mask.t(), shift_mean, eps, name).t()
+        columns = None if mask is None else mask.t()
+        whitened, stats = _operator(x.t(), columns, shift_mean, eps, name)
+        return whitened.t(), stats
     return _operator(x, mask, shift_mean, eps, name)
 
 
@@ -134,8 +157,4 @@ def _differentiate(ctx: Any, grad_whitened: Tensor | None, _grad_stats: Any) -> 
     return (grad_x.to(x.dtype), *(None,) * 4)
 
 
-_whiten = Operator("whiten", _forward, _fake_forward, _save, _differentiate)
-
-
-def _operator(x: Tensor, mask: Tensor | None, shift_mean: bool, eps: float, backend: str) -> Tensor:
-    return _whiten(x, mask, shift_mean, eps, backend)[0]
+_operator = Operator("whiten", _forward, _fake_forward, _save, _differentiate)

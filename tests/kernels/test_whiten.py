@@ -70,6 +70,37 @@ def test_values_and_gradients_equal_float64(backend):
     check()
 
 
+@each_backend
+def test_masked_slots_filled_like_valid_ones(backend):
+    @settings(max_examples=examples(backend, 50))
+    @given(cases(backend))
+    def check(case):
+        x, mask, options = case
+        filled = ops.whiten(x, mask, **options, fill_masked=True, backend=backend)
+        if mask is None:
+            assert torch.equal(filled, ops.whiten(x, **options, backend=backend))
+            return
+        assert not filled[~mask.bool()].isfinite().any()
+        x = x.nan_to_num(7.0, 7.0)
+        filled = ops.whiten(x, mask, **options, fill_masked=True, backend=backend)
+        wanted = reference.whiten(x.double(), mask, **options, fill_masked=True)
+        valid = x.double()[mask.bool()]
+        spread = valid.std().item() if valid.numel() > 1 else 0.0
+        # a masked slot may be far away from the valid ones, beside their spread
+        scale = (8.0 + float(x.double().abs().amax()) if x.numel() else 0.0) / max(
+            spread, options["eps"] ** 0.5
+        )
+        absolute = WHITEN_ABSOLUTE * max(scale, 1.0)
+        assert_close(filled, wanted, relative=WHITEN_RELATIVE, absolute=absolute, what="filled")
+
+    check()
+
+
+def test_filled_slots_have_no_gradient():
+    with pytest.raises(ValueError, match="x requires grad"):
+        ops.whiten(torch.ones(3, requires_grad=True), fill_masked=True)
+
+
 @settings(max_examples=50)
 @given(cases("cpu"))
 def test_the_reference_equals_the_oracle(case):
