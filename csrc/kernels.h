@@ -10,6 +10,8 @@
 #pragma once
 
 #include "arguments/adamw_publish.h"
+#include "arguments/aggregate.h"
+#include "arguments/approx_kl.h"
 #include "arguments/fingerprint.h"
 #include "arguments/gae.h"
 #include "arguments/group_advantages.h"
@@ -37,6 +39,10 @@
     X(policy_loss_from_logits, PolicyLossFromLogits)        \
     X(scale_gradient, ScaleGradient)                        \
     X(value_loss, ValueLoss)                                \
+    X(aggregate_forward, Aggregate)                         \
+    X(aggregate_backward, AggregateBackward)                \
+    X(approx_kl_forward, ApproxKl)                          \
+    X(approx_kl_backward, ApproxKlBackward)                 \
     X(reward_model_loss, RewardModelLoss)                   \
     X(ranking_loss, RankingLoss)                            \
     X(preference_loss, PreferenceLoss)                      \

@@ -12,6 +12,8 @@ device.
 """
 
 from warpo.kernels.adamw_publish import AdamwPublish, adamw_publish
+from warpo.kernels.aggregate import aggregate
+from warpo.kernels.approx_kl import approx_kl
 from warpo.kernels.fingerprint import fingerprint
 from warpo.kernels.gae import Gae, gae
 from warpo.kernels.group_advantages import GroupAdvantages, group_advantages
@@ -86,6 +88,8 @@ __all__ = [
     "ValueLoss",
     "Vtrace",
     "adamw_publish",
+    "aggregate",
+    "approx_kl",
     "discounted_returns",
     "fingerprint",
     "gae",

@@ -28,7 +28,7 @@ from warpo.kernels.checks import FLOATS, check_mask, check_no_grad, check_tensor
 from warpo.kernels.objectives import KL_ESTIMATORS, Objective, get_objective
 from warpo.kernels.policy_metrics import METRICS
 from warpo.kernels.registration import Operator
-from warpo.kernels.sequences import as_denominator, check_sequences
+from warpo.kernels.sequences import check_sequences, count_denominator
 
 # Rows of the workspace at least: kMinPartials in csrc/arguments/policy_loss.h.
 MIN_PARTIALS = 512
@@ -113,7 +113,9 @@ def policy_loss(
         raise ValueError(
             f"entropy_coef = {objective.entropy_coef} needs entropy; or set entropy_coef to 0"
         )
-    denominator = count_denominator(denominator, objective, logprobs, mask, num_sequences)
+    denominator = count_denominator(
+        denominator, objective.aggregation, logprobs, mask, num_sequences
+    )
     name = dispatch.choose(logprobs, backend)
     if name == "reference":
         if adaptive_kl_coef is not None:
@@ -215,27 +217,6 @@ def kl_term(
         value = "a tensor" if adaptive is not None else kl_coef
         raise ValueError(f"kl_coef = {value} needs ref_logprobs; or set kl_coef to 0")
     return 1 + KL_ESTIMATORS.index(objective.kl_estimator), kl_coef, adaptive
-
-
-def count_denominator(
-    denominator: float | Tensor | None,
-    objective: Objective,
-    logprobs: Tensor,
-    mask: Tensor | None,
-    num_sequences: int,
-) -> Tensor:
-    if denominator is not None:
-        return as_denominator(denominator, logprobs)
-    if objective.aggregation == "sequence-mean-token-sum-norm":
-        raise ValueError(
-            "aggregation 'sequence-mean-token-sum-norm' needs "
-            "denominator = sequences x a constant length"
-        )
-    if objective.aggregation != "token-mean":
-        return logprobs.new_full((), num_sequences, dtype=torch.float32)
-    if mask is None:
-        return logprobs.new_full((), logprobs.numel(), dtype=torch.float32)
-    return mask.sum(dtype=torch.float32)
 
 
 def _per_token(advantages: Tensor, logprobs: Tensor, cu_seqlens: Tensor | None) -> Tensor:

@@ -21,7 +21,6 @@ from warpo.kernels.logprobs import workspace
 from warpo.kernels.objectives import Objective, get_objective
 from warpo.kernels.policy_loss import (
     check_tokens,
-    count_denominator,
     kl_term,
     launch_policy_loss,
     policy_loss,
@@ -29,6 +28,7 @@ from warpo.kernels.policy_loss import (
 from warpo.kernels.policy_loss_from_logits import count_reads, of_sequences
 from warpo.kernels.policy_metrics import METRICS
 from warpo.kernels.registration import Operator
+from warpo.kernels.sequences import count_denominator
 
 
 class PolicyLossFromHidden(NamedTuple):
@@ -107,7 +107,9 @@ def policy_loss_from_hidden(
             f"correction {objective.correction!r} needs sampler_logprobs; or set it to 'none'"
         )
     valid = _valid(targets, mask, ignore_index, cu_seqlens)
-    denominator = count_denominator(denominator, objective, stand_in, valid, num_sequences)
+    denominator = count_denominator(
+        denominator, objective.aggregation, stand_in, valid, num_sequences
+    )
     name = dispatch.choose(hidden, backend)
     per_token = advantages.shape == targets.shape
     if name == "reference" or count_reads(objective, old_logprobs, per_token) == 2:

@@ -30,13 +30,13 @@ from warpo.kernels.logprobs import check_inplace, check_logits, logprobs_and_ent
 from warpo.kernels.objectives import Objective, get_objective
 from warpo.kernels.policy_loss import (
     check_tokens,
-    count_denominator,
     kl_term,
     launch_policy_loss,
     policy_loss,
 )
 from warpo.kernels.policy_metrics import METRICS
 from warpo.kernels.registration import Operator
+from warpo.kernels.sequences import count_denominator
 
 # Their gradient does not go through the ratio, so it is the token's own at any level.
 _OF_LOGP = ("stop_gradient", "reinforce")
@@ -121,7 +121,7 @@ def policy_loss_from_logits(
     valid = targets != ignore_index
     if mask is not None:
         valid &= mask != 0
-    denominator = count_denominator(denominator, objective, like, valid, num_sequences)
+    denominator = count_denominator(denominator, objective.aggregation, like, valid, num_sequences)
     name = dispatch.choose(logits, backend)
     if inplace and name == "reference":
         raise ValueError("inplace is not supported by backend 'reference': leave it False")

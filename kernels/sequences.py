@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from warpo.kernels.checks import check_tensor
+from warpo.kernels.objectives import AGGREGATIONS
 
 
 def check_sequences(
@@ -33,6 +34,37 @@ def as_denominator(denominator: float | Tensor, like: Tensor) -> Tensor:
     if not denominator >= 0:
         raise ValueError(f"denominator must be >= 0, got {denominator}")
     return like.new_full((), denominator, dtype=torch.float32)
+
+
+def check_aggregation(aggregation: str, denominator: float | Tensor | None) -> None:
+    """One of AGGREGATIONS, with a denominator where it has no default."""
+    if aggregation not in AGGREGATIONS:
+        raise ValueError(
+            f"aggregation must be one of {', '.join(AGGREGATIONS)}; got {aggregation!r}"
+        )
+    if denominator is None and aggregation == "sequence-mean-token-sum-norm":
+        raise ValueError(
+            "aggregation 'sequence-mean-token-sum-norm' needs "
+            "denominator = sequences x a constant length"
+        )
+
+
+def count_denominator(
+    denominator: float | Tensor | None,
+    aggregation: str,
+    like: Tensor,
+    mask: Tensor | None,
+    sequences: int,
+) -> Tensor:
+    """What an aggregation divides by: the count in this call if it is not given."""
+    check_aggregation(aggregation, denominator)
+    if denominator is not None:
+        return as_denominator(denominator, like)
+    if aggregation != "token-mean":
+        return as_denominator(sequences, like)
+    if mask is None:
+        return as_denominator(like.numel(), like)
+    return mask.sum(dtype=torch.float32)
 
 
 def spread_packed(sequences: int, cu_seqlens: Tensor | None, *tensors: Tensor | None) -> list:

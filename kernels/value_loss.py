@@ -22,9 +22,8 @@ from torch import Tensor
 
 from warpo.kernels import dispatch, reference
 from warpo.kernels.checks import FLOATS, as_rows, check_mask, check_no_grad, check_tensor
-from warpo.kernels.objectives import AGGREGATIONS
 from warpo.kernels.registration import Operator
-from warpo.kernels.sequences import as_denominator, check_sequences, merge_moments, spread_packed
+from warpo.kernels.sequences import check_sequences, count_denominator, merge_moments, spread_packed
 
 VALUE_METRICS = (
     "loss",
@@ -91,7 +90,7 @@ def value_loss(
     """
     sequences = _check(values, old_values, returns, mask, cu_seqlens, clip_range)
     delta = _delta(loss, huber_delta)
-    scale = _denominator(denominator, aggregation, values, mask, sequences)
+    scale = count_denominator(denominator, aggregation, values, mask, sequences)
     if clip_range is None:
         old_values = None
     sequence_mean = aggregation == "sequence-mean-token-mean"
@@ -175,31 +174,6 @@ def _delta(loss: str, huber_delta: float) -> float:
     if not huber_delta > 0:
         raise ValueError(f"huber_delta must be > 0, got {huber_delta}")
     return math.inf if loss == "mse" else huber_delta
-
-
-def _denominator(
-    denominator: float | Tensor | None,
-    aggregation: str,
-    values: Tensor,
-    mask: Tensor | None,
-    sequences: int,
-) -> Tensor:
-    if aggregation not in AGGREGATIONS:
-        raise ValueError(
-            f"aggregation must be one of {', '.join(AGGREGATIONS)}; got {aggregation!r}"
-        )
-    if denominator is not None:
-        return as_denominator(denominator, values)
-    if aggregation == "sequence-mean-token-sum-norm":
-        raise ValueError(
-            "aggregation 'sequence-mean-token-sum-norm' needs "
-            "denominator = sequences x a constant length"
-        )
-    if aggregation != "token-mean":
-        return as_denominator(sequences, values)
-    if mask is None:
-        return as_denominator(values.numel(), values)
-    return mask.sum(dtype=torch.float32)
 
 
 def _forward(

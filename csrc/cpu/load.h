@@ -92,6 +92,21 @@ inline void load_steps(const View& view, int64_t row, int64_t step, int count, f
     }
 }
 
+template <class T>
+inline void store_dense(const float* values, int count, T* out) {
+#pragma omp simd
+    for (int i = 0; i < count; ++i) from_float(values[i], out[i]);
+}
+
+// `count` floats into a contiguous float view from element `offset` on.
+inline void store_steps(const View& view, int64_t offset, int count, const float* values) {
+    switch (view.dtype) {
+        case kFloat32: return store_dense(values, count, (float*)view.data + offset);
+        case kBFloat16: return store_dense(values, count, (BFloat16*)view.data + offset);
+        default: return store_dense(values, count, (Float16*)view.data + offset);
+    }
+}
+
 WARPO_HD float load_one(const View& view, int64_t row, int64_t step) {
     switch (view.dtype) {
         case kFloat32: return *address<float>(view, row, step);

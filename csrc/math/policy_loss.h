@@ -9,9 +9,8 @@
 
 namespace warpo {
 
-// e^x - 1 - x without cancellation, |x| <= 85; the k3 estimator
-// (http://joschu.net/blog/kl-approx.html) at x = log(q / p).
-WARPO_HD float exp_minus_1_minus_x(float x) {
+// e^x - 1 - x for |x| <= 1/2.
+WARPO_HD float exp_minus_1_minus_x_series(float x) {
     // sum of x^n / n!, n = 2 .. 8: the next term is below 4e-8 of the sum at |x| = 1/2
     float series = 1.0f / 40320.0f;
     series = series * x + 1.0f / 5040.0f;
@@ -20,8 +19,14 @@ WARPO_HD float exp_minus_1_minus_x(float x) {
     series = series * x + 1.0f / 24.0f;
     series = series * x + 1.0f / 6.0f;
     series = series * x + 0.5f;
-    const float direct = exp_bounded(x) - 1.0f - x;
-    return (x > -0.5f && x < 0.5f) ? series * x * x : direct;
+    return series * x * x;
+}
+
+// e^x - 1 - x without cancellation, |x| <= 85; the k3 estimator
+// (http://joschu.net/blog/kl-approx.html) at x = log(q / p).
+WARPO_HD float exp_minus_1_minus_x(float x) {
+    const float series = exp_minus_1_minus_x_series(x), direct = exp_bounded(x) - 1.0f - x;
+    return (x > -0.5f && x < 0.5f) ? series : direct;
 }
 
 WARPO_HD float clamp_between(float x, float low, float high) {

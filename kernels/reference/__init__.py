@@ -6,6 +6,8 @@ NaN in them reaches neither results nor gradients.
 """
 
 from warpo.kernels.reference.adamw_publish import adamw_publish
+from warpo.kernels.reference.aggregate import aggregate
+from warpo.kernels.reference.approx_kl import approx_kl
 from warpo.kernels.reference.fingerprint import fingerprint
 from warpo.kernels.reference.gae import discounted_returns, gae, lambda_returns
 from warpo.kernels.reference.group_advantages import group_advantages
@@ -25,6 +27,8 @@ from warpo.kernels.reference.whiten import whiten
 
 __all__ = [
     "adamw_publish",
+    "aggregate",
+    "approx_kl",
     "discounted_returns",
     "fingerprint",
     "gae",

@@ -1,0 +1,39 @@
+#pragma once
+#include "view.h"
+
+namespace warpo {
+
+// Order of AGGREGATIONS in kernels/objectives.py.
+enum Aggregation : int {
+    kTokenMean = 0,
+    kSequenceMeanTokenMean = 1,
+    kSequenceMeanTokenSum = 2,
+    kSequenceMeanTokenSumNorm = 3,
+};
+
+// Rows of partial sums: at most this many, unless there are more sequences.
+constexpr int64_t kMinAggregateParts = 512;
+
+struct Aggregate {
+    int64_t sequences, steps;   // steps: length of a row; with cu_seqlens: total tokens
+    const int32_t* cu_seqlens;  // (sequences + 1), or nullptr
+    View values;                // float
+    View mask;                  // uint8, optional
+    int aggregation;
+    const float* denominator;  // one float on the device, optional
+    float number;              // in its place; negative: the count that the aggregation asks for
+    float* partials;           // (max(sequences, kMinAggregateParts), 2): sum and valid tokens
+    float* weights;            // (sequences): of a valid token; a denominator of 0 gives 0
+    float* result;             // ()
+};
+
+struct AggregateBackward {
+    int64_t sequences, steps;
+    const int32_t* cu_seqlens;
+    View mask;
+    const float* weights;
+    const float* grad;  // one float on the device
+    View grad_values;   // contiguous, of the dtype of the values
+};
+
+}  // namespace warpo

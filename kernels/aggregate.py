@@ -1,0 +1,167 @@
+"""One number from the per-token values of a batch of sequences, as the losses make it.
+
+    "token-mean"                    sum_b sum_t x_bt / tokens
+    "sequence-mean-token-mean"      sum_b (sum_t x_bt / tokens_b) / sequences
+    "sequence-mean-token-sum"       sum_b sum_t x_bt / sequences
+    "sequence-mean-token-sum-norm"  sum_b sum_t x_bt / denominator
+
+over the valid tokens, with another denominator in the place of the count where one is given.
+Backward: d / d x_bt = w_b where valid, else 0, with w_b = 1 / denominator, or 1 / (tokens_b x
+denominator) for "sequence-mean-token-mean".
+
+Sources: mean of each answer, https://arxiv.org/abs/2402.03300 eq. 3; of all tokens,
+https://arxiv.org/abs/2503.14476 eq. 8; a constant length, https://arxiv.org/abs/2503.20783
+section 3.2.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from warpo.kernels import dispatch, reference
+from warpo.kernels.checks import FLOATS, check_mask, check_tensor
+from warpo.kernels.objectives import AGGREGATIONS
+from warpo.kernels.registration import Operator
+from warpo.kernels.sequences import as_denominator, check_aggregation, check_sequences
+
+# Rows of the workspace at least: kMinAggregateParts in csrc/math/aggregate.h.
+MIN_PARTS = 512
+_CODES = {name: code for code, name in enumerate(AGGREGATIONS)}
+
+
+def aggregate(
+    values: Tensor,
+    aggregation: str = "token-mean",
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    denominator: float | Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Mean or scaled sum of the valid tokens of a batch: of a loss, an entropy, a KL.
+
+    Args:
+        values: (B, T) padded, or (N,) packed with cu_seqlens. float32 | bfloat16 | float16, any
+            strides. Differentiable.
+        aggregation: as in `Objective`: "token-mean" | "sequence-mean-token-mean" |
+            "sequence-mean-token-sum" | "sequence-mean-token-sum-norm".
+        mask: like values, bool | uint8. Masked slots are never read (they may hold NaN); their
+            gradient is 0.
+        cu_seqlens: (B + 1,) int32: sequence b is values[cu_seqlens[b] : cu_seqlens[b + 1]]. Tokens
+            of no sequence are not valid.
+        denominator: what the aggregation divides by, a number or a float32 scalar tensor: for
+            gradients that do not depend on the split into micro-batches, the count of the whole
+            optimizer step. A constant. Not given: the valid tokens of this call for "token-mean",
+            its sequences for the others; "...-norm" has no default. 0 gives 0.
+        backend: reference | cpu | triton | cuda; chosen by device if not given.
+
+    Returns:
+        () float32, differentiable with respect to values.
+
+    Raises:
+        ValueError: a shape, dtype, device or option is not as above.
+
+    Memory beyond arguments and results: 12 bytes a sequence and at least 4 KiB.
+    """
+    check_tensor("values", values, FLOATS)
+    check_sequences("values", values, cu_seqlens)
+    check_mask("mask", mask, values.shape, values)
+    check_aggregation(aggregation, denominator)
+    number = -1.0
+    if denominator is not None and not isinstance(denominator, Tensor):
+        if not denominator >= 0:
+            raise ValueError(f"denominator must be >= 0, got {denominator}")
+        number, denominator = float(denominator), None
+    elif denominator is not None:
+        as_denominator(denominator, values)
+    name = dispatch.choose(values, backend)
+    if name == "reference":
+        return reference.aggregate(
+            values.float(), aggregation, mask=mask, cu_seqlens=cu_seqlens,
+            denominator=denominator if number < 0 else values.new_full((), number).float(),
+        )  # fmt: skip
+    return _operator(values, mask, cu_seqlens, _CODES[aggregation], denominator, number, name)[0]
+
+
+def _sequences(values: Tensor, cu_seqlens: Tensor | None) -> int:
+    return values.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+def _forward(
+    values: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    aggregation: int,
+    denominator: Tensor | None,
+    number: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """The result, and the weight of a valid token of each sequence."""
+    sequences = _sequences(values, cu_seqlens)
+    result, weights = _allocate(values, sequences)
+    partials = values.new_empty((max(sequences, MIN_PARTS), 2), dtype=torch.float32)
+    dispatch.load(backend).aggregate_forward(
+        sequences, values.shape[-1], cu_seqlens, values, mask, aggregation, denominator, number,
+        partials, weights, result,
+    )  # fmt: skip
+    return result, weights
+
+
+def _allocate(values: Tensor, sequences: int) -> tuple[Tensor, Tensor]:
+    return (
+        values.new_empty((), dtype=torch.float32),
+        values.new_empty((sequences,), dtype=torch.float32),
+    )
+
+
+def _fake_forward(values, _mask, cu_seqlens, *_):
+    return _allocate(values, _sequences(values, cu_seqlens))
+
+
+def _backward(
+    weights: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    grad: Tensor,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    sequences = weights.shape[0]
+    grad_values = weights.new_empty(shape, dtype=dtype)
+    if sequences == 0:
+        return grad_values.zero_()
+    dispatch.load(backend).aggregate_backward(
+        sequences, shape[-1], cu_seqlens, mask, weights, grad, grad_values
+    )
+    return grad_values
+
+
+def _fake_backward(weights, _mask, _cu_seqlens, _grad, shape, dtype, _backend):
+    return weights.new_empty(shape, dtype=dtype)
+
+
+_backward_operator = Operator("aggregate_backward", _backward, _fake_backward)
+
+
+def _save(ctx: Any, inputs: Any, output: Any) -> None:
+    values, mask, cu_seqlens, *_, ctx.backend = inputs
+    ctx.shape, ctx.dtype = values.shape, values.dtype
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(mask, cu_seqlens, output[1])
+
+
+def _differentiate(ctx: Any, grad: Tensor | None, _grad_weights: Any) -> Any:
+    if grad is None:
+        return (None,) * 7
+    mask, cu_seqlens, weights = ctx.saved_tensors
+    gradient = _backward_operator(
+        weights, mask, cu_seqlens, grad, ctx.shape, ctx.dtype, ctx.backend
+    )
+    return (gradient, *(None,) * 6)
+
+
+_operator = Operator("aggregate", _forward, _fake_forward, _save, _differentiate, differentiable=1)
