@@ -1,7 +1,6 @@
 """verl's ways to make one loss of the losses of tokens, as those of `ops`."""
 
 import functools
-from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
@@ -67,8 +66,9 @@ def flags_of(mask: Any, like: Tensor) -> Tensor | None:
     return as_flags(mask)
 
 
-def result_dtype(mode: str, tensors: Sequence[Tensor | None]) -> torch.dtype:
+def result_dtype(mode: str, *tensors: Tensor | None) -> torch.dtype:
     """Of verl's result from these tensors, the mask among them."""
     if mode.startswith("seq"):
         return torch.float32  # it weighs the sequences in float32
-    return functools.reduce(torch.promote_types, (x.dtype for x in tensors if x is not None))
+    dtypes = {x.dtype for x in tensors if x is not None}
+    return functools.reduce(torch.promote_types, dtypes)

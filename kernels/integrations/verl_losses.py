@@ -1,4 +1,4 @@
-"""The policy losses of verl, in its registry of them.
+"""The policy losses of verl, those in its registry among them.
 
 The loss function is one call of `ops.policy_loss`, and its metrics are read from the device once,
 not once each. Left to verl: `compute_policy_loss`, which is deprecated and called by nothing;
@@ -23,13 +23,15 @@ from warpo.kernels.integrations.patching import served
 from warpo.kernels.integrations.verl_aggregation import aggregation, flags_of, result_dtype
 from warpo.kernels.integrations.verl_library import library
 
-# Log ratios are clamped to it before exp: by verl where it clamps them, by ours where it does not.
-_LIMIT, _NO_LIMIT = 20.0, 80.0
+_MODULE = "verl.trainer.ppo.core_algos"
+# log_ratio_limit of an objective where verl does not clamp log ratios; elsewhere both have 20.
+_NO_LIMIT = 80.0
 # In place of a weight of 0: the product with an advantage keeps the sign of the advantage, by which
 # verl counts what is clipped, and is no part of a float32 sum.
 _TINY = 1e-30
 
-Result = tuple[Tensor, dict[str, Any]]
+Metrics = dict[str, float]
+Result = tuple[Tensor, Metrics]
 
 
 @dataclass
@@ -48,8 +50,9 @@ class Call:
         """Whether they are plain tokens, of which log_prob alone is differentiable. Makes `mask`
         of response_mask.
         """
-        constants = [self.old_log_prob, self.advantages, self.weights]
-        given = [x for x in constants if x is not None]
+        given = [self.old_log_prob, self.advantages]
+        if self.weights is not None:
+            given.append(self.weights)
         if (
             not isinstance(self.config, _actor_config())
             or not served(self.log_prob, *given)
@@ -59,11 +62,6 @@ class Call:
         self.mask = flags_of(self.response_mask, self.log_prob)
         return self.mask is not None
 
-    def clip_range(self) -> dict[str, float]:
-        """clip_low and clip_high of an objective; one below 1 - 1 is never active."""
-        low, high = self.bounds()
-        return {"clip_low": min(low, 1.0), "clip_high": high}
-
     def bounds(self) -> tuple[float, float]:
         config = self.config
         low, high = config.clip_ratio_low, config.clip_ratio_high
@@ -71,6 +69,11 @@ class Call:
             config.clip_ratio if low is None else low,
             config.clip_ratio if high is None else high,
         )
+
+    def clip_range(self) -> dict[str, float]:
+        """clip_low and clip_high of an objective; no ratio is below 1 - 1."""
+        low, high = self.bounds()
+        return {"clip_low": min(low, 1.0), "clip_high": high}
 
     def evaluate(
         self,
@@ -95,10 +98,10 @@ class Call:
             ref_logprobs=ref_log_prob,
             denominator=found[1],
         )
-        tensors = [self.log_prob, self.advantages, self.weights, self.response_mask]
-        if old_log_prob is None:
-            tensors.append(self.old_log_prob)
-        return loss.to(result_dtype(self.loss_agg_mode, tensors)), metrics
+        dtype = result_dtype(
+            self.loss_agg_mode, self.response_mask, self.log_prob, self.advantages, self.weights
+        )
+        return loss.to(dtype), metrics
 
     def weighted_advantages(self) -> Tensor:
         """The weights multiply the loss of each token, which is proportional to the advantage."""
@@ -106,19 +109,9 @@ class Call:
             return self.advantages
         return self.advantages.float() * self.weights.clamp(min=_TINY)
 
-    def log_ratios(self) -> Tensor:
-        """log_prob - old_log_prob, 0 in masked slots. A constant."""
-        difference = self.log_prob.detach() - self.old_log_prob
-        return torch.where(self.mask.bool(), difference, 0)
-
-    def read(self, metrics: Tensor, log_ratio: Tensor) -> dict[str, float]:
-        """The metrics and the sum of the log ratios by name, read from the device at once."""
-        row = torch.cat((metrics, log_ratio.sum(dtype=torch.float32).reshape(1))).tolist()
-        return dict(zip((*ops.METRICS, "log_ratio"), row, strict=True))
-
 
 def _policy_loss(name: str, mode: str = "token-mean") -> Callable[[Callable], Callable]:
-    """Registers what returns the result of a `Call`, or None to leave it to verl."""
+    """Registers a function that returns the result of a `Call`, or None to leave it to verl."""
 
     def register(loss: Callable[[Call], Result | None]) -> Callable:
         def replacement(
@@ -135,23 +128,20 @@ def _policy_loss(name: str, mode: str = "token-mean") -> Callable[[Callable], Ca
                 old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config,
                 rollout_is_weights,
             )  # fmt: skip
-            call = Call(*arguments)
-            result = loss(call) if call.served() else None
-            return original(*arguments) if result is None else result
+            return _loss_or_original(loss, original, arguments)
 
         replacement.__doc__ = loss.__doc__
-        return library.replaces("verl.trainer.ppo.core_algos", name, "policy_loss")(replacement)
+        return library.replaces(_MODULE, name, "policy_loss")(replacement)
 
     return register
 
 
-def _fractions(row: dict[str, float], clipped: float, lower: float = 0.0) -> dict[str, float]:
-    tokens = max(row["tokens"], 1.0)
-    return {
-        "actor/pg_clipfrac": clipped / tokens,
-        "actor/ppo_kl": -row["log_ratio"] / tokens,
-        "actor/pg_clipfrac_lower": lower / tokens,
-    }
+def _loss_or_original(
+    loss: Callable[[Call], Result | None], original: Callable, arguments: tuple[Any, ...]
+) -> Result:
+    call = Call(*arguments)
+    result = loss(call) if call.served() else None
+    return original(*arguments) if result is None else result
 
 
 @_policy_loss("compute_policy_loss_vanilla")
@@ -160,20 +150,14 @@ def vanilla(call: Call) -> Result | None:
     found = call.evaluate(
         surrogate="dual_clip", dual_clip=call.config.get("clip_ratio_c", 3.0), **call.clip_range()
     )
-    if found is None:
-        return None
-    row = call.read(found[1], call.log_ratios().clamp_(-_LIMIT, _LIMIT))
-    return found[0], _fractions(row, row["clipped_low"] + row["clipped_high"], row["clipped_dual"])
+    return None if found is None else (found[0], _read(found[1]))
 
 
 @_policy_loss("compute_policy_loss_cispo")
 def cispo(call: Call) -> Result | None:
     """CISPO: the gradient of the logprobs, weighed by the clipped ratio."""
     found = call.evaluate(surrogate="stop_gradient", **call.clip_range())
-    if found is None:
-        return None
-    row = call.read(found[1], call.log_ratios().clamp_(-_LIMIT, _LIMIT))
-    return found[0], _fractions(row, row["clipped_low"] + row["clipped_high"])
+    return None if found is None else (found[0], _read(found[1]))
 
 
 @_policy_loss("compute_policy_loss_sapo", "seq-mean-token-mean")
@@ -183,10 +167,7 @@ def sapo(call: Call) -> Result | None:
     found = call.evaluate(
         surrogate="soft_gate", tau_positive=call.config.tau_pos, tau_negative=call.config.tau_neg
     )
-    if found is None:
-        return None
-    row = call.read(found[1], call.log_ratios().clamp_(-_LIMIT, _LIMIT))
-    return found[0], _fractions(row, 0.0)
+    return None if found is None else (found[0], _read(found[1]))
 
 
 @_policy_loss("compute_policy_loss_gspo", "seq-mean-token-mean")
@@ -195,8 +176,9 @@ def gspo(call: Call) -> Result | None:
     the sequence, and the gradient of each token has its own advantage and weight.
     """
     low, high = call.bounds()
-    sums = call.log_ratios().sum(-1, dtype=torch.float32)
-    mean = sums / call.mask.sum(-1).clamp(min=1)
+    difference = call.log_prob.detach() - call.old_log_prob
+    sums = torch.where(call.mask.bool(), difference, 0).sum(-1, dtype=torch.float32)
+    mean = sums / call.mask.sum(-1).clamp_(min=1)
     # verl holds the log ratio at 10 from above, with no gradient there: a dual clip
     largest = math.exp(10.0)
     found = call.evaluate(
@@ -210,8 +192,7 @@ def gspo(call: Call) -> Result | None:
     )
     if found is None:
         return None
-    row = call.read(found[1], sums)
-    return found[0], _fractions(row, row["clipped_low"] + row["clipped_high"])
+    return found[0], _read(found[1]) | {"actor/pg_clipfrac_lower": 0.0}
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -226,9 +207,73 @@ class _StraightThrough(torch.autograd.Function):
         return gradients[0], None
 
 
+@_policy_loss("compute_policy_loss_gpg")
+def gpg(call: Call) -> Result | None:
+    """The policy gradient; no metrics."""
+    found = call.evaluate(surrogate="reinforce")
+    return None if found is None else (found[0], {})
+
+
+@_policy_loss("compute_policy_loss_dro")
+def dro(call: Call) -> Result | None:
+    """The policy gradient with a quadratic penalty on the log ratio: k2 against the old policy.
+    Left to verl with weights, which multiply the penalty too.
+    """
+    beta = call.config.policy_loss.dro_beta
+    if call.weights is not None or beta is None or not beta > 0:
+        return None
+    found = call.evaluate(
+        ref_log_prob=call.old_log_prob,
+        surrogate="reinforce",
+        kl_estimator="k2",
+        kl_coef=beta,
+        log_ratio_limit=_NO_LIMIT,
+    )
+    return None if found is None else (found[0], _only_kl(_read(found[1])))
+
+
+@library.replaces(_MODULE, "compute_policy_loss_reinforce", "policy_loss")
+def compute_policy_loss_reinforce(
+    original: Callable,
+    rollout_log_prob: Tensor,
+    log_prob: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    loss_agg_mode: str = "seq-mean-token-sum",
+    config: Any = None,
+    rollout_is_weights: Tensor | None = None,
+) -> Result:
+    """The policy gradient, weighed for samples of another policy."""
+    arguments = (
+        rollout_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config,
+        rollout_is_weights,
+    )  # fmt: skip
+    return _loss_or_original(_reinforce, original, arguments)
+
+
+def _reinforce(call: Call) -> Result | None:
+    found = call.evaluate(surrogate="reinforce", log_ratio_limit=_NO_LIMIT)
+    return None if found is None else (found[0], _only_kl(_read(found[1])))
+
+
+def _read(metrics: Tensor) -> Metrics:
+    """The metrics of `ops.policy_loss` by verl's names, read from the device at once."""
+    row = dict(zip(ops.METRICS, metrics.tolist(), strict=True))
+    tokens = max(row["tokens"], 1.0)
+    return {
+        "actor/pg_clipfrac": (row["clipped_low"] + row["clipped_high"]) / tokens,
+        "actor/ppo_kl": -row["log_ratio"] / tokens,
+        "actor/pg_clipfrac_lower": row["clipped_dual"] / tokens,
+    }
+
+
+def _only_kl(metrics: Metrics) -> Metrics:
+    return {"actor/ppo_kl": metrics["actor/ppo_kl"]}
+
+
 @functools.lru_cache(maxsize=64)
 def _objective(**fields: Any) -> ops.Objective | None:
-    """None for values that we refuse, as a negative clip range: verl may not."""
+    """None for values that ours refuses, such as a negative clip range: they are left to verl."""
     try:
         return ops.Objective(**fields)
     except ValueError:
