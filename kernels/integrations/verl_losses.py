@@ -176,8 +176,8 @@ def gspo(call: Call) -> Result | None:
     the sequence, and the gradient of each token has its own advantage and weight.
     """
     low, high = call.bounds()
-    difference = call.log_prob.detach() - call.old_log_prob
-    sums = torch.where(call.mask.bool(), difference, 0).sum(-1, dtype=torch.float32)
+    difference = call.log_prob.detach().float() - call.old_log_prob
+    sums = torch.where(call.mask.bool(), difference, 0).sum(-1)
     mean = sums / call.mask.sum(-1).clamp_(min=1)
     # verl holds the log ratio at 10 from above, with no gradient there: a dual clip
     largest = math.exp(10.0)
