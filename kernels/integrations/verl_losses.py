@@ -2,8 +2,9 @@
 
 The loss function is one call of `ops.policy_loss`, and its metrics are read from the device once,
 not once each. Left to verl: `compute_policy_loss`, which is deprecated and called by nothing;
-"dppo_tv", "dppo_kl", "clip_cov" and "kl_cov", whose clipping no kernel has; "bypass_mode", which
-calls "vanilla" or `compute_policy_loss_reinforce`; configurations that are not an `ActorConfig`.
+"dppo_tv", "dppo_kl", "clip_cov", "kl_cov" and "geo_mean", whose clipping or metrics no kernel has;
+"gpg", which is a product and `agg_loss`; "bypass_mode", which calls "vanilla" or
+`compute_policy_loss_reinforce`; configurations that are not an `ActorConfig`.
 
 Differs, in each of them: a masked slot is not read, so that a NaN there reaches neither the loss
 nor the gradient; without a valid token the loss and its gradient are 0, not NaN.
@@ -29,6 +30,9 @@ _NO_LIMIT = 80.0
 # In place of a weight of 0: the product with an advantage keeps the sign of the advantage, by which
 # verl counts what is clipped, and is no part of a float32 sum.
 _TINY = 1e-30
+
+# Below so many tokens the few operations of a plain policy gradient take no longer than one call.
+_FEW_TOKENS = 2**13
 
 Metrics = dict[str, float]
 Result = tuple[Tensor, Metrics]
@@ -61,6 +65,9 @@ class Call:
             return False
         self.mask = flags_of(self.response_mask, self.log_prob)
         return self.mask is not None
+
+    def is_small(self) -> bool:
+        return self.log_prob.numel() < _FEW_TOKENS
 
     def bounds(self) -> tuple[float, float]:
         config = self.config
@@ -207,20 +214,13 @@ class _StraightThrough(torch.autograd.Function):
         return gradients[0], None
 
 
-@_policy_loss("compute_policy_loss_gpg")
-def gpg(call: Call) -> Result | None:
-    """The policy gradient; no metrics."""
-    found = call.evaluate(surrogate="reinforce")
-    return None if found is None else (found[0], {})
-
-
 @_policy_loss("compute_policy_loss_dro")
 def dro(call: Call) -> Result | None:
     """The policy gradient with a quadratic penalty on the log ratio: k2 against the old policy.
     Left to verl with weights, which multiply the penalty too.
     """
     beta = call.config.policy_loss.dro_beta
-    if call.weights is not None or beta is None or not beta > 0:
+    if call.weights is not None or beta is None or not beta > 0 or call.is_small():
         return None
     found = call.evaluate(
         ref_log_prob=call.old_log_prob,
@@ -252,6 +252,8 @@ def compute_policy_loss_reinforce(
 
 
 def _reinforce(call: Call) -> Result | None:
+    if call.is_small():
+        return None
     found = call.evaluate(surrogate="reinforce", log_ratio_limit=_NO_LIMIT)
     return None if found is None else (found[0], _only_kl(_read(found[1])))
 

@@ -1,6 +1,7 @@
 """What else the losses of verl are made of: `agg_loss`, `kl_penalty` and `compute_value_loss`.
 
-Left to verl: the estimators "kl" and "k1", which are one operation, and "abs".
+Left to verl: the estimators "kl", "k1", "mse" and "k2", which are one to three operations, and
+"abs"; `kl_penalty_forward`, which `kl_penalty` alone calls; small inputs of the first two.
 `compute_entropy_loss` needs no replacement: it calls `entropy_from_logits` and `agg_loss`, which
 have theirs.
 
@@ -8,6 +9,7 @@ Differs: a masked slot is not read, so that a NaN there reaches neither result n
 a valid token a loss and its gradient are 0, not NaN.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -20,9 +22,16 @@ from warpo.kernels.integrations.verl_aggregation import aggregation, flags_of, r
 from warpo.kernels.integrations.verl_library import library
 
 _MODULE = "verl.trainer.ppo.core_algos"
-_ESTIMATORS = {"mse": "k2", "k2": "k2", "low_var_kl": "k3", "k3": "k3", "kl": "k1", "k1": "k1"}
+# "+": with the gradient of k2
+_ESTIMATORS = {
+    "low_var_kl": "k3", "k3": "k3", "low_var_kl+": "k3", "k3+": "k3", "mse+": "k2", "k2+": "k2",
+    "kl+": "k1", "k1+": "k1",
+}  # fmt: skip
 # what verl clamps k3 to, with no gradient beyond
 _K3_LIMIT = 10.0
+# Below so many tokens the few operations of `agg_loss` and `kl_penalty` take no longer than one
+# call of ours.
+_FEW_TOKENS = 2**15
 
 
 @library.replaces(_MODULE, "agg_loss", "aggregate")
@@ -38,7 +47,8 @@ def agg_loss(
 ) -> Tensor:
     """One number of the losses of tokens, in all modes of verl."""
     counts = (dp_size, batch_num_tokens, global_batch_size, loss_scale_factor)
-    mask = flags_of(loss_mask, loss_mat) if served(loss_mat) else None
+    many = served(loss_mat) and loss_mat.numel() >= _FEW_TOKENS
+    mask = flags_of(loss_mask, loss_mat) if many else None
     found = None if mask is None else aggregation(mask, loss_agg_mode, *counts)
     if found is None:
         return original(loss_mat, loss_mask, loss_agg_mode, *counts)
@@ -87,35 +97,23 @@ _CLIPPED, _TOKENS = ops.VALUE_METRICS.index("clipped"), ops.VALUE_METRICS.index(
 @library.replaces(_MODULE, "kl_penalty", "approx_kl")
 def kl_penalty(original: Callable, logprob: Tensor, ref_logprob: Tensor, kl_penalty: str) -> Tensor:
     """The estimators of the KL; of those with a "+", the gradient is that of k2."""
-    plus = kl_penalty.endswith("+")
-    estimator = _ESTIMATORS.get(kl_penalty.removesuffix("+"))
-    if estimator is None or (estimator == "k1" and not plus):
-        return original(logprob, ref_logprob, kl_penalty)
-    if not _are_tokens(logprob, ref_logprob):
-        return original(logprob, ref_logprob, kl_penalty)
-    return _estimate(logprob, ref_logprob, estimator, "k2" if plus else "estimator")
-
-
-@library.replaces(_MODULE, "kl_penalty_forward", "approx_kl")
-def kl_penalty_forward(
-    original: Callable, logprob: Tensor, ref_logprob: Tensor, kl_penalty: str
-) -> Tensor:
-    """The estimators of the KL."""
     estimator = _ESTIMATORS.get(kl_penalty)
-    if estimator in (None, "k1") or not _are_tokens(logprob, ref_logprob):
+    if estimator is None or not _are_many_tokens(logprob, ref_logprob):
         return original(logprob, ref_logprob, kl_penalty)
-    return _estimate(logprob, ref_logprob, estimator, "estimator")
+    kl = ops.approx_kl(
+        logprob,
+        ref_logprob,
+        estimator,
+        gradient="k2" if kl_penalty.endswith("+") else "estimator",
+        limit=_K3_LIMIT if estimator == "k3" else math.inf,
+    )
+    return kl.to(torch.promote_types(logprob.dtype, ref_logprob.dtype))
 
 
-def _are_tokens(logprob: Any, ref_logprob: Any) -> bool:
+def _are_many_tokens(logprob: Any, ref_logprob: Any) -> bool:
     return (
         served(logprob, ref_logprob)
         and logprob.shape == ref_logprob.shape
         and logprob.dim() in (1, 2)
+        and logprob.numel() >= _FEW_TOKENS
     )
-
-
-def _estimate(logprob: Tensor, ref_logprob: Tensor, estimator: str, gradient: str) -> Tensor:
-    limit = {"limit": _K3_LIMIT} if estimator == "k3" else {}
-    kl = ops.approx_kl(logprob, ref_logprob, estimator, gradient=gradient, **limit)
-    return kl.to(torch.promote_types(logprob.dtype, ref_logprob.dtype))

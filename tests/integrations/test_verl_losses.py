@@ -12,7 +12,7 @@ pytest.importorskip("verl", reason="verl is not installed: make peers; then make
 from verl.trainer.ppo import core_algos  # noqa: E402
 from verl.workers.config import ActorConfig, PolicyLossConfig  # noqa: E402
 
-from warpo.kernels.integrations import verl_losses, verl_terms  # noqa: E402, F401
+from warpo.kernels.integrations import verl_losses, verl_terms  # noqa: E402
 from warpo.kernels.integrations.verl_library import library  # noqa: E402
 
 MODES = (
@@ -25,7 +25,15 @@ BATCH_INFO = (
     {"dp_size": 1, "batch_num_tokens": None, "global_batch_size": None, "loss_scale_factor": None},
     {"dp_size": 4, "batch_num_tokens": 37, "global_batch_size": 9, "loss_scale_factor": 50},
 )
-LOSSES = ("vanilla", "gspo", "sapo", "gpg", "cispo", "dro", "reinforce")
+LOSSES = ("vanilla", "gspo", "sapo", "cispo", "dro", "reinforce")
+
+
+@pytest.fixture(autouse=True)
+def few_tokens_are_served_too():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verl_losses, "_FEW_TOKENS", 0)
+        patch.setattr(verl_terms, "_FEW_TOKENS", 0)
+        yield
 
 
 def actor_config(batch_info=(), dro_beta=0.1, **fields):
@@ -145,9 +153,6 @@ def test_compute_value_loss(batch, cliprange, mode, info):
 def test_kl_penalty(estimator, batch):
     old, log_prob, *_ = batch
     compare(*both("kl_penalty"), log_prob, old, estimator, differentiable=[0, 1], scale=50.0)
-    if not estimator.endswith("+"):
-        forward = both("kl_penalty_forward")
-        compare(*forward, log_prob, old, estimator, differentiable=[0, 1], scale=50.0)
 
 
 def test_the_registry_holds_ours_while_patched():
@@ -220,5 +225,34 @@ def test_what_is_left_to_verl():
     assert left_to_verl("agg_loss", log_prob, mask, "token-mean", batch_num_tokens=torch.tensor(3))
     assert left_to_verl("agg_loss", log_prob.double(), mask, "token-mean")
     assert left_to_verl("kl_penalty", log_prob, old, "full")
+    assert left_to_verl("kl_penalty", log_prob, old, "k2")
     assert left_to_verl("kl_penalty", log_prob, old[:, :1], "k3")
     assert left_to_verl("compute_value_loss", log_prob, advantages, old, mask, -1.0)
+
+
+def test_few_tokens_are_left_to_verl(monkeypatch):
+    monkeypatch.setattr(verl_losses, "_FEW_TOKENS", 11)
+    monkeypatch.setattr(verl_terms, "_FEW_TOKENS", 11)
+    for columns, few in ((5, True), (6, False)):
+        old, log_prob, advantages = tokens(2, columns)
+        mask = torch.ones(2, columns)
+        assert left_to_verl("agg_loss", log_prob, mask, "token-mean") == few
+        assert left_to_verl("kl_penalty", log_prob, old, "k3") == few
+        arguments = (old, log_prob, advantages, mask, "token-mean", actor_config())
+        assert left_to_verl("compute_policy_loss_reinforce", *arguments) == few
+        assert left_to_verl("compute_policy_loss_dro", *arguments) == few
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_loss_may_be_changed_in_place(name):
+    """As verl's ppo_loss does, which subtracts the entropy from it."""
+    _, ours = both(f"compute_policy_loss_{name}")
+    old, log_prob, advantages = tokens(2, 5)
+    gradients = []
+    for change in (0.0, 3.0):
+        leaf = log_prob.clone().requires_grad_()
+        loss, _ = ours(old, leaf, advantages, torch.ones(2, 5), config=actor_config())
+        loss -= change * leaf.mean()
+        loss.backward()
+        gradients.append(leaf.grad + change / leaf.numel())
+    torch.testing.assert_close(gradients[0], gradients[1])
