@@ -13,7 +13,7 @@ nor the gradient; without a valid token the loss and its gradient are 0, not NaN
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -49,6 +49,7 @@ class Call:
     loss_agg_mode: str
     config: Any
     weights: Tensor | None
+    mask: Tensor = field(init=False)
 
     def served(self) -> bool:
         """Whether they are plain tokens, of which log_prob alone is differentiable. Makes `mask`
@@ -63,8 +64,10 @@ class Call:
             or any(x.requires_grad or x.shape != self.log_prob.shape for x in given)
         ):
             return False
-        self.mask = flags_of(self.response_mask, self.log_prob)
-        return self.mask is not None
+        mask = flags_of(self.response_mask, self.log_prob)
+        if mask is not None:
+            self.mask = mask
+        return mask is not None
 
     def is_small(self) -> bool:
         return self.log_prob.numel() < _FEW_TOKENS
@@ -77,7 +80,7 @@ class Call:
             config.clip_ratio if high is None else high,
         )
 
-    def clip_range(self) -> dict[str, float]:
+    def clip_range(self) -> dict[str, Any]:
         """clip_low and clip_high of an objective; no ratio is below 1 - 1."""
         low, high = self.bounds()
         return {"clip_low": min(low, 1.0), "clip_high": high}
