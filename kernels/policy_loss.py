@@ -87,15 +87,15 @@ def policy_loss(
     Returns:
         loss: () float32, differentiable with respect to logprobs and entropy. The gradients are
             computed with the loss.
-        metrics: (15,) float32 in the order of METRICS, on the device; `policy_metrics` reads it. A
+        metrics: (16,) float32 in the order of METRICS, on the device; `policy_metrics` reads it. A
             constant. The three losses are final; the others are sums over valid tokens, so that
-            those of micro-batches add up.
+            those of micro-batches add up; log_ratio is logp - old of the token at any level.
 
     Raises:
         ValueError: a shape, dtype, device or option is not as above.
 
     Source: see the module and the row of the objective. Memory beyond arguments and results: 4
-    bytes a token for each of the two gradients, 60 bytes a sequence and at least 30 KiB.
+    bytes a token for each of the two gradients, 64 bytes a sequence and at least 32 KiB.
     """
     objective = get_objective(objective)
     if old_logprobs is None:

@@ -83,7 +83,7 @@ def policy_loss_from_hidden(
 
     Returns:
         loss: () float32, differentiable with respect to hidden, weight and bias.
-        metrics: (15,) float32 in the order of METRICS, the entropy among them.
+        metrics: (16,) float32 in the order of METRICS, the entropy among them.
         logprobs, entropy: like targets, float32, of all tokens; constants.
 
     Raises:

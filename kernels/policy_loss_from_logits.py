@@ -91,7 +91,7 @@ def policy_loss_from_logits(
     Returns:
         loss: () float32, differentiable with respect to the logits, through one backward pass: the
             gradient is computed with the loss, and what arrives is multiplied into it.
-        metrics: (15,) float32, as of `policy_loss`. A constant.
+        metrics: (16,) float32, as of `policy_loss`. A constant.
         logprobs, entropy: like targets, float32, 0 where masked. Constants.
 
     Raises:

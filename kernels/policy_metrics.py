@@ -21,6 +21,7 @@ METRICS = (
     "entropy",
     "correction",
     "corrected",
+    "log_ratio",
 )
 
 

@@ -46,6 +46,7 @@ enum Metric : int {
     kEntropy,
     kCorrectionSum,  // of the weights, each 1 without a correction
     kCorrected,      // tokens whose weight was truncated, or set to 0
+    kLogRatio,       // logp - old of the token, clamped to +-log_ratio_limit
     kNumMetrics
 };
 

@@ -88,7 +88,7 @@ Shared share(const PolicyLoss& a, const Span& span) {
 
 struct Sums {
     double policy = 0, kl = 0, low = 0, high = 0, dual = 0, ratio = 0, approx_kl = 0, entropy = 0;
-    double correction = 0, corrected = 0, by_log_ratio = 0;
+    double correction = 0, corrected = 0, log_ratio = 0, by_log_ratio = 0;
     float ratio_min = INFINITY, ratio_max = -INFINITY;
 
     void add(const Sums& other) {
@@ -102,6 +102,7 @@ struct Sums {
         entropy += other.entropy;
         correction += other.correction;
         corrected += other.corrected;
+        log_ratio += other.log_ratio;
         by_log_ratio += other.by_log_ratio;
         ratio_min = other.ratio_min < ratio_min ? other.ratio_min : ratio_min;
         ratio_max = other.ratio_max > ratio_max ? other.ratio_max : ratio_max;
@@ -207,6 +208,16 @@ void count_cut(const PolicyLoss& a, int count, const Tile& tile, Sums& sums) {
     sums.high += high;
 }
 
+// Before the objective's level replaces them.
+void add_log_ratios(const PolicyLoss& a, int count, const Tile& tile, Sums& sums) {
+    const float limit = a.log_ratio_limit;
+    float total = 0;
+#pragma omp simd reduction(+ : total)
+    for (int i = 0; i < count; ++i)
+        total += tile.keep[i] ? clamp_symmetric(tile.log_ratio[i], limit) : 0.0f;
+    sums.log_ratio += total;
+}
+
 // Replaces the log ratios of the tokens by those of the objective's level.
 void raise_level(const PolicyLoss& a, const Shared& shared, int count, double& prefix, Tile& tile,
                  Sums& sums) {
@@ -271,6 +282,7 @@ Sums evaluate_part(const PolicyLoss& a, const Shared& shared, const Weights& wei
             tile.sampler = tile.sampler_storage.load(a.sampler_logprobs, span, start, count);
             correct(a, shared, count, tile, sums);
         }
+        add_log_ratios(a, count, tile, sums);
         raise_level(a, shared, count, prefix, tile, sums);
         float* grad = a.grad_logprobs ? a.grad_logprobs + span.grad + start : tile.unwanted;
         evaluate_tile(a, weights, count, tile, grad, sums);
@@ -324,6 +336,7 @@ void write_partials(const PolicyLoss& a, const Sums& sums, double valid, float w
     out[kEntropy] = (float)sums.entropy;
     out[kCorrectionSum] = (float)(a.correction == kNoCorrection ? valid : sums.correction);
     out[kCorrected] = (float)sums.corrected;
+    out[kLogRatio] = (float)sums.log_ratio;
 }
 
 // parallel: the threads share this sequence.

@@ -265,7 +265,8 @@ __device__ __forceinline__ float add_token(Sums& sums, const PolicyLoss& a, cons
                                       kl.value,
                                       to_float(a.entropy, entropy[0]),
                                       correction.weight,
-                                      correction.corrected};
+                                      correction.corrected,
+                                      clamp_symmetric(token.logp - token.old, a.log_ratio_limit)};
 #pragma unroll
     for (int m = 0; m < kNumMetrics; ++m) {
         if (m == kKlLoss || m == kEntropyLoss) continue;

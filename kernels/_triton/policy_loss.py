@@ -34,7 +34,7 @@ MIN_PARTIALS = 512
 
 INF = tl.constexpr(float("inf"))
 # rows of the metrics vector, `kernels.policy_loss.METRICS`
-NUM_METRICS = tl.constexpr(15)
+NUM_METRICS = tl.constexpr(16)
 RATIO_MIN = tl.constexpr(8)
 RATIO_MAX = tl.constexpr(9)
 
@@ -121,7 +121,8 @@ def _sum_by_log_ratio(
 
 @triton.jit
 def _store_partials(partials_ptr, weight, sums, ratio_min, ratio_max):
-    policy, kl, entropy, valid, low, high, dual, ratio, approx_kl, weights, corrected = sums
+    policy, kl, entropy, valid, low, high, dual, ratio, approx_kl = sums[:9]
+    weights, corrected, log_ratios = sums[9:]
     kl, entropy = tl.sum(kl), tl.sum(entropy)
     tl.store(partials_ptr, -weight * tl.sum(policy))
     tl.store(partials_ptr + 1, weight * kl)
@@ -138,6 +139,7 @@ def _store_partials(partials_ptr, weight, sums, ratio_min, ratio_max):
     tl.store(partials_ptr + 12, entropy)
     tl.store(partials_ptr + 13, tl.sum(weights))
     tl.store(partials_ptr + 14, tl.sum(corrected))
+    tl.store(partials_ptr + 15, tl.sum(log_ratios))
 
 
 @triton.jit
@@ -153,7 +155,7 @@ def _part(
     zeros = tl.zeros([BLOCK], tl.float32)
     policy_sum, kl_sum, entropy_sum, valid_sum, ratio_sum = zeros, zeros, zeros, zeros, zeros
     low_sum, high_sum, dual_sum, approx_kl_sum = zeros, zeros, zeros, zeros
-    correction_sum, corrected_sum = zeros, zeros
+    correction_sum, corrected_sum, log_ratio_sum = zeros, zeros, zeros
     ratio_min, ratio_max = zeros + INF, zeros - INF
     prefix = 0.0
     for start in range(begin, end, BLOCK):
@@ -202,6 +204,7 @@ def _part(
         ratio_min = tl.minimum(ratio_min, tl.where(keep, ratio, INF))
         ratio_max = tl.maximum(ratio_max, tl.where(keep, ratio, -INF))
         approx_kl_sum += tl.where(keep, exp_minus_1_minus_x(bounded), 0.0)
+        log_ratio_sum += tl.where(keep, clamp(own_log_ratio, -limit, limit), 0.0)
         if KL != 0:
             ref = _load(ref_logprobs, token, keep)
             kl, kl_derivative = kl_estimate(logp, ref, limit, KL, STRAIGHT_THROUGH)
@@ -217,7 +220,7 @@ def _part(
             tl.store(grad_entropy_ptr + token, grad_entropy, mask=inside)
     sums = (
         policy_sum, kl_sum, entropy_sum, valid_sum, low_sum, high_sum, dual_sum, ratio_sum,
-        approx_kl_sum, correction_sum, corrected_sum,
+        approx_kl_sum, correction_sum, corrected_sum, log_ratio_sum,
     )  # fmt: skip
     _store_partials(partials_ptr, weight, sums, ratio_min, ratio_max)
 

@@ -71,7 +71,8 @@ def policy_loss(
     tokens = Sequences(logp, mask, cu_seqlens)
     logp, old, advantages = tokens.clean(logp), tokens.clean(old), tokens.clean(advantages)
     limit = objective.log_ratio_limit
-    log_ratio, cut_low, cut_high = _log_ratio(objective, tokens, logp - old, advantages)
+    of_tokens = logp - old
+    log_ratio, cut_low, cut_high = _log_ratio(objective, tokens, of_tokens, advantages)
     log_ratio = _bounded(log_ratio, limit)
     ratio = log_ratio.exp()
     surrogate = _surrogate(objective, ratio, logp, advantages)
@@ -115,6 +116,7 @@ def policy_loss(
                     entropy,
                     correction,
                     corrected,
+                    _bounded(of_tokens, limit),
                 )[1:],
             ]
         )

@@ -135,7 +135,7 @@ def test_each_epoch_takes_every_step_once(learner):
 
     def step(*samples):
         seen.append(samples[0])
-        return torch.zeros(15), torch.zeros(7), torch.zeros(())
+        return torch.zeros(16), torch.zeros(7), torch.zeros(())
 
     ppo._optimizer_step = step
     ppo._collect(quiet)

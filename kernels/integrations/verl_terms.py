@@ -1,0 +1,119 @@
+"""What else the losses of verl are made of: `agg_loss`, `kl_penalty` and `compute_value_loss`.
+
+Left to verl: the estimators "kl", "k1", "mse" and "k2", which are one to three operations, and
+"abs"; `kl_penalty_forward`, which `kl_penalty` alone calls; small inputs of the first two.
+`compute_entropy_loss` needs no replacement: it calls `entropy_from_logits` and `agg_loss`, which
+have theirs.
+
+Differs: a masked slot is not read, so that a NaN there reaches neither result nor gradient; without
+a valid token a loss and its gradient are 0, not NaN.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from warpo.kernels import ops
+from warpo.kernels.integrations.patching import served
+from warpo.kernels.integrations.verl_aggregation import aggregation, flags_of, result_dtype
+from warpo.kernels.integrations.verl_library import library
+
+_MODULE = "verl.trainer.ppo.core_algos"
+# "+": with the gradient of k2
+_ESTIMATORS = {
+    "low_var_kl": "k3", "k3": "k3", "low_var_kl+": "k3", "k3+": "k3", "mse+": "k2", "k2+": "k2",
+    "kl+": "k1", "k1+": "k1",
+}  # fmt: skip
+# what verl clamps k3 to, with no gradient beyond
+_K3_LIMIT = 10.0
+# Below so many tokens the few operations of `agg_loss` and `kl_penalty` take no longer than one
+# call of ours.
+_FEW_TOKENS = 2**15
+
+
+@library.replaces(_MODULE, "agg_loss", "aggregate")
+def agg_loss(
+    original: Callable,
+    loss_mat: Tensor,
+    loss_mask: Tensor,
+    loss_agg_mode: str,
+    dp_size: int = 1,
+    batch_num_tokens: int | None = None,
+    global_batch_size: int | None = None,
+    loss_scale_factor: int | None = None,
+) -> Tensor:
+    """One number of the losses of tokens, in all modes of verl."""
+    counts = (dp_size, batch_num_tokens, global_batch_size, loss_scale_factor)
+    many = served(loss_mat) and loss_mat.numel() >= _FEW_TOKENS
+    mask = flags_of(loss_mask, loss_mat) if many else None
+    found = None if mask is None else aggregation(mask, loss_agg_mode, *counts)
+    if found is None:
+        return original(loss_mat, loss_mask, loss_agg_mode, *counts)
+    loss = ops.aggregate(loss_mat, found[0], mask=mask, denominator=found[1])
+    return loss.to(result_dtype(loss_agg_mode, loss_mask, loss_mat))
+
+
+@library.replaces(_MODULE, "compute_value_loss", "value_loss")
+def compute_value_loss(
+    original: Callable,
+    vpreds: Tensor,
+    returns: Tensor,
+    values: Tensor,
+    response_mask: Tensor,
+    cliprange_value: float,
+    loss_agg_mode: str = "token-mean",
+    dp_size: int = 1,
+    batch_num_tokens: int | None = None,
+    global_batch_size: int | None = None,
+    loss_scale_factor: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The clipped value loss. Differs where a value lies exactly on its clip bound: the gradient is
+    that of the unclipped loss, of which verl takes three quarters.
+    """
+    counts = (dp_size, batch_num_tokens, global_batch_size, loss_scale_factor)
+    plain = served(vpreds, returns, values) and all(
+        x.shape == vpreds.shape and not x.requires_grad for x in (returns, values)
+    )
+    mask = flags_of(response_mask, vpreds) if plain and cliprange_value >= 0 else None
+    found = None if mask is None else aggregation(mask, loss_agg_mode, *counts)
+    if found is None:
+        return original(
+            vpreds, returns, values, response_mask, cliprange_value, loss_agg_mode, *counts
+        )
+    loss, metrics = ops.value_loss(
+        vpreds, values, returns, mask=mask, clip_range=cliprange_value, aggregation=found[0],
+        denominator=found[1],
+    )  # fmt: skip
+    clipped = metrics[_CLIPPED] / metrics[_TOKENS].clamp(min=1)
+    return loss.to(result_dtype(loss_agg_mode, response_mask, vpreds, returns, values)), clipped
+
+
+_CLIPPED, _TOKENS = ops.VALUE_METRICS.index("clipped"), ops.VALUE_METRICS.index("tokens")
+
+
+@library.replaces(_MODULE, "kl_penalty", "approx_kl")
+def kl_penalty(original: Callable, logprob: Tensor, ref_logprob: Tensor, kl_penalty: str) -> Tensor:
+    """The estimators of the KL; of those with a "+", the gradient is that of k2."""
+    estimator = _ESTIMATORS.get(kl_penalty)
+    if estimator is None or not _are_many_tokens(logprob, ref_logprob):
+        return original(logprob, ref_logprob, kl_penalty)
+    kl = ops.approx_kl(
+        logprob,
+        ref_logprob,
+        estimator,
+        gradient="k2" if kl_penalty.endswith("+") else "estimator",
+        limit=_K3_LIMIT if estimator == "k3" else math.inf,
+    )
+    return kl.to(torch.promote_types(logprob.dtype, ref_logprob.dtype))
+
+
+def _are_many_tokens(logprob: Any, ref_logprob: Any) -> bool:
+    return (
+        served(logprob, ref_logprob)
+        and logprob.shape == ref_logprob.shape
+        and logprob.dim() in (1, 2)
+        and logprob.numel() >= _FEW_TOKENS
+    )
