@@ -14,7 +14,7 @@ on to the processes of its node; a cluster that runs already gets it by
 `+ray_kwargs.ray_init.runtime_env.env_vars.VERL_USE_EXTERNAL_MODULES=...`.
 """
 
-from warpo.kernels.integrations import verl_advantages, verl_logprobs  # noqa: F401
+from warpo.kernels.integrations import verl_advantages, verl_logprobs, verl_losses  # noqa: F401
 from warpo.kernels.integrations.verl_library import library
 
 patch, unpatch, patched, names = library.patch, library.unpatch, library.patched, library.names
