@@ -1,5 +1,6 @@
 """Sizes at which OpenRLHF's functions are timed beside ours."""
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -72,7 +73,7 @@ def _case(function: str, size: str, call: Call, inputs: Inputs, gradients: int) 
 
     modes = (FORWARD, BOTH) if gradients else (FORWARD,)
     return [
-        DropIn(function=function, size=size, mode=mode, make=lambda b=mode == BOTH: make(b))
+        DropIn(function=function, size=size, mode=mode, make=functools.partial(make, mode == BOTH))
         for mode in modes
     ]
 
@@ -126,7 +127,7 @@ def _pairs(name: str, dtype: torch.dtype) -> Iterator[DropIn]:
             "DPOLoss.forward",
             f"{pairs} pairs {name}{kind}",
             lambda f, *x, m=dpo: f(m, *x),
-            lambda n=pairs: [torch.randn(n).to(dtype) for _ in range(4)],
+            functools.partial(_random, 4, pairs, dtype),
             2,
         )
     for pairs in PAIRS:
@@ -134,7 +135,7 @@ def _pairs(name: str, dtype: torch.dtype) -> Iterator[DropIn]:
             "LogExpLoss.forward",
             f"{pairs} pairs {name}",
             lambda f, *x: f(None, *x),
-            lambda n=pairs: [torch.randn(n).to(dtype) for _ in range(2)],
+            functools.partial(_random, 2, pairs, dtype),
             2,
         )
 
@@ -148,6 +149,10 @@ def _steps(name: str, dtype: torch.dtype) -> Iterator[DropIn]:
 
         yield from _case(GAE, size, lambda f, *x: f(None, *x, 1.0, 0.95), inputs, 0)
         yield from _case(RETURNS, size, lambda f, _, *x: f(None, *x, 1.0), inputs, 0)
+
+
+def _random(count: int, size: int, dtype: torch.dtype) -> list[Tensor]:
+    return list(torch.randn(count, size).to(dtype))
 
 
 def _mask(shape: tuple[int, int]) -> Tensor:

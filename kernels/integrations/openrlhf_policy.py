@@ -174,6 +174,7 @@ def _sampler(self: Any, old: Tensor, rollout: Tensor, flags: Tensor | None) -> S
     gap = rollout - old
     if _by_the_kernel(self):
         return Sampler(rollout, gap)
+    assert flags is not None  # or _serves would have refused
     kept, filtered = _kept(self, old, rollout, gap, flags)
     return Sampler(torch.where(kept, rollout, math.inf), gap, filtered)
 
