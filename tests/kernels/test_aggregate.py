@@ -19,7 +19,7 @@ def cases(draw, backend: str):
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     dtype = draw(st.sampled_from(dtypes(backend)))
     lengths = draw(st.lists(st.sampled_from([0, 1, 17, 600, 9000]), max_size=4))
-    packed, around = draw(st.booleans()), draw(st.sampled_from([0, 3]))
+    packed, around = draw(st.booleans()), draw(st.sampled_from([0, 3])) if lengths else 0
     steps = draw(st.sampled_from([0, 1, 40, 1300, 20000]))
     shape = (sum(lengths) + 2 * around,) if packed else (len(lengths), steps)
     values = torch.randn(shape, generator=generator) + draw(st.sampled_from([0.0, 10.0]))
