@@ -314,7 +314,10 @@ def served(*tensors: Tensor | None) -> bool:
     one device that has a backend, and outside the transforms of torch.func, such as vmap. None
     stands for an argument that was not given.
     """
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    # Dynamo cannot ask functorch: compiled, the library's code would take the place of ours
+    if not torch.compiler.is_compiling() and (
+        torch._C._functorch.peek_interpreter_stack() is not None
+    ):
         return False
     device = None
     for tensor in tensors:
