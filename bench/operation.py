@@ -68,6 +68,8 @@ class Operation:
         others: by provider, functions of other libraries.
         work: work(sizes, bytes of an element, mode).
         part: a few rows of the inputs, on which results and gradients are compared with `exact`.
+        mask: name of the input that says which slots of results and gradients count; libraries
+            differ in what they put in the others.
         compiles: whether torch.compile is worth waiting for.
     """
 
@@ -83,6 +85,7 @@ class Operation:
     others: Mapping[str, Provider] = field(default_factory=dict)
     work: Callable[[Sizes, int, str], Work]
     part: Callable[[Inputs], Inputs]
+    mask: str | None = None
     compiles: bool = True
 
     @property

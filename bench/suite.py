@@ -186,7 +186,8 @@ def error_of(function: Callable, operation: Operation, inputs: Inputs, mode: str
     leaves = operation.leaves if mode != "fwd" else ()
     part, exact = with_gradients(_copied(part), leaves), with_gradients(exact, leaves)
     found, wanted = results_of(function(part)), results_of(operation.exact(exact))
-    errors = [_relative(a, b) for a, b in zip(found, wanted, strict=False)]
+    mask = part[operation.mask] if operation.mask else None
+    errors = [_relative(a, b, mask) for a, b in zip(found, wanted, strict=False)]
     if leaves:
         pairs = [(a, b) for a, b in zip(found, wanted, strict=False) if b.requires_grad]
         incoming = cotangents([b for _, b in pairs])
@@ -198,14 +199,16 @@ def error_of(function: Callable, operation: Operation, inputs: Inputs, mode: str
             )
             for side, holder in ((0, part), (1, exact))
         ]
-        errors += [_relative(a, b) for a, b in zip(*gradients, strict=True)]
+        errors += [_relative(a, b, mask) for a, b in zip(*gradients, strict=True)]
     return max(errors)
 
 
-def _relative(actual: Tensor, expected: Tensor) -> float:
+def _relative(actual: Tensor, expected: Tensor, mask: Tensor | None) -> float:
     actual, expected = actual.detach().double(), expected.detach().double()
     if actual.shape != expected.shape:
         raise ValueError(f"result of shape {tuple(actual.shape)} for {tuple(expected.shape)}")
+    if mask is not None and mask.shape == expected.shape:
+        actual, expected = actual[mask], expected[mask]
     scale = expected.abs().max().clamp(min=1e-30)
     return float(((actual - expected).abs().max() / scale).nan_to_num(torch.inf))
 

@@ -1,6 +1,7 @@
 """Operations over the vocabulary."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,6 +67,21 @@ def _batched(module: str, name: str) -> Provider:
     return Provider(load=load)
 
 
+def _flash_attn() -> Callable:
+    function = peers.load("flash_attn.ops.triton.cross_entropy", "cross_entropy_loss")
+    return lambda inputs: -function(inputs["logits"], inputs["targets"])[0]
+
+
+def _quack() -> Callable:
+    function = peers.load("quack", "cross_entropy")
+    return lambda inputs: -function(inputs["logits"], inputs["targets"], reduction="none")
+
+
+def _liger() -> Callable:
+    function = peers.load("liger_kernel.transformers.functional", "liger_cross_entropy")
+    return lambda inputs: -function(inputs["logits"], inputs["targets"], reduction="none")
+
+
 def _inplace(function: Callable) -> Provider:
     """The gradient takes the place of the logits."""
     return Provider(
@@ -77,14 +93,20 @@ def _inplace(function: Callable) -> Provider:
     )
 
 
+_LOGITS: dict[str, Any] = {
+    "sizes": ("tokens", "vocabulary"),
+    "tiny": {"tokens": 2, "vocabulary": 8},
+    "dtypes": (torch.float32, torch.bfloat16),
+    "leaves": ("logits",),
+    "part": first_rows(4),
+    "make": _make,
+    "work": _work,
+}
+
 OPERATIONS = (
     Operation(
         name="logprobs",
-        sizes=("tokens", "vocabulary"),
-        tiny={"tokens": 2, "vocabulary": 8},
-        make=_make,
-        leaves=("logits",),
-        dtypes=(torch.float32, torch.bfloat16),
+        **_LOGITS,
         ours=lambda inputs, backend: ops.logprobs(
             inputs["logits"], inputs["targets"], backend=backend
         ),
@@ -94,8 +116,23 @@ OPERATIONS = (
             "warpo, in place": _inplace(ops.logprobs),
             "trl": _batched("trl.trainer.utils", "selective_log_softmax"),
             "verl": _flat("verl.utils.torch_functional", "logprobs_from_logits"),
+            "openrlhf": _batched("openrlhf.models.utils", "log_probs_from_logits"),
+            "flash-attn": Provider(load=_flash_attn),
+            "quack": Provider(load=_quack),
+            "liger": Provider(load=_liger),
         },
-        work=_work,
-        part=first_rows(4),
+    ),
+    Operation(
+        name="logprobs_and_entropy",
+        **_LOGITS,
+        ours=lambda inputs, backend: ops.logprobs_and_entropy(
+            inputs["logits"], inputs["targets"], backend=backend
+        ),
+        eager=_eager_with_entropy,
+        exact=lambda inputs: reference.logprobs(inputs["logits"], inputs["targets"]),
+        others={
+            "warpo, in place": _inplace(ops.logprobs_and_entropy),
+            "trl": _batched("trl.trainer.utils", "selective_log_softmax_and_entropy"),
+        },
     ),
 )
