@@ -22,6 +22,7 @@ from warpo.bench.operation import MODES
 from warpo.bench.operations import OPERATIONS
 from warpo.bench.suite import Plan, Point, providers_of, rows_of
 
+COMMANDS = {"compare": "warpo.bench.compare", "train": "warpo.bench.train.__main__"}
 BUDGET_S = {"quick": 0.08, "laptop": 0.5, "h200": 0.3}
 
 DESCRIPTION = """\
@@ -211,8 +212,8 @@ def main(words: Sequence[str]) -> int:
     """`warpo bench WORDS`; exit status 0, 1 of `compare` at a regression, 2 wrong usage, 130
     interrupted.
     """
-    if words and words[0] in ("compare", "train"):
-        return importlib.import_module(f"warpo.bench.{words[0]}.command").main(words[1:])
+    if words and words[0] in COMMANDS:
+        return importlib.import_module(COMMANDS[words[0]]).main(words[1:])
     args = parse(words)
     if args.list:
         print(listing())

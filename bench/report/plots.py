@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 from matplotlib.ticker import FuncFormatter  # noqa: E402
 
-from warpo.bench.report.rows import Row, elements, summary, timed  # noqa: E402
+from warpo.bench.report.rows import Row, elements, size, summary, timed  # noqa: E402
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; warpo's backends in blue and green
 COLORS = {
@@ -30,13 +30,15 @@ def operation(rows: Sequence[Row], dtype: str, mode: str) -> bytes | None:
     rows = [row for row in timed(rows) if row["dtype"] == dtype and row["mode"] == mode]
     if not rows:
         return None
+    if len({elements(row) for row in rows}) == 1:
+        return _bars(rows)
     with pyplot.rc_context(_STYLE):
         figure, (left, right) = pyplot.subplots(1, 2, figsize=(7.2, 2.9), layout="constrained")
         for number, name in enumerate(dict.fromkeys(row["provider"] for row in rows)):
             mine = sorted((r for r in rows if r["provider"] == name), key=elements)
             x = [elements(row) for row in mine]
             style: dict[str, Any] = {
-                "color": COLORS.get(name, _REST[number % len(_REST)]), "marker": "o",
+                "color": _color(name, number), "marker": "o",
                 "markersize": 4, "linewidth": 2.0 if name in ("cpu", "triton", "cuda") else 1.2,
                 "label": NAMES.get(name, name), "clip_on": False,
             }  # fmt: skip
@@ -53,6 +55,32 @@ def operation(rows: Sequence[Row], dtype: str, mode: str) -> bytes | None:
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         left.set_title(f"{rows[0]['operation']}, {mode}, {dtype}", loc="left", fontsize=9)
         left.legend(fontsize=7, frameon=False)
+        return _png(figure)
+
+
+def _color(name: str, number: int) -> str:
+    return COLORS.get(name, _REST[number % len(_REST)])
+
+
+def _bars(rows: Sequence[Row]) -> bytes:
+    """Time of each provider, and of the limit, at the only size that there is."""
+    rows = sorted(rows, key=lambda row: -row["ms"])
+    with pyplot.rc_context(_STYLE):
+        figure, axes = pyplot.subplots(figsize=(7.2, 1.0 + 0.3 * len(rows)), layout="constrained")
+        names = [row["provider"] for row in rows]
+        colors = [_color(name, number) for number, name in enumerate(names)]
+        spread = [
+            [row["ms"] - row["p20_ms"] for row in rows],
+            [row["p80_ms"] - row["ms"] for row in rows],
+        ]
+        axes.barh(range(len(rows)), [row["ms"] for row in rows], xerr=spread, color=colors)
+        axes.axvline(rows[0]["limit_ms"], color="k", linestyle="--", linewidth=1)
+        axes.set(xscale="log", xlabel="milliseconds a call (dashed: the limit)")
+        axes.set_yticks(range(len(rows)), [NAMES.get(name, name) for name in names])
+        axes.grid(axis="y", visible=False)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        title = f"{rows[0]['operation']} {size(rows[0])}, {rows[0]['mode']}, {rows[0]['dtype']}"
+        axes.set_title(title, loc="left", fontsize=9)
         return _png(figure)
 
 
@@ -81,7 +109,7 @@ def overview(rows: Sequence[Row]) -> bytes | None:
         for y, entry in enumerate(entries):
             axes.hlines(y, 1, max(entry["ratios"].values()), color="#bbbbbb", linewidth=1)
         axes.axvline(1, color="k", linewidth=1)
-        axes.set(xscale="log", xlabel="times as fast as warpo's peers (1: as fast)",
+        axes.set(xscale="log", xlabel="warpo is so many times as fast",
                  ylim=(-0.7, len(entries) - 0.3))  # fmt: skip
         axes.set_yticks(range(len(entries)), [
             f"{e['operation']} {'forward' if e['mode'] == 'fwd' else e['mode']}" for e in entries
