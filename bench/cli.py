@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import importlib.metadata
 import json
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,7 @@ from typing import Any, TextIO
 import torch
 
 from warpo.bench import peers, shapes
-from warpo.bench.environment import environment, processor
+from warpo.bench.environment import environment, gpu_state, processor
 from warpo.bench.limits import limits
 from warpo.bench.operation import MODES
 from warpo.bench.operations import OPERATIONS
@@ -89,13 +90,14 @@ def points_of(args: argparse.Namespace) -> list[Point]:
         for operation in (OPERATIONS[name] for name in args.operations or OPERATIONS)
         for sizes in shapes.of(operation, chosen)
         for dtype in (dtypes or operation.dtypes)
-        if dtype in operation.dtypes
+        if dtype in operation.dtypes or (dtype is torch.float16 and len(operation.dtypes) > 1)
         for mode in operation.modes
         if mode in (args.mode or ("fwd", "fwd+bwd"))
     ]
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace, words: Sequence[str]) -> int:
+    """Times, writes and shows; what was measured before an interrupt is kept."""
     peers.use(args.peers)
     points = points_of(args)
     if not points:
@@ -116,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
                     name in args.providers if args.providers else not (quick and name == "compile")
                 ),
             )
-            common = described(args, plan)
+            common = described(args, plan, words)
             for row in measured(points, plan):
                 rows.append(row | common)
                 write(file, rows[-1])
@@ -130,10 +132,15 @@ def run(args: argparse.Namespace) -> int:
 
 def measured(points: Sequence[Point], plan: Plan) -> Iterator[dict[str, Any]]:
     """The rows of all points, with the progress on the terminal."""
+    state: dict[str, Any] = {}
+    last = ""
     with progress(len(points)) as step:
         for point in points:
             step(point.title)
-            yield from rows_of(point, plan)
+            if plan.device == "cuda" and point.operation.name != last:
+                last, state = point.operation.name, {"gpu": gpu_state()}
+            for row in rows_of(point, plan):
+                yield row | state
 
 
 @contextlib.contextmanager
@@ -169,10 +176,10 @@ def progress(total: int) -> Iterator[Any]:
         yield advance
 
 
-def described(args: argparse.Namespace, plan: Plan) -> dict[str, Any]:
+def described(args: argparse.Namespace, plan: Plan, words: Sequence[str]) -> dict[str, Any]:
     """What a reader needs to judge and repeat a row."""
     name = torch.cuda.get_device_name() if args.device == "cuda" else processor()
-    found = environment("warpo.bench", name) | {"command": "warpo bench " + " ".join(sys.argv[2:])}
+    found = environment("warpo.bench", name) | {"command": shlex.join(["warpo", "bench", *words])}
     versions = {"torch": torch.__version__, "triton": importlib.metadata.version("triton")}
     return found | {
         "device": args.device,
@@ -218,4 +225,4 @@ def main(words: Sequence[str]) -> int:
     if args.list:
         print(listing())
         return 0
-    return run(args)
+    return run(args, words)

@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from warpo.bench.limits import bound
 from warpo.bench.operation import (
+    Function,
     Inputs,
     Operation,
     Provider,
@@ -69,16 +71,17 @@ class Point:
 def providers_of(operation: Operation, device: str) -> dict[str, Provider]:
     """Who can be timed: our backends of the device, PyTorch, torch.compile, other libraries."""
     backends = ("cpu",) if device == "cpu" else ("triton", "cuda")
-    found = {
-        name: Provider(load=lambda name=name: lambda inputs: operation.ours(inputs, name))
-        for name in backends
-    }
+    found = {name: Provider(load=partial(_backend, operation, name)) for name in backends}
     eager = operation.eager
     if eager is not None:
         found["eager"] = Provider(load=lambda: eager)
         if operation.compiles:
             found["compile"] = Provider(load=lambda: torch.compile(eager, dynamic=False))
     return found | dict(operation.others)
+
+
+def _backend(operation: Operation, name: str) -> Function:
+    return lambda inputs: operation.ours(inputs, name)
 
 
 def rows_of(point: Point, plan: Plan) -> Iterator[dict[str, Any]]:

@@ -46,8 +46,6 @@ def _eager_targets(inputs: Inputs) -> Tensor:
     return inputs["rewards"] + 0.99 * going * (soft - inputs["alpha"] * inputs["next_logprobs"])
 
 
-_ARGUMENTS = ("rewards", "terminated", "next_q1", "next_q2", "next_logprobs")
-
 OPERATIONS = (
     Operation(
         name="squashed_gaussian",
@@ -72,12 +70,13 @@ OPERATIONS = (
         part=first_rows(64),
         make=_targets,
         ours=lambda inputs, backend: ops.soft_q_targets(
-            *(inputs[name] for name in _ARGUMENTS), alpha=inputs["alpha"], gamma=0.99,
-            backend=backend,
+            inputs["rewards"], inputs["terminated"], inputs["next_q1"], inputs["next_q2"],
+            inputs["next_logprobs"], alpha=inputs["alpha"], gamma=0.99, backend=backend,
         ),
         eager=_eager_targets,
         exact=lambda inputs: reference.soft_q_targets(
-            *(inputs[name] for name in _ARGUMENTS), inputs["alpha"], 0.99
+            inputs["rewards"], inputs["terminated"], inputs["next_q1"], inputs["next_q2"],
+            inputs["next_logprobs"], inputs["alpha"], 0.99,
         ),
         # read four floats and a flag, write a float
         work=lambda sizes, itemsize, mode: Work(read=17 * sizes["rows"], written=4 * sizes["rows"]),

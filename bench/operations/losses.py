@@ -136,10 +136,10 @@ def _ours_dpo(inputs: Inputs, backend: str) -> Any:
 
 
 def _exact_dpo(inputs: Inputs) -> Tensor:
-    names = ("chosen", "rejected", "ref_chosen", "ref_rejected")
     return reference.preference_loss(
-        *(inputs[name][:, None] for name in names), _count(inputs, "chosen")
-    )[0]
+        inputs["chosen"][:, None], inputs["rejected"][:, None], inputs["ref_chosen"][:, None],
+        inputs["ref_rejected"][:, None], _count(inputs, "chosen"),
+    )[0]  # fmt: skip
 
 
 def _ranked(device: str, dtype: torch.dtype, sizes: Sizes) -> Inputs:

@@ -1,12 +1,21 @@
 """The optimizer's step and the proof of what it wrote."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from warpo.bench.operation import Inputs, Operation, Sizes, Work
 from warpo.kernels import ops, reference
 
-_NUMBERS = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "step": 5}
+_NUMBERS: dict[str, Any] = {
+    "lr": 1e-3,
+    "beta1": 0.9,
+    "beta2": 0.95,
+    "eps": 1e-8,
+    "weight_decay": 0.1,
+    "step": 5,
+}
 
 
 def _make(device: str, dtype: torch.dtype, sizes: Sizes) -> Inputs:
@@ -30,14 +39,15 @@ def _first(inputs: Inputs) -> Inputs:
 
 
 def _ours(inputs: Inputs, backend: str) -> Tensor:
-    ops.adamw_publish(*(inputs[name] for name in _STATE), **_NUMBERS, backend=backend)
+    grad, master, first, second, published = (inputs[name] for name in _STATE)
+    ops.adamw_publish(grad, master, first, second, published, **_NUMBERS, backend=backend)
     return inputs["master"]
 
 
 def _exact(inputs: Inputs) -> Tensor:
-    grad, master, *moments, published = (inputs[name].clone() for name in _STATE)
+    grad, master, first, second, published = (inputs[name].clone() for name in _STATE)
     # what is published has a fingerprint of its bits, so it keeps a dtype that samplers have
-    reference.adamw_publish(grad, master, *moments, published.float(), **_NUMBERS)
+    reference.adamw_publish(grad, master, first, second, published.float(), **_NUMBERS)
     return master
 
 

@@ -21,7 +21,7 @@ COLORS = {
 }  # fmt: skip
 _REST = ("#444444", "#888888", "#AA7733", "#77AA33")
 NAMES = {"eager": "PyTorch", "compile": "torch.compile", "cpu": "warpo", "other": "other library"}
-_STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
+_STYLE: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
           "axes.grid": True, "grid.alpha": 0.25, "figure.dpi": 130}  # fmt: skip
 
 
@@ -103,8 +103,7 @@ def overview(rows: Sequence[Row]) -> bytes | None:
         for name, marker in (("eager", "o"), ("compile", "s"), ("other", "D")):
             points = [(e["ratios"][name], y) for y, e in enumerate(entries) if name in e["ratios"]]
             if points:
-                x, y = zip(*points, strict=True)
-                axes.scatter(x, y, marker=marker, color=colors[name], zorder=3,
+                axes.scatter(*zip(*points, strict=True), marker=marker, color=colors[name], zorder=3,
                              label=f"against {NAMES[name]}")  # fmt: skip
         for y, entry in enumerate(entries):
             axes.hlines(y, 1, max(entry["ratios"].values()), color="#bbbbbb", linewidth=1)

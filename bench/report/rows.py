@@ -60,7 +60,7 @@ def summary(rows: Sequence[Row]) -> list[Row]:
         if mine is None:
             continue
         other = best_other(providers)
-        ratios = {
+        ratios: dict[str, float] = {
             name: providers[name]["ms"] / mine["ms"]
             for name in ("eager", "compile")
             if name in providers
