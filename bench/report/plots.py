@@ -102,9 +102,9 @@ def overview(rows: Sequence[Row]) -> bytes | None:
         colors = {"eager": COLORS["eager"], "compile": COLORS["compile"], "other": COLORS["verl"]}
         for name, marker in (("eager", "o"), ("compile", "s"), ("other", "D")):
             points = [(e["ratios"][name], y) for y, e in enumerate(entries) if name in e["ratios"]]
+            style: Any = {"marker": marker, "color": colors[name], "zorder": 3}
             if points:
-                axes.scatter(*zip(*points, strict=True), marker=marker, color=colors[name], zorder=3,
-                             label=f"against {NAMES[name]}")  # fmt: skip
+                axes.scatter(*zip(*points, strict=True), label=f"against {NAMES[name]}", **style)
         for y, entry in enumerate(entries):
             axes.hlines(y, 1, max(entry["ratios"].values()), color="#bbbbbb", linewidth=1)
         axes.axvline(1, color="k", linewidth=1)
