@@ -1,8 +1,9 @@
 # make train   environment, build, then the main job: a small model learns from demonstrations, then
 #              by GRPO on real vLLM
 # make test    environment, build, then the whole test suite
-# make bench   environment, build, peers, then kernel timings with their goals as a table and in OUT
-# make bench-train  the same, then a training step beside TRL's: by phase, with the goals, and in OUT
+# make bench   environment, build, peers, then every kernel beside PyTorch, other trainers and the
+#              limits of the machine: a table, plots and a page in OUT
+# make bench-train  the same, then a training step beside TRL's, weight sync and scaling, in OUT
 # make bench-control  the same, then control with gymnasium beside Stable-Baselines3, and in OUT
 # make bench-dropin  the same, then each function of another trainer that warpo replaces, beside the
 #              trainer's own, as a table and in OUT
@@ -33,10 +34,10 @@ test: $(VENV)/built
 	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile $(PYTEST_FLAGS)
 
 bench: $(VENV)/built peers
-	PYTHONPATH=.peers/trl:.peers/verl $(BIN)/python -m warpo.bench.kernels --device cpu --out $(OUT)
+	$(BIN)/warpo bench --out $(OUT)
 
 bench-train: $(VENV)/built peers
-	$(BIN)/python -m warpo.bench.train --peers .peers/trl --out $(OUT)
+	$(BIN)/warpo bench train --peers .peers/trl --out $(OUT)
 
 bench-control: $(VENV)/built peers
 	$(BIN)/python -m warpo.bench.control --peers .peers/stable_baselines3 --out $(OUT)
@@ -76,7 +77,9 @@ gpu:
 	status=0; \
 	WARPO_TEST_DEVICE=cuda $(PYTHON) -m pytest tests/kernels -q --junitxml=$(OUT)/tests.xml \
 	    $$($(PYTHON) -c 'import xdist' 2>/dev/null && printf -- '-n 8 --dist loadfile') || status=1; \
-	$(PYTHON) -m warpo.bench.kernels --device cuda --out $(OUT) || status=1; \
+	$(PYTHON) -m warpo.bench --device cuda --shapes h200 --quick --out $(OUT) || status=1; \
+	$(PYTHON) -m warpo.bench logprobs policy_loss policy_loss_from_logits --device cuda --shapes h200 \
+	    --dtype bfloat16 float32 --providers triton cuda eager compile --out $(OUT)/compile || status=1; \
 	exit $$status
 
 lint: $(VENV)/built

@@ -27,6 +27,20 @@ def environment(module: str, machine: str) -> dict[str, str | int]:
     }
 
 
+def gpu_state() -> dict[str, str]:
+    """Clocks in MHz, power in watts and temperature of the GPU at this moment, as its driver says;
+    empty where it does not.
+    """
+    names = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu", "driver_version")
+    command = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    values = done.stdout.splitlines()[torch.cuda.current_device()].split(",")
+    return {name: value.strip() for name, value in zip(names, values, strict=True)}
+
+
 def processor() -> str:
     """Name and number of the CPU cores."""
     cpuinfo = Path("/proc/cpuinfo")

@@ -5,18 +5,31 @@
 import importlib
 import importlib.metadata
 import os
+import sys
 import types
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from warpo.bench.case import Missing
+from warpo.bench.operation import Missing
 
-PEERS = ("trl", "verl", "numba")
+PEERS = (
+    "trl", "verl", "openrlhf", "torchrl", "liger-kernel", "flash-attn", "quack-kernels",
+    "pufferlib", "numba",
+)  # fmt: skip
+
+
+def use(folder: Path) -> None:
+    """Lets libraries be imported that `make peers` has put there, after those of the environment,
+    whose versions of what both have are taken.
+    """
+    overlays = sorted(path.parent for path in folder.glob("*/built"))
+    sys.path.extend(str(path.absolute()) for path in overlays if str(path) not in sys.path)
 
 
 def versions() -> dict[str, str]:

@@ -44,8 +44,7 @@ def measure_resync(sampler_dtype: str, shape: dict[str, Any]) -> list[dict[str, 
     import torch
     import transformers
 
-    from warpo.bench.case import Call
-    from warpo.bench.kernels import measure
+    from warpo.bench.timing import Call, measure
     from warpo.engine.resync import Resync
     from warpo.engine.sampler.vllm import VllmSampler
 

@@ -25,6 +25,7 @@ usage: warpo train CONFIG.yaml [--key value | --section.key value ...]
        warpo algorithms [NAME]             the algorithms that there are; the numbers of one
        warpo check CONFIG.yaml [--plan-only] [--key value ...]
        warpo check --help                  what is proven before a run, and what it prints
+       warpo bench [OP ...]                kernels beside PyTorch, other trainers and the limits
        warpo doctor [LIBRARY ...]          backends, other trainers, what of them is replaced
 """
 
@@ -126,6 +127,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _help([word for word in rest if word not in ("-h", "--help")])
         case ["algorithms", *rest] if len(rest) < 2:
             return _algorithms(*rest)
+        case ["bench", *rest]:
+            return importlib.import_module("warpo.bench.cli").main(rest)
         case ["doctor", *libraries]:
             return _doctor(libraries)
         case ["train", config, *overrides] if not config.startswith("-"):

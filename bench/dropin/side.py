@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from warpo.bench.dropin.case import DropIn
-from warpo.bench.kernels import measure, peak_bytes
+from warpo.bench.timing import measure, peak_bytes
 from warpo.engine.environment import keep_freed_memory
 from warpo.kernels.integrations.patching import Library, wrap
 

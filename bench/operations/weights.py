@@ -1,0 +1,99 @@
+"""The optimizer's step and the proof of what it wrote."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from warpo.bench.operation import Inputs, Operation, Sizes, Work
+from warpo.kernels import ops, reference
+
+_NUMBERS: dict[str, Any] = {
+    "lr": 1e-3,
+    "beta1": 0.9,
+    "beta2": 0.95,
+    "eps": 1e-8,
+    "weight_decay": 0.1,
+    "step": 5,
+}
+
+
+def _make(device: str, dtype: torch.dtype, sizes: Sizes) -> Inputs:
+    count = sizes["parameters"]
+    master = torch.randn(count, device=device)
+    return {
+        "grad": torch.randn(count, device=device).to(dtype),
+        "master": master,
+        "exp_avg": 0.1 * torch.randn(count, device=device),
+        "exp_avg_sq": torch.rand(count, device=device),
+        "published": master.to(dtype),
+        "dtype": dtype,
+    }
+
+
+_STATE = ("grad", "master", "exp_avg", "exp_avg_sq", "published")
+
+
+def _first(inputs: Inputs) -> Inputs:
+    return {k: v[:1024].clone() if isinstance(v, Tensor) else v for k, v in inputs.items()}
+
+
+def _ours(inputs: Inputs, backend: str) -> Tensor:
+    grad, master, first, second, published = (inputs[name] for name in _STATE)
+    ops.adamw_publish(grad, master, first, second, published, **_NUMBERS, backend=backend)
+    return inputs["master"]
+
+
+def _exact(inputs: Inputs) -> Tensor:
+    grad, master, first, second, published = (inputs[name].clone() for name in _STATE)
+    # what is published has a fingerprint of its bits, so it keeps a dtype that samplers have
+    reference.adamw_publish(grad, master, first, second, published.float(), **_NUMBERS)
+    return master
+
+
+def _eager(inputs: Inputs) -> Tensor:
+    """The step of torch.optim.AdamW, fused, on the master, and the copy to the sampler."""
+    master = inputs["master"]
+    torch._fused_adamw_(
+        [master], [inputs["grad"].float()], [inputs["exp_avg"]], [inputs["exp_avg_sq"]], [],
+        [torch.tensor(float(_NUMBERS["step"]))], lr=_NUMBERS["lr"], beta1=_NUMBERS["beta1"],
+        beta2=_NUMBERS["beta2"], weight_decay=_NUMBERS["weight_decay"], eps=_NUMBERS["eps"],
+        amsgrad=False, maximize=False,
+    )  # fmt: skip
+    inputs["published"].copy_(master)
+    return master
+
+
+OPERATIONS = (
+    Operation(
+        name="adamw_publish",
+        sizes=("parameters",),
+        tiny={"parameters": 8},
+        dtypes=(torch.float32, torch.bfloat16),
+        part=_first,
+        make=_make,
+        ours=_ours,
+        eager=_eager,
+        exact=_exact,
+        compiles=False,
+        # read gradient, old weights of the sampler, master and two moments; write all but the
+        # gradient
+        work=lambda sizes, itemsize, mode: Work(
+            read=sizes["parameters"] * (2 * itemsize + 12),
+            written=sizes["parameters"] * (itemsize + 12),
+        ),
+    ),
+    Operation(
+        name="fingerprint",
+        sizes=("parameters",),
+        tiny={"parameters": 8},
+        dtypes=(torch.float32, torch.bfloat16),
+        part=_first,
+        make=_make,
+        ours=lambda inputs, backend: ops.fingerprint(inputs["published"], backend=backend),
+        eager=None,
+        exact=lambda inputs: reference.fingerprint(inputs["published"].to(inputs["dtype"])),
+        # read the weights
+        work=lambda sizes, itemsize, mode: Work(read=sizes["parameters"] * itemsize),
+    ),
+)

@@ -1,0 +1,117 @@
+"""One self-contained HTML page of a run, and its plots as PNG."""
+
+import base64
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from warpo.bench.report import plots
+from warpo.bench.report.rows import (
+    Row,
+    geometric_mean,
+    groups,
+    ours,
+    problems,
+    size,
+    summary,
+)
+
+
+def write(rows: Sequence[Row], out: Path) -> str:
+    """Writes OUT/index.html and OUT/*.png; returns where they are."""
+    pictures: dict[str, str] = {}
+
+    def keep(name: str, png: bytes | None) -> None:
+        if png is not None:
+            (out / f"{name}.png").write_bytes(png)
+            pictures[name] = "data:image/png;base64," + base64.b64encode(png).decode()
+
+    keep("overview", plots.overview(rows))
+    sections = []
+    for operation in dict.fromkeys(row["operation"] for row in rows):
+        mine = [row for row in rows if row["operation"] == operation]
+        slug = operation.replace(", ", "-").replace(" ", "-")
+        kinds = dict.fromkeys((row["dtype"], row["mode"]) for row in mine)
+        names = [f"{slug}-{dtype}-{mode.replace('+', '-')}" for dtype, mode in kinds]
+        for name, (dtype, mode) in zip(names, kinds, strict=True):
+            keep(name, plots.operation(mine, dtype, mode))
+        sections.append({
+            "name": operation, "slug": slug, "rows": [_cells(row, mine) for row in mine],
+            "pictures": [pictures[name] for name in names if name in pictures],
+        })  # fmt: skip
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True
+    )
+    page = environment.get_template("page.html").render(
+        overview=pictures.get("overview"), sections=sections, tiles=tiles(rows),
+        summary=[_summary_cells(entry) for entry in summary(rows)], run=rows[0],
+        limits=_limits(rows[0]["limits"]), problems=problems(rows),
+    )  # fmt: skip
+    (out / "index.html").write_text(page, encoding="utf-8")
+    return f"rows {out / 'bench.jsonl'}, plots {out / '*.png'}, page {out / 'index.html'}"
+
+
+def tiles(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """The figures at the top of the page, each with what it says."""
+    entries = summary(rows)
+    found = []
+    for name, text in (
+        ("eager", "times as fast as plain PyTorch"),
+        ("compile", "times as fast as torch.compile"),
+        ("other", "times as fast as the best other library"),
+    ):
+        ratios = [entry["ratios"][name] for entry in entries if name in entry["ratios"]]
+        if ratios:
+            found.append((
+                f"{geometric_mean(ratios):.1f}x",
+                f"{text}: geometric mean of {len(ratios)} cases, "
+                f"{min(ratios):.1f}x to {max(ratios):.0f}x",
+            ))  # fmt: skip
+    if entries:
+        share = statistics.median(entry["share"] for entry in entries)
+        found.append((f"{share:.0%}", "of what this machine can do at most: median of all cases"))
+    return found
+
+
+def _summary_cells(entry: Row) -> dict[str, Any]:
+    ratios = {name: f"{value:.1f}" for name, value in entry["ratios"].items()}
+    other = f"{ratios['other']} ({entry['other']})" if "other" in ratios else ""
+    return entry | {
+        "ms": f"{entry['ms']:.3g}",
+        "eager": ratios.get("eager", ""),
+        "compile": ratios.get("compile", ""),
+        "other": other,
+        "share": f"{entry['share']:.0%}",
+        "limit": _limit_name(entry["limit"]),
+    }
+
+
+def _cells(row: Row, rows: Sequence[Row]) -> dict[str, str]:
+    cells = {"size": size(row), **{k: row[k] for k in ("dtype", "mode", "provider")}}
+    if "problem" in row:
+        return cells | {"problem": row["problem"]}
+    mine = ours(next(g for g in groups(rows).values() if row in g.values()))
+    return cells | {
+        "ms": f"{row['ms']:.4g}",
+        "spread": f"{row['p20_ms']:.4g} to {row['p80_ms']:.4g}",
+        "ratio": f"{row['ms'] / mine['ms']:.1f}" if mine and mine is not row else "",
+        "share": f"{row['share_of_limit']:.0%} {_limit_name(row['limit'])}",
+        "peak": f"{row['peak_bytes'] / 1e6:.1f}",
+        "host": f"{row['host_us']:.0f}",
+        "error": f"{row['error']:.0e}",
+    }
+
+
+def _limit_name(name: str) -> str:
+    return "matrix product" if name.startswith("matrix") else name
+
+
+def _limits(limits: dict[str, float]) -> list[tuple[str, str]]:
+    units = {"read": "GB/s read", "copy": "GB/s copied", "exp": "billion exponentials a second"}
+    return [
+        (f"{value / 1e9:.3g}", units.get(name, f"GFLOP/s, {name.replace('_', ' of ')}"))
+        for name, value in limits.items()
+    ]

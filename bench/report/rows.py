@@ -1,0 +1,91 @@
+"""What table, plots and page ask of the rows."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+Row = dict[str, Any]
+WARPO = ("cpu", "triton", "cuda")
+BASES = ("eager", "compile", *WARPO)
+
+
+def size(row: Row) -> str:
+    """Its sizes, as the tables show them."""
+    return " x ".join(str(n) for n in row["sizes"].values())
+
+
+def elements(row: Row) -> int:
+    """The product of its sizes: where a row stands on the axis of a plot."""
+    return math.prod(row["sizes"].values())
+
+
+def key(row: Row) -> tuple[str, str, str, str]:
+    """What rows share that are compared with each other."""
+    return row["operation"], size(row), row["dtype"], row["mode"]
+
+
+def timed(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if "ms" in row]
+
+
+def groups(rows: Sequence[Row]) -> dict[tuple[str, str, str, str], dict[str, Row]]:
+    """Rows with times by what they share, then by provider."""
+    found: dict[tuple[str, str, str, str], dict[str, Row]] = {}
+    for row in timed(rows):
+        found.setdefault(key(row), {})[row["provider"]] = row
+    return found
+
+
+def ours(providers: dict[str, Row]) -> Row | None:
+    """The fastest backend of warpo."""
+    mine = [providers[name] for name in WARPO if name in providers]
+    return min(mine, key=lambda row: row["ms"]) if mine else None
+
+
+def best_other(providers: dict[str, Row]) -> Row | None:
+    """The fastest of the other libraries: neither PyTorch, torch.compile nor warpo."""
+    others = [
+        row for name, row in providers.items() if name not in BASES and not name.startswith("warpo")
+    ]
+    return min(others, key=lambda row: row["ms"]) if others else None
+
+
+def summary(rows: Sequence[Row]) -> list[Row]:
+    """One entry for each operation, size, dtype and mode: warpo's time, how many times as fast it
+    is as each of the others, and its share of the limit.
+    """
+    found = []
+    for (operation, sizes, dtype, mode), providers in groups(rows).items():
+        mine = ours(providers)
+        if mine is None:
+            continue
+        other = best_other(providers)
+        ratios: dict[str, float] = {
+            name: providers[name]["ms"] / mine["ms"]
+            for name in ("eager", "compile")
+            if name in providers
+        }
+        if other is not None:
+            ratios["other"] = other["ms"] / mine["ms"]
+        found.append({
+            "operation": operation, "size": sizes, "dtype": dtype, "mode": mode,
+            "ms": mine["ms"], "share": mine["share_of_limit"], "limit": mine["limit"],
+            "backend": mine["provider"], "ratios": ratios,
+            "other": other["provider"] if other is not None else "",
+        })  # fmt: skip
+    return found
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def problems(rows: Sequence[Row]) -> dict[str, list[str]]:
+    """Why providers have no time: reason -> where."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        if "problem" in row:
+            where = found.setdefault(f"{row['provider']}: {row['problem']}", [])
+            if row["operation"] not in where:
+                where.append(row["operation"])
+    return found

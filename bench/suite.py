@@ -1,0 +1,220 @@
+"""One row for each operation, size, dtype, mode and provider."""
+
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from warpo.bench.limits import bound
+from warpo.bench.operation import (
+    Function,
+    Inputs,
+    Operation,
+    Provider,
+    Sizes,
+    cotangents,
+    in_double,
+    results_of,
+    with_gradients,
+)
+from warpo.bench.timing import Call, graph_ms, host_us, measure, peak_bytes
+
+# Largest error against float64, relative to the largest value: float32 arithmetic, and one rounding
+# of the result for those who return it in the dtype of their input.
+TOLERANCE = {torch.float32: 5e-3, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+WARPO = ("cpu", "triton", "cuda")
+# On a GPU, calls that take less are timed from a CUDA graph, too.
+GRAPH_BELOW_MS = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How a suite is run.
+
+    Attributes:
+        limits: of `limits.limits`.
+        budget_s: of timing each provider in each mode.
+        cold: whether caches are flushed before each run.
+        wanted: provider name -> whether it is measured.
+    """
+
+    device: str
+    limits: Mapping[str, float]
+    budget_s: float
+    cold: bool
+    wanted: Callable[[str], bool]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One operation at one size, in one dtype and mode."""
+
+    operation: Operation
+    sizes: Sizes
+    dtype: torch.dtype
+    mode: str
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def title(self) -> str:
+        sizes = " x ".join(f"{self.sizes[name]}" for name in self.operation.sizes)
+        return f"{self.operation.name} {sizes} {self.dtype_name} {self.mode}"
+
+
+def providers_of(operation: Operation, device: str) -> dict[str, Provider]:
+    """Who can be timed: our backends of the device, PyTorch, torch.compile, other libraries."""
+    backends = ("cpu",) if device == "cpu" else ("triton", "cuda")
+    found = {name: Provider(load=partial(_backend, operation, name)) for name in backends}
+    eager = operation.eager
+    if eager is not None:
+        found["eager"] = Provider(load=lambda: eager)
+        if operation.compiles:
+            found["compile"] = Provider(load=lambda: torch.compile(eager, dynamic=False))
+    return found | dict(operation.others)
+
+
+def _backend(operation: Operation, name: str) -> Function:
+    return lambda inputs: operation.ours(inputs, name)
+
+
+def rows_of(point: Point, plan: Plan) -> Iterator[dict[str, Any]]:
+    """A row for each provider. One that is wrong, fails or is missing has the reason in place of a
+    time.
+    """
+    operation = point.operation
+    inputs = operation.make(plan.device, point.dtype, point.sizes)
+    calls: dict[str, Call] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    for name, provider in providers_of(operation, plan.device).items():
+        if not plan.wanted(name) or point.mode not in provider.modes:
+            continue
+        rows[name] = row = _described(point, name)
+        try:
+            function = provider.load()
+            row["error"] = error_of(function, operation, inputs, point.mode)
+            if not row["error"] <= TOLERANCE[point.dtype]:
+                row["problem"] = f"wrong: {row['error']:.1e} off float64"
+                continue
+            mine = _copied(inputs) if provider.own_inputs else inputs
+            calls[name] = call_of(function, mine, operation.leaves, point.mode)
+            calls[name]()
+            row |= _costs(function, point, plan, calls[name])
+        except Exception as error:  # a provider of somebody else may raise anything
+            calls.pop(name, None)
+            row["problem"] = f"{type(error).__name__}: {error}".replace("\n", " ")
+    times = measure(plan.device, calls, plan.budget_s, plan.cold) if calls else {}
+    for name, row in rows.items():
+        yield row | (_timed(point, plan, times[name], calls[name]) if name in times else {})
+
+
+def _described(point: Point, provider: str) -> dict[str, Any]:
+    return {
+        "operation": point.operation.name,
+        "sizes": dict(point.sizes),
+        "dtype": point.dtype_name,
+        "mode": point.mode,
+        "provider": provider,
+    }
+
+
+def _timed(point: Point, plan: Plan, times: Sequence[float], call: Call) -> dict[str, Any]:
+    work = point.operation.work(point.sizes, point.dtype.itemsize, point.mode)
+    name, limit_ms = bound(work, point.dtype_name, plan.limits)
+    ordered = sorted(times)
+    median = statistics.median(ordered)
+    row = {
+        "ms": median,
+        "p20_ms": ordered[len(ordered) // 5],
+        "p80_ms": ordered[len(ordered) * 4 // 5],
+        "runs": len(ordered),
+        "limit": name,
+        "limit_ms": limit_ms,
+        "share_of_limit": limit_ms / median,
+        "cache": "cold" if plan.cold or plan.device == "cuda" else "warm",
+    }
+    if plan.device == "cuda" and point.mode == "fwd" and median < GRAPH_BELOW_MS:
+        row["graph_ms"] = graph_ms(call, plan.budget_s)
+    return row
+
+
+def _costs(function: Callable, point: Point, plan: Plan, call: Call) -> dict[str, Any]:
+    """Memory of a call, and the time of one whose tensors are tiny."""
+    operation = point.operation
+    tiny = operation.make(plan.device, point.dtype, operation.tiny)
+    tiny_call = call_of(function, tiny, operation.leaves, point.mode)
+    return {
+        "peak_bytes": peak_bytes(plan.device, call),
+        "host_us": host_us(plan.device, tiny_call),
+    }
+
+
+def call_of(function: Callable, inputs: Inputs, leaves: tuple[str, ...], mode: str) -> Call:
+    """What is timed: the function on these inputs in this mode."""
+    if mode == "fwd":
+        plain = inputs | {name: inputs[name].detach() for name in leaves}
+
+        def forward() -> None:
+            with torch.no_grad():
+                function(plain)
+
+        return forward
+    mine = with_gradients(inputs, leaves)
+    wanted = [mine[name] for name in leaves]
+    outputs = [r for r in results_of(function(mine)) if r.requires_grad]
+    incoming = cotangents(outputs)
+
+    def backward() -> None:
+        torch.autograd.grad(outputs, wanted, incoming, retain_graph=True, allow_unused=True)
+
+    def both() -> None:
+        results = [r for r in results_of(function(mine)) if r.requires_grad]
+        torch.autograd.grad(results, wanted, incoming, allow_unused=True)
+
+    return backward if mode == "bwd" else both
+
+
+def error_of(function: Callable, operation: Operation, inputs: Inputs, mode: str) -> float:
+    """Largest error of results and, unless the mode is forward, gradients, on a part of the inputs,
+    relative to the largest value of each.
+    """
+    part = operation.part(inputs)
+    exact = in_double(part)
+    leaves = operation.leaves if mode != "fwd" else ()
+    part, exact = with_gradients(_copied(part), leaves), with_gradients(exact, leaves)
+    found, wanted = results_of(function(part)), results_of(operation.exact(exact))
+    mask = part[operation.mask] if operation.mask else None
+    errors = [_relative(a, b, mask) for a, b in zip(found, wanted, strict=False)]
+    if leaves:
+        pairs = [(a, b) for a, b in zip(found, wanted, strict=False) if b.requires_grad]
+        incoming = cotangents([b for _, b in pairs])
+        gradients = [
+            torch.autograd.grad(
+                [pair[side] for pair in pairs],
+                [holder[name] for name in leaves],
+                [g.to(pair[side].dtype) for g, pair in zip(incoming, pairs, strict=True)],
+            )
+            for side, holder in ((0, part), (1, exact))
+        ]
+        errors += [_relative(a, b, mask) for a, b in zip(*gradients, strict=True)]
+    return max(errors)
+
+
+def _relative(actual: Tensor, expected: Tensor, mask: Tensor | None) -> float:
+    actual, expected = actual.detach().double(), expected.detach().double()
+    if actual.shape != expected.shape:
+        raise ValueError(f"result of shape {tuple(actual.shape)} for {tuple(expected.shape)}")
+    if mask is not None and mask.shape == expected.shape:
+        actual, expected = actual[mask], expected[mask]
+    scale = expected.abs().max().clamp(min=1e-30)
+    return float(((actual - expected).abs().max() / scale).nan_to_num(torch.inf))
+
+
+def _copied(inputs: Inputs) -> Inputs:
+    return {k: v.clone() if isinstance(v, Tensor) else v for k, v in inputs.items()}
