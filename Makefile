@@ -50,7 +50,7 @@ bench-dropin: $(VENV)/built peers
 test-integrations: $(VENV)/built peers
 	status=0; \
 	for library in $(PEERS); do \
-	    PYTHONPATH=$(CURDIR)/tests/integrations/stand_ins:$(CURDIR)/.peers/$$library \
+	    PYTHONPATH=$(CURDIR)/bench/stand_ins:$(CURDIR)/.peers/$$library \
 	    $(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile $(PYTEST_FLAGS) tests/integrations/test_$$library*.py || status=1; \
 	done; exit $$status
 

@@ -23,12 +23,15 @@ PEERS = (
     "pufferlib", "numba",
 )  # fmt: skip
 
+# Of packages that other libraries import and that install on a CUDA machine alone.
+STAND_INS = Path(__file__).parent / "stand_ins"
+
 
 def use(folder: Path) -> None:
     """Lets libraries be imported that `make peers` has put there, after those of the environment,
     whose versions of what both have are taken.
     """
-    overlays = sorted(path.parent for path in folder.glob("*/built"))
+    overlays = [*sorted(path.parent for path in folder.glob("*/built")), STAND_INS]
     sys.path.extend(str(path.absolute()) for path in overlays if str(path) not in sys.path)
 
 

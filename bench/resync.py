@@ -72,7 +72,7 @@ def measure_resync(sampler_dtype: str, shape: dict[str, Any]) -> list[dict[str, 
         "load_weights, tensor by tensor": tensor_by_tensor,
     }
     with torch.no_grad():
-        times = measure("cpu", calls)
+        times = measure("cpu", calls, 1.5)
     if sampler_dtype == "float32":
         alias = Resync(sampler.load_weights, sampler.module, learner, "alias")
         # What the optimizer reports with its step, so that publishing need not read the weights.

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from warpo.bench.environment import aligned, environment, processor
+from warpo.bench.peers import STAND_INS
 from warpo.kernels.integrations.doctor import LIBRARIES
 
-STAND_INS = Path(__file__).parents[2] / "tests/integrations/stand_ins"
 CHOICES = (*LIBRARIES, "arrays")
 # The two sides take turns, but single runs of this virtual machine differ by a few percent.
 AT_LEAST = 0.97
