@@ -310,24 +310,21 @@ def _reduce_kernel(
     partials_ptr, rows: tl.int64, kl_coef: tl.float32, adaptive_kl_coef_ptr,
     entropy_coef: tl.float32, loss_ptr, metrics_ptr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    metric = tl.arange(0, 16)
-    columns = metric[None, :]
-    total = tl.zeros([BLOCK, 16], tl.float32)
+    metric = tl.arange(0, NUM_METRICS)
+    total = tl.zeros([BLOCK, NUM_METRICS], tl.float32)
     ratio_min = tl.full([BLOCK], INF, tl.float32)
     ratio_max = tl.full([BLOCK], -INF, tl.float32)
     for start in range(0, rows, BLOCK):
         row = start + tl.arange(0, BLOCK)
         row_ptr = partials_ptr + row * NUM_METRICS
         inside = row < rows
-        total += tl.load(
-            row_ptr[:, None] + columns, mask=inside[:, None] & (columns < NUM_METRICS), other=0
-        )
+        total += tl.load(row_ptr[:, None] + metric[None, :], mask=inside[:, None], other=0)
         ratio_min = tl.minimum(ratio_min, tl.load(row_ptr + RATIO_MIN, mask=inside, other=INF))
         ratio_max = tl.maximum(ratio_max, tl.load(row_ptr + RATIO_MAX, mask=inside, other=-INF))
     metrics = tl.sum(total, 0)
     metrics = tl.where(metric == RATIO_MIN, tl.min(ratio_min), metrics)
     metrics = tl.where(metric == RATIO_MAX, tl.max(ratio_max), metrics)
-    tl.store(metrics_ptr + metric, metrics, mask=metric < NUM_METRICS)
+    tl.store(metrics_ptr + metric, metrics)
     if adaptive_kl_coef_ptr is not None:
         kl_coef = tl.load(adaptive_kl_coef_ptr)
     share = tl.where(metric == 0, 1.0, tl.where(metric == 1, kl_coef, -entropy_coef))

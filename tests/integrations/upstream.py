@@ -62,7 +62,12 @@ def fetch(library: str, peers: Path) -> Path:
 
 def outcomes(library: str, source: Path, overlay: Path, patched: bool) -> dict[str, str]:
     """Outcome of each test, by its name."""
-    path = [HERE, HERE.parents[1] / "bench/stand_ins", overlay, *filter(None, [os.environ.get("PYTHONPATH")])]
+    path = [
+        HERE,
+        HERE.parents[1] / "bench/stand_ins",
+        overlay,
+        *filter(None, [os.environ.get("PYTHONPATH")]),
+    ]
     variables = {
         "PYTHONPATH": os.pathsep.join(str(Path(p).absolute()) for p in path),
         "WARPO_PATCH": library if patched else "",
