@@ -2,7 +2,8 @@
 #              by GRPO on real vLLM
 # make test    environment, build, then the whole test suite
 # make bench   environment, build, peers, then kernel timings with their goals as a table and in OUT
-# make bench-train  the same, then a training step beside TRL's: by phase, with the goals, and in OUT
+# make bench-train  the same, then a training step beside TRL's by phase, weight sync, and how the
+#              learner's step grows: tables, goals, and pictures in OUT
 # make bench-control  the same, then control with gymnasium beside Stable-Baselines3, and in OUT
 # make bench-dropin  the same, then each function of another trainer that warpo replaces, beside the
 #              trainer's own, as a table and in OUT
@@ -36,7 +37,7 @@ bench: $(VENV)/built peers
 	PYTHONPATH=.peers/trl:.peers/verl $(BIN)/python -m warpo.bench.kernels --device cpu --out $(OUT)
 
 bench-train: $(VENV)/built peers
-	$(BIN)/python -m warpo.bench.train --peers .peers/trl --out $(OUT)
+	$(BIN)/warpo bench train --out $(OUT)
 
 bench-control: $(VENV)/built peers
 	$(BIN)/python -m warpo.bench.control --peers .peers/stable_baselines3 --out $(OUT)

@@ -58,8 +58,13 @@ GROWS = {
     "group_size": "completions of each prompt",
 }
 # A Qwen2 whose trunk does not hide the rest.
-TRUNK = dict(hidden_size=256, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=8,
-             intermediate_size=768)  # fmt: skip
+TRUNK: dict[str, Any] = dict(
+    hidden_size=256,
+    num_hidden_layers=2,
+    num_attention_heads=8,
+    num_key_value_heads=8,
+    intermediate_size=768,
+)
 
 
 class Fit(NamedTuple):
@@ -185,17 +190,17 @@ def measure_axis(axis: str, quick: bool) -> list[Row]:
 
 def table_of(rows: Sequence[Row]) -> str:
     """A line for each size, and the exponents of each axis in its first line."""
-    lines = [["learner's step against", "size", "tokens", "ms", "p20 to p80", "peak MB", "ms ~ size^",
-              "MB ~ size^"]]  # fmt: skip
+    lines = [["learner's step against", "size", "tokens", "ms", "p20 to p80", "peak MB",
+              "ms ~ size^", "MB ~ size^"]]  # fmt: skip
     seen: set[str] = set()
     for row in rows:
         first = row["axis"] not in seen
         seen.add(row["axis"])
+        fits = [exponent(row[name]) if first else "" for name in ("time_fit", "memory_fit")]
         lines.append([
             GROWS[row["axis"]] if first else "", str(row["size"]), str(row["tokens"]),
             f"{row['ms']:.1f}", f"{row['p20_ms']:.1f} to {row['p80_ms']:.1f}",
-            f"{row['peak_bytes'] / 1e6:.1f}",
-            exponent(row["time_fit"]) if first else "", exponent(row["memory_fit"]) if first else "",
+            f"{row['peak_bytes'] / 1e6:.1f}", *fits,
         ])  # fmt: skip
     return aligned(lines, 1)
 
