@@ -11,7 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 from matplotlib import pyplot  # noqa: E402
-from matplotlib.ticker import FuncFormatter, NullFormatter  # noqa: E402
+from matplotlib.ticker import FuncFormatter  # noqa: E402
 
 from warpo.bench.train.rows import PHASES, Row, groups, timed  # noqa: E402
 from warpo.bench.train.scaling import GROWS, exponent  # noqa: E402
@@ -23,7 +23,8 @@ COLORS = {
     "other": "#999999",
 }  # fmt: skip
 _STYLE: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
-          "axes.grid": True, "grid.alpha": 0.25, "savefig.dpi": 200}  # fmt: skip
+          "axes.grid": True, "axes.axisbelow": True,
+          "grid.alpha": 0.25, "savefig.dpi": 200}  # fmt: skip
 WIDTH = 4.4  # inches: as wide as a phone's screen, letters of 9 points keep their size
 
 
@@ -40,7 +41,7 @@ def steps(rows: Sequence[Row], path: Path) -> bool:
         )  # fmt: skip
         for panel, place in zip(panels, axes[:, 0], strict=True):
             _bars(panel, place)
-        axes[-1, 0].set_xlabel("seconds of a step, medians")
+        axes[-1, 0].set_xlabel("seconds of a step (medians), by phase")
         handles, labels = axes[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False,
                       fontsize=8)  # fmt: skip
@@ -68,7 +69,7 @@ def _bars(rows: Sequence[Row], axes: Any) -> None:
     axes.grid(axis="y", visible=False)
     millions = first["weight_bytes"] / 4e6
     axes.set_title(
-        f"{millions:.1f} M weights, {first['completions']} completions, {first['sampler']}",
+        f"{millions:.1f} M weights, {first['completions']} completions by {first['sampler']}",
         loc="left", fontsize=9,
     )  # fmt: skip
 
@@ -84,12 +85,12 @@ def scaling(rows: Sequence[Row], path: Path) -> bool:
             len(shown), figsize=(WIDTH, 2.7 * len(shown)), squeeze=False, layout="constrained"
         )
         for (axis, found), place in zip(shown.items(), axes[:, 0], strict=True):
-            _curve(found, "ms", "time_fit", "ms", "#0072B2", place)
-            _curve(found, "peak_bytes", "memory_fit", "MB at the peak", "#D55E00", place)
+            _curve(found, "ms", "time_fit", "time in ms", "#0072B2", place)
+            _curve(found, "peak_bytes", "memory_fit", "peak memory in MB", "#D55E00", place)
             place.set(xscale="log", yscale="log", xlabel=GROWS[axis])
             sizes = [row["size"] for row in found]
             place.set_xticks(sizes, [f"{size:,}" for size in sizes])
-            place.xaxis.set_minor_formatter(NullFormatter())
+            place.minorticks_off()
             place.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             place.set_ylim(top=3.5 * place.get_ylim()[1])  # room for the legend
             place.legend(fontsize=8, frameon=False, loc="upper left")
@@ -103,7 +104,8 @@ def _curve(rows: Sequence[Row], key: str, fit: str, name: str, color: str, axes:
     sizes = [row["size"] for row in rows]
     found = rows[0][fit]
     line = [found["coefficient"] * size ** found["exponent"] / unit for size in sizes]
-    axes.plot(sizes, line, color=color, linewidth=1.2, label=f"{name} ~ size^{exponent(found)}")
+    label = f"{name}: exponent {exponent(found).replace('+-', '±')}"
+    axes.plot(sizes, line, color=color, linewidth=1.2, label=label)
     values = [row[key] / unit for row in rows]
     spread = None
     if key == "ms":
@@ -119,24 +121,37 @@ def sync(rows: Sequence[Row], path: Path) -> bool:
     dtypes = list(dict.fromkeys(row["sampler_dtype"] for row in rows))
     if not dtypes:
         return False
+    panels = [[row for row in rows if row["sampler_dtype"] == dtype] for dtype in dtypes]
+    heights = [0.5 + 0.38 * len(panel) for panel in panels]
     with pyplot.rc_context(_STYLE):
         figure, axes = pyplot.subplots(
-            len(dtypes), figsize=(WIDTH, 2.1 * len(dtypes)), squeeze=False, layout="constrained"
-        )
-        for dtype, place in zip(dtypes, axes[:, 0], strict=True):
-            mine = sorted((r for r in rows if r["sampler_dtype"] == dtype), key=lambda r: -r["ms"])
-            names = [row["provider"].replace(", ", ",\n") for row in mine]
-            colors = ["#999999" if n == "flat copy" else "#0072B2" for n in names]
-            place.barh(names, [row["ms"] for row in mine], color=colors, height=0.6)
-            for y, row in enumerate(mine):
-                place.text(row["ms"], y, f" {row['ms']:.3g}", va="center", fontsize=8)
-            place.set(xscale="log", xlim=(None, 6 * max(row["ms"] for row in mine)))
-            place.grid(axis="y", visible=False)
-            millions = mine[0]["parameters"] / 1e6
-            place.set_title(f"{millions:.0f} M weights to {dtype}", loc="left", fontsize=9)
-        axes[-1, 0].set_xlabel("milliseconds to make the weights the sampler's")
+            len(panels), figsize=(WIDTH, 0.4 + sum(heights)), squeeze=False, layout="constrained",
+            height_ratios=heights, sharex=True,
+        )  # fmt: skip
+        for panel, place in zip(panels, axes[:, 0], strict=True):
+            _sync_bars(sorted(panel, key=lambda row: -row["ms"]), place)
+        axes[0, 0].set_xlim(0, 1.15 * max(row["ms"] for row in rows))
+        axes[-1, 0].set_xlabel("ms until the sampler has the weights")
         _save(figure, path)
     return True
+
+
+def _sync_bars(rows: Sequence[Row], axes: Any) -> None:
+    """warpo's ways in blue, vLLM's loader in orange, the plain copy in grey."""
+    loader, names = "load_weights", [row["provider"] for row in rows]
+    colors = [
+        "#999999" if name == "flat copy" else "#E69F00" if name.startswith(loader) else "#0072B2"
+        for name in names
+    ]
+    labels = [name.replace(f"{loader}, ", f"{loader},\n") for name in names]
+    axes.barh(labels, [row["ms"] for row in rows], color=colors, height=0.6)
+    for y, row in enumerate(rows):
+        axes.text(row["ms"], y, f" {row['ms']:.3g}", va="center", fontsize=8)
+    axes.grid(axis="y", visible=False)
+    millions = rows[0]["parameters"] / 1e6
+    axes.set_title(
+        f"{millions:.0f} M weights to {rows[0]['sampler_dtype']}", loc="left", fontsize=9
+    )
 
 
 def _save(figure: Any, path: Path) -> None:

@@ -126,8 +126,9 @@ def test_the_time_left_goes_by_the_parts_that_are_done():
 def test_an_interrupt_keeps_what_was_measured(tmp_path, monkeypatch):
     def measure(runs, sides, rounds, started):
         runs.answers["warpo"] = {
-            "steps": [{"step": 1.0, "cpu": 1.0, "sample": 1.0}], "peaks": [300], "resident_bytes": 200,
-            "imports_bytes": 100, "completion_tokens": 1.0, "reward": 0.5, "versions": {},
+            "steps": [{"step": 1.0, "cpu": 1.0, "sample": 1.0}], "peaks": [300],
+            "resident_bytes": 200, "imports_bytes": 100, "completion_tokens": 1.0,
+            "reward": 0.5, "versions": {},
         }  # fmt: skip
         raise KeyboardInterrupt
 
