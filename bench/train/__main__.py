@@ -10,6 +10,7 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,7 @@ class Output:
     """The rows of this run by kind ("train", "resync", "scaling"), in OUT/kind.jsonl as they come.
 
     Args:
-        common: what every row says of machine, versions, date and command.
+        common: what every row says of machine, versions, date and command, unless it has its own.
     """
 
     def __init__(self, out: Path, common: Row) -> None:
@@ -128,7 +129,7 @@ class Output:
 
     def keep(self, kind: str, rows: Sequence[Row]) -> None:
         mode = "a" if kind in self.rows else "w"
-        whole = [row | self.common for row in rows]
+        whole = [self.common | row for row in rows]
         with (self.out / f"{kind}.jsonl").open(mode, encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in whole)
         self.rows.setdefault(kind, []).extend(whole)
@@ -247,6 +248,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(words)
     args.out.mkdir(parents=True, exist_ok=True)
     common: Row = dict(environment("warpo.bench.train", processor()))
+    common["versions"] = {name: version(name) for name in ("torch", "transformers")}
     common["command"] = shlex.join(["warpo", "bench", "train", *words])
     output, status = Output(args.out, common), 0
     try:

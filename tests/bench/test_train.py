@@ -138,7 +138,7 @@ def test_an_interrupt_keeps_what_was_measured(tmp_path, monkeypatch):
     kept = json.loads(line)
     assert kept["trainer"] == "warpo" and kept["sampler"] == "vllm"
     assert kept["command"] == f"warpo bench train --quick --out {tmp_path}"
-    assert {"machine", "torch", "date", "commit"} <= kept.keys()
+    assert {"machine", "versions", "date", "commit"} <= kept.keys()
     assert (tmp_path / "train.png").exists()
 
 
@@ -153,7 +153,7 @@ def test_missing_peers_are_rows_that_name_the_command_that_installs_them(tmp_pat
     words += ["--no-scaling", "--out", str(tmp_path), "--peers", str(tmp_path / "none")]
     assert main(words) == 1
     (line,) = (tmp_path / "train.jsonl").read_text().splitlines()
-    assert "make peers" in json.loads(line)["problem"]
+    assert "make peers" in json.loads(line)["problem"] and json.loads(line)["versions"]["torch"]
     shown = capfd.readouterr()
     assert "make peers" in shown.out and "[1/1, about " in shown.err
 
