@@ -176,16 +176,19 @@ def run_sync(output: Output) -> None:
     """Weight sync, whose command writes its rows itself."""
     path = output.out / "resync.jsonl"
     path.unlink(missing_ok=True)
+    problems: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         try:
             words = ["-m", "warpo.bench.resync", "--out", str(output.out)]
             child(words, None, Path(folder) / "log")
         except RuntimeError as error:
-            output.keep("resync", [{"provider": "all", "problem": str(error)}])
+            problems.append({"provider": "all", "problem": str(error)})
         finally:
-            if path.exists() and "resync" not in output.rows:
+            if path.exists():
                 lines = path.read_text(encoding="utf-8").splitlines()
                 output.rows["resync"] = [json.loads(line) for line in lines]
+    if problems:
+        output.keep("resync", problems)
 
 
 def run_curve(axis: str, quick: bool, output: Output) -> None:

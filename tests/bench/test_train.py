@@ -148,6 +148,20 @@ def test_a_result_says_where_when_and_how_it_was_measured():
     assert found["command"].startswith("python -m warpo.bench.train")
 
 
+def test_a_sync_that_fails_halfway_keeps_its_rows_and_says_why(tmp_path, monkeypatch, capsys):
+    def fail(words, peers, log):
+        written = {"provider": "flat copy", "sampler_dtype": "float32"}
+        (tmp_path / "resync.jsonl").write_text(json.dumps(written) + "\n")
+        raise RuntimeError("no memory left")
+
+    monkeypatch.setattr(command, "child", fail)
+    words = ["--no-steps", "--no-scaling", "--out", str(tmp_path)]
+    assert main(words) == 1
+    kept = [json.loads(line) for line in (tmp_path / "resync.jsonl").read_text().splitlines()]
+    assert [row["provider"] for row in kept] == ["flat copy", "all"]
+    assert kept[1]["machine"] and "weight sync: no memory left" in capsys.readouterr().out
+
+
 def test_missing_peers_are_rows_that_name_the_command_that_installs_them(tmp_path, capfd):
     words = ["--quick", "--trainers", "trl", "--sampler", "transformers", "--no-sync"]
     words += ["--no-scaling", "--out", str(tmp_path), "--peers", str(tmp_path / "none")]
