@@ -25,12 +25,12 @@ from warpo.bench.train.rows import Row
 
 SAMPLERS = ("vllm", "transformers")
 # Timed steps of a process and prompts of a step, so that the command ends within minutes.
-STEPS = {"tiny": 4, "20m": 2, "100m": 2}
-PROMPTS = {"tiny": 8, "20m": 2, "100m": 2}
+STEPS = {"tiny": 3, "20m": 2, "100m": 2}
+PROMPTS = {"tiny": 8, "20m": 4, "100m": 2}
 # What to expect until a part has been timed: start of a process, with its imports measured, a step,
 # weight sync, and a curve.
 START_S = {"vllm": 25.0, "transformers": 12.0}
-STEP_S = {"tiny": 4.0, "20m": 5.0, "100m": 25.0}
+STEP_S = {"tiny": 4.0, "20m": 9.0, "100m": 25.0}
 SYNC_S, CURVE_S = 45.0, 25.0
 
 DESCRIPTION = """\

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -78,6 +80,14 @@ def child(arguments: Sequence[str], peers: Path | None, log: Path, tuned: bool =
     return done.stdout
 
 
+@functools.cache
+def imports_bytes(modules: tuple[str, ...], peers: Path | None) -> int:
+    """Resident memory of a process that has imported these modules."""
+    with tempfile.TemporaryDirectory() as folder:
+        printed = child(["-c", _IMPORT, *modules], peers, Path(folder) / "log")
+    return int(printed.split()[-1])
+
+
 class Runs:
     """What each side has reported of one job, its steps joined over the rounds.
 
@@ -124,8 +134,7 @@ class Runs:
             self.answers[name]["peaks"].append(answer["peak_bytes"])
             return
         imports = [*side.imports, *(["vllm.entrypoints.llm"] if self.job.sampler == "vllm" else [])]
-        printed = child(["-c", _IMPORT, *imports], peers, folder / "imports.log")
         self.answers[name] = answer | {
             "peaks": [answer["peak_bytes"]],
-            "imports_bytes": int(printed.split()[-1]),
+            "imports_bytes": imports_bytes(tuple(imports), peers),
         }
