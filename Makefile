@@ -3,7 +3,8 @@
 # make test    environment, build, then the whole test suite
 # make bench   environment, build, peers, then every kernel beside PyTorch, other trainers and the
 #              limits of the machine: a table, plots and a page in OUT
-# make bench-train  the same, then a training step beside TRL's, weight sync and scaling, in OUT
+# make bench-train  the same, then a training step beside TRL's by phase, weight sync, and how the
+#              learner's step grows: tables, goals, and pictures in OUT
 # make bench-control  the same, then control with gymnasium beside Stable-Baselines3, and in OUT
 # make bench-dropin  the same, then each function of another trainer that warpo replaces, beside the
 #              trainer's own, as a table and in OUT
@@ -37,7 +38,7 @@ bench: $(VENV)/built peers
 	$(BIN)/warpo bench --out $(OUT)
 
 bench-train: $(VENV)/built peers
-	$(BIN)/warpo bench train --peers .peers/trl --out $(OUT)
+	$(BIN)/warpo bench train --out $(OUT)
 
 bench-control: $(VENV)/built peers
 	$(BIN)/python -m warpo.bench.control --peers .peers/stable_baselines3 --out $(OUT)

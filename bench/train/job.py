@@ -60,6 +60,7 @@ class Job:
 
     Attributes:
         folder: holds `model`, `prompts.jsonl` and what the runs write.
+        sampler: vllm | transformers, of both trainers.
         steps: timed optimizer steps of one process; `warm_up` more go before them.
         group_size: completions of each prompt.
         new_tokens: length of every completion.
@@ -67,6 +68,7 @@ class Job:
 
     folder: str
     model: str
+    sampler: str
     steps: int
     warm_up: int
     prompts_per_step: int
@@ -242,8 +244,11 @@ class Clock:
         } | figures
 
 
-def versions(*names: str) -> dict[str, str]:
-    import vllm
-
+def versions(job: Job, *names: str) -> dict[str, str]:
+    """Versions of what a side runs on, and of these distributions."""
     found = {name: importlib.metadata.version(name) for name in ("torch", "transformers", *names)}
-    return found | {"vllm": vllm.__version__}
+    if job.sampler == "vllm":
+        import vllm  # the distribution's name differs from build to build
+
+        found["vllm"] = vllm.__version__
+    return found

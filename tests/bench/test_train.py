@@ -4,15 +4,19 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM
 
 from warpo.bench.environment import environment, processor
-from warpo.bench.train import warpo_side
-from warpo.bench.train.__main__ import goals_of, job_of, main, parse, row_of, table_of
+from warpo.bench.train import __main__ as command
+from warpo.bench.train import plots, trl_side, warpo_side
+from warpo.bench.train.__main__ import expected_s, job_of, main, parse
 from warpo.bench.train.job import Clock, make, reward
+from warpo.bench.train.progress import Progress
+from warpo.bench.train.rows import goals_of, row_of, table_of
 from warpo.engine.data import load_prompts
 from warpo.engine.model import eos_token_ids, load_tokenizer
 
@@ -21,7 +25,7 @@ PEERS = ROOT / ".peers/trl"
 
 
 def test_nothing_ends_a_completion_and_every_prompt_has_its_length(tmp_path):
-    job = job_of(parse(["--quick", "--prompt-tokens", "5"]), "tiny", str(tmp_path))
+    job = job_of(parse(["--quick", "--prompt-tokens", "5"]), "tiny", "vllm", str(tmp_path))
     weight_bytes = make(job)
     model = AutoModelForCausalLM.from_pretrained(job.model_path)
     tokenizer = load_tokenizer(job.model_path)
@@ -32,6 +36,10 @@ def test_nothing_ends_a_completion_and_every_prompt_has_its_length(tmp_path):
     assert {len(prompt.token_ids) for prompt in prompts} == {5}
     config = warpo_side.config_of(job, str(tmp_path / "out"))
     assert config.rollout.max_new_tokens == 64 and config.loss.kl_coef == 0
+    assert config.sampler == "vllm" and trl_side.sampling_of(job, True)["use_vllm"]
+    without = replace(job, sampler="transformers")
+    assert warpo_side.config_of(without, str(tmp_path / "out")).sampler == "transformers"
+    assert not trl_side.sampling_of(without, True)["use_vllm"]
 
 
 def test_the_reward_is_the_share_of_even_tokens():
@@ -49,17 +57,17 @@ def test_a_step_is_the_sum_of_its_phases():
     assert step["step"] == pytest.approx(sum(parts)) and step["other"] >= 0 < step["sample"]
 
 
-def test_goals_compare_with_each_run_of_trl(tmp_path):
-    job = job_of(parse([]), "tiny", str(tmp_path))
+def row(name: str, seconds: float, held: int, peak: int, sampler: str = "vllm") -> dict:
+    answer = {
+        "steps": [{"step": seconds, "cpu": 1.0, "sample": seconds / 2}] * 3,
+        "peaks": [peak], "resident_bytes": held, "imports_bytes": 100,
+        "completion_tokens": 4096.0, "reward": 0.5, "versions": {"torch": "2"},
+    }  # fmt: skip
+    job = job_of(parse([]), "tiny", sampler, "nowhere")
+    return row_of(job, name, answer, weight_bytes=50)
 
-    def row(name: str, seconds: float, held: int, peak: int) -> dict:
-        answer = {
-            "steps": [{"step": seconds, "cpu": 1.0, "sample": seconds / 2}] * 3,
-            "peaks": [peak], "resident_bytes": held, "imports_bytes": 100,
-            "completion_tokens": 4096.0, "reward": 0.5, "versions": {"torch": "2"},
-        }  # fmt: skip
-        return row_of(job, name, answer, weight_bytes=50)
 
+def test_goals_compare_with_each_run_of_trl():
     rows = [
         row("warpo", 1.0, 200, 300), row("trl", 4.0, 240, 340),
         row("trl tuned", 1.6, 260, 360),
@@ -71,8 +79,67 @@ def test_goals_compare_with_each_run_of_trl(tmp_path):
     assert reached["trl tuned"] == pytest.approx([1.0 / 1.6, 1.0, 1.2])
     assert [g["met"] for g in by_trainer["trl"]] == [True, False, False]
     assert [g["met"] for g in by_trainer["trl tuned"]] == [False, False, True]
-    assert "1000" in table_of(rows)
+    assert "1000" in table_of(rows) and "sampled by vllm" in table_of(rows)
     assert goals_of(rows[1:]) == []
+
+
+def test_phases_are_drawn_for_each_job(tmp_path):
+    rows = [
+        row(name, 1.0, 200, 300, s) for s in ("vllm", "transformers") for name in ("warpo", "trl")
+    ]
+    assert plots.steps(rows, tmp_path / "train.png")
+    assert (tmp_path / "train.png").stat().st_size > 10_000
+    assert not plots.steps([{"trainer": "trl", "problem": "missing"}], tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--group-size 1", "--group-size is 1, and must be at least 2"),
+        ("--warm-up 0", "--warm-up is 0, and must be at least 1"),
+        ("--new-tokens -3", "--new-tokens is -3"),
+        ("--lr 0", "--lr is 0.0, and must be above 0"),
+        ("--models huge", "invalid choice: 'huge'"),
+        ("--sampler sglang", "invalid choice: 'sglang'"),
+        ("--no-steps --no-sync --no-scaling", "nothing to measure"),
+    ],
+)
+def test_bad_arguments_are_refused_with_what_is_wrong(words, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(words.split())
+    assert end.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_the_time_left_goes_by_the_parts_that_are_done():
+    assert len(expected_s(parse(["--quick"]))) == 2 * 3 + 1 + 3
+    assert len(expected_s(parse(["--no-sync", "--no-scaling", "--rounds", "2"]))) == 2 * 2 * 3 * 2
+    progress = Progress([10.0, 30.0, 60.0])
+    progress.begin()
+    assert progress.left_s() == pytest.approx(100, abs=1)
+    progress.start -= 5.0  # the first part took half of what was expected
+    progress.begin()
+    assert progress.left_s() == pytest.approx(45, abs=1)
+    assert str(progress).startswith("2/3, about 0:4")
+
+
+def test_an_interrupt_keeps_what_was_measured(tmp_path, monkeypatch):
+    def measure(runs, sides, rounds, started):
+        runs.answers["warpo"] = {
+            "steps": [{"step": 1.0, "cpu": 1.0, "sample": 1.0}], "peaks": [300],
+            "resident_bytes": 200, "imports_bytes": 100, "completion_tokens": 1.0,
+            "reward": 0.5, "versions": {},
+        }  # fmt: skip
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command.Runs, "measure", measure)
+    assert main(["--quick", "--out", str(tmp_path)]) == 130
+    (line,) = (tmp_path / "train.jsonl").read_text().splitlines()
+    kept = json.loads(line)
+    assert kept["trainer"] == "warpo" and kept["sampler"] == "vllm"
+    assert kept["command"] == f"warpo bench train --quick --out {tmp_path}"
+    assert {"machine", "versions", "date", "commit"} <= kept.keys()
+    assert (tmp_path / "train.png").exists()
 
 
 def test_a_result_says_where_when_and_how_it_was_measured():
@@ -81,27 +148,48 @@ def test_a_result_says_where_when_and_how_it_was_measured():
     assert found["command"].startswith("python -m warpo.bench.train")
 
 
-def test_missing_peers_are_named_with_the_command_that_installs_them(tmp_path, monkeypatch):
-    words = ["train", "--quick", "--trainers", "trl", "--out", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", [*words, "--peers", str(tmp_path / "none")])
-    with pytest.raises(RuntimeError, match="make peers"):
-        main()
+def test_a_sync_that_fails_halfway_keeps_its_rows_and_says_why(tmp_path, monkeypatch, capsys):
+    def fail(words, peers, log):
+        written = {"provider": "flat copy", "sampler_dtype": "float32"}
+        (tmp_path / "resync.jsonl").write_text(json.dumps(written) + "\n")
+        raise RuntimeError("no memory left")
+
+    monkeypatch.setattr(command, "child", fail)
+    words = ["--no-steps", "--no-scaling", "--out", str(tmp_path)]
+    assert main(words) == 1
+    kept = [json.loads(line) for line in (tmp_path / "resync.jsonl").read_text().splitlines()]
+    assert [row["provider"] for row in kept] == ["flat copy", "all"]
+    assert kept[1]["machine"] and "weight sync: no memory left" in capsys.readouterr().out
+
+
+def test_missing_peers_are_rows_that_name_the_command_that_installs_them(tmp_path, capfd):
+    words = ["--quick", "--trainers", "trl", "--sampler", "transformers", "--no-sync"]
+    words += ["--no-scaling", "--out", str(tmp_path), "--peers", str(tmp_path / "none")]
+    assert main(words) == 1
+    (line,) = (tmp_path / "train.jsonl").read_text().splitlines()
+    assert "make peers" in json.loads(line)["problem"] and json.loads(line)["versions"]["torch"]
+    shown = capfd.readouterr()
+    assert "make peers" in shown.out and "[1/1, about " in shown.err
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not PEERS.exists(), reason="TRL is not installed: make peers")
-def test_both_trainers_run_the_same_job(tmp_path):
-    command = [sys.executable, "-m", "warpo.bench.train", "--quick", "--peers", PEERS]
-    subprocess.run([*command, "--out", tmp_path], check=True, timeout=590, cwd=ROOT, env=os.environ)
+@pytest.mark.parametrize("sampler", ["vllm", "transformers"])
+def test_both_trainers_run_the_same_job(tmp_path, sampler):
+    words = ["--quick", "--sampler", sampler, "--no-sync", "--no-scaling", "--peers", PEERS]
+    start = [sys.executable, "-m", "warpo.bench.train", *words, "--out", tmp_path]
+    subprocess.run(start, check=True, timeout=590, cwd=ROOT, env=os.environ)
     rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
     assert [row["trainer"] for row in rows] == ["warpo", "trl", "trl tuned"]
     assert {row["completion_tokens"] for row in rows} == {8 * 8 * 64.0}
     for row in rows:
         # a random policy; both trainers score the same distribution
-        assert 0.4 < row["reward"] < 0.6
+        assert 0.4 < row["reward"] < 0.6 and row["sampler"] == sampler
         assert all(row["phases_s"][phase] > 0 for phase in ("sample", "forward", "backward"))
         assert row["peak_above_imports_bytes"] > row["weight_bytes"]
-        assert {"torch", "transformers", "vllm"} <= row["versions"].keys()
+        assert {"torch", "transformers"} <= row["versions"].keys()
+        assert ("vllm" in row["versions"]) == (sampler == "vllm")
         assert {"machine", "date", "commit", "command"} <= row.keys()
     by_name = {row["trainer"]: row["phases_s"] for row in rows}
-    assert by_name["trl"]["score"] > 0 == by_name["trl tuned"]["score"]
+    assert (by_name["trl"]["score"] > 0) == (sampler == "vllm")
+    assert by_name["trl tuned"]["score"] == 0

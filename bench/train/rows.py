@@ -1,0 +1,135 @@
+"""Rows of the steps, what warpo is held to, and both as text."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from warpo.bench.environment import aligned
+from warpo.bench.train.job import Job
+
+Row = dict[str, Any]
+PHASES = (
+    "sample", "reward", "score", "forward", "backward", "optimizer", "publish", "probe", "other"
+)  # fmt: skip
+# Of the same model and tokens: a step may take this share of the time of TRL's, and its peak is to
+# be lower by so many copies of the weights.
+TIME_GOAL, WEIGHTS_GOAL = 0.5, 1.0
+
+
+def job_row(job: Job, name: str) -> Row:
+    """What a row says of its job, whether it ran or not."""
+    return {
+        "trainer": name,
+        "model": job.model,
+        "sampler": job.sampler,
+        "completions": job.completions,
+        "group_size": job.group_size,
+        "prompt_tokens": job.prompt_tokens,
+        "new_tokens": job.new_tokens,
+    }
+
+
+def row_of(job: Job, name: str, answer: Row, weight_bytes: int) -> Row:
+    """A row of the results: medians over the steps, in seconds.
+
+    tokens_per_s counts prompts and completions; peak_bytes is the resident memory's.
+    """
+    steps = answer["steps"]
+    times = sorted(step["step"] for step in steps)
+    seconds = statistics.median(times)
+    peak = statistics.median(answer["peaks"])
+    return job_row(job, name) | {
+        "weight_bytes": weight_bytes,
+        "completion_tokens": answer["completion_tokens"],
+        "steps": len(steps),
+        "step_s": seconds,
+        "step_p20_s": times[len(times) // 5],
+        "step_p80_s": times[len(times) * 4 // 5],
+        "step_cpu_s": statistics.median(step["cpu"] for step in steps),
+        "tokens_per_s": job.completions * job.max_model_len / seconds,
+        "phases_s": {
+            phase: statistics.median(step.get(phase, 0.0) for step in steps) for phase in PHASES
+        },
+        "resident_above_imports_bytes": answer["resident_bytes"] - answer["imports_bytes"],
+        "peak_bytes": peak,
+        "peak_above_imports_bytes": peak - answer["imports_bytes"],
+        "reward": answer["reward"],
+        "versions": answer["versions"],
+    }
+
+
+def timed(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if "step_s" in row]
+
+
+def groups(rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows of one job together."""
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        found.setdefault((row["model"], row["sampler"]), []).append(row)
+    return list(found.values())
+
+
+def goals_of(rows: Sequence[Row]) -> list[Row]:
+    """What warpo is held to in one job, against each run of TRL, and what it reached.
+
+    Time by the clock and of the processor: the latter leaves out what neighbours take.
+    """
+    by_name = {row["trainer"]: row for row in timed(rows)}
+    mine = by_name.pop("warpo", None)
+    return (
+        [] if mine is None else [goal for other in by_name.values() for goal in _goals(mine, other)]
+    )
+
+
+def _goals(mine: Row, other: Row) -> list[Row]:
+    common = {key: mine[key] for key in ("model", "sampler")} | {"against": other["trainer"]}
+    goals = []
+    for figure, key in (("time", "step_s"), ("CPU time", "step_cpu_s")):
+        share = mine[key] / other[key]
+        goals.append(common | {"figure": f"share of the step's {figure}", "goal": f"<= {TIME_GOAL}",
+                               "reached": share, "met": share <= TIME_GOAL})  # fmt: skip
+    peak = "peak_above_imports_bytes"
+    copies = (other[peak] - mine[peak]) / mine["weight_bytes"]
+    goals.append(common | {"figure": "copies of the weights less at the peak",
+                           "goal": f">= {WEIGHTS_GOAL}", "reached": copies,
+                           "met": copies >= WEIGHTS_GOAL})  # fmt: skip
+    return goals
+
+
+def table_of(rows: Sequence[Row]) -> str:
+    """A column for each trainer of one job, times in milliseconds; below, what has no time."""
+    ran = timed(rows)
+    problems = [f"{row['trainer']}: {row['problem']}" for row in rows if "problem" in row]
+    return "\n".join([*([_columns(ran)] if ran else []), *problems])
+
+
+def _columns(rows: Sequence[Row]) -> str:
+    ms, mib = 1e3, 2**-20
+    title = f"{rows[0]['model']}, sampled by {rows[0]['sampler']}, median"
+    lines = [[title, *(row["trainer"] for row in rows)]]
+    for phase in PHASES:
+        lines.append([f"{phase} ms", *(f"{ms * row['phases_s'][phase]:.1f}" for row in rows)])
+    lines.append(["step ms", *(f"{ms * row['step_s']:.0f}" for row in rows)])
+    lines.append(["  p20 to p80", *(f"{ms * row['step_p20_s']:.0f} to {ms * row['step_p80_s']:.0f}"
+                                    for row in rows)])  # fmt: skip
+    lines.append(["  CPU ms", *(f"{ms * row['step_cpu_s']:.0f}" for row in rows)])
+    lines.append(["tokens/s", *(f"{row['tokens_per_s']:.0f}" for row in rows)])
+    held = (f"{mib * row['resident_above_imports_bytes']:.0f}" for row in rows)
+    lines.append(["MiB above imports before the first update", *held])
+    lines.append(["peak MiB", *(f"{mib * row['peak_bytes']:.0f}" for row in rows)])
+    above = (f"{mib * row['peak_above_imports_bytes']:.0f}" for row in rows)
+    lines.append(["  above imports", *above])
+    lines.append(["weights MiB", *(f"{mib * row['weight_bytes']:.1f}" for row in rows)])
+    lines.append(["timed steps", *(str(row["steps"]) for row in rows)])
+    return aligned(lines, 1)
+
+
+def goals_table(goals: Sequence[Row]) -> str:
+    lines = [["model", "sampler", "figure", "against", "goal", "reached", ""]]
+    for goal in goals:
+        lines.append([goal["model"], goal["sampler"], goal["figure"], goal["against"], goal["goal"],
+                      f"{goal['reached']:.2f}", "met" if goal["met"] else "missed"])  # fmt: skip
+    return aligned(lines, 4)
