@@ -23,9 +23,9 @@ from warpo.bench.operation import (
 )
 from warpo.bench.timing import Call, graph_ms, host_us, measure, peak_bytes
 
-# Largest error against float64, relative to the largest value: float32 arithmetic, and one rounding
-# of the result for those who return it in the dtype of their input.
-TOLERANCE = {torch.float32: 5e-3, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+# Largest error against float64, relative to the largest value: float32 arithmetic; those who keep
+# logits in bfloat16 have them to 1/256, of which exp makes a share of the gradient.
+TOLERANCE = {torch.float32: 5e-3, torch.bfloat16: 0.1, torch.float16: 2e-2}
 WARPO = ("cpu", "triton", "cuda")
 # On a GPU, calls that take less are timed from a CUDA graph, too.
 GRAPH_BELOW_MS = 0.1
