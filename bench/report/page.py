@@ -15,6 +15,7 @@ from warpo.bench.report.rows import (
     groups,
     ours,
     problems,
+    shown,
     size,
     summary,
 )
@@ -39,7 +40,7 @@ def write(rows: Sequence[Row], out: Path) -> str:
         for name, (dtype, mode) in zip(names, kinds, strict=True):
             keep(name, plots.operation(mine, dtype, mode))
         sections.append({
-            "name": operation, "slug": slug, "rows": [_cells(row, mine) for row in mine],
+            "name": operation, "slug": slug, "rows": [_cells(row, mine) for row in shown(mine)],
             "pictures": [pictures[name] for name in names if name in pictures],
         })  # fmt: skip
     environment = jinja2.Environment(

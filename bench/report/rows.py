@@ -28,6 +28,11 @@ def timed(rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if "ms" in row]
 
 
+def shown(rows: Sequence[Row]) -> list[Row]:
+    """Without those of libraries that are not installed, which `problems` names once."""
+    return [row for row in rows if not row.get("problem", "").startswith("Missing")]
+
+
 def groups(rows: Sequence[Row]) -> dict[tuple[str, str, str, str], dict[str, Row]]:
     """Rows with times by what they share, then by provider."""
     found: dict[tuple[str, str, str, str], dict[str, Row]] = {}

@@ -1,8 +1,11 @@
 """On a real library that everybody has, and that imports its functions by name: packaging."""
 
+import importlib
 import subprocess
 import sys
+import tomllib
 import types
+from pathlib import Path
 
 import packaging.utils
 import packaging.version
@@ -162,6 +165,17 @@ def test_importing_warpo_imports_no_other_trainer():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_what_is_installed_for_the_tests_is_what_is_promised():
+    """The tested version of each library is the one that `make peers` and the extra install."""
+    root = Path(__file__).parents[2]
+    extras = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    for name in doctor.LIBRARIES:
+        library = importlib.import_module(f"warpo.kernels.integrations.{name}").library
+        pinned = (root / f"bench/requirements/{name}.txt").read_text().splitlines()
+        wanted = library.requirement().replace("_", "-")
+        assert wanted in pinned and extras["optional-dependencies"][name] == [wanted]
 
 
 def test_the_doctor_names_backends_and_what_is_missing():
