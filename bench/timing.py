@@ -16,7 +16,7 @@ TURNS = 5
 
 
 def measure(
-    device: str, calls: dict[str, Call], budget_s: float, cold: bool = False
+    device: str, calls: dict[str, Call], budget_s: float, cold: bool = False, turns: int = TURNS
 ) -> dict[str, list[float]]:
     """Milliseconds of each call. The calls take turns of equal time, so that drift of the machine
     hits all of them alike.
@@ -33,11 +33,11 @@ def measure(
         while time.perf_counter() - start < min(WARM_UP_S, budget_s):
             call()
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(TURNS):
+    for _ in range(turns):
         for name, call in calls.items():
             start, runs = time.perf_counter(), 0
             while runs == 0 or (
-                runs < 500 // TURNS and time.perf_counter() - start < budget_s / TURNS
+                runs < 500 // turns and time.perf_counter() - start < budget_s / turns
             ):
                 if flush is not None:
                     flush.zero_()

@@ -20,7 +20,7 @@ from warpo.bench.timing import measure, peak_bytes
 from warpo.engine.environment import keep_freed_memory
 from warpo.kernels.integrations.patching import Library, wrap
 
-BUDGET_S = 0.6
+BUDGET_S, TURNS = 0.25, 3
 
 
 def load(name: str) -> tuple[list[DropIn], Callable[[str], tuple[Callable, Callable]], str | None]:
@@ -49,7 +49,7 @@ def row_of(case: DropIn, original: Callable, ours: Callable) -> dict[str, Any]:
     try:
         call = case.make()
         calls = {"library": lambda: call(original), "warpo": lambda: call(ours)}
-        times = measure("cpu", calls, BUDGET_S)
+        times = measure("cpu", calls, BUDGET_S, turns=TURNS)
         for name, found in times.items():
             ordered = sorted(found)
             row |= {
