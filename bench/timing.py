@@ -24,6 +24,7 @@ def measure(
     Args:
         budget_s: seconds for each call, after a warm-up; at least one run a turn, at most 500.
         cold: a buffer larger than the caches is written before each run. On a GPU it always is.
+        turns: of each call.
     """
     timer = _cuda_ms if device == "cuda" else _cpu_ms
     flush = torch.empty(1 << 26, device=device) if cold or device == "cuda" else None
