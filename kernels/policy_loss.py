@@ -288,9 +288,7 @@ def launch_policy_loss(
     return loss, metrics, gradients
 
 
-def _allocate(
-    logprobs: Tensor, gradients: int, float32: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _allocate(logprobs: Tensor, gradients: int, float32: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """From a float32 (), which takes half the time of the same with a dtype."""
     return (
         torch.empty_like(float32),
