@@ -7,6 +7,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "dlpack.h"
 #include "kernels.h"
 
 #ifdef WARPO_CUDA
@@ -23,6 +24,21 @@ namespace py = pybind11;
 using namespace warpo;
 
 namespace {
+
+// What `read_tensors` has set: the class of tensors, and how to read one.
+PyTypeObject* tensor_class = nullptr;
+const dlpack::ExchangeApi* exchange_api = nullptr;
+
+// False where the capsule holds a version of the API that is not ours.
+bool read_tensors(py::type type, py::capsule capsule) {
+    const auto* const api = static_cast<const dlpack::ExchangeApi*>(
+        PyCapsule_GetPointer(capsule.ptr(), dlpack::kCapsule));
+    if (!api) throw py::error_already_set();
+    if (api->header.major != dlpack::kMajor || !api->read) return false;
+    tensor_class = reinterpret_cast<PyTypeObject*>(type.release().ptr());  // for good
+    exchange_api = api;
+    return true;
+}
 
 struct Anything {
     template <class T>
@@ -95,9 +111,17 @@ private:
         return PyTuple_GET_ITEM(tuple_, position_++);
     }
 
-    // (data_ptr, stride0, stride1, dtype) or None
+    // A tensor, (data_ptr, stride0, stride1, dtype) or None
     View view(PyObject* source) const {
         if (source == Py_None) return {};
+        if (exchange_api && PyObject_TypeCheck(source, tensor_class)) {
+            dlpack::Tensor tensor;
+            if (exchange_api->read(source, &tensor)) throw py::error_already_set();
+            const View found = dlpack::view_of(tensor);
+            if (found.dtype < 0)
+                fail("argument " + std::to_string(position_) + " is of an unknown dtype");
+            return found;
+        }
         if (!PyTuple_Check(source) || PyTuple_GET_SIZE(source) != 4)
             fail("argument " + std::to_string(position_) + " must be a tensor or None");
         return {PyLong_AsVoidPtr(PyTuple_GET_ITEM(source, 0)),
@@ -129,6 +153,7 @@ void define(py::module_& m, const char* name, void (*operation)(Arguments...)) {
 }  // namespace
 
 PYBIND11_MODULE(WARPO_MODULE, m) {
+    m.def("read_tensors", &read_tensors);
 #ifndef WARPO_CUDA
     m.def("instruction_set", &library::instruction_set);
 #endif

@@ -158,5 +158,5 @@ def _differentiate(ctx: Any, grad: Tensor, *_: Any) -> Any:
 
 
 _operator = Operator(
-    "aggregate", _forward, _fake_forward, _save, _differentiate, differentiable=1, first_only=True
+    "aggregate", _forward, _fake_forward, _save, _differentiate, differentiable=1, returned=1
 )

@@ -25,6 +25,7 @@ from warpo.kernels import dispatch, reference
 from warpo.kernels.checks import FLOATS, as_rows, check_mask, check_no_grad, check_tensor
 from warpo.kernels.objectives import KL_ESTIMATORS, KL_GRADIENTS
 from warpo.kernels.registration import Operator
+from warpo.kernels.sequences import empty_float32
 
 _CODES = {name: 1 + code for code, name in enumerate(KL_ESTIMATORS)}
 
@@ -116,10 +117,6 @@ def _rows(logprobs: Tensor) -> tuple[int, int]:
     return (shape[0], shape[1]) if len(shape) == 2 else (1, shape[0])
 
 
-def _empty(like: Tensor) -> Tensor:
-    return like.new_empty(like.shape, dtype=torch.float32)
-
-
 def _forward(
     logprobs: Tensor,
     ref_logprobs: Tensor,
@@ -130,7 +127,7 @@ def _forward(
     limit: float,
     backend: str,
 ) -> Tensor:
-    kl = _empty(logprobs)
+    kl = empty_float32(logprobs)
     dispatch.load(backend).approx_kl_forward(
         *_rows(logprobs), logprobs, ref_logprobs, mask, estimator, limit, kl
     )
@@ -138,7 +135,7 @@ def _forward(
 
 
 def _fake_forward(logprobs, *_):
-    return _empty(logprobs)
+    return empty_float32(logprobs)
 
 
 def _backward(
@@ -167,9 +164,15 @@ def _allocate(
     logprobs: Tensor, ref_logprobs: Tensor, of_logprobs: bool, of_ref: bool
 ) -> tuple[Tensor, Tensor]:
     return (
-        logprobs.new_empty(logprobs.shape if of_logprobs else (0,)),
-        ref_logprobs.new_empty(ref_logprobs.shape if of_ref else (0,)),
+        _empty_like(logprobs, of_logprobs),
+        _empty_like(ref_logprobs, of_ref),
     )
+
+
+def _empty_like(x: Tensor, wanted: bool) -> Tensor:
+    if not wanted:
+        return x.new_empty(0)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _fake_backward(logprobs, ref_logprobs, *arguments):

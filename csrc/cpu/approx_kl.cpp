@@ -62,10 +62,17 @@ void forward_tile(const ApproxKl& a, const Span& span) {
 template <int kEstimator>
 void derivatives(const ApproxKlBackward& a, const float* logp, const float* ref, int count,
                  float* out) {
+    // the bound in a loop of its own: in the first one it becomes branches, which do not vectorise
     const float limit = a.limit;
+    alignas(64) float values[kTile];
 #pragma omp simd
-    for (int i = 0; i < count; ++i)
-        out[i] = clamped_derivative(approx_kl<kEstimator>(logp[i], ref[i]), limit);
+    for (int i = 0; i < count; ++i) {
+        const ApproxKlTerm term = approx_kl<kEstimator>(logp[i], ref[i]);
+        values[i] = term.value;
+        out[i] = term.derivative;
+    }
+#pragma omp simd
+    for (int i = 0; i < count; ++i) out[i] = clamped_derivative({values[i], out[i]}, limit);
 }
 
 void weighted_differences(const float* logp, const float* ref, const float* weight, int count,

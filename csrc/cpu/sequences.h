@@ -47,6 +47,15 @@ inline void load_kept(const View& view, const Span& span, int64_t start, int cou
     for (int i = 0; i < count; ++i) out[i] = keep[i] ? out[i] : 0.0f;
 }
 
+// Elements of the tile where they lie, or converted into storage; masked ones may hold anything.
+inline const float* read_tile(const View& view, const Span& span, int64_t start, int count,
+                              float* storage) {
+    if (view.dtype == kFloat32 && view.stride1 == 1)
+        return address<float>(view, span.row, span.first + start);
+    load_steps(view, span.row, span.first + start, count, storage);
+    return storage;
+}
+
 inline int64_t count_valid(const View& mask, const Span& span) {
     if (!mask.data) return span.count;
     const uint8_t* flags = address<uint8_t>(mask, span.row, span.first);

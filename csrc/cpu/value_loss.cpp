@@ -8,7 +8,7 @@ namespace warpo::cpu::WARPO_ISA {
 namespace {
 
 struct Tile {
-    alignas(64) float value[kTile], old[kTile], target[kTile];
+    const float *value, *old, *target;
     alignas(64) int32_t keep[kTile];
 };
 
@@ -17,17 +17,17 @@ struct Sums {
     Moments returns, errors;
 };
 
-// Mean and sum of squared differences of the kept elements of x - y.
-void add_moments(const float* x, const float* y, const int32_t* keep, int count, int valid,
-                 Moments& moments) {
+// Mean and sum of squared differences of the kept elements.
+template <class Element>
+void add_moments(Element element, const int32_t* keep, int count, int valid, Moments& moments) {
     if (valid == 0) return;
     float sum = 0, squares = 0;
 #pragma omp simd reduction(+ : sum)
-    for (int i = 0; i < count; ++i) sum += x[i] - y[i];
+    for (int i = 0; i < count; ++i) sum += keep[i] ? element(i) : 0.0f;
     const float mean = sum / (float)valid;
 #pragma omp simd reduction(+ : squares)
     for (int i = 0; i < count; ++i) {
-        const float centred = keep[i] ? x[i] - y[i] - mean : 0.0f;
+        const float centred = keep[i] ? element(i) - mean : 0.0f;
         squares += centred * centred;
     }
     moments.merge(valid, mean, squares);
@@ -51,7 +51,6 @@ void evaluate(const ValueLoss& a, int count, float weight, const Tile& tile, flo
 }
 
 void one_sequence(const ValueLoss& a, int64_t sequence) {
-    static const float kZeros[kTile] = {};
     const Span span = find_span(a.cu_seqlens, a.steps, sequence);
     float weight = inverse_or_zero(*a.denominator);
     if (a.sequence_mean) {
@@ -60,18 +59,19 @@ void one_sequence(const ValueLoss& a, int64_t sequence) {
     }
     Tile tile;
     Sums sums;
-    float scratch[kTile];
+    alignas(64) float values[kTile], olds[kTile], targets[kTile], scratch[kTile];
     for (int64_t start = 0; start < span.count; start += kTile) {
         const int count = tile_count(span, start);
         const int valid = load_keep(a.mask, span, start, count, tile.keep);
-        load_kept(a.values, span, start, count, tile.keep, tile.value);
-        load_kept(a.old_values.data ? a.old_values : a.values, span, start, count, tile.keep,
-                  tile.old);
-        load_kept(a.returns, span, start, count, tile.keep, tile.target);
+        tile.value = read_tile(a.values, span, start, count, values);
+        tile.old = a.old_values.data ? read_tile(a.old_values, span, start, count, olds)
+                                     : tile.value;
+        tile.target = read_tile(a.returns, span, start, count, targets);
         evaluate(a, count, weight, tile,
                  a.grad_values ? a.grad_values + span.offset + start : scratch, sums);
-        add_moments(tile.target, kZeros, tile.keep, count, valid, sums.returns);
-        add_moments(tile.target, tile.value, tile.keep, count, valid, sums.errors);
+        add_moments([&](int i) { return tile.target[i]; }, tile.keep, count, valid, sums.returns);
+        add_moments([&](int i) { return tile.target[i] - tile.value[i]; }, tile.keep, count, valid,
+                    sums.errors);
     }
     float* out = a.partials + sequence * kNumValueMetrics;
     out[kValueLoss] = (float)(sums.loss * weight);

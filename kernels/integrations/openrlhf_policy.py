@@ -30,6 +30,8 @@ _CORRECTED = ops.METRICS.index("corrected")
 _LOG_RATIO_LIMIT = {"ppo": 20.0, "gspo": 80.0}
 # Above e^-20, the least weight that the kernel makes of an infinite logprob of the sampler.
 _NO_WEIGHT = 1e-8
+# Below so many tokens the forward pass alone gains nothing where `_outside` runs beside the kernel.
+_FEW_TOKENS = 2**16
 
 
 class Sampler(NamedTuple):
@@ -109,6 +111,13 @@ def _serves(
     constants = (old_log_probs, advantages, rollout)
     return (
         self.policy_loss_type in _LOG_RATIO_LIMIT
+        and (
+            log_probs.numel() >= _FEW_TOKENS
+            or not corrects
+            or _by_the_kernel(self)
+            or self.policy_loss_type == "gspo"
+            or (log_probs.requires_grad and torch.is_grad_enabled())
+        )
         and log_probs.dim() == 2
         and served(log_probs, *constants)
         and same_shape(log_probs, *constants, action_mask)
@@ -175,14 +184,14 @@ def _sampler(self: Any, old: Tensor, rollout: Tensor, flags: Tensor | None) -> S
     if _by_the_kernel(self):
         return Sampler(rollout, gap)
     assert flags is not None  # or _serves would have refused
-    kept, filtered = _kept(self, old, rollout, gap, flags)
-    return Sampler(torch.where(kept, rollout, math.inf), gap, filtered)
+    outside, filtered = _outside(self, old, rollout, gap, flags)
+    return Sampler(rollout.masked_fill(outside, math.inf), gap, filtered)
 
 
-def _kept(
+def _outside(
     self: Any, old: Tensor, rollout: Tensor, gap: Tensor, flags: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """Which tokens, or sequences, are within the bounds, and the share of sequences that are not.
+    """Which tokens, or sequences, are outside the bounds, and the share of sequences that are.
 
     What is bounded is, of a token, the binary KL or the total variation of (p, 1 - p) and
     (q, 1 - q), or the ratio; of a sequence the mean over its tokens, of the log ratio.
@@ -202,8 +211,8 @@ def _kept(
         of_tokens = of_tokens / flags.sum(-1, keepdim=True)
     statistic = of_tokens.exp() if by_ratio else of_tokens
     low, high = self.is_correction_threshold
-    kept = (statistic >= low) & (statistic <= high)
-    return kept, 1 - kept.mean(dtype=torch.float32) if whole else None
+    outside = statistic.clamp(low, high) != statistic  # also NaN
+    return outside, outside.mean(dtype=torch.float32) if whole else None
 
 
 def _sampler_metrics(

@@ -14,7 +14,12 @@ on to the processes of its node; a cluster that runs already gets it by
 `+ray_kwargs.ray_init.runtime_env.env_vars.VERL_USE_EXTERNAL_MODULES=...`.
 """
 
-from warpo.kernels.integrations import verl_advantages, verl_logprobs, verl_losses  # noqa: F401
+from warpo.kernels.integrations import (  # noqa: F401  (they register replacements)
+    verl_advantages,
+    verl_logprobs,
+    verl_losses,
+    verl_terms,
+)
 from warpo.kernels.integrations.verl_library import library
 
 patch, unpatch, patched, names = library.patch, library.unpatch, library.patched, library.names

@@ -31,8 +31,9 @@ _NO_LIMIT = 80.0
 # verl counts what is clipped, and is no part of a float32 sum.
 _TINY = 1e-30
 
-# Below so many tokens the few operations of a plain policy gradient take no longer than one call.
-_FEW_TOKENS = 2**13
+_TOKENS, _LOG_RATIO = ops.METRICS.index("tokens"), ops.METRICS.index("log_ratio")
+_CLIPPED_LOW, _CLIPPED_HIGH = ops.METRICS.index("clipped_low"), ops.METRICS.index("clipped_high")
+_CLIPPED_DUAL = ops.METRICS.index("clipped_dual")
 
 Metrics = dict[str, float]
 Result = tuple[Tensor, Metrics]
@@ -68,9 +69,6 @@ class Call:
         if mask is not None:
             self.mask = mask
         return mask is not None
-
-    def is_small(self) -> bool:
-        return self.log_prob.numel() < _FEW_TOKENS
 
     def bounds(self) -> tuple[float, float]:
         config = self.config
@@ -223,7 +221,7 @@ def dro(call: Call) -> Result | None:
     Left to verl with weights, which multiply the penalty too.
     """
     beta = call.config.policy_loss.dro_beta
-    if call.weights is not None or beta is None or not beta > 0 or call.is_small():
+    if call.weights is not None or beta is None or not beta > 0:
         return None
     found = call.evaluate(
         ref_log_prob=call.old_log_prob,
@@ -255,20 +253,18 @@ def compute_policy_loss_reinforce(
 
 
 def _reinforce(call: Call) -> Result | None:
-    if call.is_small():
-        return None
     found = call.evaluate(surrogate="reinforce", log_ratio_limit=_NO_LIMIT)
     return None if found is None else (found[0], _only_kl(_read(found[1])))
 
 
 def _read(metrics: Tensor) -> Metrics:
     """The metrics of `ops.policy_loss` by verl's names, read from the device at once."""
-    row = dict(zip(ops.METRICS, metrics.tolist(), strict=True))
-    tokens = max(row["tokens"], 1.0)
+    row = metrics.tolist()
+    tokens = max(row[_TOKENS], 1.0)
     return {
-        "actor/pg_clipfrac": (row["clipped_low"] + row["clipped_high"]) / tokens,
-        "actor/ppo_kl": -row["log_ratio"] / tokens,
-        "actor/pg_clipfrac_lower": row["clipped_dual"] / tokens,
+        "actor/pg_clipfrac": (row[_CLIPPED_LOW] + row[_CLIPPED_HIGH]) / tokens,
+        "actor/ppo_kl": -row[_LOG_RATIO] / tokens,
+        "actor/pg_clipfrac_lower": row[_CLIPPED_DUAL] / tokens,
     }
 
 

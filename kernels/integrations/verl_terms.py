@@ -1,7 +1,7 @@
 """What else the losses of verl are made of: `agg_loss`, `kl_penalty` and `compute_value_loss`.
 
 Left to verl: the estimators "kl", "k1", "mse" and "k2", which are one to three operations, and
-"abs"; `kl_penalty_forward`, which `kl_penalty` alone calls; small inputs of the first two.
+"abs"; `kl_penalty_forward`, which `kl_penalty` alone calls.
 `compute_entropy_loss` needs no replacement: it calls `entropy_from_logits` and `agg_loss`, which
 have theirs.
 
@@ -29,9 +29,6 @@ _ESTIMATORS = {
 }  # fmt: skip
 # what verl clamps k3 to, with no gradient beyond
 _K3_LIMIT = 10.0
-# Below so many tokens the few operations of `agg_loss` and `kl_penalty` take no longer than one
-# call of ours.
-_FEW_TOKENS = 2**15
 
 
 @library.replaces(_MODULE, "agg_loss", "aggregate")
@@ -47,8 +44,7 @@ def agg_loss(
 ) -> Tensor:
     """One number of the losses of tokens, in all modes of verl."""
     counts = (dp_size, batch_num_tokens, global_batch_size, loss_scale_factor)
-    many = served(loss_mat) and loss_mat.numel() >= _FEW_TOKENS
-    mask = flags_of(loss_mask, loss_mat) if many else None
+    mask = flags_of(loss_mask, loss_mat) if served(loss_mat) else None
     found = None if mask is None else aggregation(mask, loss_agg_mode, *counts)
     if found is None:
         return original(loss_mat, loss_mask, loss_agg_mode, *counts)
@@ -98,7 +94,7 @@ _CLIPPED, _TOKENS = ops.VALUE_METRICS.index("clipped"), ops.VALUE_METRICS.index(
 def kl_penalty(original: Callable, logprob: Tensor, ref_logprob: Tensor, kl_penalty: str) -> Tensor:
     """The estimators of the KL; of those with a "+", the gradient is that of k2."""
     estimator = _ESTIMATORS.get(kl_penalty)
-    if estimator is None or not _are_many_tokens(logprob, ref_logprob):
+    if estimator is None or not _are_tokens(logprob, ref_logprob):
         return original(logprob, ref_logprob, kl_penalty)
     kl = ops.approx_kl(
         logprob,
@@ -107,13 +103,15 @@ def kl_penalty(original: Callable, logprob: Tensor, ref_logprob: Tensor, kl_pena
         gradient="k2" if kl_penalty.endswith("+") else "estimator",
         limit=_K3_LIMIT if estimator == "k3" else math.inf,
     )
-    return kl.to(torch.promote_types(logprob.dtype, ref_logprob.dtype))
+    dtype = logprob.dtype
+    if ref_logprob.dtype != dtype:
+        dtype = torch.promote_types(dtype, ref_logprob.dtype)
+    return kl if dtype == torch.float32 else kl.to(dtype)
 
 
-def _are_many_tokens(logprob: Any, ref_logprob: Any) -> bool:
+def _are_tokens(logprob: Any, ref_logprob: Any) -> bool:
     return (
         served(logprob, ref_logprob)
         and logprob.shape == ref_logprob.shape
         and logprob.dim() in (1, 2)
-        and logprob.numel() >= _FEW_TOKENS
     )

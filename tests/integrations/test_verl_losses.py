@@ -12,8 +12,7 @@ pytest.importorskip("verl", reason="verl is not installed: make peers; then make
 from verl.trainer.ppo import core_algos  # noqa: E402
 from verl.workers.config import ActorConfig, PolicyLossConfig  # noqa: E402
 
-from warpo.kernels.integrations import verl_losses, verl_terms  # noqa: E402
-from warpo.kernels.integrations.verl_library import library  # noqa: E402
+from warpo.kernels.integrations.verl import library  # noqa: E402
 
 MODES = (
     "token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm",
@@ -26,14 +25,6 @@ BATCH_INFO = (
     {"dp_size": 4, "batch_num_tokens": 37, "global_batch_size": 9, "loss_scale_factor": 50},
 )
 LOSSES = ("vanilla", "gspo", "sapo", "cispo", "dro", "reinforce")
-
-
-@pytest.fixture(autouse=True)
-def few_tokens_are_served_too():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(verl_losses, "_FEW_TOKENS", 0)
-        patch.setattr(verl_terms, "_FEW_TOKENS", 0)
-        yield
 
 
 def actor_config(batch_info=(), dro_beta=0.1, **fields):
@@ -228,19 +219,6 @@ def test_what_is_left_to_verl():
     assert left_to_verl("kl_penalty", log_prob, old, "k2")
     assert left_to_verl("kl_penalty", log_prob, old[:, :1], "k3")
     assert left_to_verl("compute_value_loss", log_prob, advantages, old, mask, -1.0)
-
-
-def test_few_tokens_are_left_to_verl(monkeypatch):
-    monkeypatch.setattr(verl_losses, "_FEW_TOKENS", 11)
-    monkeypatch.setattr(verl_terms, "_FEW_TOKENS", 11)
-    for columns, few in ((5, True), (6, False)):
-        old, log_prob, advantages = tokens(2, columns)
-        mask = torch.ones(2, columns)
-        assert left_to_verl("agg_loss", log_prob, mask, "token-mean") == few
-        assert left_to_verl("kl_penalty", log_prob, old, "k3") == few
-        arguments = (old, log_prob, advantages, mask, "token-mean", actor_config())
-        assert left_to_verl("compute_policy_loss_reinforce", *arguments) == few
-        assert left_to_verl("compute_policy_loss_dro", *arguments) == few
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from tests.kernels.backends import DEVICE
-from warpo.kernels import ops
+from warpo.kernels import _cpu, ops
+from warpo.kernels.native import Native
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="`make gpu` tests the GPU's kernels")
 
@@ -61,7 +62,8 @@ def test_the_threads_are_those_of_torch():
     """A second OpenMP runtime would start threads of its own, twice as many as there are cores."""
     code = """
 import torch
-from warpo.kernels import ops
+from warpo.kernels import _cpu, ops
+from warpo.kernels.native import Native
 ops.logprobs(torch.randn(64, 50000), torch.zeros(64, dtype=torch.int64))
 lines = open("/proc/self/maps").read().split()
 print(len({word for word in lines if "gomp" in word or "libomp" in word or "iomp" in word}))
@@ -72,7 +74,8 @@ print(len({word for word in lines if "gomp" in word or "libomp" in word or "iomp
 def test_set_num_threads_is_obeyed():
     code = """
 import time, torch
-from warpo.kernels import ops
+from warpo.kernels import _cpu, ops
+from warpo.kernels.native import Native
 torch.set_num_threads(1)
 logits, targets = torch.randn(256, 100000), torch.zeros(256, dtype=torch.int64)
 ops.logprobs(logits, targets)
@@ -96,3 +99,19 @@ def test_thread_count_does_not_change_bits():
         results.append(ops.logprobs_and_entropy(logits, targets, backend="cpu"))
     torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_tensors_are_read_alike_with_and_without_dlpack(dtype, monkeypatch):
+    """Before 2.10 torch has no exchange API."""
+    logprobs, ref = torch.randn(6, 10).to(dtype)[::2, ::3], torch.randn(4, dtype=dtype)
+    mask = torch.rand(3, 4) < 0.5
+    results = []
+    for api in (getattr(torch.Tensor, "__dlpack_c_exchange_api__", None), None):
+        monkeypatch.setattr(torch.Tensor, "__dlpack_c_exchange_api__", api, raising=False)
+        out = torch.empty(3, 4)
+        operations = Native(_cpu)
+        operations.approx_kl_forward(3, 4, logprobs, ref.expand(3, 4), mask, 3, 10.0, out)
+        results.append(out)
+    assert torch.equal(*results)
+    assert results[0].any() and not results[0][~mask].any()
