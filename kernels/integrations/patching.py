@@ -326,4 +326,4 @@ def served(*tensors: Tensor | None) -> bool:
 
 def as_flags(mask: Tensor | None) -> Tensor | None:
     """A mask of any dtype as the kernels take it: not 0 is valid."""
-    return mask if mask is None or mask.dtype in FLAGS else mask.ne(0)
+    return mask if mask is None or mask.dtype in FLAGS else mask.bool()
