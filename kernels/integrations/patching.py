@@ -315,12 +315,16 @@ def served(*tensors: Tensor | None) -> bool:
     stands for an argument that was not given.
     """
     given = [tensor for tensor in tensors if tensor is not None]
-    return torch._C._functorch.peek_interpreter_stack() is None and all(
-        type(tensor) in (Tensor, torch.nn.Parameter)
-        and tensor.dtype in FLOATS
-        and tensor.device == given[0].device
-        and tensor.device.type in dispatch.DEVICES
-        for tensor in given
+    device = given[0].device if given else torch.device("cpu")
+    return (
+        torch._C._functorch.peek_interpreter_stack() is None
+        and device.type in dispatch.DEVICES
+        and all(
+            type(tensor) in (Tensor, torch.nn.Parameter)
+            and tensor.dtype in FLOATS
+            and tensor.device == device
+            for tensor in given
+        )
     )
 
 

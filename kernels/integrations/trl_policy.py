@@ -252,6 +252,8 @@ def _weighted_advantages(
         weighted = weighted * keep
     if trainer.use_vllm and trainer.vllm_importance_sampling_correction and phi is None:
         weighted = weighted * inputs["importance_sampling_ratio"]
+    if weighted is batch.advantages:
+        return inputs["advantages"]
     return weighted[:, 0] if weighted.shape[1] == 1 else weighted
 
 

@@ -69,22 +69,22 @@ def _clipped(trainer: Any, batch: Batch) -> list[Tensor]:
     """
     if batch.old_logprobs is None:
         return []
-    is_cispo = trainer.loss_type == "cispo"
-    low, high = log_bounds(trainer.epsilon_low, trainer.epsilon_high)
-    if is_cispo:
-        low, high = -math.inf, math.log(trainer.epsilon_high)
     ratio = batch.logprobs.detach().float() - batch.old_logprobs
     if trainer.importance_sampling_level == "sequence":
         # masked slots may hold NaN; where others do, so does the loss
         flags = batch.mask.view(torch.uint8)  # a faster factor than bool
         total, tokens = ratio.mul_(flags).nansum(-1), batch.mask.sum(-1)
         ratio = (total / tokens.clamp_(min=1))[:, None]
-    active = beyond(ratio, batch.advantages, low, high)
+    if trainer.loss_type == "cispo":
+        active = (ratio > math.log(trainer.epsilon_high)) & (batch.advantages > 0)
+    else:
+        low, high = log_bounds(trainer.epsilon_low, trainer.epsilon_high)
+        active = beyond(ratio, batch.advantages, low, high)
     one_each = _one_each(trainer, batch)
     if not one_each:
         active = active & batch.mask
     often = active[:, 0] if one_each else active.sum(-1)
-    if is_cispo:
+    if trainer.loss_type == "cispo":
         return [often]
     if batch.advantages.shape[1] == 1:
         return [often, batch.advantages[:, 0]]
@@ -107,7 +107,7 @@ def log(trainer: Any, batch: Batch, metrics: Tensor, phi: Tensor | None) -> None
     elif loss_type != "sapo":
         columns = _clipped(trainer, batch)
     one_each = _one_each(trainer, batch)
-    if columns and not one_each:
+    if columns and not one_each and loss_type not in TOTALS:
         columns.append(batch.mask.sum(-1))
     rows = trainer.accelerator.gather(torch.cat([metrics, *columns])[None]).tolist()
     kl, entropy, tokens = (
@@ -119,10 +119,11 @@ def log(trainer: Any, batch: Batch, metrics: Tensor, phi: Tensor | None) -> None
     if loss_type == "sapo":
         return
     values = _columns(rows, len(columns)) or [[0.0], [0.0], [tokens]]
-    counts = [1.0] * len(values[0]) if one_each else values.pop()
     if loss_type in TOTALS:
-        found[TOTALS[loss_type]].append(sum(values[0]) / max(sum(counts), 1.0))
+        count = len(values[0]) if one_each else max(tokens, 1.0)
+        found[TOTALS[loss_type]].append(sum(values[0]) / count)
     else:
+        counts = [1.0] * len(values[0]) if one_each else values[2]
         often, second = values[:2]
         low = second
         if batch.advantages.shape[1] == 1:
