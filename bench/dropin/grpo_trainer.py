@@ -56,6 +56,7 @@ def row_of(job: Job, name: str, answers: Sequence[dict]) -> dict[str, Any]:
     return {
         "trainer": name,
         "replaced": answers[0]["replaced"],
+        "losses_by_warpo": answers[0]["losses_by_warpo"],
         "model": MODELS[job.model],
         "completions": job.completions,
         "group_size": job.group_size,
@@ -95,7 +96,7 @@ def agreement(rows: Sequence[dict]) -> str:
     largest = max(abs(loss) for loss in rows[0]["losses"])
     return (
         f"losses of {len(apart)} steps: at most {max(apart):.1e} apart; "
-        f"the largest is {largest:.1e}"
+        f"the largest is {largest:.1e}; warpo computed {rows[1]['losses_by_warpo']} of them"
     )
 
 
