@@ -123,7 +123,8 @@ def rloo_loss(original: Callable, self: Any, model: Any, inputs: dict[str, Any])
     clipped = beyond(summed.detach() - old, advantages, *bounds)
     entropies = torch.linalg.vecdot(entropy.detach().float(), mask)
     rows = torch.stack([entropies, mask.sum(1), clipped[:, 0], advantages[:, 0]], dim=1)
-    total, tokens, both, signs = zip(*self.accelerator.gather(rows).tolist(), strict=True)
+    columns = zip(*self.accelerator.gather(rows).tolist(), strict=True)
+    total, tokens, both, signs = map(list, columns)
     found = self._metrics[mode]
     found["entropy"].append(sum(total) / max(sum(tokens), 1.0))
     low = [n if x < 0 else 0.0 for n, x in zip(both, signs, strict=True)]
