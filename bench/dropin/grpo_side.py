@@ -2,8 +2,9 @@
 
 python -m warpo.bench.dropin.grpo_side JOB.json RESULT.json [--patch]
 
-Samples by `generate` of transformers. Every sample is used for two updates, and there is a KL term:
-so the loss has ratios that are not 1, bounds that clip, and a reference.
+Samples by `generate` of transformers; completions have their full length. Every sample is used for
+two updates, and there is a KL term: so the loss has ratios that are not 1, bounds that clip, and a
+reference.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def trainer_of(job: Job, output_dir: str, callback: Any, **settings: Any) -> Any
         output_dir=output_dir, max_steps=job.steps + job.warm_up, seed=job.seed,
         per_device_train_batch_size=job.completions, num_generations=job.group_size,
         max_completion_length=job.new_tokens, learning_rate=job.lr, lr_scheduler_type="constant",
-        loss_type="dapo", beta=0.04, use_bias_correction_kl=False, num_iterations=2, use_cpu=True,
+        loss_type="dapo", beta=0.04, num_iterations=2, use_cpu=True,
         bf16=False, gradient_checkpointing=False, save_strategy="no", report_to="none",
         logging_steps=1, disable_tqdm=True,
     )  # fmt: skip
@@ -38,10 +39,25 @@ def trainer_of(job: Job, output_dir: str, callback: Any, **settings: Any) -> Any
         reward_funcs=reward,
         args=GRPOConfig(**config | settings),
         train_dataset=load_dataset("json", data_files=job.prompts_path, split="train"),
-        # TRL cannot do without one; the model has no such token, so completions have full length
+        # TRL cannot do without one; it comes behind the model's vocabulary, so no completion has it
         processing_class=PreTrainedTokenizerFast.from_pretrained(job.model_path, eos_token="end"),
         callbacks=[callback],
     )
+
+
+def counting_losses(calls: list[int]) -> contextlib.AbstractContextManager:
+    """Within it, every call of `ops.policy_loss` adds an element to calls."""
+    from unittest import mock
+
+    from warpo.kernels import ops
+
+    policy_loss = ops.policy_loss
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return policy_loss(*args, **kwargs)
+
+    return mock.patch.object(ops, "policy_loss", counted)
 
 
 def train(
@@ -72,7 +88,12 @@ def main() -> None:
     job, result, patched = read_job(sys.argv[1]), Path(sys.argv[2]), "--patch" in sys.argv
     clock = Clock()
     clock.watch_learner()
-    logs = train(job, str(result.with_suffix("")), patched, clock)
+    calls: list[int] = []
+    with counting_losses(calls):
+        logs = train(job, str(result.with_suffix("")), patched, clock)
+    wanted = job.steps + job.warm_up if patched else 0
+    if len(calls) != wanted:
+        sys.exit(f"warpo's loss was called {len(calls)} times in {len(logs)} steps, not {wanted}")
     from warpo.kernels.integrations import trl
 
     names = ("torch", "trl", "transformers", "accelerate")
@@ -80,6 +101,7 @@ def main() -> None:
         job.warm_up,
         logs=logs,
         replaced=trl.names() if patched else [],
+        losses_by_warpo=len(calls),
         versions={name: importlib.metadata.version(name) for name in names},
     )
     result.write_text(json.dumps(answer), encoding="utf-8")

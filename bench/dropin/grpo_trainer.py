@@ -56,6 +56,7 @@ def row_of(job: Job, name: str, answers: Sequence[dict]) -> dict[str, Any]:
     return {
         "trainer": name,
         "replaced": answers[0]["replaced"],
+        "losses_by_warpo": answers[0]["losses_by_warpo"],
         "model": MODELS[job.model],
         "completions": job.completions,
         "group_size": job.group_size,
@@ -95,7 +96,7 @@ def agreement(rows: Sequence[dict]) -> str:
     largest = max(abs(loss) for loss in rows[0]["losses"])
     return (
         f"losses of {len(apart)} steps: at most {max(apart):.1e} apart; "
-        f"the largest is {largest:.1e}"
+        f"the largest is {largest:.1e}; warpo computed {rows[1]['losses_by_warpo']} of them"
     )
 
 
@@ -105,12 +106,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description=(__doc__ or "").split("\n\n")[0],
     )
     parser.add_argument("--model", choices=MODELS, default="32k")
-    parser.add_argument("--rounds", type=int, default=2, help="processes of each side")
+    parser.add_argument("--rounds", type=int, default=1, help="processes of each side")
     parser.add_argument("--steps", type=int, default=18, help="timed ones")
     parser.add_argument("--warm-up", type=int, default=2, help="steps before those")
     parser.add_argument("--prompts", type=int, default=2, help="of a step")
     parser.add_argument("--group-size", type=int, default=4, help="completions of each prompt")
-    parser.add_argument("--prompt-tokens", type=int, default=32)
+    parser.add_argument("--prompt-tokens", type=int, default=16)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--seed", type=int, default=0)

@@ -327,11 +327,13 @@ def served(*tensors: Tensor | None) -> bool:
             return False
         if device is None:
             device = tensor.device
+            if device.type not in dispatch.DEVICES:
+                return False
         elif tensor.device != device:
             return False
-    return device is None or device.type in dispatch.DEVICES
+    return True
 
 
 def as_flags(mask: Tensor | None) -> Tensor | None:
     """A mask of any dtype as the kernels take it: not 0 is valid."""
-    return mask if mask is None or mask.dtype in FLAGS else mask.ne(0)
+    return mask if mask is None or mask.dtype in FLAGS else mask.bool()

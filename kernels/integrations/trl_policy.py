@@ -15,14 +15,15 @@ import torch
 from torch import Tensor
 
 from warpo.kernels import ops
-from warpo.kernels.integrations.patching import as_flags, served
+from warpo.kernels.integrations.patching import served
 from warpo.kernels.integrations.trl_library import library
 from warpo.kernels.integrations.trl_policy_metrics import (
     Batch,
+    beyond,
     log,
+    log_bounds,
     log_clipped,
     log_ratio,
-    outside,
 )
 from warpo.kernels.objectives import Objective
 from warpo.kernels.policy_metrics import METRICS
@@ -110,22 +111,24 @@ def rloo_loss(original: Callable, self: Any, model: Any, inputs: dict[str, Any])
     if not _takes(inputs["advantages"], logprobs, entropy, inputs["old_logps"]):
         return original(AfterForward(self, forward), model, inputs)
 
-    mask = inputs["completion_mask"]
-    summed = (logprobs * mask).sum(1, keepdim=True, dtype=torch.float32)
+    mask = inputs["completion_mask"].float()
+    summed = torch.linalg.vecdot(logprobs.float(), mask)[:, None]
     old, advantages = inputs["old_logps"][:, None], inputs["advantages"][:, None]
     loss, _ = ops.policy_loss(summed, old, advantages, objective)
     mode = "train" if self.model.training else "eval"
     if self.aux_loss_enabled:
         loss = loss + _aux_loss(self, mode, aux_loss)
 
-    ratio = torch.exp(summed.detach() - old)
-    clipped = outside(ratio, advantages, 1 - self.epsilon_low, 1 + self.epsilon_high)
-    entropies = (entropy.detach() * mask).sum(1, keepdim=True, dtype=torch.float32)
-    rows = torch.cat([entropies, mask.sum(1, keepdim=True), *clipped], dim=1)
-    total, tokens, low, high = zip(*self.accelerator.gather(rows).tolist(), strict=True)
+    bounds = log_bounds(self.epsilon_low, self.epsilon_high)
+    clipped = beyond(summed.detach() - old, advantages, *bounds)
+    entropies = torch.linalg.vecdot(entropy.detach().float(), mask)
+    rows = torch.stack([entropies, mask.sum(1), clipped[:, 0], advantages[:, 0]], dim=1)
+    columns = zip(*self.accelerator.gather(rows).tolist(), strict=True)
+    total, tokens, both, signs = map(list, columns)
     found = self._metrics[mode]
     found["entropy"].append(sum(total) / max(sum(tokens), 1.0))
-    log_clipped(found, [1.0] * len(low), low, high)
+    low = [n if x < 0 else 0.0 for n, x in zip(both, signs, strict=True)]
+    log_clipped(found, [1.0] * len(low), low, both)
     return loss
 
 
@@ -190,9 +193,9 @@ def _forward(trainer: Any, model: Any, inputs: dict[str, Any]) -> tuple:
 
 
 def _batch(trainer: Any, inputs: dict[str, Any], logprobs: Tensor, entropy: Tensor) -> Batch:
-    mask = as_flags(inputs["completion_mask"])
+    mask = inputs["completion_mask"].bool()
     if "tool_mask" in inputs:
-        mask = mask & as_flags(inputs["tool_mask"])
+        mask = mask & inputs["tool_mask"].bool()
     advantages = inputs["advantages"]
     training = trainer.model.training
     return Batch(
@@ -250,6 +253,8 @@ def _weighted_advantages(
         weighted = weighted * keep
     if trainer.use_vllm and trainer.vllm_importance_sampling_correction and phi is None:
         weighted = weighted * inputs["importance_sampling_ratio"]
+    if weighted is batch.advantages:
+        return inputs["advantages"]
     return weighted[:, 0] if weighted.shape[1] == 1 else weighted
 
 
@@ -259,10 +264,11 @@ def _denominator(trainer: Any, inputs: dict[str, Any], batch: Batch) -> float | 
     if trainer.loss_type not in BY_STEP:
         return None
     # the tokens of all completions that were sampled together, over those steps
-    tokens = inputs["num_items_in_batch"].clamp(min=1.0) / trainer.accelerator.num_processes
+    share = 1 / trainer.accelerator.num_processes
     if batch.mode == "train":
-        tokens = tokens * batch.accumulated / trainer.args.steps_per_generation
-    return tokens
+        share *= batch.accumulated / trainer.args.steps_per_generation
+    tokens = inputs["num_items_in_batch"].clamp(min=1.0)
+    return tokens if share == 1 else tokens * share
 
 
 def _corrected_kl(

@@ -8,6 +8,9 @@ from torch import Tensor
 
 from warpo.kernels.policy_metrics import METRICS
 
+# One figure, that of the whole batch.
+TOTALS = {"vespo": "vespo/phi_seq_mean", "cispo": "cispo_clip_ratio"}
+
 
 class Batch(NamedTuple):
     """A micro-batch after the forward pass: B completions of T tokens.
@@ -37,43 +40,60 @@ def log_ratio(batch: Batch) -> Tensor:
     return (batch.logprobs.detach().float() - batch.old_logprobs).masked_fill_(~batch.mask, 0.0)
 
 
-def outside(ratio: Tensor, advantages: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
-    """Where the lower and the upper bound of the ratio take the gradient."""
-    return (ratio < low) & (advantages < 0), (ratio > high) & (advantages > 0)
+def beyond(log_ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
+    """Where a bound, the lower one if the advantage is below 0, else the upper, takes the gradient.
+
+    Args:
+        log_ratio: is overwritten.
+        low, high: logarithms of the bounds, low <= 0 <= high.
+    """
+    return log_ratio.sub_(log_ratio.clamp(low, high)) * advantages > 0
+
+
+def log_bounds(low: float, high: float) -> tuple[float, float]:
+    """Logarithms of 1 - low and 1 + high."""
+    return math.log1p(-low) if low < 1 else -math.inf, math.log1p(high)
 
 
 def _one_each(trainer: Any, batch: Batch) -> bool:
     """Whether a sequence has one ratio and one advantage, and so is clipped or is not."""
-    return trainer.importance_sampling_level == "sequence" and batch.advantages.shape[1] == 1
+    of_sequence = trainer.importance_sampling_level == "sequence" or trainer.loss_type == "vespo"
+    return of_sequence and batch.advantages.shape[1] == 1
 
 
 def _clipped(trainer: Any, batch: Batch) -> list[Tensor]:
-    """Of each sequence, how often a bound could be active, and how often the lower and the upper
-    one are, (B,) each: once a token, or once where the sequence has one ratio and one advantage.
-    Nothing where the ratio is 1, which is between all bounds.
+    """Of each sequence, how often a bound is active, (B,): once a token, or once where the sequence
+    has one ratio and one advantage. With it, where there are two bounds, what tells them apart: the
+    advantage of the sequence, or how often it is the lower one. Nothing where the ratio is 1, which
+    is between all bounds.
     """
     if batch.old_logprobs is None:
         return []
-    by_sequence = trainer.importance_sampling_level == "sequence"
-    tokens = batch.mask.sum(-1)
-    if by_sequence:
-        ratio = log_ratio(batch).sum(-1, keepdim=True) / tokens[:, None].clamp(min=1)
-    else:
-        ratio = batch.logprobs.detach().float() - batch.old_logprobs
-    low, high = 1 - trainer.epsilon_low, 1 + trainer.epsilon_high
+    ratio = batch.logprobs.detach().float() - batch.old_logprobs
+    if trainer.importance_sampling_level == "sequence":
+        # masked slots may hold NaN; where others do, so does the loss
+        flags = batch.mask.view(torch.uint8)  # a faster factor than bool
+        total, tokens = ratio.mul_(flags).nansum(-1), batch.mask.sum(-1)
+        ratio = (total / tokens.clamp_(min=1))[:, None]
     if trainer.loss_type == "cispo":
-        low, high = -math.inf, trainer.epsilon_high
-    beyond = outside(ratio.exp_(), batch.advantages, low, high)
-    if _one_each(trainer, batch):
-        return [torch.ones_like(tokens), *(x[:, 0] for x in beyond)]
-    return [tokens, *((x & batch.mask).sum(-1) for x in beyond)]
+        active = (ratio > math.log(trainer.epsilon_high)) & (batch.advantages > 0)
+    else:
+        low, high = log_bounds(trainer.epsilon_low, trainer.epsilon_high)
+        active = beyond(ratio, batch.advantages, low, high)
+    one_each = _one_each(trainer, batch)
+    if not one_each:
+        active = active & batch.mask
+    often = active[:, 0] if one_each else active.sum(-1)
+    if trainer.loss_type == "cispo":
+        return [often]
+    if batch.advantages.shape[1] == 1:
+        return [often, batch.advantages[:, 0]]
+    return [often, (active & (batch.advantages < 0)).sum(-1)]
 
 
-def _of_phi(batch: Batch, phi: Tensor) -> list[Tensor]:
-    """Of each sequence, the number of VESPO's weights and their sum, (B,) each."""
-    if phi.shape[1] == 1:
-        return [torch.ones_like(phi[:, 0]), phi[:, 0]]
-    return [batch.mask.sum(-1), torch.where(batch.mask, phi, 0.0).sum(-1)]
+def _of_phi(batch: Batch, phi: Tensor) -> Tensor:
+    """VESPO's weight of each sequence, or the sum over its tokens, (B,)."""
+    return phi[:, 0] if phi.shape[1] == 1 else torch.where(batch.mask, phi, 0.0).sum(-1)
 
 
 def log(trainer: Any, batch: Batch, metrics: Tensor, phi: Tensor | None) -> None:
@@ -83,9 +103,12 @@ def log(trainer: Any, batch: Batch, metrics: Tensor, phi: Tensor | None) -> None
     loss_type, found = trainer.loss_type, trainer._metrics[batch.mode]
     columns = []
     if phi is not None:
-        columns = _of_phi(batch, phi)
+        columns = [_of_phi(batch, phi)]
     elif loss_type != "sapo":
         columns = _clipped(trainer, batch)
+    one_each = _one_each(trainer, batch)
+    if columns and not one_each and loss_type not in TOTALS:
+        columns.append(batch.mask.sum(-1))
     rows = trainer.accelerator.gather(torch.cat([metrics, *columns])[None]).tolist()
     kl, entropy, tokens = (
         sum(row[METRICS.index(name)] for row in rows) for name in ("kl", "entropy", "tokens")
@@ -95,15 +118,17 @@ def log(trainer: Any, batch: Batch, metrics: Tensor, phi: Tensor | None) -> None
     found["entropy"].append(entropy / max(tokens, 1.0))
     if loss_type == "sapo":
         return
-    once = 1.0 if _one_each(trainer, batch) else tokens
-    counts, *values = _columns(rows, len(columns)) or ([once], [0.0], [0.0])
-    total = max(sum(counts), 1.0)
-    if loss_type == "vespo":
-        found["vespo/phi_seq_mean"].append(sum(values[0]) / total)
-    elif loss_type == "cispo":
-        found["cispo_clip_ratio"].append(sum(values[1]) / total)
+    values = _columns(rows, len(columns)) or [[0.0], [0.0], [tokens]]
+    if loss_type in TOTALS:
+        count = len(values[0]) if one_each else max(tokens, 1.0)
+        found[TOTALS[loss_type]].append(sum(values[0]) / count)
     else:
-        log_clipped(found, counts, *values)
+        counts = [1.0] * len(values[0]) if one_each else values[2]
+        often, second = values[:2]
+        low = second
+        if batch.advantages.shape[1] == 1:
+            low = [n if x < 0 else 0.0 for n, x in zip(often, second, strict=True)]
+        log_clipped(found, counts, low, often)
 
 
 def _columns(rows: list[list[float]], number: int) -> list[list[float]]:
@@ -116,14 +141,16 @@ def _columns(rows: list[list[float]], number: int) -> list[list[float]]:
 
 
 def log_clipped(
-    found: dict[str, list[float]], counts: list[float], low: list[float], high: list[float]
+    found: dict[str, list[float]], counts: list[float], low: list[float], both: list[float]
 ) -> None:
-    """TRL's shares of clipped tokens. The extremes are over sequences that have tokens."""
+    """TRL's shares of clipped tokens, by the lower bound and by both. The extremes are over
+    sequences that have tokens.
+    """
     total = max(sum(counts), 1.0)
     found["clip_ratio/low_mean"].append(sum(low) / total)
-    found["clip_ratio/high_mean"].append(sum(high) / total)
-    found["clip_ratio/region_mean"].append((sum(low) + sum(high)) / total)
+    found["clip_ratio/high_mean"].append((sum(both) - sum(low)) / total)
+    found["clip_ratio/region_mean"].append(sum(both) / total)
     lows = (x / count for x, count in zip(low, counts, strict=True) if count)
-    highs = (x / count for x, count in zip(high, counts, strict=True) if count)
+    highs = ((x - y) / count for x, y, count in zip(both, low, counts, strict=True) if count)
     found["clip_ratio/low_min"].append(min(lows, default=math.nan))
     found["clip_ratio/high_max"].append(max(highs, default=math.nan))
