@@ -132,7 +132,7 @@ def main() -> None:
             folder=folder, model=args.model, steps=args.steps, warm_up=args.warm_up,
             prompts_per_step=args.prompts, group_size=args.group_size,
             prompt_tokens=args.prompt_tokens, new_tokens=args.new_tokens, lr=args.lr,
-            kv_cache_gib=0.0, seed=args.seed,
+            kv_cache_gib=0.0, seed=args.seed, sampler="transformers",
         )  # fmt: skip
         make(job)
         answers = measure(job, args.rounds, args.peers.absolute())
