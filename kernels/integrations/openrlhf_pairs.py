@@ -45,16 +45,13 @@ def dpo_loss(
         policy_chosen_logps, policy_rejected_logps,
         reference_chosen_logps, reference_rejected_logps,
     )  # fmt: skip
-    if not served(*logps):
+    if self.ipo or not served(*logps):
         return original(self, *logps)
     chosen = policy_chosen_logps - reference_chosen_logps
     rejected = policy_rejected_logps - reference_rejected_logps
     margin = chosen - rejected
-    if self.ipo:
-        losses = (margin - 1 / (2 * self.beta)).square()
-    else:
-        losses = F.softplus(margin * -self.beta)
-        if self.label_smoothing:
-            # -log sigmoid(-x) = x - log sigmoid(x)
-            losses = torch.add(losses, margin, alpha=self.beta * self.label_smoothing)
+    losses = F.softplus(margin * -self.beta)
+    if self.label_smoothing:
+        # -log sigmoid(-x) = x - log sigmoid(x)
+        losses = torch.add(losses, margin, alpha=self.beta * self.label_smoothing)
     return losses.mean(), chosen.detach() * self.beta, rejected.detach() * self.beta
