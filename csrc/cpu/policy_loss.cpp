@@ -21,9 +21,7 @@ struct Shared {
     }
 };
 
-struct GeometricBounds {
-    float log_low, log_high;
-};
+struct GeometricBounds { float log_low, log_high; };
 
 GeometricBounds geometric_bounds(const PolicyLoss& a) {
     return {logf(a.ratio_low), logf(a.ratio_high)};
@@ -210,11 +208,10 @@ void count_cut(const PolicyLoss& a, int count, const Tile& tile, Sums& sums) {
 
 // Before the objective's level replaces them.
 void add_log_ratios(const PolicyLoss& a, int count, const Tile& tile, Sums& sums) {
-    const float limit = a.log_ratio_limit;
     float total = 0;
 #pragma omp simd reduction(+ : total)
     for (int i = 0; i < count; ++i)
-        total += tile.keep[i] ? clamp_symmetric(tile.log_ratio[i], limit) : 0.0f;
+        total += tile.keep[i] ? clamp_symmetric(tile.log_ratio[i], a.log_ratio_limit) : 0.0f;
     sums.log_ratio += total;
 }
 
