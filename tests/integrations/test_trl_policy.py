@@ -112,6 +112,14 @@ def loss_of(name, compute, settings, inputs, seen, clean=False):
     return loss
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _few_tokens_too():
+    """The cases are small, and CISPO of few tokens stays TRL's."""
+    before, trl_policy.FEW_TOKENS = trl_policy.FEW_TOKENS, 0
+    yield
+    trl_policy.FEW_TOKENS = before
+
+
 def unexpected(*_):
     raise AssertionError("TRL's own loss was called")
 
@@ -193,6 +201,14 @@ def test_settings_that_are_passed_on(options):
     trl_policy.grpo_loss(lambda *given: calls.append(given), trainer, None, inputs)
     assert calls == [(trainer, None, inputs)]
     assert not any(trainer._metrics.values())
+
+
+def test_cispo_of_few_tokens_is_passed_on_before_the_forward_pass(monkeypatch):
+    monkeypatch.setattr(trl_policy, "FEW_TOKENS", 9)
+    trainer = trl_trainer("GRPOTrainer", loss_type="cispo", epsilon_high=5.0)
+    replaced = trl.library.replacements["GRPOTrainer._compute_loss"].function
+    few = trl_inputs(torch.ones(2), torch.ones(2, 4, dtype=torch.int64))
+    assert replaced(lambda *arguments: arguments[2], trainer, None, few) is few
 
 
 def test_float64_is_passed_on_after_one_forward_pass():

@@ -15,7 +15,7 @@ def test_twenty_steps_log_the_same(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     job = Job(
         folder=str(tmp_path), model="tiny", steps=18, warm_up=2, prompts_per_step=2, group_size=4,
-        prompt_tokens=8, new_tokens=12, lr=1e-3, kv_cache_gib=0.0,
+        prompt_tokens=8, new_tokens=12, lr=1e-3, kv_cache_gib=0.0, sampler="transformers",
     )  # fmt: skip
     make(job)
     theirs = train(job, str(tmp_path / "theirs"), False, Clock())
