@@ -48,7 +48,7 @@ def measure_resync(sampler_dtype: str, shape: dict[str, Any]) -> list[dict[str, 
     import torch
     import transformers
 
-    from warpo.bench.timing import Call, measure
+    from warpo.bench.timing import Call, measure, spread
     from warpo.engine.resync import Resync
     from warpo.engine.sampler.vllm import VllmSampler
 
@@ -89,10 +89,7 @@ def measure_resync(sampler_dtype: str, shape: dict[str, Any]) -> list[dict[str, 
             "sampler_dtype": sampler_dtype,
             "parameters": size,
             "tensors": sum(1 for _ in learner.parameters()),
-            "ms": statistics.median(runs),
-            "p20_ms": sorted(runs)[len(runs) // 5],
-            "p80_ms": sorted(runs)[len(runs) * 4 // 5],
-            "runs": len(runs),
+            **spread(runs),
             "x_flat_copy": statistics.median(runs) / base,
         }
         for provider, runs in times.items()

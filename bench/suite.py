@@ -1,6 +1,5 @@
 """One row for each operation, size, dtype, mode and provider."""
 
-import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +20,7 @@ from warpo.bench.operation import (
     results_of,
     with_gradients,
 )
-from warpo.bench.timing import Call, graph_ms, host_us, measure, peak_bytes
+from warpo.bench.timing import Call, graph_ms, host_us, measure, peak_bytes, spread
 
 # Largest error against float64, relative to the largest value: float32 arithmetic; those who keep
 # logits in bfloat16 have them to 1/256, of which exp makes a share of the gradient.
@@ -127,19 +126,14 @@ def _described(point: Point, provider: str) -> dict[str, Any]:
 def _timed(point: Point, plan: Plan, times: Sequence[float], call: Call) -> dict[str, Any]:
     work = point.operation.work(point.sizes, point.dtype.itemsize, point.mode)
     name, limit_ms = bound(work, point.dtype_name, plan.limits)
-    ordered = sorted(times)
-    median = statistics.median(ordered)
-    row = {
-        "ms": median,
-        "p20_ms": ordered[len(ordered) // 5],
-        "p80_ms": ordered[len(ordered) * 4 // 5],
-        "runs": len(ordered),
+    row: dict[str, Any] = spread(times)
+    row |= {
         "limit": name,
         "limit_ms": limit_ms,
-        "share_of_limit": limit_ms / median,
+        "share_of_limit": limit_ms / row["ms"],
         "cache": "cold" if plan.cold or plan.device == "cuda" else "warm",
     }
-    if plan.device == "cuda" and point.mode == "fwd" and median < GRAPH_BELOW_MS:
+    if plan.device == "cuda" and point.mode == "fwd" and row["ms"] < GRAPH_BELOW_MS:
         row["graph_ms"] = graph_ms(call, plan.budget_s)
     return row
 

@@ -5,7 +5,7 @@ import itertools
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -45,6 +45,19 @@ def measure(
                 times[name].append(timer(call))
                 runs += 1
     return times
+
+
+def spread(times: Sequence[float]) -> dict[str, float | int]:
+    """Median, p20 and p80 of milliseconds, and how many there are, as the rows of results have
+    them.
+    """
+    ordered = sorted(times)
+    return {
+        "ms": statistics.median(ordered),
+        "p20_ms": ordered[len(ordered) // 5],
+        "p80_ms": ordered[len(ordered) * 4 // 5],
+        "runs": len(ordered),
+    }
 
 
 def _cpu_ms(call: Call) -> float:

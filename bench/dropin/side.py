@@ -7,7 +7,6 @@ its own, since the libraries need other versions of the same packages.
 import argparse
 import importlib
 import json
-import statistics
 import sys
 import time
 import warnings
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from warpo.bench.dropin.case import DropIn
-from warpo.bench.timing import measure, peak_bytes
+from warpo.bench.timing import measure, peak_bytes, spread
 from warpo.engine.environment import keep_freed_memory
 from warpo.kernels.integrations.patching import Library, wrap
 
@@ -51,13 +50,9 @@ def row_of(case: DropIn, original: Callable, ours: Callable) -> dict[str, Any]:
         calls = {"library": lambda: call(original), "warpo": lambda: call(ours)}
         times = measure("cpu", calls, BUDGET_S, turns=TURNS)
         for name, found in times.items():
-            ordered = sorted(found)
-            row |= {
-                f"{name}_ms": statistics.median(ordered),
-                f"{name}_p20_ms": ordered[len(ordered) // 5],
-                f"{name}_p80_ms": ordered[len(ordered) * 4 // 5],
-                f"{name}_peak_bytes": peak_bytes("cpu", calls[name]),
-            }
+            both = spread(found)
+            row |= {f"{name}_{part}": both[part] for part in ("ms", "p20_ms", "p80_ms")}
+            row[f"{name}_peak_bytes"] = peak_bytes("cpu", calls[name])
     except (RuntimeError, ValueError, TypeError) as error:
         return row | {"problem": f"{type(error).__name__}: {error}"}
     return row | {"runs": len(found), "times_as_fast": row["library_ms"] / row["warpo_ms"]}

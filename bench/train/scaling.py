@@ -161,7 +161,7 @@ def step_of(point: Point, model: Any) -> Callable[[], object]:
 
 def measure_axis(axis: str, quick: bool) -> list[Row]:
     """A row for each size; the sizes take turns, so that drift of the machine bends no curve."""
-    from warpo.bench.timing import measure, peak_bytes
+    from warpo.bench.timing import measure, peak_bytes, spread
 
     points = AXES[axis][:QUICK_POINTS] if quick else AXES[axis]
     models = {v: learner(v) for v in dict.fromkeys(point.vocabulary for point in points)}
@@ -176,10 +176,7 @@ def measure_axis(axis: str, quick: bool) -> list[Row]:
     return [
         {"axis": axis, "size": size, **dataclasses.asdict(point), "tokens": point.tokens}
         | {
-            "ms": statistics.median(runs),
-            "p20_ms": sorted(runs)[len(runs) // 5],
-            "p80_ms": sorted(runs)[len(runs) * 4 // 5],
-            "runs": len(runs),
+            **spread(runs),
             "peak_bytes": peak,
             "time_fit": time._asdict(),
             "memory_fit": memory._asdict(),
