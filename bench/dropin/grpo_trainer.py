@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from warpo.bench.environment import aligned, environment, processor
-from warpo.bench.train.__main__ import child
 from warpo.bench.train.job import MODELS, Job, make
+from warpo.bench.train.processes import child
 
 SIDES = {"TRL": [], "TRL with warpo": ["--patch"]}
 PHASES = ("sample", "forward", "backward", "other")

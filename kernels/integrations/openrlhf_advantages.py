@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from warpo.kernels import ops
-from warpo.kernels.integrations.openrlhf_library import EXPERIENCE, library, promoted, same_shape
-from warpo.kernels.integrations.patching import as_flags, served
+from warpo.kernels.integrations.openrlhf_library import EXPERIENCE, library, same_shape
+from warpo.kernels.integrations.patching import as_flags, promoted, served
 
 
 @library.replaces(EXPERIENCE, "RemoteExperienceMaker.get_advantages_and_returns", "gae")

@@ -14,12 +14,10 @@ from torch import Tensor
 from warpo.kernels import ops
 from warpo.kernels.integrations.openrlhf_library import (
     LOSSES,
-    constant,
     library,
-    promoted,
     same_shape,
 )
-from warpo.kernels.integrations.patching import as_flags, served
+from warpo.kernels.integrations.patching import as_flags, constant, promoted, served
 
 
 class Normaliser(NamedTuple):

@@ -13,13 +13,11 @@ from torch import Tensor
 from warpo.kernels import ops
 from warpo.kernels.integrations.openrlhf_library import (
     LOSSES,
-    constant,
     library,
-    promoted,
     same_shape,
 )
 from warpo.kernels.integrations.openrlhf_losses import normaliser
-from warpo.kernels.integrations.patching import as_flags, served
+from warpo.kernels.integrations.patching import as_flags, constant, promoted, served
 
 _TOKENS = ops.METRICS.index("tokens")
 _CLIPPED_LOW, _CLIPPED_HIGH = ops.METRICS.index("clipped_low"), ops.METRICS.index("clipped_high")

@@ -337,3 +337,21 @@ def served(*tensors: Tensor | None) -> bool:
 def as_flags(mask: Tensor | None) -> Tensor | None:
     """A mask of any dtype as the kernels take it: not 0 is valid."""
     return mask if mask is None or mask.dtype in FLAGS else mask.bool()
+
+
+def promoted(first: Tensor, *others: Tensor | None) -> torch.dtype:
+    """What PyTorch computes in where it combines these tensors, None standing for no argument."""
+    dtype = first.dtype
+    for x in others:
+        if x is not None and x.dtype != dtype:
+            dtype = torch.promote_types(dtype, x.dtype)
+    return dtype
+
+
+def constant(*tensors: Tensor | None) -> bool:
+    """Whether no gradient is wanted with respect to these."""
+    if torch.is_grad_enabled():
+        for x in tensors:
+            if x is not None and x.requires_grad:
+                return False
+    return True

@@ -6,7 +6,6 @@ Not replaced either: the optimal token baselines, which weigh every step on its 
 `compute_remax_outcome_advantage`, which is a sum or two of PyTorch already.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from warpo.kernels import ops
-from warpo.kernels.integrations.patching import as_flags, served
+from warpo.kernels.integrations.patching import as_flags, constant, promoted, served
 from warpo.kernels.integrations.verl_library import library
 
 MODULE = "verl.trainer.ppo.core_algos"
@@ -58,7 +57,7 @@ def compute_gae_advantage_return(
     # a masked step has the advantage of the next valid one
     advantages = ops.discounted_returns(advantages, gamma=1.0, terminated=flags)
     whitened = ops.whiten(advantages, flags, fill_masked=True)
-    dtype = _promote(token_level_rewards, values, response_mask)
+    dtype = promoted(token_level_rewards, values, response_mask)
     return whitened.to(dtype), (advantages + values).to(dtype)
 
 
@@ -82,7 +81,7 @@ def compute_reinforce_plus_plus_outcome_advantage(
         return original(token_level_rewards, response_mask, config, **kwargs)
     returns = ops.discounted_returns(token_level_rewards, gamma=config.gamma, mask=flags)
     advantages = ops.whiten(returns, flags)
-    dtype = _promote(token_level_rewards, response_mask)
+    dtype = promoted(token_level_rewards, response_mask)
     return advantages.to(dtype), returns.to(token_level_rewards.dtype)
 
 
@@ -144,7 +143,7 @@ def compute_reinforce_plus_plus_baseline_outcome_advantage(
     if groups is None or not _has_two(flags := as_flags(response_mask)):
         return original(token_level_rewards, response_mask, index, epsilon, config, **kwargs)
     advantages = groups.centred()[:, None].expand(response_mask.shape)
-    dtype = _promote(token_level_rewards, response_mask)
+    dtype = promoted(token_level_rewards, response_mask)
     whitened = ops.whiten(advantages, flags).to(dtype)
     return whitened, whitened
 
@@ -273,7 +272,8 @@ def _groups(rewards: Tensor, mask: Tensor, index: Any) -> _Groups | None:
         or mask.shape[0] != rewards.shape[0]
         or not isinstance(index, np.ndarray)
         or index.shape != rewards.shape[:1]
-        or not _are_constants(rewards)
+        or not served(rewards)
+        or not constant(rewards)
     ):
         return None
     numbers: dict[Any, int] = {}
@@ -313,18 +313,13 @@ def _spread(advantages: Tensor, mask: Tensor, dtype: torch.dtype) -> tuple[Tenso
     return spread, spread
 
 
-def _are_constants(*tensors: Tensor) -> bool:
-    return served(*tensors) and not (
-        torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    )
-
-
 def _tokens_served(mask: Tensor, *tensors: Tensor) -> bool:
     return (
         all(tensor.shape == mask.shape for tensor in tensors)
         and mask.device == tensors[0].device
         and mask.dtype != torch.float64
-        and _are_constants(*tensors)
+        and served(*tensors)
+        and constant(*tensors)
     )
 
 
@@ -335,7 +330,3 @@ def _has_two(flags: Tensor | None) -> bool:
 
 def _is_discount(value: Any) -> bool:
     return isinstance(value, (int, float)) and 0 <= value <= 1
-
-
-def _promote(*tensors: Tensor) -> torch.dtype:
-    return functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
