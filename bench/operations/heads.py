@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from warpo.bench import peers
 from warpo.bench.operation import Inputs, Operation, Provider, Sizes, Work
-from warpo.bench.operations.losses import _grpo
+from warpo.bench.operations.losses import grpo
 from warpo.bench.operations.vocabulary import peaked_logits
 from warpo.kernels import ops, reference
 
@@ -147,7 +147,7 @@ def _two_reads(inputs: Inputs) -> Tensor:
 
 def _eager_from_logits(inputs: Inputs) -> Tensor:
     logp = inputs["logits"].float().log_softmax(-1)
-    return _grpo(inputs | {"logprobs": logp.gather(-1, inputs["targets"][..., None])[..., 0]})
+    return grpo(inputs | {"logprobs": logp.gather(-1, inputs["targets"][..., None])[..., 0]})
 
 
 def _exact_from_logits(inputs: Inputs) -> Tensor:

@@ -75,7 +75,8 @@ def _count(inputs: Inputs, name: str = "logprobs") -> Tensor:
     return torch.tensor(float(rows), dtype=inputs[name].dtype, device=inputs[name].device)
 
 
-def _grpo(inputs: Inputs) -> Tensor:
+def grpo(inputs: Inputs) -> Tensor:
+    """The loss of GRPO with the k3 KL, as one writes it."""
     logp, mask = inputs["logprobs"], inputs["mask"]
     advantages = inputs["advantages"][:, None]
     ratio = (logp - inputs["old_logprobs"]).exp()
@@ -185,7 +186,7 @@ OPERATIONS = (
             inputs["logprobs"], inputs["old_logprobs"], inputs["advantages"], "grpo",
             mask=inputs["mask"], ref_logprobs=inputs["ref_logprobs"], backend=backend,
         ).loss,
-        eager=_grpo,
+        eager=grpo,
         exact=_exact_grpo,
         others={"trl": Provider(load=_trl)},
         # read three logprobs (4 bytes each) and mask (1); backward: scale the gradient (4 and 4)
