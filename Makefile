@@ -35,16 +35,16 @@ test: $(VENV)/built
 	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile $(PYTEST_FLAGS)
 
 bench: $(VENV)/built peers
-	$(BIN)/warpo bench --out $(OUT)
+	$(BIN)/warpo bench --compile --out $(OUT)
 
 bench-train: $(VENV)/built peers
 	$(BIN)/warpo bench train --out $(OUT)
 
 bench-control: $(VENV)/built peers
-	$(BIN)/python -m warpo.bench.control --peers .peers/stable_baselines3 --out $(OUT)
+	$(BIN)/warpo bench control --out $(OUT)
 
 bench-dropin: $(VENV)/built peers
-	$(BIN)/python -m warpo.bench.dropin --peers .peers --out $(OUT)
+	$(BIN)/warpo bench dropin --out $(OUT)
 
 # Each library with its own versions of what it needs; flash-attn, which OpenRLHF imports, installs
 # on a CUDA machine alone.

@@ -7,10 +7,8 @@ import contextlib
 import importlib
 import importlib.metadata
 import json
-import shlex
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,11 +17,17 @@ import torch
 from warpo.bench import peers, shapes
 from warpo.bench.environment import environment, gpu_state, processor
 from warpo.bench.limits import limits
-from warpo.bench.operation import MODES
+from warpo.bench.operation import MODES, Provider
 from warpo.bench.operations import OPERATIONS
+from warpo.bench.progress import Progress, shown
 from warpo.bench.suite import Plan, Point, providers_of, rows_of
 
-COMMANDS = {"compare": "warpo.bench.compare", "train": "warpo.bench.train.__main__"}
+COMMANDS = {
+    "compare": "warpo.bench.compare",
+    "train": "warpo.bench.train.__main__",
+    "dropin": "warpo.bench.dropin.__main__",
+    "control": "warpo.bench.control.__main__",
+}
 BUDGET_S = {"quick": 0.08, "laptop": 0.5, "h200": 0.3}
 
 DESCRIPTION = """\
@@ -37,6 +41,8 @@ most, measured in the same run. A provider that is wrong against float64 gets no
     warpo bench --list                             # operations, their sizes and providers
     warpo bench compare A B                        # what got faster or slower, beyond the noise
     warpo bench train                              # a GRPO step beside TRL's; weight sync; scaling
+    warpo bench dropin                             # what trl.patch() and others replace, beside it
+    warpo bench control                            # SAC and PPO beside Stable-Baselines3
 
 OUT gets bench.jsonl, plots as PNG, and index.html, one page with all of it. Ctrl-C ends the run and
 keeps what was measured.
@@ -59,11 +65,15 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--mode", nargs="+", choices=MODES)
     parser.add_argument(
-        "--providers", nargs="+", metavar="NAME", help="cpu, triton, cuda, eager, compile, trl, ..."
-    )
+        "--providers", nargs="+", metavar="NAME",
+        help="these alone: cpu, triton, cuda, eager, compile, trl, ...",
+    )  # fmt: skip
+    parser.add_argument("--quick", action="store_true", help="short timings, as of preset quick")
     parser.add_argument(
-        "--quick", action="store_true", help="short timings, without torch.compile's waits"
-    )
+        "--compile", action="store_true",
+        help="torch.compile too, which takes seconds a case; with short timings only the last dtype "
+        "and mode of each operation",
+    )  # fmt: skip
     parser.add_argument("--cold", action="store_true", help="flush the caches before each run")
     parser.add_argument("--peers", type=Path, default=Path(".peers"), metavar="DIR")
     parser.add_argument("--out", type=Path, default=Path("bench/results/latest"), metavar="DIR")
@@ -75,17 +85,23 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         parser.error("torch sees no CUDA device: pass --device cpu")
     if args.shapes not in shapes.PRESETS and not Path(args.shapes).is_file():
         parser.error(f"--shapes {args.shapes}: neither {', '.join(shapes.PRESETS)} nor a file")
+    if args.out.exists() and not args.out.is_dir():
+        parser.error(f"--out {args.out}: a file; pass a folder, which is made if there is none")
     return args
 
 
 def points_of(args: argparse.Namespace) -> list[Point]:
-    """What is to be timed."""
+    """What is to be timed.
+
+    Raises:
+        ValueError: nothing, or the file of shapes is wrong.
+    """
     if args.shapes in shapes.PRESETS:
         chosen = shapes.PRESETS[args.shapes]
     else:
         chosen = shapes.read(Path(args.shapes), OPERATIONS)
     dtypes = [getattr(torch, name) for name in args.dtype or ()]
-    return [
+    points = [
         Point(operation=operation, sizes=sizes, dtype=dtype, mode=mode)
         for operation in (OPERATIONS[name] for name in args.operations or OPERATIONS)
         for sizes in shapes.of(operation, chosen)
@@ -94,34 +110,24 @@ def points_of(args: argparse.Namespace) -> list[Point]:
         for mode in operation.modes
         if mode in (args.mode or ("fwd", "fwd+bwd"))
     ]
-
-
-def run(args: argparse.Namespace, words: Sequence[str]) -> int:
-    """Times, writes and shows; what was measured before an interrupt is kept."""
-    peers.use(args.peers)
-    points = points_of(args)
     if not points:
-        print("nothing to time: see warpo bench --list", file=sys.stderr)
-        return 2
-    quick = args.quick or args.shapes == "quick"
+        raise ValueError(
+            f"--shapes {args.shapes}, --dtype and --mode leave nothing to time of "
+            f"{', '.join(args.operations or OPERATIONS)}: see warpo bench --list"
+        )
+    return points
+
+
+def run(args: argparse.Namespace, points: Sequence[Point], words: Sequence[str]) -> int:
+    """Times, writes and shows; what was measured before an interrupt is kept."""
     args.out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     status = 0
     with (args.out / "bench.jsonl").open("w", encoding="utf-8") as file:
         try:
-            plan = Plan(
-                device=args.device,
-                limits=limits(args.device, 0.2),
-                budget_s=0.08 if quick else BUDGET_S.get(args.shapes, 0.5),
-                cold=args.cold,
-                wanted=lambda name: (
-                    name in args.providers if args.providers else not (quick and name == "compile")
-                ),
-            )
-            common = described(args, plan, words)
-            for row in measured(points, plan):
-                rows.append(row | common)
-                write(file, rows[-1])
+            for row in measured(args, points, words):
+                rows.append(row)
+                write(file, row)
         except KeyboardInterrupt:
             print("interrupted: what was measured is kept", file=sys.stderr)
             status = 130
@@ -130,56 +136,63 @@ def run(args: argparse.Namespace, words: Sequence[str]) -> int:
     return status
 
 
-def measured(points: Sequence[Point], plan: Plan) -> Iterator[dict[str, Any]]:
+def measured(
+    args: argparse.Namespace, points: Sequence[Point], words: Sequence[str]
+) -> Iterator[dict[str, Any]]:
     """The rows of all points, with the progress on the terminal."""
-    state: dict[str, Any] = {}
-    last = ""
-    with progress(len(points)) as step:
+    quick = args.quick or args.shapes == "quick"
+
+    def wanted(point: Point, name: str) -> bool:
+        if args.providers and name in args.providers:
+            return True
+        if name == "compile":
+            whole = point.dtype, point.mode
+            last = point.operation.dtypes[-1], point.operation.modes[-1]
+            return args.compile and (not quick or whole == last)
+        return not args.providers
+
+    libraries = libraries_of(points, wanted)
+    with shown(Progress([1.0] * (1 + len(libraries) + len(points)))) as tell:
+        for name, providers in libraries.items():
+            tell(f"importing {name}")
+            for provider in providers:
+                with contextlib.suppress(Exception):  # its rows say why
+                    provider.load()
+        tell("limits of this machine")
+        plan = Plan(
+            device=args.device,
+            limits=limits(args.device, 0.2, args.cold),
+            budget_s=BUDGET_S["quick"] if quick else BUDGET_S.get(args.shapes, 0.5),
+            cold=args.cold,
+            wanted=wanted,
+        )
+        common = described(args, plan, words)
+        last = ""
         for point in points:
-            step(point.title)
+            tell(point.title)
             if plan.device == "cuda" and point.operation.name != last:
-                last, state = point.operation.name, {"gpu": gpu_state()}
+                last, common["gpu"] = point.operation.name, gpu_state()
             for row in rows_of(point, plan):
-                yield row | state
+                yield row | common
 
 
-@contextlib.contextmanager
-def progress(total: int) -> Iterator[Any]:
-    """A bar with the time that is left; lines where rich is not installed."""
-    start = time.perf_counter()
-    try:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-        from rich.progress import TimeRemainingColumn as Left
-    except ImportError:
-        done = 0
-
-        def line(title: str) -> None:
-            nonlocal done
-            left = (time.perf_counter() - start) / max(done, 1) * (total - done)
-            done += 1
-            print(f"[{done}/{total}, {left:.0f} s left] {title}", file=sys.stderr)
-
-        yield line
-        return
-    from rich.console import Console
-
-    columns = (BarColumn(), MofNCompleteColumn(), Left(), TextColumn("{task.description}"))
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=total)
-        started = False
-
-        def advance(title: str) -> None:
-            nonlocal started
-            bar.update(task, description=title, advance=1 if started else 0)
-            started = True
-
-        yield advance
+def libraries_of(
+    points: Sequence[Point], wanted: Callable[[Point, str], bool]
+) -> dict[str, list[Provider]]:
+    """The providers of other libraries by the library: importing them takes seconds."""
+    found: dict[str, list[Provider]] = {}
+    for point in {point.operation.name: point for point in points}.values():
+        for name, provider in point.operation.others.items():
+            library = name.partition(",")[0]
+            if wanted(point, name) and library != "warpo":
+                found.setdefault(library, []).append(provider)
+    return found
 
 
 def described(args: argparse.Namespace, plan: Plan, words: Sequence[str]) -> dict[str, Any]:
     """What a reader needs to judge and repeat a row."""
     name = torch.cuda.get_device_name() if args.device == "cuda" else processor()
-    found = environment("warpo.bench", name) | {"command": shlex.join(["warpo", "bench", *words])}
+    found = environment(["warpo", "bench", *words], name)
     versions = {"torch": torch.__version__, "triton": importlib.metadata.version("triton")}
     return found | {
         "device": args.device,
@@ -225,4 +238,10 @@ def main(words: Sequence[str]) -> int:
     if args.list:
         print(listing())
         return 0
-    return run(args, words)
+    peers.use(args.peers)
+    try:
+        points = points_of(args)
+    except ValueError as error:
+        print(f"warpo bench: {error}", file=sys.stderr)
+        return 2
+    return run(args, points, words)

@@ -4,15 +4,14 @@ import datetime
 import platform
 import shlex
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 
-def environment(module: str, machine: str) -> dict[str, str | int]:
-    """Machine, commit, date and command of this process, which runs `python -m module`."""
+def environment(command: Sequence[str], machine: str) -> dict[str, str | int]:
+    """What every row of a run says: its command, machine, versions, commit and date."""
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     ).stdout.strip()
@@ -23,7 +22,7 @@ def environment(module: str, machine: str) -> dict[str, str | int]:
         "torch": torch.__version__,
         "commit": commit or "unknown",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
+        "command": shlex.join(command),
     }
 
 

@@ -1,5 +1,6 @@
 """What this machine can do at most, measured in the same run as what is compared with it."""
 
+import math
 import statistics
 from collections.abc import Mapping
 
@@ -9,52 +10,84 @@ from warpo.bench.operation import Work
 from warpo.bench.timing import Call, measure
 from warpo.kernels import ops
 
-_ELEMENTS = {"cpu": 1 << 25, "cuda": 1 << 28}
+# Bytes over which reads and copies run: in the caches of a CPU, around their end, and in memory.
+# Smaller ones would measure torch's calls. On a GPU the cache is flushed before each call.
+_WORKING_SETS = {"cpu": (1 << 20, 1 << 22, 1 << 24, 1 << 25, 1 << 27), "cuda": (1 << 31,)}
 _MATRIX = {"cpu": 1536, "cuda": 8192}
-# In the second-level cache of a CPU; large enough to fill a GPU.
-_EXP = {"cpu": 1 << 18, "cuda": 1 << 26}
+# In the caches of a CPU; large enough to fill a GPU.
+_EXP = {"cpu": (16, 1 << 17), "cuda": (1 << 12, 1 << 15)}
 
 
-def limits(device: str, budget_s: float) -> dict[str, float]:
+def limits(device: str, budget_s: float, cold: bool = False) -> dict[str, float]:
     """Of a device, in units a second.
 
-    read, copy      bytes, of a sum of float32 and of a copy; the copy counts both directions
+    read_NMiB, copy_NMiB    bytes, of a sum of float32 and of a copy, which counts both directions,
+                            over a working set of N MiB
     matrix_float32, matrix_bfloat16     FLOP, of a square matrix product
-    exp             exponentials of float32: of torch.exp, or of our log-sum-exp where that does
-                    more, both on data in the caches
+    exp                     exponentials: of torch.exp, or of our log-sum-exp where that does more,
+                            on data in the caches
+
+    Args:
+        budget_s: seconds for each of them.
+        cold: what is compared with them has its data in memory, not in the caches.
     """
-    source = torch.ones(_ELEMENTS[device], device=device)
-    target = torch.empty_like(source)
-    small = torch.randn(_EXP[device], device=device)
-    out, rows = torch.empty_like(small), small.view(-1, 1 << 12)
-    targets = torch.zeros(len(rows), dtype=torch.int64, device=device)
+    calls: dict[str, Call] = {}
+    amounts: dict[str, float] = {}
+    for size in _WORKING_SETS[device][-1 if cold else 0 :]:
+        whole, half = (torch.ones(size // n, device=device) for n in (4, 8))
+        target = torch.empty_like(half)
+        calls[_name("read", size)] = lambda whole=whole: whole.sum()  # type: ignore[misc]
+        calls[_name("copy", size)] = lambda a=target, b=half: a.copy_(b)  # type: ignore[misc]
+        amounts |= {_name(traffic, size): size for traffic in ("read", "copy")}
     side = _MATRIX[device]
-    calls: dict[str, Call] = {
-        "read": lambda: source.sum(),
-        "copy": lambda: target.copy_(source),
-        "exp": lambda: torch.exp(small, out=out),
-        "log-sum-exp": lambda: ops.logprobs(rows, targets),
-    }
-    amounts = {"read": 4 * source.numel(), "copy": 8 * source.numel()}
-    amounts |= {"exp": small.numel(), "log-sum-exp": small.numel()}
     for dtype in (torch.float32, torch.bfloat16):
         square = torch.randn(side, side, device=device).to(dtype)
         name = f"matrix_{str(dtype).removeprefix('torch.')}"
         calls[name] = lambda square=square: square @ square  # type: ignore[misc]
         amounts[name] = 2 * side**3
-    times = measure(device, calls, budget_s)
+    exponentials = _exponentials(device)
+    count = math.prod(_EXP[device])
+    times = measure(device, calls | exponentials, budget_s)
     rates = {name: 1e3 * amounts[name] / statistics.median(times[name]) for name in calls}
-    return rates | {"exp": max(rates["exp"], rates.pop("log-sum-exp"))}
+    fastest = min(statistics.median(times[name]) for name in exponentials)
+    return rates | {"exp": 1e3 * count / fastest}
+
+
+def _exponentials(device: str) -> dict[str, Call]:
+    rows = torch.randn(_EXP[device], device=device)
+    out, low = torch.empty_like(rows), rows.bfloat16()
+    targets = torch.zeros(len(rows), dtype=torch.int64, device=device)
+    return {
+        "exp": lambda: torch.exp(rows, out=out),
+        "log-sum-exp": lambda: ops.logprobs(rows, targets),
+        "log-sum-exp, bfloat16": lambda: ops.logprobs(low, targets),
+    }
+
+
+def _name(traffic: str, size: int) -> str:
+    return f"{traffic}_{size >> 20}MiB"
 
 
 def bound(work: Work, dtype: str, found: Mapping[str, float]) -> tuple[str, float]:
     """What limits the work, and the milliseconds that it takes at least."""
     traffic = "copy" if work.written else "read"
+    moved = work.read + work.written
     matrix = "matrix_float32" if dtype == "float32" else "matrix_bfloat16"
     times = {
-        traffic: (work.read + work.written) / found[traffic],
+        traffic: moved / _bandwidth(traffic, moved, found),
         matrix: work.flops / found[matrix],
         "exp": work.exps / found["exp"],
     }
     name = max(times, key=lambda key: times[key])
     return name, 1e3 * times[name]
+
+
+def _bandwidth(traffic: str, moved: int, found: Mapping[str, float]) -> float:
+    """The best rate over working sets that are at least the largest that these bytes fill."""
+    rates = {
+        int(name.removeprefix(f"{traffic}_").removesuffix("MiB")) << 20: rate
+        for name, rate in found.items()
+        if name.startswith(f"{traffic}_")
+    }
+    least = max((size for size in rates if size <= moved), default=0)
+    return max(rate for size, rate in rates.items() if size >= least)

@@ -44,11 +44,14 @@ class Provider:
         load: gives the function, or raises `Missing`.
         own_inputs: it writes to its inputs, so it gets a copy.
         modes: in which it is timed.
+        one_shape: other shapes than the one that is timed cost seconds: it is compared with float64
+            at that one where memory allows, and its host cost is left out.
     """
 
     load: Callable[[], Function]
     own_inputs: bool = False
     modes: tuple[str, ...] = MODES
+    one_shape: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

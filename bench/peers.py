@@ -4,6 +4,7 @@
 
 import importlib
 import importlib.metadata
+import logging
 import os
 import sys
 import types
@@ -54,12 +55,15 @@ def load(module: str, name: str) -> Any:
     """
     # ray, which verl imports, would warn about the accelerators of this machine at every start
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    logging.disable(logging.WARNING)  # of accelerators and packages that it would rather have
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return getattr(importlib.import_module(module), name)
     except (ImportError, RuntimeError) as error:
         raise Missing(f"{module}: {error}; install it by `make peers`".replace("\n", " ")) from None
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def trl_trainer(name: str, **settings: Any) -> Any:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import shlex
 import statistics
 import sys
 import tempfile
@@ -137,8 +136,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_thread_waiting()
     from warpo.bench.environment import environment, processor
 
-    common: dict[str, Any] = dict(environment("warpo.bench.resync", processor()))
-    common["command"] = shlex.join(["python", "-m", "warpo.bench.resync", *words])
+    command = ["python", "-m", "warpo.bench.resync", *words]
+    common: dict[str, Any] = dict(environment(command, processor()))
     names = ("torch", "transformers", "vllm")
     common["versions"] = {name: importlib.import_module(name).__version__ for name in names}
     args.out.mkdir(parents=True, exist_ok=True)

@@ -26,6 +26,8 @@ from warpo.bench.timing import Call, graph_ms, host_us, measure, peak_bytes, spr
 # logits in bfloat16 have them to 1/256, of which exp makes a share of the gradient.
 TOLERANCE = {torch.float32: 5e-3, torch.bfloat16: 0.1, torch.float16: 2e-2}
 WARPO = ("cpu", "triton", "cuda")
+# Elements of inputs that are compared with float64 as a whole, where a part would be compiled anew.
+WHOLE = 1 << 24
 # On a GPU, calls that take less are timed from a CUDA graph, too.
 GRAPH_BELOW_MS = 0.1
 
@@ -38,14 +40,14 @@ class Plan:
         limits: of `limits.limits`.
         budget_s: of timing each provider in each mode.
         cold: whether caches are flushed before each run.
-        wanted: provider name -> whether it is measured.
+        wanted: whether a provider is measured at a point, by its name.
     """
 
     device: str
     limits: Mapping[str, float]
     budget_s: float
     cold: bool
-    wanted: Callable[[str], bool]
+    wanted: Callable[["Point", str], bool]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +77,13 @@ def providers_of(operation: Operation, device: str) -> dict[str, Provider]:
     if eager is not None:
         found["eager"] = Provider(load=lambda: eager)
         if operation.compiles:
-            found["compile"] = Provider(load=lambda: torch.compile(eager, dynamic=False))
+            found["compile"] = Provider(load=partial(_compiled, eager), one_shape=True)
     return found | dict(operation.others)
+
+
+def _compiled(eager: Function) -> Function:
+    torch._dynamo.reset()  # or, after eight shapes of one function, it would run uncompiled
+    return torch.compile(eager, dynamic=False)
 
 
 def _backend(operation: Operation, name: str) -> Function:
@@ -92,19 +99,23 @@ def rows_of(point: Point, plan: Plan) -> Iterator[dict[str, Any]]:
     calls: dict[str, Call] = {}
     rows: dict[str, dict[str, Any]] = {}
     for name, provider in providers_of(operation, plan.device).items():
-        if not plan.wanted(name) or point.mode not in provider.modes:
+        if not plan.wanted(point, name) or point.mode not in provider.modes:
             continue
         rows[name] = row = _described(point, name)
         try:
             function = provider.load()
-            row["error"] = error_of(function, operation, inputs, point.mode)
+            whole = provider.one_shape and _numel(inputs) <= WHOLE
+            part = inputs if whole else operation.part(inputs)
+            row["error"] = error_of(function, operation, part, point.mode)
             if not row["error"] <= TOLERANCE[point.dtype]:
                 row["problem"] = f"wrong: {row['error']:.1e} off float64"
                 continue
             mine = _copied(inputs) if provider.own_inputs else inputs
             calls[name] = call_of(function, mine, operation.leaves, point.mode)
             calls[name]()
-            row |= _costs(function, point, plan, calls[name])
+            row["peak_bytes"] = peak_bytes(plan.device, calls[name])
+            if not provider.one_shape:
+                row["host_us"] = _host_us(function, point, plan)
         except Exception as error:  # a provider of somebody else may raise anything
             calls.pop(name, None)
             row["problem"] = f"{type(error).__name__}: {error}".replace("\n", " ")
@@ -138,15 +149,11 @@ def _timed(point: Point, plan: Plan, times: Sequence[float], call: Call) -> dict
     return row
 
 
-def _costs(function: Callable, point: Point, plan: Plan, call: Call) -> dict[str, Any]:
-    """Memory of a call, and the time of one whose tensors are tiny."""
+def _host_us(function: Callable, point: Point, plan: Plan) -> float:
+    """The time of a call whose tensors are tiny."""
     operation = point.operation
     tiny = operation.make(plan.device, point.dtype, operation.tiny)
-    tiny_call = call_of(function, tiny, operation.leaves, point.mode)
-    return {
-        "peak_bytes": peak_bytes(plan.device, call),
-        "host_us": host_us(plan.device, tiny_call),
-    }
+    return host_us(plan.device, call_of(function, tiny, operation.leaves, point.mode))
 
 
 def call_of(function: Callable, inputs: Inputs, leaves: tuple[str, ...], mode: str) -> Call:
@@ -174,11 +181,10 @@ def call_of(function: Callable, inputs: Inputs, leaves: tuple[str, ...], mode: s
     return backward if mode == "bwd" else both
 
 
-def error_of(function: Callable, operation: Operation, inputs: Inputs, mode: str) -> float:
-    """Largest error of results and, unless the mode is forward, gradients, on a part of the inputs,
+def error_of(function: Callable, operation: Operation, part: Inputs, mode: str) -> float:
+    """Largest error of results and, unless the mode is forward, gradients, on these inputs,
     relative to the largest value of each.
     """
-    part = operation.part(inputs)
     exact = in_double(part)
     leaves = operation.leaves if mode != "fwd" else ()
     part, exact = with_gradients(_copied(part), leaves), with_gradients(exact, leaves)
@@ -208,6 +214,10 @@ def _relative(actual: Tensor, expected: Tensor, mask: Tensor | None) -> float:
         actual, expected = actual[mask], expected[mask]
     scale = expected.abs().max().clamp(min=1e-30)
     return float(((actual - expected).abs().max() / scale).nan_to_num(torch.inf))
+
+
+def _numel(inputs: Inputs) -> int:
+    return max(value.numel() for value in inputs.values() if isinstance(value, Tensor))
 
 
 def _copied(inputs: Inputs) -> Inputs:

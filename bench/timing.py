@@ -29,10 +29,7 @@ def measure(
     timer = _cuda_ms if device == "cuda" else _cpu_ms
     flush = torch.empty(1 << 26, device=device) if cold or device == "cuda" else None
     for call in calls.values():
-        start = time.perf_counter()
-        call()
-        while time.perf_counter() - start < min(WARM_UP_S, budget_s):
-            call()
+        _warm_up(call, min(WARM_UP_S, budget_s))
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(turns):
         for name, call in calls.items():
@@ -45,6 +42,13 @@ def measure(
                 times[name].append(timer(call))
                 runs += 1
     return times
+
+
+def _warm_up(call: Call, seconds: float) -> None:
+    start = time.perf_counter()
+    call()
+    while time.perf_counter() - start < seconds:
+        call()
 
 
 def spread(times: Sequence[float]) -> dict[str, float | int]:
@@ -95,8 +99,7 @@ def graph_ms(call: Call, budget_s: float) -> float | None:
 
 def host_us(device: str, call: Call) -> float:
     """Microseconds of a call whose tensors are tiny, without waiting for the device."""
-    for _ in range(3):
-        call()
+    _warm_up(call, WARM_UP_S / 5)
     if device == "cuda":
         torch.cuda.synchronize()
     times = []

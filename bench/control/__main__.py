@@ -1,6 +1,6 @@
 """Control beside Stable-Baselines3: same settings, same number of environment steps, several seeds.
 
-    make bench-control, or, where `make peers` has been run: python -m warpo.bench.control --out DIR
+    make bench-control, or, where `make peers` has been run: warpo bench control --out DIR
 
 The settings are those of examples/sac.yaml (Pendulum-v1) and examples/ppo_gymnasium.yaml
 (CartPole-v1). Each run is a process of its own with one thread; the trainers take turns. Both are
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import itertools
 import json
 import os
 import statistics
@@ -28,6 +29,7 @@ from matplotlib.figure import Figure
 
 from warpo.bench.control.side import SIDES
 from warpo.bench.environment import aligned, environment, processor
+from warpo.bench.progress import Progress, shown
 from warpo.engine.config_file import read_tree
 from warpo.engine.control.config import ControlConfig
 
@@ -159,9 +161,9 @@ def versions(peers: Path) -> dict[str, str]:
     return found
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m warpo.bench.control", description=(__doc__ or "").split("\n\n")[0]
+        prog="warpo bench control", description=(__doc__ or "").split("\n\n")[0]
     )
     parser.add_argument("--algorithms", nargs="+", choices=EXAMPLES, default=list(EXAMPLES))
     parser.add_argument("--trainers", nargs="+", choices=SIDES, default=list(SIDES))
@@ -175,24 +177,30 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main() -> None:
-    args = parse()
+def main(argv: Sequence[str] | None = None) -> int:
+    """`warpo bench control ARGV`."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    args = parse(words)
     args.out.mkdir(parents=True, exist_ok=True)
-    common = environment("warpo.bench.control", processor()) | versions(args.peers)
+    common = environment(["warpo", "bench", "control", *words], processor())
+    common |= versions(args.peers)
     common["threads"] = 1
+    runs = list(itertools.product(args.algorithms, range(args.seeds), args.trainers))
     rows = []
-    with (args.out / "control.jsonl").open("w", encoding="utf-8") as file:
-        for algorithm in args.algorithms:
-            for seed in range(args.seeds):
-                for name in args.trainers:
-                    print(f"{algorithm}: {name}, seed {seed}", file=sys.stderr, flush=True)
-                    rows.append(measure(args, algorithm, name, seed))
-                    file.write(json.dumps(rows[-1] | common) + "\n")
-                    file.flush()
+    with (
+        (args.out / "control.jsonl").open("w", encoding="utf-8") as file,
+        shown(Progress([1.0] * len(runs))) as tell,
+    ):
+        for algorithm, seed, name in runs:
+            tell(f"{algorithm}: {name}, seed {seed}")
+            rows.append(measure(args, algorithm, name, seed))
+            file.write(json.dumps(rows[-1] | common) + "\n")
+            file.flush()
     plot(rows, args.out / "control.png")
     found = summaries(rows)
     print(table_of(found, goals_of(found)))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

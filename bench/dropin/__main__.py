@@ -1,7 +1,7 @@
 """Time every function of TRL, verl, OpenRLHF, torchrl and Stable-Baselines3 that warpo replaces,
 beside the library's own, on the same tensors; and the loops of single-file PPO.
 
-    make bench-dropin, or, where `make peers` has been run: python -m warpo.bench.dropin --out DIR
+    make bench-dropin, or, where `make peers` has been run: warpo bench dropin --out DIR
 
 Prints a table, one row a function, size and mode, and a summary, one row a function. Writes
 OUT/dropin.jsonl with machine, versions, date and command. Exit status 1 where one of ours is slower
@@ -87,21 +87,24 @@ def _range(ratios: Sequence[float]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    """`warpo bench dropin ARGV`; see its --help for the exit status."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+        prog="warpo bench dropin", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     parser.add_argument("libraries", nargs="*", metavar="LIBRARY", help=", ".join(CHOICES))
     parser.add_argument(
         "--only", default="", metavar="TEXT", help="functions with TEXT in the name"
     )
     parser.add_argument("--peers", type=Path, default=Path(".peers"), metavar="DIR")
     parser.add_argument("--out", type=Path, default=Path("bench/results/latest"), metavar="DIR")
-    args = parser.parse_args()
+    words = list(sys.argv[1:] if argv is None else argv)
+    args = parser.parse_args(words)
     for library in args.libraries:
         if library not in CHOICES:
             parser.error(f"there is no integration {library!r}, only {', '.join(CHOICES)}")
-    common = environment("warpo.bench.dropin", processor())
+    common = environment(["warpo", "bench", "dropin", *words], processor())
     args.out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     with (args.out / "dropin.jsonl").open("w", encoding="utf-8") as file:

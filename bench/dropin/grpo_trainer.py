@@ -100,7 +100,7 @@ def agreement(rows: Sequence[dict]) -> str:
     )
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m warpo.bench.dropin.grpo_trainer",
         description=(__doc__ or "").split("\n\n")[0],
@@ -124,9 +124,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
-    args = parse()
+    words = sys.argv[1:]
+    args = parse(words)
     args.out.mkdir(parents=True, exist_ok=True)
-    common = environment("warpo.bench.dropin.grpo_trainer", processor())
+    common = environment(["python", "-m", "warpo.bench.dropin.grpo_trainer", *words], processor())
     with tempfile.TemporaryDirectory() as folder:
         job = Job(
             folder=folder, model=args.model, steps=args.steps, warm_up=args.warm_up,

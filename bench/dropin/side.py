@@ -8,13 +8,13 @@ import argparse
 import importlib
 import json
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from warpo.bench.dropin.case import DropIn
+from warpo.bench.progress import Progress, shown
 from warpo.bench.timing import measure, peak_bytes, spread
 from warpo.engine.environment import keep_freed_memory
 from warpo.kernels.integrations.patching import Library, wrap
@@ -68,14 +68,12 @@ def main() -> None:
     keep_freed_memory()
     cases, sides, version = load(args.library)
     cases = [case for case in cases if args.only in case.function]
-    start = time.perf_counter()
-    with args.rows.open("a", encoding="utf-8") as file:
-        for number, case in enumerate(cases):
-            left = (time.perf_counter() - start) / max(number, 1) * (len(cases) - number)
-            print(
-                f"[{args.library} {number + 1}/{len(cases)}, {left:.0f} s left] {case.function} "
-                f"{case.size} {case.mode}", file=sys.stderr,
-            )  # fmt: skip
+    with (
+        args.rows.open("a", encoding="utf-8") as file,
+        shown(Progress([1.0] * len(cases))) as tell,
+    ):
+        for case in cases:
+            tell(f"{args.library}: {case.function} {case.size} {case.mode}")
             row = row_of(case, *sides(case.function))
             described = {"library": args.library, "version": version}
             file.write(json.dumps(described | row) + "\n")

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from warpo.bench import peers
 from warpo.bench.operation import Inputs, Operation, Provider, Sizes, Work, first_rows
@@ -36,10 +37,13 @@ def tokens(device: str, dtype: torch.dtype, sizes: Sizes) -> Inputs:
 
 
 def environments(device: str, dtype: torch.dtype, sizes: Sizes) -> Inputs:
-    """The same with a termination in a hundred steps in place of the mask."""
+    """The same with a termination in a hundred steps in place of the mask. PufferLib has the reward
+    and the end of a step beside the value after it, so with one more column.
+    """
     inputs = tokens(device, dtype, sizes)
     ends = torch.rand(inputs.pop("mask").shape, device=device) < 0.01
-    return inputs | {"terminated": ends}
+    late = {"late_rewards": pad(inputs["rewards"], (1, 0)), "late_ends": pad(ends.float(), (1, 0))}
+    return inputs | {"terminated": ends, "longer_values": pad(inputs["values"], (0, 1)), **late}
 
 
 def _moves(read: int, written: int) -> Callable[[Sizes, int, str], Work]:
@@ -134,6 +138,21 @@ def _torchrl() -> Callable:
     return call
 
 
+def _pufferlib() -> Callable:
+    peers.load("pufferlib._C", "__name__")  # which registers it with torch
+
+    def call(inputs: Inputs) -> Tensor:
+        values = inputs["longer_values"]
+        advantages, ratio = torch.zeros_like(values), torch.ones_like(values)
+        torch.ops.pufferlib.compute_puff_advantage(
+            values, inputs["late_rewards"], inputs["late_ends"], ratio, advantages, GAMMA, LAMBDA,
+            1.0, 1.0,
+        )  # fmt: skip
+        return advantages[:, :-1]
+
+    return call
+
+
 def _environment_loop(inputs: Inputs) -> tuple[Tensor, Tensor]:
     rewards, values = inputs["rewards"], inputs["values"]
     going = 1.0 - inputs["terminated"].to(values.dtype)
@@ -193,7 +212,10 @@ OPERATIONS = (
         exact=lambda inputs: reference.gae(
             inputs["rewards"], inputs["values"], GAMMA, LAMBDA, terminated=inputs["terminated"]
         ),
-        others={"torchrl": Provider(load=_torchrl)},
+        others={
+            "torchrl": Provider(load=_torchrl),
+            "pufferlib": Provider(load=_pufferlib),
+        },
         # read rewards, values (4 bytes each) and ends (1), write advantages and returns (4 each)
         work=_moves(9, 8),
     ),

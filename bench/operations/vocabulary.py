@@ -119,7 +119,8 @@ OPERATIONS = (
             "openrlhf": _batched("openrlhf.models.utils", "log_probs_from_logits"),
             "flash-attn": Provider(load=_flash_attn),
             "quack": Provider(load=_quack),
-            "liger": Provider(load=_liger),
+            # its forward pass writes the gradient over the logits
+            "liger": Provider(load=_liger, own_inputs=True),
         },
     ),
     Operation(

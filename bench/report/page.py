@@ -35,13 +35,12 @@ def write(rows: Sequence[Row], out: Path) -> str:
     for operation in dict.fromkeys(row["operation"] for row in rows):
         mine = [row for row in rows if row["operation"] == operation]
         slug = operation.replace(", ", "-").replace(" ", "-")
-        kinds = dict.fromkeys((row["dtype"], row["mode"]) for row in mine)
-        names = [f"{slug}-{dtype}-{mode.replace('+', '-')}" for dtype, mode in kinds]
-        for name, (dtype, mode) in zip(names, kinds, strict=True):
-            keep(name, plots.operation(mine, dtype, mode))
+        found = plots.operation(mine)
+        for kind, png in found.items():
+            keep(f"{slug}{kind}", png)
         sections.append({
             "name": operation, "slug": slug, "rows": [_cells(row, mine) for row in shown(mine)],
-            "pictures": [pictures[name] for name in names if name in pictures],
+            "pictures": [pictures[f"{slug}{kind}"] for kind in found],
         })  # fmt: skip
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True
@@ -101,7 +100,7 @@ def _cells(row: Row, rows: Sequence[Row]) -> dict[str, str]:
         "ratio": f"{row['ms'] / mine['ms']:.1f}" if mine and mine is not row else "",
         "share": f"{row['share_of_limit']:.0%} {_limit_name(row['limit'])}",
         "peak": f"{row['peak_bytes'] / 1e6:.1f}",
-        "host": f"{row['host_us']:.0f}",
+        "host": f"{row['host_us']:.0f}" if "host_us" in row else "",
         "error": f"{row['error']:.0e}",
     }
 
@@ -111,8 +110,12 @@ def _limit_name(name: str) -> str:
 
 
 def _limits(limits: dict[str, float]) -> list[tuple[str, str]]:
-    units = {"read": "GB/s read", "copy": "GB/s copied", "exp": "billion exponentials a second"}
-    return [
-        (f"{value / 1e9:.3g}", units.get(name, f"GFLOP/s, {name.replace('_', ' of ')}"))
-        for name, value in limits.items()
-    ]
+    units = {"read": "GB/s read", "copy": "GB/s copied", "exp": "billion exponentials a second",
+             "matrix": "GFLOP/s"}  # fmt: skip
+    found = []
+    for name, value in limits.items():
+        kind, _, detail = name.partition("_")
+        over = f" over {detail.removesuffix('MiB')} MiB" if detail.endswith("MiB") else ""
+        of = f" of {detail}" if kind == "matrix" else ""
+        found.append((f"{value / 1e9:.3g}", f"{units[kind]}{over}{of}"))
+    return found

@@ -23,7 +23,7 @@ def text(rows: Sequence[Row]) -> str:
             *line, f"{row['ms']:.4g}", f"{row['p20_ms']:.4g} to {row['p80_ms']:.4g}",
             f"{base / row['ms']:.1f}" if base else "",
             f"{row['share_of_limit']:.0%} {row['limit'].partition('_')[0]}",
-            f"{row['peak_bytes'] / 1e6:.1f}", f"{row['host_us']:.0f}",
+            f"{row['peak_bytes'] / 1e6:.1f}", f"{row['host_us']:.0f}" if "host_us" in row else "",
         ])  # fmt: skip
     notes = [f"{reason} ({', '.join(where)})" for reason, where in problems(shown(rows)).items()]
     absent = sorted({row["provider"] for row in rows} - {row["provider"] for row in shown(rows)})

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -16,11 +15,11 @@ from typing import Any
 
 from warpo.bench import resync
 from warpo.bench.environment import environment, processor
+from warpo.bench.progress import Progress, shown
 from warpo.bench.train import rows as steps
 from warpo.bench.train import scaling
 from warpo.bench.train.job import MODELS, Job, make
 from warpo.bench.train.processes import SIDES, Runs, child
-from warpo.bench.train.progress import Progress, shown
 from warpo.bench.train.rows import Row
 
 SAMPLERS = ("vllm", "transformers")
@@ -250,9 +249,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     args = parse(words)
     args.out.mkdir(parents=True, exist_ok=True)
-    common: Row = dict(environment("warpo.bench.train", processor()))
+    common: Row = dict(environment(["warpo", "bench", "train", *words], processor()))
     common["versions"] = {name: version(name) for name in ("torch", "transformers")}
-    common["command"] = shlex.join(["warpo", "bench", "train", *words])
     output, status = Output(args.out, common), 0
     try:
         run(args, output)

@@ -7,13 +7,14 @@ from warpo.bench import cli, shapes
 from warpo.bench.operations import OPERATIONS
 from warpo.engine.cli import main
 
-RATES = {"read": 1e10, "copy": 1e10, "exp": 1e9, "matrix_float32": 1e11, "matrix_bfloat16": 1e11}
+RATES = {"read_64MiB": 1e10, "copy_64MiB": 1e10, "exp": 1e9,
+         "matrix_float32": 1e11, "matrix_bfloat16": 1e11}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
 def _short(monkeypatch):
     """Limits take seconds to measure, and have their own test."""
-    monkeypatch.setattr(cli, "limits", lambda device, budget_s: RATES)
+    monkeypatch.setattr(cli, "limits", lambda device, budget_s, cold: RATES)
     monkeypatch.setitem(cli.BUDGET_S, "quick", 0.002)
 
 
@@ -68,6 +69,40 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
     assert "interrupted" in capsys.readouterr().err and (tmp_path / "index.html").exists()
 
 
+def test_what_leaves_nothing_to_time_is_refused(tmp_path, capsys):
+    words = ["gae", "whiten", "--mode", "bwd", "--out", str(tmp_path / "out")]
+    assert cli.main(words) == 2 and not (tmp_path / "out").exists()
+    assert "leave nothing to time of gae, whiten: see warpo bench --list" in capsys.readouterr().err
+
+
+def compiled_at(words, monkeypatch, tmp_path):
+    """Dtype and mode at which torch.compile is timed."""
+    found = set()
+
+    def recorded(point, plan):
+        if plan.wanted(point, "compile"):
+            found.add((point.dtype_name, point.mode))
+        return []
+
+    monkeypatch.setattr(cli, "rows_of", recorded)
+    assert cli.main(["kept_set_logprobs", *words, "--out", str(tmp_path)]) == 0
+    return found
+
+
+def test_torch_compile_is_timed_where_it_is_asked_for(monkeypatch, tmp_path):
+    every = {(d, m) for d in ("float32", "bfloat16") for m in ("fwd", "fwd+bwd")}
+    last = {("bfloat16", "fwd+bwd")}
+    for words, wanted in (
+        ([], set()),
+        (["--compile"], last),
+        (["--compile", "--shapes", "laptop"], every),
+        (["--compile", "--shapes", "laptop", "--quick"], last),
+        (["--providers", "cpu", "compile"], every),
+        (["--providers", "cpu"], set()),
+    ):
+        assert compiled_at(words, monkeypatch, tmp_path) == wanted, words
+
+
 def test_the_list_names_operations_sizes_and_providers(capsys):
     assert cli.main(["--list"]) == 0
     text = capsys.readouterr().out
@@ -79,6 +114,7 @@ def test_the_list_names_operations_sizes_and_providers(capsys):
     [
         (["gea"], "no operation gea; there are logprobs"),
         (["--shapes", "big"], "--shapes big: neither quick, laptop, h200 nor a file"),
+        (["--out", __file__], "test_cli.py: a file; pass a folder"),
         (["--mode", "sideways"], "invalid choice: 'sideways'"),
     ],
 )
@@ -97,9 +133,10 @@ def test_wrong_usage_is_refused_with_what_there_is(words, message, capsys):
         ("- gae", "wanted operations or sizes"),
     ],
 )
-def test_a_wrong_file_of_shapes_is_refused_by_entry(tmp_path, text, message):
+def test_a_wrong_file_of_shapes_is_refused_by_entry(tmp_path, text, message, capsys):
     file = tmp_path / "shapes.yaml"
     file.write_text(text)
     with pytest.raises(ValueError, match="shapes.yaml") as caught:
         shapes.read(file, OPERATIONS)
     assert message in str(caught.value)
+    assert cli.main(["--shapes", str(file)]) == 2 and message in capsys.readouterr().err

@@ -15,7 +15,6 @@ from warpo.bench.train import __main__ as command
 from warpo.bench.train import plots, trl_side, warpo_side
 from warpo.bench.train.__main__ import expected_s, job_of, main, parse
 from warpo.bench.train.job import Clock, make, reward
-from warpo.bench.train.progress import Progress
 from warpo.bench.train.rows import goals_of, row_of, table_of
 from warpo.engine.data import load_prompts
 from warpo.engine.model import eos_token_ids, load_tokenizer
@@ -111,16 +110,9 @@ def test_bad_arguments_are_refused_with_what_is_wrong(words, message, capsys):
     assert end.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_the_time_left_goes_by_the_parts_that_are_done():
+def test_every_part_has_an_expected_time():
     assert len(expected_s(parse(["--quick"]))) == 2 * 3 + 1 + 3
     assert len(expected_s(parse(["--no-sync", "--no-scaling", "--rounds", "2"]))) == 2 * 2 * 3 * 2
-    progress = Progress([10.0, 30.0, 60.0])
-    progress.begin()
-    assert progress.left_s() == pytest.approx(100, abs=1)
-    progress.start -= 5.0  # the first part took half of what was expected
-    progress.begin()
-    assert progress.left_s() == pytest.approx(45, abs=1)
-    assert str(progress).startswith("2/3, about 0:4")
 
 
 def test_an_interrupt_keeps_what_was_measured(tmp_path, monkeypatch):
@@ -143,9 +135,9 @@ def test_an_interrupt_keeps_what_was_measured(tmp_path, monkeypatch):
 
 
 def test_a_result_says_where_when_and_how_it_was_measured():
-    found = environment("warpo.bench.train", processor())
+    found = environment(["warpo", "bench", "train"], processor())
     assert found.keys() >= {"machine", "python", "torch", "commit", "date", "command"}
-    assert found["command"].startswith("python -m warpo.bench.train")
+    assert found["command"] == "warpo bench train"
 
 
 def test_a_sync_that_fails_halfway_keeps_its_rows_and_says_why(tmp_path, monkeypatch, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +32,10 @@ class Progress:
         left = (sum(self.seconds) - done) * pace - (time.perf_counter() - self.part_start)
         return max(left, pace * sum(self.seconds[self.begun :]))
 
+    def share_done(self) -> float:
+        """0 to 1: of the parts that are done, by what they were expected to take."""
+        return sum(self.seconds[: max(0, self.begun - 1)]) / sum(self.seconds)
+
     def __str__(self) -> str:
         left = round(self.left_s())
         return f"{self.begun}/{len(self.seconds)}, about {left // 60}:{left % 60:02} left"
@@ -38,29 +43,41 @@ class Progress:
 
 @contextlib.contextmanager
 def shown(progress: Progress) -> Iterator[Callable[[str], None]]:
-    """A function that is told the title of each part as it starts: a line that counts down on a
-    terminal, a line for each part elsewhere.
+    """A function that is told the title of each part as it starts: a bar that counts down on a
+    terminal, a line for each part elsewhere or without rich.
     """
-    if sys.stderr.isatty():
-        from rich.console import Console
-        from rich.live import Live
-
-        title = ""
-        with Live(
-            get_renderable=lambda: f"[{progress}] {title}" if title else "",
-            console=Console(stderr=True, markup=False), refresh_per_second=2, transient=True,
-        ):  # fmt: skip
-
-            def tell(words: str) -> None:
-                nonlocal title
-                progress.begin()
-                title = words
-
+    if sys.stderr.isatty() and importlib.util.find_spec("rich"):
+        with _bar(progress) as tell:
             yield tell
         return
 
-    def line(words: str) -> None:
+    def line(title: str) -> None:
         progress.begin()
-        print(f"[{progress}] {words}", file=sys.stderr, flush=True)
+        print(f"[{progress}] {title}", file=sys.stderr, flush=True)
 
     yield line
+
+
+@contextlib.contextmanager
+def _bar(progress: Progress) -> Iterator[Callable[[str], None]]:
+    from rich.console import Console
+    from rich.live import Live
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+
+    title = ""
+
+    def drawn() -> Table:
+        row = Table.grid(padding=(0, 1))
+        row.add_row(ProgressBar(1.0, progress.share_done(), width=24), f"{progress}", title)
+        return row
+
+    console = Console(stderr=True, markup=False)
+    with Live(get_renderable=drawn, console=console, refresh_per_second=2, transient=True):
+
+        def tell(words: str) -> None:
+            nonlocal title
+            progress.begin()
+            title = words
+
+        yield tell
