@@ -68,11 +68,11 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         "--providers", nargs="+", metavar="NAME",
         help="these alone: cpu, triton, cuda, eager, compile, trl, ...",
     )  # fmt: skip
-    parser.add_argument("--quick", action="store_true", help="short timings, as of preset quick")
+    parser.add_argument("--quick", action="store_true", help="short timings")
     parser.add_argument(
         "--compile", action="store_true",
-        help="torch.compile too, which takes seconds a case; with short timings only the last dtype "
-        "and mode of each operation",
+        help="torch.compile too, which takes seconds a case; with short timings only for the last "
+        "dtype and mode of each operation",
     )  # fmt: skip
     parser.add_argument("--cold", action="store_true", help="flush the caches before each run")
     parser.add_argument("--peers", type=Path, default=Path(".peers"), metavar="DIR")
@@ -207,10 +207,10 @@ def write(file: TextIO, row: dict[str, Any]) -> None:
 
 
 def show(rows: Sequence[dict[str, Any]], out: Path) -> None:
-    """The table on the terminal; plots and the page in the folder."""
+    """Tables on the terminal; plots and the page in the folder."""
     from warpo.bench.report import table
 
-    print(table.text(rows))
+    print(f"{table.details(rows)}\n\n{table.cases(rows)}\n\n{table.headline(rows)}")
     try:
         from warpo.bench.report import page
     except ImportError as error:

@@ -28,6 +28,7 @@ PRESETS: dict[str, Shapes] = {
         "sequences x steps": [{"sequences": 64, "steps": 1024}],
         "sequences x steps x vocabulary": [{"sequences": 4, "steps": 16, "vocabulary": QWEN}],
         "prompts x group": [{"prompts": 128, "group": 8}],
+        "pairs x steps": [{"pairs": 32, "steps": 1024}],
         "pairs": [{"pairs": 1024}],
         "rows x columns": [{"rows": 4096, "columns": 6}],
         "rows": [{"rows": 4096}],
@@ -49,6 +50,7 @@ PRESETS: dict[str, Shapes] = {
             {"sequences": 4, "steps": n, "vocabulary": QWEN} for n in (32, 128, 256)
         ],
         "prompts x group": [{"prompts": n, "group": 16} for n in (16, 128, 1024)],
+        "pairs x steps": [{"pairs": n, "steps": 2048} for n in (2, 16, 128)],
         "pairs": [{"pairs": n} for n in (64, 1024, 16384)],
         "rows x columns": [{"rows": n, "columns": 6} for n in (256, 4096, 65536)],
         "rows": [{"rows": n} for n in (256, 4096, 65536)],
@@ -71,6 +73,7 @@ PRESETS: dict[str, Shapes] = {
         ],
         "sequences x steps x vocabulary": [{"sequences": 8, "steps": 1024, "vocabulary": QWEN}],
         "prompts x group": [{"prompts": n, "group": 16} for n in (64, 1024, 16384)],
+        "pairs x steps": [{"pairs": n, "steps": 4096} for n in (16, 256, 2048)],
         "pairs": [{"pairs": n} for n in (64, 4096, 65536)],
         "rows x columns": [{"rows": n, "columns": 17} for n in (256, 65536)],
         "rows": [{"rows": n} for n in (256, 65536)],

@@ -1,9 +1,18 @@
 """What is timed: the operations of `warpo.kernels.ops`, by name."""
 
 from warpo.bench.operation import Operation
-from warpo.bench.operations import control, groups, heads, losses, scans, vocabulary, weights
+from warpo.bench.operations import (
+    control,
+    groups,
+    heads,
+    losses,
+    preferences,
+    scans,
+    vocabulary,
+    weights,
+)
 
-_MODULES = (vocabulary, heads, losses, scans, groups, control, weights)
+_MODULES = (vocabulary, heads, losses, preferences, scans, groups, control, weights)
 
 OPERATIONS: dict[str, Operation] = {
     operation.name: operation for module in _MODULES for operation in module.OPERATIONS

@@ -83,6 +83,13 @@ def _exact_linear(inputs: Inputs) -> Tensor:
     return reference.linear_logprobs(inputs["hidden"], inputs["weight"], inputs["targets"])[0]
 
 
+def _keeping_logits(inputs: Inputs) -> Tensor:
+    """The memory of plain PyTorch for one product less."""
+    return ops.linear_logprobs(
+        inputs["hidden"], inputs["weight"], inputs["targets"], cache_logits=True
+    )
+
+
 def _verl_linear() -> Callable:
     module = peers.load("verl.utils.experimental.torch_functional", "FusedLinearForPPO")()
     return lambda inputs: module(
@@ -209,7 +216,10 @@ OPERATIONS = (
         ),
         eager=_eager_linear,
         exact=_exact_linear,
-        others={"verl": Provider(load=_verl_linear)},
+        others={
+            "warpo, logits kept": Provider(load=lambda: _keeping_logits),
+            "verl": Provider(load=_verl_linear),
+        },
         # forward one product; backward the logits again, and those of both gradients
         work=_products(1, 3),
     ),

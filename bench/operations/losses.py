@@ -1,22 +1,20 @@
-"""Losses of policies, critics, preferences and reward models."""
+"""Losses of policies and critics, and what they are made of."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from warpo.bench import peers
 from warpo.bench.operation import Inputs, Operation, Provider, Sizes, Work, first_rows
 from warpo.kernels import ops, reference
 
-_TOKENS: dict[str, Any] = {
+TOKENS: dict[str, Any] = {
     "sizes": ("sequences", "steps"),
     "tiny": {"sequences": 2, "steps": 4},
     "part": first_rows(4),
     "mask": "mask",
 }
-_PAIRS: dict[str, Any] = {"sizes": ("pairs",), "tiny": {"pairs": 2}, "part": first_rows(64)}
 
 
 def tokens(device: str, dtype: torch.dtype, sizes: Sizes) -> Inputs:
@@ -39,13 +37,7 @@ def tokens(device: str, dtype: torch.dtype, sizes: Sizes) -> Inputs:
     }
 
 
-def pairs(device: str, dtype: torch.dtype, sizes: Sizes) -> Inputs:
-    """Sums of logprobs, or scores, of chosen and rejected answers."""
-    names = ("chosen", "rejected", "ref_chosen", "ref_rejected")
-    return {name: -5 * torch.rand(sizes["pairs"], device=device) for name in names}
-
-
-def _of_tokens(fwd: tuple[int, int], bwd: tuple[int, int]) -> Any:
+def of_tokens(fwd: tuple[int, int], bwd: tuple[int, int]) -> Any:
     """Bytes of a token that are read and written, forward and in the backward pass after it."""
 
     def work(sizes: Sizes, itemsize: int, mode: str) -> Work:
@@ -58,21 +50,9 @@ def _of_tokens(fwd: tuple[int, int], bwd: tuple[int, int]) -> Any:
     return work
 
 
-def _of_pairs(inputs: int) -> Any:
-    def work(sizes: Sizes, itemsize: int, mode: str) -> Work:
-        count = sizes["pairs"]
-        return Work(
-            read=4 * inputs * count,
-            written=0 if mode == "fwd" else 8 * count,
-            exps=2 * count,
-        )
-
-    return work
-
-
-def _count(inputs: Inputs, name: str = "logprobs") -> Tensor:
-    rows = len(inputs[name])
-    return torch.tensor(float(rows), dtype=inputs[name].dtype, device=inputs[name].device)
+def count_of(rows: Tensor) -> Tensor:
+    """The number of rows, as the definitions take a denominator."""
+    return torch.tensor(float(len(rows)), dtype=rows.dtype, device=rows.device)
 
 
 def grpo(inputs: Inputs) -> Tensor:
@@ -90,7 +70,7 @@ def _exact_grpo(inputs: Inputs) -> Tensor:
     logp = inputs["logprobs"]
     return reference.policy_loss(
         logp, inputs["old_logprobs"], inputs["advantages"][:, None].expand_as(logp),
-        ops.OBJECTIVES["grpo"], _count(inputs), mask=inputs["mask"], ref=inputs["ref_logprobs"],
+        ops.OBJECTIVES["grpo"], count_of(logp), mask=inputs["mask"], ref=inputs["ref_logprobs"],
     )[0]  # fmt: skip
 
 
@@ -127,59 +107,10 @@ def _k3(inputs: Inputs) -> Tensor:
     return (difference.exp() - difference - 1).clamp(-10, 10)
 
 
-def _kto(inputs: Inputs) -> Tensor:
-    rewards = ((inputs["logprobs"] - inputs["ref_logprobs"]) * inputs["mask"]).sum(1)
-    signs = inputs["desirable"].to(rewards.dtype) * 2 - 1
-    return (1 - torch.sigmoid(0.1 * signs * (rewards - 0.5))).mean()
-
-
-def _dpo(inputs: Inputs) -> Tensor:
-    chosen = inputs["chosen"] - inputs["ref_chosen"]
-    rejected = inputs["rejected"] - inputs["ref_rejected"]
-    return -functional.logsigmoid(0.1 * (chosen - rejected)).mean()
-
-
-def _ours_dpo(inputs: Inputs, backend: str) -> Any:
-    return ops.preference_loss(
-        inputs["chosen"][:, None], inputs["rejected"][:, None], inputs["ref_chosen"][:, None],
-        inputs["ref_rejected"][:, None], loss="dpo", backend=backend,
-    ).loss  # fmt: skip
-
-
-def _exact_dpo(inputs: Inputs) -> Tensor:
-    return reference.preference_loss(
-        inputs["chosen"][:, None], inputs["rejected"][:, None], inputs["ref_chosen"][:, None],
-        inputs["ref_rejected"][:, None], _count(inputs, "chosen"),
-    )[0]  # fmt: skip
-
-
-def _ranked(device: str, dtype: torch.dtype, sizes: Sizes) -> Inputs:
-    """Groups of answers with scores and ranks."""
-    prompts, group = sizes["prompts"], sizes["group"]
-    return {
-        "scores": torch.randn(prompts, group, device=device),
-        "ranks": torch.rand(prompts, group, device=device).argsort(1),
-    }
-
-
-def _offsets(inputs: Inputs) -> Tensor:
-    prompts, group = inputs["scores"].shape
-    ends = torch.arange(prompts + 1, dtype=torch.int32, device=inputs["scores"].device)
-    return ends * group
-
-
-def _ranking(inputs: Inputs) -> Tensor:
-    scores, ranks = inputs["scores"], inputs["ranks"]
-    better = ranks[:, :, None] < ranks[:, None, :]
-    losses = -functional.logsigmoid(scores[:, :, None] - scores[:, None, :]) * better
-    group = scores.shape[1]
-    return losses.sum() / (group * (group - 1) / 2) / len(scores)
-
-
 OPERATIONS = (
     Operation(
         name="policy_loss",
-        **_TOKENS,
+        **TOKENS,
         make=tokens,
         leaves=("logprobs",),
         ours=lambda inputs, backend: ops.policy_loss(
@@ -190,11 +121,11 @@ OPERATIONS = (
         exact=_exact_grpo,
         others={"trl": Provider(load=_trl)},
         # read three logprobs (4 bytes each) and mask (1); backward: scale the gradient (4 and 4)
-        work=_of_tokens((13, 0), (13, 4)),
+        work=of_tokens((13, 0), (13, 4)),
     ),
     Operation(
         name="value_loss",
-        **_TOKENS,
+        **TOKENS,
         make=tokens,
         leaves=("values",),
         ours=lambda inputs, backend: ops.value_loss(
@@ -204,11 +135,11 @@ OPERATIONS = (
         eager=_value,
         exact=_exact_value,
         # read values, old values, returns (4 bytes each) and mask (1); write the gradient (4)
-        work=_of_tokens((13, 0), (13, 4)),
+        work=of_tokens((13, 0), (13, 4)),
     ),
     Operation(
         name="aggregate",
-        **_TOKENS,
+        **TOKENS,
         make=tokens,
         leaves=("logprobs",),
         ours=lambda inputs, backend: ops.aggregate(
@@ -219,11 +150,11 @@ OPERATIONS = (
             inputs["logprobs"], "token-mean", mask=inputs["mask"]
         ),
         # read values (4 bytes) and mask (1); backward: read the mask, write the gradient
-        work=_of_tokens((5, 0), (1, 4)),
+        work=of_tokens((5, 0), (1, 4)),
     ),
     Operation(
         name="approx_kl",
-        **_TOKENS,
+        **TOKENS,
         make=tokens,
         leaves=("logprobs",),
         ours=lambda inputs, backend: ops.approx_kl(
@@ -234,70 +165,6 @@ OPERATIONS = (
             inputs["logprobs"], inputs["ref_logprobs"], "k3", limit=10.0
         ),
         # read both logprobs, write the value; backward: read them and a gradient, write one
-        work=_of_tokens((8, 4), (12, 4)),
-    ),
-    Operation(
-        name="kto_loss",
-        **_TOKENS,
-        make=tokens,
-        leaves=("logprobs",),
-        ours=lambda inputs, backend: ops.kto_loss(
-            inputs["logprobs"], inputs["ref_logprobs"], inputs["desirable"], kl=0.5,
-            mask=inputs["mask"], backend=backend,
-        ).loss,
-        eager=_kto,
-        exact=lambda inputs: reference.kto_loss(
-            inputs["logprobs"], inputs["ref_logprobs"], inputs["desirable"],
-            torch.tensor(0.5, dtype=inputs["logprobs"].dtype, device=inputs["logprobs"].device),
-            _count(inputs), mask=inputs["mask"],
-        )[0],
-        # read two logprobs (4 bytes each) and mask (1); write the gradient (4)
-        work=_of_tokens((9, 0), (9, 4)),
-    ),
-    Operation(
-        name="preference_loss",
-        **_PAIRS,
-        make=pairs,
-        leaves=("chosen", "rejected"),
-        ours=_ours_dpo,
-        eager=_dpo,
-        exact=_exact_dpo,
-        work=_of_pairs(4),  # read four sums of a pair; write two gradients
-    ),
-    Operation(
-        name="reward_model_loss",
-        **_PAIRS,
-        make=pairs,
-        leaves=("chosen", "rejected"),
-        ours=lambda inputs, backend: ops.reward_model_loss(
-            inputs["chosen"], inputs["rejected"], backend=backend
-        ).loss,
-        eager=lambda inputs: -functional.logsigmoid(inputs["chosen"] - inputs["rejected"]).mean(),
-        exact=lambda inputs: reference.reward_model_loss(
-            inputs["chosen"], inputs["rejected"], _count(inputs, "chosen")
-        )[0],
-        work=_of_pairs(2),  # read two scores of a pair; write two gradients
-    ),
-    Operation(
-        name="ranking_loss",
-        sizes=("prompts", "group"),
-        tiny={"prompts": 2, "group": 2},
-        part=first_rows(4),
-        make=_ranked,
-        leaves=("scores",),
-        ours=lambda inputs, backend: ops.ranking_loss(
-            inputs["scores"].view(-1), inputs["ranks"].view(-1), _offsets(inputs), backend=backend
-        ).loss,
-        eager=_ranking,
-        exact=lambda inputs: reference.ranking_loss(
-            inputs["scores"].view(-1), inputs["ranks"].view(-1), _offsets(inputs),
-            _count(inputs, "scores"),
-        )[0],
-        # read scores (4 bytes) and ranks (8), write the gradient (4); one exponential a pair
-        work=lambda sizes, itemsize, mode: Work(
-            read=12 * sizes["prompts"] * sizes["group"],
-            written=0 if mode == "fwd" else 4 * sizes["prompts"] * sizes["group"],
-            exps=sizes["prompts"] * sizes["group"] * (sizes["group"] - 1) // 2,
-        ),
+        work=of_tokens((8, 4), (12, 4)),
     ),
 )  # fmt: skip

@@ -1,7 +1,6 @@
 """One self-contained HTML page of a run, and its plots as PNG."""
 
 import base64
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,8 @@ import jinja2
 from warpo.bench.report import plots
 from warpo.bench.report.rows import (
     Row,
-    geometric_mean,
+    against,
+    figures,
     groups,
     ours,
     problems,
@@ -46,7 +46,7 @@ def write(rows: Sequence[Row], out: Path) -> str:
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True
     )
     page = environment.get_template("page.html").render(
-        overview=pictures.get("overview"), sections=sections, tiles=tiles(rows),
+        overview=pictures.get("overview"), sections=sections, tiles=figures(rows),
         summary=[_summary_cells(entry) for entry in summary(rows)], run=rows[0],
         limits=_limits(rows[0]["limits"]), problems=problems(rows),
     )  # fmt: skip
@@ -54,36 +54,10 @@ def write(rows: Sequence[Row], out: Path) -> str:
     return f"rows {out / 'bench.jsonl'}, plots {out / '*.png'}, page {out / 'index.html'}"
 
 
-def tiles(rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """The figures at the top of the page, each with what it says."""
-    entries = summary(rows)
-    found = []
-    for name, text in (
-        ("eager", "times as fast as plain PyTorch"),
-        ("compile", "times as fast as torch.compile"),
-        ("other", "times as fast as the best other library"),
-    ):
-        ratios = [entry["ratios"][name] for entry in entries if name in entry["ratios"]]
-        if ratios:
-            found.append((
-                f"{geometric_mean(ratios):.1f}x",
-                f"{text}: geometric mean of {len(ratios)} cases, "
-                f"{min(ratios):.1f}x to {max(ratios):.0f}x",
-            ))  # fmt: skip
-    if entries:
-        share = statistics.median(entry["share"] for entry in entries)
-        found.append((f"{share:.0%}", "of what this machine can do at most: median of all cases"))
-    return found
-
-
 def _summary_cells(entry: Row) -> dict[str, Any]:
-    ratios = {name: f"{value:.1f}" for name, value in entry["ratios"].items()}
-    other = f"{ratios['other']} ({entry['other']})" if "other" in ratios else ""
     return entry | {
         "ms": f"{entry['ms']:.3g}",
-        "eager": ratios.get("eager", ""),
-        "compile": ratios.get("compile", ""),
-        "other": other,
+        **{name: against(entry, name) for name in ("eager", "compile", "other")},
         "share": f"{entry['share']:.0%}",
         "limit": _limit_name(entry["limit"]),
     }

@@ -1,6 +1,7 @@
 """What table, plots and page ask of the rows."""
 
 import math
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -81,8 +82,34 @@ def summary(rows: Sequence[Row]) -> list[Row]:
     return found
 
 
-def geometric_mean(values: Sequence[float]) -> float:
-    return math.exp(sum(map(math.log, values)) / len(values))
+def against(entry: Row, name: str) -> str:
+    """Times as fast as "eager", "compile" or "other", of an entry of `summary`."""
+    if name not in entry["ratios"]:
+        return ""
+    library = f" ({entry['other']})" if name == "other" else ""
+    return f"{entry['ratios'][name]:.1f}{library}"
+
+
+def figures(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """The figures that sum up a run, each with what it says."""
+    entries = summary(rows)
+    found = []
+    for name, text in (
+        ("eager", "as fast as plain PyTorch"),
+        ("compile", "as fast as torch.compile"),
+        ("other", "as fast as the best other library"),
+    ):
+        ratios = [entry["ratios"][name] for entry in entries if name in entry["ratios"]]
+        if ratios:
+            found.append((
+                f"{statistics.geometric_mean(ratios):.1f}x",
+                f"{text}: geometric mean of {len(ratios)} cases, "
+                f"{min(ratios):.1f}x to {max(ratios):.0f}x",
+            ))  # fmt: skip
+    if entries:
+        share = statistics.median(entry["share"] for entry in entries)
+        found.append((f"{share:.0%}", "of what this machine can do at most: median of all cases"))
+    return found
 
 
 def problems(rows: Sequence[Row]) -> dict[str, list[str]]:

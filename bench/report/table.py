@@ -3,20 +3,22 @@
 from collections.abc import Sequence
 
 from warpo.bench.environment import aligned
-from warpo.bench.report.rows import Row, key, problems, shown, size
+from warpo.bench.report.rows import Row, against, figures, key, problems, shown, size, summary
 
-HEAD = ["operation", "size", "dtype", "mode", "provider", "ms", "p20 to p80", "x eager", "of limit",
-        "peak MB", "host us"]  # fmt: skip
+DETAILS = ["operation", "size", "dtype", "mode", "provider", "ms", "p20 to p80", "x eager",
+           "of limit", "peak MB", "host us"]  # fmt: skip
+CASES = ["operation", "size", "dtype", "mode", "warpo, ms", "x PyTorch", "x torch.compile",
+         "x best other", "of limit"]  # fmt: skip
 
 
-def text(rows: Sequence[Row]) -> str:
+def details(rows: Sequence[Row]) -> str:
     """One line a row; below, why providers have no time."""
     eager = {key(row): row.get("ms") for row in rows if row["provider"] == "eager"}
-    lines = [HEAD]
+    lines = [DETAILS]
     for row in shown(rows):
         line = [row["operation"], size(row), row["dtype"], row["mode"], row["provider"]]
         if "problem" in row:
-            lines.append([*line, "no time", *[""] * (len(HEAD) - len(line) - 1)])
+            lines.append([*line, "no time", *[""] * (len(DETAILS) - len(line) - 1)])
             continue
         base = eager.get(key(row))
         lines.append([
@@ -29,3 +31,23 @@ def text(rows: Sequence[Row]) -> str:
     absent = sorted({row["provider"] for row in rows} - {row["provider"] for row in shown(rows)})
     notes += [f"not installed: {', '.join(absent)}"] if absent else []
     return "\n".join([aligned(lines, 5), *([""] if notes else []), *notes])
+
+
+def cases(rows: Sequence[Row]) -> str:
+    """One line a case: warpo's time, how many times as fast it is, its share of the limit."""
+    lines = [CASES]
+    for entry in summary(rows):
+        lines.append([
+            *(entry[name] for name in ("operation", "size", "dtype", "mode")), f"{entry['ms']:.3g}",
+            *(against(entry, name) for name in ("eager", "compile", "other")),
+            f"{entry['share']:.0%} {entry['limit'].partition('_')[0]}",
+        ])  # fmt: skip
+    filled = [i for i in range(len(CASES)) if any(line[i] for line in lines[1:])]
+    return aligned([[line[i] for i in filled] for line in lines], 4) if filled else ""
+
+
+def headline(rows: Sequence[Row]) -> str:
+    """Machine, and the figures that sum up the run."""
+    run = rows[0]
+    where = f"{run['machine']}, {run['threads']} threads, torch {run['torch']}, {run['date'][:10]}"
+    return "\n".join([where, *(f"{value:>6} {text}" for value, text in figures(rows))])

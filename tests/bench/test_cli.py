@@ -22,7 +22,7 @@ def small(tmp_path):
     file = tmp_path / "shapes.yaml"
     file.write_text(
         "sequences x steps: [{sequences: 3, steps: 8}, {sequences: 6, steps: 8}]\n"
-        "pairs: [{pairs: 16}]\n"
+        "pairs x steps: [{pairs: 16, steps: 5}]\n"
     )
     return str(file)
 
