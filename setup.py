@@ -153,6 +153,7 @@ if find_nvcc():
 setup(
     packages=list(packages()),
     package_dir=packages(),
+    package_data={"warpo.bench.report": ["page.html"]},
     ext_modules=extensions,
     cmdclass={"build_ext": Build},
     zip_safe=False,
