@@ -15,6 +15,7 @@ from warpo.bench.report.rows import (
     groups,
     ours,
     problems,
+    share_of_limit,
     shown,
     size,
     summary,
@@ -49,6 +50,7 @@ def write(rows: Sequence[Row], out: Path) -> str:
         overview=pictures.get("overview"), sections=sections, tiles=figures(rows),
         summary=[_summary_cells(entry) for entry in summary(rows)], run=rows[0],
         limits=_limits(rows[0]["limits"]), problems=problems(rows),
+        cold=any(row.get("cache") == "cold" for row in rows),
     )  # fmt: skip
     (out / "index.html").write_text(page, encoding="utf-8")
     return f"rows {out / 'bench.jsonl'}, plots {out / '*.png'}, page {out / 'index.html'}"
@@ -58,8 +60,7 @@ def _summary_cells(entry: Row) -> dict[str, Any]:
     return entry | {
         "ms": f"{entry['ms']:.3g}",
         **{name: against(entry, name) for name in ("eager", "compile", "other")},
-        "share": f"{entry['share']:.0%}",
-        "limit": _limit_name(entry["limit"]),
+        "share": share_of_limit(entry["share"], entry["limit"]),
     }
 
 
@@ -72,15 +73,11 @@ def _cells(row: Row, rows: Sequence[Row]) -> dict[str, str]:
         "ms": f"{row['ms']:.4g}",
         "spread": f"{row['p20_ms']:.4g} to {row['p80_ms']:.4g}",
         "ratio": f"{row['ms'] / mine['ms']:.1f}" if mine and mine is not row else "",
-        "share": f"{row['share_of_limit']:.0%} {_limit_name(row['limit'])}",
+        "share": share_of_limit(row["share_of_limit"], row["limit"]),
         "peak": f"{row['peak_bytes'] / 1e6:.1f}",
         "host": f"{row['host_us']:.0f}" if "host_us" in row else "",
         "error": f"{row['error']:.0e}",
     }
-
-
-def _limit_name(name: str) -> str:
-    return "matrix product" if name.startswith("matrix") else name
 
 
 def _limits(limits: dict[str, float]) -> list[tuple[str, str]]:

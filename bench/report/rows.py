@@ -82,6 +82,11 @@ def summary(rows: Sequence[Row]) -> list[Row]:
     return found
 
 
+def share_of_limit(share: float, limit: str) -> str:
+    """As "51% matrix"."""
+    return f"{share:.0%} {limit.partition('_')[0]}"
+
+
 def against(entry: Row, name: str) -> str:
     """Times as fast as "eager", "compile" or "other", of an entry of `summary`."""
     if name not in entry["ratios"]:

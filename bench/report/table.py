@@ -3,7 +3,17 @@
 from collections.abc import Sequence
 
 from warpo.bench.environment import aligned
-from warpo.bench.report.rows import Row, against, figures, key, problems, shown, size, summary
+from warpo.bench.report.rows import (
+    Row,
+    against,
+    figures,
+    key,
+    problems,
+    share_of_limit,
+    shown,
+    size,
+    summary,
+)
 
 DETAILS = ["operation", "size", "dtype", "mode", "provider", "ms", "p20 to p80", "x eager",
            "of limit", "peak MB", "host us"]  # fmt: skip
@@ -24,7 +34,7 @@ def details(rows: Sequence[Row]) -> str:
         lines.append([
             *line, f"{row['ms']:.4g}", f"{row['p20_ms']:.4g} to {row['p80_ms']:.4g}",
             f"{base / row['ms']:.1f}" if base else "",
-            f"{row['share_of_limit']:.0%} {row['limit'].partition('_')[0]}",
+            share_of_limit(row["share_of_limit"], row["limit"]),
             f"{row['peak_bytes'] / 1e6:.1f}", f"{row['host_us']:.0f}" if "host_us" in row else "",
         ])  # fmt: skip
     notes = [f"{reason} ({', '.join(where)})" for reason, where in problems(shown(rows)).items()]
@@ -40,7 +50,7 @@ def cases(rows: Sequence[Row]) -> str:
         lines.append([
             *(entry[name] for name in ("operation", "size", "dtype", "mode")), f"{entry['ms']:.3g}",
             *(against(entry, name) for name in ("eager", "compile", "other")),
-            f"{entry['share']:.0%} {entry['limit'].partition('_')[0]}",
+            share_of_limit(entry["share"], entry["limit"]),
         ])  # fmt: skip
     filled = [i for i in range(len(CASES)) if any(line[i] for line in lines[1:])]
     return aligned([[line[i] for i in filled] for line in lines], 4) if filled else ""
