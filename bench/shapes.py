@@ -58,13 +58,12 @@ PRESETS: dict[str, Shapes] = {
     },
     "h200": {
         "tokens x vocabulary": [
-            *({"tokens": n, "vocabulary": QWEN} for n in (1024, 4096, 8192, 16384)),
+            *({"tokens": n, "vocabulary": QWEN} for n in (4096, 16384)),
             {"tokens": 8192, "vocabulary": LLAMA},
             {"tokens": 8192, "vocabulary": GEMMA},
         ],
         "tokens x hidden x vocabulary": [
             {"tokens": 8192, "hidden": 896, "vocabulary": QWEN},
-            {"tokens": 8192, "hidden": 4096, "vocabulary": QWEN},
             {"tokens": 8192, "hidden": 8192, "vocabulary": LLAMA},
             {"tokens": 8192, "hidden": 2560, "vocabulary": GEMMA},
         ],
