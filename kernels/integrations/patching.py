@@ -10,7 +10,7 @@ import importlib
 import importlib.metadata
 import inspect
 import sys
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -132,12 +132,12 @@ class Library:
 
         Raises:
             ValueError: `only` holds a name that has no replacement.
-            IntegrationError: the library is not installed, its version is not among `tested`, or a
-                function has another signature. Nothing is patched then.
+            IntegrationError: the library is not installed or cannot be imported, its version is not
+                among `tested`, or a function has another signature. Nothing is patched then.
         """
         chosen = self._choose(only)
         self._check_version()
-        found = [(r, r.current()) for r in chosen]
+        found = self._current(chosen)
         fresh = [(r, original) for r, original in found if not is_ours(original)]
         self._check_signatures(fresh)
         patch = Patch(self, [(original, wrap(r, original)) for r, original in fresh])
@@ -165,7 +165,7 @@ class Library:
         """Why `patch()` would be refused; None if it would not. Imports the library."""
         try:
             self._check_version()
-            self._check_signatures([(r, r.current()) for r in self.replacements.values()])
+            self._check_signatures(self._current(self.replacements.values()))
         except IntegrationError as error:
             return str(error)
         return None
@@ -225,6 +225,17 @@ class Library:
                 f"{self.name} {version} is installed, and the replacements were tested with "
                 f"{', '.join(self.tested)}: pip install {self.requirement()}"
             )
+
+    def _current(self, replacements: Iterable[Replacement]) -> list[tuple[Replacement, Any]]:
+        """Each with what the library holds now. Imports the library."""
+        try:
+            return [(r, r.current()) for r in replacements]
+        except ImportError as error:
+            raise IntegrationError(
+                f"{self.name} {self.version()} is installed but cannot be imported in "
+                f"{sys.executable}: {error}; install what it lacks, or name the functions that you "
+                "want: patch(only=[...])"
+            ) from error
 
     def _check_signatures(self, found: Sequence[tuple[Replacement, Any]]) -> None:
         wrong = []

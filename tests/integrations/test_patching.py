@@ -119,6 +119,17 @@ def test_a_library_that_is_not_installed_is_refused_with_the_fix():
         Library("no-such-trainer", ["1.0"]).patch()
 
 
+def test_a_library_that_lacks_a_package_is_refused_with_its_name(library):
+    @library.replaces("packaging.no_such_module", "scan", "logprobs")
+    def scan(original, version):
+        return original(version)
+
+    message = f"packaging {VERSION} is installed but cannot be imported in .*packaging.no_such_mod"
+    with pytest.raises(IntegrationError, match=message):
+        library.patch()
+    assert "no_such_module" in library.problem()
+
+
 def test_another_signature_is_refused_and_nothing_is_half_patched(library):
     @library.replaces("packaging.utils", "canonicalize_name", "logprobs")
     def canonicalize_name(original, name, *, validate=True):
