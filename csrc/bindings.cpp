@@ -159,4 +159,9 @@ PYBIND11_MODULE(WARPO_MODULE, m) {
 #endif
 #define WARPO_DEFINE(operation, Arguments) define(m, #operation, library::operation);
     WARPO_OPERATIONS(WARPO_DEFINE)
+#ifdef WARPO_AVX512_BF16
+    if (library::instruction_set() == std::string("avx512bf16")) {
+        WARPO_DEFINE(bfloat16_product, BFloat16Product)
+    }
+#endif
 }

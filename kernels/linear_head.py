@@ -2,15 +2,18 @@
 c), and the gradients back through it. No tensor of tokens x vocabulary exists.
 
 Masked and ignored tokens are compacted away before the matrix products. The products are those of
-torch (BLAS); gradients of weight and bias accumulate in float32 over the chunks and are rounded
-once.
+torch (BLAS), or our own of bfloat16 with float32 sums on a CPU that has the instruction; gradients
+of weight and bias accumulate in float32 over the chunks and are rounded once. Where products are of
+bfloat16 or float16, the gradients of the logits are rounded to it for them.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
 
+from warpo.kernels import dispatch
 from warpo.kernels.checks import FLOATS, as_rows, check_mask, check_no_grad, check_tensor
 
 # 64 MiB hold 96 tokens of a vocabulary of 151936 in float32: enough for a CPU's matrix
@@ -51,13 +54,14 @@ class LinearHead:
         self.count = valid.numel() if self._index is None else self._index.numel()
         self._valid = valid
         self.logits_dtype = torch.float32 if float32_logits else hidden.dtype
-        # a CPU multiplies in float32, a GPU in the dtype of the weight with float32 sums
-        self._product_dtype = torch.float32 if self.on_cpu else weight.dtype
+        self._mixes = _mixed_product(weight) is not None
+        # BLAS of a CPU sums in the dtype of its operands, that of a GPU in float32
+        self._product_dtype = weight.dtype if self._mixes or not self.on_cpu else torch.float32
         self._plan(workspace_bytes, gradient_buffer)
 
     def _plan(self, workspace_bytes: int, gradient_buffer: bool) -> None:
         """Tokens of a chunk, and the columns of it that are converted at a time."""
-        low = self._weight.dtype != torch.float32
+        low = self._weight.dtype != torch.float32 and not self._mixes
         converts = low and (self.on_cpu or self.logits_dtype != self._weight.dtype)
         hidden_size = self._weight.shape[1]
         # what is left is for converted parts, and for the copies that BLAS makes of its operands
@@ -103,7 +107,7 @@ class LinearHead:
             for part in self._parts():
                 torch.mm(hidden, self._weight[part].float().t(), out=out[:, part])
         else:
-            _multiply(out, hidden, self._weight.t(), accumulate=False)
+            _multiply(out, hidden, self._weight.t())
         if self._bias is not None:
             out.add_(self._bias)
         if self.softcap:
@@ -122,7 +126,12 @@ class LinearHead:
         every = self.count == rows * steps and self._index is None
         new_hidden = self._hidden.new_empty if every else self._hidden.new_zeros
         self._grad_hidden = new_hidden((rows * steps, hidden_size)) if with_hidden else None
-        self._grad_weight = new(self._weight.shape, dtype=torch.float32) if with_weight else None
+        self._grad_weight = self._weight_sums = None
+        if with_weight:
+            dtype = self._weight.dtype if self._mixes else torch.float32
+            self._grad_weight = self._weight_sums = new(self._weight.shape, dtype=dtype)
+            if dtype != torch.float32 and self._tokens < self.count:
+                self._weight_sums = new(self._weight.shape, dtype=torch.float32)
         zeros = self._hidden.new_zeros
         self._grad_bias = zeros((self.vocab,), dtype=torch.float32) if with_bias else None
         self._group = group
@@ -141,12 +150,14 @@ class LinearHead:
                 grad.mul_(1 - (logits[:, part].float() / self.softcap).square_())
             if self._grad_bias is not None:
                 self._grad_bias[part] += grad.sum(0, dtype=torch.float32)
-            grad = grad.to(self._product_dtype)
+            grad = grad if self._mixes else grad.to(self._product_dtype)
             if grad_hidden is not None:
                 weight = self._weight[part].to(self._product_dtype)
-                _multiply(grad_hidden, grad, weight, accumulate=part.start > 0)
-            if self._grad_weight is not None:
-                _multiply(self._grad_weight[part], grad.t(), hidden, accumulate=start > 0)
+                _multiply(grad_hidden, grad, weight, grad_hidden if part.start > 0 else None)
+            if self._grad_weight is not None and self._weight_sums is not None:
+                sums = self._weight_sums[part]
+                out = self._grad_weight[part] if stop == self.count else sums
+                _multiply(out, grad.t(), hidden, sums if start > 0 else None)
         if grad_hidden is None or self._grad_hidden is None:
             return
         if self._group is not None:
@@ -202,15 +213,25 @@ def _compact(valid: Tensor, num_valid: int, on_cpu: bool) -> tuple[Tensor | None
     return index, valid[index]
 
 
-def _multiply(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
-    """out = a @ b, or out += a @ b, summed in float32 whatever the dtype of a."""
-    if out.dtype == a.dtype:
-        if accumulate:
-            out.addmm_(a, b)
+def _mixed_product(b: Tensor) -> Callable[..., None] | None:
+    """Of float32 or bfloat16 with bfloat16, summed in float32: of processors that have it."""
+    if not b.is_cpu or b.dtype != torch.bfloat16:
+        return None
+    return getattr(dispatch.load("cpu"), "bfloat16_product", None)
+
+
+def _multiply(out: Tensor, a: Tensor, b: Tensor, addend: Tensor | None = None) -> None:
+    """out = a @ b, or addend + a @ b, summed in float32 whatever the dtype of a."""
+    mixed = _mixed_product(b)
+    if mixed and (addend is not None or a.dtype != b.dtype or out.dtype != b.dtype):
+        mixed(*out.shape, a.shape[1], a, b, addend, out)
+    elif out.dtype == a.dtype:
+        if addend is not None:
+            torch.addmm(addend, a, b, out=out)
         else:
             torch.mm(a, b, out=out)
-    elif accumulate:
-        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    elif addend is not None:
+        torch.addmm(addend, a, b, out_dtype=out.dtype, out=out)
     else:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
 

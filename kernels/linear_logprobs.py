@@ -49,7 +49,8 @@ def linear_logprobs(
         hidden: (..., H) float32 | bfloat16 | float16, last stride 1; the leading dimensions may be
             any view that two strides describe, so `hidden[:, :-1]` is not copied. Differentiable.
         weight: (V, H) in the dtype of hidden, last stride 1. Differentiable; its gradient is dense,
-            summed in float32 over all tokens and rounded once.
+            summed in float32 over all tokens and rounded once. On a GPU, and in bfloat16 on a CPU
+            with AVX512_BF16, the gradients of the logits are rounded to that dtype before.
         targets: (...) int64 in [0, V). A target outside poisons its token with NaN.
         bias: (V,) float32 | bfloat16 | float16. Differentiable.
         temperature: T > 0, a number or one float32 a token. Not differentiable.

@@ -279,7 +279,7 @@ def _fake_forward(hidden, weight, bias, targets, *arguments):
 
 
 def _save(ctx, inputs, output) -> None:
-    ctx.wanted = inputs[-2]
+    ctx.wanted, ctx.backend = inputs[-2:]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[4:])
@@ -298,6 +298,23 @@ def _differentiate(ctx, grad_loss, *_):
     return (*scaled, *nothing)
 
 
+def _differentiate_eager(ctx, grad_loss, *_):
+    """Where the graph is kept, of copies: on its last walk the gradients are scaled in place."""
+    if grad_loss is None:
+        return (None, None, None)
+    kept = torch._C._autograd._get_current_graph_task_keep_graph()
+    kernels = dispatch.load(ctx.backend)
+    gradients = [x.detach().clone() if kept else x.detach() for x in ctx.saved_tensors]
+    for gradient in gradients:
+        if gradient.numel():
+            rows = gradient.view(1, -1, gradient.shape[-1])
+            kernels.scale_gradient(*rows.shape, rows, grad_loss)
+    return tuple(
+        gradient if want else None for gradient, want in zip(gradients, ctx.wanted, strict=True)
+    )
+
+
 _operator = Operator(
-    "policy_loss_from_hidden", _forward, _fake_forward, _save, _differentiate, differentiable=3
-)
+    "policy_loss_from_hidden", _forward, _fake_forward, _save, _differentiate, differentiable=3,
+    differentiate_eager=_differentiate_eager,
+)  # fmt: skip

@@ -2,6 +2,8 @@
 
 import torch
 
+from warpo.kernels.linear_head import _mixed_product
+
 # Rounding to the nearest value of the result type, as a relative error at the start of a binade.
 ROUNDING = {
     torch.float64: 2.0**-53,
@@ -26,6 +28,14 @@ HEAD_LOGIT_ROUNDING = 1e-6
 # Gradients of hidden, weight and bias sum products of both signs over the vocabulary or the tokens:
 # relative to the largest element.
 HEAD_GRADIENT = 3e-5
+
+
+def head_gradient(weight: torch.Tensor) -> float:
+    """HEAD_GRADIENT of this weight. Where products are of bfloat16 or float16, on a GPU and on a
+    CPU that has the instruction, every gradient of a logit is rounded to it for them."""
+    low = weight.dtype != torch.float32 and (weight.is_cuda or _mixed_product(weight) is not None)
+    return HEAD_GRADIENT + (ROUNDING[weight.dtype] if low else 0.0)
+
 
 # Recursions of at most a few hundred float32 steps with gamma lambda <= 1: errors add up linearly.
 SCAN_RELATIVE = 2e-5

@@ -3,10 +3,8 @@
 #pragma once
 
 #include <math.h>
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 
+#include "cpu/huge_pages.h"
 #include "cpu/load.h"
 
 namespace warpo::cpu::WARPO_ISA {
@@ -69,18 +67,11 @@ inline void write_piece(const TokenSoftmax& token, const T* row, T* gradient, in
     if (has_target) from_float(at_target, gradient[target]);
 }
 
-// A gradient of this size is fresh memory: in pages of 4 KiB, most of the time would go to page
-// faults.
 template <class T>
 inline void advise_huge_pages(const Logprobs& a, const View& gradient) {
-#ifdef __linux__
-    constexpr uintptr_t kHugePage = 2u << 20;
-    const T* last = address<T>(gradient, a.rows - 1, a.steps - 1) + a.vocab;
-    const uintptr_t begin = ((uintptr_t)gradient.data + kHugePage - 1) & ~(kHugePage - 1);
-    const uintptr_t end = (uintptr_t)last & ~(kHugePage - 1);
-    if (gradient.data != a.logits.data && end > begin + 8 * kHugePage)
-        madvise((void*)begin, end - begin, MADV_HUGEPAGE);
-#endif
+    if (gradient.data != a.logits.data)
+        cpu::advise_huge_pages(gradient.data,
+                               address<T>(gradient, a.rows - 1, a.steps - 1) + a.vocab);
 }
 
 }  // namespace warpo::cpu::WARPO_ISA

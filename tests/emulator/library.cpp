@@ -24,4 +24,9 @@ WARPO_OPERATIONS(WARPO_RUN)
 // What a test asks for, so as not to pass on the CPU library by accident.
 const char* instruction_set() { return "emulated"; }
 
+#ifdef WARPO_AVX512_BF16
+// A GPU has it from BLAS; its binding is for another instruction set.
+void bfloat16_product(const BFloat16Product&) {}
+#endif
+
 }  // namespace warpo::cpu

@@ -14,7 +14,7 @@ from warpo.kernels.native import Native
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="`make gpu` tests the GPU's kernels")
 
-LEVELS = ("portable", "avx2", "avx512")
+LEVELS = ("portable", "avx2", "avx512", "avx512bf16")
 
 
 def python(code: str, **environment: str) -> str:
