@@ -54,7 +54,7 @@ class LinearHead:
         self.count = valid.numel() if self._index is None else self._index.numel()
         self._valid = valid
         self.logits_dtype = torch.float32 if float32_logits else hidden.dtype
-        self._mixes = _mixed_product(weight) is not None
+        self._mixes = mixed_product(weight) is not None
         # BLAS of a CPU sums in the dtype of its operands, that of a GPU in float32
         self._product_dtype = weight.dtype if self._mixes or not self.on_cpu else torch.float32
         self._plan(workspace_bytes, gradient_buffer)
@@ -213,7 +213,7 @@ def _compact(valid: Tensor, num_valid: int, on_cpu: bool) -> tuple[Tensor | None
     return index, valid[index]
 
 
-def _mixed_product(b: Tensor) -> Callable[..., None] | None:
+def mixed_product(b: Tensor) -> Callable[..., None] | None:
     """Of float32 or bfloat16 with bfloat16, summed in float32: of processors that have it."""
     if not b.is_cpu or b.dtype != torch.bfloat16:
         return None
@@ -222,7 +222,7 @@ def _mixed_product(b: Tensor) -> Callable[..., None] | None:
 
 def _multiply(out: Tensor, a: Tensor, b: Tensor, addend: Tensor | None = None) -> None:
     """out = a @ b, or addend + a @ b, summed in float32 whatever the dtype of a."""
-    mixed = _mixed_product(b)
+    mixed = mixed_product(b)
     if mixed and (addend is not None or a.dtype != b.dtype or out.dtype != b.dtype):
         mixed(*out.shape, a.shape[1], a, b, addend, out)
     elif out.dtype == a.dtype:
