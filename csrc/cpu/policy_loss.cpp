@@ -208,10 +208,13 @@ void count_cut(const PolicyLoss& a, int count, const Tile& tile, Sums& sums) {
 
 // Before the objective's level replaces them.
 void add_log_ratios(const PolicyLoss& a, int count, const Tile& tile, Sums& sums) {
+    const float limit = a.log_ratio_limit;
     float total = 0;
 #pragma omp simd reduction(+ : total)
-    for (int i = 0; i < count; ++i)
-        total += tile.keep[i] ? clamp_symmetric(tile.log_ratio[i], a.log_ratio_limit) : 0.0f;
+    for (int i = 0; i < count; ++i) {
+        const float bounded = clamp_symmetric(tile.log_ratio[i], limit);
+        total += tile.keep[i] ? bounded : 0.0f;
+    }
     sums.log_ratio += total;
 }
 
