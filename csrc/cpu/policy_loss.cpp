@@ -27,13 +27,6 @@ GeometricBounds geometric_bounds(const PolicyLoss& a) {
     return {logf(a.ratio_low), logf(a.ratio_high)};
 }
 
-float count_valid(const Tile& tile, int count) {
-    int valid = 0;
-#pragma omp simd reduction(+ : valid)
-    for (int i = 0; i < count; ++i) valid += tile.keep[i];
-    return (float)valid;
-}
-
 float sum_log_ratio(const PolicyLoss& a, int count, const Tile& tile) {
     float sum = 0;
     if (a.surrogate == kGeometric) {
@@ -69,7 +62,7 @@ Shared share(const PolicyLoss& a, const Span& span) {
     Tile tile;
     for_each_tile(span, [&](int64_t start, int count) {
         tile.load_keep(a, span, start, count);
-        if (a.mask.data) shared.valid += count_valid(tile, count);
+        if (a.mask.data) shared.valid += tile.count_valid(count);
         if (ratio) {
             tile.load_log_ratio(a, span, start, count);
             if (a.surrogate == kGeometric) tile.load_advantage(a, span, start, count);
