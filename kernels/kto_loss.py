@@ -103,7 +103,7 @@ def kto_loss(
                 undesirable_weight=undesirable_weight,
             )
         )  # fmt: skip
-    loss, metrics, _ = _operator(
+    loss, metrics = _operator(
         as_rows("logprobs", logprobs),
         as_rows("ref_logprobs", ref_logprobs),
         desirable,
@@ -228,11 +228,13 @@ def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(output[2])
 
 
-def _differentiate(ctx, grad_loss, _grad_metrics, _grad_gradient):
+def _differentiate(ctx, grad_loss, *_):
     if grad_loss is None or not ctx.with_gradient:
         return (None,) * 12
     (gradient,) = ctx.saved_tensors
     return ((gradient * grad_loss).to(ctx.dtype), *(None,) * 11)
 
 
-_operator = Operator("kto_loss", _forward, _fake_forward, _save, _differentiate)
+_operator = Operator(
+    "kto_loss", _forward, _fake_forward, _save, _differentiate, differentiable=1, returned=2
+)

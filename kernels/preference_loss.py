@@ -123,7 +123,7 @@ def preference_loss(
     with_gradient = torch.is_grad_enabled() and (
         chosen_logprobs.requires_grad or rejected_logprobs.requires_grad
     )
-    result, metrics, _, _ = _operator(
+    result, metrics = _operator(
         as_rows("chosen_logprobs", chosen_logprobs),
         as_rows("rejected_logprobs", rejected_logprobs),
         _rows("ref_chosen_logprobs", ref_chosen_logprobs),
@@ -269,7 +269,7 @@ def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(*output[2:])
 
 
-def _differentiate(ctx, grad_loss, _grad_metrics, _grad_chosen, _grad_rejected):
+def _differentiate(ctx, grad_loss, *_):
     if grad_loss is None or not ctx.with_gradient:
         return (None,) * 19
     scaled = [
@@ -279,4 +279,6 @@ def _differentiate(ctx, grad_loss, _grad_metrics, _grad_chosen, _grad_rejected):
     return (*scaled, *(None,) * 17)
 
 
-_operator = Operator("preference_loss", _forward, _fake_forward, _save, _differentiate)
+_operator = Operator(
+    "preference_loss", _forward, _fake_forward, _save, _differentiate, differentiable=2, returned=2
+)

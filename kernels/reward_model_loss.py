@@ -85,7 +85,7 @@ def reward_model_loss(
     with_gradient = torch.is_grad_enabled() and (
         chosen_scores.requires_grad or rejected_scores.requires_grad
     )
-    loss, metrics, _, _ = _pairs(
+    loss, metrics = _pairs(
         chosen_scores, rejected_scores, margins, mask, centering_coef, scale, with_gradient, name
     )
     return RewardModelLoss(loss, metrics)
@@ -141,7 +141,7 @@ def ranking_loss(
             )
         )
     with_gradient = scores.requires_grad and torch.is_grad_enabled()
-    loss, metrics, _ = _groups(
+    loss, metrics = _groups(
         scores, ranks, mask, cu_groups, centering_coef, scale, with_gradient, name
     )
     return RewardModelLoss(loss, metrics)
@@ -231,7 +231,7 @@ def _save_pairs(ctx, inputs, output) -> None:
     ctx.save_for_backward(*output[2:])
 
 
-def _differentiate_pairs(ctx, grad_loss, _grad_metrics, _grad_chosen, _grad_rejected):
+def _differentiate_pairs(ctx, grad_loss, *_):
     if grad_loss is None or not ctx.with_gradient:
         return (None,) * 8
     scaled = [
@@ -242,8 +242,9 @@ def _differentiate_pairs(ctx, grad_loss, _grad_metrics, _grad_chosen, _grad_reje
 
 
 _pairs = Operator(
-    "reward_model_loss", _forward_pairs, _fake_pairs, _save_pairs, _differentiate_pairs
-)
+    "reward_model_loss", _forward_pairs, _fake_pairs, _save_pairs, _differentiate_pairs,
+    differentiable=2, returned=2,
+)  # fmt: skip
 
 
 def _forward_groups(
@@ -283,7 +284,7 @@ def _save_groups(ctx, inputs, output) -> None:
     ctx.save_for_backward(output[2])
 
 
-def _differentiate_groups(ctx, grad_loss, _grad_metrics, _grad_gradient):
+def _differentiate_groups(ctx, grad_loss, *_):
     if grad_loss is None or not ctx.with_gradient:
         return (None,) * 8
     (gradient,) = ctx.saved_tensors
@@ -291,5 +292,6 @@ def _differentiate_groups(ctx, grad_loss, _grad_metrics, _grad_gradient):
 
 
 _groups = Operator(
-    "ranking_loss", _forward_groups, _fake_groups, _save_groups, _differentiate_groups
-)
+    "ranking_loss", _forward_groups, _fake_groups, _save_groups, _differentiate_groups,
+    differentiable=1, returned=2,
+)  # fmt: skip

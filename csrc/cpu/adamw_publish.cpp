@@ -1,6 +1,4 @@
 // AdamW on float32 master weights, rounded into the published ones, in one pass over memory.
-#include <cstring>
-
 #include "cpu/bits.h"
 #include "cpu/cpu.h"
 #include "math/adamw.h"
@@ -18,37 +16,31 @@ struct Sums {
 // Sums of more elements in float32 would lose digits, as the steps are much alike.
 constexpr int kBlock = 512;
 
+// The arguments by value: a store to the arrays could change those behind a reference.
 template <class T>
-void update_block(const AdamwPublish& a, const Tile& block, float grad_scale, Sums& sums) {
+void update_block(const AdamwPublish a, const Tile& block, float grad_scale, Sums& sums) {
     const int64_t index = block.row * a.columns + block.first;
     alignas(64) float grad[kBlock];
     load_steps(a.grad, 0, index, block.count, grad);
     T* const published = address<T>(a.published, block.row, block.first);
-    const float* const master =
-        a.master ? a.master + index : address<float>(a.published, block.row, block.first);
-    float* const __restrict__ exp_avg = a.exp_avg + index;
-    float* const __restrict__ exp_avg_sq = a.exp_avg_sq + index;
-    alignas(64) float weight[kBlock];
-    alignas(64) T rounded[kBlock];
+    float* const master = a.master ? a.master + index : (float*)published;
+    float* const exp_avg = a.exp_avg + index;
+    float* const exp_avg_sq = a.exp_avg_sq + index;
     float master_update = 0, published_update = 0;
-#pragma omp simd reduction(+ : master_update)
+    int32_t changed = 0;
+#pragma omp simd reduction(+ : changed, master_update, published_update)
     for (int i = 0; i < block.count; ++i) {
         const AdamwState old = {master[i], exp_avg[i], exp_avg_sq[i]};
+        const uint32_t old_bits = bits_of(published[i]);
+        const float old_published = to_float(published[i]);
         const AdamwState next = adamw_step(a, old, grad[i] * grad_scale);
-        master_update += fabsf(next.weight - old.weight);
-        weight[i] = next.weight;
+        master[i] = next.weight;
         exp_avg[i] = next.exp_avg;
         exp_avg_sq[i] = next.exp_avg_sq;
-    }
-    if (a.master) std::memcpy(a.master + index, weight, block.count * sizeof(float));
-#pragma omp simd
-    for (int i = 0; i < block.count; ++i) from_float(weight[i], rounded[i]);
-    int32_t changed = 0;
-#pragma omp simd reduction(+ : changed, published_update)
-    for (int i = 0; i < block.count; ++i) {
-        changed += bits_of(rounded[i]) != bits_of(published[i]);
-        published_update += fabsf(to_float(rounded[i]) - to_float(published[i]));
-        published[i] = rounded[i];
+        from_float(next.weight, published[i]);
+        changed += bits_of(published[i]) != old_bits;
+        master_update += fabsf(next.weight - old.weight);
+        published_update += fabsf(to_float(published[i]) - old_published);
     }
     sums.fingerprint += fingerprint_of(published, block.count, index);
     sums.changed += changed;

@@ -76,7 +76,7 @@ void load_ratios(const Vtrace& v, const TileAt& at, Tiles& tile) {
     for (int s = 0; s < at.steps; ++s)
 #pragma omp simd
         for (int l = 0; l < kLanes; ++l)
-            tile.logprobs[s][l] = exp_f32(
+            tile.logprobs[s][l] = exp_bounded(
                 clamp_symmetric(tile.logprobs[s][l] - tile.old_logprobs[s][l], v.log_ratio_limit));
 }
 

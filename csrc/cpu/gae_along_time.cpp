@@ -83,9 +83,10 @@ const float* load_ratios(const Vtrace& v, const Chunk& at, Buffers& b) {
     const float* const logp = load_chunk(v.logprobs, at, b.logprobs);
     const float* const old = load_chunk(v.old_logprobs, at, b.other_logprobs);
     float* const ratios = b.ratios.begin();
+    const float limit = v.log_ratio_limit;
 #pragma omp simd
     for (int i = 0; i < at.count; ++i)
-        ratios[i] = exp_f32(clamp_symmetric(logp[i] - old[i], v.log_ratio_limit));
+        ratios[i] = exp_bounded(clamp_symmetric(logp[i] - old[i], limit));
     return ratios;
 }
 

@@ -27,13 +27,6 @@ GeometricBounds geometric_bounds(const PolicyLoss& a) {
     return {logf(a.ratio_low), logf(a.ratio_high)};
 }
 
-float count_valid(const Tile& tile, int count) {
-    int valid = 0;
-#pragma omp simd reduction(+ : valid)
-    for (int i = 0; i < count; ++i) valid += tile.keep[i];
-    return (float)valid;
-}
-
 float sum_log_ratio(const PolicyLoss& a, int count, const Tile& tile) {
     float sum = 0;
     if (a.surrogate == kGeometric) {
@@ -69,7 +62,7 @@ Shared share(const PolicyLoss& a, const Span& span) {
     Tile tile;
     for_each_tile(span, [&](int64_t start, int count) {
         tile.load_keep(a, span, start, count);
-        if (a.mask.data) shared.valid += count_valid(tile, count);
+        if (a.mask.data) shared.valid += tile.count_valid(count);
         if (ratio) {
             tile.load_log_ratio(a, span, start, count);
             if (a.surrogate == kGeometric) tile.load_advantage(a, span, start, count);
@@ -208,10 +201,13 @@ void count_cut(const PolicyLoss& a, int count, const Tile& tile, Sums& sums) {
 
 // Before the objective's level replaces them.
 void add_log_ratios(const PolicyLoss& a, int count, const Tile& tile, Sums& sums) {
+    const float limit = a.log_ratio_limit;
     float total = 0;
 #pragma omp simd reduction(+ : total)
-    for (int i = 0; i < count; ++i)
-        total += tile.keep[i] ? clamp_symmetric(tile.log_ratio[i], a.log_ratio_limit) : 0.0f;
+    for (int i = 0; i < count; ++i) {
+        const float bounded = clamp_symmetric(tile.log_ratio[i], limit);
+        total += tile.keep[i] ? bounded : 0.0f;
+    }
     sums.log_ratio += total;
 }
 

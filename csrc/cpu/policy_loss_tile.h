@@ -82,6 +82,13 @@ struct Tile {
         }
     }
 
+    int count_valid(int count) const {
+        int valid = 0;
+#pragma omp simd reduction(+ : valid)
+        for (int i = 0; i < count; ++i) valid += keep[i];
+        return valid;
+    }
+
     // Log ratios of the tokens; masked ones hold anything.
     void load_log_ratio(const PolicyLoss& a, const Span& span, int64_t start, int count) {
         logp = logp_storage.load(a.logprobs, span, start, count);

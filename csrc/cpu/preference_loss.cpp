@@ -12,8 +12,25 @@ struct Tile {
     alignas(64) int32_t keep[kTile];
 };
 
+// Up to so many tokens, sums that are already taken among them, the loops over tiles cost more than
+// they save.
+constexpr int kShort = 8;
+
+AnswerSums sum_short_answer(const Answers& a, const Span& span) {
+    double count = 0, logprob = 0, ratio = 0;
+    for (int64_t step = span.first; step < span.first + span.count; ++step) {
+        if (!element<uint8_t>(a.mask, span.row, step, 1)) continue;
+        const double logp = load_one(a.logprobs, span.row, step);
+        count += 1;
+        logprob += logp;
+        ratio += a.ref_logprobs.data ? logp - load_one(a.ref_logprobs, span.row, step) : logp;
+    }
+    return {(float)count, (float)logprob, (float)ratio};
+}
+
 AnswerSums sum_answer(const Answers& a, int64_t index) {
     const Span span = find_span(a.cu_seqlens, a.steps, index);
+    if (span.count <= kShort) return sum_short_answer(a, span);
     Tile tile;
     double count = 0, logprob = 0, ratio = 0;
     for (int64_t start = 0; start < span.count; start += kTile) {

@@ -18,7 +18,7 @@ inline Span find_span(const int32_t* cu_seqlens, int64_t steps, int64_t sequence
     return {sequence, first, cu_seqlens[sequence + 1] - first, first};
 }
 
-constexpr int kTile = 256;
+constexpr int kTile = 512;
 
 inline int tile_count(const Span& span, int64_t start) {
     return span.count - start < kTile ? (int)(span.count - start) : kTile;

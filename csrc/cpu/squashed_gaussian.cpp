@@ -30,17 +30,27 @@ void load_span(const View& view, const Span& span, Buffer& out) {
         load_steps(view, span.row + run, span.column, length, out.data + run * length);
 }
 
+// Of the loaded log_std and noise, into `out`.
+void spread_span(const SquashedGaussian& a, int count, const Buffer& log_std, const Buffer& noise,
+                 Buffer& out) {
+    const float low = a.log_std_min, high = a.log_std_max;
+#pragma omp simd
+    for (int i = 0; i < count; ++i)
+        out.data[i] = squashed_spread(log_std.data[i], noise.data[i], low, high);
+}
+
 void forward_span(const SquashedGaussian& a, const Span& span, double* sums) {
-    Buffer mean, log_std, noise, action, logprob;
+    Buffer mean, log_std, noise, spread, action, logprob;
     load_span(a.mean, span, mean);
     load_span(a.log_std, span, log_std);
     load_span(a.noise, span, noise);
     const float low = a.log_std_min, high = a.log_std_max;
     const int count = span.count();
+    spread_span(a, count, log_std, noise, spread);
 #pragma omp simd
     for (int i = 0; i < count; ++i) {
         const SquashedSample x =
-            squashed_sample(mean.data[i], log_std.data[i], noise.data[i], low, high);
+            squashed_sample(mean.data[i], log_std.data[i], spread.data[i], low, high);
         action.data[i] = x.action;
         logprob.data[i] = squashed_logprob(x, noise.data[i]);
     }
@@ -51,7 +61,7 @@ void forward_span(const SquashedGaussian& a, const Span& span, double* sums) {
 
 void backward_span(const SquashedGaussianBackward& b, const Span& span) {
     const SquashedGaussian& a = b.forward;
-    Buffer mean, log_std, noise, grad_action = {}, grad_logprob = {};
+    Buffer mean, log_std, noise, spread, grad_action = {}, grad_logprob = {};
     load_span(a.mean, span, mean);
     load_span(a.log_std, span, log_std);
     load_span(a.noise, span, noise);
@@ -62,10 +72,11 @@ void backward_span(const SquashedGaussianBackward& b, const Span& span) {
         load_span({of_rows.data, of_rows.stride1, 0, of_rows.dtype}, span, grad_logprob);
     const float low = a.log_std_min, high = a.log_std_max;
     const int count = span.count();
+    spread_span(a, count, log_std, noise, spread);
 #pragma omp simd
     for (int i = 0; i < count; ++i) {
         const SquashedSample x =
-            squashed_sample(mean.data[i], log_std.data[i], noise.data[i], low, high);
+            squashed_sample(mean.data[i], log_std.data[i], spread.data[i], low, high);
         const SquashedGradient grad =
             squashed_gradient(x, grad_action.data[i], grad_logprob.data[i]);
         mean.data[i] = grad.mean;

@@ -17,37 +17,37 @@ struct Sums {
     Moments returns, errors;
 };
 
-// Mean and sum of squared differences of the kept elements.
-template <class Element>
-void add_moments(Element element, const int32_t* keep, int count, int valid, Moments& moments) {
-    if (valid == 0) return;
-    float sum = 0, squares = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int i = 0; i < count; ++i) sum += keep[i] ? element(i) : 0.0f;
-    const float mean = sum / (float)valid;
-#pragma omp simd reduction(+ : squares)
-    for (int i = 0; i < count; ++i) {
-        const float centred = keep[i] ? element(i) - mean : 0.0f;
-        squares += centred * centred;
-    }
-    moments.merge(valid, mean, squares);
-}
-
-void evaluate(const ValueLoss& a, int count, float weight, const Tile& tile, float* grad,
+// `grad` and the sums of a tile of which `valid` elements are kept.
+void evaluate(const ValueLoss& a, int count, int valid, float weight, const Tile& tile, float* grad,
               Sums& sums) {
     const float clip_range = a.clip_range, delta = a.huber_delta;
-    float loss = 0, clipped = 0;
-#pragma omp simd reduction(+ : loss, clipped)
+    const float *value = tile.value, *old = tile.old, *target = tile.target;
+    float loss = 0, clipped = 0, returns = 0, errors = 0;
+#pragma omp simd reduction(+ : loss, clipped, returns, errors)
     for (int i = 0; i < count; ++i) {
-        const ValueTerm term =
-            clipped_value_loss(tile.value[i], tile.old[i], tile.target[i], clip_range, delta);
+        const ValueTerm term = clipped_value_loss(value[i], old[i], target[i], clip_range, delta);
         const bool keep = tile.keep[i];
         loss += keep ? term.loss : 0.0f;
         clipped += keep ? term.clipped : 0.0f;
+        returns += keep ? target[i] : 0.0f;
+        errors += keep ? target[i] - value[i] : 0.0f;
         grad[i] = keep ? weight * term.derivative : 0.0f;
     }
+    if (valid == 0) return;
     sums.loss += loss;
     sums.clipped += clipped;
+    const float return_mean = returns / (float)valid, error_mean = errors / (float)valid;
+    float return_squares = 0, error_squares = 0;
+#pragma omp simd reduction(+ : return_squares, error_squares)
+    for (int i = 0; i < count; ++i) {
+        // loaded under no condition, or the sums would go through memory
+        const float from_return = target[i] - return_mean;
+        const float from_error = target[i] - value[i] - error_mean;
+        return_squares += tile.keep[i] ? from_return * from_return : 0.0f;
+        error_squares += tile.keep[i] ? from_error * from_error : 0.0f;
+    }
+    sums.returns.merge(valid, return_mean, return_squares);
+    sums.errors.merge(valid, error_mean, error_squares);
 }
 
 void one_sequence(const ValueLoss& a, int64_t sequence) {
@@ -67,11 +67,8 @@ void one_sequence(const ValueLoss& a, int64_t sequence) {
         tile.old = a.old_values.data ? read_tile(a.old_values, span, start, count, olds)
                                      : tile.value;
         tile.target = read_tile(a.returns, span, start, count, targets);
-        evaluate(a, count, weight, tile,
+        evaluate(a, count, valid, weight, tile,
                  a.grad_values ? a.grad_values + span.offset + start : scratch, sums);
-        add_moments([&](int i) { return tile.target[i]; }, tile.keep, count, valid, sums.returns);
-        add_moments([&](int i) { return tile.target[i] - tile.value[i]; }, tile.keep, count, valid,
-                    sums.errors);
     }
     float* out = a.partials + sequence * kNumValueMetrics;
     out[kValueLoss] = (float)(sums.loss * weight);

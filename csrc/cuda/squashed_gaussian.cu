@@ -26,8 +26,10 @@ __device__ __forceinline__ Place own_place(int lanes) {
 
 __device__ __forceinline__ SquashedSample load_sample(const SquashedGaussian& a, int64_t row,
                                                       int64_t column, float noise) {
-    return squashed_sample(load_float(a.mean, row, column), load_float(a.log_std, row, column),
-                           noise, a.log_std_min, a.log_std_max);
+    const float log_std = load_float(a.log_std, row, column);
+    const float spread = squashed_spread(log_std, noise, a.log_std_min, a.log_std_max);
+    return squashed_sample(load_float(a.mean, row, column), log_std, spread, a.log_std_min,
+                           a.log_std_max);
 }
 
 __global__ __launch_bounds__(kThreads) void forward_kernel(const SquashedGaussian a, int lanes) {

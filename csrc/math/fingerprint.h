@@ -8,12 +8,18 @@
 
 namespace warpo {
 
-// bits: those of the element, zero-extended. index: its position in row-major order.
-WARPO_HD uint64_t fingerprint_term(int64_t index, uint32_t bits) {
-    uint64_t z = ((uint64_t)index + 1) * 0x9e3779b97f4a7c15u + bits;
+constexpr uint64_t kFingerprintStep = 0x9e3779b97f4a7c15u;
+
+// z: the bits of the element, zero-extended, plus its position in row-major order, counted from 1,
+// times kFingerprintStep.
+WARPO_HD uint64_t fingerprint_mix(uint64_t z) {
     z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
     z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
     return z ^ (z >> 31);
+}
+
+WARPO_HD uint64_t fingerprint_term(int64_t index, uint32_t bits) {
+    return fingerprint_mix(((uint64_t)index + 1) * kFingerprintStep + bits);
 }
 
 }  // namespace warpo

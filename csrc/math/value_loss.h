@@ -29,20 +29,21 @@ struct ValueTerm {
 WARPO_HD ValueTerm clipped_value_loss(float value, float old, float target, float clip_range,
                                       float delta) {
     const float low = old - clip_range, high = old + clip_range;
-    const bool inside = value >= low && value <= high;
-    // NaN where either is
-    const float bound = value > high ? high : value < low ? low : value + old;
+    // the bound where either is NaN, which is then NaN in old or in value - target
+    const float below = value < high ? value : high;
+    const float bounded = low < below ? below : low;
     const HuberTerm direct = huber(value - target, delta);
-    const HuberTerm clipped = huber((inside ? value : bound) - target, delta);
-    const bool larger = direct.value > clipped.value, smaller = direct.value < clipped.value;
-    const bool equal = direct.value == clipped.value;
+    const HuberTerm clipped = huber(bounded - target, delta);
+    const float sum = direct.value + clipped.value;  // NaN where either is
+    const float larger = direct.value > clipped.value ? direct.value : clipped.value;
+    const float tied = bounded == value ? direct.derivative : 0.5f * direct.derivative;
+    const float unless_smaller = direct.value > clipped.value ? direct.derivative : tied;
+    const bool smaller = direct.value < clipped.value;
+    const float derivative = smaller ? 0.0f : unless_smaller;
     ValueTerm term;
-    term.loss = larger ? direct.value : clipped.value;
-    term.derivative = inside || larger ? direct.derivative
-                      : equal          ? 0.5f * direct.derivative
-                      : smaller        ? 0.0f
-                                       : direct.value + clipped.value;  // NaN stays NaN
-    term.clipped = !inside && smaller ? 1.0f : 0.0f;
+    term.loss = sum != sum ? sum : larger;
+    term.derivative = sum != sum ? sum : derivative;
+    term.clipped = smaller ? 1.0f : 0.0f;
     return term;
 }
 
