@@ -28,7 +28,7 @@ COMMANDS = {
     "dropin": "warpo.bench.dropin.__main__",
     "control": "warpo.bench.control.__main__",
 }
-BUDGET_S = {"quick": 0.08, "laptop": 0.5, "h200": 0.3}
+BUDGET_S = {"quick": 0.06, "laptop": 0.5, "h200": 0.3}
 
 DESCRIPTION = """\
 Times operations of warpo.kernels.ops beside PyTorch, torch.compile and the libraries that `make
@@ -161,7 +161,7 @@ def measured(
         tell("limits of this machine")
         plan = Plan(
             device=args.device,
-            limits=limits(args.device, 0.2, args.cold),
+            limits=limits(args.device, 0.1, args.cold),
             budget_s=BUDGET_S["quick"] if quick else BUDGET_S.get(args.shapes, 0.5),
             cold=args.cold,
             wanted=wanted,

@@ -118,6 +118,11 @@ def in_double(inputs: Inputs) -> Inputs:
     }
 
 
+def copied(inputs: Inputs) -> Inputs:
+    """Copies of the tensors."""
+    return {k: v.clone() if isinstance(v, Tensor) else v for k, v in inputs.items()}
+
+
 def results_of(returned: Any) -> list[Tensor]:
     """What a function returned, as a list of tensors."""
     if isinstance(returned, Tensor):

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from warpo.bench.correctness import TOLERANCE, Exact, exact_of
 from warpo.bench.limits import bound
 from warpo.bench.operation import (
     Function,
@@ -15,16 +16,13 @@ from warpo.bench.operation import (
     Operation,
     Provider,
     Sizes,
+    copied,
     cotangents,
-    in_double,
     results_of,
     with_gradients,
 )
 from warpo.bench.timing import Call, graph_ms, host_us, measure, peak_bytes, spread
 
-# Largest error against float64, relative to the largest value: float32 arithmetic; those who keep
-# logits in bfloat16 have them to 1/256, of which exp makes a share of the gradient.
-TOLERANCE = {torch.float32: 5e-3, torch.bfloat16: 0.1, torch.float16: 2e-2}
 WARPO = ("cpu", "triton", "cuda")
 # Elements of inputs that are compared with float64 as a whole, where a part would be compiled anew.
 WHOLE = 1 << 24
@@ -96,6 +94,11 @@ def rows_of(point: Point, plan: Plan) -> Iterator[dict[str, Any]]:
     """
     operation = point.operation
     inputs = operation.make(plan.device, point.dtype, point.sizes)
+
+    @cache
+    def exact(whole: bool) -> Exact:
+        return exact_of(operation, inputs if whole else operation.part(inputs), point.mode)
+
     calls: dict[str, Call] = {}
     rows: dict[str, dict[str, Any]] = {}
     for name, provider in providers_of(operation, plan.device).items():
@@ -105,12 +108,11 @@ def rows_of(point: Point, plan: Plan) -> Iterator[dict[str, Any]]:
         try:
             function = provider.load()
             whole = provider.one_shape and _numel(inputs) <= WHOLE
-            part = inputs if whole else operation.part(inputs)
-            row["error"] = error_of(function, operation, part, point.mode)
+            row["error"] = exact(whole).error_of(function)
             if not row["error"] <= TOLERANCE[point.dtype]:
                 row["problem"] = f"wrong: {row['error']:.1e} off float64"
                 continue
-            mine = _copied(inputs) if provider.own_inputs else inputs
+            mine = copied(inputs) if provider.own_inputs else inputs
             calls[name] = call_of(function, mine, operation.leaves, point.mode)
             calls[name]()
             row["peak_bytes"] = peak_bytes(plan.device, calls[name])
@@ -181,44 +183,5 @@ def call_of(function: Callable, inputs: Inputs, leaves: tuple[str, ...], mode: s
     return backward if mode == "bwd" else both
 
 
-def error_of(function: Callable, operation: Operation, part: Inputs, mode: str) -> float:
-    """Largest error of results and, unless the mode is forward, gradients, on these inputs,
-    relative to the largest value of each.
-    """
-    exact = in_double(part)
-    leaves = operation.leaves if mode != "fwd" else ()
-    part, exact = with_gradients(_copied(part), leaves), with_gradients(exact, leaves)
-    found, wanted = results_of(function(part)), results_of(operation.exact(exact))
-    mask = part[operation.mask] if operation.mask else None
-    errors = [_relative(a, b, mask) for a, b in zip(found, wanted, strict=False)]
-    if leaves:
-        pairs = [(a, b) for a, b in zip(found, wanted, strict=False) if b.requires_grad]
-        incoming = cotangents([b for _, b in pairs])
-        gradients = [
-            torch.autograd.grad(
-                [pair[side] for pair in pairs],
-                [holder[name] for name in leaves],
-                [g.to(pair[side].dtype) for g, pair in zip(incoming, pairs, strict=True)],
-            )
-            for side, holder in ((0, part), (1, exact))
-        ]
-        errors += [_relative(a, b, mask) for a, b in zip(*gradients, strict=True)]
-    return max(errors)
-
-
-def _relative(actual: Tensor, expected: Tensor, mask: Tensor | None) -> float:
-    actual, expected = actual.detach().double(), expected.detach().double()
-    if actual.shape != expected.shape:
-        raise ValueError(f"result of shape {tuple(actual.shape)} for {tuple(expected.shape)}")
-    if mask is not None and mask.shape == expected.shape:
-        actual, expected = actual[mask], expected[mask]
-    scale = expected.abs().max().clamp(min=1e-30)
-    return float(((actual - expected).abs().max() / scale).nan_to_num(torch.inf))
-
-
 def _numel(inputs: Inputs) -> int:
     return max(value.numel() for value in inputs.values() if isinstance(value, Tensor))
-
-
-def _copied(inputs: Inputs) -> Inputs:
-    return {k: v.clone() if isinstance(v, Tensor) else v for k, v in inputs.items()}

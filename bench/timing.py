@@ -33,7 +33,7 @@ def measure(
     timer = _cuda_ms if device == "cuda" else _cpu_ms
     flush = torch.empty(_FLUSHED[device], device=device) if cold or device == "cuda" else None
     for call in calls.values():
-        _warm_up(partial(timer, call), min(WARM_UP_S, budget_s))
+        _warm_up(partial(timer, call), min(WARM_UP_S, budget_s / 2))
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(turns):
         for name, call in calls.items():

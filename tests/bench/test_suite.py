@@ -3,10 +3,11 @@ import dataclasses
 import pytest
 import torch
 
+from warpo.bench.correctness import TOLERANCE, exact_of
 from warpo.bench.limits import bound, limits
 from warpo.bench.operation import MODES, Provider, Work
 from warpo.bench.operations import OPERATIONS
-from warpo.bench.suite import TOLERANCE, Plan, Point, error_of, rows_of
+from warpo.bench.suite import Plan, Point, rows_of
 from warpo.bench.timing import measure
 
 SMALL = {
@@ -39,10 +40,9 @@ def test_ours_and_plain_pytorch_agree_with_float64_in_each_mode(name):
         for mode in operation.modes:
             functions = [lambda inputs: operation.ours(inputs, "cpu")]
             functions += [operation.eager] if operation.eager else []
+            exact = exact_of(operation, operation.part(inputs), mode)
             for function in functions:
-                assert (
-                    error_of(function, operation, operation.part(inputs), mode) <= TOLERANCE[dtype]
-                )
+                assert exact.error_of(function) <= TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
