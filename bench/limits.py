@@ -74,7 +74,8 @@ def bound(work: Work, dtype: str, found: Mapping[str, float]) -> tuple[str, floa
     moved = work.read + work.written
     matrix = "matrix_float32" if dtype == "float32" else "matrix_bfloat16"
     times = {
-        traffic: moved / _bandwidth(traffic, moved, found),
+        # what is written may lie where it was read
+        traffic: moved / _bandwidth(traffic, max(work.read, work.written), found),
         matrix: work.flops / found[matrix],
         "exp": work.exps / found["exp"],
     }
@@ -82,12 +83,12 @@ def bound(work: Work, dtype: str, found: Mapping[str, float]) -> tuple[str, floa
     return name, 1e3 * times[name]
 
 
-def _bandwidth(traffic: str, moved: int, found: Mapping[str, float]) -> float:
-    """The best rate over working sets that are at least the largest that these bytes fill."""
+def _bandwidth(traffic: str, working_set: int, found: Mapping[str, float]) -> float:
+    """The best rate over working sets not below the largest measured one that this one fills."""
     rates = {
         int(name.removeprefix(f"{traffic}_").removesuffix("MiB")) << 20: rate
         for name, rate in found.items()
         if name.startswith(f"{traffic}_")
     }
-    least = max((size for size in rates if size <= moved), default=0)
+    least = max((size for size in rates if size <= working_set), default=0)
     return max(rate for size, rate in rates.items() if size >= least)
