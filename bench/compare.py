@@ -2,22 +2,27 @@
 
 import argparse
 import json
+import math
+import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from warpo.bench.environment import aligned
 from warpo.bench.report.rows import WARPO, Row, key
 
 DESCRIPTION = """\
-Compares two runs of `warpo bench` on the same machine. A time has changed if its median did by more
-than the threshold and the spreads, p20 to p80, do not overlap.
+Compares two runs of `warpo bench` on the same machine. The other providers, whose code is the same
+in both, tell what the machine did: a case of warpo is compared with theirs, and what 9 of 10 of
+them changed by is noise. A time has changed if it did so by more than that and the threshold, and the
+spreads, p20 to p80, do not overlap. Where no others were timed, or their versions differ, all times
+are compared as they are.
 
     warpo bench gae --out before; git switch faster; warpo bench gae --out after
     warpo bench compare before after
 
-Exit status 1 if a kernel of warpo got slower or has no time any more; other providers are shown
-alone. 0 else; 2 if there is nothing to compare.
+Exit status 1 if a kernel of warpo got slower or has no time any more; 0 else; 2 if there is nothing
+to compare.
 """
 
 
@@ -43,42 +48,73 @@ def read(path: Path) -> list[Row]:
     return rows
 
 
-def changes(before: Sequence[Row], after: Sequence[Row], threshold: float) -> list[dict[str, Any]]:
-    """What both runs have and differs, the largest change first; times_as_long is inf where a time
-    is gone.
+@dataclass(frozen=True)
+class Change:
+    """A case that differs, or whose time is gone: times_as_long is inf then."""
+
+    row: Row
+    before: Row
+    times_as_long: float
+
+    @property
+    def is_regression(self) -> bool:
+        return is_ours(self.row) and self.times_as_long > 1
+
+
+def is_ours(row: Row) -> bool:
+    return row["provider"] in WARPO or row["provider"].startswith("warpo")
+
+
+class Comparison:
+    """Cases that two runs have in common.
+
+    Attributes:
+        pairs: each before and after.
+        controlled: other providers, of the same versions in both runs, say what the machine did.
+        noise: what 9 of 10 of them changed by: 0.1 is 1.1 times as long or as fast.
     """
-    old = {(*key(row), row["provider"]): row for row in before}
-    found = []
-    for row in after:
-        base = old.get((*key(row), row["provider"]))
-        if base is None or "ms" not in base:
-            continue
-        if "ms" not in row:
-            found.append({"row": row, "before": base, "times_as_long": float("inf")})
-            continue
-        ratio = row["ms"] / base["ms"]
-        apart = row["p20_ms"] > base["p80_ms"] or row["p80_ms"] < base["p20_ms"]
-        if apart and not 1 / (1 + threshold) <= ratio <= 1 + threshold:
-            found.append({"row": row, "before": base, "times_as_long": ratio})
-    return sorted(found, key=lambda change: -max(change["times_as_long"],
-                                                 1 / change["times_as_long"]))  # fmt: skip
+
+    def __init__(self, before: Sequence[Row], after: Sequence[Row]) -> None:
+        old = {(*key(row), row["provider"]): row for row in before}
+        found = [(old.get((*key(row), row["provider"])), row) for row in after]
+        self.pairs = [(base, row) for base, row in found if base is not None]
+        same = before[0].get("versions") == after[0].get("versions")
+        controls: dict[tuple[str, ...], list[float]] = {}
+        for base, row in self.pairs if same else []:
+            if not is_ours(row) and "ms" in base and "ms" in row:
+                controls.setdefault(key(row), []).append(row["ms"] / base["ms"])
+        self._drift = {case: statistics.median(ratios) for case, ratios in controls.items()}
+        sizes = sorted(max(r, 1 / r) for ratios in controls.values() for r in ratios)
+        self.controlled = bool(sizes)
+        self.noise = sizes[len(sizes) * 9 // 10] - 1 if sizes else 0.0
+
+    def changes(self, threshold: float) -> list[Change]:
+        """Those beyond threshold and noise, the largest first."""
+        limit = 1 + max(threshold, self.noise)
+        found = []
+        for base, row in self.pairs:
+            if "ms" not in base or (self.controlled and not is_ours(row)):
+                continue
+            if "ms" not in row:
+                found.append(Change(row, base, math.inf))
+                continue
+            drift = self._drift.get(key(row), 1.0)
+            ratio = row["ms"] / base["ms"] / drift
+            apart = row["p20_ms"] > base["p80_ms"] * drift or row["p80_ms"] < base["p20_ms"] * drift
+            if apart and not 1 / limit <= ratio <= limit:
+                found.append(Change(row, base, ratio))
+        return sorted(found, key=lambda c: -max(c.times_as_long, 1 / c.times_as_long))
 
 
-def is_regression(change: dict[str, Any]) -> bool:
-    provider = change["row"]["provider"]
-    mine = provider in WARPO or provider.startswith("warpo")
-    return mine and change["times_as_long"] > 1
-
-
-def table_of(found: Sequence[dict[str, Any]]) -> str:
-    lines = [["operation", "size", "dtype", "mode", "provider", "before, ms", "after, ms", ""]]
+def table_of(found: Sequence[Change], last: str) -> str:
+    lines = [["operation", "size", "dtype", "mode", "provider", "before, ms", "after, ms", last]]
     for change in found:
-        row, ratio = change["row"], change["times_as_long"]
+        row, ratio = change.row, change.times_as_long
         after = f"{row['ms']:.4g}" if "ms" in row else row["problem"][:50]
         verdict = f"{ratio:.2f} times as long" if ratio > 1 else f"{1 / ratio:.2f} times as fast"
-        if ratio == float("inf"):
+        if math.isinf(ratio):
             verdict = "no time any more"
-        lines.append([*key(row), row["provider"], f"{change['before']['ms']:.4g}", after, verdict])
+        lines.append([*key(row), row["provider"], f"{change.before['ms']:.4g}", after, verdict])
     return aligned(lines, 5)
 
 
@@ -98,19 +134,21 @@ def main(words: Sequence[str]) -> int:
         before, after = read(args.before), read(args.after)
     except ValueError as error:
         parser.error(str(error))
-    both = {(*key(r), r["provider"]) for r in before} & {(*key(r), r["provider"]) for r in after}
-    if not both:
+    comparison = Comparison(before, after)
+    if not comparison.pairs:
         parser.error(f"{args.before} and {args.after} have no case in common")
     for name in ("machine", "threads"):
         if before[0][name] != after[0][name]:
             print(f"not the same {name}: {before[0][name]}, then {after[0][name]}")
-    for run, rows in (("before", before), ("after", after)):
-        rates = ", ".join(f"{n} {v / 1e9:.3g}" for n, v in rows[0]["limits"].items())
-        print(
-            f"{run}: {rows[0]['date']}, commit {rows[0]['commit']}; limits in 1e9 a second: {rates}"
-        )
-    found = changes(before, after, args.threshold)
-    print(f"\n{len(both)} cases, {len(found)} changed\n")
+    for name, rows in (("before", before), ("after", after)):
+        print(f"{name}: {rows[0]['date']}, commit {rows[0]['commit']}")
+    if comparison.controlled:
+        noise = f"{1 + comparison.noise:.2f}"
+        print(f"noise: 9 of 10 times of other providers changed by less than {noise} times")
+    else:
+        print("no other providers of the same versions in both runs: changes are as they are")
+    found = comparison.changes(args.threshold)
+    print(f"\n{len(comparison.pairs)} cases, {len(found)} changed\n")
     if found:
-        print(table_of(found))
-    return 1 if any(map(is_regression, found)) else 0
+        print(table_of(found, "beside the others" if comparison.controlled else ""))
+    return 1 if any(change.is_regression for change in found) else 0

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 
@@ -45,10 +46,31 @@ def test_a_time_that_is_gone_is_a_regression(tmp_path, capsys):
     assert "no time any more" in capsys.readouterr().out
 
 
-def test_others_may_get_slower(tmp_path, capsys):
-    before = run(tmp_path / "a", 1.0, provider="trl")
-    assert main(["compare", before, run(tmp_path / "b", 9.0, provider="trl")]) == 0
-    assert "9.00 times as long" in capsys.readouterr().out
+def both(folder, ours, others):
+    """A run of warpo and of another provider."""
+    run(folder, *ours)
+    more = run(folder.with_name(f"{folder.name}-others"), *others, provider="eager")
+    lines = [Path(f"{path}/bench.jsonl").read_text() for path in (folder, more)]
+    (folder / "bench.jsonl").write_text("".join(lines))
+    return str(folder)
+
+
+def test_what_the_machine_did_to_all_is_no_change(tmp_path, capsys):
+    before = both(tmp_path / "a", [1.0, 1.0, 1.0], [2.0, 2.0, 2.0])
+    after = both(tmp_path / "b", [1.5, 1.5, 2.3], [3.0, 3.0, 2.0])
+    assert main(["compare", before, after]) == 1
+    text = capsys.readouterr().out
+    assert "9 of 10 times of other providers changed by less than 1.50 times" in text
+    assert "6 cases, 1 changed" in text and "2.30 times as long" in text
+    assert main(["compare", before, both(tmp_path / "c", [1.4] * 3, [3.0, 2.0, 2.0])]) == 0
+
+
+def test_others_of_another_version_are_compared_and_may_get_slower(tmp_path, capsys):
+    before = run(tmp_path / "a", 1.0, provider="trl", versions={"trl": "1"})
+    after = run(tmp_path / "b", 9.0, provider="trl", versions={"trl": "2"})
+    assert main(["compare", before, after]) == 0
+    text = capsys.readouterr().out
+    assert "9.00 times as long" in text and "no other providers of the same versions" in text
 
 
 def test_another_machine_is_said(tmp_path, capsys):
