@@ -14,9 +14,9 @@ from warpo.bench.report.rows import WARPO, Row, key
 DESCRIPTION = """\
 Compares two runs of `warpo bench` on the same machine. The other providers, whose code is the same
 in both, tell what the machine did: a case of warpo is compared with theirs, and what 9 of 10 of
-them changed by is noise. A time has changed if it did so by more than that and the threshold, and the
-spreads, p20 to p80, do not overlap. Where no others were timed, or their versions differ, all times
-are compared as they are.
+them changed by is noise. A time has changed if it did so by more than that and the threshold, and
+the spreads, p20 to p80, do not overlap. Where no others were timed, or their versions differ, all
+times are compared as they are.
 
     warpo bench gae --out before; git switch faster; warpo bench gae --out after
     warpo bench compare before after
