@@ -5,7 +5,6 @@ instead.
 import argparse
 import contextlib
 import importlib
-import importlib.metadata
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -193,11 +192,10 @@ def described(args: argparse.Namespace, plan: Plan, words: Sequence[str]) -> dic
     """What a reader needs to judge and repeat a row."""
     name = torch.cuda.get_device_name() if args.device == "cuda" else processor()
     found = environment(["warpo", "bench", *words], name)
-    versions = {"torch": torch.__version__, "triton": importlib.metadata.version("triton")}
     return found | {
         "device": args.device,
         "limits": dict(plan.limits),
-        "versions": versions | peers.versions(),
+        "versions": {"torch": torch.__version__} | peers.versions(),
     }
 
 

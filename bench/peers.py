@@ -20,7 +20,7 @@ from torch import Tensor
 from warpo.bench.operation import Missing
 
 PEERS = (
-    "trl", "verl", "openrlhf", "torchrl", "liger-kernel", "flash-attn", "quack-kernels",
+    "triton", "trl", "verl", "openrlhf", "torchrl", "liger-kernel", "flash-attn", "quack-kernels",
     "pufferlib", "numba",
 )  # fmt: skip
 
@@ -37,7 +37,7 @@ def use(folder: Path) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Of the peers that are installed."""
+    """Of those that are installed."""
     found = {}
     for name in PEERS:
         try:
