@@ -9,7 +9,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 from matplotlib import pyplot  # noqa: E402
-from matplotlib.ticker import FuncFormatter, LogLocator  # noqa: E402
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter  # noqa: E402
 
 from warpo.bench.report.rows import WARPO, Row, elements, size, summary, timed  # noqa: E402
 
@@ -22,6 +22,7 @@ COLORS = {
 }  # fmt: skip
 _REST = ("#444444", "#888888", "#AA7733", "#77AA33")
 NAMES = {"eager": "PyTorch", "compile": "torch.compile", "cpu": "warpo", "other": "other library"}
+_PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
 _STYLE: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
           "axes.grid": True, "grid.alpha": 0.25, "figure.dpi": 130}  # fmt: skip
 
@@ -61,11 +62,19 @@ def _curves(rows: Sequence[Row]) -> bytes:
         sizes = " x ".join(rows[0]["sizes"])
         for axes, label in ((left, "milliseconds a call"), (right, "% of the limit")):
             axes.set(xscale="log", yscale="log", xlabel=sizes, ylabel=label)
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            _label(axes.xaxis, axes.get_xlim(), EngFormatter(sep=""))
+            _label(axes.yaxis, axes.get_ylim(), _PLAIN)
         title = f"{rows[0]['operation']}, {rows[0]['mode']}, {rows[0]['dtype']}"
         left.set_title(title, loc="left", fontsize=9)
         left.legend(fontsize=7, frameon=False)
         return _png(figure)
+
+
+def _label(axis: Any, ends: tuple[float, float], formatter: Any) -> None:
+    """Numbers on a logarithmic axis: 1, 2 and 5 of each decade where there are few."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if ends[1] < 300 * ends[0] else (1,)))
+    axis.set_major_formatter(formatter)
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _color(name: str, number: int) -> str:
@@ -111,9 +120,7 @@ def _bars(rows: Sequence[Row], kinds: Sequence[tuple[str, str]]) -> bytes:
             axes.get_yticklabels()[number].set_fontweight("bold")
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="y", visible=False)
-        low, high = axes.get_xlim()
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        _label(axes.xaxis, axes.get_xlim(), _PLAIN)
         axes.set_title(f"{rows[0]['operation']} {size(rows[0])}", loc="left", fontsize=9)
         return _png(figure)
 
