@@ -6,8 +6,9 @@ import argparse
 import contextlib
 import importlib
 import json
+import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -61,8 +62,9 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         "--shapes", default="quick", metavar="PRESET|FILE",
         help=f"{', '.join(shapes.PRESETS)}, or a YAML file (default quick)",
     )  # fmt: skip
-    parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--mode", nargs="+", choices=MODES)
+    dtypes = ["float32", "bfloat16", "float16"]
+    parser.add_argument("--dtype", nargs="+", choices=dtypes, help="default: by operation")
+    parser.add_argument("--mode", nargs="+", choices=MODES, help="default fwd and fwd+bwd")
     parser.add_argument(
         "--providers", nargs="+", metavar="NAME",
         help="these alone: cpu, triton, cuda, eager, compile, trl, ...",
@@ -74,8 +76,17 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         "dtype and mode of each operation",
     )  # fmt: skip
     parser.add_argument("--cold", action="store_true", help="flush the caches before each run")
-    parser.add_argument("--peers", type=Path, default=Path(".peers"), metavar="DIR")
-    parser.add_argument("--out", type=Path, default=Path("bench/results/latest"), metavar="DIR")
+    for name, default, text in (
+        ("--peers", ".peers", "where `make peers` has put other libraries"),
+        ("--out", "bench/results/latest", "for rows, plots and page"),
+    ):
+        parser.add_argument(
+            name,
+            type=Path,
+            default=Path(default),
+            metavar="DIR",
+            help=f"{text} (default {default})",
+        )
     args = parser.parse_args(words)
     unknown = [name for name in args.operations if name not in OPERATIONS]
     if unknown:
@@ -93,7 +104,7 @@ def points_of(args: argparse.Namespace) -> list[Point]:
     """What is to be timed.
 
     Raises:
-        ValueError: nothing, or the file of shapes is wrong.
+        ValueError: nothing, by a provider that there is not, or the file of shapes is wrong.
     """
     if args.shapes in shapes.PRESETS:
         chosen = shapes.PRESETS[args.shapes]
@@ -114,7 +125,19 @@ def points_of(args: argparse.Namespace) -> list[Point]:
             f"--shapes {args.shapes}, --dtype and --mode leave nothing to time of "
             f"{', '.join(args.operations or OPERATIONS)}: see warpo bench --list"
         )
+    timed = [name for point in points for name in providers_of(point.operation, args.device)]
+    unknown = [name for name in args.providers or () if name not in timed]
+    if unknown:
+        raise ValueError(
+            f"--providers {', '.join(unknown)}: of these operations on {args.device} there are "
+            f"{_names(timed)}"
+        )
     return points
+
+
+def _names(providers: Iterable[str]) -> str:
+    """Each once; in quotes where a shell needs them."""
+    return ", ".join(shlex.quote(name) for name in dict.fromkeys(providers))
 
 
 def run(args: argparse.Namespace, points: Sequence[Point], words: Sequence[str]) -> int:
@@ -221,7 +244,7 @@ def listing() -> str:
     """Operations, their sizes, and who is timed."""
     lines = []
     for name, operation in OPERATIONS.items():
-        who = ", ".join(providers_of(operation, "cpu"))
+        who = _names(providers_of(operation, "cpu"))
         lines.append(f"{name:32} {shapes.key_of(operation):32} {', '.join(operation.modes)}; {who}")
     return "\n".join(lines)
 

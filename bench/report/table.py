@@ -59,5 +59,8 @@ def cases(rows: Sequence[Row]) -> str:
 def headline(rows: Sequence[Row]) -> str:
     """Machine, and the figures that sum up the run."""
     run = rows[0]
-    where = f"{run['machine']}, {run['threads']} threads, torch {run['torch']}, {run['date'][:10]}"
-    return "\n".join([where, *(f"{value:>6} {text}" for value, text in figures(rows))])
+    cache = next((f", caches {row['cache']}" for row in rows if "cache" in row), "")
+    where = f"{run['machine']}, {run['threads']} threads{cache}, torch {run['torch']}"
+    return "\n".join(
+        [f"{where}, {run['date'][:10]}", *(f"{value:>6} {text}" for value, text in figures(rows))]
+    )

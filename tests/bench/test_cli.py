@@ -75,6 +75,15 @@ def test_what_leaves_nothing_to_time_is_refused(tmp_path, capsys):
     assert "leave nothing to time of gae, whiten: see warpo bench --list" in capsys.readouterr().err
 
 
+def test_a_provider_that_does_not_exist_is_refused_with_those_that_do(tmp_path, capsys):
+    words = ["gae", "--providers", "cpu", "nunba", "--out", str(tmp_path / "out")]
+    assert cli.main(words) == 2 and not (tmp_path / "out").exists()
+    message = (
+        "--providers nunba: of these operations on cpu there are cpu, eager, 'numba, one core'"
+    )
+    assert message in capsys.readouterr().err
+
+
 def compiled_at(words, monkeypatch, tmp_path):
     """Dtype and mode at which torch.compile is timed."""
     found = set()
