@@ -76,17 +76,14 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         "dtype and mode of each operation",
     )  # fmt: skip
     parser.add_argument("--cold", action="store_true", help="flush the caches before each run")
-    for name, default, text in (
-        ("--peers", ".peers", "where `make peers` has put other libraries"),
-        ("--out", "bench/results/latest", "for rows, plots and page"),
-    ):
-        parser.add_argument(
-            name,
-            type=Path,
-            default=Path(default),
-            metavar="DIR",
-            help=f"{text} (default {default})",
-        )
+    parser.add_argument(
+        "--peers", type=Path, default=Path(".peers"), metavar="DIR",
+        help="where `make peers` has put other libraries (default .peers)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--out", type=Path, default=Path("bench/results/latest"), metavar="DIR",
+        help="for rows, plots and page (default bench/results/latest)",
+    )  # fmt: skip
     args = parser.parse_args(words)
     unknown = [name for name in args.operations if name not in OPERATIONS]
     if unknown:
@@ -184,7 +181,7 @@ def measured(
         plan = Plan(
             device=args.device,
             limits=limits(args.device, 0.1, args.cold),
-            budget_s=BUDGET_S["quick"] if quick else BUDGET_S.get(args.shapes, 0.5),
+            budget_s=BUDGET_S.get("quick" if quick else args.shapes, 0.5),
             cold=args.cold,
             wanted=wanted,
         )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from warpo.bench.environment import aligned
-from warpo.bench.report.rows import WARPO, Row, key
+from warpo.bench.report.rows import Row, is_ours, key
 
 DESCRIPTION = """\
 Compares two runs of `warpo bench` on the same machine. The other providers, whose code is the same
@@ -58,11 +58,7 @@ class Change:
 
     @property
     def is_regression(self) -> bool:
-        return is_ours(self.row) and self.times_as_long > 1
-
-
-def is_ours(row: Row) -> bool:
-    return row["provider"] in WARPO or row["provider"].startswith("warpo")
+        return is_ours(self.row["provider"]) and self.times_as_long > 1
 
 
 class Comparison:
@@ -81,7 +77,7 @@ class Comparison:
         same = before[0].get("versions") == after[0].get("versions")
         controls: dict[tuple[str, ...], list[float]] = {}
         for base, row in self.pairs if same else []:
-            if not is_ours(row) and "ms" in base and "ms" in row:
+            if not is_ours(row["provider"]) and "ms" in base and "ms" in row:
                 controls.setdefault(key(row), []).append(row["ms"] / base["ms"])
         self._drift = {case: statistics.median(ratios) for case, ratios in controls.items()}
         sizes = sorted(max(r, 1 / r) for ratios in controls.values() for r in ratios)
@@ -93,7 +89,7 @@ class Comparison:
         limit = 1 + max(threshold, self.noise)
         found = []
         for base, row in self.pairs:
-            if "ms" not in base or (self.controlled and not is_ours(row)):
+            if "ms" not in base or (self.controlled and not is_ours(row["provider"])):
                 continue
             if "ms" not in row:
                 found.append(Change(row, base, math.inf))

@@ -23,7 +23,6 @@ from warpo.bench.operation import (
 )
 from warpo.bench.timing import Call, graph_ms, host_us, measure, peak_bytes, spread
 
-WARPO = ("cpu", "triton", "cuda")
 # Elements of inputs that are compared with float64 as a whole, where a part would be compiled anew.
 WHOLE = 1 << 24
 # On a GPU, calls that take less are timed from a CUDA graph, too.

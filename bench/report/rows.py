@@ -7,7 +7,7 @@ from typing import Any
 
 Row = dict[str, Any]
 WARPO = ("cpu", "triton", "cuda")
-BASES = ("eager", "compile", *WARPO)
+BASES = ("eager", "compile")
 
 
 def size(row: Row) -> str:
@@ -42,6 +42,11 @@ def groups(rows: Sequence[Row]) -> dict[tuple[str, str, str, str], dict[str, Row
     return found
 
 
+def is_ours(provider: str) -> bool:
+    """Whether it is a backend of warpo, or warpo used in another way."""
+    return provider in WARPO or provider.startswith("warpo")
+
+
 def ours(providers: dict[str, Row]) -> Row | None:
     """The fastest backend of warpo."""
     mine = [providers[name] for name in WARPO if name in providers]
@@ -50,9 +55,7 @@ def ours(providers: dict[str, Row]) -> Row | None:
 
 def best_other(providers: dict[str, Row]) -> Row | None:
     """The fastest of the other libraries: neither PyTorch, torch.compile nor warpo."""
-    others = [
-        row for name, row in providers.items() if name not in BASES and not name.startswith("warpo")
-    ]
+    others = [row for name, row in providers.items() if name not in BASES and not is_ours(name)]
     return min(others, key=lambda row: row["ms"]) if others else None
 
 
