@@ -1,15 +1,15 @@
-"""The CUDA kernels, run on the host by tests/emulator: their tests, in two orders of the threads.
+"""The CUDA kernels, run on the host by tests/emulator: their tests, in a random order of the
+threads.
 
 The emulator builds the kernels as a module `warpo.kernels._cpu`, so that the tests of the backend
-"cpu" run them; WARPO_EMULATOR_ORDER is the order. What this does not show stands at the head of
-each header there.
+"cpu" run them. WARPO_EMULATOR_ORDER chooses another order; each finds every fault that is planted
+below. What this does not show stands at the head of each header there.
 """
 
 import os
 import shlex
 import shutil
 import subprocess
-import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,9 +17,10 @@ from pathlib import Path
 import pybind11
 import pytest
 
+from tests.kernels import builds
 from tests.kernels.backends import DEVICE
+from tests.kernels.builds import ROOT
 
-ROOT = Path(__file__).parents[2]
 EMULATOR = ROOT / "tests" / "emulator"
 CXX = shlex.split(os.environ.get("CXX", "g++"))
 FLAGS = [
@@ -45,67 +46,39 @@ pytestmark = [
 ]
 
 
-def _run(command: list[str | Path], **options) -> subprocess.CompletedProcess:
-    result = subprocess.run(command, capture_output=True, text=True, check=False, **options)
-    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-4000:]
-    return result
-
-
 @pytest.fixture(scope="session")
 def emulated(tmp_path_factory) -> Path:
     """A folder for PYTHONPATH in which `warpo.kernels` has the emulated kernels."""
     folder = tmp_path_factory.mktemp("emulated")
-    package = folder / "warpo" / "kernels"
-    package.mkdir(parents=True)
-    for source in (ROOT / "kernels").glob("*.py"):
-        (package / source.name).symlink_to(source)
     jobs = [(ROOT / "csrc" / "bindings.cpp", BINDING_FLAGS), (EMULATOR / "library.cpp", [])]
     jobs += [(source, KERNEL_FLAGS) for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))]
 
     def compile_one(job: tuple[Path, list[str]]) -> Path:
         source, flags = job
         target = folder / f"{source.stem}.o"
-        _run([*CXX, *FLAGS, *flags, "-c", source, "-o", target])
+        builds.run([*CXX, *FLAGS, *flags, "-c", source, "-o", target])
         return target
 
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compile_one, jobs))
-    module = package / f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
-    _run([*CXX, "-shared", "-fsanitize=undefined", *objects, "-o", module])
+    module = builds.module(folder)
+    builds.run([*CXX, "-shared", "-fsanitize=undefined", *objects, "-o", module])
     return folder
 
 
-# Fails where another warpo.kernels comes first: that of an installed warpo, say.
-PYTEST = """
-import sys
-import pytest
-from warpo.kernels import _cpu
-assert _cpu.instruction_set() == "emulated", _cpu.__file__
-sys.exit(pytest.main(sys.argv[1:]))
-"""
-
-
-@pytest.mark.parametrize("order", ["reverse", pytest.param("random", marks=pytest.mark.slow)])
+@pytest.mark.slow
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_the_tests_of_the_operation_pass(emulated, operation, order):
-    path = [str(emulated), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(path),
-        "WARPO_EMULATOR_ORDER": order,
-        "OMP_NUM_THREADS": "1",
-    }
-    tests = f"tests/kernels/test_{operation}.py"
-    # -s: pytest would keep the last words of a process that ends in undefined behaviour
-    options = ["-k", SELECTION, "-q", "-s", "-p", "no:cacheprovider"]
-    _run([sys.executable, "-c", PYTEST, tests, *options], cwd=ROOT, env=environment)
+def test_the_tests_of_the_operation_pass(emulated, operation):
+    order = os.environ.get("WARPO_EMULATOR_ORDER", "random")
+    tests = [f"tests/kernels/test_{operation}.py"]
+    builds.run_tests(emulated, tests, SELECTION, WARPO_EMULATOR_ORDER=order, OMP_NUM_THREADS="1")
 
 
 @pytest.fixture(scope="session")
 def faults(tmp_path_factory) -> Path:
     """A program with a kernel that is wrong in the way that its argument names."""
     program = tmp_path_factory.mktemp("faults") / "faults"
-    _run([*CXX, *FLAGS, *KERNEL_FLAGS, EMULATOR / "faults.cpp", "-o", program])
+    builds.run([*CXX, *FLAGS, *KERNEL_FLAGS, EMULATOR / "faults.cpp", "-o", program])
     return program
 
 
