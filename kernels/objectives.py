@@ -62,7 +62,7 @@ class Objective:
         tau_positive, tau_negative: tau of "soft_gate" where A > 0, and elsewhere.
         kl_coef: weight of the KL term; 0 leaves it out, and no reference is needed.
         kl_estimator: with d = ref - logp: k1 = -d, k2 = d^2 / 2, k3 = e^d - 1 - d
-            (http://joschu.net/blog/kl-approx.html).
+            (http://joschu.net/blog/kl-approx.html), where d is at most log_ratio_limit in k3.
         kl_gradient: of the "estimator", or of "k2" whatever the estimator: the expectation of that
             is the gradient of the KL.
         entropy_coef: weight of the entropy bonus; 0 leaves it out.
@@ -77,7 +77,9 @@ class Objective:
                                             sequences
             "sequence-mean-token-sum"       sum over tokens; number of sequences
             "sequence-mean-token-sum-norm"  sum over tokens; number of sequences x a constant length
-        log_ratio_limit: arguments of exp are clamped to +- this; the gradient is 0 where they are.
+        log_ratio_limit: log ratios and log corrections are clamped to +- this before exp; the
+            gradient is 0 where they are. d of k3 is bounded from above only, by the same limit: far
+            below the reference, d < -limit, its gradient 1 - e^d stays.
 
     Raises:
         ValueError: a value or a combination that has no meaning.

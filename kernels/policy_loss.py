@@ -11,7 +11,8 @@ s_t the derivative of the surrogate with respect to the log ratio (0 where a bou
                       = -(1 / n) sum_u w_u c_u s_u         sequence level, n valid tokens
                       = -w_t c_t clip(ratio_t) A_t         stop gradient, any level
                       = -w_t c_t A_t                       reinforce
-    plus kl_coef w_t (1 | -d | 1 - e^d) for k1 | k2 | k3, with d = ref_t - logp_t
+    plus kl_coef w_t (1 | -d | 1 - e^d) for k1 | k2 | k3, with d = ref_t - logp_t (k3: 0 where d
+    is above log_ratio_limit)
     d loss / d H_t    = -entropy_coef w_t
 
 Sources: the rows of `objectives.OBJECTIVES`; PPO, https://arxiv.org/abs/1707.06347 eq. 7;

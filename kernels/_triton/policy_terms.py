@@ -23,7 +23,8 @@ def exp(x):
 
 
 @triton.jit
-def exp_minus_1_minus_x(x):
+def exponential_of(x):
+    """e^x, e^x - 1 and e^x - 1 - x, the latter two without cancellation."""
     # sum of x^n / n!, n = 2 .. 8: the next term is below 4e-8 of the sum at |x| = 1/2
     series = x * (1.0 / 40320.0) + 1.0 / 5040.0
     series = series * x + 1.0 / 720.0
@@ -31,7 +32,11 @@ def exp_minus_1_minus_x(x):
     series = series * x + 1.0 / 24.0
     series = series * x + 1.0 / 6.0
     series = series * x + 0.5
-    return tl.where(tl.abs(x) < 0.5, series * x * x, exp(x) - 1.0 - x)
+    series *= x * x
+    value = exp(tl.where(x < -85.0, -85.0, x))  # e^-85 is nothing next to 1
+    growth = value - 1.0
+    near = tl.abs(x) < 0.5
+    return value, tl.where(near, series + x, growth), tl.where(near, series, growth - x)
 
 
 @triton.jit
@@ -124,10 +129,9 @@ def kl_estimate(logp, ref, limit, KL: tl.constexpr, STRAIGHT_THROUGH: tl.constex
         value = 0.5 * difference * difference
         derivative = -difference
     else:
-        bounded = clamp(difference, -limit, limit)
-        value = exp_minus_1_minus_x(bounded)
-        # 1 - e^(ref - logp): at ref = logp all digits of the difference matter
-        derivative = tl.where(is_outside(difference, limit), 0.0, -(value + bounded))
+        # k3 needs a bound from above only: e^d overflows there; at ref = logp all digits matter
+        _, growth, value = exponential_of(tl.where(difference > limit, limit, difference))
+        derivative = tl.where(difference > limit, 0.0, -growth)
     if STRAIGHT_THROUGH:
         derivative = -difference
     return value, derivative
