@@ -29,6 +29,7 @@ KL_ESTIMATORS = ("k1", "k2", "k3")
 
 KL_GRADIENTS = ("estimator", "k2")
 CORRECTION_LEVELS = ("token", "sequence")
+CORRECTION_NANS = ("propagate", "mask")
 AGGREGATIONS = (
     "token-mean",
     "sequence-mean-token-mean",
@@ -70,6 +71,10 @@ class Objective:
             correction_high); "mask": w between the bounds, else 0. A constant.
         correction_level: "token", or "sequence": w from the sum of old - sampler over the valid
             tokens.
+        correction_nan: for a w that is NaN, as where the sampler returned NaN for a logprob:
+            "propagate": it reaches the loss. "mask": it becomes 0, as of a w that "mask" leaves
+            out: the token (at level "sequence" the sequence) has no surrogate, and still counts in
+            the denominator, the KL and the entropy; the metric `corrected` counts it.
         aggregation: how the losses of the tokens become one number, before it is divided by
             `denominator`:
             "token-mean"                    sum over tokens; denominator: number of valid tokens
@@ -100,6 +105,7 @@ class Objective:
     correction_level: str = "token"
     correction_low: float = 0.0
     correction_high: float = 2.0
+    correction_nan: str = "propagate"
     aggregation: str = "token-mean"
     log_ratio_limit: float = 20.0
     ratio_arguments: tuple[Any, ...] = field(init=False, repr=False, compare=False)
@@ -109,6 +115,9 @@ class Objective:
         self._check_choices()
         self._check_numbers()
         self._check_combinations()
+        correction = CORRECTIONS.index(self.correction)
+        if correction and self.correction_nan == "mask":
+            correction += len(CORRECTIONS) - 1
         arguments = (
             RATIO_LEVELS.index(self.ratio_level),
             SURROGATES.index(self.surrogate),
@@ -117,7 +126,7 @@ class Objective:
             self.dual_clip,
             self.tau_positive,
             self.tau_negative,
-            CORRECTIONS.index(self.correction),
+            correction,
             self.correction_level == "sequence",
             self.correction_low,
             self.correction_high,
@@ -136,6 +145,7 @@ class Objective:
             ("kl_gradient", KL_GRADIENTS),
             ("correction", CORRECTIONS),
             ("correction_level", CORRECTION_LEVELS),
+            ("correction_nan", CORRECTION_NANS),
             ("aggregation", AGGREGATIONS),
         ):
             value = getattr(self, name)

@@ -26,7 +26,14 @@ enum Surrogate : int {
 };
 
 // The weight of a token's surrogate from w = exp(old_logprobs - sampler_logprobs).
-enum Correction : int { kNoCorrection = 0, kTruncate = 1, kMaskCorrection = 2 };
+// Where w is NaN it reaches the loss, or is 0.
+enum Correction : int {
+    kNoCorrection = 0,
+    kTruncate = 1,
+    kMaskCorrection = 2,
+    kTruncateMaskNan = 3,
+    kMaskCorrectionMaskNan = 4,
+};
 
 // Per-sequence sums in the order of the metrics vector; kRatioMin and kRatioMax reduce by min and
 // max. From kTokens on they are unweighted sums over valid tokens.

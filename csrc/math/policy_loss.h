@@ -174,15 +174,17 @@ WARPO_HD GeometricTerm geometric_log_ratio(float log_ratio, float advantage, flo
 
 struct CorrectionTerm {
     float weight;
-    float corrected;  // 1 where a bound changed the weight
+    float corrected;  // 1 where a bound changed the weight, or it was NaN and is 0
 };
 
 // log_weight: old - sampler of the token, or its sum over the valid tokens of the sequence.
 WARPO_HD CorrectionTerm correction_weight(float log_weight, int correction, float low, float high,
                                           float limit) {
     const float weight = exp_bounded(clamp_symmetric(log_weight, limit));
-    const bool outside = weight < low || weight > high;
-    const float replacement = correction == kTruncate ? clamp_between(weight, low, high) : 0.0f;
+    const bool truncates = correction == kTruncate || correction == kTruncateMaskNan;
+    const bool masked_nan = correction >= kTruncateMaskNan && weight != weight;
+    const bool outside = weight < low || weight > high || masked_nan;
+    const float replacement = truncates && !masked_nan ? clamp_between(weight, low, high) : 0.0f;
     CorrectionTerm term;
     term.weight = outside ? replacement : weight;
     term.corrected = outside ? 1.0f : 0.0f;

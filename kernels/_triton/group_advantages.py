@@ -167,7 +167,7 @@ def _group_advantages_fwd_kernel(
     tl.store(mean_ptr + group, mean)
     tl.store(std_ptr + group, std)
     tl.atomic_add(degenerate_ptr, 1, mask=all_equal & (count > 0))
-    if STD == LEAVE_ONE_OUT_STD:
+    if STD == LEAVE_ONE_OUT_STD:  # noqa: SIM102  (the outer one is decided at compile time)
         if not all_equal:
             _forward_others(
                 rewards_ptr, rewards_stride, order_ptr, start, count, eps, advantages_ptr,
@@ -210,7 +210,7 @@ def _group_advantages_bwd_kernel(
     size = tl.maximum(count, 1).to(tl.float32)
     all_equal = tl.sum(different) == 0
     mean_grad = tl.sum(total) / size
-    if STD == LEAVE_ONE_OUT_STD:
+    if STD == LEAVE_ONE_OUT_STD:  # noqa: SIM102  (the outer one is decided at compile time)
         if not all_equal:
             _backward_others(
                 rewards_ptr, rewards_stride, order_ptr, start, count, eps, grad_advantages_ptr,

@@ -11,7 +11,7 @@ K1, K2 = tl.constexpr(1), tl.constexpr(2)
 SEQUENCE_RATIO, PREFIX_RATIO = tl.constexpr(1), tl.constexpr(2)
 CLIP, DUAL_CLIP, STOP_GRADIENT, MASK_OUTSIDE = (tl.constexpr(i) for i in range(4))
 REINFORCE, GEOMETRIC, SOFT_GATE = (tl.constexpr(i) for i in range(5, 8))
-TRUNCATE = tl.constexpr(1)
+TRUNCATE, TRUNCATE_MASK_NAN = tl.constexpr(1), tl.constexpr(3)
 
 
 @triton.jit
@@ -111,10 +111,13 @@ def correction_weight(log_weight, bounds, limit, CORRECTION: tl.constexpr):
     low, high = bounds
     weight = exp(clamp(log_weight, -limit, limit))
     outside = (weight < low) | (weight > high)
-    if CORRECTION == TRUNCATE:  # noqa: SIM108
+    if CORRECTION == TRUNCATE or CORRECTION == TRUNCATE_MASK_NAN:  # noqa: SIM109
         weight = clamp(weight, low, high)
     else:
         weight = tl.where(outside, 0.0, weight)
+    if CORRECTION >= TRUNCATE_MASK_NAN:
+        outside |= weight != weight
+        weight = tl.where(weight != weight, 0.0, weight)
     return weight, outside
 
 

@@ -187,7 +187,10 @@ def _correction(
     low, high = objective.correction_low, objective.correction_high
     outside = (weight < low) | (weight > high)
     replacement = weight.clamp(low, high) if objective.correction == "truncate" else 0
-    return torch.where(outside, replacement, weight), outside
+    weight = torch.where(outside, replacement, weight)
+    if objective.correction_nan == "mask":
+        outside, weight = outside | weight.isnan(), weight.nan_to_num(0)
+    return weight, outside
 
 
 def _kl_term(objective: Objective, logp: Tensor, ref: Tensor) -> Tensor:

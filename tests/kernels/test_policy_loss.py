@@ -131,6 +131,39 @@ def test_a_nan_that_is_not_masked_reaches_loss_and_gradient(
 
 
 @each_backend
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("row", ["grpo_tis", "grpo_mis", "grpo_icepop"])
+def test_a_nan_of_the_sampler_is_masked_on_request(backend, row, level):
+    objective = OBJECTIVES[row].replace(correction_level=level)
+    logp = torch.full((2, 3), -1.0, device=DEVICE, requires_grad=True)
+    sampler = torch.full((2, 3), -1.25, device=DEVICE)
+    sampler[0, 1] = torch.nan
+    tensors = (logp.detach() - 0.1, torch.tensor([1.0, -2.0], device=DEVICE))
+    options = {"ref_logprobs": logp.detach() - 0.5, "backend": backend}
+    loss, metrics = ops.policy_loss(logp, *tensors, objective, sampler_logprobs=sampler, **options)
+    assert loss.isnan()
+    loss, metrics = ops.policy_loss(
+        logp, *tensors, objective.replace(correction_nan="mask"), sampler_logprobs=sampler,
+        **options,
+    )  # fmt: skip
+    (gradient,) = torch.autograd.grad(loss, logp)
+    # the same without a correction, where the token has no advantage
+    known = ~sampler.isnan() if level == "token" else ~sampler.isnan().any(1, keepdim=True)
+    weights = torch.where(known, torch.exp(tensors[0] + 1.25), 0.0)
+    if level == "sequence":
+        weights = torch.where(known, torch.exp(3 * (tensors[0] + 1.25)), 0.0)
+    assert (weights < 2).all()
+    wanted, plain = ops.policy_loss(
+        logp, tensors[0], tensors[1][:, None] * weights, OBJECTIVES["grpo"], **options
+    )
+    (wanted_gradient,) = torch.autograd.grad(wanted, logp)
+    assert torch.allclose(loss, wanted) and torch.allclose(gradient, wanted_gradient)
+    assert metrics[ops.METRICS.index("tokens")] == 6
+    assert metrics[ops.METRICS.index("corrected")] == (~known).expand(2, 3).sum()
+    assert torch.allclose(metrics[ops.METRICS.index("kl")], plain[ops.METRICS.index("kl")])
+
+
+@each_backend
 def test_without_old_logprobs_the_ratio_is_one(backend):
     logp, advantages, sampler = torch.randn(3, 4, 9, device=DEVICE)
     for name in OBJECTIVES:
