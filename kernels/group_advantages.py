@@ -83,16 +83,16 @@ def group_advantages(
     """
     groups = _check(rewards, group_size, group_ids, num_groups, mask, std, eps)
     name = dispatch.choose(rewards, backend)
-    ids = group_ids
-    if mask is not None or name == "reference":
-        ids = groups_of(rewards.numel(), group_size, group_ids, mask, rewards.device)
     if name == "reference":
+        ids = groups_of(rewards.numel(), group_size, group_ids, mask, rewards.device)
         return GroupAdvantages(
             *reference.group_advantages(
                 rewards.float(), ids, groups, std=std, leave_one_out=leave_one_out, eps=eps
             )
         )
-    order, offsets = (None, None) if ids is None else members_of(ids, groups)
+    if mask is not None:
+        group_ids = groups_of(rewards.numel(), group_size, group_ids, mask, rewards.device)
+    order, offsets = (None, None) if group_ids is None else members_of(group_ids, groups)
     return GroupAdvantages(
         *_operator(
             rewards,

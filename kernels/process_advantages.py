@@ -85,16 +85,17 @@ def process_advantages(
     groups = _count_groups(num_outputs, group_size, group_ids, num_groups, step_rewards)
     check_mask("mask", mask, (num_outputs,), step_rewards)
     name = dispatch.choose(step_rewards, backend)
-    if mask is not None or name == "reference":
-        group_ids = groups_of(num_outputs, group_size, group_ids, mask, step_rewards.device)
-        group_size = None
     if name == "reference":
+        ids = groups_of(num_outputs, group_size, group_ids, mask, step_rewards.device)
         return ProcessAdvantages(
             *reference.process_advantages(
-                step_rewards.float(), step_offsets, step_ends, num_tokens, group_ids, groups,
+                step_rewards.float(), step_offsets, step_ends, num_tokens, ids, groups,
                 cu_seqlens=cu_seqlens, std=std, eps=eps,
             )
         )  # fmt: skip
+    if mask is not None:
+        group_ids = groups_of(num_outputs, group_size, group_ids, mask, step_rewards.device)
+        group_size = None
     order = offsets = None
     if group_ids is not None:
         order, offsets = members_of(group_ids, groups)
