@@ -1,13 +1,14 @@
 """One number from the per-token values of a batch of sequences, as the losses make it.
 
-    "token-mean"                    sum_b sum_t x_bt / tokens
-    "sequence-mean-token-mean"      sum_b (sum_t x_bt / tokens_b) / sequences
-    "sequence-mean-token-sum"       sum_b sum_t x_bt / sequences
-    "sequence-mean-token-sum-norm"  sum_b sum_t x_bt / denominator
+    "token-mean"                    sum_b sum_t m_bt x_bt / tokens
+    "sequence-mean-token-mean"      sum_b (sum_t m_bt x_bt / tokens_b) / sequences
+    "sequence-mean-token-sum"       sum_b sum_t m_bt x_bt / sequences
+    "sequence-mean-token-sum-norm"  sum_b sum_t m_bt x_bt / denominator
 
-over the valid tokens, with another denominator in the place of the count where one is given.
-Backward: d / d x_bt = w_b where valid, else 0, with w_b = 1 / denominator, or 1 / (tokens_b x
-denominator) for "sequence-mean-token-mean".
+with m_bt the mask, 1 where valid and else 0, or the weight of the token; tokens = sum_b tokens_b,
+tokens_b = sum_t m_bt; and another denominator in the place of the count where one is given.
+Backward: d / d x_bt = m_bt w_b, with w_b = 1 / denominator, or 1 / (tokens_b x denominator) for
+"sequence-mean-token-mean".
 
 Sources: mean of each answer, https://arxiv.org/abs/2402.03300 eq. 3; of all tokens,
 https://arxiv.org/abs/2503.14476 eq. 8; a constant length, https://arxiv.org/abs/2503.20783
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from warpo.kernels import dispatch, reference
-from warpo.kernels.checks import FLOATS, check_mask, check_tensor
+from warpo.kernels.checks import FLOATS, check_mask, check_no_grad, check_tensor
 from warpo.kernels.objectives import AGGREGATIONS
 from warpo.kernels.registration import Operator
 from warpo.kernels.sequences import as_denominator, check_aggregation, check_sequences
@@ -47,14 +48,15 @@ def aggregate(
             strides. Differentiable.
         aggregation: as in `Objective`: "token-mean" | "sequence-mean-token-mean" |
             "sequence-mean-token-sum" | "sequence-mean-token-sum-norm".
-        mask: like values, bool | uint8. Masked slots are never read (they may hold NaN); their
-            gradient is 0.
+        mask: like values, bool | uint8, or float32 weights >= 0, a constant. Slots that are masked
+            or of weight 0 are never read (they may hold NaN); their gradient is 0. A weight that is
+            negative or NaN makes the result NaN.
         cu_seqlens: (B + 1,) int32: sequence b is values[cu_seqlens[b] : cu_seqlens[b + 1]]. Tokens
             of no sequence are not valid.
         denominator: what the aggregation divides by, a number or a float32 scalar tensor: for
             gradients that do not depend on the split into micro-batches, the count of the whole
-            optimizer step. A constant. Not given: the valid tokens of this call for "token-mean",
-            its sequences for the others; "...-norm" has no default. 0 gives 0.
+            optimizer step. A constant. Not given: the sum of the mask in this call for
+            "token-mean", its sequences for the others; "...-norm" has no default. 0 gives 0.
         backend: reference | cpu | triton | cuda; chosen by device if not given.
 
     Returns:
@@ -67,7 +69,7 @@ def aggregate(
     """
     check_tensor("values", values, FLOATS)
     check_sequences("values", values, cu_seqlens)
-    check_mask("mask", mask, values.shape, values)
+    _check_weights(mask, values)
     check_aggregation(aggregation, denominator)
     number = -1.0
     if denominator is not None and not isinstance(denominator, Tensor):
@@ -83,6 +85,17 @@ def aggregate(
             denominator=denominator if number < 0 else values.new_full((), number).float(),
         )  # fmt: skip
     return _operator(values, mask, cu_seqlens, _CODES[aggregation], denominator, number, name)
+
+
+def _check_weights(mask: Tensor | None, values: Tensor) -> None:
+    if isinstance(mask, Tensor) and mask.is_floating_point():
+        if mask.dtype != torch.float32:
+            dtype = str(mask.dtype).removeprefix("torch.")
+            raise ValueError(f"mask as weights must be float32, got {dtype}: pass mask.float()")
+        check_tensor("mask", mask, (torch.float32,), values.shape, values)
+        check_no_grad("mask", mask)
+    else:
+        check_mask("mask", mask, values.shape, values)
 
 
 def _sequences(values: Tensor, cu_seqlens: Tensor | None) -> int:

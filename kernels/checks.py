@@ -63,7 +63,8 @@ def check_mask(name: str, mask: Tensor | None, shape: tuple[int, ...], like: Ten
         return
     if isinstance(mask, Tensor) and mask.dtype not in FLAGS:
         raise ValueError(
-            f"{name} must be bool | uint8, got {_names([mask.dtype])}: pass {name}.bool()"
+            f"{name} must be bool | uint8, got {_names([mask.dtype])}: pass {name}.bool() "
+            "(only ops.aggregate takes weights)"
         )
     check_tensor(name, mask, FLAGS, shape, like)
 

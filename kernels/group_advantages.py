@@ -7,8 +7,16 @@ leave_one_out the baseline of an answer is the mean of the other n - 1: r_i - me
 / (n - 1) (r_i - mean). A group whose rewards are all equal, of one answer too, teaches nothing: A =
 0 exactly, std = 0, and it is counted.
 
+With std "leave_one_out" each answer is divided by the sample standard deviation of the other n - 1:
+
+    std_i = sqrt((sum_j (r_j - mean)^2 - n / (n - 1) (r_i - mean)^2) / (n - 2))
+
+0 where the others are all equal or fewer than two; the advantage is then c (r_i - mean), not
+divided: 1 for the only success of a group.
+
 Sources: GRPO, https://arxiv.org/abs/2402.03300 section 4.1.2; without std, Dr. GRPO,
-https://arxiv.org/abs/2503.20783; leave-one-out, RLOO, https://arxiv.org/abs/2402.14740 eq. 8.
+https://arxiv.org/abs/2503.20783; leave-one-out, RLOO, https://arxiv.org/abs/2402.14740 eq. 8; with
+its std, `use_leave_one_out_baseline` of NeMo RL, https://github.com/NVIDIA-NeMo/RL.
 """
 
 from typing import NamedTuple
@@ -17,10 +25,11 @@ import torch
 from torch import Tensor
 
 from warpo.kernels import dispatch, reference
-from warpo.kernels.checks import FLOATS, check_tensor
+from warpo.kernels.checks import FLOATS, check_mask, check_tensor
 from warpo.kernels.registration import Operator
 
-STD_MODES = ("none", "sample", "population")
+# in the order of the enumeration in csrc/arguments/group_advantages.h
+STD_MODES = ("none", "sample", "population", "leave_one_out")
 
 
 class GroupAdvantages(NamedTuple):
@@ -36,6 +45,7 @@ def group_advantages(
     *,
     group_ids: Tensor | None = None,
     num_groups: int | None = None,
+    mask: Tensor | None = None,
     std: str = "sample",
     leave_one_out: bool = False,
     eps: float = 1e-6,
@@ -45,42 +55,44 @@ def group_advantages(
 
     Args:
         rewards: (B,) float32 | bfloat16 | float16, any stride. Differentiable. A NaN stays in its
-            group.
+            group; to leave it out, mask it.
         group_size: G: group g is rewards[g G : (g + 1) G]. B must be a multiple of it.
-        group_ids: (B,) int64 in [0, num_groups), in any order; instead of group_size.
+        group_ids: (B,) int64 in [0, num_groups), in any order; instead of group_size. An answer
+            with another id, such as -1, belongs to no group, as if masked.
         num_groups: number of groups, with group_ids only. A group without members has mean and std
             0.
-        std: "sample" | "population" | "none".
+        mask: (B,) bool | uint8: the answers that count, such as those whose reward is valid. A
+            masked one is never read (it may be NaN), is not counted in n, mean, std and
+            num_degenerate, and has advantage and gradient 0.
+        std: "sample" | "population" | "leave_one_out" | "none".
         leave_one_out: baseline is the mean of the other answers.
         eps: added to the standard deviation.
         backend: reference | cpu | triton | cuda; chosen by device if not given.
 
     Returns:
         advantages: (B,) float32.
-        mean, std: (groups,) float32; std is 0 where it is "none" or all rewards are equal.
+        mean, std: (groups,) float32; std is 0 where it is "none" or all rewards are equal, and the
+            sample std of the group with "leave_one_out".
         num_degenerate: () int32, on the device: groups whose rewards are all equal.
 
     Raises:
         ValueError: a shape, dtype, device or option is not as above.
 
-    Memory beyond arguments and results: none with group_size; 24 bytes an answer with group_ids.
+    Memory beyond arguments and results: none with group_size alone; 24 bytes an answer with
+    group_ids or mask.
     """
-    groups = _check(rewards, group_size, group_ids, num_groups, std, eps)
+    groups = _check(rewards, group_size, group_ids, num_groups, mask, std, eps)
     name = dispatch.choose(rewards, backend)
     if name == "reference":
-        ids = group_ids
-        if ids is None:
-            ids = torch.arange(groups, device=rewards.device).repeat_interleave(group_size or 1)
+        ids = groups_of(rewards.numel(), group_size, group_ids, mask, rewards.device)
         return GroupAdvantages(
             *reference.group_advantages(
                 rewards.float(), ids, groups, std=std, leave_one_out=leave_one_out, eps=eps
             )
         )
-    order = offsets = None
-    if group_ids is not None:
-        ordered_ids, order = group_ids.sort(stable=True)
-        bounds = torch.arange(groups + 1, device=rewards.device)
-        offsets = torch.searchsorted(ordered_ids, bounds)
+    if mask is not None:
+        group_ids = groups_of(rewards.numel(), group_size, group_ids, mask, rewards.device)
+    order, offsets = (None, None) if group_ids is None else members_of(group_ids, groups)
     return GroupAdvantages(
         *_operator(
             rewards,
@@ -96,17 +108,39 @@ def group_advantages(
     )
 
 
+def groups_of(
+    number: int,
+    group_size: int | None,
+    group_ids: Tensor | None,
+    mask: Tensor | None,
+    device: torch.device,
+) -> Tensor:
+    """Group of each of so many members; -1, which is no group, where masked."""
+    if group_ids is None:
+        group_ids = torch.arange(number, device=device) // (group_size or 1)
+    return group_ids if mask is None else group_ids.masked_fill(mask == 0, -1)
+
+
+def members_of(group_ids: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """The members in the order of their groups, and where each group begins among them."""
+    ordered_ids, order = group_ids.sort(stable=True)
+    bounds = torch.arange(groups + 1, device=group_ids.device)
+    return order, torch.searchsorted(ordered_ids, bounds)
+
+
 def _check(
     rewards: Tensor,
     group_size: int | None,
     group_ids: Tensor | None,
     num_groups: int | None,
+    mask: Tensor | None,
     std: str,
     eps: float,
 ) -> int:
     check_tensor("rewards", rewards, FLOATS)
     if rewards.dim() != 1:
         raise ValueError(f"rewards must be (B,), got {tuple(rewards.shape)}")
+    check_mask("mask", mask, rewards.shape, rewards)
     if std not in STD_MODES:
         raise ValueError(f"std must be one of {', '.join(STD_MODES)}; got {std!r}")
     if not eps >= 0:

@@ -29,6 +29,7 @@ KL_ESTIMATORS = ("k1", "k2", "k3")
 
 KL_GRADIENTS = ("estimator", "k2")
 CORRECTION_LEVELS = ("token", "sequence")
+CORRECTION_NANS = ("propagate", "mask")
 AGGREGATIONS = (
     "token-mean",
     "sequence-mean-token-mean",
@@ -62,7 +63,7 @@ class Objective:
         tau_positive, tau_negative: tau of "soft_gate" where A > 0, and elsewhere.
         kl_coef: weight of the KL term; 0 leaves it out, and no reference is needed.
         kl_estimator: with d = ref - logp: k1 = -d, k2 = d^2 / 2, k3 = e^d - 1 - d
-            (http://joschu.net/blog/kl-approx.html).
+            (http://joschu.net/blog/kl-approx.html), where d is at most log_ratio_limit in k3.
         kl_gradient: of the "estimator", or of "k2" whatever the estimator: the expectation of that
             is the gradient of the KL.
         entropy_coef: weight of the entropy bonus; 0 leaves it out.
@@ -70,6 +71,10 @@ class Objective:
             correction_high); "mask": w between the bounds, else 0. A constant.
         correction_level: "token", or "sequence": w from the sum of old - sampler over the valid
             tokens.
+        correction_nan: for a w that is NaN, as where the sampler returned NaN for a logprob:
+            "propagate": it reaches the loss. "mask": it becomes 0, as of a w that "mask" leaves
+            out: the token (at level "sequence" the sequence) has no surrogate, and still counts in
+            the denominator, the KL and the entropy; the metric `corrected` counts it.
         aggregation: how the losses of the tokens become one number, before it is divided by
             `denominator`:
             "token-mean"                    sum over tokens; denominator: number of valid tokens
@@ -77,7 +82,9 @@ class Objective:
                                             sequences
             "sequence-mean-token-sum"       sum over tokens; number of sequences
             "sequence-mean-token-sum-norm"  sum over tokens; number of sequences x a constant length
-        log_ratio_limit: arguments of exp are clamped to +- this; the gradient is 0 where they are.
+        log_ratio_limit: log ratios and log corrections are clamped to +- this before exp; the
+            gradient is 0 where they are. d of k3 is bounded from above only, by the same limit: far
+            below the reference, d < -limit, its gradient 1 - e^d stays.
 
     Raises:
         ValueError: a value or a combination that has no meaning.
@@ -98,6 +105,7 @@ class Objective:
     correction_level: str = "token"
     correction_low: float = 0.0
     correction_high: float = 2.0
+    correction_nan: str = "propagate"
     aggregation: str = "token-mean"
     log_ratio_limit: float = 20.0
     ratio_arguments: tuple[Any, ...] = field(init=False, repr=False, compare=False)
@@ -107,6 +115,9 @@ class Objective:
         self._check_choices()
         self._check_numbers()
         self._check_combinations()
+        correction = CORRECTIONS.index(self.correction)
+        if correction and self.correction_nan == "mask":
+            correction += len(CORRECTIONS) - 1
         arguments = (
             RATIO_LEVELS.index(self.ratio_level),
             SURROGATES.index(self.surrogate),
@@ -115,7 +126,7 @@ class Objective:
             self.dual_clip,
             self.tau_positive,
             self.tau_negative,
-            CORRECTIONS.index(self.correction),
+            correction,
             self.correction_level == "sequence",
             self.correction_low,
             self.correction_high,
@@ -134,6 +145,7 @@ class Objective:
             ("kl_gradient", KL_GRADIENTS),
             ("correction", CORRECTIONS),
             ("correction_level", CORRECTION_LEVELS),
+            ("correction_nan", CORRECTION_NANS),
             ("aggregation", AGGREGATIONS),
         ):
             value = getattr(self, name)

@@ -11,7 +11,8 @@ s_t the derivative of the surrogate with respect to the log ratio (0 where a bou
                       = -(1 / n) sum_u w_u c_u s_u         sequence level, n valid tokens
                       = -w_t c_t clip(ratio_t) A_t         stop gradient, any level
                       = -w_t c_t A_t                       reinforce
-    plus kl_coef w_t (1 | -d | 1 - e^d) for k1 | k2 | k3, with d = ref_t - logp_t
+    plus kl_coef w_t (1 | -d | 1 - e^d) for k1 | k2 | k3, with d = ref_t - logp_t (k3: 0 where d
+    is above log_ratio_limit)
     d loss / d H_t    = -entropy_coef w_t
 
 Sources: the rows of `objectives.OBJECTIVES`; PPO, https://arxiv.org/abs/1707.06347 eq. 7;
@@ -66,12 +67,15 @@ def policy_loss(
             token. A constant.
         objective: name of a row ("grpo", "dapo", ...) or an `Objective`.
         mask: like logprobs, bool | uint8. Masked slots are never read (they may hold NaN); their
-            gradient is 0.
+            gradient is 0. Weights w of tokens, without KL and entropy bonus: the loss of a token is
+            proportional to its advantage, so pass advantages * w, mask=w > 0 and
+            denominator=w.sum(); in general, the loss of each token to `aggregate`.
         cu_seqlens: (B + 1,) int32: sequence b is logprobs[cu_seqlens[b] : cu_seqlens[b + 1]].
         ref_logprobs: like logprobs: of the frozen reference. Required where kl_coef is not 0. A
             constant.
         sampler_logprobs: like logprobs: as the sampler computed them. Required where the objective
-            has a correction, unused elsewhere. A constant.
+            has a correction, unused elsewhere. A constant. NaN at a valid token makes the loss NaN,
+            unless the objective has correction_nan "mask"; -inf has a weight beyond every bound.
         entropy: like logprobs: of the policy's distribution at each token, nats. Differentiable.
             Required where entropy_coef is not 0; elsewhere it enters the metrics alone, without a
             gradient.

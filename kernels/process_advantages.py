@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 from warpo.kernels import dispatch, reference
-from warpo.kernels.checks import FLOATS, check_no_grad, check_tensor
-from warpo.kernels.group_advantages import STD_MODES
+from warpo.kernels.checks import FLOATS, check_mask, check_no_grad, check_tensor
+from warpo.kernels.group_advantages import groups_of, members_of
 from warpo.kernels.registration import Operator
 
 INDICES = (torch.int32, torch.int64)
+# in the order of the enumeration in csrc/arguments/group_advantages.h
+STD_MODES = ("none", "sample", "population")
 
 
 class ProcessAdvantages(NamedTuple):
@@ -38,6 +40,7 @@ def process_advantages(
     *,
     group_ids: Tensor | None = None,
     num_groups: int | None = None,
+    mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     std: str = "sample",
     eps: float = 1e-6,
@@ -47,7 +50,7 @@ def process_advantages(
 
     Args:
         step_rewards: (S,) float32 | bfloat16 | float16, any stride: of all steps of all outputs. A
-            constant. A NaN stays in its group.
+            constant. A NaN stays in its group; to leave it out, mask its output.
         step_offsets: (B + 1,) int32 | int64: output b has the steps step_offsets[b] up to
             step_offsets[b + 1]; it may have none.
         step_ends: (S,) int32 | int64: index of the last token of each step within its output,
@@ -56,8 +59,10 @@ def process_advantages(
             outputs.
         group_size: G: the outputs g G to (g + 1) G are group g. B must be a multiple of it.
         group_ids: (B,) int64 in [0, num_groups), in any order; instead of group_size. An output
-            whose id is out of range belongs to no group: its advantages are 0.
+            with another id, such as -1, belongs to no group, as if masked.
         num_groups: number of groups, with group_ids only. A group without steps has mean and std 0.
+        mask: (B,) bool | uint8: the outputs that count. The steps of a masked one are not counted
+            in mean, std and num_degenerate (their rewards may be NaN), and its advantages are 0.
         cu_seqlens: (B + 1,) int32: the tokens of output b are cu_seqlens[b] up to
             cu_seqlens[b + 1] of one packed row. Tokens of no output get 0.
         std: "sample" | "population" | "none".
@@ -73,25 +78,27 @@ def process_advantages(
         ValueError: a shape, dtype, device or option is not as above.
 
     Source: https://arxiv.org/abs/2402.03300 section 4.1.3. Memory beyond arguments and results:
-        none with group_size; 24 bytes an output with group_ids.
+        none with group_size alone; 24 bytes an output with group_ids or mask.
     """
     _check(step_rewards, step_offsets, step_ends, num_tokens, cu_seqlens, std, eps)
     num_outputs = step_offsets.numel() - 1
     groups = _count_groups(num_outputs, group_size, group_ids, num_groups, step_rewards)
+    check_mask("mask", mask, (num_outputs,), step_rewards)
     name = dispatch.choose(step_rewards, backend)
     if name == "reference":
-        if group_ids is None:
-            group_ids = torch.arange(num_outputs, device=step_rewards.device) // (group_size or 1)
+        ids = groups_of(num_outputs, group_size, group_ids, mask, step_rewards.device)
         return ProcessAdvantages(
             *reference.process_advantages(
-                step_rewards.float(), step_offsets, step_ends, num_tokens, group_ids, groups,
+                step_rewards.float(), step_offsets, step_ends, num_tokens, ids, groups,
                 cu_seqlens=cu_seqlens, std=std, eps=eps,
             )
         )  # fmt: skip
+    if mask is not None:
+        group_ids = groups_of(num_outputs, group_size, group_ids, mask, step_rewards.device)
+        group_size = None
     order = offsets = None
     if group_ids is not None:
-        ordered_ids, order = group_ids.sort(stable=True)
-        offsets = torch.searchsorted(ordered_ids, torch.arange(groups + 1, device=order.device))
+        order, offsets = members_of(group_ids, groups)
         group_ids = group_ids.contiguous()
     return ProcessAdvantages(
         *_operator(

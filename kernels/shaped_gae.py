@@ -65,7 +65,7 @@ def shaped_gae(
         terminal_rewards: (B,): reward of each sequence, added to its last valid token; nothing if
             it has none. One of the two rewards, or both.
         mask, mask_mode, cu_seqlens, last_values: as in `gae`; with "zero" a masked token has no KL.
-        log_ratio_limit: k3 clamps its exponent to +- this.
+        log_ratio_limit: the exponent of k3 is at most this.
         return_rewards: also give R, 0 where masked.
         backend: reference | cpu | triton | cuda; chosen by device if not given.
 

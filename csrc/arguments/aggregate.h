@@ -18,13 +18,13 @@ struct Aggregate {
     int64_t sequences, steps;   // steps: length of a row; with cu_seqlens: total tokens
     const int32_t* cu_seqlens;  // (sequences + 1), or nullptr
     View values;                // float
-    View mask;                  // uint8, optional
+    View mask;                  // optional: uint8, or float32 weights of the tokens, >= 0
     int aggregation;
     const float* denominator;  // one float on the device, optional
     float number;              // in its place; negative: the count that the aggregation asks for
     float* weights;            // (sequences): of a valid token; a denominator of 0 gives 0. Then
                                // (max(sequences, kMinAggregateParts), 2) for sum and valid tokens
-                               // of each part
+                               // (or sum of their weights) of each part
     float* result;             // ()
 };
 

@@ -3,7 +3,8 @@
 
 namespace warpo {
 
-enum Std : int { kNoStd = 0, kSampleStd = 1, kPopulationStd = 2 };
+// kLeaveOneOutStd: for each member the sample std of the others; `std` is that of the group.
+enum Std : int { kNoStd = 0, kSampleStd = 1, kPopulationStd = 2, kLeaveOneOutStd = 3 };
 
 struct GroupAdvantages {
     int64_t groups;

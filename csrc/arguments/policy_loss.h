@@ -26,7 +26,14 @@ enum Surrogate : int {
 };
 
 // The weight of a token's surrogate from w = exp(old_logprobs - sampler_logprobs).
-enum Correction : int { kNoCorrection = 0, kTruncate = 1, kMaskCorrection = 2 };
+// Where w is NaN it reaches the loss, or is 0.
+enum Correction : int {
+    kNoCorrection = 0,
+    kTruncate = 1,
+    kMaskCorrection = 2,
+    kTruncateMaskNan = 3,
+    kMaskCorrectionMaskNan = 4,
+};
 
 // Per-sequence sums in the order of the metrics vector; kRatioMin and kRatioMax reduce by min and
 // max. From kTokens on they are unweighted sums over valid tokens.
@@ -74,7 +81,8 @@ struct PolicyLoss {
     float kl_coef;
     const float* adaptive_kl_coef;  // (), optional: in place of kl_coef
     float entropy_coef;
-    float log_ratio_limit;     // arguments of exp are clamped to +-limit; gradient 0 where clamped
+    float log_ratio_limit;     // log ratios are clamped to +-limit, the exponent of k3 from above
+                               // only; gradient 0 where clamped
     bool sequence_mean;        // weight = 1 / (valid tokens of the sequence * denominator)
     const float* denominator;  // one float on the device; 0 gives loss 0 and gradients 0
     float *grad_logprobs, *grad_entropy;  // contiguous (rows * steps), float32; nullptr: not wanted

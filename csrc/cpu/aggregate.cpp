@@ -25,56 +25,64 @@ void for_each_part(const Arguments& a, int64_t parts, Function body) {
 }
 
 struct Sums {
-    double sum = 0;
-    int64_t tokens = 0;
+    double sum = 0, weight = 0;
 };
 
-template <class T>
-void add_dense(const T* values, const uint8_t* mask, int count, Sums& sums) {
-    float sum = 0;
-    int tokens = 0;
-    if (mask) {
-#pragma omp simd reduction(+ : sum, tokens)
-        for (int i = 0; i < count; ++i) {
-            sum += mask[i] ? to_float(values[i]) : 0.0f;
-            tokens += mask[i] != 0;
-        }
-    } else {
-#pragma omp simd reduction(+ : sum)
-        for (int i = 0; i < count; ++i) sum += to_float(values[i]);
-        tokens = count;
+template <class T, class M>
+void add_dense(const T* values, const M* mask, int count, Sums& sums) {
+    float sum = 0, total = 0;
+#pragma omp simd reduction(+ : sum, total)
+    for (int i = 0; i < count; ++i) {
+        const float weight = weight_of(mask[i]);
+        sum += weight != 0.0f ? weight * to_float(values[i]) : 0.0f;
+        total += weight;
     }
     sums.sum += sum;
-    sums.tokens += tokens;
+    sums.weight += total;
 }
 
 template <class T>
+void add_dense(const T* values, int count, Sums& sums) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int i = 0; i < count; ++i) sum += to_float(values[i]);
+    sums.sum += sum;
+    sums.weight += count;
+}
+
+// M: of the mask.
+template <class T, class M>
 Sums sum_tokens(const Aggregate& a, const TokenRange& range) {
     const bool dense = a.values.stride1 == 1 && (!a.mask.data || a.mask.stride1 == 1);
     Sums sums;
     T values[kTile];
-    uint8_t keep[kTile];
+    M keep[kTile];
     for (int64_t start = 0; start < range.count; start += kTile) {
         const int64_t left = range.count - start, first = range.first + start;
         const int count = (int)(left < kTile ? left : kTile);
         const T* value = address<T>(a.values, range.row, first);
-        const uint8_t* mask = a.mask.data ? address<uint8_t>(a.mask, range.row, first) : nullptr;
+        const M* mask = a.mask.data ? address<M>(a.mask, range.row, first) : nullptr;
         if (!dense) {
             for (int i = 0; i < count; ++i) values[i] = value[i * a.values.stride1];
             for (int i = 0; mask && i < count; ++i) keep[i] = mask[i * a.mask.stride1];
             value = values;
             mask = mask ? keep : nullptr;
         }
-        add_dense(value, mask, count, sums);
+        if (mask) {
+            add_dense(value, mask, count, sums);
+        } else {
+            add_dense(value, count, sums);
+        }
     }
     return sums;
 }
 
+template <class M>
 Sums sum_part(const Aggregate& a, const TokenRange& range) {
     switch (a.values.dtype) {
-        case kFloat32: return sum_tokens<float>(a, range);
-        case kBFloat16: return sum_tokens<BFloat16>(a, range);
-        default: return sum_tokens<Float16>(a, range);
+        case kFloat32: return sum_tokens<float, M>(a, range);
+        case kBFloat16: return sum_tokens<BFloat16, M>(a, range);
+        default: return sum_tokens<Float16, M>(a, range);
     }
 }
 
@@ -101,22 +109,29 @@ void write_zeros(T* out, int64_t count) {
     for (int64_t i = 0; i < count; ++i) out[i] = T();
 }
 
-template <class T>
+template <class T, class M>
+void write_weighted(const M* mask, int64_t stride, int64_t count, float value, T* out) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) {
+        const float weight = weight_of(mask[i * stride]);
+        from_float(weight != 0.0f ? weight * value : 0.0f, out[i]);
+    }
+}
+
+template <class T, class M>
 void write_part(const AggregateBackward& a, const TokenRange& range, float weight) {
-    T value;
-    from_float(weight * *a.grad, value);
-    const T zero = T();
+    const float value = weight * *a.grad;
     T* const out = (T*)a.grad_values.data + range.offset;
     const int64_t stride = a.mask.stride1;
-    const uint8_t* const mask =
-        a.mask.data ? address<uint8_t>(a.mask, range.row, range.first) : nullptr;
+    const M* const mask = a.mask.data ? address<M>(a.mask, range.row, range.first) : nullptr;
     if (!mask) {
-        for (int64_t i = 0; i < range.count; ++i) out[i] = value;
+        T rounded;
+        from_float(value, rounded);
+        for (int64_t i = 0; i < range.count; ++i) out[i] = rounded;
     } else if (stride == 1) {
-#pragma omp simd
-        for (int64_t i = 0; i < range.count; ++i) out[i] = mask[i] ? value : zero;
+        write_weighted(mask, 1, range.count, value, out);
     } else {
-        for (int64_t i = 0; i < range.count; ++i) out[i] = mask[i * stride] ? value : zero;
+        write_weighted(mask, stride, range.count, value, out);
     }
 }
 
@@ -131,7 +146,11 @@ void write_gradient(const AggregateBackward& a) {
         write_zeros(out + end, a.steps - end);
     }
     for_each_part(a, parts, [&](int64_t index, const TokenRange& range) {
-        write_part<T>(a, range, a.weights[index / parts]);
+        const float weight = a.weights[index / parts];
+        if (a.mask.dtype == kFloat32)
+            write_part<T, float>(a, range, weight);
+        else
+            write_part<T, uint8_t>(a, range, weight);
     });
 }
 
@@ -141,9 +160,10 @@ void aggregate_forward(const Aggregate& a) {
     const int64_t parts = parts_per_sequence(a, kPart);
     float* const partials = partials_of(a);
     for_each_part(a, parts, [&](int64_t index, const TokenRange& range) {
-        const Sums sums = sum_part(a, range);
+        const bool weighted = a.mask.dtype == kFloat32;
+        const Sums sums = weighted ? sum_part<float>(a, range) : sum_part<uint8_t>(a, range);
         partials[2 * index] = (float)sums.sum;
-        partials[2 * index + 1] = (float)sums.tokens;
+        partials[2 * index + 1] = (float)sums.weight;
     });
     reduce(a, parts);
 }

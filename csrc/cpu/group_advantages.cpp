@@ -1,5 +1,7 @@
 // Group-relative advantages: (r - mean) f / (std + eps) within each group, f = n / (n - 1) with
-// leave-one-out, else 1.
+// leave-one-out, else 1; std of the group, or for each member that of the others.
+#include "math/group_advantages.h"
+
 #include <math.h>
 
 #include <vector>
@@ -24,7 +26,8 @@ Group group_of(const GroupAdvantages& a, int64_t group) {
 
 struct Stats {
     double mean = 0, std = 0;
-    double degrees = 1;  // the variance is the sum of squares over this
+    double squares = 0;  // sum of squared differences from the mean
+    double degrees = 1;  // the variance is squares over this
     bool all_equal = true;
 };
 
@@ -65,7 +68,8 @@ Stats stats_of(const GroupAdvantages& a, const Group& group, const float* reward
         const double centred = rewards[i] - mean;
         squares += centred * centred;
     }
-    stats.degrees = (double)(a.std_mode == kSampleStd ? group.count - 1 : group.count);
+    stats.squares = squares;
+    stats.degrees = (double)(a.std_mode == kPopulationStd ? group.count : group.count - 1);
     stats.std = sqrt(squares / stats.degrees);
     return stats;
 }
@@ -76,12 +80,58 @@ double factor_of(const GroupAdvantages& a, const Group& group, const Stats& stat
     return a.std_mode == kNoStd ? factor : factor / (stats.std + a.eps);
 }
 
+GroupMoments moments_of(const Group& group, const float* rewards, const Stats& stats) {
+    float smallest = rewards[0], largest = rewards[0];
+    for (int64_t i = 1; i < group.count; ++i) {
+        smallest = rewards[i] < smallest ? rewards[i] : smallest;
+        largest = rewards[i] > largest ? rewards[i] : largest;
+    }
+    int64_t num_smallest = 0, num_largest = 0;
+    for (int64_t i = 0; i < group.count; ++i) {
+        num_smallest += rewards[i] == smallest;
+        num_largest += rewards[i] == largest;
+    }
+    return {(double)group.count, stats.mean,          stats.squares,      smallest,
+            largest,             (double)num_smallest, (double)num_largest};
+}
+
+void forward_others(const GroupAdvantages& a, const Group& group, const float* rewards,
+                    const Stats& stats) {
+    const GroupMoments moments = moments_of(group, rewards, stats);
+    for (int64_t i = 0; i < group.count; ++i)
+        a.advantages[group.member(i)] =
+            (float)others_terms(a, moments, rewards[i], 0.0f).advantage;
+}
+
+void backward_others(const GroupAdvantages& a, const GroupAdvantagesBackward& g, const Group& group,
+                     const float* rewards, const Stats& stats) {
+    const GroupMoments moments = moments_of(group, rewards, stats);
+    const auto terms = [&](int64_t i) {
+        const float grad = load_one(g.grad_advantages, 0, group.member(i));
+        return others_terms(a, moments, rewards[i], grad);
+    };
+    OthersSums sums = {0, 0, 0};
+    for (int64_t i = 0; i < group.count; ++i) {
+        const OthersTerms own = terms(i);
+        sums.q += own.q;
+        sums.p += own.p;
+        sums.pc += own.p * (rewards[i] - stats.mean);
+    }
+    for (int64_t i = 0; i < group.count; ++i)
+        g.grad_rewards[group.member(i)] =
+            (float)others_gradient(moments, sums, terms(i), rewards[i]);
+}
+
 bool forward_group(const GroupAdvantages& a, int64_t index, Rewards& storage) {
     const Group group = group_of(a, index);
     const float* const rewards = storage.load(a, group);
     const Stats stats = stats_of(a, group, rewards);
     a.mean[index] = (float)stats.mean;
     a.std[index] = (float)stats.std;
+    if (a.std_mode == kLeaveOneOutStd && !stats.all_equal) {
+        forward_others(a, group, rewards, stats);
+        return false;
+    }
     const double mean = stats.mean, factor = stats.all_equal ? 0.0 : factor_of(a, group, stats);
     const bool all_equal = stats.all_equal;
     if (!group.order) {
@@ -104,6 +154,8 @@ void backward_group(const GroupAdvantages& a, const GroupAdvantagesBackward& g, 
     const Group group = group_of(a, index);
     const float* const rewards = storage.load(a, group);
     const Stats stats = stats_of(a, group, rewards);
+    if (a.std_mode == kLeaveOneOutStd && !stats.all_equal)
+        return backward_others(a, g, group, rewards, stats);
     double mean_grad = 0, grad_dot_centred = 0;
     for (int64_t i = 0; i < group.count; ++i) {
         const int64_t member = group.member(i);

@@ -15,15 +15,22 @@ __device__ __forceinline__ TokenRange own_range(const Aggregate& a, int64_t part
     return tokens_of_part(a, blockIdx.x / parts, blockIdx.x % parts, parts);
 }
 
+__device__ __forceinline__ float load_weight(const View& mask, const TokenRange& range, int64_t t) {
+    if (!mask.data) return 1.0f;
+    if (mask.dtype == kFloat32) return weight_of(load_float32(mask, range.row, range.first + t));
+    return load_flag(mask, range.row, range.first + t) ? 1.0f : 0.0f;
+}
+
 __global__ __launch_bounds__(kThreads) void sum_kernel(const Aggregate a, int64_t parts) {
     __shared__ float scratch[kWarps];
     const TokenRange range = own_range(a, parts);
     float sum = 0.0f, tokens = 0.0f;
 #pragma unroll 4
     for (int64_t t = threadIdx.x; t < range.count; t += kThreads) {
-        if (a.mask.data && !load_flag(a.mask, range.row, range.first + t)) continue;
-        sum += load_float(a.values, range.row, range.first + t);
-        tokens += 1.0f;
+        const float weight = load_weight(a.mask, range, t);
+        if (weight == 0.0f) continue;
+        sum = fmaf(weight, load_float(a.values, range.row, range.first + t), sum);
+        tokens += weight;
     }
     sum = block_sum<kWarps>(sum, scratch);
     tokens = block_sum<kWarps>(tokens, scratch);
@@ -77,8 +84,8 @@ __global__ __launch_bounds__(kThreads) void gradient_kernel(const AggregateBackw
     if (a.cu_seqlens && blockIdx.x == last) zero(a.grad_values, a.cu_seqlens[a.sequences], a.steps);
 #pragma unroll 4
     for (int64_t t = threadIdx.x; t < range.count; t += kThreads) {
-        const bool keep = !a.mask.data || load_flag(a.mask, range.row, range.first + t);
-        store_as(a.grad_values, range.offset + t, keep ? value : 0.0f);
+        const float weight = load_weight(a.mask, range, t);
+        store_as(a.grad_values, range.offset + t, weight != 0.0f ? weight * value : 0.0f);
     }
 }
 

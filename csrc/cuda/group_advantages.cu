@@ -2,6 +2,7 @@
 // gradient.
 #include "cuda/device.h"
 #include "cuda/launch.h"
+#include "math/group_advantages.h"
 
 namespace warpo::cuda {
 namespace {
@@ -56,7 +57,7 @@ __device__ __forceinline__ Centre find_centre(const GroupAdvantages& a, const Gr
 }
 
 __device__ __forceinline__ float degrees_of_freedom(const GroupAdvantages& a, const Group& g) {
-    return static_cast<float>(a.std_mode == kSampleStd ? g.size - 1 : g.size);
+    return static_cast<float>(a.std_mode == kPopulationStd ? g.size : g.size - 1);
 }
 
 // Of rewards that are not all equal; 0 with kNoStd.
@@ -77,6 +78,71 @@ __device__ __forceinline__ float find_scale(const GroupAdvantages& a, const Grou
     return a.std_mode == kNoStd ? scale : scale / (std + a.eps);
 }
 
+__device__ __forceinline__ double warp_sum64(double value) {
+#pragma unroll
+    for (int lanes = 16; lanes > 0; lanes >>= 1)
+        value += __shfl_xor_sync(kAllLanes, value, lanes);
+    return value;
+}
+
+// Of rewards that are not all equal.
+__device__ __forceinline__ GroupMoments find_moments(const GroupAdvantages& a, const Group& g) {
+    const float first = load_reward(a, g, 0);
+    float smallest = first, largest = first;
+    double sum = 0;
+    for (int64_t i = own_lane(); i < g.size; i += 32) {
+        const float reward = load_reward(a, g, i);
+        sum += static_cast<double>(reward) - first;
+        smallest = fminf(smallest, reward);
+        largest = fmaxf(largest, reward);
+    }
+#pragma unroll
+    for (int lanes = 16; lanes > 0; lanes >>= 1) {
+        smallest = fminf(smallest, __shfl_xor_sync(kAllLanes, smallest, lanes));
+        largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, lanes));
+    }
+    const double count = static_cast<double>(g.size), mean = first + warp_sum64(sum) / count;
+    double squares = 0, num_smallest = 0, num_largest = 0;
+    for (int64_t i = own_lane(); i < g.size; i += 32) {
+        const float reward = load_reward(a, g, i);
+        squares += (reward - mean) * (reward - mean);
+        num_smallest += reward == smallest ? 1 : 0;
+        num_largest += reward == largest ? 1 : 0;
+    }
+    return {count,   mean, warp_sum64(squares), smallest, largest, warp_sum64(num_smallest),
+            warp_sum64(num_largest)};
+}
+
+__device__ __forceinline__ void forward_others(const GroupAdvantages& a, const Group& g) {
+    const GroupMoments moments = find_moments(a, g);
+    for (int64_t i = own_lane(); i < g.size; i += 32) {
+        const OthersTerms own = others_terms(a, moments, load_reward(a, g, i), 0.0f);
+        a.advantages[member(a, g, i)] = static_cast<float>(own.advantage);
+    }
+}
+
+__device__ __forceinline__ void backward_others(const GroupAdvantagesBackward& b, const Group& g) {
+    const GroupAdvantages& a = b.forward;
+    const GroupMoments moments = find_moments(a, g);
+    OthersSums sums = {0, 0, 0};
+    for (int64_t i = own_lane(); i < g.size; i += 32) {
+        const float reward = load_reward(a, g, i);
+        const float grad = load_float(b.grad_advantages, 0, member(a, g, i));
+        const OthersTerms own = others_terms(a, moments, reward, grad);
+        sums.q += own.q;
+        sums.p += own.p;
+        sums.pc += own.p * (reward - moments.mean);
+    }
+    sums = {warp_sum64(sums.q), warp_sum64(sums.p), warp_sum64(sums.pc)};
+    for (int64_t i = own_lane(); i < g.size; i += 32) {
+        const int64_t j = member(a, g, i);
+        const float reward = load_reward(a, g, i);
+        const OthersTerms own =
+            others_terms(a, moments, reward, load_float(b.grad_advantages, 0, j));
+        b.grad_rewards[j] = static_cast<float>(others_gradient(moments, sums, own, reward));
+    }
+}
+
 __global__ __launch_bounds__(kThreads) void forward_kernel(const GroupAdvantages a) {
     const Group g = own_group(a);
     if (g.index >= a.groups) return;
@@ -89,6 +155,7 @@ __global__ __launch_bounds__(kThreads) void forward_kernel(const GroupAdvantages
         a.std[g.index] = std;
         if (g.size > 0 && centre.all_equal) atomicAdd(a.degenerate, 1);
     }
+    if (a.std_mode == kLeaveOneOutStd && !centre.all_equal) return forward_others(a, g);
     const float scale = centre.all_equal ? 0.0f : find_scale(a, g, std);
     for (int64_t i = own_lane(); i < g.size; i += 32) {
         const float centred = load_reward(a, g, i) - centre.mean;
@@ -103,6 +170,7 @@ __global__ __launch_bounds__(kThreads) void backward_kernel(const GroupAdvantage
     const Group g = own_group(a);
     if (g.index >= a.groups || g.size == 0) return;
     const Centre centre = find_centre(a, g);
+    if (a.std_mode == kLeaveOneOutStd && !centre.all_equal) return backward_others(b, g);
     float grad_sum = 0.0f, moment = 0.0f;
     for (int64_t i = own_lane(); i < g.size; i += 32) {
         const float grad = load_float(b.grad_advantages, 0, member(a, g, i));

@@ -2,6 +2,8 @@
 // parts, whose sums are added up in their order, and the weight of a valid token.
 #pragma once
 
+#include <cmath>
+
 #include "arguments/aggregate.h"
 #include "math/exp.h"
 
@@ -32,6 +34,10 @@ WARPO_HD TokenRange tokens_of_part(const Arguments& a, int64_t sequence, int64_t
     const int64_t row = a.cu_seqlens ? 0 : sequence;
     return {row, start + begin, count > 0 ? count : 0, row * a.steps + start + begin};
 }
+
+// Of a token, by its entry in the mask; 0: not read. A negative one is NaN, and so is the result.
+WARPO_HD float weight_of(uint8_t flag) { return flag != 0 ? 1.0f : 0.0f; }
+WARPO_HD float weight_of(float weight) { return weight >= 0.0f ? weight : NAN; }
 
 WARPO_HD float* partials_of(const Aggregate& a) { return a.weights + a.sequences; }
 

@@ -22,15 +22,23 @@ WARPO_HD float exp_minus_1_minus_x_series(float x) {
     return series * x * x;
 }
 
-// e^x - 1 - x without cancellation, |x| <= 85; the k3 estimator
-// (http://joschu.net/blog/kl-approx.html) at x = log(q / p).
-WARPO_HD float exp_minus_1_minus_x(float x) {
-    const float series = exp_minus_1_minus_x_series(x), direct = exp_bounded(x) - 1.0f - x;
-    return (x > -0.5f && x < 0.5f) ? series : direct;
+struct Exponential {
+    float value, less_1, less_1_less_x;  // e^x, e^x - 1, e^x - 1 - x
+};
+
+// Without cancellation, for x <= 85.
+WARPO_HD Exponential exponential_of(float x) {
+    const float series = exp_minus_1_minus_x_series(x);
+    const float value = exp_bounded(x < -85.0f ? -85.0f : x);  // e^-85 is nothing next to 1
+    const float growth = value - 1.0f;
+    const bool near = x > -0.5f && x < 0.5f;
+    return {value, near ? series + x : growth, near ? series : growth - x};
 }
 
+WARPO_HD float clamp_above(float x, float high) { return x > high ? high : x; }
+
 WARPO_HD float clamp_between(float x, float low, float high) {
-    const float below = x > high ? high : x;
+    const float below = clamp_above(x, high);
     return below < low ? low : below;
 }
 
@@ -71,8 +79,9 @@ struct TokenTerms {
 template <int kSurrogate>
 WARPO_HD TokenTerms token_terms(const SurrogateOptions& options, float log_ratio, float logp,
                                 float advantage, float correction) {
-    const float bounded = clamp_symmetric(log_ratio, options.log_ratio_limit);
-    const float ratio = exp_bounded(bounded);
+    const float limit = options.log_ratio_limit, smallest = exp_bounded(-limit);
+    const Exponential e = exponential_of(clamp_above(log_ratio, limit));
+    const float ratio = e.value < smallest ? smallest : e.value;
     const bool below = ratio<options.ratio_low, above = ratio> options.ratio_high;
     const float clipped_ratio = clamp_between(ratio, options.ratio_low, options.ratio_high);
     const float unclipped = ratio * advantage, clipped = clipped_ratio * advantage;
@@ -107,20 +116,19 @@ WARPO_HD TokenTerms token_terms(const SurrogateOptions& options, float log_ratio
         by_logp = advantage;
     } else if (kSurrogate == kSoftGate) {
         const float tau = advantage > 0.0f ? options.tau_positive : options.tau_negative;
-        const float e = exp_f32(-tau * (ratio - 1.0f));
-        const float sigmoid = 1.0f / (1.0f + e);
+        const float odds = exp_f32(-tau * (ratio - 1.0f));
+        const float sigmoid = 1.0f / (1.0f + odds);
         value = 4.0f / tau * sigmoid * advantage;
-        // sigmoid' = e sigmoid^2: 1 - sigmoid would lose its digits near 1
-        by_log_ratio = 4.0f * (e * sigmoid * sigmoid) * unclipped;
+        // sigmoid' = odds sigmoid^2: 1 - sigmoid would lose its digits near 1
+        by_log_ratio = 4.0f * (odds * sigmoid * sigmoid) * unclipped;
     }
 
     TokenTerms terms;
     terms.value = correction * value;
-    terms.by_log_ratio =
-        is_outside(log_ratio, options.log_ratio_limit) ? 0.0f : correction * by_log_ratio;
+    terms.by_log_ratio = is_outside(log_ratio, limit) ? 0.0f : correction * by_log_ratio;
     terms.by_logp = correction * by_logp;
     terms.ratio = ratio;
-    terms.approx_kl = exp_minus_1_minus_x(bounded);
+    terms.approx_kl = e.less_1_less_x;
     terms.clipped_low = low ? 1.0f : 0.0f;
     terms.clipped_high = high ? 1.0f : 0.0f;
     terms.clipped_dual = dual ? 1.0f : 0.0f;
@@ -166,15 +174,17 @@ WARPO_HD GeometricTerm geometric_log_ratio(float log_ratio, float advantage, flo
 
 struct CorrectionTerm {
     float weight;
-    float corrected;  // 1 where a bound changed the weight
+    float corrected;  // 1 where a bound changed the weight, or it was NaN and is 0
 };
 
 // log_weight: old - sampler of the token, or its sum over the valid tokens of the sequence.
 WARPO_HD CorrectionTerm correction_weight(float log_weight, int correction, float low, float high,
                                           float limit) {
     const float weight = exp_bounded(clamp_symmetric(log_weight, limit));
-    const bool outside = weight < low || weight > high;
-    const float replacement = correction == kTruncate ? clamp_between(weight, low, high) : 0.0f;
+    const bool truncates = correction == kTruncate || correction == kTruncateMaskNan;
+    const bool masked_nan = correction >= kTruncateMaskNan && weight != weight;
+    const bool outside = weight < low || weight > high || masked_nan;
+    const float replacement = truncates && !masked_nan ? clamp_between(weight, low, high) : 0.0f;
     CorrectionTerm term;
     term.weight = outside ? replacement : weight;
     term.corrected = outside ? 1.0f : 0.0f;
@@ -187,16 +197,17 @@ struct KlTerm {
 };
 
 // Estimators of KL(policy || reference) from one sample of the policy, with kl = kK1, kK2, kK3.
-// straight_through: the gradient of k2, whose expectation is the gradient of the KL.
+// straight_through: the gradient of k2, whose expectation is the gradient of the KL. limit: of the
+// exponent of k3, from above; the gradient is 0 beyond it.
 WARPO_HD KlTerm kl_estimate(float logp, float ref, int kl, bool straight_through, float limit) {
     const float difference = ref - logp;
-    const float bounded = clamp_symmetric(difference, limit);
-    const float k3 = exp_minus_1_minus_x(bounded);
-    // d/dlogp k3 = 1 - e^(ref - logp); at ref = logp all digits of the difference matter
-    const float k3_derivative = is_outside(difference, limit) ? 0.0f : -(k3 + bounded);
+    // k3 needs a bound from above only: e^d overflows there; at ref = logp all digits matter
+    const Exponential k3 = exponential_of(clamp_above(difference, limit));
+    const float k3_derivative = difference > limit ? 0.0f : -k3.less_1;
+    const float k2 = 0.5f * difference * difference;
     const float derivative = kl == kK1 ? 1.0f : kl == kK2 ? -difference : k3_derivative;
     KlTerm term;
-    term.value = kl == kK1 ? -difference : kl == kK2 ? 0.5f * difference * difference : k3;
+    term.value = kl == kK1 ? -difference : kl == kK2 ? k2 : k3.less_1_less_x;
     term.derivative = straight_through ? -difference : derivative;
     return term;
 }

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from warpo.kernels._triton.launch import kernel, strided
-from warpo.kernels._triton.sequences import bounds, inverse_or_zero, load_tokens, valid_tokens
+from warpo.kernels._triton.sequences import bounds, inverse_or_zero, load_tokens
 
 BLOCK = 512
 WARPS = 4
@@ -32,6 +32,21 @@ def _part_of(sequences, parts, steps, cu_seqlens_ptr):
     return sequence, first, begin, tl.minimum(begin + share, length), grad_start
 
 
+@triton.jit
+def _weights(mask_ptr, token, stride, end):
+    """Of tokens, 0 of those that are not valid; a negative one is NaN, and so is the result."""
+    inside = token < end
+    if mask_ptr is None:
+        weight = tl.where(inside, 1.0, 0.0)
+    elif mask_ptr.dtype.element_ty == tl.float32:
+        weight = tl.load(mask_ptr + token * stride, mask=inside, other=0)
+        weight = tl.where(weight >= 0, weight, float("nan"))
+    else:
+        flag = tl.load(mask_ptr + token * stride, mask=inside, other=0)
+        weight = tl.where(flag != 0, 1.0, 0.0)
+    return weight
+
+
 @kernel()
 def _sum_kernel(
     values_ptr, values_stride_b: tl.int64, values_stride_t: tl.int64,
@@ -46,9 +61,9 @@ def _sum_kernel(
     total, tokens = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     for start in range(begin, end, BLOCK):
         token = start + tl.arange(0, BLOCK)
-        keep = valid_tokens(mask_ptr, token, mask_stride_t, end)
-        total += load_tokens(values_ptr, token, values_stride_t, keep)
-        tokens += tl.where(keep, 1.0, 0.0)
+        weight = _weights(mask_ptr, token, mask_stride_t, end)
+        total += weight * load_tokens(values_ptr, token, values_stride_t, weight != 0)
+        tokens += weight
     partials_ptr = weights_ptr + sequences + tl.program_id(0).to(tl.int64) * 2
     tl.store(partials_ptr, tl.sum(total))
     tl.store(partials_ptr + 1, tl.sum(tokens))
@@ -118,8 +133,9 @@ def _gradient_kernel(
         mask_ptr += sequence * mask_stride_b + first * mask_stride_t
     for start in range(begin, end, BLOCK):
         token = start + tl.arange(0, BLOCK)
-        keep = valid_tokens(mask_ptr, token, mask_stride_t, end)
-        tl.store(grad_values_ptr + out + token, tl.where(keep, value, 0.0), mask=token < end)
+        weight = _weights(mask_ptr, token, mask_stride_t, end)
+        gradient = tl.where(weight != 0, weight * value, 0.0)
+        tl.store(grad_values_ptr + out + token, gradient, mask=token < end)
 
 
 def _parts(sequences: int, steps: int) -> int:

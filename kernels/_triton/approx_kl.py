@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from warpo.kernels._triton.launch import kernel, strided
-from warpo.kernels._triton.policy_terms import K1, K2, clamp, exp, exp_minus_1_minus_x, is_outside
+from warpo.kernels._triton.policy_terms import K1, K2, clamp, exponential_of, is_outside
 
 BLOCK = 512
 WARPS = 4
@@ -25,14 +25,9 @@ def _approx_kl(logp, ref, ESTIMATOR: tl.constexpr):
     elif ESTIMATOR == K2:
         value, derivative = 0.5 * d * d, -d
     else:
-        # inf where e^d overflows, also at d = inf; below -104 e^d is 0
-        bounded = tl.where(d > 89.0, 89.0, d)
-        growth = exp(tl.where(bounded < -104.0, -104.0, bounded)) - 1.0
-        near = tl.abs(d) < 0.5
-        series = exp_minus_1_minus_x(tl.where(near, d, 0.0))
-        value = tl.where(near, series, growth - bounded)
-        # near 0 all digits of the difference matter
-        derivative = tl.where(near, -(series + d), -growth)
+        # inf where e^d overflows, also at d = inf; near 0 all digits of the difference matter
+        _, growth, value = exponential_of(tl.where(d > 89.0, 89.0, d))
+        derivative = -growth
     return value, derivative
 
 

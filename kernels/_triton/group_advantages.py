@@ -10,7 +10,7 @@ from warpo.kernels._triton.launch import kernel
 BLOCK = 128
 WARPS = 1
 
-SAMPLE_STD = tl.constexpr(1)
+POPULATION_STD, LEAVE_ONE_OUT_STD = tl.constexpr(2), tl.constexpr(3)
 
 
 @triton.jit
@@ -34,6 +34,100 @@ def _members(order_ptr, start, block, count, BLOCK: tl.constexpr):
     if order_ptr is not None:
         index = tl.load(order_ptr + index, mask=inside, other=0)
     return index, inside
+
+
+@triton.jit
+def _load(ptr, stride, index, inside):
+    return tl.load(ptr + index * stride, mask=inside, other=0).to(tl.float32)
+
+
+@triton.jit
+def _moments(rewards_ptr, rewards_stride, order_ptr, start, count, BLOCK: tl.constexpr):
+    """`GroupMoments` of csrc/math/group_advantages.h."""
+    total = tl.zeros([BLOCK], tl.float64)
+    smallest = tl.full([BLOCK], float("inf"), tl.float32)
+    largest = -smallest
+    for block in range(0, count, BLOCK):
+        index, inside = _members(order_ptr, start, block, count, BLOCK)
+        reward = _load(rewards_ptr, rewards_stride, index, inside)
+        total += reward
+        smallest = tl.where(inside & (reward < smallest), reward, smallest)
+        largest = tl.where(inside & (reward > largest), reward, largest)
+    low, high = tl.min(smallest), tl.max(largest)
+    mean = tl.sum(total) / tl.maximum(count, 1).to(tl.float64)
+    squares = tl.zeros([BLOCK], tl.float64)
+    num_low, num_high = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32)
+    for block in range(0, count, BLOCK):
+        index, inside = _members(order_ptr, start, block, count, BLOCK)
+        reward = _load(rewards_ptr, rewards_stride, index, inside)
+        centred = tl.where(inside, reward - mean, 0.0)
+        squares += centred * centred
+        num_low += (inside & (reward == low)).to(tl.int32)
+        num_high += (inside & (reward == high)).to(tl.int32)
+    return count, mean, tl.sum(squares), low, high, tl.sum(num_low), tl.sum(num_high)
+
+
+@triton.jit
+def _others_terms(moments, reward, grad, eps, LEAVE_ONE_OUT: tl.constexpr):
+    """`others_terms` of csrc/math/group_advantages.h: centred reward, advantage, q and p."""
+    count, mean, squares, low, high, num_low, num_high = moments
+    # blocks: the interpreter takes no logical operation of a block and a scalar
+    zeros = tl.zeros(reward.shape, tl.int64)
+    count, num_low, num_high = count + zeros, num_low + zeros, num_high + zeros
+    alone = ((reward == low) & (num_low == 1)) | ((reward == high) & (num_high == 1))
+    none = (count < 3) | (alone & (num_low + num_high == count))
+    size = count.to(tl.float64)
+    centred = reward.to(tl.float64) - mean
+    ratio = size / tl.maximum(size - 1.0, 1.0)
+    rest = squares - ratio * centred * centred
+    none |= rest <= 0
+    std = tl.sqrt(tl.where(none, 1.0, rest / tl.maximum(size - 2.0, 1.0)))
+    factor = ratio if LEAVE_ONE_OUT else 1.0
+    scale = tl.where(none, factor, factor / (std + eps))
+    advantage = scale * centred
+    p = grad * advantage / ((std + eps) * std * tl.maximum(size - 2.0, 1.0))
+    return centred, advantage, grad * scale, tl.where(none, 0.0, p)
+
+
+@triton.jit
+def _forward_others(
+    rewards_ptr, rewards_stride, order_ptr, start, count, eps, advantages_ptr,
+    LEAVE_ONE_OUT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    moments = _moments(rewards_ptr, rewards_stride, order_ptr, start, count, BLOCK)
+    for block in range(0, count, BLOCK):
+        index, inside = _members(order_ptr, start, block, count, BLOCK)
+        reward = _load(rewards_ptr, rewards_stride, index, inside)
+        _, advantage, _, _ = _others_terms(moments, reward, 0.0, eps, LEAVE_ONE_OUT)
+        tl.store(advantages_ptr + index, advantage.to(tl.float32), mask=inside)
+
+
+@triton.jit
+def _backward_others(
+    rewards_ptr, rewards_stride, order_ptr, start, count, eps, grad_advantages_ptr,
+    grad_advantages_stride, grad_rewards_ptr, LEAVE_ONE_OUT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    moments = _moments(rewards_ptr, rewards_stride, order_ptr, start, count, BLOCK)
+    size = count.to(tl.float64)
+    q_sum, p_sum = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
+    pc_sum = tl.zeros([BLOCK], tl.float64)
+    for block in range(0, count, BLOCK):
+        index, inside = _members(order_ptr, start, block, count, BLOCK)
+        reward = _load(rewards_ptr, rewards_stride, index, inside)
+        grad = _load(grad_advantages_ptr, grad_advantages_stride, index, inside)
+        centred, _, q, p = _others_terms(moments, reward, grad, eps, LEAVE_ONE_OUT)
+        q_sum += tl.where(inside, q, 0.0)
+        p_sum += tl.where(inside, p, 0.0)
+        pc_sum += tl.where(inside, p * centred, 0.0)
+    q_mean, p_all, pc_mean = tl.sum(q_sum) / size, tl.sum(p_sum), tl.sum(pc_sum) / size
+    ratio = size / tl.maximum(size - 1.0, 1.0)
+    for block in range(0, count, BLOCK):
+        index, inside = _members(order_ptr, start, block, count, BLOCK)
+        reward = _load(rewards_ptr, rewards_stride, index, inside)
+        grad = _load(grad_advantages_ptr, grad_advantages_stride, index, inside)
+        centred, _, q, p = _others_terms(moments, reward, grad, eps, LEAVE_ONE_OUT)
+        result = q - q_mean - centred * p_all + ratio * (p * centred - pc_mean)
+        tl.store(grad_rewards_ptr + index, result.to(tl.float32), mask=inside)
 
 
 @kernel()
@@ -67,9 +161,19 @@ def _group_advantages_fwd_kernel(
             reward = tl.load(rewards_ptr + index * rewards_stride, mask=inside, other=0)
             centred = tl.where(inside, reward.to(tl.float32) - mean, 0.0)
             squares += centred * centred
-    freedom = tl.maximum(size - 1.0, 1.0) if STD == SAMPLE_STD else size
+    freedom = size if STD == POPULATION_STD else tl.maximum(size - 1.0, 1.0)
     std = tl.where(all_equal, 0.0, tl.sqrt_rn(tl.sum(squares) / freedom))
 
+    tl.store(mean_ptr + group, mean)
+    tl.store(std_ptr + group, std)
+    tl.atomic_add(degenerate_ptr, 1, mask=all_equal & (count > 0))
+    if STD == LEAVE_ONE_OUT_STD:  # noqa: SIM102  (the outer one is decided at compile time)
+        if not all_equal:
+            _forward_others(
+                rewards_ptr, rewards_stride, order_ptr, start, count, eps, advantages_ptr,
+                LEAVE_ONE_OUT, BLOCK,
+            )  # fmt: skip
+            return
     scale = 1.0 / (std + eps) if STD != 0 else 1.0
     if LEAVE_ONE_OUT:
         scale *= size / tl.maximum(size - 1.0, 1.0)
@@ -78,9 +182,6 @@ def _group_advantages_fwd_kernel(
         reward = tl.load(rewards_ptr + index * rewards_stride, mask=inside, other=0).to(tl.float32)
         advantage = tl.where(all_equal, 0.0, (reward - mean) * scale)
         tl.store(advantages_ptr + index, advantage, mask=inside)
-    tl.store(mean_ptr + group, mean)
-    tl.store(std_ptr + group, std)
-    tl.atomic_add(degenerate_ptr, 1, mask=all_equal & (count > 0))
 
 
 @kernel()
@@ -109,11 +210,18 @@ def _group_advantages_bwd_kernel(
     size = tl.maximum(count, 1).to(tl.float32)
     all_equal = tl.sum(different) == 0
     mean_grad = tl.sum(total) / size
+    if STD == LEAVE_ONE_OUT_STD:  # noqa: SIM102  (the outer one is decided at compile time)
+        if not all_equal:
+            _backward_others(
+                rewards_ptr, rewards_stride, order_ptr, start, count, eps, grad_advantages_ptr,
+                grad_advantages_stride, grad_rewards_ptr, LEAVE_ONE_OUT, BLOCK,
+            )  # fmt: skip
+            return
 
     # d std / d r_i = (r_i - mean) / (freedom std)
     scale, slope = 1.0, 0.0
     if STD != 0:
-        freedom = tl.maximum(size - 1.0, 1.0) if STD == SAMPLE_STD else size
+        freedom = size if STD == POPULATION_STD else tl.maximum(size - 1.0, 1.0)
         scale = 1.0 / (std + eps)
         slope = tl.where(std == 0, 0.0, tl.sum(projection) * scale / (freedom * std))
     if LEAVE_ONE_OUT:

@@ -20,7 +20,7 @@ from warpo.kernels._triton.policy_terms import (
     clamp,
     correction_weight,
     exp,
-    exp_minus_1_minus_x,
+    exponential_of,
     geometric_log_ratio,
     is_outside,
     kl_estimate,
@@ -157,7 +157,7 @@ def _part(
     low_sum, high_sum, dual_sum, approx_kl_sum = zeros, zeros, zeros, zeros
     correction_sum, corrected_sum, log_ratio_sum = zeros, zeros, zeros
     ratio_min, ratio_max = zeros + INF, zeros - INF
-    prefix = 0.0
+    prefix, smallest = 0.0, exp(-limit)
     for start in range(begin, end, BLOCK):
         token = start + tl.arange(0, BLOCK)
         keep = _valid(mask, token, end)
@@ -170,8 +170,8 @@ def _part(
         elif RATIO_LEVEL == PREFIX_RATIO:
             log_ratio = prefix + tl.cumsum(own_log_ratio, 0)
             prefix += tl.sum(own_log_ratio)
-        bounded = clamp(log_ratio, -limit, limit)
-        ratio = exp(bounded)
+        ratio, _, approx_kl = exponential_of(tl.where(log_ratio > limit, limit, log_ratio))
+        ratio = tl.where(ratio < smallest, smallest, ratio)
         value, by_log_ratio, by_logp, is_low, is_high, is_dual = surrogate_terms(
             ratio, logp, advantage, bounds, SURROGATE
         )
@@ -203,7 +203,7 @@ def _part(
         ratio_sum += tl.where(keep, ratio, 0.0)
         ratio_min = tl.minimum(ratio_min, tl.where(keep, ratio, INF))
         ratio_max = tl.maximum(ratio_max, tl.where(keep, ratio, -INF))
-        approx_kl_sum += tl.where(keep, exp_minus_1_minus_x(bounded), 0.0)
+        approx_kl_sum += tl.where(keep, approx_kl, 0.0)
         log_ratio_sum += tl.where(keep, clamp(own_log_ratio, -limit, limit), 0.0)
         if KL != 0:
             ref = _load(ref_logprobs, token, keep)

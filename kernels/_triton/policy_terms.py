@@ -11,7 +11,7 @@ K1, K2 = tl.constexpr(1), tl.constexpr(2)
 SEQUENCE_RATIO, PREFIX_RATIO = tl.constexpr(1), tl.constexpr(2)
 CLIP, DUAL_CLIP, STOP_GRADIENT, MASK_OUTSIDE = (tl.constexpr(i) for i in range(4))
 REINFORCE, GEOMETRIC, SOFT_GATE = (tl.constexpr(i) for i in range(5, 8))
-TRUNCATE = tl.constexpr(1)
+TRUNCATE, TRUNCATE_MASK_NAN = tl.constexpr(1), tl.constexpr(3)
 
 
 @triton.jit
@@ -23,7 +23,8 @@ def exp(x):
 
 
 @triton.jit
-def exp_minus_1_minus_x(x):
+def exponential_of(x):
+    """e^x, e^x - 1 and e^x - 1 - x, the latter two without cancellation."""
     # sum of x^n / n!, n = 2 .. 8: the next term is below 4e-8 of the sum at |x| = 1/2
     series = x * (1.0 / 40320.0) + 1.0 / 5040.0
     series = series * x + 1.0 / 720.0
@@ -31,7 +32,11 @@ def exp_minus_1_minus_x(x):
     series = series * x + 1.0 / 24.0
     series = series * x + 1.0 / 6.0
     series = series * x + 0.5
-    return tl.where(tl.abs(x) < 0.5, series * x * x, exp(x) - 1.0 - x)
+    series *= x * x
+    value = exp(tl.where(x < -85.0, -85.0, x))  # e^-85 is nothing next to 1
+    growth = value - 1.0
+    near = tl.abs(x) < 0.5
+    return value, tl.where(near, series + x, growth), tl.where(near, series, growth - x)
 
 
 @triton.jit
@@ -106,10 +111,13 @@ def correction_weight(log_weight, bounds, limit, CORRECTION: tl.constexpr):
     low, high = bounds
     weight = exp(clamp(log_weight, -limit, limit))
     outside = (weight < low) | (weight > high)
-    if CORRECTION == TRUNCATE:  # noqa: SIM108
+    if CORRECTION == TRUNCATE or CORRECTION == TRUNCATE_MASK_NAN:  # noqa: SIM109
         weight = clamp(weight, low, high)
     else:
         weight = tl.where(outside, 0.0, weight)
+    if CORRECTION >= TRUNCATE_MASK_NAN:
+        outside |= weight != weight
+        weight = tl.where(weight != weight, 0.0, weight)
     return weight, outside
 
 
@@ -124,10 +132,9 @@ def kl_estimate(logp, ref, limit, KL: tl.constexpr, STRAIGHT_THROUGH: tl.constex
         value = 0.5 * difference * difference
         derivative = -difference
     else:
-        bounded = clamp(difference, -limit, limit)
-        value = exp_minus_1_minus_x(bounded)
-        # 1 - e^(ref - logp): at ref = logp all digits of the difference matter
-        derivative = tl.where(is_outside(difference, limit), 0.0, -(value + bounded))
+        # k3 needs a bound from above only: e^d overflows there; at ref = logp all digits matter
+        _, growth, value = exponential_of(tl.where(difference > limit, limit, difference))
+        derivative = tl.where(difference > limit, 0.0, -growth)
     if STRAIGHT_THROUGH:
         derivative = -difference
     return value, derivative

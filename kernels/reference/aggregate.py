@@ -17,10 +17,14 @@ def aggregate(
     """`()`, of values `[B, T]`, or `[N]` with cu_seqlens. denominator: the count if not given."""
     sequences = sequences_of(values, mask, cu_seqlens)
     weight = sequences.valid.to(values.dtype)
+    if mask is not None and mask.is_floating_point():
+        weight = sequences.clean(torch.where(mask >= 0, mask, torch.nan).to(values.dtype))
     tokens = weight.sum()
     if aggregation == "sequence-mean-token-mean":
-        weight = weight / sequences.sum(weight).clamp(min=1)[sequences.sequence]
+        totals = sequences.sum(weight)[sequences.sequence]
+        weight = weight / torch.where(totals == 0, 1, totals)
     if denominator is None:
         number = torch.full_like(tokens, sequences.number)
         denominator = tokens if aggregation == "token-mean" else number
-    return over_denominator((weight * sequences.clean(values)).sum(), denominator)
+    result = over_denominator((weight * sequences.clean(values)).sum(), denominator)
+    return torch.where(tokens.isnan(), tokens, result)  # a NaN is no denominator of 0

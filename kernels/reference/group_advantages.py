@@ -30,14 +30,18 @@ def group_advantages(
         spread = torch.zeros_like(mean)
         all_equal = bool((r == r[0]).all())
         if not all_equal and std != "none":
-            spread = r.std(correction=1 if std == "sample" else 0)
+            spread = r.std(correction=0 if std == "population" else 1)
         means.append(r[0] if all_equal else mean)
         stds.append(spread)
         if all_equal:
             degenerate += 1
             continue
         centred = (r - mean) * (n / max(n - 1, 1) if leave_one_out else 1)
-        scaled = centred if std == "none" else centred / (spread + eps)
+        if std == "leave_one_out":
+            others = _std_of_others(r)
+            scaled = torch.where(others == 0, centred, centred / (others + eps))
+        else:
+            scaled = centred if std == "none" else centred / (spread + eps)
         advantages = advantages.masked_scatter(members, scaled)
     empty = rewards.new_zeros(0)
     return (
@@ -46,3 +50,13 @@ def group_advantages(
         torch.stack(stds) if stds else empty,
         torch.tensor(degenerate, dtype=torch.int32, device=rewards.device),
     )
+
+
+def _std_of_others(r: Tensor) -> Tensor:
+    """Sample std of the rewards other than each; 0 where they are equal, or fewer than two."""
+    stds = []
+    for i in range(r.numel()):
+        others = torch.cat([r[:i], r[i + 1 :]])
+        all_equal = bool((others == others[0]).all())
+        stds.append(torch.zeros_like(r[0]) if all_equal else others.std(correction=1))
+    return torch.stack(stds)

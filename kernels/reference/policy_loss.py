@@ -73,8 +73,7 @@ def policy_loss(
     limit = objective.log_ratio_limit
     of_tokens = logp - old
     log_ratio, cut_low, cut_high = _log_ratio(objective, tokens, of_tokens, advantages)
-    log_ratio = _bounded(log_ratio, limit)
-    ratio = log_ratio.exp()
+    ratio = _bounded(log_ratio, limit).exp()
     surrogate = _surrogate(objective, ratio, logp, advantages)
     correction, corrected = torch.ones_like(logp), torch.zeros_like(tokens.valid)
     if objective.correction != "none" and sampler is not None:
@@ -111,7 +110,7 @@ def policy_loss(
                 *_extremes(ratio[tokens.valid]),
                 *_token_sums(
                     tokens.valid,
-                    torch.expm1(log_ratio) - log_ratio,
+                    _k3(log_ratio, limit),
                     kl,
                     entropy,
                     correction,
@@ -125,15 +124,14 @@ def policy_loss(
 
 def kl_estimate(logp: Tensor, ref: Tensor, estimator: str, limit: float) -> Tensor:
     """k1, k2 or k3 of KL(policy || reference) from samples of the policy,
-    http://joschu.net/blog/kl-approx.html.
+    http://joschu.net/blog/kl-approx.html; the exponent of k3 is at most `limit`.
     """
     difference = ref - logp
     if estimator == "k1":
         return -difference
     if estimator == "k2":
         return difference.square() / 2
-    bounded = _bounded(difference, limit)
-    return torch.expm1(bounded) - bounded
+    return _k3(difference, limit)
 
 
 def _log_ratio(
@@ -189,7 +187,10 @@ def _correction(
     low, high = objective.correction_low, objective.correction_high
     outside = (weight < low) | (weight > high)
     replacement = weight.clamp(low, high) if objective.correction == "truncate" else 0
-    return torch.where(outside, replacement, weight), outside
+    weight = torch.where(outside, replacement, weight)
+    if objective.correction_nan == "mask":
+        outside, weight = outside | weight.isnan(), weight.nan_to_num(0)
+    return weight, outside
 
 
 def _kl_term(objective: Objective, logp: Tensor, ref: Tensor) -> Tensor:
@@ -199,6 +200,12 @@ def _kl_term(objective: Objective, logp: Tensor, ref: Tensor) -> Tensor:
         return value
     k2 = kl_estimate(logp, ref, "k2", limit)
     return k2 + (value - k2).detach()
+
+
+def _k3(difference: Tensor, limit: float) -> Tensor:
+    """Bounded from above only: e^d overflows there."""
+    bounded = torch.where(difference > limit, limit, difference)
+    return torch.expm1(bounded) - bounded
 
 
 def _bounds(objective: Objective, like: Tensor) -> tuple[Tensor, Tensor]:

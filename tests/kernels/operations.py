@@ -107,6 +107,7 @@ _LOGPROBS: dict[str, Any] = {
     "vocabulary": "logits",
 }
 _NO_MASK = "it takes no mask"
+_MASK_OF_MEMBERS = "the members that its mask leaves out are in its own tests"
 _SCAN: dict[str, Any] = {
     "kernels": "gae",
     "tensors": _token_level,
@@ -341,7 +342,7 @@ OPERATIONS = [
         options={"group_size": 4},
         differentiable=("rewards",),
         outputs=1,
-        not_promised={4: _NO_MASK},
+        not_promised={4: _MASK_OF_MEMBERS},
         **_GROUPS,
     ),
     Operation(
@@ -351,7 +352,7 @@ OPERATIONS = [
         options={"num_tokens": T, "group_size": 2},
         floats=("step_rewards",),
         wrong=("std", "robust"),
-        not_promised={4: _NO_MASK},
+        not_promised={4: _MASK_OF_MEMBERS},
     ),
     Operation(
         name="value_loss",

@@ -48,6 +48,7 @@ def objectives(draw):
         correction_level=draw(st.sampled_from(["token", "sequence"])),
         correction_low=draw(st.sampled_from([0.0, 0.5])),
         correction_high=draw(st.sampled_from([1.2, 2.0])),
+        correction_nan=draw(st.sampled_from(["propagate", "mask"])),
         aggregation=draw(st.sampled_from(AGGREGATIONS)),
         log_ratio_limit=draw(st.sampled_from([20.0, 0.5])),
     )
@@ -73,6 +74,9 @@ def cases(draw, backend: str):
     base = -2 * torch.rand(shape, generator=generator)
     tensors = {name: near(base) for name in PER_TOKEN if name.endswith("logprobs")}
     tensors["entropy"] = near(base).abs()
+    if objective.correction_nan == "mask":
+        lost = torch.rand(shape, generator=generator) < 0.1
+        tensors["sampler_logprobs"] = tensors["sampler_logprobs"].masked_fill(lost, torch.nan)
     per_sequence = draw(st.booleans()) and len(lengths) != sum(lengths)
     count = (len(lengths),) if per_sequence else shape
     tensors["advantages"] = torch.randn(count, generator=generator)

@@ -32,7 +32,10 @@ def cases(draw, backend: str):
     if draw(st.booleans()):
         mask = torch.rand(shape, generator=generator) < draw(st.sampled_from([0.0, 0.6]))
         values = values.masked_fill(~mask, draw(st.sampled_from([torch.nan, torch.inf])))
-        options["mask"] = strided(mask.to(draw(st.sampled_from([torch.bool, torch.uint8]))), layout)
+        mask = mask.to(draw(st.sampled_from([torch.bool, torch.uint8, torch.float32])))
+        if mask.dtype == torch.float32:
+            mask *= torch.rand(shape, generator=generator) + 1e-3
+        options["mask"] = strided(mask, layout)
     if packed:
         starts = list(itertools.accumulate(lengths, initial=around))
         options["cu_seqlens"] = torch.tensor(starts, dtype=torch.int32, device=DEVICE)
@@ -80,7 +83,7 @@ def test_the_reference_equals_numpy(case):
     cu_seqlens, mask = options.get("cu_seqlens"), options.get("mask")
     x, wanted = exact(values, **options)
     (gradient,) = torch.autograd.grad(wanted, x)
-    mask = torch.ones_like(values, dtype=torch.bool) if mask is None else mask.bool()
+    mask = torch.ones_like(values, dtype=torch.float64) if mask is None else mask.double()
     rows = [values.double().cpu().numpy(), mask.cpu().numpy(), gradient.cpu().numpy()]
     if cu_seqlens is not None:
         starts = cu_seqlens.tolist()
@@ -91,6 +94,49 @@ def test_the_reference_equals_numpy(case):
     np.testing.assert_allclose(wanted.item(), number, rtol=1e-9, atol=1e-9)
     for own, found in zip(weights, rows[2], strict=True):
         np.testing.assert_allclose(found, own, rtol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_weights_are_those_of_verl(backend):
+    values = torch.tensor([[1.0, 2.0, 3.0], [2.0, 4.0, torch.nan]], device=DEVICE)
+    weights = torch.tensor([[1.0, 0.5, 1.0], [1.0, 0.25, 0.0]], device=DEVICE)
+    wanted = {
+        "token-mean": 8 / 3.75,
+        "sequence-mean-token-mean": (5 / 2.5 + 3 / 1.25) / 2,
+        "sequence-mean-token-sum": 8 / 2,
+    }
+    for aggregation, number in wanted.items():
+        result = ops.aggregate(values, aggregation, mask=weights, backend=backend)
+        assert result.item() == pytest.approx(number, rel=1e-6)
+
+
+@pytest.mark.parametrize("weight", [-0.5, torch.nan])
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_a_weight_below_0_is_not_lost(backend, weight):
+    weights = torch.tensor([[1.0, weight], [1.0, 1.0]], device=DEVICE)
+    for aggregation in AGGREGATIONS[:3]:
+        values = torch.ones(2, 2, device=DEVICE)
+        assert ops.aggregate(values, aggregation, mask=weights, backend=backend).isnan()
+
+
+@each_backend
+def test_weights_of_a_policy_loss_multiply_its_advantages(backend):
+    """What the docstring of `policy_loss` says of per-token weights."""
+    logp, old, advantages = torch.randn(3, 4, 50, device=DEVICE, dtype=torch.float64)
+    weights = torch.rand(4, 50, device=DEVICE) * (torch.rand(4, 50, device=DEVICE) < 0.7)
+    exact = logp.requires_grad_()
+    ratio = (exact - old).exp()
+    terms = -torch.min(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
+    wanted = reference.aggregate(terms, "token-mean", mask=weights)
+    (wanted_gradient,) = torch.autograd.grad(wanted, exact)
+    mine = logp.detach().float().requires_grad_()
+    loss, _ = ops.policy_loss(
+        mine, old.float(), advantages.float() * weights, "ppo", mask=weights > 0,
+        denominator=weights.sum(), backend=backend,
+    )  # fmt: skip
+    assert_close(loss, wanted, relative=SUM_RELATIVE, absolute=1e-5, what="loss")
+    (gradient,) = torch.autograd.grad(loss, mine)
+    assert_close(gradient, wanted_gradient, relative=1e-4, absolute=1e-7, what="gradient")
 
 
 @each_backend
@@ -128,7 +174,9 @@ X, CU = torch.zeros(2, 3), torch.tensor([0, 3], dtype=torch.int32)
         (X[0], {}, r"values must be \(B, T\), or \(N,\) together with cu_seqlens, got \(3,\)"),
         (X, {"cu_seqlens": CU}, r"with cu_seqlens values must be \(N,\), got \(2, 3\)"),
         (X.double(), {}, "values must be float32"),
-        (X, {"mask": X}, r"mask must be bool \| uint8, got float32"),
+        (X, {"mask": X.bfloat16()}, r"mask as weights must be float32, got bfloat16: pass mask.fl"),
+        (X, {"mask": X.long()}, r"mask must be bool \| uint8, got int64"),
+        (X, {"mask": X.clone().requires_grad_()}, r"pass mask.detach\(\)"),
         (X, {"aggregation": "mean"}, "aggregation must be one of token-mean"),
         (X, {"aggregation": AGGREGATIONS[-1]}, "needs denominator = sequences x a constant length"),
         (X, {"denominator": -1.0}, "denominator must be >= 0, got -1.0"),

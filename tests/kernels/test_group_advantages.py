@@ -4,13 +4,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.kernels.backends import BACKENDS, DEVICE, dtypes, each_backend, examples, strided
+from tests.oracles.group_advantages import leave_one_out_std
 from tests.tolerance import SUM_RELATIVE, assert_close
 from warpo.kernels import ops, reference
 
 
 @st.composite
 def cases(draw, backend: str):
-    """Rewards of equal or unequal groups: continuous, few-valued, all equal, far from zero."""
+    """Rewards of equal or unequal groups: continuous, few-valued, all equal, far from zero; NaN
+    where masked.
+    """
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     dtype = draw(st.sampled_from(dtypes(backend)))
     size = draw(st.sampled_from([1, 2, 3, 8, 70, 300]))
@@ -25,7 +28,7 @@ def cases(draw, backend: str):
     elif kind == "far":
         rewards = rewards + 100
     options = {
-        "std": draw(st.sampled_from(["none", "sample", "population"])),
+        "std": draw(st.sampled_from(["none", "sample", "population", "leave_one_out"])),
         "leave_one_out": draw(st.booleans()),
         "eps": draw(st.sampled_from([1e-6, 1e-4])),
     }
@@ -34,8 +37,12 @@ def cases(draw, backend: str):
         groups += draw(st.sampled_from([0, 2]))
         if groups:
             ids = torch.randint(0, groups, (count,), generator=generator).to(DEVICE)
+    mask = None
+    if draw(st.booleans()):
+        mask = torch.rand(count, generator=generator) < 0.7
+        rewards, mask = rewards.masked_fill(~mask, torch.nan), mask.to(DEVICE)
     rewards = strided(rewards.to(dtype), draw(st.sampled_from(["dense", "sliced"])))
-    return rewards, size, ids, groups, options
+    return rewards, size, ids, groups, mask, options
 
 
 @each_backend
@@ -43,13 +50,15 @@ def test_values_and_gradients_equal_float64(backend):
     @settings(max_examples=examples(backend, 200))
     @given(cases(backend))
     def check(case):
-        rewards, size, ids, groups, options = case
+        rewards, size, ids, groups, mask, options = case
         rewards = rewards.detach().requires_grad_()
         exact = rewards.detach().double().requires_grad_()
         where = {"group_size": size} if ids is None else {"group_ids": ids, "num_groups": groups}
-        result = ops.group_advantages(rewards, **where, **options, backend=backend)
+        result = ops.group_advantages(rewards, **where, mask=mask, **options, backend=backend)
         if ids is None:
             ids = torch.arange(rewards.numel(), device=DEVICE) // size
+        if mask is not None:
+            ids = torch.where(mask, ids, groups)
         wanted = reference.group_advantages(exact, ids, groups, **options)
         # rewards near 100 keep 1e-5 of their spread in float32
         for name, a, b in zip(("advantages", "mean", "std"), result, wanted, strict=False):
@@ -70,7 +79,7 @@ def test_values_and_gradients_equal_float64(backend):
 
 
 @each_backend
-@pytest.mark.parametrize("std", ["none", "sample", "population"])
+@pytest.mark.parametrize("std", ["none", "sample", "population", "leave_one_out"])
 @pytest.mark.parametrize("leave_one_out", [False, True])
 def test_groups_without_a_difference_are_exactly_zero_and_counted(backend, std, leave_one_out):
     # 0.1 summed seven times and divided by seven is not 0.1
@@ -89,6 +98,65 @@ def test_leave_one_out_is_the_mean_of_the_others(backend):
     result = ops.group_advantages(rewards, 4, std="none", leave_one_out=True, backend=backend)
     others = (rewards.sum() - rewards) / 3
     assert torch.allclose(result.advantages, rewards - others)
+
+
+@pytest.mark.parametrize("leave_one_out", [False, True])
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_leave_one_out_std_equals_the_oracle(backend, leave_one_out):
+    # of the first the others are equal, of the last few are an outlier's others; 0.35 is no float
+    groups = [[1.0, 0.0, 0.0, 0.0], [0.35] * 4, [0.35, 0.35, 0.35, 0.0], [1e4, 0.0, 0.1, 0.3]]
+    rewards = torch.tensor(groups, device=DEVICE)
+    result = ops.group_advantages(
+        rewards.flatten(), 4, std="leave_one_out", leave_one_out=leave_one_out, backend=backend
+    )
+    wanted = [leave_one_out_std(row.double().cpu().numpy(), leave_one_out) for row in rewards]
+    assert_close(
+        result.advantages, torch.tensor(wanted).flatten(), relative=SUM_RELATIVE, absolute=1e-7,
+        what="advantages",
+    )  # fmt: skip
+    if leave_one_out:
+        assert result.advantages[0] == 1 and result.advantages[11] == -rewards[2, 0]
+    assert torch.allclose(result.std, rewards.std(1))
+    # of two answers each has one other, which has no std
+    pair = ops.group_advantages(rewards[0, :2], 2, std="leave_one_out", backend=backend)
+    assert pair.advantages.tolist() == [0.5, -0.5]
+
+
+@pytest.mark.parametrize("std", ["none", "sample", "leave_one_out"])
+@pytest.mark.parametrize("by", ["mask", "mask of ids", "ids"])
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_an_excluded_answer_is_as_if_it_were_not_there(backend, by, std):
+    rewards = torch.tensor([1.0, 0.0, torch.nan, 3.0, 2.0, 2.0, torch.nan, -torch.inf, 5.0, 1.0])
+    counts = torch.tensor([1, 1, 0, 1, 1, 1, 0, 0, 1, 0], device=DEVICE, dtype=torch.uint8)
+    ids = torch.arange(10, device=DEVICE) // 5
+    rewards = rewards.to(DEVICE).requires_grad_()
+    where = {"group_size": 5, "mask": counts}
+    if by != "mask":
+        where = {"group_ids": ids, "num_groups": 2, "mask": counts.bool()}
+    if by == "ids":
+        outside = torch.tensor([-1, 2], device=DEVICE).repeat(5)
+        where = {"group_ids": torch.where(counts.bool(), ids, outside), "num_groups": 2}
+    options = {"std": std, "leave_one_out": True, "backend": backend}
+    result = ops.group_advantages(rewards, **where, **options)
+    kept = counts.bool()
+    alone = rewards.detach()[kept].requires_grad_()
+    wanted = ops.group_advantages(alone, group_ids=ids[kept], num_groups=2, **options)
+    assert torch.equal(result.advantages[kept], wanted.advantages)
+    assert (result.advantages[~kept] == 0).all()
+    assert torch.equal(result.mean, wanted.mean) and torch.equal(result.std, wanted.std)
+    assert result.num_degenerate == wanted.num_degenerate == 0
+    upstream = torch.linspace(-1, 1, 10, device=DEVICE)
+    result.advantages.backward(upstream)
+    wanted.advantages.backward(upstream[kept])
+    assert torch.equal(rewards.grad[kept], alone.grad) and (rewards.grad[~kept] == 0).all()
+
+
+@each_backend
+def test_a_group_without_an_answer_that_counts_is_not_degenerate(backend):
+    rewards = torch.tensor([torch.nan, torch.nan, 1.0, 1.0], device=DEVICE)
+    result = ops.group_advantages(rewards, 2, mask=~rewards.isnan(), backend=backend)
+    assert result.advantages.tolist() == [0.0] * 4 and result.num_degenerate == 1
+    assert result.mean.tolist() == [0.0, 1.0] and result.std.tolist() == [0.0, 0.0]
 
 
 @each_backend
@@ -174,11 +242,13 @@ R, IDS = torch.zeros(6), torch.zeros(6, dtype=torch.int64)
         (
             (R, 3),
             {"std": "unbiased"},
-            "std must be one of none, sample, population; got 'unbiased'",
+            "std must be one of none, sample, population, leave_one_out; got 'unbiased'",
         ),
         ((R, 3), {"eps": -1.0}, "eps must be >= 0"),
         ((R[None], 3), {}, r"rewards must be \(B,\), got \(1, 6\)"),
         ((R.long(), 3), {}, "rewards must be float32"),
+        ((R, 3), {"mask": R}, r"mask must be bool \| uint8, got float32: pass mask.bool\(\)"),
+        ((R, 3), {"mask": R[:3].bool()}, r"mask must be of shape \(6,\), got \(3,\)"),
     ],
 )
 def test_bad_arguments_are_named(arguments, options, message):

@@ -143,6 +143,7 @@ def test_process_supervision_is_grpo_with_an_advantage_a_token():
         ({"entropy_coef": -0.1}, "entropy_coef must be >= 0"),
         ({"correction": "clip"}, "correction must be one of none, truncate, mask"),
         ({"correction_level": "prefix"}, "correction_level must be one of token, sequence"),
+        ({"correction_nan": "drop"}, "correction_nan must be one of propagate, mask; got 'drop'"),
         ({"correction_low": -1.0}, "correction_low must be >= 0"),
         ({"correction_low": 3.0}, "correction_high must be >= 3, got 2.0"),
         ({"aggregation": "mean"}, "aggregation must be one of token-mean"),

@@ -73,7 +73,7 @@ def test_ties_follow_autograd(backend, advantage):
 
 
 @each_backend
-@pytest.mark.parametrize("difference", [1e-6, 1e-3, 0.49, 0.51, 5.0, 200.0, -200.0])
+@pytest.mark.parametrize("difference", [1e-6, 1e-3, 0.49, 0.51, 5.0, 200.0, -25.0, -1e9])
 def test_k3_of_tiny_and_huge_differences(backend, difference):
     objective = Objective(kl_coef=1.0, kl_estimator="k3")
     logp = torch.full((1, 1), -1.0, device=DEVICE, requires_grad=True)
@@ -83,9 +83,9 @@ def test_k3_of_tiny_and_huge_differences(backend, difference):
         ref_logprobs=ref, denominator=1.0, backend=backend,
     )  # fmt: skip
     loss.backward()
-    d = (ref.double() - logp.detach().double()).clamp(-20, 20)
+    d = (ref.double() - logp.detach().double()).clamp(max=20)
     assert_close(loss, (torch.expm1(d) - d).sum(), relative=3e-6, absolute=0, what="k3")
-    slope = -torch.expm1(d) if abs(difference) < 20 else torch.zeros_like(d)
+    slope = -torch.expm1(d) if difference < 20 else torch.zeros_like(d)
     assert_close(logp.grad, slope, relative=3e-6, absolute=0, what="gradient of k3")
 
 
@@ -98,6 +98,16 @@ def test_log_ratios_beyond_the_limit_have_no_gradient(backend):
     loss.backward()
     assert loss.isfinite() and metrics.isfinite().all()
     assert (logp.grad != 0).tolist() == [[False, True, False]]
+
+
+@each_backend
+def test_approx_kl_is_not_clamped_where_the_ratio_is_tiny(backend):
+    logp = torch.tensor([[-26.0, -1.0]], device=DEVICE)
+    _, metrics = ops.policy_loss(
+        logp, torch.full_like(logp, -1.0), torch.ones_like(logp), "ppo", backend=backend
+    )
+    assert metrics[ops.METRICS.index("approx_kl")].item() == pytest.approx(24.0, rel=1e-6)
+    assert metrics[ops.METRICS.index("log_ratio")].item() == -20.0
 
 
 @each_backend
@@ -118,6 +128,39 @@ def test_a_nan_that_is_not_masked_reaches_loss_and_gradient(
     )  # fmt: skip
     loss.backward()
     assert loss.isnan() and logp.grad[0, 1].isnan() and logp.grad[1].isfinite().all()
+
+
+@each_backend
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("row", ["grpo_tis", "grpo_mis", "grpo_icepop"])
+def test_a_nan_of_the_sampler_is_masked_on_request(backend, row, level):
+    objective = OBJECTIVES[row].replace(correction_level=level)
+    logp = torch.full((2, 3), -1.0, device=DEVICE, requires_grad=True)
+    sampler = torch.full((2, 3), -1.25, device=DEVICE)
+    sampler[0, 1] = torch.nan
+    tensors = (logp.detach() - 0.1, torch.tensor([1.0, -2.0], device=DEVICE))
+    options = {"ref_logprobs": logp.detach() - 0.5, "backend": backend}
+    loss, metrics = ops.policy_loss(logp, *tensors, objective, sampler_logprobs=sampler, **options)
+    assert loss.isnan()
+    loss, metrics = ops.policy_loss(
+        logp, *tensors, objective.replace(correction_nan="mask"), sampler_logprobs=sampler,
+        **options,
+    )  # fmt: skip
+    (gradient,) = torch.autograd.grad(loss, logp)
+    # the same without a correction, where the token has no advantage
+    known = ~sampler.isnan() if level == "token" else ~sampler.isnan().any(1, keepdim=True)
+    weights = torch.where(known, torch.exp(tensors[0] + 1.25), 0.0)
+    if level == "sequence":
+        weights = torch.where(known, torch.exp(3 * (tensors[0] + 1.25)), 0.0)
+    assert (weights < 2).all()
+    wanted, plain = ops.policy_loss(
+        logp, tensors[0], tensors[1][:, None] * weights, OBJECTIVES["grpo"], **options
+    )
+    (wanted_gradient,) = torch.autograd.grad(wanted, logp)
+    assert torch.allclose(loss, wanted) and torch.allclose(gradient, wanted_gradient)
+    assert metrics[ops.METRICS.index("tokens")] == 6
+    assert metrics[ops.METRICS.index("corrected")] == (~known).expand(2, 3).sum()
+    assert torch.allclose(metrics[ops.METRICS.index("kl")], plain[ops.METRICS.index("kl")])
 
 
 @each_backend

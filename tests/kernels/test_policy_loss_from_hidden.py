@@ -96,6 +96,9 @@ def test_loss_and_gradients_of_every_objective_equal_float64(backend):
         objective = ops.OBJECTIVES[name]
         if data.draw(choice):
             objective = objective.replace(entropy_coef=0.05)
+        if objective.correction != "none" and data.draw(choice):
+            objective = objective.replace(correction_nan="mask")
+            rest["sampler_logprobs"].view(-1)[::5] = torch.nan
         result = ops.policy_loss_from_hidden(
             leaves["hidden"], leaves["weight"], objective=objective, bias=leaves["bias"],
             softcap=softcap, denominator=17.0, workspace_bytes=3000,

@@ -141,6 +141,21 @@ def arguments(rows: int = 3, steps: int = 4, vocab: int = 50) -> dict:
     }  # fmt: skip
 
 
+@each_backend
+def test_far_above_the_reference_and_without_a_logprob_of_the_sampler(backend):
+    given = arguments()
+    given["ref_logprobs"] -= 25
+    given["sampler_logprobs"][0, 1] = torch.nan
+    objective = OBJECTIVES["grpo_icepop"].replace(correction_nan="mask")
+    result, gradient = run(backend, objective, **given)
+    logits, denominator = given.pop("logits"), given.pop("denominator")
+    tokens = given | {"temperature": 1.0}
+    _, loss, metrics, wanted, _, _ = expected(logits, tokens, objective, denominator)
+    assert_close(result.loss, loss, relative=SUM_RELATIVE, absolute=1e-6, what="loss")
+    assert_close(result.metrics, metrics, relative=SUM_RELATIVE, absolute=1e-5, what="metrics")
+    assert_close(gradient, wanted, relative=1e-4, absolute=1e-6, what="gradient")
+
+
 def run(backend, objective, *, inplace=False, factor=1.0, **given):
     """Result, and the gradient of the logits."""
     leaf = given.pop("logits").clone().requires_grad_()

@@ -142,15 +142,26 @@ def test_a_nan_stays_in_its_group(backend):
     assert advantages[2:].isfinite().all()
 
 
-@each_backend
-def test_an_id_out_of_range_belongs_to_no_group(backend):
-    rewards = torch.tensor([1.0, 0.0, 9.0, 9.0], device=DEVICE)
-    offsets, ends = torch.arange(5, device=DEVICE), torch.ones(4, dtype=torch.int64, device=DEVICE)
-    ids = torch.tensor([0, 0, 5, -1], device=DEVICE)
-    result = ops.process_advantages(
-        rewards, offsets, ends, 3, group_ids=ids, num_groups=2, backend=backend
-    )
-    assert (result.advantages[2:] == 0).all() and result.mean.tolist() == [0.5, 0.0]
+@pytest.mark.parametrize("by", ["ids", "mask", "mask of ids"])
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_an_excluded_output_is_as_if_it_were_not_there(backend, by):
+    rewards = torch.tensor([1.0, torch.nan, torch.inf, 0.0, torch.nan, 5.0], device=DEVICE)
+    offsets = torch.tensor([0, 1, 3, 4, 5, 6, 6], device=DEVICE)
+    ends = torch.ones(6, dtype=torch.int64, device=DEVICE)
+    counts = torch.tensor([1, 0, 1, 0, 0, 0], device=DEVICE).bool()
+    ids = torch.tensor([0, 0, 0, 1, 1, 1], device=DEVICE)
+    where = {"group_size": 3, "mask": counts}
+    if by == "mask of ids":
+        where = {"group_ids": ids, "num_groups": 2, "mask": counts.to(torch.uint8)}
+    if by == "ids":
+        outside = torch.tensor([-1, 2], device=DEVICE).repeat(3)
+        where = {"group_ids": torch.where(counts, ids, outside), "num_groups": 2}
+    result = ops.process_advantages(rewards, offsets, ends, 3, **where, backend=backend)
+    assert (result.advantages[~counts] == 0).all() and result.mean.tolist() == [0.5, 0.0]
+    assert torch.allclose(result.std, torch.tensor([0.5**0.5, 0.0], device=DEVICE))
+    wanted = torch.tensor([0.5**0.5] * 2 + [0.0], device=DEVICE)
+    assert torch.allclose(result.advantages[0], wanted)
+    assert torch.allclose(result.advantages[2], -wanted)
     assert int(result.num_degenerate) == 0
 
 
@@ -228,7 +239,8 @@ def test_compiles_without_a_graph_break(backend):
             {"group_size": None, "group_ids": torch.zeros(2, dtype=torch.int64)},
             "group_ids needs num_groups >= 0, got None",
         ),
-        ({"std": "unbiased"}, "std must be one of none, sample, population; got 'unbiased'"),
+        ({"std": "leave_one_out"}, "std must be one of none, sample, population; got 'leave_one"),
+        ({"mask": torch.ones(3).bool()}, r"mask must be of shape \(2,\), got \(3,\)"),
         ({"eps": -1.0}, "eps must be >= 0"),
     ],
 )

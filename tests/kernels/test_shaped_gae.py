@@ -99,6 +99,19 @@ def test_the_reward_of_a_response_is_on_its_last_valid_token(backend):
 
 
 @each_backend
+@pytest.mark.parametrize("steps", [3, 40])
+def test_k3_far_above_the_reference_is_not_clamped(backend, steps):
+    logp = torch.full((2, steps), -1.0, device=DEVICE)
+    for difference, kl in ((-25.0, 24.0), (-100.0, 99.0)):
+        rewards = ops.shaped_gae(
+            logp, logp + difference, torch.zeros_like(logp), rewards=torch.zeros_like(logp),
+            gamma=1.0, gae_lambda=1.0, kl_coef=0.5, kl_estimator="k3", return_rewards=True,
+            backend=backend,
+        ).rewards  # fmt: skip
+        assert torch.allclose(rewards, torch.full_like(logp, -0.5 * kl))
+
+
+@each_backend
 def test_shaped_rewards_are_given_on_request_alone(backend):
     tensors = torch.randn(4, 3, 40, device=DEVICE)
     options = {"gamma": 1.0, "gae_lambda": 0.9, "kl_coef": 0.1, "backend": backend}

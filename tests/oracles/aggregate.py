@@ -12,15 +12,17 @@ def aggregate(
     aggregation: str,
     denominator: float | None,
 ) -> tuple[float, list[np.ndarray]]:
-    """The number, and the weight of each token in it: its gradient."""
+    """The number, and the weight of each token in it: its gradient. A mask is of 0 and 1, or of
+    weights.
+    """
     if denominator is None:
-        tokens = sum(int(mask.sum()) for mask in masks)
+        tokens = sum(mask.sum() for mask in masks)
         denominator = tokens if aggregation == "token-mean" else len(values)
     total, weights = 0.0, []
     for x, mask in zip(values, masks, strict=True):
         own = np.zeros(len(x))
         for t in np.flatnonzero(mask):
-            own[t] = 1 / denominator if denominator else 0.0
+            own[t] = mask[t] / denominator if denominator else 0.0
             if aggregation == "sequence-mean-token-mean":
                 own[t] /= mask.sum()
             total += own[t] * x[t]

@@ -20,3 +20,16 @@ def group_advantages(rewards, group_ids, *, std="sample", leave_one_out=False, e
         scale = 1.0 if std == "none" else members.std(ddof=1 if std == "sample" else 0) + eps
         advantages[i] = (reward - baseline) / scale
     return advantages
+
+
+def leave_one_out_std(rewards: np.ndarray, leave_one_out_mean: bool) -> list[float]:
+    """r less the mean of the group or of the others, over the sample std of the others; not
+    divided where that is 0 or there is one other.
+    """
+    advantages = []
+    for i, reward in enumerate(rewards):
+        others = np.delete(rewards, i)
+        centred = reward - (others if leave_one_out_mean else rewards).mean()
+        equal = len(others) < 2 or (others == others[0]).all()
+        advantages.append(centred if equal else centred / (others.std(ddof=1) + 1e-6))
+    return advantages

@@ -12,13 +12,15 @@ Launch = tuple[str, Callable[[], None]]
 
 def aggregate(
     dtype: torch.dtype, packed: bool, masked: bool, aggregation: int, given: bool = False,
-    rows: int = 4, steps: int = 100, number: float = -1.0,
+    rows: int = 4, steps: int = 100, number: float = -1.0, weighted: bool = False,
 ) -> None:  # fmt: skip
     from warpo.kernels import _triton
 
     values = torch.empty(steps if packed else (rows, steps), dtype=dtype)
     cu_seqlens = torch.zeros(rows + 1, dtype=torch.int32) if packed else None
     mask, weights, scalar = flags(values, masked), torch.empty(rows + 2 * 512), torch.empty(())
+    if weighted:
+        mask = torch.empty(values.shape)
     _triton.aggregate_forward(
         rows, steps, cu_seqlens, values, mask, aggregation, scalar if given else None, number,
         weights, scalar,
@@ -33,6 +35,7 @@ def configurations(all_of_them: bool) -> Iterator[Launch]:
     if all_of_them:
         yield "mean mask", partial(aggregate, torch.bfloat16, False, True, 1)
         yield "parts", partial(aggregate, torch.bfloat16, False, True, 1, False, 2, 2000)
+        yield "weights", partial(aggregate, torch.bfloat16, True, False, 1, weighted=True)
         yield "sum given", partial(aggregate, torch.bfloat16, False, False, 2, True)
 
 

@@ -30,7 +30,7 @@ def group_advantages(std: int, leave_one_out: bool, by_id: bool, groups: int = 4
 
 
 def configurations(all_of_them: bool) -> Iterator[Launch]:
-    for std in range(3) if all_of_them else (1,):
+    for std in range(4) if all_of_them else (1,):
         by_id = std == 1
         yield f"std {std}{' by id' * by_id}", partial(group_advantages, std, by_id, by_id)
 

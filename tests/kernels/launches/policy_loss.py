@@ -47,6 +47,7 @@ def configurations(all_of_them: bool) -> Iterator[Launch]:
         cases |= {
             "token dual clip k1 mean mask": (f32, True, True, TOKEN, DUAL_CLIP, 1),
             "token mask k2 truncate all": (bf16, False, True, TOKEN, MASK, 2, 1, False, True),
+            "token clip mask nan": (f32, False, False, TOKEN, CLIP, 0, 4),
             "token none packed": (bf16, True, False, TOKEN, NONE, 0),
             "token reinforce": (f32, False, False, TOKEN, REINFORCE, 0),
             "token soft gate sequence truncate": (
