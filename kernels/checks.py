@@ -1,14 +1,25 @@
-"""Checks of arguments that all operations share. Each error names the argument, what is wanted and
-what came.
+"""Checks of arguments that all operations share. Each error names the argument, what is wanted, what
+came and the cure.
 """
 
 from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.compiler import is_dynamo_compiling
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 FLAGS = (torch.bool, torch.uint8)
+_PLAIN = (Tensor, nn.Parameter)
+_CASTS = {
+    torch.float32: "float",
+    torch.bool: "bool",
+    torch.int32: "int",
+    torch.int64: "long",
+}
 
 
 def _names(dtypes: Sequence[torch.dtype]) -> str:
@@ -22,12 +33,13 @@ def check_tensor(
     shape: tuple[int, ...] | None = None,
     like: Tensor | None = None,
 ) -> None:
-    """dtype, shape and device of one argument; a sharded tensor is refused with the way to gather
-    it.
+    """Refuse an argument of another dtype, shape or device, or whose memory is not what pointer and
+    strides say; the message names the cure.
     """
     if (
-        type(tensor) is Tensor
+        type(tensor) in _PLAIN
         and tensor.dtype in dtypes
+        and (is_dynamo_compiling() or is_readable(tensor))
         and (shape is None or tensor.shape == shape)
         and (like is None or tensor.is_cpu and like.is_cpu or tensor.device == like.device)
         and not hasattr(tensor, "ds_id")
@@ -35,24 +47,113 @@ def check_tensor(
         return
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
-    if type(tensor).__name__ == "DTensor":
+    _check_memory(name, tensor)
+    if tensor.dtype not in dtypes:
         raise ValueError(
-            f"{name} is a DTensor, of which a kernel sees only the local shard: "
-            f"pass {name}.full_tensor()"
+            f"{name} must be {_names(dtypes)}, got {_names([tensor.dtype])}: "
+            f"pass {name}.{_CASTS[dtypes[0]]}()"
         )
+    if shape is not None and tensor.shape != shape:
+        raise ValueError(
+            f"{name} must be of shape {tuple(shape)}, got {tuple(tensor.shape)}"
+            f"{_reshape(name, tuple(tensor.shape), tuple(shape))}"
+        )
+    if like is not None and tensor.device != like.device:
+        raise ValueError(
+            f"{name} is on {tensor.device}, the other arguments on {like.device}: move it"
+        )
+
+
+def is_readable(tensor: Tensor) -> bool:
+    """Whether a plain tensor lies where its pointer and strides say; in doubt False, as within a
+    transform of torch.func.
+    """
+    if tensor.is_neg() or tensor.is_nested:
+        return False
+    try:
+        return tensor.data_ptr() != 0 or tensor.numel() == 0
+    except RuntimeError:  # a layout or a wrapper without one pointer
+        return False
+
+
+def _reshape(name: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> str:
+    """The cure of a shape that differs by dimensions of size 1 only."""
+    if [size for size in shape if size != 1] == [size for size in wanted if size != 1]:
+        return f": pass {name}.reshape{wanted}"
+    return ""
+
+
+def _check_memory(name: str, tensor: Tensor) -> None:
+    def refuse(what: str, cure: str) -> NoReturn:
+        raise ValueError(f"{name} {what}: pass {cure}")
+
+    kind = type(tensor)
+    if kind.__name__ == "DTensor":
+        refuse("is a DTensor, of which a kernel sees the local shard only", f"{name}.full_tensor()")
     if tensor.numel() == 0 and hasattr(tensor, "ds_id"):
         raise ValueError(
             f"{name} is an empty ZeRO-3 shard: "
             f"call within deepspeed.zero.GatheredParameters([{name}])"
         )
-    if tensor.dtype not in dtypes:
-        raise ValueError(f"{name} must be {_names(dtypes)}, got {_names([tensor.dtype])}")
-    if shape is not None and tensor.shape != shape:
-        raise ValueError(f"{name} must be of shape {tuple(shape)}, got {tuple(tensor.shape)}")
-    if like is not None and tensor.device != like.device:
-        raise ValueError(
-            f"{name} is on {tensor.device}, the other arguments on {like.device}: move it"
+    if isinstance(tensor, (FakeTensor, FunctionalTensor)) or is_dynamo_compiling():
+        return
+    if tensor.is_nested:
+        refuse("is a nested tensor", f"{name}.to_padded_tensor(0.0) and a mask, or cu_seqlens")
+    if tensor.layout is not torch.strided:
+        refuse(f"is of layout {_names([tensor.layout])}", f"{name}.to_dense()")
+    if kind not in _PLAIN and "__torch_dispatch__" in _overridden(kind):
+        refuse(
+            f"is a {kind.__name__}, which keeps its numbers in tensors of its own",
+            f"the plain tensor of {name}",
         )
+    if tensor.is_quantized:
+        refuse("is quantized", f"{name}.dequantize()")
+    if tensor.is_neg():
+        refuse("has the negative bit set", f"{name}.resolve_neg()")
+    if tensor._is_zerotensor():
+        refuse("is zeros without memory (torch._efficientzerotensor)", f"{name}.clone()")
+    if tensor.is_meta:
+        refuse("is on the meta device, which holds no numbers", "one on cpu or cuda")
+    if torch._C._are_functorch_transforms_active():
+        return  # the operator refuses it, the backend 'reference' need not
+    if tensor.numel() and tensor.data_ptr() == 0:
+        refuse(
+            "has no memory: its storage was resized to 0, as FSDP does between uses",
+            f"{name} while it is gathered, within the module's forward or summon_full_params",
+        )
+
+
+def _overridden(kind: type) -> set[str]:
+    """Names of what a subclass of Tensor defines anew."""
+    own = kind.__mro__[: kind.__mro__.index(Tensor)]
+    return {name for base in own for name in vars(base)}
+
+
+def as_plain(gradient: Tensor | None) -> Tensor | None:
+    """An upstream gradient as memory that a kernel reads: autograd may hand over zeros without
+    memory, the negative bit or a sparse layout, which the caller has no hand in.
+    """
+    if gradient is None or type(gradient) is not Tensor or is_dynamo_compiling():
+        return gradient
+    if is_readable(gradient):
+        return gradient
+    if gradient.layout is not torch.strided:
+        gradient = gradient.to_dense()
+    return gradient.resolve_neg().clone()
+
+
+def as_int64(
+    name: str, tensor: Tensor, shape: tuple[int, ...] | None = None, like: Tensor | None = None
+) -> Tensor:
+    """Checked indices; int32 is converted, which takes 8 bytes an element."""
+    check_tensor(name, tensor, (torch.int64, torch.int32), shape, like)
+    return tensor if tensor.dtype == torch.int64 else tensor.long()
+
+
+def check_number(name: str, value: Any) -> None:
+    """An option that the host reads must be a number: to read a tensor would stop it."""
+    if isinstance(value, Tensor):
+        raise ValueError(f"{name} must be a number, got a Tensor: pass {name}.item()")
 
 
 def check_mask(name: str, mask: Tensor | None, shape: tuple[int, ...], like: Tensor) -> None:

@@ -30,7 +30,7 @@ from warpo.kernels.checks import (
     check_tensor,
     check_unspent,
 )
-from warpo.kernels.registration import Operator
+from warpo.kernels.registration import Operator, check_first_order
 from warpo.kernels.vocab_parallel import VocabParallelLogprobs, check_group
 
 # Up to so many tokens, a vocabulary past one block is given to several: fewer rows than twice the
@@ -288,6 +288,7 @@ def _differentiate(ctx, grad_logprobs, grad_entropy, _grad_stats):
                 *logits.shape, *arguments, None, entropy, stats, None, grad_logprobs, grad_entropy,
                 grad_logits,
             )  # fmt: skip
+            torch.autograd.graph.increment_version(grad_logits)
     else:
         grad_logits = _backward_operator(
             *arguments, entropy, stats, grad_logprobs, grad_entropy, ctx.backend
@@ -295,4 +296,23 @@ def _differentiate(ctx, grad_logprobs, grad_entropy, _grad_stats):
     return (grad_logits, *(None,) * 8)
 
 
-_operator = Operator("logprobs", _forward, _fake_forward, _save, _differentiate)
+def _differentiate_again(ctx, grad_logprobs, grad_entropy, _grad_stats):
+    """The gradient through the reference, which autograd differentiates to any order."""
+    if ctx.inplace:
+        check_first_order("logprobs with inplace_backward=True")
+    logits, targets, token_temperature, mask, entropy, _ = ctx.saved_tensors
+    temperature = ctx.temperature if token_temperature is None else token_temperature
+    results = reference.logprobs(logits.float(), targets, temperature, mask, ctx.ignore_index)
+    gradients = (grad_logprobs, None if entropy is None else grad_entropy)
+    given = [(x, g) for x, g in zip(results, gradients, strict=True) if g is not None]
+    grad_logits = None
+    if given:
+        chosen, upstream = zip(*given, strict=True)
+        (grad_logits,) = torch.autograd.grad(chosen, logits, upstream, create_graph=True)
+    return (grad_logits, *(None,) * 8)
+
+
+_operator = Operator(
+    "logprobs", _forward, _fake_forward, _save, _differentiate,
+    differentiate_again=_differentiate_again,
+)  # fmt: skip

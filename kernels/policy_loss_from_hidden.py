@@ -309,6 +309,7 @@ def _differentiate_eager(ctx, grad_loss, *_):
         if gradient.numel():
             rows = gradient.view(1, -1, gradient.shape[-1])
             kernels.scale_gradient(*rows.shape, rows, grad_loss)
+            torch.autograd.graph.increment_version(gradient)
     return tuple(
         gradient if want else None for gradient, want in zip(gradients, ctx.wanted, strict=True)
     )

@@ -266,6 +266,8 @@ def _forward(
             kl_straight_through, kl_coef, adaptive_kl_coef, entropy_coef, log_ratio_limit,
             denominator, logits if inplace else gradient,
         )  # fmt: skip
+    if inplace:
+        torch.autograd.graph.increment_version(logits)
     mine = logp.view(valid.shape)
     loss, metrics, _ = launch_policy_loss(
         mine, entropy.view(valid.shape), mine if old_logprobs is None else old_logprobs, advantages,
@@ -322,6 +324,7 @@ def _differentiate_eager(ctx, grad_loss, *_):
     gradient = ctx.saved_tensors[0].detach()
     if gradient.numel():
         dispatch.load(ctx.backend).scale_gradient(*gradient.shape, gradient, grad_loss)
+        torch.autograd.graph.increment_version(gradient)
     return (gradient,)
 
 

@@ -31,5 +31,6 @@ def logprobs(
     logp = (chosen - log_total).clamp(max=0)
     finite = torch.where(z == -torch.inf, 0, z)
     entropy = log_total - (torch.softmax(z, -1) * finite).sum(-1)
-    poisoned = torch.where(inside, 0.0, torch.nan).to(z.dtype)
-    return torch.where(valid, logp + poisoned, 0), torch.where(valid, entropy + poisoned, 0)
+    # a factor, which poisons the gradient too
+    poison = torch.where(inside, 1.0, torch.nan).to(z.dtype)
+    return torch.where(valid, logp * poison, 0), torch.where(valid, entropy * poison, 0)
