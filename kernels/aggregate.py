@@ -75,7 +75,7 @@ def aggregate(
             raise ValueError(f"denominator must be >= 0, got {denominator}")
         number, denominator = float(denominator), None
     elif denominator is not None:
-        as_denominator(denominator, values)
+        denominator = as_denominator(denominator, values)
     name = dispatch.choose(values, backend)
     if name == "reference":
         return reference.aggregate(

@@ -1,7 +1,8 @@
-"""Checks of arguments that all operations share. Each error names the argument, what is wanted, what
-came and the cure.
+"""Checks of arguments that all operations share. Each error names the argument, what is wanted,
+what came and the cure.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -79,7 +80,11 @@ def is_readable(tensor: Tensor) -> bool:
 def _reshape(name: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> str:
     """The cure of a shape that differs by dimensions of size 1 only."""
     if [size for size in shape if size != 1] == [size for size in wanted if size != 1]:
-        return f": pass {name}.reshape{wanted}"
+        return f": pass {name}.reshape({wanted})"
+    if len(shape) <= len(wanted) and all(
+        a in (1, b) for a, b in zip(shape[::-1], wanted[::-1], strict=False)
+    ):
+        return f": pass {name}.expand({wanted})"
     return ""
 
 
@@ -148,6 +153,27 @@ def as_int64(
     """Checked indices; int32 is converted, which takes 8 bytes an element."""
     check_tensor(name, tensor, (torch.int64, torch.int32), shape, like)
     return tensor if tensor.dtype == torch.int64 else tensor.long()
+
+
+def as_temperature(
+    temperature: float | Tensor, shape: tuple[int, ...], like: Tensor
+) -> float | Tensor:
+    """A checked number, or one a token: of a scalar tensor the same for each, without a copy. What
+    is on the device is not looked at: a kernel poisons the tokens whose temperature is not
+    finite and > 0.
+    """
+    if isinstance(temperature, Tensor):
+        if temperature.dim() == 0:
+            check_tensor("temperature", temperature, (torch.float32,), (), like)
+            temperature = temperature.expand(shape)
+        else:
+            check_tensor("temperature", temperature, (torch.float32,), shape, like)
+        check_no_grad("temperature", temperature)
+    elif not 0 < temperature < math.inf:
+        raise ValueError(
+            f"temperature must be finite and > 0, got {temperature}: greedy choice has no logprobs"
+        )
+    return temperature
 
 
 def check_number(name: str, value: Any) -> None:

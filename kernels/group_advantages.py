@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from warpo.kernels import dispatch, reference
-from warpo.kernels.checks import FLOATS, check_tensor
+from warpo.kernels.checks import FLOATS, as_int64, check_number, check_tensor
 from warpo.kernels.registration import Operator
 
 STD_MODES = ("none", "sample", "population")
@@ -78,7 +78,7 @@ def group_advantages(
         )
     order = offsets = None
     if group_ids is not None:
-        ordered_ids, order = group_ids.sort(stable=True)
+        ordered_ids, order = group_ids.long().sort(stable=True)
         bounds = torch.arange(groups + 1, device=rewards.device)
         offsets = torch.searchsorted(ordered_ids, bounds)
     return GroupAdvantages(
@@ -109,10 +109,11 @@ def _check(
         raise ValueError(f"rewards must be (B,), got {tuple(rewards.shape)}")
     if std not in STD_MODES:
         raise ValueError(f"std must be one of {', '.join(STD_MODES)}; got {std!r}")
+    check_number("eps", eps)
     if not eps >= 0:
         raise ValueError(f"eps must be >= 0, got {eps}")
     if group_ids is not None and group_size is None:
-        check_tensor("group_ids", group_ids, (torch.int64,), rewards.shape, rewards)
+        as_int64("group_ids", group_ids, rewards.shape, rewards)
         if num_groups is None or num_groups < 0:
             raise ValueError(f"group_ids needs num_groups >= 0, got {num_groups}")
         return num_groups

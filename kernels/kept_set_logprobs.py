@@ -66,7 +66,8 @@ def kept_set_logprobs(
     backward, 4 bytes a kept id, and for the gradients of weight and bias 40 bytes a kept id and 8
     an id of the vocabulary.
     """
-    rows = _check(hidden, weight, bias, targets, kept_ids, kept_offsets, temperature)
+    _, targets, temperature = check_head(hidden, weight, bias, targets, temperature, None, None)
+    _check_kept(hidden, kept_ids, kept_offsets)
     name = dispatch.choose(hidden, backend)
     if name == "reference":
         return reference.kept_set_logprobs(
@@ -76,20 +77,11 @@ def kept_set_logprobs(
     token_temperature = None
     if isinstance(temperature, Tensor):
         token_temperature, temperature = temperature, 1.0
-    arguments = (rows, weight, bias, targets, kept_ids, kept_offsets)
+    arguments = (hidden, weight, bias, targets, kept_ids, kept_offsets)
     return _operator(*arguments, temperature, token_temperature, name)[0]
 
 
-def _check(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    kept_ids: Tensor,
-    kept_offsets: Tensor,
-    temperature: float | Tensor,
-) -> Tensor:
-    check_head(hidden, weight, bias, targets, temperature, None, None)
+def _check_kept(hidden: Tensor, kept_ids: Tensor, kept_offsets: Tensor) -> None:
     if hidden.dim() != 2:
         raise ValueError(f"hidden must be (N, H), got {tuple(hidden.shape)}")
     check_tensor("kept_ids", kept_ids, INTEGERS, like=hidden)
@@ -101,7 +93,6 @@ def _check(
             raise ValueError(
                 f"{name} must be dense, got strides {tensor.stride()}: pass {name}.contiguous()"
             )
-    return hidden
 
 
 def _forward(

@@ -17,7 +17,14 @@ import torch
 from torch import Tensor
 
 from warpo.kernels import dispatch, reference
-from warpo.kernels.checks import FLOATS, as_rows, check_mask, check_no_grad, check_tensor
+from warpo.kernels.checks import (
+    FLOATS,
+    as_rows,
+    check_mask,
+    check_no_grad,
+    check_number,
+    check_tensor,
+)
 from warpo.kernels.registration import Operator
 from warpo.kernels.sequences import as_denominator, check_sequences, spread_packed
 
@@ -86,6 +93,7 @@ def kto_loss(
         ("desirable_weight", desirable_weight),
         ("undesirable_weight", undesirable_weight),
     ):
+        check_number(option, value)
         if not value >= 0:
             raise ValueError(f"{option} must be >= 0, got {value}")
     if isinstance(kl, Tensor):

@@ -134,7 +134,9 @@ def _run(
     group: ProcessGroup | None,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    rows = check_head(hidden, weight, bias, targets, temperature, mask, softcap)
+    rows, targets, temperature = check_head(
+        hidden, weight, bias, targets, temperature, mask, softcap
+    )
     chunking = check_chunking(hidden, num_valid, workspace_bytes, logits_dtype)
     name = dispatch.choose(hidden, backend)
     if name == "reference":

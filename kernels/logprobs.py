@@ -24,9 +24,10 @@ from torch.distributed import ProcessGroup
 from warpo.kernels import dispatch, reference
 from warpo.kernels.checks import (
     FLOATS,
+    as_int64,
     as_rows,
+    as_temperature,
     check_mask,
-    check_no_grad,
     check_tensor,
     check_unspent,
 )
@@ -123,7 +124,7 @@ def _run(
     process_group: ProcessGroup | None,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    shape = check_logits(logits, targets, temperature, mask)
+    shape, targets, temperature = check_logits(logits, targets, temperature, mask)
     name = dispatch.choose(logits, backend)
     if name == "reference":
         if inplace_backward or process_group is not None:
@@ -152,7 +153,8 @@ def _run(
 
 def check_logits(
     logits: Tensor, targets: Tensor, temperature: float | Tensor, mask: Tensor | None
-) -> torch.Size:
+) -> tuple[torch.Size, Tensor, float | Tensor]:
+    """Shape of a result, and targets and temperature as the kernels take them."""
     check_tensor("logits", logits, FLOATS)
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits must be (..., V) with V >= 1, got {tuple(logits.shape)}")
@@ -162,16 +164,9 @@ def check_logits(
             "pass logits.contiguous()"
         )
     shape = logits.shape[:-1]
-    check_tensor("targets", targets, (torch.int64,), shape, logits)
+    targets = as_int64("targets", targets, shape, logits)
     check_mask("mask", mask, shape, logits)
-    if isinstance(temperature, Tensor):
-        check_tensor("temperature", temperature, (torch.float32,), shape, logits)
-        check_no_grad("temperature", temperature)
-    elif not temperature > 0:
-        raise ValueError(
-            f"temperature must be > 0, got {temperature}: greedy choice has no logprobs"
-        )
-    return shape
+    return shape, targets, as_temperature(temperature, shape, logits)
 
 
 def check_inplace(logits: Tensor) -> None:

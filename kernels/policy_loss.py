@@ -189,10 +189,15 @@ def check_tokens(
     if advantages.shape != shape and advantages.shape != (num_sequences,):
         raise ValueError(
             f"advantages must be one a token, {tuple(shape)}, or one a sequence, "
-            f"({num_sequences},), got {tuple(advantages.shape)}"
+            f"({num_sequences},), got {tuple(advantages.shape)}{_one_a_sequence(advantages)}"
         )
     check_mask("mask", mask, shape, logprobs)
     return num_sequences
+
+
+def _one_a_sequence(advantages: Tensor) -> str:
+    column = advantages.dim() == 2 and advantages.shape[1] == 1
+    return ": pass advantages.squeeze(1)" if column else ""
 
 
 def kl_term(

@@ -94,7 +94,9 @@ def policy_loss_from_hidden(
     gradients.
     """
     objective = get_objective(objective)
-    rows = check_head(hidden, weight, bias, targets, temperature, mask, softcap)
+    rows, targets, temperature = check_head(
+        hidden, weight, bias, targets, temperature, mask, softcap
+    )
     chunking = check_chunking(hidden, num_valid, workspace_bytes, logits_dtype)
     stand_in = hidden.new_empty((), dtype=torch.float32).expand(targets.shape)
     num_sequences = check_tokens(

@@ -102,7 +102,7 @@ def policy_loss_from_logits(
     a token for results, and what `policy_loss` takes.
     """
     objective = get_objective(objective)
-    shape = check_logits(logits, targets, temperature, mask)
+    shape, targets, temperature = check_logits(logits, targets, temperature, mask)
     if len(shape) != (2 if cu_seqlens is None else 1):
         raise ValueError(
             "logits must be (B, T, V), or (N, V) together with cu_seqlens, "

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from warpo.kernels import dispatch, reference
-from warpo.kernels.checks import FLOATS, check_no_grad, check_tensor
+from warpo.kernels.checks import FLOATS, as_int64, check_no_grad, check_number, check_tensor
 from warpo.kernels.group_advantages import STD_MODES
 from warpo.kernels.registration import Operator
 
@@ -90,9 +90,9 @@ def process_advantages(
         )  # fmt: skip
     order = offsets = None
     if group_ids is not None:
+        group_ids = group_ids.long().contiguous()
         ordered_ids, order = group_ids.sort(stable=True)
         offsets = torch.searchsorted(ordered_ids, torch.arange(groups + 1, device=order.device))
-        group_ids = group_ids.contiguous()
     return ProcessAdvantages(
         *_operator(
             step_rewards, step_offsets, step_ends, num_tokens, cu_seqlens, group_size or 0, groups,
@@ -126,6 +126,7 @@ def _check(
             raise ValueError("cu_seqlens must be dense: pass cu_seqlens.contiguous()")
     if std not in STD_MODES:
         raise ValueError(f"std must be one of {', '.join(STD_MODES)}; got {std!r}")
+    check_number("eps", eps)
     if not eps >= 0:
         raise ValueError(f"eps must be >= 0, got {eps}")
 
@@ -138,7 +139,7 @@ def _count_groups(
     like: Tensor,
 ) -> int:
     if group_ids is not None and group_size is None:
-        check_tensor("group_ids", group_ids, (torch.int64,), (num_outputs,), like)
+        as_int64("group_ids", group_ids, (num_outputs,), like)
         if num_groups is None or num_groups < 0:
             raise ValueError(f"group_ids needs num_groups >= 0, got {num_groups}")
         return num_groups

@@ -18,7 +18,14 @@ import torch
 from torch import Tensor
 
 from warpo.kernels import dispatch, reference
-from warpo.kernels.checks import FLOATS, check_mask, check_no_grad, check_tensor
+from warpo.kernels.checks import (
+    FLOATS,
+    as_int64,
+    check_mask,
+    check_no_grad,
+    check_number,
+    check_tensor,
+)
 from warpo.kernels.registration import Operator
 from warpo.kernels.sequences import as_denominator, merge_moments
 
@@ -125,7 +132,7 @@ def ranking_loss(
     check_tensor("scores", scores, FLOATS)
     if scores.dim() != 1:
         raise ValueError(f"scores must be (N,), got {tuple(scores.shape)}")
-    check_tensor("ranks", ranks, (torch.int64,), scores.shape, scores)
+    ranks = as_int64("ranks", ranks, scores.shape, scores)
     check_tensor("cu_groups", cu_groups, (torch.int32,), like=scores)
     if cu_groups.dim() != 1 or cu_groups.numel() == 0 or not cu_groups.is_contiguous():
         raise ValueError(f"cu_groups must be a dense (G + 1,), got {tuple(cu_groups.shape)}")
@@ -180,6 +187,7 @@ def _check_options(
     denominator: float | Tensor | None,
 ) -> Tensor:
     check_mask("mask", mask, scores.shape, scores)
+    check_number("centering_coef", centering_coef)
     if not centering_coef >= 0:
         raise ValueError(f"centering_coef must be >= 0, got {centering_coef}")
     if denominator is not None:

@@ -352,7 +352,8 @@ __global__ __launch_bounds__(kReduceThreads) void reduce_kernel(const PolicyLoss
         const float kl_coef = a.adaptive_kl_coef ? *a.adaptive_kl_coef : a.kl_coef;
         float loss = totals[kPolicyLoss];
         if (a.kl != kNoKl) loss = fmaf(kl_coef, totals[kKlLoss], loss);
-        if (a.entropy.data) loss = fmaf(-a.entropy_coef, totals[kEntropyLoss], loss);
+        if (a.entropy.data && a.entropy_coef != 0.0f)
+            loss = fmaf(-a.entropy_coef, totals[kEntropyLoss], loss);
         *a.loss = loss;
     }
 }

@@ -331,7 +331,8 @@ def _reduce_kernel(
     if adaptive_kl_coef_ptr is not None:
         kl_coef = tl.load(adaptive_kl_coef_ptr)
     share = tl.where(metric == 0, 1.0, tl.where(metric == 1, kl_coef, -entropy_coef))
-    tl.store(loss_ptr, tl.sum(tl.where(metric < 3, share * metrics, 0.0)))
+    counts = (metric < 2) | (metric == 2) & (entropy_coef != 0)
+    tl.store(loss_ptr, tl.sum(tl.where(counts, share * metrics, 0.0)))
 
 
 def _log(bound: float) -> float:

@@ -118,13 +118,13 @@ def _policy_loss_from_logits_kernel(
     inverse = inverse_temperature(temperature)
     scale = inverse * LOG2_E
     chosen = tl.load(logits_ptr + target).to(tl.float32)
-    top, total, weighted = _read(
+    top, total, weighted_sum = _read(
         logits_ptr, 0, vocab, columns_of_a_chunk, scale, True, REPEAT, LANES, WIDTH
     )
     log_sum = tl.where(total > 0, tl.log(total), float("nan"))
     logprob = (chosen - top) * inverse - log_sum
     logprob = tl.where(logprob > 0, 0.0, logprob)
-    entropy = log_sum - LN_2 * weighted / total
+    entropy = log_sum - LN_2 * weighted_sum / total
     tl.store(logprobs_ptr, logprob)
     tl.store(entropy_ptr, entropy)
 

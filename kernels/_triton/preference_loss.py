@@ -17,6 +17,7 @@ from warpo.kernels._triton.sequences import (
     load_tokens,
     merge_partials,
     valid_tokens,
+    weighted,
 )
 
 BLOCK = 512
@@ -151,8 +152,8 @@ def _preference_loss_kernel(
         gradient = slope * better_slope * chosen_share - nll_coef * inverse_or_zero(n)
         _store_gradient(
             pair, chosen_steps, chosen_cu_ptr, chosen_mask_ptr, chosen_mask_stride_b,
-            chosen_mask_stride_t, grad_chosen_ptr, tl.where(counts, weighted(weight, gradient), 0.0),
-            BLOCK,
+            chosen_mask_stride_t, grad_chosen_ptr,
+            tl.where(counts, weighted(weight, gradient), 0.0), BLOCK,
         )  # fmt: skip
         gradient = -slope * worse_slope * rejected_share
         _store_gradient(

@@ -51,10 +51,13 @@ def _tensors(operation: Operation) -> dict[str, Tensor]:
 @pytest.mark.parametrize("operation, options", _cases())
 @each_backend
 def test_a_nan_reaches_what_the_definition_says(operation, options, backend):
+    slow = DEVICE == "cpu" and backend == "triton"
+    if slow and (operation.name.startswith("linear") or operation.name.endswith("_from_hidden")):
+        pytest.skip("it composes the others, and Triton's interpreter is slow")
     chosen = dataclasses.replace(operation, options=operation.options | options)
     for name in _tensors(operation):
         tensors = _tensors(operation)
-        if not tensors[name].is_floating_point():
+        if not tensors[name].is_floating_point() or slow and name.startswith("ref_"):
             continue
         tensors[name].view(-1)[0] = torch.nan
         actual, wanted = run(chosen, tensors, backend), run(chosen, tensors, "reference")
