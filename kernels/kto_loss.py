@@ -27,6 +27,7 @@ from warpo.kernels.checks import (
 )
 from warpo.kernels.registration import Operator
 from warpo.kernels.sequences import as_denominator, check_sequences, spread_packed
+from warpo.kernels.symbolic import as_scalar
 
 KTO_METRICS = (
     "loss",
@@ -100,7 +101,7 @@ def kto_loss(
         check_tensor("kl", kl, (torch.float32,), (), logprobs)
         check_no_grad("kl", kl)
     else:
-        kl = logprobs.new_full((), kl, dtype=torch.float32)
+        kl = as_scalar(kl, logprobs)
     scale = as_denominator(examples if denominator is None else denominator, logprobs)
     name = dispatch.choose(logprobs, backend)
     if name == "reference":

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from warpo.kernels import symbolic
 from warpo.kernels.checks import as_plain
 
 
@@ -81,6 +82,7 @@ class Operator:
         self._differentiable = differentiable
         self._registered = torch.library.custom_op(f"warpo::{name}", body, mutates_args=mutates)
         self._registered.register_fake(fake)
+        self._register_numbers(name, body, fake, mutates)
         self._apply = body
         parameters = list(inspect.signature(body).parameters)
         self._mutated = [parameters.index(name) - 1 for name in mutates]
@@ -97,6 +99,7 @@ class Operator:
 
             registered = backward_by(differentiate)
             self._registered.register_autograd(registered, setup_context=save)
+            self._register_numbers_autograd(save, registered)
             eager = backward_by(differentiate_eager or differentiate)
 
             def forward(ctx: Any, *arguments: Any) -> Any:
@@ -120,11 +123,11 @@ class Operator:
 
     def __call__(self, first: Tensor, *arguments: Any) -> Any:
         if torch.compiler.is_compiling():
-            return self._public(self._registered(first, *arguments))
+            return self._public(self._through_library(first, *arguments))
         if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
             check_transforms(self._name, (first, *arguments))
         if type(first) not in (Tensor, nn.Parameter):
-            return self._public(self._registered(first, *arguments))
+            return self._public(self._through_library(first, *arguments))
         rest = None if self._differentiable is None else self._differentiable - 1
         if torch.is_grad_enabled() and (
             first.requires_grad
@@ -140,6 +143,38 @@ class Operator:
             changed = [arguments[i] for i in self._mutated if arguments[i] is not None]
             torch.autograd.graph.increment_version(changed)
         return self._public(results)
+
+    def _register_numbers(
+        self, name: str, body: Callable[..., Any], fake: Callable[..., Any], mutates: Sequence[str]
+    ) -> None:
+        """The same operator where a number is not a constant of the graph."""
+        self._places = symbolic.float_places(body)
+        self._of_numbers = torch.library.custom_op(
+            f"warpo::{name}_of_numbers",
+            symbolic.of_numbers(body),
+            mutates_args=mutates,
+            # the launch reads them on the CPU, which a replay would not do again
+            tags=(torch.Tag.cudagraph_unsafe,),
+        )
+        self._of_numbers.register_fake(lambda *arguments: fake(*arguments[:-1]))
+
+    def _register_numbers_autograd(
+        self, save: Callable[..., None], backward: Callable[..., Any]
+    ) -> None:
+        def save_numbers(ctx: Any, inputs: Any, output: Any) -> None:
+            numbers = inputs[-1].unbind()
+            save(ctx, tuple(symbolic.put(inputs[:-1], self._places, numbers)), output)
+
+        self._of_numbers.register_autograd(
+            lambda ctx, *gradients: (*backward(ctx, *gradients), None), setup_context=save_numbers
+        )
+
+    def _through_library(self, *arguments: Any) -> Any:
+        numbers = [arguments[i] for i in self._places]
+        if all(symbolic.is_constant(x) for x in numbers):
+            return self._registered(*arguments)
+        placeholders = symbolic.put(arguments, self._places, [0.0] * len(numbers))
+        return self._of_numbers(*placeholders, symbolic.as_numbers(numbers))
 
     def _public(self, results: Any) -> Any:
         if self._returned is None:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from warpo.kernels.checks import check_no_grad, check_tensor
 from warpo.kernels.objectives import AGGREGATIONS
+from warpo.kernels.symbolic import as_scalar
 
 # a count comes as an integer
 _REALS = (
@@ -39,7 +40,7 @@ def as_denominator(denominator: float | Tensor, like: Tensor) -> Tensor:
         return denominator if denominator.dtype == torch.float32 else denominator.float()
     if not denominator >= 0:
         raise ValueError(f"denominator must be >= 0, got {denominator}")
-    return like.new_full((), denominator, dtype=torch.float32)
+    return as_scalar(denominator, like)
 
 
 def check_aggregation(aggregation: str, denominator: float | Tensor | None) -> None:
