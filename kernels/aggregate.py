@@ -51,7 +51,7 @@ def aggregate(
             gradient is 0.
         cu_seqlens: (B + 1,) int32: sequence b is values[cu_seqlens[b] : cu_seqlens[b + 1]]. Tokens
             of no sequence are not valid.
-        denominator: what the aggregation divides by, a number or a float32 scalar tensor: for
+        denominator: what the aggregation divides by, a number or a scalar tensor: for
             gradients that do not depend on the split into micro-batches, the count of the whole
             optimizer step. A constant. Not given: the valid tokens of this call for "token-mean",
             its sequences for the others; "...-norm" has no default. 0 gives 0.

@@ -35,15 +35,23 @@ def check_tensor(
     """Refuse an argument of another dtype, shape or device, or whose memory is not what pointer and
     strides say; the message names the cure.
     """
-    if (
-        type(tensor) in _PLAIN
-        and tensor.dtype in dtypes
-        and (is_dynamo_compiling() or is_readable(tensor))
-        and (shape is None or tensor.shape == shape)
-        and (like is None or tensor.is_cpu and like.is_cpu or tensor.device == like.device)
-        and not hasattr(tensor, "ds_id")
-    ):
-        return
+    try:
+        if (
+            type(tensor) in _PLAIN
+            and tensor.dtype in dtypes
+            and (
+                is_dynamo_compiling()
+                or tensor.data_ptr() != 0
+                and not tensor.is_neg()
+                or tensor.numel() == 0
+            )
+            and (not tensor.is_nested if shape is None else tensor.shape == shape)
+            and (like is None or tensor.is_cpu and like.is_cpu or tensor.device == like.device)
+            and not hasattr(tensor, "ds_id")
+        ):
+            return
+    except RuntimeError:
+        pass  # of a tensor without a pointer or a shape, which is told below
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
     _check_memory(name, tensor)
@@ -61,18 +69,6 @@ def check_tensor(
         raise ValueError(
             f"{name} is on {tensor.device}, the other arguments on {like.device}: move it"
         )
-
-
-def is_readable(tensor: Tensor) -> bool:
-    """Whether a plain tensor lies where its pointer and strides say; in doubt False, as within a
-    transform of torch.func.
-    """
-    if tensor.is_neg() or tensor.is_nested:
-        return False
-    try:
-        return tensor.data_ptr() != 0 or tensor.numel() == 0
-    except RuntimeError:  # a layout or a wrapper without one pointer
-        return False
 
 
 def _reshape(name: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> str:
@@ -132,15 +128,16 @@ def _overridden(kind: type) -> set[str]:
     return {name for base in own for name in vars(base)}
 
 
-def as_plain(gradient: Tensor | None) -> Tensor | None:
+def as_plain(gradient: Tensor) -> Tensor:
     """An upstream gradient as memory that a kernel reads: autograd may hand over zeros without
     memory, the negative bit or a sparse layout, which the caller has no hand in.
     """
-    if gradient is None or type(gradient) is not Tensor or is_dynamo_compiling():
+    if is_dynamo_compiling() or type(gradient) is not Tensor:
         return gradient
-    if is_readable(gradient):
-        return gradient
-    if gradient.layout is not torch.strided:
+    try:
+        if gradient.data_ptr() != 0 and not gradient.is_neg() or gradient.numel() == 0:
+            return gradient
+    except RuntimeError:
         gradient = gradient.to_dense()
     return gradient.resolve_neg().clone()
 
@@ -208,6 +205,18 @@ def check_unspent(spent: bool) -> None:
             "logprobs was called with inplace_backward=True, so its logits are overwritten by the "
             "first backward: call it with inplace_backward=False to go through the graph twice"
         )
+
+
+def check_own_memory(name: str, tensor: Tensor, cure: str) -> None:
+    """Refuse to write where two elements may share a place, as in expanded or unfolded views."""
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            raise ValueError(
+                f"{name} is written to, and its elements must not overlap, got shape "
+                f"{tuple(tensor.shape)} and strides {tensor.stride()}: {cure}"
+            )
+        reach += stride * (size - 1)
 
 
 def as_rows(name: str, tensor: Tensor, keep: int = 0) -> Tensor:

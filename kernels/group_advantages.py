@@ -47,7 +47,7 @@ def group_advantages(
         rewards: (B,) float32 | bfloat16 | float16, any stride. Differentiable. A NaN stays in its
             group.
         group_size: G: group g is rewards[g G : (g + 1) G]. B must be a multiple of it.
-        group_ids: (B,) int64 in [0, num_groups), in any order; instead of group_size.
+        group_ids: (B,) int64 | int32 in [0, num_groups), in any order; instead of group_size.
         num_groups: number of groups, with group_ids only. A group without members has mean and std
             0.
         std: "sample" | "population" | "none".

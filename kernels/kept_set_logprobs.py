@@ -45,15 +45,17 @@ def kept_set_logprobs(
         hidden: (N, H) float32 | bfloat16 | float16, last stride 1. Differentiable.
         weight: (V, H) in the dtype of hidden, last stride 1. Differentiable; its gradient is dense,
             summed in float32.
-        targets: (N,) int64, each among the kept ids of its token; a target that is not poisons its
-            token with NaN, as does a kept id outside [0, V).
+        targets: (N,) int64 | int32, each among the kept ids of its token; a target that is not
+            poisons its token with NaN, as does a kept id outside [0, V).
         kept_ids: (nnz,) int32 | int64, dense: those of token 0, then those of token 1, ... in any
             order, none twice in a token.
         kept_offsets: (N + 1,) int32 | int64, dense, rising from 0 to nnz: token n keeps
             kept_ids[kept_offsets[n] : kept_offsets[n + 1]]. A token that keeps none is masked: its
             hidden state is not read (it may hold NaN), its result and gradient are 0.
         bias: (V,) float32 | bfloat16 | float16. Differentiable.
-        temperature: T > 0, a number or one float32 a token. Not differentiable.
+        temperature: finite and > 0: a number, a () float32 on the device, or one float32 per token.
+            Not differentiable. What is on the device is not looked at: a token whose temperature is
+            not finite and > 0 gets NaN, result and gradient.
         backend: reference | cpu | triton | cuda; chosen by device if not given.
 
     Returns:

@@ -73,7 +73,7 @@ def kto_loss(
         mask: like logprobs, bool | uint8. Masked slots are never read (they may hold NaN); their
             gradient is 0.
         cu_seqlens: (B + 1,) int32: answer b is logprobs[cu_seqlens[b] : cu_seqlens[b + 1]].
-        denominator: what the sum over examples is divided by, a number or a float32 scalar tensor:
+        denominator: what the sum over examples is divided by, a number or a scalar tensor:
             examples of the whole optimizer step. Not given: B. 0 gives loss 0.
         backend: reference | cpu | triton | cuda; chosen by device if not given.
 

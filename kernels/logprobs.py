@@ -28,6 +28,7 @@ from warpo.kernels.checks import (
     as_rows,
     as_temperature,
     check_mask,
+    check_own_memory,
     check_tensor,
     check_unspent,
 )
@@ -61,14 +62,17 @@ def logprobs(
         logits: (..., V) float32 | bfloat16 | float16, last stride 1; the leading dimensions may be
             any view that two strides describe, so `logits[:, :-1]` is not copied. -inf is legal.
             Differentiable.
-        targets: (...) int64 in [0, V). A target outside poisons its row with NaN; nothing is
-            synchronised to find out.
-        temperature: T > 0, a number or one float32 a token. Not differentiable.
+        targets: (...) int64 | int32 in [0, V); int32 is converted, 8 bytes per token. A target
+            outside poisons its row with NaN; nothing is synchronised to find out.
+        temperature: finite and > 0: a number, a () float32 on the device, or one float32 per token.
+            Not differentiable. What is on the device is not looked at: a token whose temperature is
+            not finite and > 0 gets NaN, result and gradient.
         mask: (...) bool | uint8. Where 0, the logits are not read (they may hold NaN), the result
             is 0 and the gradient 0.
         ignore_index: a target of this value counts as masked.
         inplace_backward: write the gradient over the logits, which saves their size in memory. The
-            logits are then gone, and a second backward raises. Eager mode only.
+            logits are then gone: a second backward raises, and so does the backward of whatever
+            else has saved them. Eager mode only.
         process_group: the vocabulary is split over its ranks in equal parts: logits are those of
             this rank, (..., V / ranks), in the order of the ranks; targets index the whole
             vocabulary. Every rank gets the same results. Four numbers a token travel. Eager mode
@@ -76,10 +80,13 @@ def logprobs(
         backend: reference | cpu | triton | cuda; chosen by device if not given.
 
     Returns:
-        (...) float32, natural log, <= 0.
+        (...) float32, natural log, <= 0. Differentiable twice and more often (create_graph=True),
+        then in plain PyTorch, with temporaries of the size of the logits.
 
     Raises:
         ValueError: a shape, dtype, stride, device or option is not as above.
+        RuntimeError: forward mode or a transform of torch.func, which are not computed; a second
+            derivative with inplace_backward or process_group.
 
     Source: https://arxiv.org/abs/1805.02867. Memory beyond the arguments: 12 bytes a token forward;
     the size of the logits backward, nothing with inplace_backward.
@@ -174,13 +181,7 @@ def check_inplace(logits: Tensor) -> None:
         raise ValueError(
             "inplace_backward is not supported under torch.compile: leave it False there"
         )
-    if any(
-        stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True)
-    ):
-        raise ValueError(
-            f"inplace_backward needs rows of their own, got strides {logits.stride()}: "
-            "pass logits.contiguous() or inplace_backward=False"
-        )
+    check_own_memory("logits", logits, "pass logits.contiguous() or inplace_backward=False")
 
 
 def _forward(

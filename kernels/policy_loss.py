@@ -77,7 +77,7 @@ def policy_loss(
             gradient.
         kl_coef: in place of that of the objective: a number, or a float32 scalar tensor on the
             device, which may change from step to step at no cost (the adaptive coefficient of PPO).
-        denominator: what the aggregation divides by, a number or a float32 scalar tensor. For
+        denominator: what the aggregation divides by, a number or a scalar tensor. For
             gradients that do not depend on the split into micro-batches, pass the count of the
             whole optimizer step: valid tokens for "token-mean", sequences for the others, times the
             constant length for "...-norm". Not given: the count in this call; "...-norm" has no

@@ -67,7 +67,7 @@ def policy_loss_from_hidden(
         hidden: (B, T, H) padded, or (N, H) packed with cu_seqlens. As in `linear_logprobs`.
             Differentiable.
         weight: (V, H) in the dtype of hidden. Differentiable.
-        targets: (B, T) or (N,) int64, the taken tokens.
+        targets: (B, T) or (N,) int64 | int32, the taken tokens.
         advantages: like targets, or one a sequence: (B,).
         objective: name of a row ("grpo", "dapo", ...) or an `Objective`.
         old_logprobs: like targets: of the policy when the step began. None: this policy is that

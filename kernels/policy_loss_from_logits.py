@@ -72,7 +72,7 @@ def policy_loss_from_logits(
     Args:
         logits: (B, T, V) padded, or (N, V) packed with cu_seqlens; otherwise as for `logprobs`.
             Differentiable.
-        targets: (B, T) or (N,) int64, as for `logprobs`.
+        targets: (B, T) or (N,) int64 | int32, as for `logprobs`.
         advantages: like targets or one a sequence, as for `policy_loss`.
         objective: name of a row ("grpo", "dapo", ...) or an `Objective`. Its entropy bonus is
             differentiated too.
@@ -84,8 +84,8 @@ def policy_loss_from_logits(
         cu_seqlens, ref_logprobs, sampler_logprobs, kl_coef, denominator: as for `policy_loss`.
         ignore_index: a target of this value counts as masked.
         inplace: write the gradient over the logits, which saves their size in memory. They are then
-            gone when the call returns, or where it takes two reads after the backward pass. Eager
-            mode only.
+            gone when the call returns, or where it takes two reads after the backward pass: the
+            backward of whatever else has saved them raises. Eager mode only.
         backend: reference | cpu | triton | cuda; chosen by device if not given.
 
     Returns:

@@ -55,8 +55,8 @@ def process_advantages(
         num_tokens: T, the length of a row of the result; with cu_seqlens N, the tokens of all
             outputs.
         group_size: G: the outputs g G to (g + 1) G are group g. B must be a multiple of it.
-        group_ids: (B,) int64 in [0, num_groups), in any order; instead of group_size. An output
-            whose id is out of range belongs to no group: its advantages are 0.
+        group_ids: (B,) int64 | int32 in [0, num_groups), in any order; instead of group_size. An
+            output whose id is out of range belongs to no group: its advantages are 0.
         num_groups: number of groups, with group_ids only. A group without steps has mean and std 0.
         cu_seqlens: (B + 1,) int32: the tokens of output b are cu_seqlens[b] up to
             cu_seqlens[b + 1] of one packed row. Tokens of no output get 0.

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.compiler import is_dynamo_compiling
 
 from warpo.kernels import symbolic
 from warpo.kernels.checks import as_plain
@@ -90,10 +91,11 @@ class Operator:
 
             def backward_by(first_order: Callable[..., Any]) -> Callable[..., Any]:
                 def backward(ctx: Any, *gradients: Any) -> Any:
-                    if differentiate_again is not None and torch.is_grad_enabled():
-                        return differentiate_again(ctx, *gradients)
-                    check_first_order(name)
-                    return first_order(ctx, *map(as_plain, gradients))
+                    if torch.is_grad_enabled():
+                        if differentiate_again is not None:
+                            return differentiate_again(ctx, *gradients)
+                        check_first_order(name)
+                    return first_order(ctx, *[x if x is None else as_plain(x) for x in gradients])
 
                 return backward
 
@@ -122,7 +124,7 @@ class Operator:
             self._apply = base.apply
 
     def __call__(self, first: Tensor, *arguments: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if is_dynamo_compiling() or torch.compiler._is_compiling_flag:
             return self._public(self._through_library(first, *arguments))
         if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
             check_transforms(self._name, (first, *arguments))

@@ -57,7 +57,7 @@ def reward_model_loss(
         margins: (B,) float: by how much the chosen score should be larger. A constant.
         mask: (B,) bool | uint8: pairs that count. The others are never read; their gradient is 0.
         centering_coef: weight of (chosen + rejected)^2, which holds the mean score at 0.
-        denominator: what the sum over pairs is divided by, a number or a float32 scalar tensor:
+        denominator: what the sum over pairs is divided by, a number or a scalar tensor:
             pairs of the whole optimizer step, for gradients that do not depend on micro-batches.
             Not given: the pairs of this call. 0 gives loss 0.
         backend: reference | cpu | triton | cuda; chosen by device if not given.
@@ -112,7 +112,7 @@ def ranking_loss(
 
     Args:
         scores: (N,) float32 | bfloat16 | float16, any stride. Differentiable.
-        ranks: (N,) int64: lower is better. Answers of equal rank are not compared.
+        ranks: (N,) int64 | int32: lower is better. Answers of equal rank are not compared.
         cu_groups: (G + 1,) int32: prompt g has the answers cu_groups[g] : cu_groups[g + 1].
         mask: (N,) bool | uint8: answers that count. The others are never read; their gradient is 0.
         centering_coef: weight of (score + other score)^2, which holds the mean score at 0.

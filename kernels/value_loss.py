@@ -85,7 +85,7 @@ def value_loss(
         huber_delta: with "huber" only: larger errors count linearly.
         aggregation: as in `Objective`: "token-mean" | "sequence-mean-token-mean" |
             "sequence-mean-token-sum" | "sequence-mean-token-sum-norm".
-        denominator: what the aggregation divides by, a number or a float32 scalar tensor: for
+        denominator: what the aggregation divides by, a number or a scalar tensor: for
             gradients that do not depend on the split into micro-batches, the count of the whole
             optimizer step. Not given: the count in this call; "...-norm" has no default. 0 gives
             loss 0.

@@ -140,6 +140,12 @@ SCALAR = torch.full((), 0.5, device=DEVICE)
         (lambda: ops.gae(X, X, gamma=SCALAR, gae_lambda=1.0), r"gamma must be a number, got a Ten"),
         (lambda: ops.gae(X, X, gamma=X[0], gae_lambda=1.0), r"pass gamma.item\(\)"),
         (lambda: ops.discounted_returns(X, gamma=SCALAR), r"pass gamma.item\(\)"),
+        (
+            lambda: ops.logprobs(
+                X.view(-1).as_strided((2, 3), (1, 1)), Y[:, 0], inplace_backward=True
+            ),
+            r"logits is written to.*pass logits.contiguous\(\)",
+        ),
         (lambda: ops.whiten(X, eps=SCALAR), r"pass eps.item\(\)"),
         (lambda: ops.value_loss(X, X, X, clip_range=X[0]), r"pass clip_range.item\(\)"),
         (lambda: ops.vtrace(X, X, X, X, gamma=1.0, rho_max=SCALAR), r"pass rho_max.item\(\)"),
