@@ -26,12 +26,11 @@ from warpo.kernels._triton.policy_terms import (
     kl_estimate,
     surrogate_terms,
 )
-from warpo.kernels._triton.sequences import inverse_or_zero, weighted
+from warpo.kernels._triton.sequences import inverse_or_zero, valid_tokens, weighted
 
 BLOCK = 256
 WARPS = 4
-REDUCE_BLOCK = 128
-MIN_PARTIALS = 512
+REDUCE_BLOCK, MIN_PARTIALS = 128, 512
 
 INF = tl.constexpr(float("inf"))
 # rows of the metrics vector, `kernels.policy_loss.METRICS`
@@ -48,10 +47,7 @@ def _load(view, token, keep):
 
 @triton.jit
 def _valid(mask, token, end):
-    keep = token < end
-    if mask[0] is not None:
-        keep &= tl.load(mask[0] + token * mask[1], mask=keep, other=0) != 0
-    return keep
+    return valid_tokens(mask[0], token, mask[1], end)
 
 
 @triton.jit
