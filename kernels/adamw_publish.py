@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from warpo.kernels import dispatch, reference
-from warpo.kernels.checks import FLOATS, check_no_grad, check_tensor
+from warpo.kernels.checks import FLOATS, check_no_grad, check_own_memory, check_tensor
 from warpo.kernels.fingerprint import PARTIALS, rows_of
 from warpo.kernels.registration import Operator
 
@@ -118,6 +118,7 @@ def _check(
 ) -> None:
     check_tensor("published", published, FLOATS)
     check_no_grad("published", published)
+    check_own_memory("published", published, "pass a tensor of its own")
     if master is None and published.dtype != torch.float32:
         raise ValueError(
             f"master is None, but published is {str(published.dtype).removeprefix('torch.')}, too "

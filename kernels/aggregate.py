@@ -53,7 +53,7 @@ def aggregate(
             negative or NaN makes the result NaN.
         cu_seqlens: (B + 1,) int32: sequence b is values[cu_seqlens[b] : cu_seqlens[b + 1]]. Tokens
             of no sequence are not valid.
-        denominator: what the aggregation divides by, a number or a float32 scalar tensor: for
+        denominator: what the aggregation divides by, a number or a scalar tensor: for
             gradients that do not depend on the split into micro-batches, the count of the whole
             optimizer step. A constant. Not given: the sum of the mask in this call for
             "token-mean", its sequences for the others; "...-norm" has no default. 0 gives 0.
@@ -77,7 +77,7 @@ def aggregate(
             raise ValueError(f"denominator must be >= 0, got {denominator}")
         number, denominator = float(denominator), None
     elif denominator is not None:
-        as_denominator(denominator, values)
+        denominator = as_denominator(denominator, values)
     name = dispatch.choose(values, backend)
     if name == "reference":
         return reference.aggregate(

@@ -22,7 +22,14 @@ import torch
 from torch import Tensor
 
 from warpo.kernels import dispatch, reference
-from warpo.kernels.checks import FLOATS, as_rows, check_mask, check_no_grad, check_tensor
+from warpo.kernels.checks import (
+    FLOATS,
+    as_rows,
+    check_mask,
+    check_no_grad,
+    check_number,
+    check_tensor,
+)
 from warpo.kernels.objectives import KL_ESTIMATORS, KL_GRADIENTS
 from warpo.kernels.registration import Operator
 from warpo.kernels.sequences import empty_float32
@@ -108,6 +115,7 @@ def _check_options(estimator: str, gradient: str, limit: float, weight: Tensor |
         raise ValueError(
             "weight is of gradient 'k2' alone: set gradient to 'k2', or weight to None"
         )
+    check_number("limit", limit)
     if not limit > 0:
         raise ValueError(f"limit must be > 0, got {limit}")
 

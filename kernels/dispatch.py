@@ -3,6 +3,11 @@ WARPO_BACKEND.
 
 reference  plain PyTorch, any device        cpu   C++ (always built)
 triton     CUDA; CPU under TRITON_INTERPRET  cuda  CUDA C++ (built where nvcc is found)
+
+The reference has every derivative that autograd computes; of the others only `logprobs` and
+`logprobs_and_entropy` have a second one. The C++ kernels run on the OpenMP threads of torch: as
+with torch itself, a process forked after they have run hangs in its first parallel call. Start
+workers with "spawn" or "forkserver", or before the first call.
 """
 
 import functools

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from warpo.kernels import dispatch, reference
-from warpo.kernels.checks import FLOATS, check_mask, check_tensor
+from warpo.kernels.checks import FLOATS, check_mask, check_number, check_tensor
 from warpo.kernels.registration import Operator
 
 # in the order of the enumeration in csrc/arguments/group_advantages.h
@@ -57,8 +57,8 @@ def group_advantages(
         rewards: (B,) float32 | bfloat16 | float16, any stride. Differentiable. A NaN stays in its
             group; to leave it out, mask it.
         group_size: G: group g is rewards[g G : (g + 1) G]. B must be a multiple of it.
-        group_ids: (B,) int64 in [0, num_groups), in any order; instead of group_size. An answer
-            with another id, such as -1, belongs to no group, as if masked.
+        group_ids: (B,) int64 | int32 in [0, num_groups), in any order; instead of group_size. An
+            answer with another id, such as -1, belongs to no group, as if masked.
         num_groups: number of groups, with group_ids only. A group without members has mean and std
             0.
         mask: (B,) bool | uint8: the answers that count, such as those whose reward is valid. A
@@ -123,7 +123,7 @@ def groups_of(
 
 def members_of(group_ids: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """The members in the order of their groups, and where each group begins among them."""
-    ordered_ids, order = group_ids.sort(stable=True)
+    ordered_ids, order = group_ids.long().sort(stable=True)
     bounds = torch.arange(groups + 1, device=group_ids.device)
     return order, torch.searchsorted(ordered_ids, bounds)
 
@@ -143,10 +143,11 @@ def _check(
     check_mask("mask", mask, rewards.shape, rewards)
     if std not in STD_MODES:
         raise ValueError(f"std must be one of {', '.join(STD_MODES)}; got {std!r}")
+    check_number("eps", eps)
     if not eps >= 0:
         raise ValueError(f"eps must be >= 0, got {eps}")
     if group_ids is not None and group_size is None:
-        check_tensor("group_ids", group_ids, (torch.int64,), rewards.shape, rewards)
+        check_tensor("group_ids", group_ids, (torch.int64, torch.int32), rewards.shape, rewards)
         if num_groups is None or num_groups < 0:
             raise ValueError(f"group_ids needs num_groups >= 0, got {num_groups}")
         return num_groups

@@ -45,15 +45,17 @@ def kept_set_logprobs(
         hidden: (N, H) float32 | bfloat16 | float16, last stride 1. Differentiable.
         weight: (V, H) in the dtype of hidden, last stride 1. Differentiable; its gradient is dense,
             summed in float32.
-        targets: (N,) int64, each among the kept ids of its token; a target that is not poisons its
-            token with NaN, as does a kept id outside [0, V).
+        targets: (N,) int64 | int32, each among the kept ids of its token; a target that is not
+            poisons its token with NaN, as does a kept id outside [0, V).
         kept_ids: (nnz,) int32 | int64, dense: those of token 0, then those of token 1, ... in any
             order, none twice in a token.
         kept_offsets: (N + 1,) int32 | int64, dense, rising from 0 to nnz: token n keeps
             kept_ids[kept_offsets[n] : kept_offsets[n + 1]]. A token that keeps none is masked: its
             hidden state is not read (it may hold NaN), its result and gradient are 0.
         bias: (V,) float32 | bfloat16 | float16. Differentiable.
-        temperature: T > 0, a number or one float32 a token. Not differentiable.
+        temperature: finite and > 0: a number, a () float32 on the device, or one float32 per token.
+            Not differentiable. What is on the device is not looked at: a token whose temperature is
+            not finite and > 0 gets NaN, result and gradient.
         backend: reference | cpu | triton | cuda; chosen by device if not given.
 
     Returns:
@@ -66,7 +68,8 @@ def kept_set_logprobs(
     backward, 4 bytes a kept id, and for the gradients of weight and bias 40 bytes a kept id and 8
     an id of the vocabulary.
     """
-    rows = _check(hidden, weight, bias, targets, kept_ids, kept_offsets, temperature)
+    _, targets, temperature = check_head(hidden, weight, bias, targets, temperature, None, None)
+    _check_kept(hidden, kept_ids, kept_offsets)
     name = dispatch.choose(hidden, backend)
     if name == "reference":
         return reference.kept_set_logprobs(
@@ -76,20 +79,11 @@ def kept_set_logprobs(
     token_temperature = None
     if isinstance(temperature, Tensor):
         token_temperature, temperature = temperature, 1.0
-    arguments = (rows, weight, bias, targets, kept_ids, kept_offsets)
+    arguments = (hidden, weight, bias, targets, kept_ids, kept_offsets)
     return _operator(*arguments, temperature, token_temperature, name)[0]
 
 
-def _check(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    kept_ids: Tensor,
-    kept_offsets: Tensor,
-    temperature: float | Tensor,
-) -> Tensor:
-    check_head(hidden, weight, bias, targets, temperature, None, None)
+def _check_kept(hidden: Tensor, kept_ids: Tensor, kept_offsets: Tensor) -> None:
     if hidden.dim() != 2:
         raise ValueError(f"hidden must be (N, H), got {tuple(hidden.shape)}")
     check_tensor("kept_ids", kept_ids, INTEGERS, like=hidden)
@@ -101,7 +95,6 @@ def _check(
             raise ValueError(
                 f"{name} must be dense, got strides {tensor.stride()}: pass {name}.contiguous()"
             )
-    return hidden
 
 
 def _forward(

@@ -17,9 +17,17 @@ import torch
 from torch import Tensor
 
 from warpo.kernels import dispatch, reference
-from warpo.kernels.checks import FLOATS, as_rows, check_mask, check_no_grad, check_tensor
+from warpo.kernels.checks import (
+    FLOATS,
+    as_rows,
+    check_mask,
+    check_no_grad,
+    check_number,
+    check_tensor,
+)
 from warpo.kernels.registration import Operator
 from warpo.kernels.sequences import as_denominator, check_sequences, spread_packed
+from warpo.kernels.symbolic import as_scalar
 
 KTO_METRICS = (
     "loss",
@@ -65,7 +73,7 @@ def kto_loss(
         mask: like logprobs, bool | uint8. Masked slots are never read (they may hold NaN); their
             gradient is 0.
         cu_seqlens: (B + 1,) int32: answer b is logprobs[cu_seqlens[b] : cu_seqlens[b + 1]].
-        denominator: what the sum over examples is divided by, a number or a float32 scalar tensor:
+        denominator: what the sum over examples is divided by, a number or a scalar tensor:
             examples of the whole optimizer step. Not given: B. 0 gives loss 0.
         backend: reference | cpu | triton | cuda; chosen by device if not given.
 
@@ -86,13 +94,14 @@ def kto_loss(
         ("desirable_weight", desirable_weight),
         ("undesirable_weight", undesirable_weight),
     ):
+        check_number(option, value)
         if not value >= 0:
             raise ValueError(f"{option} must be >= 0, got {value}")
     if isinstance(kl, Tensor):
         check_tensor("kl", kl, (torch.float32,), (), logprobs)
         check_no_grad("kl", kl)
     else:
-        kl = logprobs.new_full((), kl, dtype=torch.float32)
+        kl = as_scalar(kl, logprobs)
     scale = as_denominator(examples if denominator is None else denominator, logprobs)
     name = dispatch.choose(logprobs, backend)
     if name == "reference":

@@ -14,7 +14,15 @@ import torch
 from torch import Tensor, distributed
 
 from warpo.kernels import dispatch
-from warpo.kernels.checks import FLOATS, as_rows, check_mask, check_no_grad, check_tensor
+from warpo.kernels.checks import (
+    FLOATS,
+    as_int64,
+    as_rows,
+    as_temperature,
+    check_mask,
+    check_number,
+    check_tensor,
+)
 
 # 64 MiB hold 96 tokens of a vocabulary of 151936 in float32: enough for a CPU's matrix
 # product. A GPU wants a thousand tokens or more, since every chunk reads and writes the whole
@@ -250,8 +258,10 @@ def check_head(
     temperature: float | Tensor,
     mask: Tensor | None,
     softcap: float | None,
-) -> Tensor:
-    """Refuses what no head can be; hidden as (rows, steps, H)."""
+) -> tuple[Tensor, Tensor, float | Tensor]:
+    """Refuse what no head can be; hidden as (rows, steps, H), and targets and temperature as the
+    kernels take them.
+    """
     check_tensor("hidden", hidden, FLOATS)
     if hidden.dim() == 0 or hidden.shape[-1] == 0:
         raise ValueError(f"hidden must be (..., H) with H >= 1, got {tuple(hidden.shape)}")
@@ -275,18 +285,14 @@ def check_head(
     if bias is not None:
         check_tensor("bias", bias, FLOATS, (weight.shape[0],), hidden)
     shape = hidden.shape[:-1]
-    check_tensor("targets", targets, (torch.int64,), shape, hidden)
+    targets = as_int64("targets", targets, shape, hidden)
     check_mask("mask", mask, shape, hidden)
-    if isinstance(temperature, Tensor):
-        check_tensor("temperature", temperature, (torch.float32,), shape, hidden)
-        check_no_grad("temperature", temperature)
-    elif not temperature > 0:
-        raise ValueError(
-            f"temperature must be > 0, got {temperature}: greedy choice has no logprobs"
-        )
+    temperature = as_temperature(temperature, shape, hidden)
+    if softcap is not None:
+        check_number("softcap", softcap)
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be > 0, got {softcap}: pass None for no cap")
-    return as_rows("hidden", hidden, keep=1)
+    return as_rows("hidden", hidden, keep=1), targets, temperature
 
 
 def check_chunking(

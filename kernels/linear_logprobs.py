@@ -51,9 +51,11 @@ def linear_logprobs(
         weight: (V, H) in the dtype of hidden, last stride 1. Differentiable; its gradient is dense,
             summed in float32 over all tokens and rounded once. On a GPU, and in bfloat16 on a CPU
             with AVX512_BF16, the gradients of the logits are rounded to that dtype before.
-        targets: (...) int64 in [0, V). A target outside poisons its token with NaN.
+        targets: (...) int64 | int32 in [0, V). A target outside poisons its token with NaN.
         bias: (V,) float32 | bfloat16 | float16. Differentiable.
-        temperature: T > 0, a number or one float32 a token. Not differentiable.
+        temperature: finite and > 0: a number, a () float32 on the device, or one float32 per token.
+            Not differentiable. What is on the device is not looked at: a token whose temperature is
+            not finite and > 0 gets NaN, result and gradient.
         mask: (...) bool | uint8. Where 0, the hidden state counts for nothing (it may hold NaN):
             result and gradient are 0, and the token takes no part in the matrix products.
         ignore_index: a target of this value counts as masked.
@@ -134,7 +136,9 @@ def _run(
     group: ProcessGroup | None,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    rows = check_head(hidden, weight, bias, targets, temperature, mask, softcap)
+    rows, targets, temperature = check_head(
+        hidden, weight, bias, targets, temperature, mask, softcap
+    )
     chunking = check_chunking(hidden, num_valid, workspace_bytes, logits_dtype)
     name = dispatch.choose(hidden, backend)
     if name == "reference":

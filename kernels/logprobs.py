@@ -24,13 +24,15 @@ from torch.distributed import ProcessGroup
 from warpo.kernels import dispatch, reference
 from warpo.kernels.checks import (
     FLOATS,
+    as_int64,
     as_rows,
+    as_temperature,
     check_mask,
-    check_no_grad,
+    check_own_memory,
     check_tensor,
     check_unspent,
 )
-from warpo.kernels.registration import Operator
+from warpo.kernels.registration import Operator, check_first_order
 from warpo.kernels.vocab_parallel import VocabParallelLogprobs, check_group
 
 # Up to so many tokens, a vocabulary past one block is given to several: fewer rows than twice the
@@ -60,14 +62,17 @@ def logprobs(
         logits: (..., V) float32 | bfloat16 | float16, last stride 1; the leading dimensions may be
             any view that two strides describe, so `logits[:, :-1]` is not copied. -inf is legal.
             Differentiable.
-        targets: (...) int64 in [0, V). A target outside poisons its row with NaN; nothing is
-            synchronised to find out.
-        temperature: T > 0, a number or one float32 a token. Not differentiable.
+        targets: (...) int64 | int32 in [0, V); int32 is converted, 8 bytes per token. A target
+            outside poisons its row with NaN; nothing is synchronised to find out.
+        temperature: finite and > 0: a number, a () float32 on the device, or one float32 per token.
+            Not differentiable. What is on the device is not looked at: a token whose temperature is
+            not finite and > 0 gets NaN, result and gradient.
         mask: (...) bool | uint8. Where 0, the logits are not read (they may hold NaN), the result
             is 0 and the gradient 0.
         ignore_index: a target of this value counts as masked.
         inplace_backward: write the gradient over the logits, which saves their size in memory. The
-            logits are then gone, and a second backward raises. Eager mode only.
+            logits are then gone: a second backward raises, and so does the backward of whatever
+            else has saved them. Eager mode only.
         process_group: the vocabulary is split over its ranks in equal parts: logits are those of
             this rank, (..., V / ranks), in the order of the ranks; targets index the whole
             vocabulary. Every rank gets the same results. Four numbers a token travel. Eager mode
@@ -75,10 +80,13 @@ def logprobs(
         backend: reference | cpu | triton | cuda; chosen by device if not given.
 
     Returns:
-        (...) float32, natural log, <= 0.
+        (...) float32, natural log, <= 0. Differentiable twice and more often (create_graph=True),
+        then in plain PyTorch, with temporaries of the size of the logits.
 
     Raises:
         ValueError: a shape, dtype, stride, device or option is not as above.
+        RuntimeError: forward mode or a transform of torch.func, which are not computed; a second
+            derivative with inplace_backward or process_group.
 
     Source: https://arxiv.org/abs/1805.02867. Memory beyond the arguments: 12 bytes a token forward;
     the size of the logits backward, nothing with inplace_backward.
@@ -123,7 +131,7 @@ def _run(
     process_group: ProcessGroup | None,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    shape = check_logits(logits, targets, temperature, mask)
+    shape, targets, temperature = check_logits(logits, targets, temperature, mask)
     name = dispatch.choose(logits, backend)
     if name == "reference":
         if inplace_backward or process_group is not None:
@@ -152,7 +160,8 @@ def _run(
 
 def check_logits(
     logits: Tensor, targets: Tensor, temperature: float | Tensor, mask: Tensor | None
-) -> torch.Size:
+) -> tuple[torch.Size, Tensor, float | Tensor]:
+    """Shape of a result, and targets and temperature as the kernels take them."""
     check_tensor("logits", logits, FLOATS)
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits must be (..., V) with V >= 1, got {tuple(logits.shape)}")
@@ -162,16 +171,9 @@ def check_logits(
             "pass logits.contiguous()"
         )
     shape = logits.shape[:-1]
-    check_tensor("targets", targets, (torch.int64,), shape, logits)
+    targets = as_int64("targets", targets, shape, logits)
     check_mask("mask", mask, shape, logits)
-    if isinstance(temperature, Tensor):
-        check_tensor("temperature", temperature, (torch.float32,), shape, logits)
-        check_no_grad("temperature", temperature)
-    elif not temperature > 0:
-        raise ValueError(
-            f"temperature must be > 0, got {temperature}: greedy choice has no logprobs"
-        )
-    return shape
+    return shape, targets, as_temperature(temperature, shape, logits)
 
 
 def check_inplace(logits: Tensor) -> None:
@@ -179,13 +181,7 @@ def check_inplace(logits: Tensor) -> None:
         raise ValueError(
             "inplace_backward is not supported under torch.compile: leave it False there"
         )
-    if any(
-        stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True)
-    ):
-        raise ValueError(
-            f"inplace_backward needs rows of their own, got strides {logits.stride()}: "
-            "pass logits.contiguous() or inplace_backward=False"
-        )
+    check_own_memory("logits", logits, "pass logits.contiguous() or inplace_backward=False")
 
 
 def _forward(
@@ -288,6 +284,7 @@ def _differentiate(ctx, grad_logprobs, grad_entropy, _grad_stats):
                 *logits.shape, *arguments, None, entropy, stats, None, grad_logprobs, grad_entropy,
                 grad_logits,
             )  # fmt: skip
+            torch.autograd.graph.increment_version(grad_logits)
     else:
         grad_logits = _backward_operator(
             *arguments, entropy, stats, grad_logprobs, grad_entropy, ctx.backend
@@ -295,4 +292,23 @@ def _differentiate(ctx, grad_logprobs, grad_entropy, _grad_stats):
     return (grad_logits, *(None,) * 8)
 
 
-_operator = Operator("logprobs", _forward, _fake_forward, _save, _differentiate)
+def _differentiate_again(ctx, grad_logprobs, grad_entropy, _grad_stats):
+    """The gradient through the reference, which autograd differentiates to any order."""
+    if ctx.inplace:
+        check_first_order("logprobs with inplace_backward=True")
+    logits, targets, token_temperature, mask, entropy, _ = ctx.saved_tensors
+    temperature = ctx.temperature if token_temperature is None else token_temperature
+    results = reference.logprobs(logits.float(), targets, temperature, mask, ctx.ignore_index)
+    gradients = (grad_logprobs, None if entropy is None else grad_entropy)
+    given = [(x, g) for x, g in zip(results, gradients, strict=True) if g is not None]
+    grad_logits = None
+    if given:
+        chosen, upstream = zip(*given, strict=True)
+        (grad_logits,) = torch.autograd.grad(chosen, logits, upstream, create_graph=True)
+    return (grad_logits, *(None,) * 8)
+
+
+_operator = Operator(
+    "logprobs", _forward, _fake_forward, _save, _differentiate,
+    differentiate_again=_differentiate_again,
+)  # fmt: skip

@@ -81,7 +81,7 @@ def policy_loss(
             gradient.
         kl_coef: in place of that of the objective: a number, or a float32 scalar tensor on the
             device, which may change from step to step at no cost (the adaptive coefficient of PPO).
-        denominator: what the aggregation divides by, a number or a float32 scalar tensor. For
+        denominator: what the aggregation divides by, a number or a scalar tensor. For
             gradients that do not depend on the split into micro-batches, pass the count of the
             whole optimizer step: valid tokens for "token-mean", sequences for the others, times the
             constant length for "...-norm". Not given: the count in this call; "...-norm" has no
@@ -193,10 +193,15 @@ def check_tokens(
     if advantages.shape != shape and advantages.shape != (num_sequences,):
         raise ValueError(
             f"advantages must be one a token, {tuple(shape)}, or one a sequence, "
-            f"({num_sequences},), got {tuple(advantages.shape)}"
+            f"({num_sequences},), got {tuple(advantages.shape)}{_one_a_sequence(advantages)}"
         )
     check_mask("mask", mask, shape, logprobs)
     return num_sequences
+
+
+def _one_a_sequence(advantages: Tensor) -> str:
+    column = advantages.dim() == 2 and advantages.shape[1] == 1
+    return ": pass advantages.squeeze(1)" if column else ""
 
 
 def kl_term(

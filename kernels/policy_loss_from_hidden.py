@@ -67,7 +67,7 @@ def policy_loss_from_hidden(
         hidden: (B, T, H) padded, or (N, H) packed with cu_seqlens. As in `linear_logprobs`.
             Differentiable.
         weight: (V, H) in the dtype of hidden. Differentiable.
-        targets: (B, T) or (N,) int64, the taken tokens.
+        targets: (B, T) or (N,) int64 | int32, the taken tokens.
         advantages: like targets, or one a sequence: (B,).
         objective: name of a row ("grpo", "dapo", ...) or an `Objective`.
         old_logprobs: like targets: of the policy when the step began. None: this policy is that
@@ -94,7 +94,9 @@ def policy_loss_from_hidden(
     gradients.
     """
     objective = get_objective(objective)
-    rows = check_head(hidden, weight, bias, targets, temperature, mask, softcap)
+    rows, targets, temperature = check_head(
+        hidden, weight, bias, targets, temperature, mask, softcap
+    )
     chunking = check_chunking(hidden, num_valid, workspace_bytes, logits_dtype)
     stand_in = hidden.new_empty((), dtype=torch.float32).expand(targets.shape)
     num_sequences = check_tokens(
@@ -309,6 +311,7 @@ def _differentiate_eager(ctx, grad_loss, *_):
         if gradient.numel():
             rows = gradient.view(1, -1, gradient.shape[-1])
             kernels.scale_gradient(*rows.shape, rows, grad_loss)
+            torch.autograd.graph.increment_version(gradient)
     return tuple(
         gradient if want else None for gradient, want in zip(gradients, ctx.wanted, strict=True)
     )

@@ -72,7 +72,7 @@ def policy_loss_from_logits(
     Args:
         logits: (B, T, V) padded, or (N, V) packed with cu_seqlens; otherwise as for `logprobs`.
             Differentiable.
-        targets: (B, T) or (N,) int64, as for `logprobs`.
+        targets: (B, T) or (N,) int64 | int32, as for `logprobs`.
         advantages: like targets or one a sequence, as for `policy_loss`.
         objective: name of a row ("grpo", "dapo", ...) or an `Objective`. Its entropy bonus is
             differentiated too.
@@ -84,8 +84,8 @@ def policy_loss_from_logits(
         cu_seqlens, ref_logprobs, sampler_logprobs, kl_coef, denominator: as for `policy_loss`.
         ignore_index: a target of this value counts as masked.
         inplace: write the gradient over the logits, which saves their size in memory. They are then
-            gone when the call returns, or where it takes two reads after the backward pass. Eager
-            mode only.
+            gone when the call returns, or where it takes two reads after the backward pass: the
+            backward of whatever else has saved them raises. Eager mode only.
         backend: reference | cpu | triton | cuda; chosen by device if not given.
 
     Returns:
@@ -102,7 +102,7 @@ def policy_loss_from_logits(
     a token for results, and what `policy_loss` takes.
     """
     objective = get_objective(objective)
-    shape = check_logits(logits, targets, temperature, mask)
+    shape, targets, temperature = check_logits(logits, targets, temperature, mask)
     if len(shape) != (2 if cu_seqlens is None else 1):
         raise ValueError(
             "logits must be (B, T, V), or (N, V) together with cu_seqlens, "
@@ -266,6 +266,8 @@ def _forward(
             kl_straight_through, kl_coef, adaptive_kl_coef, entropy_coef, log_ratio_limit,
             denominator, logits if inplace else gradient,
         )  # fmt: skip
+    if inplace:
+        torch.autograd.graph.increment_version(logits)
     mine = logp.view(valid.shape)
     loss, metrics, _ = launch_policy_loss(
         mine, entropy.view(valid.shape), mine if old_logprobs is None else old_logprobs, advantages,
@@ -322,6 +324,7 @@ def _differentiate_eager(ctx, grad_loss, *_):
     gradient = ctx.saved_tensors[0].detach()
     if gradient.numel():
         dispatch.load(ctx.backend).scale_gradient(*gradient.shape, gradient, grad_loss)
+        torch.autograd.graph.increment_version(gradient)
     return (gradient,)
 
 

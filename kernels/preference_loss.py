@@ -73,7 +73,7 @@ def preference_loss(
         rejected_mask: like rejected_logprobs.
         chosen_cu_seqlens: (B + 1,) int32: answer b is its tokens chosen_cu_seqlens[b : b + 2].
         rejected_cu_seqlens: (B + 1,) int32.
-        denominator: what the sum over pairs is divided by, a number or a float32 scalar tensor:
+        denominator: what the sum over pairs is divided by, a number or a scalar tensor:
             pairs of the whole optimizer step, for gradients that do not depend on micro-batches.
             Not given: B. 0 gives loss 0.
         backend: reference | cpu | triton | cuda; chosen by device if not given.

@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 
 from warpo.kernels import dispatch, reference
-from warpo.kernels.checks import FLOATS, check_mask, check_no_grad, check_tensor
+from warpo.kernels.checks import (
+    FLOATS,
+    check_mask,
+    check_no_grad,
+    check_number,
+    check_tensor,
+)
 from warpo.kernels.group_advantages import groups_of, members_of
 from warpo.kernels.registration import Operator
 
@@ -58,8 +64,8 @@ def process_advantages(
         num_tokens: T, the length of a row of the result; with cu_seqlens N, the tokens of all
             outputs.
         group_size: G: the outputs g G to (g + 1) G are group g. B must be a multiple of it.
-        group_ids: (B,) int64 in [0, num_groups), in any order; instead of group_size. An output
-            with another id, such as -1, belongs to no group, as if masked.
+        group_ids: (B,) int64 | int32 in [0, num_groups), in any order; instead of group_size. An
+            output with another id, such as -1, belongs to no group, as if masked.
         num_groups: number of groups, with group_ids only. A group without steps has mean and std 0.
         mask: (B,) bool | uint8: the outputs that count. The steps of a masked one are not counted
             in mean, std and num_degenerate (their rewards may be NaN), and its advantages are 0.
@@ -98,8 +104,8 @@ def process_advantages(
         group_size = None
     order = offsets = None
     if group_ids is not None:
+        group_ids = group_ids.long().contiguous()
         order, offsets = members_of(group_ids, groups)
-        group_ids = group_ids.contiguous()
     return ProcessAdvantages(
         *_operator(
             step_rewards, step_offsets, step_ends, num_tokens, cu_seqlens, group_size or 0, groups,
@@ -133,6 +139,7 @@ def _check(
             raise ValueError("cu_seqlens must be dense: pass cu_seqlens.contiguous()")
     if std not in STD_MODES:
         raise ValueError(f"std must be one of {', '.join(STD_MODES)}; got {std!r}")
+    check_number("eps", eps)
     if not eps >= 0:
         raise ValueError(f"eps must be >= 0, got {eps}")
 
@@ -145,7 +152,7 @@ def _count_groups(
     like: Tensor,
 ) -> int:
     if group_ids is not None and group_size is None:
-        check_tensor("group_ids", group_ids, (torch.int64,), (num_outputs,), like)
+        check_tensor("group_ids", group_ids, (torch.int64, torch.int32), (num_outputs,), like)
         if num_groups is None or num_groups < 0:
             raise ValueError(f"group_ids needs num_groups >= 0, got {num_groups}")
         return num_groups

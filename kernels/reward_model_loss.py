@@ -18,7 +18,14 @@ import torch
 from torch import Tensor
 
 from warpo.kernels import dispatch, reference
-from warpo.kernels.checks import FLOATS, check_mask, check_no_grad, check_tensor
+from warpo.kernels.checks import (
+    FLOATS,
+    as_int64,
+    check_mask,
+    check_no_grad,
+    check_number,
+    check_tensor,
+)
 from warpo.kernels.registration import Operator
 from warpo.kernels.sequences import as_denominator, merge_moments
 
@@ -50,7 +57,7 @@ def reward_model_loss(
         margins: (B,) float: by how much the chosen score should be larger. A constant.
         mask: (B,) bool | uint8: pairs that count. The others are never read; their gradient is 0.
         centering_coef: weight of (chosen + rejected)^2, which holds the mean score at 0.
-        denominator: what the sum over pairs is divided by, a number or a float32 scalar tensor:
+        denominator: what the sum over pairs is divided by, a number or a scalar tensor:
             pairs of the whole optimizer step, for gradients that do not depend on micro-batches.
             Not given: the pairs of this call. 0 gives loss 0.
         backend: reference | cpu | triton | cuda; chosen by device if not given.
@@ -105,7 +112,7 @@ def ranking_loss(
 
     Args:
         scores: (N,) float32 | bfloat16 | float16, any stride. Differentiable.
-        ranks: (N,) int64: lower is better. Answers of equal rank are not compared.
+        ranks: (N,) int64 | int32: lower is better. Answers of equal rank are not compared.
         cu_groups: (G + 1,) int32: prompt g has the answers cu_groups[g] : cu_groups[g + 1].
         mask: (N,) bool | uint8: answers that count. The others are never read; their gradient is 0.
         centering_coef: weight of (score + other score)^2, which holds the mean score at 0.
@@ -125,7 +132,7 @@ def ranking_loss(
     check_tensor("scores", scores, FLOATS)
     if scores.dim() != 1:
         raise ValueError(f"scores must be (N,), got {tuple(scores.shape)}")
-    check_tensor("ranks", ranks, (torch.int64,), scores.shape, scores)
+    ranks = as_int64("ranks", ranks, scores.shape, scores)
     check_tensor("cu_groups", cu_groups, (torch.int32,), like=scores)
     if cu_groups.dim() != 1 or cu_groups.numel() == 0 or not cu_groups.is_contiguous():
         raise ValueError(f"cu_groups must be a dense (G + 1,), got {tuple(cu_groups.shape)}")
@@ -180,6 +187,7 @@ def _check_options(
     denominator: float | Tensor | None,
 ) -> Tensor:
     check_mask("mask", mask, scores.shape, scores)
+    check_number("centering_coef", centering_coef)
     if not centering_coef >= 0:
         raise ValueError(f"centering_coef must be >= 0, got {centering_coef}")
     if denominator is not None:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from warpo.kernels.checks import FLOATS, check_mask, check_no_grad, check_tensor
+from warpo.kernels.checks import FLOATS, check_mask, check_no_grad, check_number, check_tensor
 
 # in the order of MaskMode in csrc/arguments/gae.h
 MASK_MODES = ("carry", "zero", "compact")
@@ -93,11 +93,13 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def check_discount(name: str, value: float) -> None:
+    check_number(name, value)
     if not 0 <= value <= 1:
         raise ValueError(f"{name} must be in [0, 1], got {value}")
 
 
 def check_log_ratio_limit(limit: float) -> None:
+    check_number("log_ratio_limit", limit)
     if not 0 < limit <= 80:
         raise ValueError(
             f"log_ratio_limit must be in (0, 80], got {limit}: exp overflows float32 above 88"

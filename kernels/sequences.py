@@ -5,8 +5,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from warpo.kernels.checks import check_tensor
+from warpo.kernels.checks import check_no_grad, check_tensor
 from warpo.kernels.objectives import AGGREGATIONS
+from warpo.kernels.symbolic import as_scalar
+
+# a count comes as an integer
+_REALS = (
+    torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32,
+)  # fmt: skip
 
 
 def check_sequences(
@@ -29,11 +35,12 @@ def check_sequences(
 def as_denominator(denominator: float | Tensor, like: Tensor) -> Tensor:
     """A checked () float32 on the device of `like`."""
     if isinstance(denominator, Tensor):
-        check_tensor("denominator", denominator, (torch.float32,), (), like)
-        return denominator
+        check_tensor("denominator", denominator, _REALS, (), like)
+        check_no_grad("denominator", denominator)
+        return denominator if denominator.dtype == torch.float32 else denominator.float()
     if not denominator >= 0:
         raise ValueError(f"denominator must be >= 0, got {denominator}")
-    return like.new_full((), denominator, dtype=torch.float32)
+    return as_scalar(denominator, like)
 
 
 def check_aggregation(aggregation: str, denominator: float | Tensor | None) -> None:

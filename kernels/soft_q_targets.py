@@ -16,6 +16,7 @@ from warpo.kernels import dispatch, reference
 from warpo.kernels.checks import FLAGS, FLOATS, check_no_grad, check_tensor
 from warpo.kernels.registration import Operator
 from warpo.kernels.scan import check_discount
+from warpo.kernels.symbolic import as_scalar
 
 
 def soft_q_targets(
@@ -83,7 +84,7 @@ def _temperature(alpha: float | Tensor, like: Tensor) -> Tensor:
         return alpha
     if not alpha >= 0:
         raise ValueError(f"alpha must be >= 0, got {alpha}")
-    return like.new_full((), alpha, dtype=torch.float32)
+    return as_scalar(alpha, like)
 
 
 def _forward(

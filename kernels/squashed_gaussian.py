@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from warpo.kernels import dispatch, reference
-from warpo.kernels.checks import FLOATS, check_no_grad, check_tensor
+from warpo.kernels.checks import FLOATS, check_no_grad, check_number, check_tensor
 from warpo.kernels.registration import Operator
 
 
@@ -67,6 +67,8 @@ def squashed_gaussian(
     check_tensor("log_std", log_std, FLOATS, mean.shape, mean)
     check_tensor("noise", noise, FLOATS, mean.shape, mean)
     check_no_grad("noise", noise)
+    check_number("log_std_min", log_std_min)
+    check_number("log_std_max", log_std_max)
     if not log_std_min <= log_std_max:
         raise ValueError(f"log_std_min must be <= log_std_max, got {log_std_min} and {log_std_max}")
     name = dispatch.choose(mean, backend)

@@ -21,7 +21,14 @@ import torch
 from torch import Tensor
 
 from warpo.kernels import dispatch, reference
-from warpo.kernels.checks import FLOATS, as_rows, check_mask, check_no_grad, check_tensor
+from warpo.kernels.checks import (
+    FLOATS,
+    as_rows,
+    check_mask,
+    check_no_grad,
+    check_number,
+    check_tensor,
+)
 from warpo.kernels.registration import Operator
 from warpo.kernels.sequences import (
     check_sequences,
@@ -78,7 +85,7 @@ def value_loss(
         huber_delta: with "huber" only: larger errors count linearly.
         aggregation: as in `Objective`: "token-mean" | "sequence-mean-token-mean" |
             "sequence-mean-token-sum" | "sequence-mean-token-sum-norm".
-        denominator: what the aggregation divides by, a number or a float32 scalar tensor: for
+        denominator: what the aggregation divides by, a number or a scalar tensor: for
             gradients that do not depend on the split into micro-batches, the count of the whole
             optimizer step. Not given: the count in this call; "...-norm" has no default. 0 gives
             loss 0.
@@ -160,6 +167,7 @@ def _check(
     check_tensor("values", values, FLOATS)
     sequences = check_sequences("values", values, cu_seqlens)
     if clip_range is not None:
+        check_number("clip_range", clip_range)
         if not clip_range >= 0:
             raise ValueError(f"clip_range must be >= 0, or None, got {clip_range}")
         if old_values is None:
@@ -177,6 +185,7 @@ def _delta(loss: str, huber_delta: float) -> float:
     """Where the loss becomes linear; never for "mse"."""
     if loss not in VALUE_LOSSES:
         raise ValueError(f"loss must be one of {', '.join(VALUE_LOSSES)}; got {loss!r}")
+    check_number("huber_delta", huber_delta)
     if not huber_delta > 0:
         raise ValueError(f"huber_delta must be > 0, got {huber_delta}")
     return math.inf if loss == "mse" else huber_delta

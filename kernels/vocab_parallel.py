@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from warpo.kernels.checks import check_unspent
+from warpo.kernels.checks import as_plain, check_unspent
+from warpo.kernels.registration import check_first_order, check_transforms
 
+_NAME = "logprobs with process_group"
 # temperature, token_temperature, mask, ignore_index
 Arguments = tuple[float, Tensor | None, Tensor | None, int]
 
@@ -34,6 +36,7 @@ class VocabParallelLogprobs(torch.autograd.Function):
         backend: Any,
         group: distributed.ProcessGroup,
     ) -> tuple[Tensor, Tensor]:
+        check_transforms(_NAME, (logits,))
         logp, entropy, stats = split_forward(logits, targets, arguments, backend, group)
         temperature, token_temperature, mask, ignore_index = arguments
         ctx.save_for_backward(logits, targets, token_temperature, mask, entropy, stats)
@@ -44,6 +47,7 @@ class VocabParallelLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None) -> Any:
+        check_first_order(_NAME)
         check_unspent(ctx.spent)
         logits, targets, token_temperature, mask, entropy, stats = ctx.saved_tensors
         temperature, ignore_index = ctx.constants
@@ -51,10 +55,13 @@ class VocabParallelLogprobs(torch.autograd.Function):
             return (None if targets.numel() else torch.zeros_like(logits),) + (None,) * 5
         ctx.spent = ctx.inplace
         grad_logits = logits.detach() if ctx.inplace else torch.empty_like(logits)
+        gradients = (x if x is None else as_plain(x) for x in (grad_logp, grad_entropy))
         split_backward(
             logits.detach(), targets, (temperature, token_temperature, mask, ignore_index),
-            entropy, stats, grad_logp, grad_entropy, grad_logits, ctx.backend, ctx.group,
+            entropy, stats, *gradients, grad_logits, ctx.backend, ctx.group,
         )  # fmt: skip
+        if ctx.inplace:
+            torch.autograd.graph.increment_version(grad_logits)
         return (grad_logits,) + (None,) * 5
 
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from warpo.kernels import dispatch, reference, scan
-from warpo.kernels.checks import FLOATS, check_tensor
+from warpo.kernels.checks import FLOATS, check_number, check_tensor
 from warpo.kernels.registration import Operator
 from warpo.kernels.scan import Steps, empty_like, sizes
 
@@ -94,6 +94,7 @@ def vtrace(
     scan.check_log_ratio_limit(log_ratio_limit)
     bounds = (rho_max, c_max, pg_rho_max)
     for name, bound in zip(("rho_max", "c_max", "pg_rho_max"), bounds, strict=True):
+        check_number(name, bound)
         if not bound > 0:
             raise ValueError(f"{name} must be > 0, got {bound}")
     for name, tensor in (("old_logprobs", old_logprobs), ("rewards", rewards), ("values", values)):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from warpo.kernels import dispatch, reference
-from warpo.kernels.checks import FLOATS, check_mask, check_no_grad, check_tensor
+from warpo.kernels.checks import FLOATS, check_mask, check_no_grad, check_number, check_tensor
 from warpo.kernels.registration import Operator
 
 # csrc/math/tiles.h: partial results at most, and three numbers each
@@ -64,6 +64,7 @@ def whiten(
     if x.dim() not in (1, 2):
         raise ValueError(f"x must be 1-D or 2-D, got {tuple(x.shape)}: pass x.flatten(1)")
     check_mask("mask", mask, x.shape, x)
+    check_number("eps", eps)
     if not eps >= 0:
         raise ValueError(f"eps must be >= 0, got {eps}")
     if fill_masked:

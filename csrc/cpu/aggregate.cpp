@@ -99,7 +99,7 @@ void reduce(const Aggregate& a, int64_t parts) {
             own += partials[2 * p + 1];
         }
         a.weights[b] = sequence_weight(a, inverse, (float)own);
-        result += sum * a.weights[b];
+        result += weighted(a.weights[b], sum);
     }
     *a.result = (float)result;
 }

@@ -6,6 +6,7 @@
 
 #include "cpu/cpu.h"
 #include "cpu/load.h"
+#include "math/temperature.h"
 
 namespace warpo::cpu::WARPO_ISA {
 namespace {
@@ -80,7 +81,8 @@ void forward_token(const KeptSetLogprobs& a, int64_t token, float* hidden) {
         max = logit > max ? logit : max;
         if (id == target) chosen = logit;
     }
-    const float inverse = 1.0f / element<float>(a.token_temperature, 0, token, a.temperature);
+    const float inverse = 
+        1.0f / temperature_or_nan(element<float>(a.token_temperature, 0, token, a.temperature));
     float sum = 0;
     for (int64_t e = kept.first; e < kept.last; ++e)
         sum += exp_f32((a.kept_logits[e] - max) * inverse);
@@ -109,7 +111,8 @@ void backward_token(const KeptSetLogprobsBackward& g, int64_t token, float* sum)
     const int64_t size = a.hidden_size;
     if (g.grad_hidden.data) memset(sum, 0, size * sizeof(float));
     const int64_t target = *address<int64_t>(a.targets, 0, token);
-    const float inverse = 1.0f / element<float>(a.token_temperature, 0, token, a.temperature);
+    const float inverse = 
+        1.0f / temperature_or_nan(element<float>(a.token_temperature, 0, token, a.temperature));
     const float max = a.stats[2 * token], log_sum = a.stats[2 * token + 1];
     for (int64_t e = kept.first; e < kept.last; ++e) {
         const int64_t id = load_index(a.kept_ids, e);

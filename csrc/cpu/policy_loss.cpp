@@ -129,7 +129,7 @@ void evaluate(const PolicyLoss& a, const Weights& weights, int count, const Tile
             own += kl_weight * term.derivative;
             kl += keep ? term.value : 0.0f;
         }
-        grad[i] = keep ? own : 0.0f;
+        grad[i] = keep && policy_weight != 0.0f ? own : 0.0f;
         policy -= keep ? terms.value : 0.0f;
         derivative += keep ? terms.by_log_ratio : 0.0f;
         low += keep ? terms.clipped_low : 0.0f;
@@ -314,9 +314,9 @@ float kl_coefficient(const PolicyLoss& a) {
 }
 
 void write_partials(const PolicyLoss& a, const Sums& sums, double valid, float weight, float* out) {
-    out[kPolicyLoss] = (float)(sums.policy * weight);
-    out[kKlLoss] = (float)(sums.kl * weight);
-    out[kEntropyLoss] = (float)(sums.entropy * weight);
+    out[kPolicyLoss] = (float)weighted(weight, sums.policy);
+    out[kKlLoss] = (float)weighted(weight, sums.kl);
+    out[kEntropyLoss] = (float)weighted(weight, sums.entropy);
     out[kTokens] = (float)valid;
     out[kClippedLow] = (float)sums.low;
     out[kClippedHigh] = (float)sums.high;
@@ -348,7 +348,7 @@ void one_sequence(const PolicyLoss& a, int64_t sequence, bool parallel) {
     write_partials(a, sums, shared.valid, weight, a.partials + sequence * kNumMetrics);
     if (!a.grad_logprobs || a.ratio_level != kSequenceRatio || shared.valid == 0) return;
     // Every valid token moves the mean log ratio by 1 / valid.
-    const float grad = (float)(-weight * sums.by_log_ratio / shared.valid);
+    const float grad = (float)weighted(-weight, sums.by_log_ratio / shared.valid);
     struct Nothing {
         void add(const Nothing&) {}
     };
@@ -368,8 +368,10 @@ void reduce(const PolicyLoss& a) {
         largest = partial[kRatioMax] > largest ? partial[kRatioMax] : largest;
     }
     for (int m = 0; m < kNumMetrics; ++m) a.metrics[m] = (float)sums[m];
-    a.metrics[kRatioMin] = smallest;
-    a.metrics[kRatioMax] = largest;
+    // the comparisons drop a NaN, the sum of the ratios does not
+    const bool lost = sums[kRatio] != sums[kRatio];
+    a.metrics[kRatioMin] = lost ? NAN : smallest;
+    a.metrics[kRatioMax] = lost ? NAN : largest;
     double loss = sums[kPolicyLoss];
     if (a.kl != kNoKl) loss += (double)kl_coefficient(a) * sums[kKlLoss];
     if (a.entropy_coef != 0) loss -= (double)a.entropy_coef * sums[kEntropyLoss];

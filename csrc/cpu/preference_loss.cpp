@@ -70,7 +70,7 @@ void one_pair(const PreferenceLoss& a, int64_t pair) {
     PreferenceTerm term = {};
     const bool counts = chosen.count > 0 && rejected.count > 0;
     if (counts) term = preference_term(a, chosen, rejected);
-    out[kPreferenceLoss] = weight * term.loss;
+    out[kPreferenceLoss] = weighted(weight, term.loss);
     out[kPreferencePairs] = counts;
     out[kPreferenceCorrect] = term.chosen_reward > term.rejected_reward;
     out[kChosenReward] = term.chosen_reward;
@@ -78,8 +78,8 @@ void one_pair(const PreferenceLoss& a, int64_t pair) {
     out[kChosenLogprob] = counts ? chosen.logprob : 0.0f;
     out[kRejectedLogprob] = counts ? rejected.logprob : 0.0f;
     out[kChosenNll] = term.nll;
-    write_gradient(a.chosen, pair, weight * term.grad_chosen);
-    write_gradient(a.rejected, pair, weight * term.grad_rejected);
+    write_gradient(a.chosen, pair, weighted(weight, term.grad_chosen));
+    write_gradient(a.rejected, pair, weighted(weight, term.grad_rejected));
 }
 
 void one_example(const KtoLoss& a, int64_t example) {
@@ -90,11 +90,11 @@ void one_example(const KtoLoss& a, int64_t example) {
     if (counts) term = kto_term(a, *a.kl, desirable, sums.ratio);
     float* out = a.partials + example * kNumKtoMetrics;
     for (int m = 0; m < kNumKtoMetrics; ++m) out[m] = 0;
-    out[kKtoLoss] = weight * term.loss;
+    out[kKtoLoss] = weighted(weight, term.loss);
     out[desirable ? kDesirable : kUndesirable] = counts;
     out[desirable ? kDesirableReward : kUndesirableReward] = term.reward;
     out[desirable ? kDesirableLogprob : kUndesirableLogprob] = counts ? sums.logprob : 0.0f;
-    write_gradient(a.answers, example, weight * term.grad);
+    write_gradient(a.answers, example, weighted(weight, term.grad));
 }
 
 int64_t work_of(const Answers& a, int64_t answers) {

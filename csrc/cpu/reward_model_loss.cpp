@@ -12,7 +12,7 @@ struct Sums {
     Moments scores;
 
     void write(double weight, float* out) const {
-        out[kRewardLoss] = (float)(loss * weight);
+        out[kRewardLoss] = (float)weighted((float)weight, loss);
         out[kRewardPairs] = (float)pairs;
         out[kRewardCorrect] = (float)correct;
         out[kRewardMargin] = (float)margin;
@@ -85,8 +85,8 @@ void one_block(const RewardModelLoss& a, int64_t block) {
         for (int i = 0; i < pairs.count; ++i) add(pairs.better[i]), add(pairs.worse[i]);
     });
     for (int i = 0; a.grad_chosen && i < pairs.count; ++i) {
-        a.grad_chosen[pairs.better_at[i]] = weight * pairs.grad_better[i];
-        a.grad_rejected[pairs.better_at[i]] = weight * pairs.grad_worse[i];
+        a.grad_chosen[pairs.better_at[i]] = weighted(weight, pairs.grad_better[i]);
+        a.grad_rejected[pairs.better_at[i]] = weighted(weight, pairs.grad_worse[i]);
     }
     sums.write(weight, a.partials + block * kNumRewardMetrics);
 }
@@ -95,8 +95,8 @@ void one_block(const RewardModelLoss& a, int64_t block) {
 void flush(const RankingLoss& a, float weight, Pairs& pairs, Sums& sums) {
     evaluate(pairs, a.centering_coef, sums);
     for (int i = 0; a.grad_scores && i < pairs.count; ++i) {
-        a.grad_scores[pairs.better_at[i]] += weight * pairs.grad_better[i];
-        a.grad_scores[pairs.worse_at[i]] += weight * pairs.grad_worse[i];
+        a.grad_scores[pairs.better_at[i]] += weighted(weight, pairs.grad_better[i]);
+        a.grad_scores[pairs.worse_at[i]] += weighted(weight, pairs.grad_worse[i]);
     }
     pairs.count = 0;
 }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/load.h"
+#include "math/weight.h"
 
 namespace warpo::cpu::WARPO_ISA {
 namespace {
@@ -62,10 +63,6 @@ inline int64_t count_valid(const View& mask, const Span& span) {
     int64_t valid = 0;
     for (int64_t i = 0; i < span.count; ++i) valid += flags[i * mask.stride1] != 0;
     return valid;
-}
-
-inline float inverse_or_zero(float denominator) {
-    return denominator > 0 ? 1.0f / denominator : 0.0f;
 }
 
 // Count, mean and sum of squared differences from the mean.

@@ -6,6 +6,7 @@
 #include <stdlib.h>
 
 #include "cpu/load.h"
+#include "math/temperature.h"
 
 namespace warpo::cpu::WARPO_ISA {
 
@@ -23,7 +24,8 @@ struct Softmax {
 WARPO_HD Softmax merge(Softmax a, Softmax b, float scale) {
     Softmax merged;
     merged.max = a.max > b.max ? a.max : b.max;
-    if (merged.max == -INFINITY) return merged;
+    // sums are 0, or NaN where a NaN was seen
+    if (merged.max == -INFINITY) return {merged.max, a.sum + b.sum, a.weighted + b.weighted};
     auto add = [&](const Softmax& part) {
         float shift = (part.max - merged.max) * scale;
         shift = shift < kExp2Floor ? kExp2Floor : shift;
@@ -138,7 +140,7 @@ inline TokenLogprob read_token(const Logprobs& a, int64_t b, int64_t t, bool val
     } else if (valid) {
         const T* logits = address<T>(a.logits, b, t);
         const float inverse_temperature =
-            1.0f / element<float>(a.token_temperature, b, t, a.temperature);
+            1.0f / temperature_or_nan(element<float>(a.token_temperature, b, t, a.temperature));
         const Softmax row =
             reduce_row<T, kEntropy>(logits, a.vocab, inverse_temperature * kLog2e, split);
         token.read = true;

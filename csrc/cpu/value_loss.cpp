@@ -31,7 +31,7 @@ void evaluate(const ValueLoss& a, int count, int valid, float weight, const Tile
         clipped += keep ? term.clipped : 0.0f;
         returns += keep ? target[i] : 0.0f;
         errors += keep ? target[i] - value[i] : 0.0f;
-        grad[i] = keep ? weight * term.derivative : 0.0f;
+        grad[i] = keep ? weighted(weight, term.derivative) : 0.0f;
     }
     if (valid == 0) return;
     sums.loss += loss;
@@ -71,7 +71,7 @@ void one_sequence(const ValueLoss& a, int64_t sequence) {
                  a.grad_values ? a.grad_values + span.offset + start : scratch, sums);
     }
     float* out = a.partials + sequence * kNumValueMetrics;
-    out[kValueLoss] = (float)(sums.loss * weight);
+    out[kValueLoss] = (float)weighted(weight, sums.loss);
     out[kValueTokens] = (float)sums.returns.count;
     out[kValueClipped] = (float)sums.clipped;
     out[kReturnMean] = (float)sums.returns.mean;

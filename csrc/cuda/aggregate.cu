@@ -63,7 +63,7 @@ __global__ __launch_bounds__(kReduceThreads) void reduce_kernel(const Aggregate 
         if (lane != 0) continue;
         const float weight = sequence_weight(a, inverse, own);
         a.weights[b] = weight;
-        result = fmaf(sum, weight, result);
+        result += weighted(weight, sum);
     }
     result = block_sum<kReduceWarps>(result, scratch);
     if (threadIdx.x == 0) *a.result = result;

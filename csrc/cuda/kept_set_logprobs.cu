@@ -2,6 +2,7 @@
 // one warp a piece of a weight row for its gradient.
 #include "cuda/device.h"
 #include "cuda/launch.h"
+#include "math/temperature.h"
 
 namespace warpo::cuda {
 namespace {
@@ -26,8 +27,9 @@ __device__ __forceinline__ Kept kept_of(const KeptSetLogprobs& a, int64_t token)
 }
 
 __device__ __forceinline__ float inverse_temperature(const KeptSetLogprobs& a, int64_t token) {
-    return 1.0f /
-           (a.token_temperature.data ? load_float32(a.token_temperature, 0, token) : a.temperature);
+    return 1.0f / (a.token_temperature.data
+                       ? temperature_or_nan(load_float32(a.token_temperature, 0, token))
+                       : a.temperature);
 }
 
 template <int kDType>

@@ -4,6 +4,7 @@
 #include "cuda/device.h"
 #include "cuda/launch.h"
 #include "math/online_softmax.h"
+#include "math/temperature.h"
 
 namespace warpo::cuda {
 
@@ -29,8 +30,9 @@ __device__ __forceinline__ Token load_token(const Logprobs& a, unsigned index) {
 }
 
 __device__ __forceinline__ float load_temperature(const Logprobs& a, const Token& token) {
-    return a.token_temperature.data ? load_float32(a.token_temperature, token.row, token.step)
-                                    : a.temperature;
+    return a.token_temperature.data
+               ? temperature_or_nan(load_float32(a.token_temperature, token.row, token.step))
+               : a.temperature;
 }
 
 template <int kDType>

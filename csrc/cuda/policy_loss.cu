@@ -303,15 +303,17 @@ __global__ __launch_bounds__(kThreads) void part_kernel(const PolicyLoss a, unsi
             token.log_ratio = scan_block(token.log_ratio, carry, scratch);
         }
         float grad = 0.0f;
-        if (keep[0]) grad = weight * add_token<kSurrogate>(sums, a, p, t, token, s, kl_coef);
+        if (keep[0]) {
+            grad = weighted(weight, add_token<kSurrogate>(sums, a, p, t, token, s, kl_coef));
+        }
         if (t >= p.end) continue;
         if (a.grad_logprobs) a.grad_logprobs[p.grad + t] = grad;
         if (a.grad_entropy) a.grad_entropy[p.grad + t] = keep[0] ? -weight * a.entropy_coef : 0.0f;
     }
 
-    sums.values[kPolicyLoss] *= weight;
-    sums.values[kKlLoss] = weight * sums.values[kKl];
-    sums.values[kEntropyLoss] = weight * sums.values[kEntropy];
+    sums.values[kPolicyLoss] = weighted(weight, sums.values[kPolicyLoss]);
+    sums.values[kKlLoss] = weighted(weight, sums.values[kKl]);
+    sums.values[kEntropyLoss] = weighted(weight, sums.values[kEntropy]);
 #pragma unroll
     for (int m = 0; m < kNumMetrics; ++m) {
         const float value = reduce_warp(m, sums.values[m]);
@@ -350,7 +352,8 @@ __global__ __launch_bounds__(kReduceThreads) void reduce_kernel(const PolicyLoss
         const float kl_coef = a.adaptive_kl_coef ? *a.adaptive_kl_coef : a.kl_coef;
         float loss = totals[kPolicyLoss];
         if (a.kl != kNoKl) loss = fmaf(kl_coef, totals[kKlLoss], loss);
-        if (a.entropy.data) loss = fmaf(-a.entropy_coef, totals[kEntropyLoss], loss);
+        if (a.entropy.data && a.entropy_coef != 0.0f)
+            loss = fmaf(-a.entropy_coef, totals[kEntropyLoss], loss);
         *a.loss = loss;
     }
 }

@@ -44,11 +44,11 @@ __global__ __launch_bounds__(kThreads) void pair_kernel(const PreferenceLoss a) 
     const bool counts = chosen.count > 0.0f && rejected.count > 0.0f;
     PreferenceTerm term = {};
     if (counts) term = preference_term(a, chosen, rejected);
-    write_gradient(a.chosen, pair, weight * term.grad_chosen);
-    write_gradient(a.rejected, pair, weight * term.grad_rejected);
+    write_gradient(a.chosen, pair, weighted(weight, term.grad_chosen));
+    write_gradient(a.rejected, pair, weighted(weight, term.grad_rejected));
     if (threadIdx.x != 0) return;
     float* const out = a.partials + pair * kNumPreferenceMetrics;
-    out[kPreferenceLoss] = weight * term.loss;
+    out[kPreferenceLoss] = weighted(weight, term.loss);
     out[kPreferencePairs] = counts ? 1.0f : 0.0f;
     out[kPreferenceCorrect] = term.chosen_reward > term.rejected_reward ? 1.0f : 0.0f;
     out[kChosenReward] = term.chosen_reward;
@@ -66,11 +66,11 @@ __global__ __launch_bounds__(kThreads) void kto_kernel(const KtoLoss a) {
     const bool desirable = load_flag(a.desirable, 0, example), counts = sums.count > 0.0f;
     KtoTerm term = {0.0f, 0.0f, 0.0f};
     if (counts) term = kto_term(a, *a.kl, desirable, sums.ratio);
-    write_gradient(a.answers, example, weight * term.grad);
+    write_gradient(a.answers, example, weighted(weight, term.grad));
     if (threadIdx.x != 0) return;
     const float count = counts ? 1.0f : 0.0f, logprob = counts ? sums.logprob : 0.0f;
     float* const out = a.partials + example * kNumKtoMetrics;
-    out[kKtoLoss] = weight * term.loss;
+    out[kKtoLoss] = weighted(weight, term.loss);
     out[kDesirable] = desirable ? count : 0.0f;
     out[kUndesirable] = desirable ? 0.0f : count;
     out[kDesirableReward] = desirable ? term.reward : 0.0f;

@@ -42,11 +42,11 @@ __global__ __launch_bounds__(kThreads) void pairs_kernel(const RewardModelLoss a
         term = bradley_terry(better, worse, margin, a.centering_coef);
     }
     if (i < a.pairs && a.grad_chosen) {
-        a.grad_chosen[i] = weight * term.grad_better;
-        a.grad_rejected[i] = weight * term.grad_worse;
+        a.grad_chosen[i] = weighted(weight, term.grad_better);
+        a.grad_rejected[i] = weighted(weight, term.grad_worse);
     }
     Partial p;
-    p.loss = weight * block_sum<kWarps>(term.loss, scratch);
+    p.loss = weighted(weight, block_sum<kWarps>(term.loss, scratch));
     p.pairs = block_sum<kWarps>(valid ? 1.0f : 0.0f, scratch);
     p.correct = block_sum<kWarps>(better > worse ? 1.0f : 0.0f, scratch);
     p.margin = block_sum<kWarps>(better - worse, scratch);
@@ -112,11 +112,11 @@ __global__ __launch_bounds__(32 * kWarpsPerBlock) void groups_kernel(const Ranki
         if (is_valid(a.mask, g.first + i)) {
             const float centred = load_float(a.scores, 0, g.first + i) - p.mean;
             p.m2 = fmaf(centred, centred, p.m2);
-            grad = weight * compare(a, g, i, p);
+            grad = weighted(weight, compare(a, g, i, p));
         }
         if (a.grad_scores) a.grad_scores[g.first + i] = grad;
     }
-    p.loss = weight * warp_sum(p.loss);
+    p.loss = weighted(weight, warp_sum(p.loss));
     p.pairs = warp_sum(p.pairs);
     p.correct = warp_sum(p.correct);
     p.margin = warp_sum(p.margin);

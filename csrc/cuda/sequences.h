@@ -4,6 +4,7 @@
 
 #include "cuda/device.h"
 #include "cuda/launch.h"
+#include "math/weight.h"
 
 namespace warpo::cuda {
 
@@ -28,8 +29,6 @@ __device__ __forceinline__ float load_token(const View& view, const Span& s, int
 }
 
 // 1 / x, and 0 for 0; of what a sum is divided by.
-__device__ __forceinline__ float inverse_or_zero(float x) { return x > 0.0f ? 1.0f / x : 0.0f; }
-
 // One block, warp m for metric m. Rows of partials as one: sums, and from column kFirstMoment on
 // pairs of mean and m2 (sum of squared differences) over the count in column kCount. Column 0 is
 // the loss.

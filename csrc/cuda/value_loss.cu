@@ -49,7 +49,7 @@ __global__ __launch_bounds__(kThreads) void value_loss_kernel(const ValueLoss a)
                                                       a.clip_range, a.huber_delta);
             const float centred = token.target - return_mean;
             const float error = token.target - token.value - error_mean;
-            derivative = weight * term.derivative;
+            derivative = weighted(weight, term.derivative);
             loss += term.loss;
             clipped += term.clipped;
             return_m2 = fmaf(centred, centred, return_m2);
@@ -57,7 +57,7 @@ __global__ __launch_bounds__(kThreads) void value_loss_kernel(const ValueLoss a)
         }
         if (grad) grad[t] = derivative;
     }
-    loss = block_sum<kWarps>(loss, scratch) * weight;
+    loss = weighted(weight, block_sum<kWarps>(loss, scratch));
     clipped = block_sum<kWarps>(clipped, scratch);
     return_m2 = block_sum<kWarps>(return_m2, scratch);
     error_m2 = block_sum<kWarps>(error_m2, scratch);

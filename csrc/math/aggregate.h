@@ -6,6 +6,7 @@
 
 #include "arguments/aggregate.h"
 #include "math/exp.h"
+#include "math/weight.h"
 
 namespace warpo {
 
@@ -44,8 +45,7 @@ WARPO_HD float* partials_of(const Aggregate& a) { return a.weights + a.sequences
 WARPO_HD float inverse_denominator(const Aggregate& a, float tokens) {
     const float count = a.aggregation == kTokenMean ? tokens : (float)a.sequences;
     const float number = a.number >= 0.0f ? a.number : count;
-    const float denominator = a.denominator ? *a.denominator : number;
-    return denominator > 0.0f ? 1.0f / denominator : 0.0f;
+    return inverse_or_zero(a.denominator ? *a.denominator : number);
 }
 
 WARPO_HD float sequence_weight(const Aggregate& a, float inverse_denominator, float tokens) {

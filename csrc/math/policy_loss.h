@@ -6,6 +6,7 @@
 
 #include "arguments/policy_loss.h"
 #include "math/exp.h"
+#include "math/weight.h"
 
 namespace warpo {
 
@@ -214,7 +215,7 @@ WARPO_HD KlTerm kl_estimate(float logp, float ref, int kl, bool straight_through
 
 // What the loss of each valid token of a sequence is multiplied by. A denominator of 0 gives 0.
 WARPO_HD float token_weight(float denominator, bool sequence_mean, float valid_tokens) {
-    const float weight = denominator > 0.0f ? 1.0f / denominator : 0.0f;
+    const float weight = inverse_or_zero(denominator);
     return sequence_mean && valid_tokens > 0.0f ? weight / valid_tokens : weight;
 }
 

@@ -36,9 +36,8 @@ WARPO_HD TokenGradient token_gradient(const PolicyLossFromLogits& a, const Token
     }
     const float weight =
         token_weight(*a.denominator, a.valid_tokens.data != nullptr, token.valid_tokens);
-    // a select: a weight of 0 means no gradient, also of what is not finite
-    gradient.by_logp = weight == 0.0f ? 0.0f : weight * gradient.by_logp;
-    gradient.by_entropy = weight == 0.0f ? 0.0f : weight * gradient.by_entropy;
+    gradient.by_logp = weighted(weight, gradient.by_logp);
+    gradient.by_entropy = weighted(weight, gradient.by_entropy);
     return gradient;
 }
 

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from warpo.kernels._triton.launch import kernel, strided
-from warpo.kernels._triton.sequences import bounds, inverse_or_zero, load_tokens
+from warpo.kernels._triton.sequences import bounds, inverse_or_zero, load_tokens, weighted
 
 BLOCK = 512
 WARPS = 4
@@ -104,7 +104,7 @@ def _reduce_kernel(
         if AGGREGATION == SEQUENCE_MEAN_TOKEN_MEAN:
             weight = tl.where(own > 0, inverse / tl.where(own > 0, own, 1.0), inverse)
         tl.store(weights_ptr + sequence, weight, mask=sequence < sequences)
-        result += weight * tl.sum(total, 1)
+        result += weighted(weight, tl.sum(total, 1))
     tl.store(result_ptr, tl.sum(result))
 
 

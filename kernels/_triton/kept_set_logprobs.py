@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from warpo.kernels._triton.launch import kernel
+from warpo.kernels._triton.logprobs import inverse_temperature
 
 BLOCK_K = 16  # kept ids
 BLOCK_H = 128  # columns
@@ -52,7 +53,7 @@ def _kept_set_fwd_kernel(
     target = tl.load(targets_ptr + token * targets_stride)
     if temperature_ptr is not None:
         temperature = tl.load(temperature_ptr + token * temperature_stride)
-    inverse = 1.0 / temperature
+    inverse = inverse_temperature(temperature)
     hidden_ptr += token * hidden_stride
     top = -INF
     total = 0.0
@@ -107,7 +108,7 @@ def _kept_set_bwd_kernel(
         temperature = tl.load(temperature_ptr + token * temperature_stride)
     top = tl.load(stats_ptr + 2 * token)
     log_sum = tl.load(stats_ptr + 2 * token + 1)
-    scale = 1.0 / temperature
+    scale = inverse_temperature(temperature)
     grad = tl.load(grad_logprobs_ptr + token * grad_logprobs_stride) * scale
     columns = piece * BLOCK_H + tl.arange(0, BLOCK_H)
     within = columns < hidden_size

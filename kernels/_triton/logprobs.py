@@ -26,6 +26,13 @@ INF = tl.constexpr(float("inf"))
 
 
 @triton.jit
+def inverse_temperature(temperature):
+    """NaN, which poisons the token, where there is no distribution: 0, negative, infinite, NaN."""
+    valid = (temperature > 0) & (temperature < float("inf"))
+    return tl.where(valid, 1.0 / temperature, float("nan"))
+
+
+@triton.jit
 def _add_block(
     x, scale, top, total, weighted, WITH_ENTROPY: tl.constexpr,
     REPEAT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
@@ -180,7 +187,7 @@ def _logprobs_fwd_kernel(
     WITH_ENTROPY: tl.constexpr = entropy_ptr is not None
     # strides count groups of WIDTH, which tells the compiler that rows are aligned for wide loads
     logits_ptr += (b * logits_stride_b + t * logits_stride_t) * WIDTH
-    inverse = 1.0 / temperature
+    inverse = inverse_temperature(temperature)
     scale = inverse * LOG2_E
     if MODE == "chunk":
         start = chunk * columns_of_a_chunk
@@ -259,7 +266,7 @@ def _logprobs_bwd_kernel(
         return
 
     logits_ptr += (b * logits_stride_b + t * logits_stride_t) * WIDTH
-    inverse = 1.0 / temperature
+    inverse = inverse_temperature(temperature)
     x = tl.load(logits_ptr + columns, mask=inside, other=-INF).to(tl.float32)
     log2_p = tl.maximum(
         (x - row_top) * (inverse * LOG2_E) - log_sum * LOG2_E,

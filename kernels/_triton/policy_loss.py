@@ -26,11 +26,11 @@ from warpo.kernels._triton.policy_terms import (
     kl_estimate,
     surrogate_terms,
 )
+from warpo.kernels._triton.sequences import inverse_or_zero, valid_tokens, weighted
 
 BLOCK = 256
 WARPS = 4
-REDUCE_BLOCK = 128
-MIN_PARTIALS = 512
+REDUCE_BLOCK, MIN_PARTIALS = 128, 512
 
 INF = tl.constexpr(float("inf"))
 # rows of the metrics vector, `kernels.policy_loss.METRICS`
@@ -47,10 +47,7 @@ def _load(view, token, keep):
 
 @triton.jit
 def _valid(mask, token, end):
-    keep = token < end
-    if mask[0] is not None:
-        keep &= tl.load(mask[0] + token * mask[1], mask=keep, other=0) != 0
-    return keep
+    return valid_tokens(mask[0], token, mask[1], end)
 
 
 @triton.jit
@@ -124,9 +121,9 @@ def _store_partials(partials_ptr, weight, sums, ratio_min, ratio_max):
     policy, kl, entropy, valid, low, high, dual, ratio, approx_kl = sums[:9]
     weights, corrected, log_ratios = sums[9:]
     kl, entropy = tl.sum(kl), tl.sum(entropy)
-    tl.store(partials_ptr, -weight * tl.sum(policy))
-    tl.store(partials_ptr + 1, weight * kl)
-    tl.store(partials_ptr + 2, weight * entropy)
+    tl.store(partials_ptr, weighted(-weight, tl.sum(policy)))
+    tl.store(partials_ptr + 1, weighted(weight, kl))
+    tl.store(partials_ptr + 2, weighted(weight, entropy))
     tl.store(partials_ptr + 3, tl.sum(valid))
     tl.store(partials_ptr + 4, tl.sum(low))
     tl.store(partials_ptr + 5, tl.sum(high))
@@ -214,7 +211,7 @@ def _part(
             entropy_sum += _load(entropies, token, keep)
         inside = token < end
         if grad_ptr is not None:
-            tl.store(grad_ptr + token, tl.where(keep, weight * gradient, 0.0), mask=inside)
+            tl.store(grad_ptr + token, tl.where(keep, weighted(weight, gradient), 0.0), mask=inside)
         if grad_entropy_ptr is not None:
             grad_entropy = tl.where(keep, -weight * entropy_coef, zeros)
             tl.store(grad_entropy_ptr + token, grad_entropy, mask=inside)
@@ -291,8 +288,7 @@ def _policy_loss_kernel(
                 log_ratio, log_weight, old_logprobs, advantages, sampler, mask, whole, bounds,
                 correction_bounds, limit, SURROGATE, CORRECTION, CORRECTION_SEQUENCE, BLOCK,
             ) / tokens  # fmt: skip
-    denominator = tl.load(denominator_ptr)
-    weight = tl.where(denominator > 0, 1.0 / denominator, 0.0)
+    weight = inverse_or_zero(tl.load(denominator_ptr))
     if SEQUENCE_MEAN:
         weight /= tokens
     if adaptive_kl_coef_ptr is not None:
@@ -322,13 +318,17 @@ def _reduce_kernel(
         ratio_min = tl.minimum(ratio_min, tl.load(row_ptr + RATIO_MIN, mask=inside, other=INF))
         ratio_max = tl.maximum(ratio_max, tl.load(row_ptr + RATIO_MAX, mask=inside, other=-INF))
     metrics = tl.sum(total, 0)
-    metrics = tl.where(metric == RATIO_MIN, tl.min(ratio_min), metrics)
-    metrics = tl.where(metric == RATIO_MAX, tl.max(ratio_max), metrics)
+    # the comparisons drop a NaN, the sum of the ratios, metric 7, does not
+    ratios = tl.sum(tl.where(metric == 7, metrics, 0.0))
+    extreme = tl.where(metric == RATIO_MIN, tl.min(ratio_min), tl.max(ratio_max))
+    extreme = tl.where(ratios == ratios, extreme, ratios)
+    metrics = tl.where((metric == RATIO_MIN) | (metric == RATIO_MAX), extreme, metrics)
     tl.store(metrics_ptr + metric, metrics)
     if adaptive_kl_coef_ptr is not None:
         kl_coef = tl.load(adaptive_kl_coef_ptr)
     share = tl.where(metric == 0, 1.0, tl.where(metric == 1, kl_coef, -entropy_coef))
-    tl.store(loss_ptr, tl.sum(tl.where(metric < 3, share * metrics, 0.0)))
+    counts = (metric < 2) | (metric == 2) & (entropy_coef != 0)
+    tl.store(loss_ptr, tl.sum(tl.where(counts, share * metrics, 0.0)))
 
 
 def _log(bound: float) -> float:

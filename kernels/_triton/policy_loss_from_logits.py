@@ -17,6 +17,7 @@ from warpo.kernels._triton.logprobs import (
     _load_width,
     _read,
     _rows,
+    inverse_temperature,
 )
 from warpo.kernels._triton.policy_terms import (
     clamp,
@@ -26,6 +27,7 @@ from warpo.kernels._triton.policy_terms import (
     kl_estimate,
     surrogate_terms,
 )
+from warpo.kernels._triton.sequences import inverse_or_zero, weighted
 
 # So many threads that a multiprocessor takes one program: what lies between the two reads of the
 # rows in flight must fit into the L2 cache.
@@ -113,16 +115,16 @@ def _policy_loss_from_logits_kernel(
     if temperature_ptr is not None:
         temperature = tl.load(temperature_ptr + b * temperature_stride_b + t * temperature_stride_t)
     logits_ptr += (b * logits_stride_b + t * logits_stride_t) * WIDTH
-    inverse = 1.0 / temperature
+    inverse = inverse_temperature(temperature)
     scale = inverse * LOG2_E
     chosen = tl.load(logits_ptr + target).to(tl.float32)
-    top, total, weighted = _read(
+    top, total, weighted_sum = _read(
         logits_ptr, 0, vocab, columns_of_a_chunk, scale, True, REPEAT, LANES, WIDTH
     )
     log_sum = tl.where(total > 0, tl.log(total), float("nan"))
     logprob = (chosen - top) * inverse - log_sum
     logprob = tl.where(logprob > 0, 0.0, logprob)
-    entropy = log_sum - LN_2 * weighted / total
+    entropy = log_sum - LN_2 * weighted_sum / total
     tl.store(logprobs_ptr, logprob)
     tl.store(entropy_ptr, entropy)
 
@@ -138,8 +140,7 @@ def _policy_loss_from_logits_kernel(
         sampler = one + tl.load(sampler_ptr + b * sampler_stride_b + t * sampler_stride_t)
     if adaptive_kl_coef_ptr is not None:
         kl_coef = tl.load(adaptive_kl_coef_ptr)
-    denominator = tl.load(denominator_ptr)
-    weight = tl.where(denominator > 0, 1.0 / denominator, 0.0)
+    weight = inverse_or_zero(tl.load(denominator_ptr))
     if valid_tokens_ptr is not None:
         weight /= tl.load(valid_tokens_ptr + b * valid_tokens_stride_b + t * valid_tokens_stride_t)
     by_logp = _by_logp(
@@ -148,9 +149,8 @@ def _policy_loss_from_logits_kernel(
         (correction_low, correction_high), limit, old_ptr is not None, SURROGATE, CORRECTION, KL,
         STRAIGHT_THROUGH,
     )  # fmt: skip
-    # a select: a weight of 0 means no gradient, also of what is not finite
-    by_logp = tl.where(weight == 0, 0.0, weight * tl.sum(by_logp))
-    by_entropy = tl.where(weight == 0, 0.0, -weight * entropy_coef)
+    by_logp = weighted(weight, tl.sum(by_logp))
+    by_entropy = weighted(-weight, entropy_coef)
     if log_sum == log_sum and by_logp == 0 and by_entropy == 0:
         _fill(grad_logits_ptr, vocab, 0.0, BLOCK)
         return

@@ -17,6 +17,7 @@ from warpo.kernels._triton.sequences import (
     load_tokens,
     merge_partials,
     valid_tokens,
+    weighted,
 )
 
 BLOCK = 512
@@ -151,16 +152,18 @@ def _preference_loss_kernel(
         gradient = slope * better_slope * chosen_share - nll_coef * inverse_or_zero(n)
         _store_gradient(
             pair, chosen_steps, chosen_cu_ptr, chosen_mask_ptr, chosen_mask_stride_b,
-            chosen_mask_stride_t, grad_chosen_ptr, tl.where(counts, weight * gradient, 0.0), BLOCK,
+            chosen_mask_stride_t, grad_chosen_ptr,
+            tl.where(counts, weighted(weight, gradient), 0.0), BLOCK,
         )  # fmt: skip
         gradient = -slope * worse_slope * rejected_share
         _store_gradient(
             pair, rejected_steps, rejected_cu_ptr, rejected_mask_ptr, rejected_mask_stride_b,
-            rejected_mask_stride_t, grad_rejected_ptr, tl.where(counts, weight * gradient, 0.0),
+            rejected_mask_stride_t, grad_rejected_ptr,
+            tl.where(counts, weighted(weight, gradient), 0.0),
             BLOCK,
         )  # fmt: skip
     partials_ptr += pair * NUM_METRICS
-    tl.store(partials_ptr, tl.where(counts, weight * loss, 0.0))
+    tl.store(partials_ptr, tl.where(counts, weighted(weight, loss), 0.0))
     tl.store(partials_ptr + 1, tl.where(counts, 1.0, 0.0))
     tl.store(partials_ptr + 2, tl.where(counts & (x > y), 1.0, 0.0))
     tl.store(partials_ptr + 3, tl.where(counts, beta * x, 0.0))
@@ -193,13 +196,13 @@ def _kto_loss_kernel(
     loss = tl.where(desirable, desirable_weight, undesirable_weight) * wrong
     weight = tl.where(count > 0, inverse_or_zero(tl.load(denominator_ptr)), 0.0)
     if grad_ptr is not None:
-        gradient = tl.where(count > 0, -weight * loss * slope * right, 0.0)
+        gradient = tl.where(count > 0, weighted(-weight, loss * slope * right), 0.0)
         _store_gradient(
             example, steps, cu_seqlens_ptr, mask_ptr, mask_stride_b, mask_stride_t, grad_ptr,
             gradient, BLOCK,
         )  # fmt: skip
     partials_ptr += example * NUM_KTO_METRICS
-    tl.store(partials_ptr, tl.where(count > 0, weight * loss, 0.0))
+    tl.store(partials_ptr, tl.where(count > 0, weighted(weight, loss), 0.0))
     tl.store(partials_ptr + 1, tl.where(good, 1.0, 0.0))
     tl.store(partials_ptr + 2, tl.where(bad, 1.0, 0.0))
     tl.store(partials_ptr + 3, tl.where(good, beta * ratio, 0.0))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from warpo.kernels._triton.launch import kernel
 from warpo.kernels._triton.logistic import log_sigmoid
-from warpo.kernels._triton.sequences import inverse_or_zero, merge_partials
+from warpo.kernels._triton.sequences import inverse_or_zero, merge_partials, weighted
 
 PAIRS_BLOCK = 256  # as `kernels.reward_model_loss.PAIRS_PER_BLOCK`
 GROUP_BLOCK = 16
@@ -70,13 +70,15 @@ def _reward_model_loss_kernel(
     loss, grad_better, grad_worse = _pair_loss(better, worse, margin, centering_coef)
     if grad_chosen_ptr is not None:
         inside = pair < pairs
-        tl.store(grad_chosen_ptr + pair, tl.where(keep, weight * grad_better, 0.0), mask=inside)
-        tl.store(grad_rejected_ptr + pair, tl.where(keep, weight * grad_worse, 0.0), mask=inside)
+        grad_better, grad_worse = weighted(weight, grad_better), weighted(weight, grad_worse)
+        tl.store(grad_chosen_ptr + pair, tl.where(keep, grad_better, 0.0), mask=inside)
+        tl.store(grad_rejected_ptr + pair, tl.where(keep, grad_worse, 0.0), mask=inside)
     count = tl.sum(tl.where(keep, 1.0, 0.0))
     mean = tl.sum(better + worse) * inverse_or_zero(2.0 * count)
     above, below = better - mean, worse - mean
     _store_partial(
-        partials_ptr + block * NUM_METRICS, weight * tl.sum(tl.where(keep, loss, 0.0)), count,
+        partials_ptr + block * NUM_METRICS, weighted(weight, tl.sum(tl.where(keep, loss, 0.0))),
+        count,
         tl.sum(tl.where(better > worse, 1.0, 0.0)), tl.sum(better - worse), 2.0 * count, mean,
         tl.sum(tl.where(keep, above * above + below * below, 0.0)),
     )  # fmt: skip
@@ -131,13 +133,13 @@ def _ranking_loss_kernel(
         if grad_ptr is not None:
             tl.store(
                 grad_ptr + first + member,
-                tl.where(keep, weight * gradient, 0.0),
+                tl.where(keep, weighted(weight, gradient), 0.0),
                 mask=member < size,
             )
         centred = _load(scores_ptr, first + member, scores_stride, keep) - mean
         m2 += tl.where(keep, centred * centred, 0.0)
     _store_partial(
-        partials_ptr + group * NUM_METRICS, weight * tl.sum(losses), tl.sum(pairs),
+        partials_ptr + group * NUM_METRICS, weighted(weight, tl.sum(losses)), tl.sum(pairs),
         tl.sum(correct), tl.sum(margins), count, mean, tl.sum(m2),
     )  # fmt: skip
 

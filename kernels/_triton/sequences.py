@@ -40,7 +40,15 @@ def load_tokens(ptr, token, stride, keep):
 
 @triton.jit
 def inverse_or_zero(x):
-    return tl.where(x > 0, 1.0 / tl.where(x > 0, x, 1.0), 0.0)
+    """Of a count or a denominator: 0 where it is 0, NaN where it is negative or NaN."""
+    inverse = tl.where(x > 0, 1.0 / tl.where(x > 0, x, 1.0), float("nan"))
+    return tl.where(x == 0, 0.0, inverse)
+
+
+@triton.jit
+def weighted(weight, x):
+    """A weight of 0 leaves nothing, also of what is not finite."""
+    return tl.where(weight == 0, 0.0, weight * x)
 
 
 @kernel()

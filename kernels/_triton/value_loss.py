@@ -15,6 +15,7 @@ from warpo.kernels._triton.sequences import (
     load_tokens,
     merge_partials,
     valid_tokens,
+    weighted,
 )
 
 BLOCK = 512
@@ -101,11 +102,11 @@ def _value_loss_kernel(
         return_m2 += tl.where(keep, centred * centred, 0.0)
         error_m2 += tl.where(keep, error * error, 0.0)
         if grad_ptr is not None:
-            gradient = tl.where(keep, weight * derivative, 0.0)
+            gradient = tl.where(keep, weighted(weight, derivative), 0.0)
             tl.store(grad_ptr + token, gradient, mask=token < length)
 
     partials_ptr += sequence * NUM_METRICS
-    tl.store(partials_ptr, weight * tl.sum(loss_sum))
+    tl.store(partials_ptr, weighted(weight, tl.sum(loss_sum)))
     tl.store(partials_ptr + 1, count)
     tl.store(partials_ptr + 2, tl.sum(clipped_sum))
     tl.store(partials_ptr + 3, return_mean)

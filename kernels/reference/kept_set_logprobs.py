@@ -35,6 +35,9 @@ def kept_set_logprobs(
     target = torch.where(known, targets, 0)[:, None]
     legal = known & kept.gather(1, target)[:, 0]
     legal[rows[~inside]] = False
+    if isinstance(temperature, Tensor):
+        legal &= (temperature > 0) & (temperature < torch.inf)
     logp = z.log_softmax(-1).gather(1, torch.where(legal[:, None], target, z.argmax(1)[:, None]))
-    poisoned = torch.where(legal, 0.0, torch.nan).to(z.dtype)
-    return torch.where(some, logp[:, 0].clamp(max=0) + poisoned, 0)
+    # a factor, which poisons the gradient too
+    poison = torch.where(legal, 1.0, torch.nan).to(z.dtype)
+    return torch.where(some, logp[:, 0].clamp(max=0) * poison, 0)

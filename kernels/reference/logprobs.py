@@ -19,6 +19,7 @@ def logprobs(
     if mask is not None:
         valid = valid & mask.bool()
     inside = (targets >= 0) & (targets < vocab)
+    known = inside  # of the vocabulary
     z = torch.where(valid[..., None], logits, 0)
     if isinstance(temperature, Tensor):
         z = z / torch.where(valid, temperature, 1)[..., None]
@@ -27,9 +28,12 @@ def logprobs(
     # the maximum is a constant shift: it needs no gradient, and detaching it keeps ties exact
     z = z - z.detach().amax(-1, keepdim=True)
     log_total = z.logsumexp(-1)
-    chosen = z.gather(-1, torch.where(valid & inside, targets, 0)[..., None]).squeeze(-1)
+    chosen = z.gather(-1, torch.where(valid & known, targets, 0)[..., None]).squeeze(-1)
     logp = (chosen - log_total).clamp(max=0)
     finite = torch.where(z == -torch.inf, 0, z)
     entropy = log_total - (torch.softmax(z, -1) * finite).sum(-1)
-    poisoned = torch.where(inside, 0.0, torch.nan).to(z.dtype)
-    return torch.where(valid, logp + poisoned, 0), torch.where(valid, entropy + poisoned, 0)
+    if isinstance(temperature, Tensor):
+        inside = inside & (temperature > 0) & (temperature < torch.inf)
+    # a factor, which poisons the gradient too
+    poison = torch.where(inside, 1.0, torch.nan).to(z.dtype)
+    return torch.where(valid, logp * poison, 0), torch.where(valid, entropy * poison, 0)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from warpo.kernels.objectives import Objective
+from warpo.kernels.reference.sequences import counted, over_denominator
 
 
 class Sequences:
@@ -68,6 +69,7 @@ def policy_loss(
     """(loss, metrics) in the order of `METRICS`. logp `[B, T]`, or `[N]` with cu_seqlens;
     advantages per token. kl_coef is that of the objective if not given; without ref there is no KL.
     """
+    logp = counted(logp, denominator)
     tokens = Sequences(logp, mask, cu_seqlens)
     logp, old, advantages = tokens.clean(logp), tokens.clean(old), tokens.clean(advantages)
     limit = objective.log_ratio_limit
@@ -83,17 +85,21 @@ def policy_loss(
     weight = tokens.valid.to(logp.dtype)
     if objective.aggregation == "sequence-mean-token-mean":
         weight = weight / tokens.counts.clamp(min=1)[tokens.index]
-    weight = torch.where(denominator > 0, weight / denominator.clamp(min=1e-30), 0)
+    weight = over_denominator(weight, denominator)
 
     kl = torch.zeros_like(logp)
     if ref is not None:
         kl = _kl_term(objective, logp, tokens.clean(ref))
         kl = torch.where(tokens.valid, kl, 0)
     entropy = torch.zeros_like(logp) if entropy is None else tokens.clean(entropy)
-    policy_part = (-correction * surrogate.value * weight).sum()
-    kl_part, entropy_part = (kl * weight).sum(), (entropy * weight).sum()
+    policy_part, kl_part, entropy_part = (
+        torch.where(denominator == 0, 0, x * weight).sum()
+        for x in (-correction * surrogate.value, kl, entropy)
+    )
     kl_coef = objective.kl_coef if kl_coef is None else kl_coef
-    loss = policy_part + kl_coef * kl_part - objective.entropy_coef * entropy_part
+    loss = policy_part + kl_coef * kl_part
+    if objective.entropy_coef != 0:
+        loss = loss - objective.entropy_coef * entropy_part
     with torch.no_grad():
         metrics = torch.stack(
             [

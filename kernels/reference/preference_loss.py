@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from warpo.kernels.reference.sequences import over_denominator, sequences_of
+from warpo.kernels.reference.sequences import counted, over_denominator, sequences_of
 
 logsigmoid = torch.nn.functional.logsigmoid
 
@@ -32,6 +32,8 @@ def preference_loss(
     """(loss, metrics) in the order of `PREFERENCE_METRICS`. The options are those of
     `Preference`.
     """
+    chosen_logprobs = counted(chosen_logprobs, denominator)
+    rejected_logprobs = counted(rejected_logprobs, denominator)
     if not reference:
         ref_chosen_logprobs = ref_rejected_logprobs = None
     chosen = answer_sums(chosen_logprobs, ref_chosen_logprobs, chosen_mask, chosen_cu_seqlens)
@@ -73,6 +75,7 @@ def kto_loss(
     undesirable_weight: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """(loss, metrics) in the order of `KTO_METRICS`."""
+    logprobs = counted(logprobs, denominator)
     count, logp, ratio = answer_sums(logprobs, ref_logprobs, mask, cu_seqlens)
     some, good = count > 0, desirable.bool()
     gain = torch.where(good, 1.0, -1.0).to(ratio.dtype) * beta * (ratio - kl)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from warpo.kernels.reference.sequences import mean_and_m2, over_denominator
+from warpo.kernels.reference.sequences import counted, mean_and_m2, over_denominator
 
 logsigmoid = torch.nn.functional.logsigmoid
 
@@ -19,7 +19,7 @@ def reward_model_loss(
 ) -> tuple[Tensor, Tensor]:
     """(loss, metrics) in the order of `REWARD_METRICS`, of pairs `[B]`."""
     valid = torch.ones_like(chosen_scores, dtype=torch.bool) if mask is None else mask.bool()
-    chosen, rejected = chosen_scores[valid], rejected_scores[valid]
+    chosen, rejected = (counted(x, denominator)[valid] for x in (chosen_scores, rejected_scores))
     margins = torch.zeros_like(chosen) if margins is None else margins[valid]
     terms = _pair_loss(chosen, rejected, margins, centering_coef)
     loss = over_denominator(terms.sum(), denominator)
@@ -36,6 +36,7 @@ def ranking_loss(
     centering_coef: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """(loss, metrics) in the order of `REWARD_METRICS`, of groups of ranked scores."""
+    scores = counted(scores, denominator)
     valid = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask.bool()
     total, better, worse, kept = torch.where(valid, scores, 0).sum() * 0, [], [], []
     bounds = cu_groups.tolist()

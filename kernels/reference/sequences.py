@@ -42,8 +42,15 @@ def sequences_of(like: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -
 
 
 def over_denominator(x: Tensor, denominator: Tensor) -> Tensor:
-    """x / denominator, and 0 where it is 0."""
-    return torch.where(denominator > 0, x / denominator.clamp(min=1e-30), 0)
+    """x / denominator: 0 where it is 0, NaN where it is negative or NaN."""
+    positive = torch.where(denominator > 0, denominator, torch.nan)
+    zero = denominator == 0
+    return torch.where(zero, 0, torch.where(zero, 0, x) / torch.where(zero, 1, positive))
+
+
+def counted(x: Tensor, denominator: Tensor) -> Tensor:
+    """x, whose gradient is 0 where the denominator is 0, also through what is not finite."""
+    return torch.where(denominator == 0, x.detach(), x)
 
 
 def mean_and_m2(x: Tensor) -> tuple[Tensor, Tensor]:

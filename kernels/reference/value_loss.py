@@ -3,7 +3,12 @@
 import torch
 from torch import Tensor
 
-from warpo.kernels.reference.sequences import mean_and_m2, over_denominator, sequences_of
+from warpo.kernels.reference.sequences import (
+    counted,
+    mean_and_m2,
+    over_denominator,
+    sequences_of,
+)
 
 
 def value_loss(
@@ -21,6 +26,7 @@ def value_loss(
     """(loss, metrics) in the order of `VALUE_METRICS`. values `[B, T]`, or `[N]` with
     cu_seqlens.
     """
+    values = counted(values, denominator)
     sequences = sequences_of(values, mask, cu_seqlens)
     valid = sequences.valid
     v, returns = sequences.clean(values), sequences.clean(returns)

@@ -27,6 +27,7 @@ class Operation:
         not_promised: number of a promise -> why it has no meaning here.
         kernels: the file of its tests and launches.
         mutates: it writes to its arguments.
+        twice: it has a second derivative.
         same_bits: also with other strides; not where a dense tensor is reduced as one long row.
     """
 
@@ -43,6 +44,7 @@ class Operation:
     wrong: tuple[str, Any] = ("backend", "fastest")
     not_promised: dict[int, str] = field(default_factory=dict)
     mutates: bool = False
+    twice: bool = False
     same_bits: bool = True
 
     def __call__(self, tensors: dict[str, Tensor], backend: str, **options: Any) -> list[Tensor]:
@@ -105,6 +107,7 @@ _LOGPROBS: dict[str, Any] = {
     "masked": ("logits",),
     "batched": ("logits", "targets", "mask"),
     "vocabulary": "logits",
+    "twice": True,
 }
 _NO_MASK = "it takes no mask"
 _MASK_OF_MEMBERS = "the members that its mask leaves out are in its own tests"

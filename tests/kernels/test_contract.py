@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 
 from tests.kernels.backends import BACKENDS, DEVICE, dtypes, strided
 from tests.kernels.operations import HELPERS, OPERATIONS, Operation
@@ -34,6 +35,9 @@ PROMISES = {
     10: "no graph break under torch.compile; opcheck",
     11: "a DTensor or an empty ZeRO-3 shard raises with the fix",
     12: "host cost of a call",
+    13: "malformed offsets and foreign tensors are refused or poisoned, never read past; "
+    "tokens of no sequence are 0",
+    14: "a derivative that is not computed raises; an in-place option bumps the version counter",
 }
 # A guard: the promise is 15 us above the launch on an idle machine, and CI shares its two cores.
 HOST_COST_US = 60.0
@@ -51,6 +55,8 @@ def why_not(operation: Operation, promise: int, backend: str) -> str | None:
         return "it has no vocabulary"
     if promise == 10 and backend == "triton" and DEVICE == "cpu":
         return "torch.compile cannot trace Triton's interpreter; the registration is the same"
+    if promise == 14 and not operation.differentiable and not operation.mutates:
+        return "it has no derivative and overwrites nothing"
     if promise == 12 and backend != "cpu":
         return "on a GPU the launch itself takes the host's time; the benchmark shows it"
     return None
@@ -293,6 +299,87 @@ def test_promise_12_host_cost(operation, backend):
         tensors[name].requires_grad_()
     cost = microseconds(lambda: operation(tensors, backend))
     assert cost - microseconds(lambda: native.group_advantages_forward(*launch)) < HOST_COST_US
+
+
+def foreign(x: Tensor) -> list[tuple[Tensor, str]]:
+    """The same numbers where a kernel that reads pointer and strides would not find them, and what
+    the error says.
+    """
+    freed, zeros = x.clone(), torch._efficientzerotensor(x.shape, dtype=x.dtype, device=x.device)
+    freed.untyped_storage().resize_(0)
+    found = [
+        (freed, "resized to 0"),
+        (zeros, "clone"),
+        (x.to("meta"), "meta"),
+        (x.to_sparse(), "to_dense"),
+        (Wrapper(x), "Wrapper"),
+    ]
+    if x.dim() == 2:
+        found.append((x.to_sparse_csr(), "to_dense"))
+        found.append((torch.nested.nested_tensor(list(x)), "to_padded_tensor"))
+    if x.dtype == torch.float32:
+        found.append((torch.complex(0 * x, -x).conj().imag, "resolve_neg"))
+        found.append((torch.complex(x, x).conj(), "must be"))
+        found.append((torch.quantize_per_tensor(x, 0.1, 0, torch.quint8), "dequantize"))
+        if x.is_cpu and x.dim():
+            found.append((x.to_mkldnn(), "to_dense"))
+    return found
+
+
+class Wrapper(Tensor):
+    """A tensor of another tensor, as those of torchao and of tensor parallelism are."""
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> "Wrapper":
+        return Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner: Tensor) -> None:
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        raise AssertionError("a kernel has used the wrapper")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@cells(13)
+def test_promise_13_foreign_tensors(operation, backend):
+    call, options = getattr(ops, operation.name), {**operation.options, "backend": backend}
+    given = operation.tensors()
+    for name, tensor in given.items():
+        for stranger, message in foreign(tensor):
+            with pytest.raises(ValueError, match=rf"\b{name}\b.*{message}"):
+                call(**{**given, name: stranger}, **options)
+
+
+@cells(14)
+def test_promise_14_derivatives(operation, backend):
+    tensors = operation.tensors()
+    before = {name: x._version for name, x in tensors.items()}
+    leaves = [tensors[name].requires_grad_() for name in operation.differentiable]
+    if operation.mutates:
+        getattr(ops, operation.name)(**tensors, **operation.options, backend=backend)
+        assert all(x._version > before[n] for n, x in tensors.items() if n != "grad")
+    for name in operation.differentiable:
+        tangent = torch.ones_like(tensors[name])
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(tensors[name].detach(), tangent)
+            with pytest.raises(RuntimeError, match=r"\w+ has no forward-mode derivative"):
+                operation({**tensors, name: dual}, backend)
+    if not leaves:
+        return
+
+    def second(backend: str) -> tuple[Tensor, ...]:
+        results = [x for x in operation(tensors, backend)[: operation.outputs] if x.requires_grad]
+        loss = torch.stack([x.square().sum() for x in results]).sum()
+        gradients = torch.autograd.grad(loss, leaves, create_graph=True)
+        return torch.autograd.grad(sum(x.square().sum() for x in gradients), leaves)
+
+    if operation.twice:
+        torch.testing.assert_close(second(backend), second("reference"), rtol=1e-4, atol=1e-5)
+    else:
+        with pytest.raises(RuntimeError, match=r"\w+ has no second derivative.*create_graph=True"):
+            second(backend)
 
 
 def matrix() -> str:

@@ -269,13 +269,13 @@ IDS, OFFSETS = torch.zeros(2, dtype=torch.int64), torch.arange(3)
         ((H.double(), W, Y, IDS, OFFSETS), {}, r"hidden must be float32 \| bfloat16 \| float16"),
         ((H[None], W, Y[None], IDS, OFFSETS), {}, r"hidden must be \(N, H\), got \(1, 2, 4\)"),
         ((H, W.bfloat16(), Y, IDS, OFFSETS), {}, "hidden and weight must have one dtype"),
-        ((H, W, Y.int(), IDS, OFFSETS), {}, "targets must be int64, got int32"),
+        ((H, W, Y.short(), IDS, OFFSETS), {}, r"targets must be int64 \| int32, got int16"),
         ((H, W, Y, IDS.float(), OFFSETS), {}, r"kept_ids must be int32 \| int64, got float32"),
         ((H, W, Y, IDS[None], OFFSETS), {}, r"kept_ids must be \(nnz,\), got \(1, 2\)"),
         ((H, W, Y, IDS, OFFSETS[:2]), {}, r"kept_offsets must be of shape \(3,\), got \(2,\)"),
         ((H, W, Y, torch.zeros(4).long()[::2], OFFSETS), {}, "kept_ids must be dense"),
         ((H, W, Y, IDS, OFFSETS), {"bias": torch.zeros(4)}, r"bias must be of shape \(5,\)"),
-        ((H, W, Y, IDS, OFFSETS), {"temperature": -1.0}, "temperature must be > 0, got -1.0"),
+        ((H, W, Y, IDS, OFFSETS), {"temperature": -1.0}, "temperature must be finite and > 0"),
     ],
 )  # fmt: skip
 def test_bad_arguments_are_named(arguments, options, message):

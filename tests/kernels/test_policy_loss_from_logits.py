@@ -384,10 +384,10 @@ A = torch.zeros(2)
         ((X, Y, A, "grpo"), {}, "kl_coef = 0.04 needs ref_logprobs"),
         ((X, Y, A, "grpo_tis"), {"ref_logprobs": X[..., 0]}, "needs sampler_logprobs"),
         ((X, Y, A, "dr_grpo"), {}, "needs denominator"),
-        ((X, Y, A, "ppo"), {"temperature": 0.0}, "temperature must be > 0"),
+        ((X, Y, A, "ppo"), {"temperature": 0.0}, "temperature must be finite and > 0"),
         ((X, Y, A, "ppo"), {"mask": X[..., 0]}, r"mask must be bool \| uint8"),
         ((X, Y, A, "ppo"), {"inplace": True, "backend": "reference"}, "inplace is not supported"),
-        ((X[:1].expand(2, 3, 5), Y, A, "ppo"), {"inplace": True}, "rows of their own"),
+        ((X[:1].expand(2, 3, 5), Y, A, "ppo"), {"inplace": True}, "must not overlap"),
     ],
 )
 def test_bad_arguments_are_named(tensors, options, message):

@@ -316,7 +316,7 @@ def test_bad_arguments_of_pairs_are_named(arguments, options, message):
     [
         ((S[None], R, STARTS), r"scores must be \(N,\), got \(1, 4\)"),
         ((S, R[:3], STARTS), r"ranks must be of shape \(4,\)"),
-        ((S, R.int(), STARTS), "ranks must be int64, got int32"),
+        ((S, R.short(), STARTS), r"ranks must be int64 \| int32, got int16"),
         ((S, R, STARTS.long()), "cu_groups must be int32"),
         ((S, R, STARTS[:0]), r"cu_groups must be a dense \(G \+ 1,\)"),
     ],
