@@ -10,6 +10,8 @@
 #              trainer's own, as a table and in OUT
 # make test-integrations  environment, build, peers, then the drop-ins against the real trainers
 # make test-upstream      the same, then the trainers' own tests without and with the drop-ins
+# make sanitize  environment, build, then the kernel tests on CPU kernels built with the address and
+#              undefined-behaviour sanitizers
 # make gpu     on a CUDA machine that has torch: build, tests on CUDA, timings as JSON in OUT
 PYTHON ?= python3
 PIP_FLAGS ?=
@@ -22,7 +24,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: train test test-integrations test-upstream bench bench-train bench-control bench-dropin peers gpu lint types clean
+.PHONY: train test test-integrations test-upstream bench bench-train bench-control bench-dropin peers gpu sanitize lint types clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/built
@@ -45,6 +47,9 @@ bench-control: $(VENV)/built peers
 
 bench-dropin: $(VENV)/built peers
 	$(BIN)/warpo bench dropin --out $(OUT)
+
+sanitize: $(VENV)/built
+	$(BIN)/python -m pytest tests/kernels/test_sanitizers.py
 
 # Each library with its own versions of what it needs; flash-attn, which OpenRLHF imports, installs
 # on a CUDA machine alone.

@@ -12,6 +12,32 @@ weights and leave the published ones as they are.
 
 Source: https://arxiv.org/abs/1711.05101 algorithm 2, with lr as the schedule, as in
 torch.optim.AdamW.
+
+With a seed, bfloat16 moments, and bfloat16 weights that have no master, are rounded
+stochastically: x between the neighbours a < b in magnitude becomes b with probability
+(x - a) / (b - a), so its expectation is x and a step far below the last place counts.
+
+    published | m | v = the upper 16 of the 32 bits of (x + r),  r the bits 0-15 | 16-31 | 32-47 of
+    mix(mix(mix(c (seed + 1)) + c step) + c (i + 1)),  c = 0x9e3779b97f4a7c15
+
+i is the position in row-major order and mix that of `fingerprint`: the same numbers on every
+backend, for any number of threads. Source: Gupta et al., "Deep learning with limited numerical
+precision", https://arxiv.org/abs/1502.02551 section 3.
+
+Measured after 1000 steps of a 32-128-1 network on a regression task (lr 1e-3, beta2 0.999, batches
+of 256, mean of 5 seeds): distance of the weights from those of float32 AdamW, as a share of the way
+that these have gone, and the loss above theirs. Bytes are those of weight, master and moments.
+
+    weights            master    moments            bytes  distance  loss
+    float32            -         float32               12       0 %   0 %
+    float32            -         bfloat16, seed         8     1.1 %   0.0 %
+    float32            -         bfloat16, nearest      8     5.5 %   3.4 %
+    bfloat16           float32   float32               14     0.2 %   0.0 %
+    bfloat16           float32   bfloat16, seed        10     1.1 %   0.0 %
+    bfloat16           float32   bfloat16, nearest     10     5.5 %   3.4 %
+    bfloat16, seed     -         float32               10    13.3 %   0.1 %
+    bfloat16, seed     -         bfloat16, seed         6    13.3 %   0.1 %
+    bfloat16, nearest  -         bfloat16, nearest      6      66 %    53 %  (refused)
 """
 
 import math
@@ -26,6 +52,7 @@ from warpo.kernels.fingerprint import PARTIALS, rows_of
 from warpo.kernels.registration import Operator
 
 FLOAT32 = FLOATS[:1]
+MOMENTS = FLOATS[:2]
 
 
 class AdamwPublish(NamedTuple):
@@ -49,6 +76,7 @@ def adamw_publish(
     weight_decay: float,
     step: int,
     grad_scale: float | Tensor = 1.0,
+    seed: int | None = None,
     backend: str | None = None,
 ) -> AdamwPublish:
     """One optimizer step of one parameter; changes master, exp_avg, exp_avg_sq and published.
@@ -58,10 +86,10 @@ def adamw_publish(
 
     Args:
         grad: float32 | bfloat16 | float16, dense, of the shape of published or flat. Only read.
-        master: float32 weights, dense, of the shape of published or flat. None: published, which
-            must be float32, is its own master.
-        exp_avg, exp_avg_sq: float32, dense, of the shape of published or flat: the moments, 0
-            before the first step.
+        master: float32 weights, dense, of the shape of published or flat. None: published is its
+            own master: float32, or bfloat16 with a seed.
+        exp_avg, exp_avg_sq: float32 | bfloat16, both alike, dense, of the shape of published or
+            flat: the moments, 0 before the first step. They are updated in float32 and rounded.
         published: bfloat16 | float16 | float32: dense, or rows of any stride whose last dimension
             is dense. With a master its old values are read for the counts only.
         lr: learning rate.
@@ -71,6 +99,11 @@ def adamw_publish(
         step: number of this step, 1 for the first.
         grad_scale: what grad is multiplied with: a number, or a float32 scalar tensor on the
             device, as a clip coefficient is.
+        seed: in [0, 2^63): round bfloat16 moments, and a bfloat16 published without a master,
+            stochastically, with random numbers of seed, step and position. Each parameter needs a
+            seed of its own. None: to nearest, ties to even. A bfloat16 exp_avg_sq then stays where
+            it is once (1 - beta2) |g^2 / v - 1| < 2^-9, which for beta2 = 0.999 is most of the
+            time.
         backend: reference | cpu | triton | cuda; chosen by device if not given.
 
     Returns:
@@ -88,6 +121,7 @@ def adamw_publish(
     KiB.
     """
     _check(grad, master, exp_avg, exp_avg_sq, published, grad_scale)
+    _check_seed(master, exp_avg, published, seed)
     _check_numbers(lr, beta1, beta2, eps, weight_decay, step)
     rows = rows_of("published", published)
     name = dispatch.choose(published, backend)
@@ -96,14 +130,15 @@ def adamw_publish(
             *reference.adamw_publish(
                 grad, master, exp_avg, exp_avg_sq, published, lr=lr, beta1=beta1, beta2=beta2,
                 eps=eps, weight_decay=weight_decay, step=step, grad_scale=grad_scale,
+                seed=seed,
             )
         )  # fmt: skip
     is_number = not isinstance(grad_scale, Tensor)
     counts, updates = _operator(
-        grad.view(-1), master, exp_avg, exp_avg_sq, rows,
+        grad, master, exp_avg, exp_avg_sq, rows,
         1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2, lr / (1 - beta1**step),
         1 / math.sqrt(1 - beta2**step), eps, grad_scale if is_number else 1.0,
-        None if is_number else grad_scale, name,
+        None if is_number else grad_scale, seed, step, name,
     )  # fmt: skip
     return AdamwPublish(*counts.unbind(), *updates.unbind())
 
@@ -119,17 +154,12 @@ def _check(
     check_tensor("published", published, FLOATS)
     check_no_grad("published", published)
     check_own_memory("published", published, "pass a tensor of its own")
-    if master is None and published.dtype != torch.float32:
-        raise ValueError(
-            f"master is None, but published is {str(published.dtype).removeprefix('torch.')}, too "
-            "coarse to be its own master: pass master=published.float()"
-        )
     shape = published.shape
     for name, tensor, dtypes in (
         ("grad", grad, FLOATS),
         ("master", master, FLOAT32),
-        ("exp_avg", exp_avg, FLOAT32),
-        ("exp_avg_sq", exp_avg_sq, FLOAT32),
+        ("exp_avg", exp_avg, MOMENTS),
+        ("exp_avg_sq", exp_avg_sq, (exp_avg.dtype,)),
     ):
         if tensor is None:
             continue
@@ -147,6 +177,27 @@ def _check(
             )
     if isinstance(grad_scale, Tensor):
         check_tensor("grad_scale", grad_scale, (torch.float32,), (), published)
+
+
+def _check_seed(
+    master: Tensor | None, exp_avg: Tensor, published: Tensor, seed: int | None
+) -> None:
+    own = master is None and published.dtype != torch.float32
+    if own and (seed is None or published.dtype != torch.bfloat16):
+        raise ValueError(
+            f"master is None, but published is {str(published.dtype).removeprefix('torch.')}, too "
+            "coarse to be its own master: pass master=published.float()"
+            + (", or a seed for stochastic rounding" if published.dtype == torch.bfloat16 else "")
+        )
+    if seed is None:
+        return
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be in [0, 2^63), got {seed}")
+    if not own and exp_avg.dtype == torch.float32:
+        raise ValueError(
+            f"seed = {seed} would have no effect: the moments are float32, and published "
+            f"{'is float32' if master is None else 'has a master'}; pass seed=None"
+        )
 
 
 def _check_numbers(
@@ -177,22 +228,24 @@ def _update(
     eps: float,
     grad_scale: float,
     grad_scale_factor: Tensor | None,
+    seed: int | None,
+    step: int,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
+    counts, updates = _fake_update(grad)
     if published.numel() == 0:
-        return exp_avg.new_zeros(2, dtype=torch.int64), exp_avg.new_zeros(2)
-    counts, updates = _fake_update(grad, master, exp_avg)
+        return counts.zero_(), updates.zero_()
     dispatch.load(backend).adamw_publish(
         *published.shape, grad, master, exp_avg, exp_avg_sq, published, decay, grad_weight,
         beta2, square_weight, step_size, root_scale, eps, grad_scale, grad_scale_factor,
-        exp_avg.new_empty(2 * PARTIALS, dtype=torch.int64), exp_avg.new_empty(2 * PARTIALS),
-        counts, updates,
+        seed is not None, seed or 0, step, counts.new_empty(2 * PARTIALS),
+        updates.new_empty(2 * PARTIALS), counts, updates,
     )  # fmt: skip
     return counts, updates
 
 
-def _fake_update(grad, master, exp_avg, *_):
-    return exp_avg.new_empty(2, dtype=torch.int64), exp_avg.new_empty(2)
+def _fake_update(grad, *_):
+    return grad.new_empty(2, dtype=torch.int64), grad.new_empty(2, dtype=torch.float32)
 
 
 _operator = Operator(

@@ -1,12 +1,13 @@
 """A 64-bit fingerprint of the bits of a tensor: two tensors that should be equal, compared by eight
 bytes.
 
-    fingerprint = sum over i of mix(0x9e3779b97f4a7c15 (i + 1) + bits_i)  modulo 2^64
+    fingerprint = sum over j of mix(0x9e3779b97f4a7c15 (j + 1) + word_j)  modulo 2^64
 
-i is the position in row-major order, so that an exchange is seen; strides do not matter. Addition
-of integers is associative: any order gives the same number, on every device. A change of one
-element always changes it, other changes with all but 2^-64 of the chance. It guards against
-mistakes, not against an adversary. -0 and 0 differ, and so do two NaN with different bits.
+word_j holds 64 bits of the elements in row-major order, 2 of float32 or 4 of 16 bits: the first in
+the lowest bits, zeros after the last. j is its position, so that an exchange is seen; strides do
+not matter. Addition of integers is associative: any order gives the same number, on every device. A
+change of one word always changes it, other changes with all but 2^-64 of the chance. It guards
+against mistakes, not against an adversary. -0 and 0 differ, and so do two NaN with different bits.
 
 Source: mix is that of SplitMix64, Steele, Lea, Flood, "Fast splittable pseudorandom number
 generators", https://doi.org/10.1145/2660193.2660195 figure 16.

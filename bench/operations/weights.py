@@ -20,13 +20,14 @@ _NUMBERS: dict[str, Any] = {
 
 def _make(device: str, dtype: torch.dtype, sizes: Sizes) -> Inputs:
     count = sizes["parameters"]
-    master = torch.randn(count, device=device)
+    weights = torch.randn(count, device=device)
     return {
         "grad": torch.randn(count, device=device).to(dtype),
-        "master": master,
+        # float32 weights are their own master, as they are for torch
+        "master": None if dtype is torch.float32 else weights,
         "exp_avg": 0.1 * torch.randn(count, device=device),
         "exp_avg_sq": torch.rand(count, device=device),
-        "published": master.to(dtype),
+        "published": weights.to(dtype),
         "dtype": dtype,
     }
 
@@ -38,30 +39,38 @@ def _first(inputs: Inputs) -> Inputs:
     return {k: v[:1024].clone() if isinstance(v, Tensor) else v for k, v in inputs.items()}
 
 
+def _weights(inputs: Inputs) -> Tensor:
+    return inputs["published"] if inputs["master"] is None else inputs["master"]
+
+
 def _ours(inputs: Inputs, backend: str) -> Tensor:
     grad, master, first, second, published = (inputs[name] for name in _STATE)
     ops.adamw_publish(grad, master, first, second, published, **_NUMBERS, backend=backend)
-    return inputs["master"]
+    return _weights(inputs)
 
 
 def _exact(inputs: Inputs) -> Tensor:
-    grad, master, first, second, published = (inputs[name].clone() for name in _STATE)
+    grad, _, first, second, published = (inputs[name] for name in _STATE)
+    weights = _weights(inputs).clone()
     # what is published has a fingerprint of its bits, so it keeps a dtype that samplers have
-    reference.adamw_publish(grad, master, first, second, published.float(), **_NUMBERS)
-    return master
+    reference.adamw_publish(
+        grad.clone(), weights, first.clone(), second.clone(), published.float(), **_NUMBERS
+    )
+    return weights
 
 
 def _eager(inputs: Inputs) -> Tensor:
-    """The step of torch.optim.AdamW, fused, on the master, and the copy to the sampler."""
-    master = inputs["master"]
+    """The step of torch.optim.AdamW, fused, and the copy to the sampler where it has its own."""
+    weights = _weights(inputs)
     torch._fused_adamw_(
-        [master], [inputs["grad"].float()], [inputs["exp_avg"]], [inputs["exp_avg_sq"]], [],
+        [weights], [inputs["grad"].float()], [inputs["exp_avg"]], [inputs["exp_avg_sq"]], [],
         [torch.tensor(float(_NUMBERS["step"]))], lr=_NUMBERS["lr"], beta1=_NUMBERS["beta1"],
         beta2=_NUMBERS["beta2"], weight_decay=_NUMBERS["weight_decay"], eps=_NUMBERS["eps"],
         amsgrad=False, maximize=False,
     )  # fmt: skip
-    inputs["published"].copy_(master)
-    return master
+    if inputs["master"] is not None:
+        inputs["published"].copy_(weights)
+    return weights
 
 
 OPERATIONS = (
@@ -76,11 +85,11 @@ OPERATIONS = (
         eager=_eager,
         exact=_exact,
         compiles=False,
-        # read gradient, old weights of the sampler, master and two moments; write all but the
+        # read gradient, old weights, master unless float32, and two moments; write all but the
         # gradient
         work=lambda sizes, itemsize, mode: Work(
-            read=sizes["parameters"] * (2 * itemsize + 12),
-            written=sizes["parameters"] * (itemsize + 12),
+            read=sizes["parameters"] * (16 if itemsize == 4 else 2 * itemsize + 12),
+            written=sizes["parameters"] * (12 if itemsize == 4 else itemsize + 12),
         ),
     ),
     Operation(

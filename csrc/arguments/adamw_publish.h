@@ -5,9 +5,9 @@ namespace warpo {
 
 struct AdamwPublish {
     int64_t rows, columns;  // of published; the other arrays are dense, rows * columns
-    View grad;              // (0, i) float
-    float* master;          // optional: without it published, which is float32, is its own master
-    float *exp_avg, *exp_avg_sq;
+    View grad;              // (0, i) float, dense
+    float* master;          // optional: without it published is its own master
+    View exp_avg, exp_avg_sq;    // (0, i) float32 or bfloat16, both alike, dense
     View published;              // (row, column) float, stride1 is 1
     float decay;                 // 1 - lr * weight_decay
     float grad_weight;           // 1 - beta1
@@ -17,6 +17,9 @@ struct AdamwPublish {
     float eps;
     float grad_scale;
     const float* grad_scale_factor;  // one float on the device, optional: multiplies grad_scale
+    int stochastic;                  // bfloat16 moments, and published without a master, are
+                                     // rounded stochastically, see math/stochastic_rounding.h
+    int64_t seed, step;              // of the random numbers
     int64_t* partial_counts;         // (kMaxPartials, 2) workspace, see math/tiles.h
     float* partial_updates;          // (kMaxPartials, 2) workspace
     int64_t* counts;                 // (2): fingerprint of published, elements of it that changed

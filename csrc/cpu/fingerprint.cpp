@@ -6,21 +6,30 @@
 namespace warpo::cpu::WARPO_ISA {
 namespace {
 
-uint64_t of_tile(const Fingerprint& a, const Tile& tile) {
-    const int64_t index = tile.row * a.columns + tile.first;
-    if (a.tensor.dtype == kFloat32)
-        return fingerprint_of(address<float>(a.tensor, tile.row, tile.first), tile.count, index);
-    return fingerprint_of(address<BFloat16>(a.tensor, tile.row, tile.first), tile.count, index);
+template <class T>
+uint64_t of_tensor(const Fingerprint& a) {
+    const int64_t size = a.rows * a.columns;
+    const Tiles tiles = tiles_of(1, size);
+    uint64_t sum = 0;
+#pragma omp parallel for reduction(+ : sum) if (size >= kParallelWork)
+    for (int64_t t = 0; t < tiles.count; ++t) {
+        const Tile tile = tile_at(tiles, size, t);
+        T gathered[kTileSize];
+        const T* elements = gathered;
+        if (a.rows == 1)
+            elements = address<T>(a.tensor, 0, tile.first);
+        else
+            gather(a.tensor, a.columns, tile.first, tile.count, gathered);
+        sum += fingerprint_of(elements, tile.count, tile.first);
+    }
+    return sum;
 }
 
 }  // namespace
 
 void fingerprint(const Fingerprint& a) {
-    const Tiles tiles = tiles_of(a.rows, a.columns);
-    uint64_t sum = 0;
-#pragma omp parallel for reduction(+ : sum) if (a.rows * a.columns >= kParallelWork)
-    for (int64_t t = 0; t < tiles.count; ++t) sum += of_tile(a, tile_at(tiles, a.columns, t));
-    *a.fingerprint = (int64_t)sum;
+    *a.fingerprint = (int64_t)(a.tensor.dtype == kFloat32 ? of_tensor<float>(a)
+                                                          : of_tensor<BFloat16>(a));
 }
 
 }  // namespace warpo::cpu::WARPO_ISA

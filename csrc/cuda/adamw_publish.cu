@@ -1,9 +1,9 @@
 // AdamW on float32 master weights, rounded into the published ones, in one pass over memory; a
 // second launch adds up what the blocks have counted.
-#include "cuda/device.h"
 #include "cuda/launch.h"
+#include "cuda/words.h"
 #include "math/adamw.h"
-#include "math/fingerprint.h"
+#include "math/stochastic_rounding.h"
 #include "math/tiles.h"
 
 namespace warpo::cuda {
@@ -30,6 +30,15 @@ __device__ __forceinline__ float value_of(uint32_t bits) {
     return pair[0];
 }
 
+__device__ __forceinline__ void store_moment(const View& view, int64_t at, float value,
+                                             uint32_t random, bool stochastic) {
+    if (view.dtype == kFloat32)
+        static_cast<float*>(view.data)[at] = value;
+    else
+        static_cast<uint16_t*>(view.data)[at] = static_cast<uint16_t>(
+            stochastic ? bfloat16_bits_at_random(value, random) : round_to_bits<kBFloat16>(value));
+}
+
 // The sums of a block, in every thread.
 __device__ __forceinline__ Sums add_block(const Sums& own) {
     __shared__ uint64_t integers[kWarps];
@@ -46,43 +55,51 @@ template <int kDType>
 __global__ __launch_bounds__(kThreads) void update_kernel(const AdamwPublish a) {
     using Bits = typename Element<kDType>::Bits;
     const float grad_scale = a.grad_scale * (a.grad_scale_factor ? *a.grad_scale_factor : 1.0f);
-    const Tiles tiles = tiles_of(a.rows, a.columns);
+    const uint64_t key = random_key(a.seed, a.step);
+    const bool at_random = kDType == kBFloat16 && a.stochastic && !a.master;
+    const int64_t size = a.rows * a.columns;
+    const Tiles tiles = tiles_of(1, size);
+    Bits* const published = static_cast<Bits*>(a.published.data);
     Sums sums = {0, 0, 0.0f, 0.0f};
     for (int64_t t = blockIdx.x; t < tiles.count; t += tiles.partials) {
-        const Tile tile = tile_at(tiles, a.columns, t);
-        const int64_t start = tile.row * a.columns + tile.first;
-        Bits* const published =
-            static_cast<Bits*>(a.published.data) + offset_of(a.published, tile.row, tile.first);
-        for (int first = static_cast<int>(threadIdx.x); first < tile.count;
-             first += kThreads * kAtOnce) {
+        for (int first = 0; first < kTileSize; first += kThreads * kAtOnce) {
+            const int64_t start = t * kTileSize + first + threadIdx.x;
             // All loads before the first store, which might be to the same address.
             AdamwState old[kAtOnce];
             uint32_t before[kAtOnce];
             float grad[kAtOnce];
 #pragma unroll
             for (int k = 0; k < kAtOnce; ++k) {
-                const int i = first + k * kThreads;
-                if (i >= tile.count) continue;
-                before[k] = published[i];
-                old[k] = {a.master ? a.master[start + i] : value_of<kDType>(before[k]),
-                          a.exp_avg[start + i], a.exp_avg_sq[start + i]};
-                grad[k] = load_float(a.grad, (start + i) * a.grad.stride1) * grad_scale;
+                const int64_t at = start + k * kThreads;
+                if (at >= size) continue;
+                before[k] = published[dense_offset(a.published, a.rows, a.columns, at)];
+                old[k] = {a.master ? a.master[at] : value_of<kDType>(before[k]),
+                          load_float(a.exp_avg, at), load_float(a.exp_avg_sq, at)};
+                grad[k] = load_float(a.grad, at) * grad_scale;
             }
 #pragma unroll
             for (int k = 0; k < kAtOnce; ++k) {
-                const int i = first + k * kThreads;
-                if (i >= tile.count) continue;
-                const AdamwState next = adamw_step(a, old[k], grad[k]);
-                const uint32_t bits = round_to_bits<kDType>(next.weight);
-                if (a.master) a.master[start + i] = next.weight;
-                a.exp_avg[start + i] = next.exp_avg;
-                a.exp_avg_sq[start + i] = next.exp_avg_sq;
-                published[i] = static_cast<Bits>(bits);
-                sums.fingerprint += fingerprint_term(start + i, bits);
-                sums.changed += bits != before[k];
-                sums.master_update += fabsf(next.weight - old[k].weight);
-                sums.published_update +=
-                    fabsf(value_of<kDType>(bits) - value_of<kDType>(before[k]));
+                const int64_t at = start + k * kThreads;
+                const bool inside = at < size;
+                uint32_t bits = 0;
+                if (inside) {
+                    const AdamwState next = adamw_step(a, old[k], grad[k]);
+                    const uint64_t random = a.stochastic ? random_bits(key, at) : 0;
+                    bits = at_random ? bfloat16_bits_at_random(next.weight, random & 0xffffu)
+                                     : round_to_bits<kDType>(next.weight);
+                    if (a.master) a.master[at] = next.weight;
+                    store_moment(a.exp_avg, at, next.exp_avg, random >> 16 & 0xffffu,
+                                 a.stochastic);
+                    store_moment(a.exp_avg_sq, at, next.exp_avg_sq, random >> 32 & 0xffffu,
+                                 a.stochastic);
+                    published[dense_offset(a.published, a.rows, a.columns, at)] =
+                        static_cast<Bits>(bits);
+                    sums.changed += bits != before[k];
+                    sums.master_update += fabsf(next.weight - old[k].weight);
+                    sums.published_update +=
+                        fabsf(value_of<kDType>(bits) - value_of<kDType>(before[k]));
+                }
+                sums.fingerprint += fingerprint_term<sizeof(Bits)>(at, bits, inside);
             }
         }
     }
@@ -97,7 +114,7 @@ __global__ __launch_bounds__(kThreads) void update_kernel(const AdamwPublish a) 
 }
 
 __global__ __launch_bounds__(kThreads) void sum_kernel(const AdamwPublish a) {
-    const int64_t partials = tiles_of(a.rows, a.columns).partials;
+    const int64_t partials = tiles_of(1, a.rows * a.columns).partials;
     Sums sums = {0, 0, 0.0f, 0.0f};
     for (int64_t p = threadIdx.x; p < partials; p += kThreads) {
         sums.fingerprint += static_cast<uint64_t>(a.partial_counts[2 * p]);
@@ -118,7 +135,7 @@ __global__ __launch_bounds__(kThreads) void sum_kernel(const AdamwPublish a) {
 
 void adamw_publish(const AdamwPublish& a, Stream stream) {
     DeviceGuard guard(stream.device, "adamw_publish");
-    const Tiles tiles = tiles_of(a.rows, a.columns);
+    const Tiles tiles = tiles_of(1, a.rows * a.columns);
     if (tiles.count == 0) return;
     const auto kernel = a.published.dtype == kFloat32    ? update_kernel<kFloat32>
                         : a.published.dtype == kBFloat16 ? update_kernel<kBFloat16>

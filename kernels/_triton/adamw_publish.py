@@ -9,7 +9,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from warpo.kernels._triton.fingerprint import as_bits, fingerprint_terms, unsigned
+from warpo.kernels._triton.fingerprint import (
+    INCREMENT,
+    as_bits,
+    fingerprint_terms,
+    offset_of,
+    splitmix64,
+    unsigned,
+)
 from warpo.kernels._triton.launch import kernel
 
 BLOCK = 1024
@@ -34,6 +41,31 @@ def _round_to_bits(value, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def _round_at_random(value, random):
+    """To bfloat16, up or down, by the 16 low bits of `random`; the bits as uint32."""
+    bits = value.to(tl.uint32, bitcast=True)
+    rounded = (bits + (random & 0xFFFF).to(tl.uint32)) >> 16
+    return tl.where(value == value, rounded, 0x7FC0)
+
+
+@triton.jit
+def _load_moment(pointers, inside):
+    moment = tl.load(pointers, mask=inside, other=0)
+    if moment.dtype == tl.int16:
+        moment = _value_of(unsigned(moment), BFLOAT16)
+    return moment
+
+
+@triton.jit
+def _store_moment(pointers, value, random, inside, STOCHASTIC: tl.constexpr):
+    if pointers.dtype.element_ty == tl.int16:
+        bits = _round_at_random(value, random) if STOCHASTIC else _round_to_bits(value, BFLOAT16)
+        tl.store(pointers, bits.to(tl.uint16).to(tl.int16, bitcast=True), mask=inside)
+    else:
+        tl.store(pointers, value, mask=inside)
+
+
+@triton.jit
 def _value_of(bits, DTYPE: tl.constexpr):
     if DTYPE == BFLOAT16:
         value = (bits << 16).to(tl.float32, bitcast=True)
@@ -47,28 +79,30 @@ def _value_of(bits, DTYPE: tl.constexpr):
 @kernel()
 def _adamw_publish_kernel(
     grad_ptr, master_ptr, exp_avg_ptr, exp_avg_sq_ptr, published_ptr, published_stride: tl.int64,
-    rows: tl.int64, columns: tl.int64, decay: tl.float32, grad_weight: tl.float32,
+    columns: tl.int64, size: tl.int64, decay: tl.float32, grad_weight: tl.float32,
     beta2: tl.float32, square_weight: tl.float32, step_size: tl.float32, root_scale: tl.float32,
-    eps: tl.float32, grad_scale: tl.float32, grad_scale_factor_ptr,
-    partial_counts_ptr, partial_updates_ptr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
+    eps: tl.float32, grad_scale: tl.float32, grad_scale_factor_ptr, seed: tl.int64, step: tl.int64,
+    partial_counts_ptr, partial_updates_ptr, STOCHASTIC: tl.constexpr, DTYPE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     if grad_scale_factor_ptr is not None:
         grad_scale *= tl.load(grad_scale_factor_ptr)
-    per_row = (columns + BLOCK - 1) // BLOCK
-    fingerprint = tl.zeros([BLOCK], tl.int64)
+    key = splitmix64((seed.to(tl.uint64) + 1) * INCREMENT)
+    key = splitmix64(key + step.to(tl.uint64) * INCREMENT)
+    PER_WORD: tl.constexpr = 2 if DTYPE == 0 else 4
+    fingerprint = tl.zeros([BLOCK // PER_WORD], tl.int64)
     changed = tl.zeros([BLOCK], tl.int64)
     master_update = tl.zeros([BLOCK], tl.float32)
     published_update = tl.zeros([BLOCK], tl.float32)
-    for tile in range(program, rows * per_row, tl.num_programs(0)):
-        row = tile // per_row
-        column = (tile - row * per_row) * BLOCK + tl.arange(0, BLOCK)
-        inside = column < columns
-        at = row * columns + column
+    for tile in range(program, (size + BLOCK - 1) // BLOCK, tl.num_programs(0)):
+        at = tile * BLOCK + tl.arange(0, BLOCK)
+        inside = at < size
         grad = tl.load(grad_ptr + at, mask=inside, other=0).to(tl.float32) * grad_scale
-        exp_avg = tl.load(exp_avg_ptr + at, mask=inside, other=0)
-        exp_avg_sq = tl.load(exp_avg_sq_ptr + at, mask=inside, other=0)
-        pointers = published_ptr + row * published_stride + column
+        exp_avg = _load_moment(exp_avg_ptr + at, inside)
+        exp_avg_sq = _load_moment(exp_avg_sq_ptr + at, inside)
+        random = splitmix64(key + (at + 1).to(tl.uint64) * INCREMENT)
+        pointers = published_ptr + offset_of(at, columns, size, published_stride)
         before = unsigned(tl.load(pointers, mask=inside, other=0))
         if master_ptr is None:
             old = _value_of(before, DTYPE)
@@ -79,17 +113,21 @@ def _adamw_publish_kernel(
         exp_avg_sq = beta2 * exp_avg_sq + square_weight * (grad * grad)
         root = tl.sqrt_rn(exp_avg_sq) * root_scale + eps
         new = decay * old - step_size * tl.div_rn(exp_avg, root)
-        bits = _round_to_bits(new, DTYPE)
+        if STOCHASTIC and master_ptr is None and DTYPE == BFLOAT16:
+            bits = _round_at_random(new, random)
+        else:
+            bits = _round_to_bits(new, DTYPE)
+        bits = tl.where(inside, bits, 0)
 
         if master_ptr is not None:
             tl.store(master_ptr + at, new, mask=inside)
-        tl.store(exp_avg_ptr + at, exp_avg, mask=inside)
-        tl.store(exp_avg_sq_ptr + at, exp_avg_sq, mask=inside)
+        _store_moment(exp_avg_ptr + at, exp_avg, random >> 16, inside, STOCHASTIC)
+        _store_moment(exp_avg_sq_ptr + at, exp_avg_sq, random >> 32, inside, STOCHASTIC)
         if DTYPE == 0:
             tl.store(pointers, bits.to(tl.int32, bitcast=True), mask=inside)
         else:
             tl.store(pointers, bits.to(tl.uint16).to(tl.int16, bitcast=True), mask=inside)
-        fingerprint += tl.where(inside, fingerprint_terms(at, bits), 0)
+        fingerprint += fingerprint_terms(tile, size, bits, PER_WORD, BLOCK)
         changed += (inside & (bits != before)).to(tl.int64)
         master_update += tl.where(inside, tl.abs(new - old), 0.0)
         difference = _value_of(bits, DTYPE) - _value_of(before, DTYPE)
@@ -131,20 +169,27 @@ def adamw_publish(
     eps: float,
     grad_scale: float,
     grad_scale_factor: Tensor | None,
+    stochastic: bool,
+    seed: int,
+    step: int,
     partial_counts: Tensor,
     partial_updates: Tensor,
     counts: Tensor,
     updates: Tensor,
 ) -> None:
     """The fields of `AdamwPublish`."""
-    programs = min(MAX_PROGRAMS, rows * triton.cdiv(columns, BLOCK))
+    size = rows * columns
+    programs = min(MAX_PROGRAMS, triton.cdiv(size, BLOCK))
+    if exp_avg.dtype == torch.bfloat16:
+        exp_avg, exp_avg_sq = as_bits(exp_avg), as_bits(exp_avg_sq)
     with torch.cuda.device_of(exp_avg):
         _adamw_publish_kernel[(programs,)](
             grad, master, exp_avg, exp_avg_sq, as_bits(published), published.stride(0),
-            rows, columns, float(decay), float(grad_weight), float(beta2), float(square_weight),
+            columns, size, float(decay), float(grad_weight), float(beta2), float(square_weight),
             float(step_size), float(root_scale), float(eps), float(grad_scale), grad_scale_factor,
-            partial_counts, partial_updates, DTYPE=DTYPES[published.dtype], BLOCK=BLOCK,
-            num_warps=WARPS, enable_fp_fusion=True,
+            seed, step, partial_counts, partial_updates, STOCHASTIC=stochastic,
+            DTYPE=DTYPES[published.dtype], BLOCK=BLOCK, num_warps=WARPS,
+            enable_fp_fusion=True,
         )  # fmt: skip
         _adamw_sum_kernel[(1,)](
             partial_counts, partial_updates, programs, counts, updates, MAX_PROGRAMS=MAX_PROGRAMS,

@@ -17,12 +17,37 @@ FACTOR_2 = tl.constexpr(0x94D049BB133111EB)
 
 
 @triton.jit
-def fingerprint_terms(index, bits):
-    """The terms of `csrc/math/fingerprint.h` for int64 positions and uint32 bits."""
-    z = (index + 1).to(tl.uint64) * INCREMENT + bits.to(tl.uint64)
+def splitmix64(z):
+    """The mixer of `csrc/math/fingerprint.h`, of uint64."""
     z = (z ^ (z >> 30)) * FACTOR_1
     z = (z ^ (z >> 27)) * FACTOR_2
-    return (z ^ (z >> 31)).to(tl.int64, bitcast=True)
+    return z ^ (z >> 31)
+
+
+@triton.jit
+def fingerprint_terms(tile, size, bits, PER_WORD: tl.constexpr, BLOCK: tl.constexpr):
+    """The terms, as int64, of the words of a tile of BLOCK elements whose bits are uint32, and 0
+    from element `size` on.
+    """
+    shift: tl.constexpr = 64 // PER_WORD
+    parts = tl.reshape(bits.to(tl.int64), [BLOCK // PER_WORD, PER_WORD])
+    word = tl.sum(parts << (shift * tl.arange(0, PER_WORD)[None, :]).to(tl.int64), axis=1)
+    index = tile * (BLOCK // PER_WORD) + tl.arange(0, BLOCK // PER_WORD)
+    z = (index + 1).to(tl.uint64) * INCREMENT + word.to(tl.uint64, bitcast=True)
+    terms = splitmix64(z).to(tl.int64, bitcast=True)
+    return tl.where(index * PER_WORD < size, terms, 0)
+
+
+@triton.jit
+def offset_of(at, columns, size, stride):
+    """Of elements in row-major order, in rows whose columns are dense. A division of int64 would
+    take longer than the rest.
+    """
+    offset = at
+    if columns < size:
+        row = at // columns
+        offset = row * stride + (at - row * columns)
+    return offset
 
 
 @triton.jit
@@ -42,19 +67,16 @@ def as_bits(tensor: Tensor) -> Tensor:
 
 @kernel()
 def _fingerprint_kernel(
-    bits_ptr, bits_stride: tl.int64, rows: tl.int64, columns: tl.int64, partials_ptr,
-    BLOCK: tl.constexpr,
+    bits_ptr, bits_stride: tl.int64, columns: tl.int64, size: tl.int64, partials_ptr,
+    PER_WORD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
-    per_row = (columns + BLOCK - 1) // BLOCK
-    total = tl.zeros([BLOCK], tl.int64)
-    for tile in range(program, rows * per_row, tl.num_programs(0)):
-        row = tile // per_row
-        column = (tile - row * per_row) * BLOCK + tl.arange(0, BLOCK)
-        inside = column < columns
-        bits = tl.load(bits_ptr + row * bits_stride + column, mask=inside, other=0)
-        terms = fingerprint_terms(row * columns + column, unsigned(bits))
-        total += tl.where(inside, terms, 0)
+    total = tl.zeros([BLOCK // PER_WORD], tl.int64)
+    for tile in range(program, (size + BLOCK - 1) // BLOCK, tl.num_programs(0)):
+        at = tile * BLOCK + tl.arange(0, BLOCK)
+        pointers = bits_ptr + offset_of(at, columns, size, bits_stride)
+        bits = unsigned(tl.load(pointers, mask=at < size, other=0))
+        total += fingerprint_terms(tile, size, bits, PER_WORD, BLOCK)
     tl.store(partials_ptr + program, tl.sum(total))
 
 
@@ -70,12 +92,13 @@ def fingerprint(
     rows: int, columns: int, tensor: Tensor, partials: Tensor, fingerprint: Tensor
 ) -> None:
     """The fields of `Fingerprint`."""
-    programs = min(MAX_PROGRAMS, rows * triton.cdiv(columns, BLOCK))
+    size = rows * columns
+    programs = min(MAX_PROGRAMS, triton.cdiv(size, BLOCK))
     bits = as_bits(tensor)
     with torch.cuda.device_of(tensor):
         _fingerprint_kernel[(programs,)](
-            bits, bits.stride(0), rows, columns, partials, BLOCK=BLOCK, num_warps=WARPS,
-            enable_fp_fusion=True,
+            bits, bits.stride(0), columns, size, partials, PER_WORD=8 // tensor.element_size(),
+            BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=True,
         )  # fmt: skip
         _fingerprint_sum_kernel[(1,)](
             partials, programs, fingerprint, MAX_PROGRAMS=MAX_PROGRAMS, num_warps=4,

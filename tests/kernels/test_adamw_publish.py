@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from tests.kernels.backends import BACKENDS, DEVICE, DTYPES, dtypes, each_backend, examples, strided
 from tests.oracles.adamw import adamw as oracle
+from tests.oracles.adamw import random_bits, round_at_random
 from tests.tolerance import ADAMW_ABSOLUTE, ADAMW_RELATIVE, SUM_RELATIVE, assert_close
 from warpo.kernels import ops, reference
 
@@ -191,6 +192,101 @@ def test_every_run_gives_the_same_bits(backend):
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
 
 
+def rounded(values: torch.Tensor, random: list[int] | None) -> torch.Tensor:
+    """float32 to bfloat16: at random, or to nearest."""
+    if random is None:
+        return values.bfloat16()
+    at_random = round_at_random(values.cpu().numpy().ravel(), random)
+    return torch.from_numpy(at_random).view(values.shape).to(DEVICE, torch.bfloat16)
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.parametrize("master", [True, False])
+@pytest.mark.parametrize("seed", [None, 0, 2**63 - 1])
+@pytest.mark.parametrize("shape", [(3, 5, 7), (1437,), (17, 61)])
+def test_bfloat16_state_is_that_of_float32_rounded(backend, master, seed, shape):
+    generator = torch.Generator().manual_seed(1)
+    draw = [torch.randn(shape, generator=generator).bfloat16() for _ in range(4)]
+    grad, weights, exp_avg, exp_avg_sq = (x.to(DEVICE) for x in draw)
+    published = strided(weights.clone(), "sliced" if len(shape) == 2 else "dense")
+    if not master and seed is None:
+        published = published.float()
+    low = [exp_avg, exp_avg_sq.abs()]
+    high = [x.float() for x in low]
+    exact = weights.float()
+    arguments = HYPER | {"step": 7, "backend": backend}
+    ops.adamw_publish(grad, None, *high, exact, **arguments)
+    masters = weights.float() if master else None
+    result = ops.adamw_publish(grad, masters, *low, published, **arguments, seed=seed)
+    random = None if seed is None else random_bits(seed, 7, exact.numel())
+    for moment, wanted, shift in zip(low, high, (16, 32), strict=True):
+        assert torch.equal(moment, rounded(wanted, random and [r >> shift for r in random]))
+    assert masters is None or torch.equal(masters, exact)
+    wanted = (
+        exact if published.dtype == torch.float32 else rounded(exact, None if master else random)
+    )
+    assert torch.equal(published, wanted)
+    assert result.fingerprint == reference.fingerprint(published)
+    assert result.changed == (published != weights).sum()
+    update = (published.double() - weights.double()).abs().sum()
+    assert_close(result.published_update, update, relative=SUM_RELATIVE, absolute=0, what="sum")
+
+
+@each_backend
+def test_stochastic_rounding_is_unbiased(backend):
+    size, seeds = (2000, 3) if backend == "triton" else (5000, 12)
+    value = 1 + 0.3 * 2**-7
+    sums = torch.zeros(3, dtype=torch.float64)
+    for seed in range(seeds):
+        published = torch.ones(size, device=DEVICE, dtype=torch.bfloat16)
+        moments = [torch.zeros_like(published) for _ in range(2)]
+        grad = torch.full((size,), value, device=DEVICE)
+        # m = g and v = g^2; the weight becomes 1 + 0.3 * 2^-7
+        hyper = {"lr": 0.3 * 2**-7, "beta1": 0.0, "beta2": 0.0, "eps": 0.0, "weight_decay": 0.0}
+        ops.adamw_publish(-grad, None, *moments, published, **hyper, step=1, seed=seed)
+        sums += torch.stack([x.double().sum().cpu() for x in (published, *moments)])
+    mean = sums / (size * seeds)
+    for actual, wanted in zip(mean, (value, -value, value**2), strict=True):
+        p = abs(wanted) * 2**7 % 1
+        deviation = 2**-7 * (p * (1 - p) / (size * seeds)) ** 0.5
+        assert abs(actual - wanted) < 4 * deviation, (actual, wanted, deviation)
+
+
+@each_backend
+def test_steps_below_the_last_place_move_weights_in_expectation(backend):
+    size = 2000
+    published = torch.full((size,), 2.0, device=DEVICE, dtype=torch.bfloat16)
+    moments = [torch.zeros_like(published) for _ in range(2)]
+    grad = torch.ones(size, device=DEVICE)
+    hyper = HYPER | {"lr": 1e-4, "weight_decay": 0.0, "backend": backend}
+    steps = 5 if backend == "triton" else 20
+    for step in range(1, steps + 1):
+        ops.adamw_publish(grad, None, *moments, published, **hyper, step=step, seed=5)
+    moved, ulp = steps * 1e-4, 2**-7
+    deviation = (ulp * moved / size) ** 0.5
+    assert abs(2 - published.double().mean() - moved) < 4 * deviation
+
+
+@each_backend
+def test_random_numbers_depend_on_seed_step_and_position_only(backend):
+    full = 3000 if backend == "triton" else 40000
+    grad, weights = torch.randn(2, full, device=DEVICE)
+
+    def run(size: int, step: int = 1, seed: int = 3) -> torch.Tensor:
+        published = weights[:size].bfloat16()
+        moments = [torch.zeros_like(published) for _ in range(2)]
+        arguments = HYPER | {"step": step, "seed": seed, "backend": backend}
+        ops.adamw_publish(grad[:size], None, *moments, published, **arguments)
+        return torch.stack([published, *moments])
+
+    whole, threads = run(full), torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert torch.equal(run(full), whole) and torch.equal(run(777), whole[:, :777])
+    torch.set_num_threads(threads)
+    for other in (run(full, step=2), run(full, seed=4)):
+        assert ((other != whole).float().mean(1) > 0.1).all()
+
+
 @each_backend
 def test_a_graph_that_saved_a_weight_refuses_its_backward(backend):
     weights = torch.randn(10, device=DEVICE)
@@ -218,13 +314,13 @@ def test_opcheck(backend):
     published = torch.randn(3, 60, device=DEVICE)[:, :50]
     torch.library.opcheck(
         torch.ops.warpo.adamw_publish.default,
-        (*vectors, published, 1.0, 0.1, 0.9, 0.1, 1e-3, 1.0, 1e-8, 1.0, None, backend),
+        (*vectors, published, 1.0, 0.1, 0.9, 0.1, 1e-3, 1.0, 1e-8, 1.0, None, None, 1, backend),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
     torch.library.opcheck(
         torch.ops.warpo.adamw_publish.default,
         (vectors[0], None, *vectors[1:3], published, 1.0, 0.1, 0.9, 0.1, 1e-3, 1.0, 1e-8, 1.0, None,
-         backend),
+         None, 1, backend),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )  # fmt: skip
 
@@ -257,7 +353,16 @@ W = torch.zeros(2, 3)
         ({"grad": torch.zeros(3, 2).t()}, r"grad must be dense.*pass grad.contiguous\(\)"),
         ({"grad": W.long()}, "grad must be float32 | bfloat16 | float16"),
         ({"master": W.bfloat16()}, "master must be float32, got bfloat16"),
-        ({"master": None, "published": W.bfloat16()}, "pass master=published.float\\(\\)"),
+        (
+            {"master": None, "published": W.bfloat16()},
+            r"pass master=published.float\(\), or a seed for stochastic rounding",
+        ),
+        ({"master": None, "published": W.half(), "seed": 1}, r"pass master=published.float\(\)$"),
+        ({"seed": 1}, "seed = 1 would have no effect: the moments are float32, and published has"),
+        ({"seed": 1, "master": None}, "published is float32; pass seed=None"),
+        ({"seed": -1, "exp_avg": W.bfloat16(), "exp_avg_sq": W.bfloat16()}, r"in \[0, 2\^63\)"),
+        ({"exp_avg": W.bfloat16()}, "exp_avg_sq must be bfloat16, got float32"),
+        ({"exp_avg": W.half()}, "exp_avg must be float32 | bfloat16, got float16"),
         ({"exp_avg": torch.zeros(3, 2).t()}, "exp_avg must be dense.*allocate it dense"),
         ({"exp_avg_sq": torch.zeros(6, 1)}, "exp_avg_sq must be of the shape"),
         ({"published": torch.zeros(3, 2).t()}, "published must be dense in its last dimension"),

@@ -10,15 +10,16 @@ Launch = tuple[str, Callable[[], None]]
 
 def adamw_publish(
     grad: torch.dtype, published: torch.dtype, on_device: bool, rows: int = 3, columns: int = 100,
-    master: bool = True,
+    master: bool = True, moments: torch.dtype = torch.float32, stochastic: bool = False,
 ) -> None:  # fmt: skip
     from warpo.kernels import _triton
 
     state = torch.empty(rows * columns)
+    moment = state.to(moments)
     _triton.adamw_publish(
-        rows, columns, state.to(grad), state if master else None, state, state,
+        rows, columns, state.to(grad), state if master else None, moment, moment,
         torch.empty(rows, columns, dtype=published), *(1 / columns,) * 8,
-        torch.empty(()) if on_device else None,
+        torch.empty(()) if on_device else None, stochastic, columns, rows,
         torch.empty(1024, 2, dtype=torch.int64), torch.empty(1024, 2),
         torch.empty(2, dtype=torch.int64), torch.empty(2),
     )  # fmt: skip
@@ -30,6 +31,19 @@ def configurations(all_of_them: bool) -> Iterator[Launch]:
     if all_of_them:
         yield "f32 f16", partial(adamw_publish, torch.float32, torch.float16, False)
         yield "bf16 f32", partial(adamw_publish, bf16, torch.float32, False)
+        yield (
+            "bf16 own",
+            partial(
+                adamw_publish,
+                bf16,
+                bf16,
+                False,
+                rows=1,
+                master=False,
+                moments=bf16,
+                stochastic=True,
+            ),
+        )
         yield "f32 own", partial(adamw_publish, torch.float32, torch.float32, True, master=False)
 
 
