@@ -158,7 +158,7 @@ def test_the_number_of_chunks_does_not_change_the_gradient_of_the_weight(backend
         # room for 64 / chunks tokens, with what the plan puts aside
         bytes_per_token = 4 * 301 + 8 * 24
         room = 64 // chunks * bytes_per_token + bytes_per_token // 2
-        converts = dtype != torch.float32 and linear_head.mixed_product(weight) is None
+        converts = dtype != torch.float32 and linear_head.own_product(weight) is None
         room = room * 8 // (6 if converts else 7) + 16
         assert len(new_head(hidden, weight, room).chunks()) == chunks
         logp = ops.linear_logprobs(hidden, weight, targets, workspace_bytes=room, backend=backend)
