@@ -12,6 +12,8 @@ https://arxiv.org/abs/2203.02155 eq. 1; centering, https://arxiv.org/abs/2312.09
 """
 
 from collections.abc import Sequence
+from functools import partial
+from operator import mul
 from typing import NamedTuple
 
 import torch
@@ -20,7 +22,7 @@ from torch import Tensor
 from warpo.kernels import dispatch, reference
 from warpo.kernels.checks import FLOATS, check_mask, check_no_grad, check_tensor
 from warpo.kernels.registration import Operator
-from warpo.kernels.sequences import as_denominator, merge_moments
+from warpo.kernels.sequences import as_denominator, merge_moments, scaled
 
 REWARD_METRICS = ("loss", "pairs", "correct", "margin", "scores", "score_mean", "score_m2")
 # of every backend: a row of partials for each block
@@ -189,10 +191,6 @@ def _check_options(
     return as_denominator(scores.numel(), scores)
 
 
-def _empty(scores: Tensor, *shape: int) -> Tensor:
-    return scores.new_empty(shape, dtype=torch.float32)
-
-
 def _forward_pairs(
     chosen_scores: Tensor,
     rejected_scores: Tensor,
@@ -202,48 +200,48 @@ def _forward_pairs(
     denominator: Tensor,
     with_gradient: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     pairs = chosen_scores.shape[0]
-    results = _allocate_pairs(chosen_scores, with_gradient)
-    loss, metrics, *gradients = results
+    loss, metrics, gradients = results = _allocate_pairs(denominator, pairs, with_gradient)
     blocks = (pairs + PAIRS_PER_BLOCK - 1) // PAIRS_PER_BLOCK
     dispatch.load(backend).reward_model_loss(
         pairs, chosen_scores, rejected_scores, margins, mask, centering_coef, denominator,
-        *(gradients if with_gradient else (None, None)),
-        _empty(chosen_scores, blocks, len(REWARD_METRICS)), loss, metrics,
+        *(gradients.unbind() if with_gradient else (None, None)),
+        denominator.new_empty(blocks, len(REWARD_METRICS)), loss, metrics,
     )  # fmt: skip
     return results
 
 
-def _allocate_pairs(scores: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    count = scores.shape[0] if with_gradient else 0
-    metrics = _empty(scores, len(REWARD_METRICS))
-    return _empty(scores), metrics, _empty(scores, count), _empty(scores, count)
+def _allocate_pairs(
+    float32: Tensor, pairs: int, with_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """From a float32 (), and sizes one by one: half the time of shapes with a dtype."""
+    metrics = float32.new_empty(len(REWARD_METRICS))
+    gradients = float32.new_empty(2, pairs) if with_gradient else float32.new_empty(0)
+    return torch.empty_like(float32), metrics, gradients
 
 
 def _fake_pairs(chosen_scores, *arguments):
-    return _allocate_pairs(chosen_scores, arguments[-2])
+    return _allocate_pairs(arguments[-3], chosen_scores.shape[0], arguments[-2])
 
 
 def _save_pairs(ctx, inputs, output) -> None:
     ctx.dtypes, ctx.with_gradient = (inputs[0].dtype, inputs[1].dtype), inputs[6]
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[2:])
+    ctx.save_for_backward(output[2])
 
 
-def _differentiate_pairs(ctx, grad_loss, *_):
+def _differentiate_pairs(ctx, grad_loss, *_, scale=mul):
     if grad_loss is None or not ctx.with_gradient:
         return (None,) * 8
-    scaled = [
-        (gradient * grad_loss).to(dtype)
-        for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-    ]
-    return (*scaled, *(None,) * 6)
+    (gradients,) = ctx.saved_tensors
+    chosen, rejected = scale(gradients, grad_loss).unbind()
+    return (chosen.to(ctx.dtypes[0]), rejected.to(ctx.dtypes[1]), *(None,) * 6)
 
 
 _pairs = Operator(
     "reward_model_loss", _forward_pairs, _fake_pairs, _save_pairs, _differentiate_pairs,
-    differentiable=2, returned=2,
+    differentiable=2, differentiate_eager=partial(_differentiate_pairs, scale=scaled), returned=2,
 )  # fmt: skip
 
 
@@ -257,25 +255,28 @@ def _forward_groups(
     with_gradient: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    results = _allocate_groups(scores, with_gradient)
-    loss, metrics, gradient = results
+    loss, metrics, gradient = results = _allocate_groups(
+        denominator, scores.shape[0], with_gradient
+    )
     gradient.zero_()  # of scores that belong to no group
     groups = cu_groups.numel() - 1
     dispatch.load(backend).ranking_loss(
         groups, scores, ranks, mask, cu_groups, centering_coef, denominator,
         gradient if with_gradient else None,
-        _empty(scores, groups, len(REWARD_METRICS)), loss, metrics,
+        denominator.new_empty(groups, len(REWARD_METRICS)), loss, metrics,
     )  # fmt: skip
     return results
 
 
-def _allocate_groups(scores: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
-    metrics = _empty(scores, len(REWARD_METRICS))
-    return _empty(scores), metrics, _empty(scores, scores.shape[0] if with_gradient else 0)
+def _allocate_groups(
+    float32: Tensor, scores: int, with_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    metrics = float32.new_empty(len(REWARD_METRICS))
+    return torch.empty_like(float32), metrics, float32.new_empty(scores if with_gradient else 0)
 
 
 def _fake_groups(scores, *arguments):
-    return _allocate_groups(scores, arguments[-2])
+    return _allocate_groups(arguments[-3], scores.shape[0], arguments[-2])
 
 
 def _save_groups(ctx, inputs, output) -> None:
@@ -284,14 +285,14 @@ def _save_groups(ctx, inputs, output) -> None:
     ctx.save_for_backward(output[2])
 
 
-def _differentiate_groups(ctx, grad_loss, *_):
+def _differentiate_groups(ctx, grad_loss, *_, scale=mul):
     if grad_loss is None or not ctx.with_gradient:
         return (None,) * 8
     (gradient,) = ctx.saved_tensors
-    return ((gradient * grad_loss).to(ctx.dtype), *(None,) * 7)
+    return (scale(gradient, grad_loss).to(ctx.dtype), *(None,) * 7)
 
 
 _groups = Operator(
     "ranking_loss", _forward_groups, _fake_groups, _save_groups, _differentiate_groups,
-    differentiable=1, returned=2,
+    differentiable=1, differentiate_eager=partial(_differentiate_groups, scale=scaled), returned=2,
 )  # fmt: skip
