@@ -82,7 +82,7 @@ def linear_logprobs(
 
     Source: online softmax, https://arxiv.org/abs/1805.02867. Memory beyond arguments and results:
     workspace_bytes and 16 bytes a token; backward, 4 V H bytes for the gradient of a weight that is
-    not float32, and workspace_bytes beside kept logits where these stay as they are: with a softcap,
+    not float32, and workspace_bytes beside kept logits that are not overwritten, as with a softcap
     and in a graph that is kept.
     """
     return _run(

@@ -3,8 +3,8 @@
 
 namespace warpo {
 
-// out = addend + a b, summed in float32. Of bfloat16: b is, a in float32 is rounded to it first, and
-// out may be. Of float32: all are.
+// out = addend + a b, summed in float32. Of bfloat16: b is, a in float32 is rounded to it first,
+// and out may be. Of float32: all are.
 struct MatrixProduct {
     int64_t rows, columns, depth;
     View a;       // (row, d); one of its strides is 1

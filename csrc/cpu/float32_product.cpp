@@ -1,4 +1,4 @@
-// The matrix product of float32. MKL, which has that of torch, leaves half of an AMD processor idle.
+// The matrix product of float32: that of torch, MKL, takes 1.0 to 1.6 times as long on an AMD EPYC.
 #include "cpu/cpu.h"
 
 #ifdef __x86_64__

@@ -1,5 +1,6 @@
-// A matrix product with float32 sums of which both operands are packed, for AVX-512. Each element is
-// summed in an order that only the depth gives: neither threads nor the other sizes change its bits.
+// A matrix product with float32 sums of which both operands are packed, for AVX-512. Each element
+// is summed in an order that only the depth gives: neither threads nor the other sizes change its
+// bits.
 //
 // An operand is packed in words of 4 bytes, which hold one or several neighbours in depth, with 0
 // past the end. `Words` says how: words from memory, and what is added for two of them.

@@ -188,7 +188,8 @@ void reward_model_loss(const RewardModelLoss& a) {
 }
 
 void ranking_loss(const RankingLoss& a) {
-    const int64_t scores = a.cu_groups[a.groups], blocks = (a.groups + kGroupsPerBlock - 1) / kGroupsPerBlock;
+    const int64_t scores = a.cu_groups[a.groups];
+    const int64_t blocks = (a.groups + kGroupsPerBlock - 1) / kGroupsPerBlock;
     auto* const one = a.scores.dtype == kFloat32    ? one_block<float>
                       : a.scores.dtype == kBFloat16 ? one_block<BFloat16>
                                                     : one_block<Float16>;

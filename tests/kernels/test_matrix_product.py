@@ -1,4 +1,4 @@
-"""Our matrix products, of float32 and of bfloat16 with float32 sums, on processors that have them."""
+"""Our matrix products of float32 and of bfloat16, on processors that have them."""
 
 from collections.abc import Callable
 
@@ -15,7 +15,7 @@ from warpo.kernels.linear_head import OWN_PRODUCTS, own_product
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="a GPU has them from BLAS")
 each_dtype = pytest.mark.parametrize("dtype", OWN_PRODUCTS, ids=str)
 
-# around a tile of 6 x 64, a block of 384 rows, vectors of 16 and their pairs, depths of 512 and 1024
+# around a tile of 6 x 64, a block of 384 rows, vectors of 16 and their pairs; of depths, 512, 1024
 SIZES = st.sampled_from([1, 2, 3, 6, 7, 16, 17, 33, 64, 65, 130, 385, 600])
 DEPTHS = SIZES | st.sampled_from([511, 512, 513, 1023, 1024, 1025, 2050])
 
