@@ -34,6 +34,7 @@ class LinearHead:
         num_valid: upper bound of their number where the device cannot be asked, -1 if not known.
         float32_logits: logits in float32, else in the dtype of hidden.
         gradient_buffer: the gradient of the logits is not written over the logits.
+        kept: the logits of all chunks are kept, so a chunk may take all of workspace_bytes.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class LinearHead:
         workspace_bytes: int,
         float32_logits: bool,
         gradient_buffer: bool = False,
+        kept: bool = False,
     ) -> None:
         self._hidden, self._weight, self._bias, self.softcap = hidden, weight, bias, softcap
         self.vocab = weight.shape[0]
@@ -58,9 +60,9 @@ class LinearHead:
         self._mixes = own_product(weight) is not None
         # BLAS of a CPU sums in the dtype of its operands, that of a GPU in float32
         self._product_dtype = weight.dtype if self._mixes or not self.on_cpu else torch.float32
-        self._plan(workspace_bytes, gradient_buffer)
+        self._plan(workspace_bytes, gradient_buffer, kept)
 
-    def _plan(self, workspace_bytes: int, gradient_buffer: bool) -> None:
+    def _plan(self, workspace_bytes: int, gradient_buffer: bool, kept: bool) -> None:
         """Tokens of a chunk, and the columns of it that are converted at a time."""
         low = self._weight.dtype != torch.float32 and not self._mixes
         converts = low and (self.on_cpu or self.logits_dtype != self._weight.dtype)
@@ -68,7 +70,8 @@ class LinearHead:
         # what is left is for converted parts, and for the copies that BLAS makes of its operands
         share = workspace_bytes // 8 * (6 if converts or self.softcap else 7)
         per_token = self.vocab * self.logits_dtype.itemsize * (1 + gradient_buffer)
-        tokens = max(1, min(share // (per_token + 8 * hidden_size), self.count))
+        room = workspace_bytes // per_token if kept else share // (per_token + 8 * hidden_size)
+        tokens = max(1, min(room, self.count))
         chunks = -(-self.count // tokens)
         self._tokens = max(1, -(-self.count // max(1, chunks)))
         self._columns = self.vocab

@@ -202,8 +202,9 @@ def _forward(
     """logprobs and entropy of every token; of the compacted ones the stats and, kept, logits."""
     valid = valid_tokens(targets, mask, ignore_index)
     head = LinearHead(
-        hidden, weight, bias, softcap, valid, num_valid, workspace_bytes, float32_logits
-    )
+        hidden, weight, bias, softcap, valid, num_valid, workspace_bytes, float32_logits,
+        kept=cache_logits,
+    )  # fmt: skip
     logp, entropy, stats, cache = _allocate(
         hidden, weight, targets, float32_logits, with_entropy, cache_logits
     )
@@ -290,15 +291,16 @@ def linear_logprobs_backward(
     apart = bool(softcap) and cache is None
     overwrites = overwrites and cache is not None and not softcap
     head = LinearHead(
-        hidden, weight, bias, softcap, valid, num_valid, workspace_bytes, float32_logits, apart
-    )
+        hidden, weight, bias, softcap, valid, num_valid, workspace_bytes, float32_logits, apart,
+        kept=cache is not None,
+    )  # fmt: skip
     kernels, group = dispatch.load(backend), resolve_group(group_name)
     head.start_gradients(wanted, group)
     tokens = [
         head.compact(x)
         for x in (targets, token_temperature, mask, entropy, grad_logprobs, grad_entropy)
     ]
-    buffer = None if overwrites else head.new_buffer()
+    buffer: Any = None if overwrites else head.new_buffer()
     grad_buffer = head.new_buffer() if apart else buffer
     for start, stop in head.chunks():
         logits = head.logits(start, stop, buffer) if cache is None else cache[start:stop]
