@@ -96,7 +96,7 @@ class Build(build_ext):
         jobs = [("csrc/bindings.cpp", [*CXX, *CXX_FLAGS, *BINDING_FLAGS])]
         for path in kernels:
             source = str(path.relative_to(ROOT))
-            if path.name in ("bfloat16_product.cpp", "dispatch.cpp"):
+            if path.name.endswith("_product.cpp") or path.name == "dispatch.cpp":
                 jobs.append((source, [*CXX, *CXX_FLAGS]))
                 continue
             for isa, flags in ISA_FLAGS.items():

@@ -159,9 +159,15 @@ PYBIND11_MODULE(WARPO_MODULE, m) {
 #endif
 #define WARPO_DEFINE(operation, Arguments) define(m, #operation, library::operation);
     WARPO_OPERATIONS(WARPO_DEFINE)
-#ifdef WARPO_AVX512_BF16
-    if (library::instruction_set() == std::string("avx512bf16")) {
-        WARPO_DEFINE(bfloat16_product, BFloat16Product)
+#if defined(__x86_64__) && !defined(WARPO_CUDA)
+    const std::string instructions = library::instruction_set();
+    if (instructions == "avx512" || instructions == "avx512bf16") {
+        WARPO_DEFINE(float32_product, MatrixProduct)
     }
+#ifdef WARPO_AVX512_BF16
+    if (instructions == "avx512bf16") {
+        WARPO_DEFINE(bfloat16_product, MatrixProduct)
+    }
+#endif
 #endif
 }

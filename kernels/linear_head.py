@@ -2,9 +2,10 @@
 c), and the gradients back through it. No tensor of tokens x vocabulary exists.
 
 Masked and ignored tokens are compacted away before the matrix products. The products are those of
-torch (BLAS), or our own of bfloat16 with float32 sums on a CPU that has the instruction; gradients
-of weight and bias accumulate in float32 over the chunks and are rounded once. Where products are of
-bfloat16 or float16, the gradients of the logits are rounded to it for them.
+torch (BLAS), or our own on a CPU that has the instructions: of float32 with AVX-512, of bfloat16
+with AVX512_BF16, both with float32 sums; gradients of weight and bias accumulate in float32 over
+the chunks and are rounded once. Where products are of bfloat16 or float16, the gradients of the
+logits are rounded to it for them.
 """
 
 from collections.abc import Callable
@@ -41,6 +42,7 @@ class LinearHead:
         num_valid: upper bound of their number where the device cannot be asked, -1 if not known.
         float32_logits: logits in float32, else in the dtype of hidden.
         gradient_buffer: the gradient of the logits is not written over the logits.
+        kept: the logits of all chunks are kept, so a chunk may take all of workspace_bytes.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class LinearHead:
         workspace_bytes: int,
         float32_logits: bool,
         gradient_buffer: bool = False,
+        kept: bool = False,
     ) -> None:
         self._hidden, self._weight, self._bias, self.softcap = hidden, weight, bias, softcap
         self.vocab = weight.shape[0]
@@ -62,12 +65,12 @@ class LinearHead:
         self.count = valid.numel() if self._index is None else self._index.numel()
         self._valid = valid
         self.logits_dtype = torch.float32 if float32_logits else hidden.dtype
-        self._mixes = mixed_product(weight) is not None
+        self._mixes = own_product(weight) is not None
         # BLAS of a CPU sums in the dtype of its operands, that of a GPU in float32
         self._product_dtype = weight.dtype if self._mixes or not self.on_cpu else torch.float32
-        self._plan(workspace_bytes, gradient_buffer)
+        self._plan(workspace_bytes, gradient_buffer, kept)
 
-    def _plan(self, workspace_bytes: int, gradient_buffer: bool) -> None:
+    def _plan(self, workspace_bytes: int, gradient_buffer: bool, kept: bool) -> None:
         """Tokens of a chunk, and the columns of it that are converted at a time."""
         low = self._weight.dtype != torch.float32 and not self._mixes
         converts = low and (self.on_cpu or self.logits_dtype != self._weight.dtype)
@@ -75,7 +78,8 @@ class LinearHead:
         # what is left is for converted parts, and for the copies that BLAS makes of its operands
         share = workspace_bytes // 8 * (6 if converts or self.softcap else 7)
         per_token = self.vocab * self.logits_dtype.itemsize * (1 + gradient_buffer)
-        tokens = max(1, min(share // (per_token + 8 * hidden_size), self.count))
+        room = workspace_bytes // per_token if kept else share // (per_token + 8 * hidden_size)
+        tokens = max(1, min(room, self.count))
         chunks = -(-self.count // tokens)
         self._tokens = max(1, -(-self.count // max(1, chunks)))
         self._columns = self.vocab
@@ -113,7 +117,7 @@ class LinearHead:
         if self._low_on_cpu and self.logits_dtype == torch.float32:
             hidden = hidden.float()
             for part in self._parts():
-                torch.mm(hidden, self._weight[part].float().t(), out=out[:, part])
+                _multiply(out[:, part], hidden, self._weight[part].float().t())
         else:
             _multiply(out, hidden, self._weight.t())
         if self._bias is not None:
@@ -221,18 +225,21 @@ def _compact(valid: Tensor, num_valid: int, on_cpu: bool) -> tuple[Tensor | None
     return index, valid[index]
 
 
-def mixed_product(b: Tensor) -> Callable[..., None] | None:
-    """Of float32 or bfloat16 with bfloat16, summed in float32: of processors that have it."""
-    if not b.is_cpu or b.dtype != torch.bfloat16:
+OWN_PRODUCTS = {torch.float32: "float32_product", torch.bfloat16: "bfloat16_product"}
+
+
+def own_product(b: Tensor) -> Callable[..., None] | None:
+    """Ours of a matrix in float32 or the dtype of b with b: of processors that have it."""
+    if not b.is_cpu or b.dtype not in OWN_PRODUCTS:
         return None
-    return getattr(dispatch.load("cpu"), "bfloat16_product", None)
+    return getattr(dispatch.load("cpu"), OWN_PRODUCTS[b.dtype], None)
 
 
 def _multiply(out: Tensor, a: Tensor, b: Tensor, addend: Tensor | None = None) -> None:
     """out = a @ b, or addend + a @ b, summed in float32 whatever the dtype of a."""
-    mixed = mixed_product(b)
-    if mixed and (addend is not None or a.dtype != b.dtype or out.dtype != b.dtype):
-        mixed(*out.shape, a.shape[1], a, b, addend, out)
+    product = own_product(b)
+    if product is not None:
+        product(*out.shape, a.shape[1], a, b, addend, out)
     elif out.dtype == a.dtype:
         if addend is not None:
             torch.addmm(addend, a, b, out=out)

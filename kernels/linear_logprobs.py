@@ -9,8 +9,9 @@ Backward, with G = d loss / d logits as `logprobs` gives it, times 1 - (logits /
 
     d hidden = G weight,   d weight = G.T hidden,   d bias = sum over tokens of G
 
-Tokens go through in chunks. The backward pass computes the logits of a chunk anew, so that forward
-and backward are four matrix products; with cache_logits they are three, and the logits are kept.
+Tokens go through in chunks. Where the logits of all tokens fit in workspace_bytes they are kept for
+the backward pass, which writes their gradients over them: three matrix products. Otherwise the
+backward pass computes the logits of a chunk anew: four.
 """
 
 from typing import Any
@@ -39,7 +40,7 @@ def linear_logprobs(
     num_valid: int | None = None,
     workspace_bytes: int | None = None,
     logits_dtype: str = "float32",
-    cache_logits: bool = False,
+    cache_logits: bool | None = None,
     process_group: ProcessGroup | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -67,7 +68,8 @@ def linear_logprobs(
             least one token is taken at a time.
         logits_dtype: "float32", or "input": the logits of a chunk rounded to the dtype of hidden,
             half the room, and what a head of that dtype would give.
-        cache_logits: keep the logits for backward: tokens x V elements, one matrix product less.
+        cache_logits: keep the logits for backward: tokens x V elements, masked ones included, for
+            one matrix product less. None: where they fit in workspace_bytes.
         process_group: the vocabulary is split over its ranks in equal parts: weight and bias are
             those of this rank, hidden and targets are the same on all. Each rank gets the same
             results and the whole gradient of hidden, with a collective a chunk forward and one
@@ -82,7 +84,8 @@ def linear_logprobs(
 
     Source: online softmax, https://arxiv.org/abs/1805.02867. Memory beyond arguments and results:
     workspace_bytes and 16 bytes a token; backward, 4 V H bytes for the gradient of a weight that is
-    not float32.
+    not float32, and workspace_bytes beside kept logits that are not overwritten, as with a softcap
+    and in a graph that is kept.
     """
     return _run(
         hidden, weight, targets, bias, temperature, mask, ignore_index, softcap, num_valid,
@@ -103,7 +106,7 @@ def linear_logprobs_and_entropy(
     num_valid: int | None = None,
     workspace_bytes: int | None = None,
     logits_dtype: str = "float32",
-    cache_logits: bool = False,
+    cache_logits: bool | None = None,
     process_group: ProcessGroup | None = None,
     backend: str | None = None,
 ) -> LogprobsAndEntropy:
@@ -132,7 +135,7 @@ def _run(
     workspace_bytes: int | None,
     logits_dtype: str,
     with_entropy: bool,
-    cache_logits: bool,
+    cache_logits: bool | None,
     group: ProcessGroup | None,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
@@ -153,15 +156,33 @@ def _run(
     token_temperature = None
     if isinstance(temperature, Tensor):
         token_temperature, temperature = temperature.reshape(-1), 1.0
-    cache_logits = cache_logits and torch.is_grad_enabled()
     arguments = (
         rows, weight, bias, targets.reshape(-1), temperature, token_temperature,
         None if mask is None else mask.reshape(-1), ignore_index, softcap or 0.0, *chunking,
-        with_entropy, cache_logits, name, "" if group is None else group.group_name,
+        with_entropy, _keeps_logits(cache_logits, rows, weight, bias, *chunking[1:]), name,
+        "" if group is None else group.group_name,
     )  # fmt: skip
-    logp, entropy, _, _ = _operator(*arguments)
+    logp, entropy = _operator(*arguments)
     shape = targets.shape
     return logp.view(shape), entropy.view(shape) if with_entropy else entropy
+
+
+def _keeps_logits(
+    asked: bool | None,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    workspace_bytes: int,
+    float32_logits: bool,
+) -> bool:
+    differentiable = any(x is not None and x.requires_grad for x in (hidden, weight, bias))
+    if not (differentiable and torch.is_grad_enabled()):
+        return False
+    if asked is not None:
+        return asked
+    rows, steps, _ = hidden.shape
+    itemsize = 4 if float32_logits else hidden.dtype.itemsize
+    return rows * steps * weight.shape[0] * itemsize <= workspace_bytes
 
 
 def _forward(
@@ -185,8 +206,9 @@ def _forward(
     """logprobs and entropy of every token; of the compacted ones the stats and, kept, logits."""
     valid = valid_tokens(targets, mask, ignore_index)
     head = LinearHead(
-        hidden, weight, bias, softcap, valid, num_valid, workspace_bytes, float32_logits
-    )
+        hidden, weight, bias, softcap, valid, num_valid, workspace_bytes, float32_logits,
+        kept=cache_logits,
+    )  # fmt: skip
     logp, entropy, stats, cache = _allocate(
         hidden, weight, targets, float32_logits, with_entropy, cache_logits
     )
@@ -263,26 +285,30 @@ def linear_logprobs_backward(
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
     wanted: list[bool],
+    overwrites: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias; empty ones for those that are not wanted. stats are
-    those of the compacted tokens.
+    those of the compacted tokens. overwrites: the cache is not needed again. Not for
+    `torch.library`, whose schema says that nothing is written to.
     """
     valid = valid_tokens(targets, mask, ignore_index)
     apart = bool(softcap) and cache is None
+    overwrites = overwrites and cache is not None and not softcap
     head = LinearHead(
-        hidden, weight, bias, softcap, valid, num_valid, workspace_bytes, float32_logits, apart
-    )
+        hidden, weight, bias, softcap, valid, num_valid, workspace_bytes, float32_logits, apart,
+        kept=cache is not None,
+    )  # fmt: skip
     kernels, group = dispatch.load(backend), resolve_group(group_name)
     head.start_gradients(wanted, group)
     tokens = [
         head.compact(x)
         for x in (targets, token_temperature, mask, entropy, grad_logprobs, grad_entropy)
     ]
-    buffer = head.new_buffer()
-    grad_buffer = head.new_buffer() if softcap and cache is None else buffer
+    buffer: Any = None if overwrites else head.new_buffer()
+    grad_buffer = head.new_buffer() if apart else buffer
     for start, stop in head.chunks():
         logits = head.logits(start, stop, buffer) if cache is None else cache[start:stop]
-        grad_logits = grad_buffer[: stop - start]
+        grad_logits = logits if overwrites else grad_buffer[: stop - start]
         part: list[Any] = [None if x is None else x[:, start:stop] for x in tokens]
         chosen, warm, flags, own_entropy, grad_logp, grad_own_entropy = part
         options = (temperature, warm, flags, ignore_index)
@@ -304,7 +330,7 @@ def linear_logprobs_backward(
 
 
 def _fake_backward(hidden, weight, bias, *arguments):
-    wanted = arguments[-1]
+    wanted = arguments[-2]
     return tuple(
         torch.empty_like(x, memory_format=torch.contiguous_format) if want else hidden.new_empty(0)
         for x, want in zip((hidden, weight, bias), wanted, strict=True)
@@ -327,16 +353,16 @@ def _save(ctx, inputs, output) -> None:
     )  # fmt: skip
 
 
-def _differentiate(ctx, grad_logprobs, grad_entropy, _grad_stats, _grad_cache):
+def _differentiate(ctx, grad_logprobs, grad_entropy, *_, overwrites=False):
     hidden, weight, bias, targets, warm, mask, entropy, stats, cache = ctx.saved_tensors
     if entropy is None:
         grad_entropy = None  # of the empty tensor that stands for it
     if grad_logprobs is None and grad_entropy is None:
         return (None,) * 16
     wanted = list(ctx.needs_input_grad[:3])
-    gradients = _backward_operator(
+    gradients = (linear_logprobs_backward if overwrites else _backward_operator)(
         hidden, weight, bias, targets, ctx.temperature, warm, mask, ctx.ignore_index,
-        *ctx.options, entropy, stats, cache, grad_logprobs, grad_entropy, wanted,
+        *ctx.options, entropy, stats, cache, grad_logprobs, grad_entropy, wanted, overwrites,
     )  # fmt: skip
     return (
         *(g if want else None for g, want in zip(gradients, wanted, strict=True)),
@@ -344,4 +370,13 @@ def _differentiate(ctx, grad_logprobs, grad_entropy, _grad_stats, _grad_cache):
     )
 
 
-_operator = Operator("linear_logprobs", _forward, _fake_forward, _save, _differentiate)
+def _differentiate_eager(ctx, *gradients):
+    """On the last walk through the graph kept logits make room for their gradients."""
+    kept = torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph()
+    return _differentiate(ctx, *gradients, overwrites=not kept)
+
+
+_operator = Operator(
+    "linear_logprobs", _forward, _fake_forward, _save, _differentiate,
+    differentiate_eager=_differentiate_eager, returned=2,
+)  # fmt: skip

@@ -5,8 +5,8 @@ three matrix products, with no tensor of tokens x vocabulary.
 
 Where the coefficient of a token follows from its own logits (`policy_loss_from_logits` says where
 that is), a chunk of tokens goes through once: its logits, d loss / d logits over them from one
-read, d hidden and d weight. Elsewhere the logprobs of all tokens come first, and the backward pass
-computes the logits anew: four products.
+read, d hidden and d weight. Elsewhere the logprobs of all tokens come first, by `linear_logprobs`:
+three products where the logits fit in workspace_bytes, else four.
 """
 
 from typing import Any, NamedTuple

@@ -2,7 +2,7 @@
 
 import torch
 
-from warpo.kernels.linear_head import mixed_product
+from warpo.kernels.linear_head import own_product
 
 # Rounding to the nearest value of the result type, as a relative error at the start of a binade.
 ROUNDING = {
@@ -33,7 +33,7 @@ HEAD_GRADIENT = 3e-5
 def head_gradient(weight: torch.Tensor) -> float:
     """HEAD_GRADIENT of this weight. Where products are of bfloat16 or float16, on a GPU and on a
     CPU that has the instruction, every gradient of a logit is rounded to it for them."""
-    low = weight.dtype != torch.float32 and (weight.is_cuda or mixed_product(weight) is not None)
+    low = weight.dtype != torch.float32 and (weight.is_cuda or own_product(weight) is not None)
     return HEAD_GRADIENT + (ROUNDING[weight.dtype] if low else 0.0)
 
 

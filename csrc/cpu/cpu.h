@@ -1,7 +1,7 @@
 // The CPU library: every operation, and the same operations for each instruction set.
 #pragma once
 
-#include "arguments/bfloat16_product.h"
+#include "arguments/matrix_product.h"
 #include "kernels.h"
 
 #if defined(__x86_64__) && __has_include(<avx512bf16intrin.h>)
@@ -18,9 +18,13 @@ WARPO_OPERATIONS(WARPO_DECLARE)
 // asks for if that is less.
 const char* instruction_set();
 
+#ifdef __x86_64__
+// Runs where the instruction set is "avx512" or more.
+void float32_product(const MatrixProduct&);
+#endif
 #ifdef WARPO_AVX512_BF16
 // Runs where the instruction set is "avx512bf16" alone.
-void bfloat16_product(const BFloat16Product&);
+void bfloat16_product(const MatrixProduct&);
 #endif
 
 namespace portable {

@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "cpu/cpu.h"
+#include "cpu/huge_pages.h"
 #include "cpu/load.h"
 #include "math/temperature.h"
 
@@ -149,16 +150,23 @@ void add_id(const KeptSetWeightGradient& g, int64_t id, float* sum) {
         g.grad_bias[id] = total;
     }
     if (!g.grad_weight.data) return;
+    T* const out = address<T>(g.grad_weight, id, 0);
+    if (first == last) {  // most ids
+        memset(out, 0, g.hidden_size * sizeof(T));
+        return;
+    }
     memset(sum, 0, g.hidden_size * sizeof(float));
     for (int64_t i = first; i < last; ++i) {
         const float grad = g.grad_logits[g.order[i]];
         if (grad != 0) add_scaled(grad, address<T>(g.hidden, g.tokens[i], 0), g.hidden_size, sum);
     }
-    store_row(sum, g.hidden_size, address<T>(g.grad_weight, id, 0));
+    store_row(sum, g.hidden_size, out);
 }
 
 template <class T>
 void weight_gradient(const KeptSetWeightGradient& g) {
+    if (g.grad_weight.data)
+        advise_huge_pages(g.grad_weight.data, address<T>(g.grad_weight, g.vocab, 0));
 #pragma omp parallel if (g.vocab * g.hidden_size >= kParallelWork)
     {
         Row sum(g.hidden_size);

@@ -30,8 +30,8 @@ struct LogSigmoid {
 
 WARPO_HD LogSigmoid log_sigmoid(float x) {
     const float e = exp_f32(x > 0.0f ? -x : x);
-    const float small = e / (1.0f + e), large = 1.0f / (1.0f + e);
-    return {(x < 0.0f ? x : 0.0f) - log1p_unit(e), x > 0.0f ? small : large};
+    const float numerator = x > 0.0f ? e : 1.0f;
+    return {(x < 0.0f ? x : 0.0f) - log1p_unit(e), numerator / (1.0f + e)};
 }
 
 // log(1 - e^x) for x < 0, https://cran.r-project.org/package=Rmpfr/vignettes/log1mexp-note.pdf eq.

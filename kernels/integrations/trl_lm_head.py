@@ -110,6 +110,7 @@ def backward(
         hidden.contiguous()[None], weight, bias, targets, 1 / (ctx.kernel_args["inv_t"] * scale),
         None, mask, NONE_IGNORED, cap, *_chunking(hidden, cap), dispatch.choose(hidden, None), "",
         None if grad_entropy is None else entropy, stats, None, grad_logprobs, grad_entropy, wanted,
+        False,
     )  # fmt: skip
     likes = zip(gradients, (hidden, weight, bias), wanted, strict=True)
     return (*(g.view(x.shape) if want else None for g, x, want in likes), *(None,) * 6)

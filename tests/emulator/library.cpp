@@ -24,9 +24,12 @@ WARPO_OPERATIONS(WARPO_RUN)
 // What a test asks for, so as not to pass on the CPU library by accident.
 const char* instruction_set() { return "emulated"; }
 
+// A GPU has them from BLAS; their bindings are for other instruction sets.
+#ifdef __x86_64__
+void float32_product(const MatrixProduct&) {}
+#endif
 #ifdef WARPO_AVX512_BF16
-// A GPU has it from BLAS; its binding is for another instruction set.
-void bfloat16_product(const BFloat16Product&) {}
+void bfloat16_product(const MatrixProduct&) {}
 #endif
 
 }  // namespace warpo::cpu

@@ -20,6 +20,7 @@ from tests.tolerance import (
     assert_close,
     head_gradient,
 )
+from warpo.bench.timing import peak_bytes
 from warpo.kernels import linear_head, ops, reference
 
 WORKER = Path(__file__).with_name("linear_logprobs_worker.py")
@@ -57,7 +58,7 @@ def cases(draw, backend: str):
         "mask": None if mask is None else mask.to(DEVICE),
         "softcap": draw(st.sampled_from([None, 3.0])),
         "workspace_bytes": draw(st.sampled_from([None, 1, 20_000])),
-        "cache_logits": draw(st.booleans()),
+        "cache_logits": draw(st.sampled_from([None, False, True])),
     }
     hidden = hidden.to(dtype).to(DEVICE)
     if len(lead) == 2 and draw(st.booleans()):
@@ -158,7 +159,7 @@ def test_the_number_of_chunks_does_not_change_the_gradient_of_the_weight(backend
         # room for 64 / chunks tokens, with what the plan puts aside
         bytes_per_token = 4 * 301 + 8 * 24
         room = 64 // chunks * bytes_per_token + bytes_per_token // 2
-        converts = dtype != torch.float32 and linear_head.mixed_product(weight) is None
+        converts = dtype != torch.float32 and linear_head.own_product(weight) is None
         room = room * 8 // (6 if converts else 7) + 16
         assert len(new_head(hidden, weight, room).chunks()) == chunks
         logp = ops.linear_logprobs(hidden, weight, targets, workspace_bytes=room, backend=backend)
@@ -277,6 +278,47 @@ def test_runs_are_bit_equal_and_a_graph_can_be_walked_twice(backend):
 
         first = once()
         assert all(torch.equal(a, b) for a, b in zip(first, once(), strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS[:1])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_logits_are_kept_where_they_fit_the_workspace(backend, softcap):
+    hidden, weight, targets = problem(vocab=3001)
+    room, grads, kept = 64 * 3001 * 4, {}, {}
+    for cache, workspace_bytes in ((None, room), (None, room - 1), (False, room), (True, 1)):
+        shapes = []
+
+        def pack(tensor, shapes=shapes):
+            shapes.append(tuple(tensor.shape))
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            logp = ops.linear_logprobs(
+                hidden, weight, targets, softcap=softcap, cache_logits=cache,
+                workspace_bytes=workspace_bytes, backend=backend,
+            )  # fmt: skip
+        kept[cache, workspace_bytes] = (64, 3001) in shapes
+        grads[cache, workspace_bytes] = torch.autograd.grad(logp.sum(), (hidden, weight))
+    assert list(kept.values()) == [True, False, False, True]
+    for others in grads.values():
+        for a, b in zip(grads[None, room], others, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    frozen = ops.linear_logprobs(hidden.detach(), weight.detach(), targets, backend=backend)
+    assert not frozen.requires_grad
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="as the profiler counts on a CPU")
+@pytest.mark.parametrize("fits", [True, False])
+def test_kept_logits_are_the_workspace(fits):
+    hidden, weight, targets = problem(vocab=3001)
+    room = 64 * 3001 * 4 - (not fits)
+
+    def call():
+        logp = ops.linear_logprobs(hidden, weight, targets, workspace_bytes=room)
+        return torch.autograd.grad(logp.sum(), (hidden, weight))
+
+    gradients = 4 * (hidden.numel() + weight.numel())
+    assert peak_bytes("cpu", call) < room + gradients + 32_000
 
 
 @each_backend

@@ -130,12 +130,18 @@ def test_three_matrix_products_where_a_token_knows_its_coefficient(backend, monk
         multiply(*arguments, **options)
 
     monkeypatch.setattr(linear_head, "_multiply", counted)
-    for name, old_given, products in (("grpo", True, 3), ("gspo", False, 3), ("gspo", True, 4)):
+    cases = (
+        ("grpo", True, None, 3), ("gspo", False, None, 3),
+        # with the logits kept, and where those of all tokens do not fit
+        ("gspo", True, None, 3), ("gspo", True, 4 * 4 * 7 * 61 - 1, 4),
+    )  # fmt: skip
+    for name, old_given, room, products in cases:
         calls.clear()
         leaves, rest = problem(0, True, old_given, False)
         result = ops.policy_loss_from_hidden(
-            leaves["hidden"], leaves["weight"], objective=name, backend=backend, **rest
-        )
+            leaves["hidden"], leaves["weight"], objective=name, workspace_bytes=room,
+            backend=backend, **rest,
+        )  # fmt: skip
         result.loss.backward()
         assert len(calls) == products
     calls.clear()
