@@ -115,7 +115,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--peers", type=Path, default=Path(".peers/trl"), metavar="DIR")
+    parser.add_argument("--peers", type=Path, default=Path(".peers/trl/site-packages"), metavar="DIR")
     parser.add_argument("--out", type=Path, default=Path("bench/results/latest"), metavar="DIR")
     args = parser.parse_args(argv)
     if args.steps < 1 or args.warm_up < 1 or args.rounds < 1:

@@ -14,10 +14,15 @@ from warpo.kernels import ops
 from warpo.kernels.integrations.openrlhf_library import (
     LOSSES,
     library,
-    same_shape,
 )
-from warpo.kernels.integrations.openrlhf_losses import normaliser
-from warpo.kernels.integrations.patching import as_flags, constant, promoted, served
+from warpo.kernels.integrations.openrlhf_losses import normaliser, require_tokens
+from warpo.kernels.integrations.serving import (
+    as_flags,
+    promoted,
+    require,
+    require_constant,
+    require_served,
+)
 
 _TOKENS = ops.METRICS.index("tokens")
 _CLIPPED_LOW, _CLIPPED_HIGH = ops.METRICS.index("clipped_low"), ops.METRICS.index("clipped_high")
@@ -64,21 +69,14 @@ def policy_loss(
     """
     corrects = self.is_correction_level != "off"
     rollout = rollout_log_probs if corrects else None
-    scale = objective = None
-    if _serves(self, log_probs, old_log_probs, advantages, action_mask, rollout):
-        flags = as_flags(action_mask)
-        scale = normaliser(
-            flags, self.token_level_loss, dp_size, batch_num_tokens, global_batch_size
-        )
-        objective = _objective(
-            self.policy_loss_type, self.clip_eps_low, self.clip_eps_high, self.dual_clip,
-            self.token_level_loss, *_correction(self),
-        )  # fmt: skip
-    if scale is None or objective is None:
-        return original(
-            self, log_probs, old_log_probs, advantages, action_mask, rollout_log_probs, dp_size,
-            batch_num_tokens, global_batch_size,
-        )  # fmt: skip
+    _check(self, log_probs, old_log_probs, advantages, action_mask, rollout)
+    flags = as_flags(action_mask)
+    scale = normaliser(flags, self.token_level_loss, dp_size, batch_num_tokens, global_batch_size)
+    objective = _objective(
+        self.policy_loss_type, self.clip_eps_low, self.clip_eps_high, self.dual_clip,
+        self.token_level_loss, *_correction(self),
+    )  # fmt: skip
+    require(objective is not None, "clip ranges or thresholds that no kernel has")
     gspo = self.policy_loss_type == "gspo"
     sampler = Sampler()
     if rollout is not None and not gspo:
@@ -97,32 +95,31 @@ def policy_loss(
     )
 
 
-def _serves(
+def _check(
     self: Any,
     log_probs: Tensor,
     old_log_probs: Tensor,
     advantages: Tensor,
     action_mask: Tensor | None,
     rollout: Tensor | None,
-) -> bool:
+) -> None:
     corrects = self.is_correction_level != "off"
     constants = (old_log_probs, advantages, rollout)
-    return (
-        self.policy_loss_type in _LOG_RATIO_LIMIT
-        and (
-            log_probs.numel() >= _FEW_TOKENS
-            or not corrects
-            or _by_the_kernel(self)
-            or self.policy_loss_type == "gspo"
-            or (log_probs.requires_grad and torch.is_grad_enabled())
-        )
-        and log_probs.dim() == 2
-        and served(log_probs, *constants)
-        and same_shape(log_probs, *constants, action_mask)
-        and constant(*constants)
-        and (rollout is None) != corrects
-        and (action_mask is not None or not (corrects or self.policy_loss_type == "gspo"))
+    require(self.policy_loss_type in _LOG_RATIO_LIMIT, "a policy loss without a kernel")
+    require(
+        log_probs.numel() >= _FEW_TOKENS
+        or not corrects
+        or _by_the_kernel(self)
+        or self.policy_loss_type == "gspo"
+        or (log_probs.requires_grad and torch.is_grad_enabled()),
+        "few tokens without a gradient, on which the library is faster",
     )
+    require_served(log_probs, *constants)
+    require_tokens(log_probs, *constants, action_mask)
+    require_constant(*constants)
+    require((rollout is None) != corrects, "a correction without logprobs of the sampler")
+    masked = action_mask is not None or not (corrects or self.policy_loss_type == "gspo")
+    require(masked, "no mask, which the library needs here")
 
 
 def _by_the_kernel(self: Any) -> bool:
@@ -181,7 +178,7 @@ def _sampler(self: Any, old: Tensor, rollout: Tensor, flags: Tensor | None) -> S
     gap = rollout - old
     if _by_the_kernel(self):
         return Sampler(rollout, gap)
-    assert flags is not None  # or _serves would have refused
+    assert flags is not None  # or _check would have passed it on
     outside, filtered = _outside(self, old, rollout, gap, flags)
     return Sampler(rollout.masked_fill(outside, math.inf), gap, filtered)
 
@@ -205,7 +202,7 @@ def _outside(
             of_tokens = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
     whole = self.is_correction_level == "seq"
     if whole:
-        of_tokens = torch.where(flags.bool(), of_tokens, 0).sum(-1, keepdim=True)
+        of_tokens = torch.where(flags, of_tokens, 0).sum(-1, keepdim=True)
         of_tokens = of_tokens / flags.sum(-1, keepdim=True)
     statistic = of_tokens.exp() if by_ratio else of_tokens
     low, high = self.is_correction_threshold

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from warpo.kernels import ops
-from warpo.kernels.integrations.patching import served
+from warpo.kernels.integrations.serving import PassOn, as_flags, require, require_served
 from warpo.kernels.integrations.trl_library import library
 from warpo.kernels.integrations.trl_policy_metrics import (
     Batch,
@@ -75,13 +75,13 @@ def grpo_loss(original: Callable, self: Any, model: Any, inputs: dict[str, Any])
     )]  # fmt: skip
     ids = inputs["completion_ids"]
     # of completions of one token TRL's metrics are means over sequences, masked ones included
-    if objective is None or ids.shape[1] < 2 or _is_faster(self.loss_type, ids.numel()):
-        return original(self, model, inputs)
+    require(ids.shape[1] > 1, "completions of one token")
+    require(not _is_faster(self.loss_type, ids.numel()), "few tokens, on which TRL is faster")
+    mask = _mask(inputs)
     logprobs, entropy, aux_loss = forward = _forward(self, model, inputs)
-    if not _takes(inputs["advantages"], logprobs, entropy, *given):
-        return original(AfterForward(self, forward), model, inputs)
+    _check(self, model, inputs, forward, given)
 
-    batch = _batch(self, inputs, logprobs, entropy)
+    batch = _batch(self, inputs, mask, logprobs, entropy)
     keep, phi = _entropy_mask(self, batch), _vespo_weights(self, inputs, batch)
     denominator, ref = _denominator(self, inputs, batch), given[1]
     loss, metrics = ops.policy_loss(
@@ -107,11 +107,8 @@ def grpo_loss(original: Callable, self: Any, model: Any, inputs: dict[str, Any])
 def rloo_loss(original: Callable, self: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
     # one action is a whole completion: the ratio is that of the product over its tokens
     objective = _objective("bnpo", "token", 0.0, self.epsilon_low, self.epsilon_high, None)
-    if objective is None:
-        return original(self, model, inputs)
     logprobs, entropy, aux_loss = forward = _forward(self, model, inputs)
-    if not _takes(inputs["advantages"], logprobs, entropy, inputs["old_logps"]):
-        return original(AfterForward(self, forward), model, inputs)
+    _check(self, model, inputs, forward, [inputs["old_logps"]])
 
     mask = inputs["completion_mask"].float()
     summed = torch.linalg.vecdot(logprobs.float(), mask)[:, None]
@@ -134,8 +131,8 @@ def rloo_loss(original: Callable, self: Any, model: Any, inputs: dict[str, Any])
     return loss
 
 
-def objective_of(trainer: Any) -> Objective | None:
-    """The objective that a GRPOTrainer's settings ask for; None if there is none."""
+def objective_of(trainer: Any) -> Objective:
+    """The objective that a GRPOTrainer's settings ask for; passed on if there is none."""
     args, loss_type = trainer.args, trainer.loss_type
     numbers: tuple = ()
     if loss_type in CLIPPED:
@@ -149,17 +146,17 @@ def objective_of(trainer: Any) -> Objective | None:
 
 
 @functools.lru_cache
-def _objective(loss_type: str, level: str, beta: float, *numbers: Any) -> Objective | None:
-    if loss_type not in AGGREGATIONS or level not in ("token", "sequence"):
-        return None
+def _objective(loss_type: str, level: str, beta: float, *numbers: Any) -> Objective:
+    if loss_type not in AGGREGATIONS:
+        raise PassOn(f"loss type {loss_type!r}")
+    require(level in ("token", "sequence"), "ratios neither of tokens nor of sequences")
     options: dict[str, Any] = {"surrogate": "reinforce"}
     if loss_type in CLIPPED:
         low, high, delta = numbers
         options = {"surrogate": "clip", "clip_low": low, "clip_high": high}
         if delta is not None:
             # a lower one would be the upper bound where the advantage is positive
-            if delta <= 1 + high:
-                return None
+            require(delta > 1 + high, "a delta below 1 + epsilon_high")
             options |= {"surrogate": "dual_clip", "dual_clip": delta}
     elif loss_type == "cispo":
         options = {"surrogate": "stop_gradient", "clip_low": 1.0, "clip_high": numbers[0] - 1}
@@ -170,8 +167,8 @@ def _objective(loss_type: str, level: str, beta: float, *numbers: Any) -> Object
             ratio_level=level, kl_coef=beta, aggregation=AGGREGATIONS[loss_type],
             log_ratio_limit=LOG_RATIO_LIMIT, **options,
         )  # fmt: skip
-    except ValueError:  # a bound or coefficient that TRL takes and objectives do not
-        return None
+    except ValueError:
+        raise PassOn("a bound or coefficient that no kernel has") from None
 
 
 def _is_faster(loss_type: str, tokens: int) -> bool:
@@ -179,11 +176,25 @@ def _is_faster(loss_type: str, tokens: int) -> bool:
     return loss_type == "cispo" and tokens < FEW_TOKENS
 
 
-def _takes(advantages: Tensor, *tensors: Tensor | None) -> bool:
-    """Whether the kernels take the tensors. Where advantages are float32, so is TRL's loss,
-    whatever the logprobs are.
+def _check(
+    trainer: Any, model: Any, inputs: dict[str, Any], forward: tuple, given: list[Tensor | None]
+) -> None:
+    """Pass the loss on, though not the forward pass, unless the kernels take the tensors. Where
+    advantages are float32, so is TRL's loss, whatever the logprobs are.
     """
-    return advantages.dtype == torch.float32 and served(advantages, *tensors)
+    try:
+        advantages = inputs["advantages"]
+        require_served(advantages, *forward[:2], *given)
+        require(advantages.dtype == torch.float32, "advantages that are not float32")
+    except PassOn as refusal:
+        raise PassOn(refusal.reason, (AfterForward(trainer, forward), model, inputs)) from None
+
+
+def _mask(inputs: dict[str, Any]) -> Tensor:
+    mask = as_flags(inputs["completion_mask"])
+    tools = as_flags(inputs.get("tool_mask"))
+    assert mask is not None
+    return mask if tools is None else mask & tools
 
 
 def _forward(trainer: Any, model: Any, inputs: dict[str, Any]) -> tuple:
@@ -199,10 +210,9 @@ def _forward(trainer: Any, model: Any, inputs: dict[str, Any]) -> tuple:
     )
 
 
-def _batch(trainer: Any, inputs: dict[str, Any], logprobs: Tensor, entropy: Tensor) -> Batch:
-    mask = inputs["completion_mask"].bool()
-    if "tool_mask" in inputs:
-        mask = mask & inputs["tool_mask"].bool()
+def _batch(
+    trainer: Any, inputs: dict[str, Any], mask: Tensor, logprobs: Tensor, entropy: Tensor
+) -> Batch:
     advantages = inputs["advantages"]
     training = trainer.model.training
     return Batch(
