@@ -204,7 +204,7 @@ def state(**settings):
     "options",
     [{"delta": 1.2}, {"delta": 0.5}, {"epsilon_low": 1.5}, {"loss_type": "cispo"},
      {"loss_type": "sapo", "sapo_temperature_pos": 100.0}, {"loss_type": "other"},
-     {"importance_sampling_level": "prefix"}, {"mask": 0.5}, {"mask": 2}],
+     {"loss_type": "vespo"}, {"importance_sampling_level": "prefix"}, {"mask": 0.5}, {"mask": 2}],
 )  # fmt: skip
 def test_settings_that_are_passed_on(options):
     weight = options.pop("mask", None)
