@@ -100,7 +100,7 @@ def as_flags(mask: Tensor | None) -> Tensor | None:
     elif _is_readable(mask):
         import numpy as np  # here, since warpo itself does without
 
-        require(np.bitwise_or.reduce(mask.numpy(), axis=None) in (0, 1), "a mask of weights")
+        require(np.bitwise_or.reduce(mask.numpy().ravel()) in (0, 1), "a mask of weights")
     return flags
 
 
