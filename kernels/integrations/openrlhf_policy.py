@@ -17,6 +17,7 @@ from warpo.kernels.integrations.openrlhf_library import (
 )
 from warpo.kernels.integrations.openrlhf_losses import normaliser, require_tokens
 from warpo.kernels.integrations.serving import (
+    PassOn,
     as_flags,
     promoted,
     require,
@@ -76,7 +77,6 @@ def policy_loss(
         self.policy_loss_type, self.clip_eps_low, self.clip_eps_high, self.dual_clip,
         self.token_level_loss, *_correction(self),
     )  # fmt: skip
-    require(objective is not None, "clip ranges or thresholds that no kernel has")
     gspo = self.policy_loss_type == "gspo"
     sampler = Sampler()
     if rollout is not None and not gspo:
@@ -147,8 +147,8 @@ def _objective(
     correction: str,
     correction_low: float,
     correction_high: float,
-) -> ops.Objective | None:
-    """None for numbers that ours does not take."""
+) -> ops.Objective:
+    """Passed on are numbers that ours does not take."""
     try:
         return ops.Objective(
             ratio_level="token" if kind == "ppo" else "sequence",
@@ -164,7 +164,7 @@ def _objective(
             log_ratio_limit=_LOG_RATIO_LIMIT[kind],
         )
     except ValueError:
-        return None
+        raise PassOn("clip ranges or thresholds that no kernel has") from None
 
 
 @functools.lru_cache
