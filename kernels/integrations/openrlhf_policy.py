@@ -34,7 +34,7 @@ _CORRECTED = ops.METRICS.index("corrected")
 _LOG_RATIO_LIMIT = {"ppo": 20.0, "gspo": 80.0}
 # Above e^-20, the least weight that the kernel makes of an infinite logprob of the sampler.
 _NO_WEIGHT = 1e-8
-# Below so many tokens the forward pass alone gains nothing where `_outside` runs beside the kernel.
+# Below so many tokens the forward pass alone gains nothing.
 _FEW_TOKENS = 2**16
 
 
@@ -106,14 +106,9 @@ def _check(
     corrects = self.is_correction_level != "off"
     constants = (old_log_probs, advantages, rollout)
     require(self.policy_loss_type in _LOG_RATIO_LIMIT, "a policy loss without a kernel")
-    require(
-        log_probs.numel() >= _FEW_TOKENS
-        or not corrects
-        or _by_the_kernel(self)
-        or self.policy_loss_type == "gspo"
-        or (log_probs.requires_grad and torch.is_grad_enabled()),
-        "few tokens without a gradient, on which the library is faster",
-    )
+    differentiates = log_probs.requires_grad and torch.is_grad_enabled()
+    few = log_probs.numel() < _FEW_TOKENS
+    require(differentiates or not few, "few tokens without a gradient, where the library is faster")
     require_served(log_probs, *constants)
     require_tokens(log_probs, *constants, action_mask)
     require_constant(*constants)
