@@ -56,7 +56,7 @@ sanitize: $(VENV)/built
 test-integrations: $(VENV)/built peers
 	status=0; \
 	for library in $(PEERS); do \
-	    PYTHONPATH=$(CURDIR)/bench/stand_ins:$(CURDIR)/.peers/$$library \
+	    PYTHONPATH=$(CURDIR)/bench/stand_ins:$(CURDIR)/.peers/$$library/site-packages \
 	    $(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile $(PYTEST_FLAGS) tests/integrations/test_$$library*.py || status=1; \
 	done; exit $$status
 
@@ -65,13 +65,15 @@ test-upstream: $(VENV)/built peers
 	$(BIN)/python tests/integrations/upstream.py openrlhf
 
 # Each library in a folder of its own, since their pins exclude one another; without dependencies,
-# which would bring another torch. DS_BUILD_OPS: DeepSpeed's kernels are not compiled.
+# which would bring another torch. site-packages: dill, by which `datasets` makes fingerprints, pickles
+# a module by name only where its path has that in it. DS_BUILD_OPS: DeepSpeed's kernels are not
+# compiled.
 PEERS := $(basename $(notdir $(wildcard bench/requirements/*.txt)))
 peers: $(PEERS:%=.peers/%/built)
 
 .peers/%/built: bench/requirements/%.txt | $(VENV)/installed
 	rm -rf $(@D)
-	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --no-deps --no-build-isolation --target $(@D) $(PIP_FLAGS) -r $<
+	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --no-deps --no-build-isolation --target $(@D)/site-packages $(PIP_FLAGS) -r $<
 	touch $@
 
 # Timings are taken even where a test fails: time on a GPU is scarce. Tests share the cores, since

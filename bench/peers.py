@@ -32,7 +32,7 @@ def use(folder: Path) -> None:
     """Lets libraries be imported that `make peers` has put there, after those of the environment,
     whose versions of what both have are taken.
     """
-    overlays = [*sorted(path.parent for path in folder.glob("*/built")), STAND_INS]
+    overlays = [*sorted(folder.glob("*/site-packages")), STAND_INS]
     sys.path.extend(str(path.absolute()) for path in overlays if str(path) not in sys.path)
 
 

@@ -43,6 +43,7 @@ class LinearHead:
         float32_logits: logits in float32, else in the dtype of hidden.
         gradient_buffer: the gradient of the logits is not written over the logits.
         kept: the logits of all chunks are kept, so a chunk may take all of workspace_bytes.
+        float32_gradients: those of hidden, weight and bias, whatever the dtype of these.
     """
 
     def __init__(
@@ -57,7 +58,9 @@ class LinearHead:
         float32_logits: bool,
         gradient_buffer: bool = False,
         kept: bool = False,
+        float32_gradients: bool = False,
     ) -> None:
+        self._float32_gradients = float32_gradients
         self._hidden, self._weight, self._bias, self.softcap = hidden, weight, bias, softcap
         self.vocab = weight.shape[0]
         self.on_cpu = hidden.device.type == "cpu"
@@ -137,10 +140,13 @@ class LinearHead:
         new = self._hidden.new_zeros if self.count == 0 else self._hidden.new_empty
         every = self.count == rows * steps and self._index is None
         new_hidden = self._hidden.new_empty if every else self._hidden.new_zeros
-        self._grad_hidden = new_hidden((rows * steps, hidden_size)) if with_hidden else None
+        self._grad_hidden = None
+        if with_hidden:
+            dtype = self._gradient_dtype(self._hidden)
+            self._grad_hidden = new_hidden((rows * steps, hidden_size), dtype=dtype)
         self._grad_weight = self._weight_sums = None
         if with_weight:
-            dtype = self._weight.dtype if self._mixes else torch.float32
+            dtype = self._gradient_dtype(self._weight) if self._mixes else torch.float32
             self._grad_weight = self._weight_sums = new(self._weight.shape, dtype=dtype)
             if dtype != torch.float32 and self._tokens < self.count:
                 self._weight_sums = new(self._weight.shape, dtype=torch.float32)
@@ -178,17 +184,21 @@ class LinearHead:
             self._grad_hidden[start:stop] = grad_hidden
         else:
             self._grad_hidden.index_copy_(
-                0, self._index[start:stop], grad_hidden.to(self._hidden.dtype)
+                0, self._index[start:stop], grad_hidden.to(self._grad_hidden.dtype)
             )
 
     def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Of hidden, weight and bias, in their dtypes."""
+        """Of hidden, weight and bias, in their dtypes or float32."""
         weight, bias = self._grad_weight, self._grad_bias
         return (
             None if self._grad_hidden is None else self._grad_hidden.view(self._hidden.shape),
-            None if weight is None else weight.to(self._weight.dtype),
-            None if bias is None or self._bias is None else bias.to(self._bias.dtype),
-        )
+            None if weight is None else weight.to(self._gradient_dtype(self._weight)),
+            None if bias is None or self._bias is None
+            else bias.to(self._gradient_dtype(self._bias)),
+        )  # fmt: skip
+
+    def _gradient_dtype(self, tensor: Tensor) -> torch.dtype:
+        return torch.float32 if self._float32_gradients else tensor.dtype
 
     def _parts(self) -> list[slice]:
         return [

@@ -171,7 +171,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=0, help="of a run; 0: by algorithm")
     parser.add_argument("--episodes", type=int, default=10, help="of an evaluation")
     parser.add_argument(
-        "--peers", type=Path, default=Path(".peers/stable_baselines3"), metavar="DIR"
+        "--peers", type=Path, default=Path(".peers/stable_baselines3/site-packages"), metavar="DIR"
     )
     parser.add_argument("--out", type=Path, default=Path("bench/results/latest"), metavar="DIR")
     return parser.parse_args(argv)

@@ -33,7 +33,7 @@ def measured(library: str, peers: Path, only: str) -> list[dict[str, Any]]:
     Raises:
         RuntimeError: its process failed.
     """
-    overlay = peers / library
+    overlay = peers / library / "site-packages"
     path = [STAND_INS, overlay.absolute(), *filter(None, [os.environ.get("PYTHONPATH")])]
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder, "rows.jsonl")

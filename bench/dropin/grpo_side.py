@@ -1,6 +1,6 @@
 """TRL's GRPOTrainer on a job, as it is or with warpo's kernels in it.
 
-python -m warpo.bench.dropin.grpo_side JOB.json RESULT.json [--patch]
+python -m warpo.bench.dropin.grpo_side JOB.json RESULT.json [--patch] [--bf16]
 
 Samples by `generate` of transformers; completions have their full length. Every sample is used for
 two updates, and there is a KL term: so the loss has ratios that are not 1, bounds that clip, and a
@@ -90,7 +90,7 @@ def main() -> None:
     clock.watch_learner()
     calls: list[int] = []
     with counting_losses(calls):
-        logs = train(job, str(result.with_suffix("")), patched, clock)
+        logs = train(job, str(result.with_suffix("")), patched, clock, bf16="--bf16" in sys.argv)
     wanted = job.steps + job.warm_up if patched else 0
     if len(calls) != wanted:
         sys.exit(f"warpo's loss was called {len(calls)} times in {len(logs)} steps, not {wanted}")
@@ -102,6 +102,10 @@ def main() -> None:
         logs=logs,
         replaced=trl.names() if patched else [],
         losses_by_warpo=len(calls),
+        calls={
+            name: {"served": found.calls.served, "passed_on": dict(found.calls.passed_on)}
+            for name, found in trl.library.replacements.items()
+        },
         versions={name: importlib.metadata.version(name) for name in names},
     )
     result.write_text(json.dumps(answer), encoding="utf-8")

@@ -2,10 +2,12 @@
 
     python -m warpo.bench.dropin.grpo_trainer --out DIR, where `make peers` has been run
 
-One job for both: a model of 32000 tokens, made on the spot, float32, AdamW, DAPO's loss with a KL
-term, two updates a sample. Each run is a process of its own; the two take turns. Prints seconds a
-step, their parts, peak memory, and how far the losses are apart. Writes OUT/grpo_trainer.jsonl: a
-row for each side with the losses of all steps, machine, versions, date and command.
+One job for both: a model of 32000 tokens, made on the spot, float32 or, by --bf16, autocast to
+bfloat16, which is TRL's default; AdamW, DAPO's loss with a KL term, two updates a sample. Each run
+is a process of its own; the two take turns. Prints seconds a step, their parts, peak memory, and
+how far the losses are apart. Writes OUT/grpo_trainer.jsonl, or grpo_trainer_bf16.jsonl: a row for
+each side with the losses of all steps, calls served and passed on, machine, versions, date and
+command.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ SIDES = {"TRL": [], "TRL with warpo": ["--patch"]}
 PHASES = ("sample", "forward", "backward", "other")
 
 
-def measure(job: Job, rounds: int, peers: Path) -> dict[str, list[dict]]:
+def measure(job: Job, rounds: int, peers: Path, bf16: bool) -> dict[str, list[dict]]:
     """What each side reports, a round."""
     folder = Path(job.folder)
     job.write(folder / "job.json")
@@ -38,7 +40,8 @@ def measure(job: Job, rounds: int, peers: Path) -> dict[str, list[dict]]:
             result = folder / f"{index}-{number}.json"
             module = "warpo.bench.dropin.grpo_side"
             child(
-                ["-W", "ignore", "-m", module, str(folder / "job.json"), str(result), *arguments],
+                ["-W", "ignore", "-m", module, str(folder / "job.json"), str(result), *arguments,
+                 *(["--bf16"] if bf16 else [])],
                 peers, result.with_suffix(".log"), tuned=False,
             )  # fmt: skip
             answers[name].append(json.loads(result.read_text()))
@@ -57,6 +60,7 @@ def row_of(job: Job, name: str, answers: Sequence[dict]) -> dict[str, Any]:
         "trainer": name,
         "replaced": answers[0]["replaced"],
         "losses_by_warpo": answers[0]["losses_by_warpo"],
+        "calls": answers[0]["calls"],
         "model": MODELS[job.model],
         "completions": job.completions,
         "group_size": job.group_size,
@@ -113,9 +117,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--group-size", type=int, default=4, help="completions of each prompt")
     parser.add_argument("--prompt-tokens", type=int, default=16)
     parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--bf16", action="store_true", help="autocast, TRL's default")
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--peers", type=Path, default=Path(".peers/trl"), metavar="DIR")
+    parser.add_argument(
+        "--peers", type=Path, default=Path(".peers/trl/site-packages"), metavar="DIR"
+    )
     parser.add_argument("--out", type=Path, default=Path("bench/results/latest"), metavar="DIR")
     args = parser.parse_args(argv)
     if args.steps < 1 or args.warm_up < 1 or args.rounds < 1:
@@ -136,10 +143,11 @@ def main() -> None:
             kv_cache_gib=0.0, seed=args.seed, sampler="transformers",
         )  # fmt: skip
         make(job)
-        answers = measure(job, args.rounds, args.peers.absolute())
+        answers = measure(job, args.rounds, args.peers.absolute(), args.bf16)
     rows = [row_of(job, name, answers[name]) for name in SIDES]
-    with (args.out / "grpo_trainer.jsonl").open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row | common) + "\n" for row in rows)
+    name = "grpo_trainer_bf16.jsonl" if args.bf16 else "grpo_trainer.jsonl"
+    with (args.out / name).open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row | common | {"bf16": args.bf16}) + "\n" for row in rows)
     print(f"{table_of(rows)}\n\n{agreement(rows)}")
 
 

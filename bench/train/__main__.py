@@ -79,8 +79,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of weights, prompts and draws (default 0)")
     for part in ("steps", "sync", "scaling"):
         add(f"--no-{part}", action="store_true", help=f"leave out {part}")
-    add("--peers", type=Path, default=Path(".peers/trl"), metavar="DIR",
-        help="where TRL is installed (default .peers/trl)")  # fmt: skip
+    add("--peers", type=Path, default=Path(".peers/trl/site-packages"), metavar="DIR",
+        help="where TRL is installed (default .peers/trl/site-packages)")  # fmt: skip
     add("--out", type=Path, default=Path("bench/results/latest"), metavar="DIR")
     args = parser.parse_args(argv)
     least = {"warm_up": 1, "rounds": 1, "steps": 0, "prompts": 0, "group_size": 2,

@@ -6,9 +6,9 @@
         rewards, values, dones, next_value, next_done, gamma, gae_lambda
     )
 
-Arrays are taken as they are and results are of the same kind. Advantages are not normalised here:
-(A - mean) / (std + 1e-8) over a minibatch of 32 to 2048 is no faster in one kernel than in NumPy or
-torch. Needs torch and NumPy alone.
+Arrays of any strides and byte order are taken as they are, and results are of the same kind.
+Advantages are not normalised here: (A - mean) / (std + 1e-8) over a minibatch of 32 to 2048 is no
+faster in one kernel than in NumPy or torch. Needs only torch and NumPy.
 """
 
 import functools
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from warpo.kernels import dispatch, ops, scan
-from warpo.kernels.integrations.patching import as_flags
+from warpo.kernels.checks import FLAGS, FLOATS
 from warpo.kernels.native import DTYPE_CODES
 from warpo.kernels.objectives import Objective
 from warpo.kernels.policy_metrics import METRICS
@@ -55,42 +55,60 @@ def gae(
         A_t     = delta_t + gamma lambda alive_t A_{t+1}            returns_t = A_t + V_t
 
     Args:
-        rewards: (T, N), or (T,) of one environment; float32 | float64, tensors also bfloat16 |
-            float16; any strides. Not copied, unless it is a NumPy array that runs backwards.
-        values: like rewards.
-        dones: like rewards, of any dtype: not 0 at t where the observation at t is the first of an
-            episode; the episode_starts of Stable-Baselines3.
-        next_value: (N,), (1, N) or (N, 1): of the observation after the last step.
-        next_done: likewise, any dtype: whether that observation is the first of an episode.
+        rewards: (T, N), or (T,) of one environment: a NumPy array or tensor, of any strides.
+        values: like rewards. Of rewards and values, one may be of integers or bool, as clipped
+            Atari rewards are: both become the dtype that NumPy or torch gives them together, which
+            must be float16 | float32 | float64 or, of tensors, bfloat16.
+        dones: like rewards, bool or numbers: not 0 at t where the observation at t is the first of
+            an episode; the episode_starts of Stable-Baselines3.
+        next_value: (N,), (1, N) or (N, 1), or a number for one environment: of the observation
+            after the last step.
+        next_done: likewise, bool or numbers: whether that observation is the first of an episode.
         gamma: discount in [0, 1].
         gae_lambda: lambda in [0, 1].
 
     Returns:
-        advantages, returns: tensors where rewards is one, else NumPy arrays; of the shape of
-        rewards and the dtype that rewards and values have together. With tensors differentiable in
-        rewards, values and next_value.
+        advantages, returns: tensors where rewards is one, else NumPy arrays; the other arguments
+        may be of either kind. They have the shape of rewards and the dtype that rewards and values
+        have together. With tensors differentiable in rewards, values and next_value.
 
     Raises:
-        ValueError: a shape, dtype or number is not as above.
+        ValueError: a kind, shape, dtype or number is not as above.
 
     float64 goes through the loop, in float64; all else through one scan in float32, which does not
     read values behind the end of an episode: NaN does not spread from there.
     """
-    per_step = (rewards, values, dones)
-    last: tuple[Array, ...] = (next_value, next_done)
-    dtype: Any
-    _check_shapes(*per_step, *last)
+    convert: Any = _as_tensor if isinstance(rewards, Tensor) else _as_numpy
+    like = rewards
+    named = {
+        "rewards": rewards, "values": values, "dones": dones, "next_value": next_value,
+        "next_done": next_done,
+    }  # fmt: skip
+    rewards, values, dones, next_value, next_done = (
+        convert(name, value, like) for name, value in named.items()
+    )
+    _check_shapes(rewards, values, dones, next_value, next_done)
+    scan.check_discount("gamma", gamma)
+    scan.check_discount("gae_lambda", gae_lambda)
     if isinstance(rewards, Tensor):
-        last = tuple(x if isinstance(x, Tensor) else torch.as_tensor(x) for x in last)
-        dtype = torch.promote_types(rewards.dtype, values.dtype)
-        compute = _loop if dtype == torch.float64 else _gae_tensors
+        dtype: Any = torch.promote_types(rewards.dtype, values.dtype)
+        known: Any = _KNOWN
+        rewards, values = rewards.to(dtype), values.to(dtype)
+        compute: Any = _loop if dtype == torch.float64 else _gae_tensors
     else:
-        last = tuple(x.detach().cpu().numpy() if isinstance(x, Tensor) else x for x in last)
-        dtype = np.result_type(rewards, values)
-        if dtype not in (np.float32, np.float64):
-            raise ValueError(f"rewards and values must be float32 | float64, got {dtype}")
+        dtype, known = np.result_type(rewards, values), _FLOATS
         compute = _loop if dtype == np.float64 else _gae_numpy
-    return compute(*per_step, last[0], last[1], gamma, gae_lambda, dtype)
+    if dtype not in known:
+        raise ValueError(
+            f"rewards and values are {dtype} together, and must be float16 | float32 | float64: "
+            "convert values to float32"
+        )
+    if compute is _loop:
+        rewards, values, next_value = (
+            x.to(dtype) if isinstance(x, Tensor) else x.astype(dtype, copy=False)
+            for x in (rewards, values, next_value)
+        )
+    return compute(rewards, values, dones, next_value, next_done, gamma, gae_lambda, dtype)
 
 
 def policy_loss(
@@ -107,16 +125,18 @@ def policy_loss(
     Returns:
         loss: () float32. The entropy bonus is not part of it.
         approx_kl: () float32, mean of (ratio - 1) - log ratio. A constant.
+        Both are 0 for a minibatch of 0.
 
     Raises:
-        ValueError: a shape, dtype or number is not as above.
+        ValueError: a kind, shape, dtype or number is not as above.
 
     Source: https://arxiv.org/abs/1707.06347 eq. 7; http://joschu.net/blog/kl-approx.html.
     """
+    _check_minibatch(newlogprob=newlogprob, oldlogprob=oldlogprob, advantages=advantages)
     loss, metrics = ops.policy_loss(
         newlogprob[None], oldlogprob[None], advantages[None], _clip(clip_coef)
     )
-    return PolicyLoss(loss, metrics[_APPROX_KL] / newlogprob.numel())
+    return PolicyLoss(loss, metrics[_APPROX_KL] / max(newlogprob.numel(), 1))
 
 
 def value_loss(
@@ -136,10 +156,15 @@ def value_loss(
         () float32.
 
     Raises:
-        ValueError: a shape, dtype or number is not as above.
+        ValueError: a kind, shape, dtype or number is not as above.
 
     Source: https://arxiv.org/abs/2005.12729 section 3.
     """
+    _check_minibatch(newvalue=newvalue, returns=returns)
+    if values is not None:
+        _check_minibatch(newvalue=newvalue, values=values)
+    elif clip_coef is not None:
+        raise ValueError("values must be given with clip_coef")
     old = None if values is None else values[None]
     return ops.value_loss(newvalue[None], old, returns[None], clip_range=clip_coef).loss
 
@@ -162,24 +187,39 @@ def _gae_numpy(
     gae_lambda: float,
     dtype: np.dtype,
 ) -> Gae:
-    """Straight to the CPU backend: the tensors of `ops.gae` take 60 us, which is more than the loop
+    found = np.empty((2, *rewards.shape), np.float32)
+    gae_into(found[0], found[1], rewards, values, dones, next_value, next_done, gamma, gae_lambda)
+    return Gae(*found.astype(dtype, copy=False))
+
+
+def gae_into(
+    advantages: np.ndarray,
+    returns: np.ndarray,
+    rewards: np.ndarray,
+    values: np.ndarray,
+    dones: np.ndarray,
+    next_value: np.ndarray,
+    next_done: np.ndarray,
+    gamma: float,
+    gae_lambda: float,
+) -> None:
+    """`gae` of NumPy arrays of the right shapes, computed in float32, into float32 arrays for which
+    `is_readable` holds.
+
+    Straight to the CPU backend: the tensors of `ops.gae` take 60 us, which is more than the loop
     over the 5 steps of A2C.
     """
-    scan.check_discount("gamma", gamma)
-    scan.check_discount("gae_lambda", gae_lambda)
-    advantages, returns = (np.empty(rewards.shape, np.float32) for _ in range(2))
+    if not rewards.size:
+        return
     arrays = (
-        _readable(rewards), _readable(values), _flags(dones),
-        next_value.astype(np.float32).reshape(-1), _flags(next_done.reshape(-1)),
-        advantages, returns,
+        _floats(rewards), _floats(values), _flags(dones), _floats(next_value.reshape(-1)),
+        _flags(next_done.reshape(-1)), advantages, returns,
     )  # fmt: skip
     r, v, d, last_v, last_d, a, g = map(_view, arrays)
-    if rewards.size:
-        dispatch.load("cpu").gae_forward(
-            next_value.size, len(rewards), None, r, None, v, last_v, None, None, d, None, last_d,
-            None, gamma, gae_lambda, 0, True, a, g,
-        )  # fmt: skip
-    return Gae(advantages, returns)
+    dispatch.load("cpu").gae_forward(
+        next_value.size, len(rewards), None, r, None, v, last_v, None, None, d, None, last_d,
+        None, gamma, gae_lambda, 0, True, a, g,
+    )  # fmt: skip
 
 
 def _gae_tensors(
@@ -192,10 +232,11 @@ def _gae_tensors(
     gae_lambda: float,
     dtype: torch.dtype,
 ) -> Gae:
+    next_value = next_value if next_value.dtype in FLOATS else next_value.float()
     found = ops.gae(
         *map(_two_dimensional, (rewards, values)), gamma=gamma, gae_lambda=gae_lambda, time_dim=0,
-        terminated=as_flags(_two_dimensional(dones)), last_values=next_value.reshape(-1),
-        last_terminated=as_flags(next_done.reshape(-1)), done_convention="starts_at_t",
+        terminated=_two_dimensional(dones), last_values=next_value.reshape(-1),
+        last_terminated=next_done.reshape(-1), done_convention="starts_at_t",
     )  # fmt: skip
     return Gae(*(x.to(dtype).reshape(rewards.shape) for x in found))
 
@@ -214,8 +255,6 @@ def _loop(
     gae_lambda: float,
     dtype: Any,
 ) -> Gae:
-    scan.check_discount("gamma", gamma)
-    scan.check_discount("gae_lambda", gae_lambda)
     empty: Any = torch.empty_like if isinstance(rewards, Tensor) else np.empty_like
     advantages = empty(rewards, dtype=dtype)
     no_start, alive = dones == 0, next_done.reshape(rewards.shape[1:]) == 0
@@ -225,6 +264,48 @@ def _loop(
         advantages[t] = advantage = delta + gamma * gae_lambda * advantage * alive
         alive, after = no_start[t], values[t]
     return Gae(advantages, advantages + values)
+
+
+def _as_numpy(name: str, value: Any, like: np.ndarray) -> np.ndarray:
+    """A plain array of bool or real numbers, in the byte order of the machine."""
+    if isinstance(value, Tensor):
+        value = value.detach()
+        value = (value.float() if value.dtype == torch.bfloat16 else value).cpu().numpy()
+    elif isinstance(value, np.ma.MaskedArray):
+        raise ValueError(f"{name} is a masked array, whose mask would be lost: fill it")
+    elif isinstance(value, _NUMBERS) and name.startswith("next"):
+        value = np.asarray(value)
+    elif not isinstance(value, np.ndarray):
+        raise ValueError(_no_array(name, value))
+    if value.dtype.kind not in "biu" and value.dtype.type not in _FLOATS:
+        raise ValueError(
+            f"{name} must be bool, integers or float16 | float32 | float64, got {value.dtype}: "
+            f"convert {name} to float32"
+        )
+    native = value if value.dtype.isnative else value.astype(value.dtype.newbyteorder("="))
+    return native if type(native) is np.ndarray else np.asarray(native)
+
+
+def _as_tensor(name: str, value: Any, like: Tensor) -> Tensor:
+    """A tensor of bool or real numbers, on the device of `like`."""
+    if isinstance(value, np.ndarray):
+        value = torch.tensor(_as_numpy(name, value, value).copy(), device=like.device)
+    elif isinstance(value, _NUMBERS) and name.startswith("next"):
+        value = torch.as_tensor(value, device=like.device)
+        value = value.float() if value.is_floating_point() else value
+    elif not isinstance(value, Tensor):
+        raise ValueError(_no_array(name, value))
+    if value.is_complex() or (value.is_floating_point() and value.dtype not in _KNOWN):
+        raise ValueError(
+            f"{name} must be bool, integers or bfloat16 | float16 | float32 | float64, got "
+            f"{str(value.dtype).removeprefix('torch.')}: convert {name} to float32"
+        )
+    return value.bool() if name.endswith(("dones", "done")) and value.dtype not in FLAGS else value
+
+
+def _no_array(name: str, value: Any) -> str:
+    kind = type(value).__name__
+    return f"{name} must be a NumPy array or tensor, got {kind}: pass numpy.asarray({name})"
 
 
 def _check_shapes(
@@ -246,22 +327,51 @@ def _check_shapes(
         )
 
 
-def _readable(array: np.ndarray) -> np.ndarray:
-    """With strides that are multiples of the element, not negative."""
-    if array.flags.aligned and min(array.strides, default=0) >= 0:
-        return array
-    return array.copy()
+def _check_minibatch(**tensors: Tensor) -> None:
+    """1-D tensors as long as the first."""
+    size = None
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            kind = type(tensor).__name__
+            raise ValueError(f"{name} must be a tensor, got {kind}: pass torch.as_tensor({name})")
+        if tensor.dtype not in FLOATS:
+            raise ValueError(
+                f"{name} must be float32 | bfloat16 | float16, got "
+                f"{str(tensor.dtype).removeprefix('torch.')}: pass {name}.float()"
+            )
+        size = tensor.numel() if size is None else size
+        if tensor.shape != (size,):
+            raise ValueError(f"{name} must be ({size},), got {tuple(tensor.shape)}")
+
+
+def is_readable(array: np.ndarray) -> bool:
+    """Whether its strides are multiples of the element, not negative."""
+    return array.flags.aligned and min(array.strides, default=0) >= 0
+
+
+def _floats(array: np.ndarray) -> np.ndarray:
+    array = array.astype(np.float32, copy=False)
+    return array if is_readable(array) else array.copy()
 
 
 def _flags(array: np.ndarray) -> np.ndarray:
-    return _readable(array if array.dtype in (np.bool_, np.uint8) else array != 0)
+    array = array if array.dtype in (np.bool_, np.uint8) else array != 0
+    return array if is_readable(array) else array.copy()
 
 
 def _view(array: np.ndarray) -> tuple[int, int, int, int]:
-    """The View of csrc/view.h of (T, N) or (T,) as [N, T], or of (N,): address, strides, dtype."""
+    """The View of csrc/view.h of (T, N) or (T,) as [N, T], or of (N,): address, strides, dtype.
+    The array is float32, bool or uint8.
+    """
     size, strides = array.itemsize, array.strides
-    code = _FLOAT32 if size == 4 else _UINT8
-    return array.ctypes.data, strides[-1] // size, strides[0] // size, code
+    return array.ctypes.data, strides[-1] // size, strides[0] // size, _CODES[array.dtype.type]
 
 
-_FLOAT32, _UINT8 = DTYPE_CODES[torch.float32], DTYPE_CODES[torch.uint8]
+_CODES = {
+    np.float32: DTYPE_CODES[torch.float32],
+    np.bool_: DTYPE_CODES[torch.uint8],
+    np.uint8: DTYPE_CODES[torch.uint8],
+}
+_KNOWN = (*FLOATS, torch.float64)
+_FLOATS = (np.float16, np.float32, np.float64)
+_NUMBERS = (bool, int, float, np.bool_, np.number)

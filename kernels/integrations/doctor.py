@@ -1,4 +1,4 @@
-"""What is installed, what of it can be replaced or is, and by which backend.
+"""What is installed, what can be replaced or is, by which backend, and the calls served so far.
 
 warpo doctor                                                 # in a process of its own
 from warpo.kernels.integrations import doctor; print(doctor.report())        # in yours
@@ -78,6 +78,8 @@ def _library(name: str) -> list[str]:
         operations = ", ".join(f"ops.{operation}" for operation in replacement.operations)
         state = "replaced" if function in patched else "the library's"
         lines.append(f"    {function:{width}}  {state:13}  {operations}")
+        if function in patched:
+            lines.append(f"    {'':{width}}  {replacement.calls}")
     return [*lines, f"    Tensors on cpu go to the backend {_backend('cpu')}, on cuda to "
             f"{_backend('cuda')}; what these do not do stays with {name}."]  # fmt: skip
 

@@ -24,4 +24,5 @@ from warpo.kernels.integrations import (  # noqa: F401  (they register replaceme
 )
 from warpo.kernels.integrations.openrlhf_library import library
 
-patch, unpatch, patched, names = library.patch, library.unpatch, library.patched, library.names
+patch, unpatch, patched = library.patch, library.unpatch, library.patched
+names, report = library.names, library.report

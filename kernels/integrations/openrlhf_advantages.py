@@ -12,7 +12,7 @@ from torch import Tensor
 
 from warpo.kernels import ops
 from warpo.kernels.integrations.openrlhf_library import EXPERIENCE, library, same_shape
-from warpo.kernels.integrations.patching import as_flags, promoted, served
+from warpo.kernels.integrations.serving import as_flags, promoted, require, require_served
 
 
 @library.replaces(EXPERIENCE, "RemoteExperienceMaker.get_advantages_and_returns", "gae")
@@ -26,12 +26,13 @@ def get_advantages_and_returns(
     gamma: float,
     lambd: float,
 ) -> tuple[Tensor, Tensor]:
-    served_here = _serves(rewards, action_mask, gamma) and served(values, rewards)
-    if not served_here or not same_shape(rewards, values) or not 0 <= lambd <= 1:
-        return original(self, values, rewards, action_mask, gamma, lambd)
+    require_served(values, rewards)
+    require(same_shape(rewards, values), "values and rewards of two shapes")
+    require(0 <= lambd <= 1, "lambd outside [0, 1]")
+    flags = _flags(rewards, action_mask, gamma)
     dtype = promoted(values, rewards, action_mask)
     advantages, returns = ops.gae(
-        _masked(rewards, action_mask), _masked(values, action_mask), gamma=gamma, gae_lambda=lambd
+        _masked(rewards, flags), _masked(values, flags), gamma=gamma, gae_lambda=lambd
     )
     return advantages.to(dtype), returns.to(dtype)
 
@@ -41,16 +42,18 @@ def get_advantages_and_returns(
 def get_cumulative_returns(
     original: Callable, self: Any, rewards: Tensor, action_mask: Tensor, gamma: float
 ) -> Tensor:
-    if not _serves(rewards, action_mask, gamma) or not served(rewards):
-        return original(self, rewards, action_mask, gamma)
-    returns = ops.discounted_returns(_masked(rewards, action_mask), gamma=gamma)
+    require_served(rewards)
+    flags = _flags(rewards, action_mask, gamma)
+    returns = ops.discounted_returns(_masked(rewards, flags), gamma=gamma)
     return returns.to(rewards.dtype)
 
 
-def _serves(rewards: Tensor, action_mask: Tensor | None, gamma: float) -> bool:
-    return rewards.dim() == 2 and same_shape(rewards, action_mask) and 0 <= gamma <= 1
+def _flags(rewards: Tensor, action_mask: Tensor | None, gamma: float) -> Tensor | None:
+    require(rewards.dim() == 2, "rewards that are not [B, T]")
+    require(same_shape(rewards, action_mask), "a mask of another shape than rewards")
+    require(0 <= gamma <= 1, "gamma outside [0, 1]")
+    return as_flags(action_mask)
 
 
-def _masked(steps: Tensor, action_mask: Tensor | None) -> Tensor:
-    flags = as_flags(action_mask)
-    return steps if flags is None else torch.where(flags.bool(), steps, 0)
+def _masked(steps: Tensor, flags: Tensor | None) -> Tensor:
+    return steps if flags is None else torch.where(flags, steps, 0)

@@ -13,13 +13,13 @@ from warpo.kernels.integrations.openrlhf_library import (
     library,
     same_shape,
 )
-from warpo.kernels.integrations.patching import served
+from warpo.kernels.integrations.serving import require, require_served
 
 # Of the estimate of the KL, and of the importance weight of its gradient, as the library has them.
 _KL_LIMIT, _WEIGHT_LIMIT = 10.0, 10.0
 
 
-@library.replaces(UTILITIES, "log_probs_from_logits", "logprobs")
+@library.replaces(UTILITIES, "log_probs_from_logits", "logprobs", rounds=True)
 def log_probs_from_logits(
     original: Callable, logits: Tensor, labels: Tensor, temperature: float = 1.0
 ) -> Tensor:
@@ -29,18 +29,16 @@ def log_probs_from_logits(
     Differs: a label outside the vocabulary gives NaN, -100 gives 0; there both are errors, or are
     not, with flash-attn.
     """
-    if not _served(logits) or labels.dtype != torch.int64 or labels.shape != logits.shape[:-1]:
-        return original(logits, labels, temperature)
+    _require_rows(logits, labels)
     if temperature != 1.0:
         logits.div_(temperature)
     return ops.logprobs(logits, labels).to(logits.dtype)
 
 
-@library.replaces(UTILITIES, "compute_entropy", "logprobs_and_entropy")
+@library.replaces(UTILITIES, "compute_entropy", "logprobs_and_entropy", rounds=True)
 def compute_entropy(original: Callable, logits: Tensor) -> Tensor:
     """Differs: a logit of -inf has probability 0 and adds nothing; there it makes NaN."""
-    if not _served(logits):
-        return original(logits)
+    _require_rows(logits)
     targets = logits.new_zeros(logits.shape[:-1], dtype=torch.int64)
     return ops.logprobs_and_entropy(logits, targets).entropy.to(logits.dtype)
 
@@ -55,13 +53,11 @@ def compute_approx_kl(
     unbiased_gradient: bool = False,
 ) -> Tensor:
     old = log_probs_old if unbiased_gradient else None
-    if (
-        kl_estimator not in (("k1", "k2", "k3") if unbiased_gradient else ("k2", "k3"))
-        or not served(log_probs, log_probs_base, old)
-        or not same_shape(log_probs, log_probs_base, old)
-        or log_probs.dim() not in (1, 2)
-    ):
-        return original(log_probs, log_probs_base, log_probs_old, kl_estimator, unbiased_gradient)
+    estimators = ("k1", "k2", "k3") if unbiased_gradient else ("k2", "k3")
+    require(kl_estimator in estimators, "an estimator without a kernel")
+    require_served(log_probs, log_probs_base, old)
+    require(same_shape(log_probs, log_probs_base, old), "logprobs of two shapes")
+    require(log_probs.dim() in (1, 2), "logprobs that are not [N] or [B, T]")
     if not unbiased_gradient:
         return ops.approx_kl(log_probs, log_probs_base, kl_estimator, limit=_KL_LIMIT)
     weight = None
@@ -76,18 +72,17 @@ def compute_approx_kl(
 @library.replaces(LOSSES, "GPTLMLoss.forward", "logprobs")
 def language_model_loss(original: Callable, self: Any, logits: Tensor, labels: Tensor) -> Tensor:
     """Differs: a label outside the vocabulary gives NaN, there an error."""
-    if (
-        self.ring_attn_group is not None
-        or not _served(logits)
-        or labels.dtype != torch.int64
-        or labels.shape != logits.shape[:-1]
-    ):
-        return original(self, logits, labels)
+    require(self.ring_attn_group is None, "ring attention")
+    _require_rows(logits, labels)
     labels = labels[..., 1:]
     logprobs = ops.logprobs(logits[..., :-1, :], labels, ignore_index=self.IGNORE_INDEX)
     tokens = labels.ne(self.IGNORE_INDEX).sum()
     return (logprobs.sum() / -tokens).to(logits.dtype)
 
 
-def _served(logits: Tensor) -> bool:
-    return served(logits) and logits.dim() in (2, 3) and logits.stride(-1) == 1
+def _require_rows(logits: Tensor, labels: Tensor | None = None) -> None:
+    require_served(logits)
+    require(logits.dim() in (2, 3) and logits.stride(-1) == 1, "logits that are not dense rows")
+    if labels is not None:
+        require(labels.dtype == torch.int64, "labels that are not int64")
+        require(labels.shape == logits.shape[:-1], "labels that are not one per row of logits")

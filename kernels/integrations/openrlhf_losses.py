@@ -17,7 +17,13 @@ from warpo.kernels.integrations.openrlhf_library import (
     library,
     same_shape,
 )
-from warpo.kernels.integrations.patching import as_flags, constant, promoted, served
+from warpo.kernels.integrations.serving import (
+    as_flags,
+    promoted,
+    require,
+    require_constant,
+    require_served,
+)
 
 
 class Normaliser(NamedTuple):
@@ -43,11 +49,10 @@ def normaliser(
     dp_size: int,
     batch_num_tokens: float | Tensor | None,
     global_batch_size: float | Tensor | None,
-) -> Normaliser | None:
-    """None for counts that our operations do not take, or that the library refuses."""
+) -> Normaliser:
+    """Passed on are counts that our operations do not take, or that the library refuses."""
     count = batch_num_tokens if token_level else global_batch_size
-    if flags is None and not (token_level and count is None):
-        return None
+    require(flags is not None or (token_level and count is None), "no mask, but a count")
     aggregation = "token-mean" if token_level else "sequence-mean-token-mean"
     if count is None:
         if token_level or flags is None:
@@ -55,12 +60,17 @@ def normaliser(
         # sequences without a valid token do not count
         return Normaliser(aggregation, flags.any(-1).sum(dtype=torch.float32), True)
     if isinstance(count, Tensor):
-        if count.dtype != torch.float32 or count.dim() or count.requires_grad:
-            return None
-    elif not count > 0:
-        return None
+        scalar = count.dtype == torch.float32 and not count.dim() and not count.requires_grad
+        require(scalar, "a count that is not a float32 scalar")
+    else:
+        require(count > 0, "a count of 0")
     denominator = count if dp_size == 1 else count / dp_size
     return Normaliser(aggregation, denominator, not token_level or isinstance(count, Tensor))
+
+
+def require_tokens(first: Tensor, *others: Tensor | None) -> None:
+    require(first.dim() == 2, "tensors that are not [B, T]")
+    require(same_shape(first, *others), "tensors of two shapes")
 
 
 @library.replaces(LOSSES, "ValueLoss.forward", "value_loss")
@@ -77,24 +87,12 @@ def value_loss(
 ) -> Tensor:
     """Without clipping it is the library's: a squared difference and a mean."""
     clip_range = self.clip_eps
-    scale = None
-    if (
-        clip_range is not None
-        and clip_range >= 0
-        and served(values, old_values, returns)
-        and values.dim() == 2
-        and same_shape(values, old_values, returns, action_mask)
-        and constant(old_values, returns)
-    ):
-        flags = as_flags(action_mask)
-        scale = normaliser(
-            flags, self.token_level_loss, dp_size, batch_num_tokens, global_batch_size
-        )
-    if scale is None:
-        return original(
-            self, values, old_values, returns, action_mask, dp_size, batch_num_tokens,
-            global_batch_size,
-        )  # fmt: skip
+    require(clip_range is not None and clip_range >= 0, "no clip range")
+    require_served(values, old_values, returns)
+    require_tokens(values, old_values, returns, action_mask)
+    require_constant(old_values, returns)
+    flags = as_flags(action_mask)
+    scale = normaliser(flags, self.token_level_loss, dp_size, batch_num_tokens, global_batch_size)
     loss = ops.value_loss(
         values, old_values, returns, mask=flags, clip_range=clip_range,
         aggregation=scale.aggregation, denominator=scale.denominator,

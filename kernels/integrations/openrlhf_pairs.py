@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from warpo.kernels.integrations.openrlhf_library import LOSSES, library
-from warpo.kernels.integrations.patching import served
+from warpo.kernels.integrations.serving import require, require_served
 
 
 @library.replaces(LOSSES, "LogExpLoss.forward")
@@ -27,8 +27,7 @@ def log_exp_loss(
     """Differs: finite where the rejected reward is more than 88 above the chosen one, and not 0
     where it is more than 17 below.
     """
-    if not served(chosen_reward, reject_reward):
-        return original(self, chosen_reward, reject_reward, margin)
+    require_served(chosen_reward, reject_reward)
     return F.softplus(reject_reward - chosen_reward).mean()
 
 
@@ -41,12 +40,10 @@ def dpo_loss(
     reference_chosen_logps: Tensor,
     reference_rejected_logps: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    logps = (
-        policy_chosen_logps, policy_rejected_logps,
-        reference_chosen_logps, reference_rejected_logps,
-    )  # fmt: skip
-    if self.ipo or not served(*logps):
-        return original(self, *logps)
+    require(not self.ipo, "IPO")
+    require_served(
+        policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps
+    )
     chosen = policy_chosen_logps - reference_chosen_logps
     rejected = policy_rejected_logps - reference_rejected_logps
     margin = chosen - rejected

@@ -14,10 +14,16 @@ from warpo.kernels import ops
 from warpo.kernels.integrations.openrlhf_library import (
     LOSSES,
     library,
-    same_shape,
 )
-from warpo.kernels.integrations.openrlhf_losses import normaliser
-from warpo.kernels.integrations.patching import as_flags, constant, promoted, served
+from warpo.kernels.integrations.openrlhf_losses import normaliser, require_tokens
+from warpo.kernels.integrations.serving import (
+    PassOn,
+    as_flags,
+    promoted,
+    require,
+    require_constant,
+    require_served,
+)
 
 _TOKENS = ops.METRICS.index("tokens")
 _CLIPPED_LOW, _CLIPPED_HIGH = ops.METRICS.index("clipped_low"), ops.METRICS.index("clipped_high")
@@ -28,7 +34,7 @@ _CORRECTED = ops.METRICS.index("corrected")
 _LOG_RATIO_LIMIT = {"ppo": 20.0, "gspo": 80.0}
 # Above e^-20, the least weight that the kernel makes of an infinite logprob of the sampler.
 _NO_WEIGHT = 1e-8
-# Below so many tokens the forward pass alone gains nothing where `_outside` runs beside the kernel.
+# Below so many tokens the forward pass alone gains nothing.
 _FEW_TOKENS = 2**16
 
 
@@ -64,21 +70,13 @@ def policy_loss(
     """
     corrects = self.is_correction_level != "off"
     rollout = rollout_log_probs if corrects else None
-    scale = objective = None
-    if _serves(self, log_probs, old_log_probs, advantages, action_mask, rollout):
-        flags = as_flags(action_mask)
-        scale = normaliser(
-            flags, self.token_level_loss, dp_size, batch_num_tokens, global_batch_size
-        )
-        objective = _objective(
-            self.policy_loss_type, self.clip_eps_low, self.clip_eps_high, self.dual_clip,
-            self.token_level_loss, *_correction(self),
-        )  # fmt: skip
-    if scale is None or objective is None:
-        return original(
-            self, log_probs, old_log_probs, advantages, action_mask, rollout_log_probs, dp_size,
-            batch_num_tokens, global_batch_size,
-        )  # fmt: skip
+    _check(self, log_probs, old_log_probs, advantages, action_mask, rollout)
+    flags = as_flags(action_mask)
+    scale = normaliser(flags, self.token_level_loss, dp_size, batch_num_tokens, global_batch_size)
+    objective = _objective(
+        self.policy_loss_type, self.clip_eps_low, self.clip_eps_high, self.dual_clip,
+        self.token_level_loss, *_correction(self),
+    )  # fmt: skip
     gspo = self.policy_loss_type == "gspo"
     sampler = Sampler()
     if rollout is not None and not gspo:
@@ -97,32 +95,26 @@ def policy_loss(
     )
 
 
-def _serves(
+def _check(
     self: Any,
     log_probs: Tensor,
     old_log_probs: Tensor,
     advantages: Tensor,
     action_mask: Tensor | None,
     rollout: Tensor | None,
-) -> bool:
+) -> None:
     corrects = self.is_correction_level != "off"
     constants = (old_log_probs, advantages, rollout)
-    return (
-        self.policy_loss_type in _LOG_RATIO_LIMIT
-        and (
-            log_probs.numel() >= _FEW_TOKENS
-            or not corrects
-            or _by_the_kernel(self)
-            or self.policy_loss_type == "gspo"
-            or (log_probs.requires_grad and torch.is_grad_enabled())
-        )
-        and log_probs.dim() == 2
-        and served(log_probs, *constants)
-        and same_shape(log_probs, *constants, action_mask)
-        and constant(*constants)
-        and (rollout is None) != corrects
-        and (action_mask is not None or not (corrects or self.policy_loss_type == "gspo"))
-    )
+    require(self.policy_loss_type in _LOG_RATIO_LIMIT, "a policy loss without a kernel")
+    differentiates = log_probs.requires_grad and torch.is_grad_enabled()
+    few = log_probs.numel() < _FEW_TOKENS
+    require(differentiates or not few, "few tokens without a gradient, where the library is faster")
+    require_served(log_probs, *constants)
+    require_tokens(log_probs, *constants, action_mask)
+    require_constant(*constants)
+    require((rollout is None) != corrects, "a correction without logprobs of the sampler")
+    masked = action_mask is not None or not (corrects or self.policy_loss_type == "gspo")
+    require(masked, "no mask, which the library needs here")
 
 
 def _by_the_kernel(self: Any) -> bool:
@@ -150,8 +142,8 @@ def _objective(
     correction: str,
     correction_low: float,
     correction_high: float,
-) -> ops.Objective | None:
-    """None for numbers that ours does not take."""
+) -> ops.Objective:
+    """Passed on are numbers that ours does not take."""
     try:
         return ops.Objective(
             ratio_level="token" if kind == "ppo" else "sequence",
@@ -167,7 +159,7 @@ def _objective(
             log_ratio_limit=_LOG_RATIO_LIMIT[kind],
         )
     except ValueError:
-        return None
+        raise PassOn("clip ranges or thresholds that no kernel has") from None
 
 
 @functools.lru_cache
@@ -181,7 +173,7 @@ def _sampler(self: Any, old: Tensor, rollout: Tensor, flags: Tensor | None) -> S
     gap = rollout - old
     if _by_the_kernel(self):
         return Sampler(rollout, gap)
-    assert flags is not None  # or _serves would have refused
+    assert flags is not None  # or _check would have passed it on
     outside, filtered = _outside(self, old, rollout, gap, flags)
     return Sampler(rollout.masked_fill(outside, math.inf), gap, filtered)
 
@@ -205,7 +197,7 @@ def _outside(
             of_tokens = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
     whole = self.is_correction_level == "seq"
     if whole:
-        of_tokens = torch.where(flags.bool(), of_tokens, 0).sum(-1, keepdim=True)
+        of_tokens = torch.where(flags, of_tokens, 0).sum(-1, keepdim=True)
         of_tokens = of_tokens / flags.sum(-1, keepdim=True)
     statistic = of_tokens.exp() if by_ratio else of_tokens
     low, high = self.is_correction_threshold

@@ -1,8 +1,9 @@
 """How functions of another library are replaced by ones that run on our kernels, and put back.
 
-A replacement takes the arguments of the function that it replaces, with that function before them:
-what the kernels do not do is passed to it. It is installed wherever the original is held, as in
-modules that imported it by name.
+A replacement takes the arguments of the function that it replaces, with that function before them.
+Where the kernels do not do what is asked for it raises `PassOn`, and the library's function is
+called with the same arguments. It is installed wherever the original is held, as in modules that
+imported it by name.
 """
 
 import functools
@@ -11,15 +12,16 @@ import importlib.metadata
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from warpo.kernels import dispatch
-from warpo.kernels.checks import FLAGS, FLOATS
+from warpo.kernels.integrations.serving import Calls, PassOn, named
+
+ROUNDED = (torch.bfloat16, torch.float16)
 
 
 class IntegrationError(RuntimeError):
@@ -37,12 +39,17 @@ class Replacement:
         name: "function" or "Class.method".
         operations: of `warpo.kernels.ops`, that it runs on.
         function: called with the original, then with the arguments of the call.
+        rounds: results of bfloat16 and float16 are rounded once, from float32, where the library
+            rounds at each of its steps.
+        calls: counts since `patch` or `Calls.clear`.
     """
 
     module: str
     name: str
     operations: tuple[str, ...]
     function: Callable[..., Any]
+    rounds: bool = False
+    calls: Calls = field(default_factory=Calls, compare=False)
 
     @property
     def path(self) -> str:
@@ -97,13 +104,15 @@ class Library:
         self.registries = tuple(registries)
         self.replacements: dict[str, Replacement] = {}
 
-    def replaces(self, module: str, name: str, *operations: str) -> Callable[[Callable], Callable]:
+    def replaces(
+        self, module: str, name: str, *operations: str, rounds: bool = False
+    ) -> Callable[[Callable], Callable]:
         """Decorator of a replacement of `module.name` that runs on these operations."""
 
         def register(function: Callable) -> Callable:
             if name in self.replacements:
                 raise ValueError(f"{self.name}: two replacements of {name}")
-            self.replacements[name] = Replacement(module, name, operations, function)
+            self.replacements[name] = Replacement(module, name, operations, function, rounds)
             return function
 
         return register
@@ -119,12 +128,17 @@ class Library:
         """What pip is asked for."""
         return f"{self.name}=={self.tested[-1]}"
 
-    def patch(self, only: Sequence[str] | None = None) -> "Patch":
-        """Replaces the library's functions by ours, in every module that holds them. Functions that
+    def patch(
+        self, only: Sequence[str] | None = None, *, library_rounding: bool = False
+    ) -> "Patch":
+        """Replace the library's functions by ours, in every module that holds them. Functions that
         are replaced already stay so.
 
         Args:
             only: names of functions as in `names()`; all if not given.
+            library_rounding: log-probabilities and entropies of bfloat16 and float16 logits are
+                the library's to the bit: such calls are passed on. Ours are computed in float32
+                and rounded once, which is closer to the exact value.
 
         Returns:
             A handle: `unpatch()` takes back what this call replaced; as a context manager it does
@@ -140,7 +154,9 @@ class Library:
         found = self._current(chosen)
         fresh = [(r, original) for r, original in found if not is_ours(original)]
         self._check_signatures(fresh)
-        patch = Patch(self, [(original, wrap(r, original)) for r, original in fresh])
+        patch = Patch(self, [(f, wrap(r, f, library_rounding)) for r, f in fresh])
+        for replacement, _ in fresh:
+            replacement.calls.clear()
         patch.apply()
         return patch
 
@@ -160,6 +176,17 @@ class Library:
             for name, r in self.replacements.items()
             if self._imported(r) and is_ours(r.current())
         )
+
+    def report(self) -> str:
+        """How many calls each replaced function has served in this process, how many it has passed
+        on to the library, and why.
+        """
+        lines = [f"{self.name} {self.version()}: {len(self.patched())} functions replaced"]
+        width = max(map(len, self.replacements))
+        for name, replacement in self.replacements.items():
+            if name in self.patched():
+                lines.append(f"  {name:{width}}  {replacement.calls}")
+        return "\n".join(lines)
 
     def problem(self) -> str | None:
         """Why `patch()` would be refused; None if it would not. Imports the library."""
@@ -284,17 +311,38 @@ class Patch:
         self.unpatch()
 
 
-def wrap(replacement: Replacement, original: Any) -> Any:
+def wrap(replacement: Replacement, original: Any, library_rounding: bool = False) -> Any:
     """The replacement with the name, signature and docstring of the original."""
     function = original.__func__ if isinstance(original, staticmethod) else original
+    rounds = library_rounding and replacement.rounds
 
     @functools.wraps(function)
     def ours(*args: Any, **kwargs: Any) -> Any:
-        return replacement.function(function, *args, **kwargs)
+        counts = not torch.compiler.is_compiling()
+        try:
+            if rounds:
+                _refuse_rounding(*args, *kwargs.values())
+            result = replacement.function(function, *args, **kwargs)
+        except PassOn as refusal:
+            # outside of this block, so that an error of the library has no context of ours
+            reason, instead = refusal.reason, refusal.arguments
+        else:
+            if counts:
+                replacement.calls.served += 1
+            return result
+        if counts:
+            replacement.calls.passed_on[reason] += 1
+        return function(*args, **kwargs) if instead is None else function(*instead)
 
     held = ours if function is original else staticmethod(ours)
     held.__dict__["__warpo__"] = original
     return held
+
+
+def _refuse_rounding(*arguments: Any) -> None:
+    for x in arguments:
+        if isinstance(x, Tensor) and x.dtype in ROUNDED:
+            raise PassOn(f"{named(x.dtype)}, with library_rounding")
 
 
 def is_ours(function: Any) -> bool:
@@ -318,51 +366,3 @@ def _show(parameter: tuple[str, Any, Any]) -> str:
     stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
     value = "" if default is inspect.Parameter.empty else f"={default!r}"
     return f"{stars.get(kind, '')}{name}{value}"
-
-
-def served(*tensors: Tensor | None) -> bool:
-    """Whether the kernels take these tensors: plain ones of float32, bfloat16 or float16, all on
-    one device that has a backend, and outside the transforms of torch.func, such as vmap. None
-    stands for an argument that was not given.
-    """
-    # Dynamo cannot ask functorch: compiled, the library's code would take the place of ours
-    if not torch.compiler.is_compiling() and (
-        torch._C._functorch.peek_interpreter_stack() is not None
-    ):
-        return False
-    device = None
-    for tensor in tensors:
-        if tensor is None:
-            continue
-        if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.dtype not in FLOATS:
-            return False
-        if device is None:
-            device = tensor.device
-            if device.type not in dispatch.DEVICES:
-                return False
-        elif tensor.device != device:
-            return False
-    return True
-
-
-def as_flags(mask: Tensor | None) -> Tensor | None:
-    """A mask of any dtype as the kernels take it: not 0 is valid."""
-    return mask if mask is None or mask.dtype in FLAGS else mask.bool()
-
-
-def promoted(first: Tensor, *others: Tensor | None) -> torch.dtype:
-    """What PyTorch computes in where it combines these tensors, None standing for no argument."""
-    dtype = first.dtype
-    for x in others:
-        if x is not None and x.dtype != dtype:
-            dtype = torch.promote_types(dtype, x.dtype)
-    return dtype
-
-
-def constant(*tensors: Tensor | None) -> bool:
-    """Whether no gradient is wanted with respect to these."""
-    if torch.is_grad_enabled():
-        for x in tensors:
-            if x is not None and x.requires_grad:
-                return False
-    return True

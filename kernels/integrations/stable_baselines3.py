@@ -15,9 +15,11 @@ from torch import Tensor
 
 from warpo.kernels.integrations import arrays
 from warpo.kernels.integrations.patching import Library
+from warpo.kernels.integrations.serving import require
 
 library = Library("stable_baselines3", tested=("2.9.2",))
-patch, unpatch, patched, names = library.patch, library.unpatch, library.patched, library.names
+patch, unpatch, patched = library.patch, library.unpatch, library.patched
+names, report = library.names, library.report
 
 
 @library.replaces(
@@ -26,17 +28,32 @@ patch, unpatch, patched, names = library.patch, library.unpatch, library.patched
 def compute_returns_and_advantage(
     original: Callable, self: Any, last_values: Tensor, dones: np.ndarray
 ) -> None:
-    """Differs: a value behind the end of an episode is not read, so that NaN does not spread."""
+    """Advantages are written in place, returns are a new array, as the library does it.
+
+    Differs: a value behind the end of an episode is not read, so that NaN does not spread."""
     shape = (self.buffer_size, self.n_envs)
-    per_step = (self.rewards, self.values, self.episode_starts)
-    if (
-        not all(x.dtype == np.float32 and x.shape == shape for x in per_step)
-        or last_values.numel() != self.n_envs
-        or dones.shape != shape[1:]
-        or not (0 <= self.gamma <= 1 and 0 <= self.gae_lambda <= 1)
-    ):
-        return original(self, last_values, dones)
-    self.advantages, self.returns = arrays.gae(
-        *per_step, last_values, dones, self.gamma, self.gae_lambda
-    )
-    return None
+    buffers = (self.rewards, self.values, self.episode_starts, self.advantages)
+    for buffer in buffers:
+        require(buffer.dtype == np.float32, "a buffer that is not float32")
+        require(buffer.shape == shape, "a buffer of another shape")
+    writable = self.advantages.flags.writeable and arrays.is_readable(self.advantages)
+    require(writable, "advantages that are read-only or run backwards")
+    require(last_values.numel() == self.n_envs, "last_values that are not one per environment")
+    require(dones.shape == shape[1:], "dones that are not one per environment")
+    require(0 <= self.gamma <= 1 and 0 <= self.gae_lambda <= 1, "gamma or lambda outside [0, 1]")
+    starts, dones = _flags(self.episode_starts), _flags(dones)
+    last, returns = last_values.detach().float().cpu().numpy(), np.empty(shape, np.float32)
+    arrays.gae_into(
+        self.advantages, returns, self.rewards, self.values, starts, last, dones, self.gamma,
+        self.gae_lambda,
+    )  # fmt: skip
+    self.returns = returns
+
+
+def _flags(array: np.ndarray) -> np.ndarray:
+    """As bool; the library subtracts them from 1."""
+    if array.dtype == np.bool_:
+        return array
+    flags = array != 0
+    require((flags == array).all(), "starts or dones that are neither 0 nor 1")
+    return flags

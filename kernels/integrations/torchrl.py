@@ -22,10 +22,12 @@ import torch
 from torch import Tensor
 
 from warpo.kernels import ops
-from warpo.kernels.integrations.patching import Library, served
+from warpo.kernels.integrations.patching import Library
+from warpo.kernels.integrations.serving import require, require_constant, require_served
 
 library = Library("torchrl", tested=("0.14.1",))
-patch, unpatch, patched, names = library.patch, library.unpatch, library.patched, library.names
+patch, unpatch, patched = library.patch, library.unpatch, library.patched
+names, report = library.names, library.report
 
 FUNCTIONAL = "torchrl.objectives.value.functional"
 
@@ -45,10 +47,7 @@ def generalized_advantage_estimate(
 ) -> tuple[Tensor, Tensor]:
     numbers = _discounts(gamma, lmbda)
     values = (state_value, next_state_value, reward)
-    if numbers is None or not _served(values, (done, terminated), time_dim):
-        return original(
-            gamma, lmbda, *values, done, terminated, time_dim=time_dim
-        )  # fmt: skip
+    _require(values, (done, terminated), time_dim)
     return _gae(numbers[0], numbers[1], *values, done, terminated, time_dim)
 
 
@@ -67,8 +66,7 @@ def vec_generalized_advantage_estimate(
 ) -> tuple[Tensor, Tensor]:
     numbers = _discounts(gamma, lmbda, synchronises=True)
     values = (state_value, next_state_value, reward)
-    if numbers is None or not _served(values, (done, terminated), time_dim):
-        return original(gamma, lmbda, *values, done, terminated, time_dim=time_dim)
+    _require(values, (done, terminated), time_dim)
     return _gae(numbers[0], numbers[1], *values, done, terminated, time_dim)
 
 
@@ -86,14 +84,8 @@ def td1_return_estimate(
 ) -> Tensor:
     numbers = _discounts(gamma)
     values = (next_state_value, reward)
-    if (
-        numbers is None
-        or rolling_gamma not in (None, True)
-        or not _served(values, (done, terminated), time_dim)
-    ):
-        return original(
-            gamma, *values, done, terminated, rolling_gamma, time_dim=time_dim
-        )  # fmt: skip
+    require(rolling_gamma in (None, True), "rolling_gamma=False")
+    _require(values, (done, terminated), time_dim)
     if terminated is None:
         return _scan(reward, numbers[0], time_dim, terminated=done, last=next_state_value)
     return _scan(
@@ -117,14 +109,8 @@ def td_lambda_return_estimate(
 ) -> Tensor:
     numbers = _discounts(gamma, lmbda)
     values = (next_state_value, reward)
-    if (
-        numbers is None
-        or rolling_gamma not in (None, True)
-        or not _served(values, (done, terminated), time_dim)
-    ):
-        return original(
-            gamma, lmbda, *values, done, terminated, rolling_gamma, time_dim=time_dim
-        )  # fmt: skip
+    require(rolling_gamma in (None, True), "rolling_gamma=False")
+    _require(values, (done, terminated), time_dim)
     return _lambda_returns(numbers[0], numbers[1], *values, done, terminated, time_dim)
 
 
@@ -143,10 +129,7 @@ def vec_td_lambda_return_estimate(
 ) -> Tensor:
     numbers = _discounts(gamma, lmbda, synchronises=True)
     values = (next_state_value, reward)
-    if numbers is None or not _served(values, (done, terminated), time_dim):
-        return original(
-            gamma, lmbda, *values, done, terminated, rolling_gamma, time_dim=time_dim
-        )  # fmt: skip
+    _require(values, (done, terminated), time_dim)
     return _lambda_returns(numbers[0], numbers[1], *values, done, terminated, time_dim)
 
 
@@ -171,15 +154,10 @@ def vtrace_advantage_estimate(
     numbers = _discounts(gamma)
     bounds: Any = _number(rho_thresh), _number(c_thresh)
     values = (log_pi, log_mu, state_value, next_state_value, reward)
-    if (
-        numbers is None
-        or not all(bound is not None and 0 < bound < _RATIO_MAX for bound in bounds)
-        or not _served(values, (done, terminated), time_dim)
-        or (torch.is_grad_enabled() and any(x.requires_grad for x in values))
-    ):
-        return original(
-            gamma, *values, done, terminated, rho_thresh, c_thresh, time_dim=time_dim
-        )  # fmt: skip
+    for bound in bounds:
+        require(0 < bound < _RATIO_MAX, "a threshold that no kernel has")
+    _require(values, (done, terminated), time_dim)
+    require_constant(*values)
     terminated = done if terminated is None else terminated
     deltas = _deltas(numbers[0], state_value, next_state_value, reward, terminated)
     new, old, rewards = (_rows(x, time_dim) for x in (log_pi, log_mu, deltas))
@@ -205,8 +183,7 @@ def reward2go(
     original: Callable, reward: Tensor, done: Tensor, gamma: float, *, time_dim: int = -2
 ) -> Tensor:
     numbers = _discounts(gamma, synchronises=True)
-    if numbers is None or not _served((reward,), (done, None), time_dim):
-        return original(reward, done, gamma, time_dim=time_dim)
+    _require((reward,), (done, None), time_dim)
     return _scan(reward, numbers[0], time_dim, terminated=done)
 
 
@@ -297,43 +274,46 @@ def _as_given(rows: Tensor, shape: torch.Size, time_dim: int) -> Tensor:
     return rows.reshape(others + rows.shape[-1:]).movedim(-1, time_dim).contiguous()
 
 
-def _served(values: Sequence[Tensor], flags: tuple[Tensor, Tensor | None], time_dim: int) -> bool:
-    """Whether shapes, dtypes and device are such that the library accepts them and we do."""
-    done, terminated = flags
+def _require(values: Sequence[Tensor], flags: tuple[Tensor, Tensor | None], time_dim: int) -> None:
+    """Pass the call on unless shapes, dtypes and device are such that the library accepts them and
+    we do.
+    """
+    done = flags[0]
     shape = done.shape
-    return (
-        served(*values)
-        and all(x.dtype == torch.float32 and x.shape == shape for x in values)
-        and all(
-            x is None or (x.dtype == torch.bool and x.shape == shape and x.device == done.device)
-            for x in flags
-        )
-        and done.device == values[0].device
-        # a tensor of one element is not transposed by the library
-        and done.numel() > 1
-        and -done.dim() <= time_dim < done.dim()
-    )
+    require_served(*values)
+    for x in values:
+        require(x.dtype == torch.float32, "values that are not float32")
+        require(x.shape == shape, "tensors of two shapes")
+    for flag in flags:
+        if flag is not None:
+            require(flag.dtype == torch.bool, "flags that are not bool")
+            require(flag.shape == shape, "tensors of two shapes")
+            require(flag.device == values[0].device, "tensors on two devices")
+    # a tensor of one element is not transposed by the library
+    require(done.numel() > 1, "a single step")
+    require(-done.dim() <= time_dim < done.dim(), "a time_dim that the tensors do not have")
 
 
-def _discounts(*numbers: float | Tensor, synchronises: bool = False) -> tuple[Any, ...] | None:
-    """gamma, or gamma and lambda, as numbers in [0, 1]; None if one is not."""
-    found = [_number(x, synchronises) for x in numbers]
-    wanted = tuple(x for x in found if x is not None and 0 <= x <= 1)
-    return wanted if len(wanted) == len(numbers) else None
+def _discounts(*numbers: float | Tensor, synchronises: bool = False) -> tuple[float, ...]:
+    """gamma, or gamma and lambda, as numbers in [0, 1]."""
+    found = tuple(_number(x, synchronises) for x in numbers)
+    for x in found:
+        require(0 <= x <= 1, "gamma or lambda outside [0, 1]")
+    return found
 
 
-def _number(x: float | Tensor, synchronises: bool = False) -> float | None:
+def _number(x: float | Tensor, synchronises: bool = False) -> float:
     """A number, or a scalar tensor that no gradient goes to; one on a device is read where the
     library itself `synchronises` alone.
     """
     if not isinstance(x, Tensor):
         return float(x)
-    if (
-        x.numel() != 1
-        or x.dtype != torch.float32
-        or x.requires_grad
-        or not (synchronises or x.device.type == "cpu")
-        or torch.compiler.is_compiling()
-    ):
-        return None
+    require(
+        x.numel() == 1
+        and x.dtype == torch.float32
+        and not x.requires_grad
+        and (synchronises or x.device.type == "cpu")
+        and not torch.compiler.is_compiling(),
+        "gamma, lambda or a threshold as a tensor that is no constant scalar",
+    )
     return x.item()

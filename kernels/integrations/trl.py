@@ -13,4 +13,5 @@ from warpo.kernels.integrations import (  # noqa: F401
 )
 from warpo.kernels.integrations.trl_library import library
 
-patch, unpatch, patched, names = library.patch, library.unpatch, library.patched, library.names
+patch, unpatch, patched = library.patch, library.unpatch, library.patched
+names, report = library.names, library.report

@@ -3,8 +3,9 @@ tensor of tokens x vocabulary. `add_fused_lm_head`, and with it the trainers of 
 and SFT, call it as `ChunkedLogProbFunction.apply`, which runs the two functions here.
 
 Either may be TRL's while the other is ours, as both save for the backward pass the same tensors.
-Left to TRL: weights in another dtype than the products (autocast over float32 weights), and those
-of ZeRO-3.
+Under autocast, TRL's default, hidden states and weight are rounded to its dtype for the products,
+sums and gradients are float32, and these come in the dtypes of hidden states and weight, as in TRL.
+The rounded weight is a copy, which lives for the length of a call. Left to TRL: weights of ZeRO-3.
 """
 
 from collections.abc import Callable
@@ -14,10 +15,10 @@ import torch
 from torch import Tensor
 
 from warpo.kernels import dispatch
-from warpo.kernels.integrations.patching import served
+from warpo.kernels.checks import FLOATS
+from warpo.kernels.integrations.serving import require, require_served
 from warpo.kernels.integrations.trl_library import library
 from warpo.kernels.linear_head import LinearHead, check_chunking
-from warpo.kernels.linear_logprobs import linear_logprobs_backward
 from warpo.kernels.logprobs import workspace
 
 NONE_IGNORED = torch.iinfo(torch.int64).min
@@ -50,15 +51,12 @@ def forward(
     `chunk_size` is for TRL's backward pass: ours takes 64 MiB of logits at a time, 1 GiB on a GPU.
     """
     dtype = _product_dtype(hidden)
-    if not _takes(hidden, weight, bias, targets, dtype) or not logit_scale > 0:
-        return original(
-            ctx, hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping,
-            logit_scale, outputs,
-        )  # fmt: skip
+    _check(hidden, weight, bias, targets, dtype)
+    require(logit_scale > 0, "a logit_scale of 0 or less")
     capped = final_logit_softcapping is not None
     cap = (final_logit_softcapping or 0.0) / logit_scale
     head = LinearHead(
-        hidden.contiguous()[None], weight, bias, cap, torch.ones_like(targets, dtype=torch.bool),
+        *_rounded(dtype, hidden, weight, bias), cap, torch.ones_like(targets, dtype=torch.bool),
         *_chunking(hidden, cap),
     )  # fmt: skip
     logprobs, entropy, stats, constants = _score(head, targets, temperature / logit_scale, outputs)
@@ -90,8 +88,8 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """Differs: on a CPU, tokens whose gradients are 0, as prompts have, take no part."""
     hidden, weight, bias, targets, log_z, entropy = ctx.saved_tensors
-    if not _takes(hidden, weight, bias, targets, ctx.compute_dtype):
-        return original(ctx, grad_logprobs, grad_entropy, *_)
+    dtype = ctx.compute_dtype
+    _check(hidden, weight, bias, targets, dtype)
     given = [g for g in (grad_logprobs, grad_entropy) if g is not None]
     if not given:
         return (None,) * 9
@@ -99,40 +97,76 @@ def backward(
     stats = getattr(ctx, "stats", None)
     if stats is None:
         stats = torch.stack([torch.zeros_like(log_z), log_z], -1)
-    mask = None
+    valid = torch.ones_like(targets, dtype=torch.bool)
     if hidden.device.type == "cpu":
-        mask = torch.stack(given).any(0)
-        stats = stats[mask]
+        valid = torch.stack(given).any(0)
+        stats = stats[valid]
     scale = ctx.kernel_args["logit_scale"]
     cap = ctx.kernel_args["softcap"] / scale if ctx.kernel_args["HAS_SOFTCAP"] else 0.0
-    wanted = list(ctx.needs_input_grad[:3])
-    gradients = linear_logprobs_backward(
-        hidden.contiguous()[None], weight, bias, targets, 1 / (ctx.kernel_args["inv_t"] * scale),
-        None, mask, NONE_IGNORED, cap, *_chunking(hidden, cap), dispatch.choose(hidden, None), "",
-        None if grad_entropy is None else entropy, stats, None, grad_logprobs, grad_entropy, wanted,
-        False,
+    head = LinearHead(
+        *_rounded(dtype, hidden, weight, bias), cap, valid, *_chunking(hidden, cap),
+        gradient_buffer=bool(cap), float32_gradients={hidden.dtype, weight.dtype} != {dtype},
     )  # fmt: skip
-    likes = zip(gradients, (hidden, weight, bias), wanted, strict=True)
-    return (*(g.view(x.shape) if want else None for g, x, want in likes), *(None,) * 6)
+    wanted = list(ctx.needs_input_grad[:3])
+    head.start_gradients(wanted)
+    _differentiate(
+        head, targets, 1 / (ctx.kernel_args["inv_t"] * scale),
+        None if grad_entropy is None else entropy, stats, grad_logprobs, grad_entropy,
+    )  # fmt: skip
+    likes = zip(head.gradients(), (hidden, weight, bias), strict=True)
+    gradients = (None if g is None else g.view(x.shape).to(x.dtype) for g, x in likes)
+    return (*gradients, *(None,) * 6)
 
 
-def _takes(
+def _check(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, dtype: torch.dtype
-) -> bool:
+) -> None:
+    require_served(hidden, weight, bias)
+    require(dtype in FLOATS, "an autocast to a dtype without a kernel")
+    require(targets.dtype == torch.int64, "targets that are not int64")
+    require(targets.device == hidden.device, "tensors on two devices")
+    require(weight.numel() > 0 and not hasattr(weight, "ds_id"), "a weight of ZeRO-3")
+    require(dispatch.choose(hidden, None) != "reference", "the backend reference")
+
+
+def _rounded(
+    dtype: torch.dtype, hidden: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What the products are of: hidden as (1, tokens, H), weight and bias."""
     return (
-        served(hidden, weight, bias)
-        and hidden.dtype == weight.dtype == dtype
-        and targets.dtype == torch.int64
-        and targets.device == hidden.device
-        and weight.numel() > 0
-        and not hasattr(weight, "ds_id")
-        and dispatch.choose(hidden, None) != "reference"
+        hidden.to(dtype).contiguous()[None],
+        weight.to(dtype),
+        None if bias is None else bias.to(dtype),
     )
 
 
 def _product_dtype(hidden: Tensor) -> torch.dtype:
     device = hidden.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+
+
+def _differentiate(
+    head: LinearHead,
+    targets: Tensor,
+    temperature: float,
+    entropy: Tensor | None,
+    stats: Tensor,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+) -> None:
+    """Add the gradients of all chunks up in the head."""
+    kernels = dispatch.load(dispatch.choose(targets, None))
+    tokens = [head.compact(x) for x in (targets, entropy, grad_logprobs, grad_entropy)]
+    buffer = head.new_buffer()
+    grad_buffer = head.new_buffer() if head.softcap else buffer
+    for start, stop in head.chunks():
+        logits, grad_logits = head.logits(start, stop, buffer), grad_buffer[: stop - start]
+        chosen, own, *grads = (None if x is None else x[:, start:stop] for x in tokens)
+        kernels.logprobs_backward(
+            1, *logits.shape, logits[None], chosen, temperature, None, None, NONE_IGNORED, None,
+            own, stats[None, start:stop], None, *grads, grad_logits[None],
+        )  # fmt: skip
+        head.add_gradients(start, stop, logits, grad_logits)
 
 
 def _chunking(hidden: Tensor, cap: float) -> tuple[int, int, bool]:

@@ -1,7 +1,10 @@
 """The policy losses of TRL's GRPOTrainer and RLOOTrainer on `ops.policy_loss`.
 
-TRL multiplies the loss of a token by weights >= 0: of the off-policy mask, the entropy mask, the
-sampler's correction and VESPO. Here they multiply its advantage.
+TRL multiplies the loss of a token by weights >= 0: of the off-policy mask, the entropy mask and
+the sampler's correction. Here they multiply its advantage.
+
+Left to TRL: VESPO, most of whose work is its weights, and what is faster there: CISPO of few tokens
+and, without a gradient, ratios of sequences of many.
 
 Differs: masked slots may hold NaN or infinity, which TRL multiplies by 0 and so spreads (in GRPO);
 and log ratios are bounded by +-80, where exp of float32 overflows in TRL from 88.7 on.
@@ -15,7 +18,7 @@ import torch
 from torch import Tensor
 
 from warpo.kernels import ops
-from warpo.kernels.integrations.patching import served
+from warpo.kernels.integrations.serving import PassOn, as_flags, require, require_served
 from warpo.kernels.integrations.trl_library import library
 from warpo.kernels.integrations.trl_policy_metrics import (
     Batch,
@@ -23,7 +26,6 @@ from warpo.kernels.integrations.trl_policy_metrics import (
     log,
     log_bounds,
     log_clipped,
-    log_ratio,
 )
 from warpo.kernels.objectives import Objective
 from warpo.kernels.policy_metrics import METRICS
@@ -40,10 +42,9 @@ AGGREGATIONS = {
     "bnpo": "token-mean",
     "dapo": "token-mean",
     "cispo": "token-mean",
-    "vespo": "token-mean",
 }
 # Divided by the tokens of all micro-batches of a step.
-BY_STEP = ("dapo", "cispo", "vespo")
+BY_STEP = ("dapo", "cispo")
 # Of images, as the model takes them.
 IMAGES = (
     "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes",
@@ -69,23 +70,24 @@ class AfterForward:
 
 @library.replaces("trl.trainer.grpo_trainer", "GRPOTrainer._compute_loss", "policy_loss")
 def grpo_loss(original: Callable, self: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
+    ids = inputs["completion_ids"]
+    few = ids.numel() < FEW_TOKENS
+    require(not (few and self.loss_type == "cispo"), "CISPO of few tokens, where TRL is faster")
+    # of completions of one token TRL's metrics are means over sequences, masked ones included
+    require(ids.shape[1] > 1, "completions of one token")
     objective = objective_of(self)
     given = [inputs.get(name) for name in (
         "old_per_token_logps", REF, "sampling_per_token_logps", "importance_sampling_ratio"
     )]  # fmt: skip
-    ids = inputs["completion_ids"]
-    # of completions of one token TRL's metrics are means over sequences, masked ones included
-    if objective is None or ids.shape[1] < 2 or _is_faster(self.loss_type, ids.numel()):
-        return original(self, model, inputs)
+    mask = _mask(inputs)
     logprobs, entropy, aux_loss = forward = _forward(self, model, inputs)
-    if not _takes(inputs["advantages"], logprobs, entropy, *given):
-        return original(AfterForward(self, forward), model, inputs)
+    _check(self, model, inputs, forward, given)
 
-    batch = _batch(self, inputs, logprobs, entropy)
-    keep, phi = _entropy_mask(self, batch), _vespo_weights(self, inputs, batch)
+    batch = _batch(self, inputs, mask, logprobs, entropy)
+    keep = _entropy_mask(self, batch)
     denominator, ref = _denominator(self, inputs, batch), given[1]
     loss, metrics = ops.policy_loss(
-        logprobs, batch.old_logprobs, _weighted_advantages(self, inputs, batch, keep, phi),
+        logprobs, batch.old_logprobs, _weighted_advantages(self, inputs, batch, keep),
         objective, mask=batch.mask, ref_logprobs=ref if objective.kl_coef else None,
         entropy=entropy, denominator=denominator,
     )  # fmt: skip
@@ -99,7 +101,7 @@ def grpo_loss(original: Callable, self: Any, model: Any, inputs: dict[str, Any])
         loss = loss - _entropy_bonus(self, batch, keep, policy_loss)
     if self.aux_loss_enabled:
         loss = loss + _aux_loss(self, batch.mode, aux_loss) / batch.accumulated
-    log(self, batch, metrics, phi)
+    log(self, batch, metrics)
     return loss
 
 
@@ -107,11 +109,8 @@ def grpo_loss(original: Callable, self: Any, model: Any, inputs: dict[str, Any])
 def rloo_loss(original: Callable, self: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
     # one action is a whole completion: the ratio is that of the product over its tokens
     objective = _objective("bnpo", "token", 0.0, self.epsilon_low, self.epsilon_high, None)
-    if objective is None:
-        return original(self, model, inputs)
     logprobs, entropy, aux_loss = forward = _forward(self, model, inputs)
-    if not _takes(inputs["advantages"], logprobs, entropy, inputs["old_logps"]):
-        return original(AfterForward(self, forward), model, inputs)
+    _check(self, model, inputs, forward, [inputs["old_logps"]])
 
     mask = inputs["completion_mask"].float()
     summed = torch.linalg.vecdot(logprobs.float(), mask)[:, None]
@@ -134,8 +133,8 @@ def rloo_loss(original: Callable, self: Any, model: Any, inputs: dict[str, Any])
     return loss
 
 
-def objective_of(trainer: Any) -> Objective | None:
-    """The objective that a GRPOTrainer's settings ask for; None if there is none."""
+def objective_of(trainer: Any) -> Objective:
+    """The objective that a GRPOTrainer's settings ask for; passed on if there is none."""
     args, loss_type = trainer.args, trainer.loss_type
     numbers: tuple = ()
     if loss_type in CLIPPED:
@@ -149,17 +148,17 @@ def objective_of(trainer: Any) -> Objective | None:
 
 
 @functools.lru_cache
-def _objective(loss_type: str, level: str, beta: float, *numbers: Any) -> Objective | None:
-    if loss_type not in AGGREGATIONS or level not in ("token", "sequence"):
-        return None
+def _objective(loss_type: str, level: str, beta: float, *numbers: Any) -> Objective:
+    if loss_type not in AGGREGATIONS:
+        raise PassOn(f"loss type {loss_type!r}")
+    require(level in ("token", "sequence"), "ratios neither of tokens nor of sequences")
     options: dict[str, Any] = {"surrogate": "reinforce"}
     if loss_type in CLIPPED:
         low, high, delta = numbers
         options = {"surrogate": "clip", "clip_low": low, "clip_high": high}
         if delta is not None:
             # a lower one would be the upper bound where the advantage is positive
-            if delta <= 1 + high:
-                return None
+            require(delta > 1 + high, "a delta below 1 + epsilon_high")
             options |= {"surrogate": "dual_clip", "dual_clip": delta}
     elif loss_type == "cispo":
         options = {"surrogate": "stop_gradient", "clip_low": 1.0, "clip_high": numbers[0] - 1}
@@ -170,20 +169,36 @@ def _objective(loss_type: str, level: str, beta: float, *numbers: Any) -> Object
             ratio_level=level, kl_coef=beta, aggregation=AGGREGATIONS[loss_type],
             log_ratio_limit=LOG_RATIO_LIMIT, **options,
         )  # fmt: skip
-    except ValueError:  # a bound or coefficient that TRL takes and objectives do not
-        return None
+    except ValueError:
+        raise PassOn("a bound or coefficient that no kernel has") from None
 
 
-def _is_faster(loss_type: str, tokens: int) -> bool:
-    """Whether TRL is: CISPO of few tokens takes less than a call of ours."""
-    return loss_type == "cispo" and tokens < FEW_TOKENS
-
-
-def _takes(advantages: Tensor, *tensors: Tensor | None) -> bool:
-    """Whether the kernels take the tensors. Where advantages are float32, so is TRL's loss,
-    whatever the logprobs are.
+def _check(
+    trainer: Any, model: Any, inputs: dict[str, Any], forward: tuple, given: list[Tensor | None]
+) -> None:
+    """Pass the loss on, though not the forward pass, unless the kernels take the tensors. Where
+    advantages are float32, so is TRL's loss, whatever the logprobs are.
     """
-    return advantages.dtype == torch.float32 and served(advantages, *tensors)
+    try:
+        advantages = inputs["advantages"]
+        require_served(advantages, *forward[:2], *given)
+        require(advantages.dtype == torch.float32, "advantages that are not float32")
+        level = getattr(trainer, "importance_sampling_level", "token")
+        differentiates = forward[0].requires_grad or forward[1].requires_grad
+        many = forward[0].numel() >= FEW_TOKENS
+        require(
+            level == "token" or differentiates or not many,
+            "ratios of sequences of many tokens without a gradient, where TRL is faster",
+        )
+    except PassOn as refusal:
+        raise PassOn(refusal.reason, (AfterForward(trainer, forward), model, inputs)) from None
+
+
+def _mask(inputs: dict[str, Any]) -> Tensor:
+    mask = as_flags(inputs["completion_mask"])
+    tools = as_flags(inputs.get("tool_mask"))
+    assert mask is not None
+    return mask if tools is None else mask & tools
 
 
 def _forward(trainer: Any, model: Any, inputs: dict[str, Any]) -> tuple:
@@ -199,10 +214,9 @@ def _forward(trainer: Any, model: Any, inputs: dict[str, Any]) -> tuple:
     )
 
 
-def _batch(trainer: Any, inputs: dict[str, Any], logprobs: Tensor, entropy: Tensor) -> Batch:
-    mask = inputs["completion_mask"].bool()
-    if "tool_mask" in inputs:
-        mask = mask & inputs["tool_mask"].bool()
+def _batch(
+    trainer: Any, inputs: dict[str, Any], mask: Tensor, logprobs: Tensor, entropy: Tensor
+) -> Batch:
     advantages = inputs["advantages"]
     training = trainer.model.training
     return Batch(
@@ -223,29 +237,11 @@ def _entropy_mask(trainer: Any, batch: Batch) -> Tensor | None:
     return trainer.get_high_entropy_mask(batch.entropy, batch.mask, quantile)
 
 
-def _vespo_weights(trainer: Any, inputs: dict[str, Any], batch: Batch) -> Tensor | None:
-    if trainer.loss_type != "vespo":
-        return None
-    args = trainer.args
-    return trainer.get_gamma_weights(
-        advantages=batch.advantages,
-        log_ratio_per_token=log_ratio(batch),
-        mask=batch.mask,
-        importance_sampling_ratio=inputs.get("importance_sampling_ratio"),
-        k_pos=args.vespo_k_pos,
-        lambda_pos=args.vespo_lambda_pos,
-        k_neg=args.vespo_k_neg,
-        lambda_neg=args.vespo_lambda_neg,
-    )
-
-
 def _weighted_advantages(
-    trainer: Any, inputs: dict[str, Any], batch: Batch, keep: Tensor | None, phi: Tensor | None
+    trainer: Any, inputs: dict[str, Any], batch: Batch, keep: Tensor | None
 ) -> Tensor:
     """(B, T), or (B,) if they are the same for all tokens of a sequence."""
     weighted = batch.advantages
-    if phi is not None:
-        weighted = weighted * phi
     if trainer.off_policy_mask_threshold is not None:
         logprobs = batch.logprobs.detach().float()
         old = logprobs if batch.old_logprobs is None else batch.old_logprobs
@@ -258,7 +254,7 @@ def _weighted_advantages(
         )
     if keep is not None:
         weighted = weighted * keep
-    if trainer.use_vllm and trainer.vllm_importance_sampling_correction and phi is None:
+    if trainer.use_vllm and trainer.vllm_importance_sampling_correction:
         weighted = weighted * inputs["importance_sampling_ratio"]
     if weighted is batch.advantages:
         return inputs["advantages"]

@@ -9,7 +9,7 @@ from torch import Tensor
 from warpo.kernels.policy_metrics import METRICS
 
 # One figure, that of the whole batch.
-TOTALS = {"vespo": "vespo/phi_seq_mean", "cispo": "cispo_clip_ratio"}
+TOTALS = {"cispo": "cispo_clip_ratio"}
 
 
 class Batch(NamedTuple):
@@ -33,13 +33,6 @@ class Batch(NamedTuple):
     accumulated: float
 
 
-def log_ratio(batch: Batch) -> Tensor:
-    """(B, T) float32, a constant; 0 where masked."""
-    if batch.old_logprobs is None:
-        return torch.zeros_like(batch.logprobs, dtype=torch.float32)
-    return (batch.logprobs.detach().float() - batch.old_logprobs).masked_fill_(~batch.mask, 0.0)
-
-
 def beyond(log_ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
     """Where a bound, the lower one if the advantage is below 0, else the upper, takes the gradient.
 
@@ -57,8 +50,7 @@ def log_bounds(low: float, high: float) -> tuple[float, float]:
 
 def _one_each(trainer: Any, batch: Batch) -> bool:
     """Whether a sequence has one ratio and one advantage, and so is clipped or is not."""
-    of_sequence = trainer.importance_sampling_level == "sequence" or trainer.loss_type == "vespo"
-    return of_sequence and batch.advantages.shape[1] == 1
+    return trainer.importance_sampling_level == "sequence" and batch.advantages.shape[1] == 1
 
 
 def _clipped(trainer: Any, batch: Batch) -> list[Tensor]:
@@ -91,21 +83,12 @@ def _clipped(trainer: Any, batch: Batch) -> list[Tensor]:
     return [often, (active & (batch.advantages < 0)).sum(-1)]
 
 
-def _of_phi(batch: Batch, phi: Tensor) -> Tensor:
-    """VESPO's weight of each sequence, or the sum over its tokens, (B,)."""
-    return phi[:, 0] if phi.shape[1] == 1 else torch.where(batch.mask, phi, 0.0).sum(-1)
-
-
-def log(trainer: Any, batch: Batch, metrics: Tensor, phi: Tensor | None) -> None:
+def log(trainer: Any, batch: Batch, metrics: Tensor) -> None:
     """Means over the tokens of all processes, or over their sequences where TRL has one value a
     sequence; read from the device once.
     """
     loss_type, found = trainer.loss_type, trainer._metrics[batch.mode]
-    columns = []
-    if phi is not None:
-        columns = [_of_phi(batch, phi)]
-    elif loss_type != "sapo":
-        columns = _clipped(trainer, batch)
+    columns = [] if loss_type == "sapo" else _clipped(trainer, batch)
     one_each = _one_each(trainer, batch)
     if columns and not one_each and loss_type not in TOTALS:
         columns.append(batch.mask.sum(-1))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from warpo.kernels import dispatch, ops
-from warpo.kernels.integrations.patching import served
+from warpo.kernels.integrations.serving import PassOn, require, require_served
 from warpo.kernels.integrations.trl_library import library
 
 
@@ -24,9 +24,8 @@ def dpo_loss(original: Callable, self: Any, model: Any, inputs: Any, return_outp
     two for each. Served: loss types "sigmoid", "hinge", "ipo", "robust" and "sigmoid_norm", one at
     a time, under reverse KL.
     """
+    require(not return_outputs, "return_outputs")
     row = _row(self)
-    if row is None or return_outputs:
-        return original(self, model, inputs, return_outputs)
     completion_mask = inputs["completion_mask"]
     apart = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
     outputs = model(
@@ -53,20 +52,20 @@ def dpo_loss(original: Callable, self: Any, model: Any, inputs: Any, return_outp
     return loss if weight == 1 else loss * weight
 
 
-def _row(trainer: Any) -> ops.Preference | None:
-    """The trainer's loss as one of ours, None if it is not."""
-    if (
-        len(trainer.loss_types) != 1
-        or trainer.f_divergence_type != "reverse_kl"
-        or trainer.ld_alpha is not None
-        or trainer.use_weighting
-        or trainer.aux_loss_enabled
-        or trainer.accelerator.device.type not in dispatch.DEVICES
-        or not trainer.beta > 0
-        or not 0 <= trainer.label_smoothing < 0.5
-    ):
-        return None
-    return _preference(trainer.loss_types[0], trainer.beta, trainer.label_smoothing)
+def _row(trainer: Any) -> ops.Preference:
+    """The trainer's loss as one of ours."""
+    require(len(trainer.loss_types) == 1, "several loss types")
+    require(trainer.f_divergence_type == "reverse_kl", "another divergence than reverse KL")
+    require(trainer.ld_alpha is None, "ld_alpha")
+    require(not trainer.use_weighting, "use_weighting")
+    require(not trainer.aux_loss_enabled, "the loss of a router")
+    require(trainer.accelerator.device.type in dispatch.DEVICES, "tensors on another device")
+    require(trainer.beta > 0, "a beta of 0")
+    require(0 <= trainer.label_smoothing < 0.5, "a label_smoothing of 0.5 or more")
+    row = _preference(trainer.loss_types[0], trainer.beta, trainer.label_smoothing)
+    if row is None:
+        raise PassOn(f"loss type {trainer.loss_types[0]!r}")
+    return row
 
 
 @functools.lru_cache
@@ -125,7 +124,9 @@ def _over(total: float, count: float) -> float:
     return total / count if count else 0.0
 
 
-@library.replaces("trl.experimental.cpo.cpo_trainer", "CPOTrainer.get_batch_logps", "logprobs")
+@library.replaces(
+    "trl.experimental.cpo.cpo_trainer", "CPOTrainer.get_batch_logps", "logprobs", rounds=True
+)
 def cpo_logps(
     original: Callable,
     logits: Tensor,
@@ -136,10 +137,12 @@ def cpo_logps(
     """Differs: the labels of an encoder-decoder stay as they were, where TRL writes zeros to them,
     and what stands in ignored rows, NaN or inf, is not read.
     """
-    return _answer_logps(original, logits, labels, average_log_prob, is_encoder_decoder)
+    return _answer_logps(logits, labels, average_log_prob, is_encoder_decoder)
 
 
-@library.replaces("trl.experimental.orpo.orpo_trainer", "ORPOTrainer.get_batch_logps", "logprobs")
+@library.replaces(
+    "trl.experimental.orpo.orpo_trainer", "ORPOTrainer.get_batch_logps", "logprobs", rounds=True
+)
 def orpo_logps(
     original: Callable,
     logits: Tensor,
@@ -148,26 +151,18 @@ def orpo_logps(
     is_encoder_decoder: bool = False,
 ) -> Tensor:
     """Differs: what stands in ignored rows, NaN or inf, is not read."""
-    return _answer_logps(original, logits, labels, average_log_prob, is_encoder_decoder)
+    return _answer_logps(logits, labels, average_log_prob, is_encoder_decoder)
 
 
 def _answer_logps(
-    original: Callable,
-    logits: Tensor,
-    labels: Tensor,
-    average_log_prob: bool,
-    is_encoder_decoder: bool,
+    logits: Tensor, labels: Tensor, average_log_prob: bool, is_encoder_decoder: bool
 ) -> Tensor:
-    if (
-        not served(logits)
-        or logits.dim() != 3
-        or logits.shape[-1] == 0
-        or logits.stride(-1) != 1
-        or logits.shape[:-1] != labels.shape
-        or labels.dtype != torch.int64
-        or labels.device != logits.device
-    ):
-        return original(logits, labels, average_log_prob, is_encoder_decoder)
+    require_served(logits)
+    rows = logits.dim() == 3 and logits.shape[-1] > 0 and logits.stride(-1) == 1
+    require(rows, "logits that are not dense rows")
+    require(logits.shape[:-1] == labels.shape, "labels that are not one per row of logits")
+    require(labels.dtype == torch.int64, "labels that are not int64")
+    require(labels.device == logits.device, "tensors on two devices")
     if not is_encoder_decoder:
         logits, labels = logits[:, :-1], labels[:, 1:]
     logps = ops.logprobs(logits, labels).sum(-1)

@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 
 from warpo.kernels import ops
-from warpo.kernels.integrations.patching import as_flags, constant, promoted, served
+from warpo.kernels.integrations.serving import (
+    as_flags,
+    promoted,
+    require,
+    require_constant,
+    require_served,
+)
 from warpo.kernels.integrations.verl_library import library
 
 MODULE = "verl.trainer.ppo.core_algos"
@@ -25,12 +31,8 @@ def masked_whiten(
     original: Callable, values: Tensor, mask: Tensor, shift_mean: bool = True
 ) -> Tensor:
     """Differs: NaN in a masked slot stays there, and equal values become exactly 0."""
-    if (
-        values.dim() not in (1, 2)
-        or not _tokens_served(mask, values)
-        or not _has_two(flags := as_flags(mask))
-    ):
-        return original(values, mask, shift_mean)
+    require(values.dim() in (1, 2), "values that are not [N] or [B, T]")
+    flags = _flags_of_two(mask, values)
     return ops.whiten(values, flags, shift_mean=shift_mean, fill_masked=True).to(values.dtype)
 
 
@@ -44,13 +46,8 @@ def compute_gae_advantage_return(
     lam: float,
 ) -> tuple[Tensor, Tensor]:
     """Differs: NaN in a masked slot of the rewards or values stays there."""
-    if (
-        not _tokens_served(response_mask, token_level_rewards, values)
-        or not _is_discount(gamma)
-        or not _is_discount(lam)
-        or not _has_two(flags := as_flags(response_mask))
-    ):
-        return original(token_level_rewards, values, response_mask, gamma, lam)
+    _require_discounts(gamma, lam)
+    flags = _flags_of_two(response_mask, token_level_rewards, values)
     advantages = ops.gae(
         token_level_rewards, values, gamma=gamma, gae_lambda=lam, mask=flags
     ).advantages
@@ -72,13 +69,9 @@ def compute_reinforce_plus_plus_outcome_advantage(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
     """Differs: NaN in a masked slot of the rewards spreads nowhere."""
-    if (
-        not _tokens_served(response_mask, token_level_rewards)
-        or config is None
-        or not _is_discount(config.gamma)
-        or not _has_two(flags := as_flags(response_mask))
-    ):
-        return original(token_level_rewards, response_mask, config, **kwargs)
+    require(config is not None, "no config")
+    _require_discounts(config.gamma)
+    flags = _flags_of_two(response_mask, token_level_rewards)
     returns = ops.discounted_returns(token_level_rewards, gamma=config.gamma, mask=flags)
     advantages = ops.whiten(returns, flags)
     dtype = promoted(token_level_rewards, response_mask)
@@ -96,11 +89,8 @@ def compute_grpo_outcome_advantage(
     config: Any = None,
 ) -> tuple[Tensor, Tensor]:
     """Differs: equal rewards have advantage 0, where verl divides a rounding by a rounding."""
-    groups = _groups(token_level_rewards, response_mask, index) if epsilon >= 0 else None
-    if groups is None:
-        return original(
-            token_level_rewards, response_mask, index, epsilon, norm_adv_by_std_in_grpo, config
-        )
+    require(epsilon >= 0, "an epsilon below 0")
+    groups = _groups(token_level_rewards, response_mask, index)
     advantages = groups.normalised(epsilon) if norm_adv_by_std_in_grpo else groups.centred()
     return _spread(advantages, response_mask, token_level_rewards.dtype)
 
@@ -116,11 +106,9 @@ def compute_grpo_vectorized_outcome_advantage(
     config: Any = None,
 ) -> tuple[Tensor, Tensor]:
     """Differs: equal rewards have advantage 0, where verl divides a rounding by a rounding."""
-    groups = _groups(token_level_rewards, response_mask, index) if epsilon >= 0 else None
-    if groups is None or not _is_plain(index):
-        return original(
-            token_level_rewards, response_mask, index, epsilon, norm_adv_by_std_in_grpo, config
-        )
+    require(epsilon >= 0, "an epsilon below 0")
+    groups = _groups(token_level_rewards, response_mask, index)
+    require(_is_plain(index), "an index that verl makes other groups of")
     advantages = groups.normalised(epsilon) if norm_adv_by_std_in_grpo else groups.centred()
     return _spread(advantages, response_mask, torch.float32)
 
@@ -137,11 +125,8 @@ def compute_reinforce_plus_plus_baseline_outcome_advantage(
     config: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    groups = None
-    if _tokens_served(response_mask, token_level_rewards):
-        groups = _groups(token_level_rewards, response_mask, index)
-    if groups is None or not _has_two(flags := as_flags(response_mask)):
-        return original(token_level_rewards, response_mask, index, epsilon, config, **kwargs)
+    groups = _groups(token_level_rewards, response_mask, index)
+    flags = _flags_of_two(response_mask, token_level_rewards)
     advantages = groups.centred()[:, None].expand(response_mask.shape)
     dtype = promoted(token_level_rewards, response_mask)
     whitened = ops.whiten(advantages, flags).to(dtype)
@@ -159,8 +144,6 @@ def compute_rloo_outcome_advantage(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
     groups = _groups(token_level_rewards, response_mask, index)
-    if groups is None:
-        return original(token_level_rewards, response_mask, index, epsilon, config, **kwargs)
     advantages = groups.centred(leave_one_out=True)
     return _spread(advantages, response_mask, token_level_rewards.dtype)
 
@@ -175,10 +158,9 @@ def compute_rloo_vectorized_outcome_advantage(
     config: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    groups = _groups(token_level_rewards, response_mask, index)
     # verl sums others than float32 in float64, and returns that
-    if groups is None or token_level_rewards.dtype != torch.float32:
-        return original(token_level_rewards, response_mask, index, epsilon, config, **kwargs)
+    require(token_level_rewards.dtype == torch.float32, "rewards that are not float32")
+    groups = _groups(token_level_rewards, response_mask, index)
     advantages = groups.centred(leave_one_out=True, alone=0.0)
     return _spread(advantages, response_mask, torch.float32)
 
@@ -195,8 +177,6 @@ def compute_opo_outcome_advantage(
 ) -> tuple[Tensor, Tensor]:
     """The baseline is the mean of length times score over the mean of the length."""
     groups = _groups(token_level_rewards, response_mask, index)
-    if groups is None:
-        return original(token_level_rewards, response_mask, index, epsilon, config, **kwargs)
     scores = groups.scores
     lengths = response_mask.sum(dim=-1).float()
     baseline = groups.mean(lengths * scores) / groups.mean(lengths)
@@ -220,10 +200,6 @@ def compute_gpg_outcome_advantage(
 ) -> tuple[Tensor, Tensor]:
     """As verl's, which computes alpha: answers over those whose score is not 0."""
     groups = _groups(token_level_rewards, response_mask, index)
-    if groups is None:
-        return original(
-            token_level_rewards, response_mask, index, epsilon, f_norm, alpha, config, **kwargs
-        )
     scores = groups.scores
     scale = scores.numel() / scores.count_nonzero().clamp(min=1) / f_norm
     return _spread(groups.centred() * scale, response_mask, token_level_rewards.dtype)
@@ -263,19 +239,13 @@ class _Groups(NamedTuple):
         return torch.where(self.alone, share * self.scores, advantages)
 
 
-def _groups(rewards: Tensor, mask: Tensor, index: Any) -> _Groups | None:
-    """None where they are not served."""
-    if (
-        rewards.dim() != 2
-        or rewards.shape[0] == 0
-        or mask.dim() != 2
-        or mask.shape[0] != rewards.shape[0]
-        or not isinstance(index, np.ndarray)
-        or index.shape != rewards.shape[:1]
-        or not served(rewards)
-        or not constant(rewards)
-    ):
-        return None
+def _groups(rewards: Tensor, mask: Tensor, index: Any) -> _Groups:
+    require(rewards.dim() == 2 and rewards.shape[0] > 0, "rewards that are not [B, T]")
+    require(mask.dim() == 2 and mask.shape[0] == rewards.shape[0], "a mask of another shape")
+    of_rows = isinstance(index, np.ndarray) and index.shape == rewards.shape[:1]
+    require(of_rows, "an index that is not a NumPy array of one per answer")
+    require_served(rewards)
+    require_constant(rewards)
     numbers: dict[Any, int] = {}
     ids = np.array([numbers.setdefault(name, len(numbers)) for name in index.tolist()])
     count = len(numbers)
@@ -313,20 +283,21 @@ def _spread(advantages: Tensor, mask: Tensor, dtype: torch.dtype) -> tuple[Tenso
     return spread, spread
 
 
-def _tokens_served(mask: Tensor, *tensors: Tensor) -> bool:
-    return (
-        all(tensor.shape == mask.shape for tensor in tensors)
-        and mask.device == tensors[0].device
-        and mask.dtype != torch.float64
-        and served(*tensors)
-        and constant(*tensors)
-    )
+def _flags_of_two(mask: Tensor, *tensors: Tensor) -> Tensor:
+    """The mask of these tokens; verl refuses to whiten less than two."""
+    for tensor in tensors:
+        require(tensor.shape == mask.shape, "tensors of two shapes")
+    require(mask.device == tensors[0].device, "tensors on two devices")
+    require(mask.dtype != torch.float64, "a mask of float64")
+    require_served(*tensors)
+    require_constant(*tensors)
+    flags = as_flags(mask)
+    assert flags is not None
+    require(int(flags.count_nonzero()) >= 2, "less than two tokens to whiten")
+    return flags
 
 
-def _has_two(flags: Tensor | None) -> bool:
-    """verl refuses to whiten less."""
-    return flags is not None and int(flags.count_nonzero()) >= 2
-
-
-def _is_discount(value: Any) -> bool:
-    return isinstance(value, (int, float)) and 0 <= value <= 1
+def _require_discounts(*values: Any) -> None:
+    for value in values:
+        is_discount = isinstance(value, (int, float)) and 0 <= value <= 1
+        require(is_discount, "gamma or lambda that is no number in [0, 1]")

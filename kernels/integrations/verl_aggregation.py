@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from warpo.kernels.integrations.patching import as_flags
+from warpo.kernels.integrations.serving import PassOn, as_flags, require
 
 # verl's mode -> the aggregation of `objectives` with the same sum, to be divided by a denominator
 _AGGREGATIONS = {
@@ -25,28 +25,29 @@ def aggregation(
     batch_num_tokens: Any = None,
     global_batch_size: Any = None,
     loss_scale_factor: Any = None,
-) -> tuple[str, float | Tensor | None] | None:
-    """Aggregation and denominator, None for the number of valid tokens; all None for what verl
-    refuses and what is not a number: it is left to verl.
+) -> tuple[str, float | Tensor | None]:
+    """Aggregation and denominator, None for the number of valid tokens. Passed on is what verl
+    refuses and what is not a number.
 
-    mask: bool | uint8 [B, T].
+    mask: bool [B, T].
     """
     name = _AGGREGATIONS.get(mode)
     of_tokens = name == "token-mean"
     count = batch_num_tokens if of_tokens else global_batch_size
-    if name is None or not _are_numbers(dp_size, count, loss_scale_factor) or not dp_size > 0:
-        return None
+    if name is None:
+        raise PassOn("an aggregation without a kernel")
+    require(_are_numbers(dp_size, count, loss_scale_factor), "counts that are not numbers")
+    require(dp_size > 0, "a count of 0")
     if mode == "token-sum":
         return name, 1.0 / dp_size
     if count is None:
-        if dp_size > 1:
-            return None
+        require(dp_size <= 1, "several ranks without a count")
         if of_tokens:
             return name, None
         # verl leaves sequences without a valid token out
         count = mask.any(-1).sum(dtype=torch.float32)
-    elif count < 0:
-        return None
+    else:
+        require(count >= 0, "a count below 0")
     if mode == "seq-mean-token-sum-norm":
         count = count * (mask.shape[-1] if loss_scale_factor is None else loss_scale_factor)
     return name, count if dp_size == 1 else count / dp_size
@@ -59,13 +60,15 @@ def _are_numbers(*values: Any) -> bool:
     return True
 
 
-def flags_of(mask: Any, like: Tensor) -> Tensor | None:
-    """The mask as the kernels take it; None if it is not one of plain tokens, [B, T]."""
-    if type(mask) is not Tensor or mask.dtype == torch.float64 or like.dim() != 2:
-        return None
-    if mask.shape != like.shape or mask.device != like.device:
-        return None
-    return as_flags(mask)
+def flags_of(mask: Any, like: Tensor) -> Tensor:
+    """The mask as the kernels take it, of plain tokens, [B, T]."""
+    require(type(mask) is Tensor and mask.dtype != torch.float64, "a mask of another kind")
+    require(like.dim() == 2, "tensors that are not [B, T]")
+    require(mask.shape == like.shape, "a mask of another shape")
+    require(mask.device == like.device, "tensors on two devices")
+    flags = as_flags(mask)
+    assert flags is not None
+    return flags
 
 
 def result_dtype(mode: str, *tensors: Tensor | None) -> torch.dtype:

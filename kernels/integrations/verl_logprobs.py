@@ -12,13 +12,13 @@ from torch import Tensor
 
 from warpo.kernels import ops
 from warpo.kernels.checks import as_rows
-from warpo.kernels.integrations.patching import served
+from warpo.kernels.integrations.serving import require, require_served
 from warpo.kernels.integrations.verl_library import library
 
 MODULE = "verl.utils.torch_functional"
 
 
-@library.replaces(MODULE, "logprobs_from_logits", "logprobs")
+@library.replaces(MODULE, "logprobs_from_logits", "logprobs", rounds=True)
 def logprobs_from_logits(
     original: Callable, logits: Tensor, labels: Tensor, inplace_backward: bool = True
 ) -> Tensor:
@@ -26,55 +26,50 @@ def logprobs_from_logits(
 
     Differs: a label outside the vocabulary is no error: NaN, and 0 for -100.
     """
-    if not _served(logits, labels):
-        return original(logits, labels, inplace_backward)
+    _require_rows(logits, labels)
     if not _has_flash_attn(original):
         return _logprobs(logits, labels)
     inplace = inplace_backward and not torch.compiler.is_compiling() and logits.is_contiguous()
     return ops.logprobs(_readable(logits), labels, inplace_backward=inplace)
 
 
-@library.replaces(MODULE, "logprobs_from_logits_naive", "logprobs")
+@library.replaces(MODULE, "logprobs_from_logits_naive", "logprobs", rounds=True)
 def logprobs_from_logits_naive(original: Callable, logits: Tensor, labels: Tensor) -> Tensor:
     """Differs: a label outside the vocabulary is no error: NaN, and 0 for -100."""
-    if not _served(logits, labels):
-        return original(logits, labels)
+    _require_rows(logits, labels)
     return _logprobs(logits, labels)
 
 
-@library.replaces(MODULE, "logprobs_from_logits_v2", "logprobs")
+@library.replaces(MODULE, "logprobs_from_logits_v2", "logprobs", rounds=True)
 def logprobs_from_logits_v2(original: Callable, logits: Tensor, labels: Tensor) -> Tensor:
     """Differs: a label outside the vocabulary is no error: NaN, and 0 for -100."""
-    if not _served(logits, labels):
-        return original(logits, labels)
+    _require_rows(logits, labels)
     return _logprobs(logits, labels)
 
 
-@library.replaces(MODULE, "entropy_from_logits", "logprobs_and_entropy")
+@library.replaces(MODULE, "entropy_from_logits", "logprobs_and_entropy", rounds=True)
 def entropy_from_logits(original: Callable, logits: Tensor) -> Tensor:
     """Differs: a logit of -inf has probability 0 and adds nothing, where verl gives NaN."""
-    if logits.dim() < 2 or not served(logits):
-        return original(logits)
+    _require_rows(logits)
     return _entropy(logits).to(logits.dtype)
 
 
-@library.replaces(MODULE, "entropy_from_logits_with_chunking", "logprobs_and_entropy")
+@library.replaces(MODULE, "entropy_from_logits_with_chunking", "logprobs_and_entropy", rounds=True)
 def entropy_from_logits_with_chunking(
     original: Callable, logits: Tensor, chunk_size: int = 2048
 ) -> Tensor:
     """No chunks: the pass needs 8 bytes a row. Differs as `entropy_from_logits`."""
-    if logits.dim() != 2 or not served(logits):
-        return original(logits, chunk_size)
+    require(logits.dim() == 2, "logits that are not (N, V)")
+    _require_rows(logits)
     return _entropy(logits).to(torch.get_default_dtype())
 
 
-def _served(logits: Tensor, labels: Tensor) -> bool:
-    return (
-        logits.dim() >= 2
-        and labels.shape == logits.shape[:-1]
-        and labels.dtype == torch.int64
-        and served(logits)
-    )
+def _require_rows(logits: Tensor, labels: Tensor | None = None) -> None:
+    require_served(logits)
+    require(logits.dim() >= 2, "logits of one row")
+    if labels is not None:
+        require(labels.shape == logits.shape[:-1], "labels that are not one per row of logits")
+        require(labels.dtype == torch.int64, "labels that are not int64")
 
 
 def _has_flash_attn(original: Callable) -> bool:

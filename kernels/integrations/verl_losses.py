@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from warpo.kernels import ops
-from warpo.kernels.integrations.patching import served
+from warpo.kernels.integrations.serving import PassOn, require, require_served
 from warpo.kernels.integrations.verl_aggregation import aggregation, flags_of, result_dtype
 from warpo.kernels.integrations.verl_library import library
 
@@ -52,23 +52,19 @@ class Call:
     weights: Tensor | None
     mask: Tensor = field(init=False)
 
-    def served(self) -> bool:
-        """Whether they are plain tokens, of which log_prob alone is differentiable. Makes `mask`
-        of response_mask.
+    def check(self) -> None:
+        """Pass the call on unless they are plain tokens, of which log_prob alone is differentiable.
+        Makes `mask` of response_mask.
         """
+        require(isinstance(self.config, _actor_config()), "a config that is not an ActorConfig")
         given = [self.old_log_prob, self.advantages]
         if self.weights is not None:
             given.append(self.weights)
-        if (
-            not isinstance(self.config, _actor_config())
-            or not served(self.log_prob, *given)
-            or any(x.requires_grad or x.shape != self.log_prob.shape for x in given)
-        ):
-            return False
-        mask = flags_of(self.response_mask, self.log_prob)
-        if mask is not None:
-            self.mask = mask
-        return mask is not None
+        require_served(self.log_prob, *given)
+        for x in given:
+            require(x.shape == self.log_prob.shape, "tensors of two shapes")
+            require(not x.requires_grad, "a gradient of what the kernels take for constant")
+        self.mask = flags_of(self.response_mask, self.log_prob)
 
     def bounds(self) -> tuple[float, float]:
         config = self.config
@@ -89,14 +85,10 @@ class Call:
         old_log_prob: Tensor | None = None,
         ref_log_prob: Tensor | None = None,
         **fields: Any,
-    ) -> tuple[Tensor, Tensor] | None:
-        """Loss and metrics of `ops.policy_loss` with an objective of these fields; None where the
-        loss function or its aggregation is not ours.
-        """
+    ) -> tuple[Tensor, Tensor]:
+        """Loss and metrics of `ops.policy_loss` with an objective of these fields."""
         found = aggregation(self.mask, self.loss_agg_mode, **self.config.global_batch_info)
-        objective = None if found is None else _objective(aggregation=found[0], **fields)
-        if found is None or objective is None:
-            return None
+        objective = _objective(aggregation=found[0], **fields)
         loss, metrics = ops.policy_loss(
             self.log_prob if log_prob is None else log_prob,
             self.old_log_prob if old_log_prob is None else old_log_prob,
@@ -119,9 +111,9 @@ class Call:
 
 
 def _policy_loss(name: str, mode: str = "token-mean") -> Callable[[Callable], Callable]:
-    """Registers a function that returns the result of a `Call`, or None to leave it to verl."""
+    """Register a function that returns the result of a `Call`."""
 
-    def register(loss: Callable[[Call], Result | None]) -> Callable:
+    def register(loss: Callable[[Call], Result]) -> Callable:
         def replacement(
             original: Callable,
             old_log_prob: Tensor,
@@ -132,11 +124,10 @@ def _policy_loss(name: str, mode: str = "token-mean") -> Callable[[Callable], Ca
             config: Any = None,
             rollout_is_weights: Tensor | None = None,
         ) -> Result:
-            arguments = (
-                old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config,
+            return _evaluate(
+                loss, old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config,
                 rollout_is_weights,
             )  # fmt: skip
-            return _loss_or_original(loss, original, arguments)
 
         replacement.__doc__ = loss.__doc__
         return library.replaces(_MODULE, name, "policy_loss")(replacement)
@@ -144,42 +135,40 @@ def _policy_loss(name: str, mode: str = "token-mean") -> Callable[[Callable], Ca
     return register
 
 
-def _loss_or_original(
-    loss: Callable[[Call], Result | None], original: Callable, arguments: tuple[Any, ...]
-) -> Result:
+def _evaluate(loss: Callable[[Call], Result], *arguments: Any) -> Result:
     call = Call(*arguments)
-    result = loss(call) if call.served() else None
-    return original(*arguments) if result is None else result
+    call.check()
+    return loss(call)
 
 
 @_policy_loss("compute_policy_loss_vanilla")
-def vanilla(call: Call) -> Result | None:
+def vanilla(call: Call) -> Result:
     """PPO with two clip ranges and dual clip."""
     found = call.evaluate(
         surrogate="dual_clip", dual_clip=call.config.get("clip_ratio_c", 3.0), **call.clip_range()
     )
-    return None if found is None else (found[0], _read(found[1]))
+    return found[0], _read(found[1])
 
 
 @_policy_loss("compute_policy_loss_cispo")
-def cispo(call: Call) -> Result | None:
+def cispo(call: Call) -> Result:
     """CISPO: the gradient of the logprobs, weighed by the clipped ratio."""
     found = call.evaluate(surrogate="stop_gradient", **call.clip_range())
-    return None if found is None else (found[0], _read(found[1]))
+    return found[0], _read(found[1])
 
 
 @_policy_loss("compute_policy_loss_sapo", "seq-mean-token-mean")
-def sapo(call: Call) -> Result | None:
+def sapo(call: Call) -> Result:
     """SAPO, with its aggregation whatever loss_agg_mode is."""
     call.loss_agg_mode = "seq-mean-token-mean"
     found = call.evaluate(
         surrogate="soft_gate", tau_positive=call.config.tau_pos, tau_negative=call.config.tau_neg
     )
-    return None if found is None else (found[0], _read(found[1]))
+    return found[0], _read(found[1])
 
 
 @_policy_loss("compute_policy_loss_gspo", "seq-mean-token-mean")
-def gspo(call: Call) -> Result | None:
+def gspo(call: Call) -> Result:
     """GSPO in its token form, https://arxiv.org/abs/2507.18071 eq. 13 and 14: the ratio is that of
     the sequence, and the gradient of each token has its own advantage and weight.
     """
@@ -198,8 +187,6 @@ def gspo(call: Call) -> Result | None:
         dual_clip=largest,
         log_ratio_limit=_NO_LIMIT,
     )
-    if found is None:
-        return None
     return found[0], _read(found[1]) | {"actor/pg_clipfrac_lower": 0.0}
 
 
@@ -216,13 +203,13 @@ class _StraightThrough(torch.autograd.Function):
 
 
 @_policy_loss("compute_policy_loss_dro")
-def dro(call: Call) -> Result | None:
+def dro(call: Call) -> Result:
     """The policy gradient with a quadratic penalty on the log ratio: k2 against the old policy.
     Left to verl with weights, which multiply the penalty too.
     """
     beta = call.config.policy_loss.dro_beta
-    if call.weights is not None or beta is None or not beta > 0:
-        return None
+    require(call.weights is None, "DRO with weights")
+    require(beta is not None and beta > 0, "DRO without a penalty")
     found = call.evaluate(
         ref_log_prob=call.old_log_prob,
         surrogate="reinforce",
@@ -230,7 +217,7 @@ def dro(call: Call) -> Result | None:
         kl_coef=beta,
         log_ratio_limit=_NO_LIMIT,
     )
-    return None if found is None else (found[0], _only_kl(_read(found[1])))
+    return found[0], _only_kl(_read(found[1]))
 
 
 @library.replaces(_MODULE, "compute_policy_loss_reinforce", "policy_loss")
@@ -245,16 +232,15 @@ def compute_policy_loss_reinforce(
     rollout_is_weights: Tensor | None = None,
 ) -> Result:
     """The policy gradient, weighed for samples of another policy."""
-    arguments = (
-        rollout_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config,
+    return _evaluate(
+        _reinforce, rollout_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config,
         rollout_is_weights,
     )  # fmt: skip
-    return _loss_or_original(_reinforce, original, arguments)
 
 
-def _reinforce(call: Call) -> Result | None:
+def _reinforce(call: Call) -> Result:
     found = call.evaluate(surrogate="reinforce", log_ratio_limit=_NO_LIMIT)
-    return None if found is None else (found[0], _only_kl(_read(found[1])))
+    return found[0], _only_kl(_read(found[1]))
 
 
 def _read(metrics: Tensor) -> Metrics:
@@ -273,12 +259,12 @@ def _only_kl(metrics: Metrics) -> Metrics:
 
 
 @functools.lru_cache(maxsize=64)
-def _objective(**fields: Any) -> ops.Objective | None:
-    """None for values that ours refuses, such as a negative clip range: they are left to verl."""
+def _objective(**fields: Any) -> ops.Objective:
+    """Passed on are values that ours refuses, such as a negative clip range."""
     try:
         return ops.Objective(**fields)
     except ValueError:
-        return None
+        raise PassOn("clip ranges or coefficients that no kernel has") from None
 
 
 @functools.cache

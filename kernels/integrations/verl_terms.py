@@ -11,13 +11,12 @@ a valid token a loss and its gradient are 0, not NaN.
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from warpo.kernels import ops
-from warpo.kernels.integrations.patching import served
+from warpo.kernels.integrations.serving import PassOn, require, require_constant, require_served
 from warpo.kernels.integrations.verl_aggregation import aggregation, flags_of, result_dtype
 from warpo.kernels.integrations.verl_library import library
 
@@ -43,11 +42,11 @@ def agg_loss(
     loss_scale_factor: int | None = None,
 ) -> Tensor:
     """One number of the losses of tokens, in all modes of verl."""
-    counts = (dp_size, batch_num_tokens, global_batch_size, loss_scale_factor)
-    mask = flags_of(loss_mask, loss_mat) if served(loss_mat) else None
-    found = None if mask is None else aggregation(mask, loss_agg_mode, *counts)
-    if found is None:
-        return original(loss_mat, loss_mask, loss_agg_mode, *counts)
+    require_served(loss_mat)
+    mask = flags_of(loss_mask, loss_mat)
+    found = aggregation(
+        mask, loss_agg_mode, dp_size, batch_num_tokens, global_batch_size, loss_scale_factor
+    )
     loss = ops.aggregate(loss_mat, found[0], mask=mask, denominator=found[1])
     return loss.to(result_dtype(loss_agg_mode, loss_mask, loss_mat))
 
@@ -69,16 +68,14 @@ def compute_value_loss(
     """The clipped value loss. Differs where a value lies exactly on its clip bound: the gradient is
     that of the unclipped loss, of which verl takes three quarters.
     """
-    counts = (dp_size, batch_num_tokens, global_batch_size, loss_scale_factor)
-    plain = served(vpreds, returns, values) and all(
-        x.shape == vpreds.shape and not x.requires_grad for x in (returns, values)
+    require_served(vpreds, returns, values)
+    require(returns.shape == values.shape == vpreds.shape, "tensors of two shapes")
+    require_constant(returns, values)
+    require(cliprange_value >= 0, "a clip range below 0")
+    mask = flags_of(response_mask, vpreds)
+    found = aggregation(
+        mask, loss_agg_mode, dp_size, batch_num_tokens, global_batch_size, loss_scale_factor
     )
-    mask = flags_of(response_mask, vpreds) if plain and cliprange_value >= 0 else None
-    found = None if mask is None else aggregation(mask, loss_agg_mode, *counts)
-    if found is None:
-        return original(
-            vpreds, returns, values, response_mask, cliprange_value, loss_agg_mode, *counts
-        )
     loss, metrics = ops.value_loss(
         vpreds, values, returns, mask=mask, clip_range=cliprange_value, aggregation=found[0],
         denominator=found[1],
@@ -94,8 +91,11 @@ _CLIPPED, _TOKENS = ops.VALUE_METRICS.index("clipped"), ops.VALUE_METRICS.index(
 def kl_penalty(original: Callable, logprob: Tensor, ref_logprob: Tensor, kl_penalty: str) -> Tensor:
     """The estimators of the KL; of those with a "+", the gradient is that of k2."""
     estimator = _ESTIMATORS.get(kl_penalty)
-    if estimator is None or not _are_tokens(logprob, ref_logprob):
-        return original(logprob, ref_logprob, kl_penalty)
+    if estimator is None:
+        raise PassOn("an estimator without a kernel")
+    require_served(logprob, ref_logprob)
+    require(logprob.shape == ref_logprob.shape, "logprobs of two shapes")
+    require(logprob.dim() in (1, 2), "logprobs that are not [N] or [B, T]")
     kl = ops.approx_kl(
         logprob,
         ref_logprob,
@@ -107,11 +107,3 @@ def kl_penalty(original: Callable, logprob: Tensor, ref_logprob: Tensor, kl_pena
     if ref_logprob.dtype != dtype:
         dtype = torch.promote_types(dtype, ref_logprob.dtype)
     return kl if dtype == torch.float32 else kl.to(dtype)
-
-
-def _are_tokens(logprob: Any, ref_logprob: Any) -> bool:
-    return (
-        served(logprob, ref_logprob)
-        and logprob.shape == ref_logprob.shape
-        and logprob.dim() in (1, 2)
-    )

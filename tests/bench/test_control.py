@@ -11,7 +11,7 @@ import pytest
 from warpo.bench.control.__main__ import goals_of, main, plot, summaries, table_of
 
 ROOT = Path(__file__).parents[2]
-PEERS = ROOT / ".peers/stable_baselines3"
+PEERS = ROOT / ".peers/stable_baselines3/site-packages"
 
 
 def row(trainer, seed, value, seconds=2.0):

@@ -20,7 +20,7 @@ from warpo.engine.data import load_prompts
 from warpo.engine.model import eos_token_ids, load_tokenizer
 
 ROOT = Path(__file__).parents[2]
-PEERS = ROOT / ".peers/trl"
+PEERS = ROOT / ".peers/trl/site-packages"
 
 
 def test_nothing_ends_a_completion_and_every_prompt_has_its_length(tmp_path):

@@ -66,6 +66,131 @@ def test_gae_of_numpy(rollout, gamma, gae_lambda):
         np.testing.assert_array_equal(given_array, copy)
 
 
+REAL = ["?", "i1", "u1", "<i2", ">i2", "<u2", ">u2", "<i4", ">i4", "u4", "i8", "u8", "<f2", ">f2",
+        "<f4", ">f4", "<f8", ">f8"]  # fmt: skip
+FOREIGN = ["O", "c8", "M8[s]", "m8[s]", "U3", [("r", "f4"), ("v", "f4")]]
+FOREIGN += ["g"] if np.dtype("g").itemsize > 8 else []
+
+
+def rollout_of(steps=6, envs=3):
+    rng = np.random.default_rng(0)
+    rewards, values = rng.normal(size=(2, steps, envs)).astype(np.float32)
+    dones, next_done = rng.random((steps, envs)) < 0.2, np.array([True, False, False])[:envs]
+    return dict(
+        rewards=np.round(3 * rewards.clip(0)), values=values, dones=dones,
+        next_value=np.float32([0.5, 1.0, 2.0])[:envs], next_done=next_done,
+    )  # fmt: skip
+
+
+def assert_exact(found, inputs):
+    wanted = loop(*(np.asarray(x).astype(np.float64) for x in inputs.values()), 0.9, 0.8)
+    for mine, exact in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(np.asarray(mine, np.float64), exact, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["rewards", "values", "dones", "next_value", "next_done"])
+@pytest.mark.parametrize("dtype", REAL)
+@pytest.mark.parametrize("layout", ["dense", "reversed", "read-only", "field"])
+def test_every_dtype_and_byte_order(name, dtype, layout):
+    inputs = rollout_of()
+    array = np.ones(3) if name == "next_value" else np.round(inputs[name])
+    array = array.clip(0).astype(dtype)
+    if layout == "field":
+        packed = np.zeros(array.shape, [("pad", "u1"), ("x", dtype)])
+        packed["x"] = array
+        array = packed["x"]
+    else:
+        array = LAYOUTS[layout](array)
+    inputs[name] = array
+    found = arrays.gae(**inputs, gamma=0.9, gae_lambda=0.8)
+    dtypes = np.result_type(inputs["rewards"], inputs["values"])
+    assert {x.dtype for x in found} == {dtypes} and dtypes.isnative
+    assert_exact(found, inputs)
+
+
+def test_strides_of_0_and_no_steps():
+    inputs = rollout_of()
+    for name in ("rewards", "values", "dones"):
+        inputs[name] = np.broadcast_to(inputs[name][:1, :1], (6, 3))
+    assert_exact(arrays.gae(**inputs, gamma=0.9, gae_lambda=0.8), inputs)
+    for kind in (np.asarray, torch.as_tensor):
+        none = {k: kind(v[:0] if v.ndim == 2 else v) for k, v in inputs.items()}
+        assert [x.shape for x in arrays.gae(**none, gamma=0.9, gae_lambda=0.8)] == [(0, 3)] * 2
+
+
+def test_half_precision_of_numpy_comes_back_as_it_went_in():
+    inputs = rollout_of()
+    for name in ("rewards", "values"):
+        inputs[name] = inputs[name].astype(np.float16)
+    found = arrays.gae(**inputs, gamma=0.9, gae_lambda=0.8)
+    assert {x.dtype for x in found} == {np.dtype(np.float16)}
+
+
+@pytest.mark.parametrize("name", ["rewards", "values", "dones", "next_value", "next_done"])
+@pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor])
+def test_foreign_memory_is_refused_by_name(name, kind):
+    inputs = rollout_of()
+    shape = inputs[name].shape
+    others = {k: kind(v) for k, v in inputs.items()}
+    for dtype in FOREIGN:
+        with pytest.raises(ValueError, match=f"^{name} must be bool, integers or"):
+            arrays.gae(**others | {name: np.zeros(shape, dtype)}, gamma=0.9, gae_lambda=0.8)
+    for array, message in (
+        (np.zeros(shape).tolist(), f"{name} must be a NumPy array or tensor, got list: pass numpy"),
+        (np.ma.masked_array(np.zeros(shape), True), f"{name} is a masked array"),
+        ("x", f"{name} must be a NumPy array or tensor, got str"),
+        (None, f"{name} must be a NumPy array or tensor, got NoneType"),
+        (torch.zeros(shape, dtype=torch.complex64), f"{name} must be bool, integers or"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            arrays.gae(**others | {name: array}, gamma=0.9, gae_lambda=0.8)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.bool, torch.int16])
+def test_clipped_rewards_of_tensors(dtype):
+    inputs = rollout_of()
+    inputs["rewards"] = torch.tensor(np.sign(inputs["rewards"])).to(dtype)
+    found = arrays.gae(**inputs, gamma=0.9, gae_lambda=0.8)
+    assert all(isinstance(x, torch.Tensor) and x.dtype == torch.float32 for x in found)
+    assert_exact(found, inputs)
+
+
+def test_kinds_may_be_mixed_and_numbers_stand_for_one_environment():
+    inputs = rollout_of(envs=1)
+    for kinds in ((np.asarray, torch.as_tensor), (torch.as_tensor, np.asarray)):
+        mixed = {k: kinds[k != "rewards"](v) for k, v in inputs.items()}
+        found = arrays.gae(**mixed, gamma=0.9, gae_lambda=0.8)
+        assert {type(x) for x in found} == {type(mixed["rewards"])}
+        assert_exact(found, inputs)
+        for value, done in ((0.5, True), (np.float32(0.5), np.True_)):
+            mixed |= {"next_value": value, "next_done": done}
+            assert_exact(arrays.gae(**mixed, gamma=0.9, gae_lambda=0.8), inputs)
+
+
+@pytest.mark.parametrize("size", [0, 1])
+def test_small_minibatches(size):
+    x = torch.zeros(size, requires_grad=True)
+    found = arrays.policy_loss(x, x.detach(), x.detach(), 0.2)
+    assert [float(y.detach()) for y in found] == [0.0, 0.0]
+    assert arrays.value_loss(x, x.detach(), x.detach(), 0.2) == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"oldlogprob": np.zeros(3, np.float32)}, "oldlogprob must be a tensor, got ndarray"),
+        ({"advantages": [0.0] * 3}, "advantages must be a tensor, got list"),
+        ({"advantages": torch.zeros(3).double()}, "advantages must be float32 .*got float64: pass"),
+        ({"advantages": torch.zeros(3, 1)}, r"advantages must be \(3,\), got \(3, 1\)"),
+        ({"newlogprob": torch.tensor(0.0)}, r"newlogprob must be \(1,\), got \(\)"),
+    ],
+)
+def test_minibatches_are_refused_by_name(changes, message):
+    named = dict.fromkeys(("newlogprob", "oldlogprob", "advantages"), torch.zeros(3)) | changes
+    with pytest.raises(ValueError, match=message):
+        arrays.policy_loss(**named, clip_coef=0.2)
+
+
 @given(rollouts((np.float32, np.float64)), gammas, lambdas)
 def test_gae_of_tensors(rollout, gamma, gae_lambda):
     rewards, values, dones, next_value, next_done = map(torch.from_numpy, map(np.copy, rollout))

@@ -24,6 +24,7 @@ from tests.integrations.openrlhf_cases import (  # noqa: E402
     pair,
 )
 from warpo.kernels.integrations import openrlhf  # noqa: E402
+from warpo.kernels.integrations.patching import wrap  # noqa: E402
 
 LOGITS = st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(2, 70))
 # what torch.compile compiled: the tests would wait for it at every shape
@@ -133,14 +134,13 @@ def test_language_model_loss(shape, dtype, layout, ignores, seed):
     ],
 )  # fmt: skip
 def test_passed_through(name, bound, arguments):
-    original = openrlhf.library.replacements[name].function
     calls = []
 
     def library(*args):
         calls.append(args)
         return "theirs"
 
-    assert original(library, *bound, *arguments) == "theirs"
+    assert wrap(openrlhf.library.replacements[name], library)(*bound, *arguments) == "theirs"
     (call,) = calls
     assert call[: len(bound) + len(arguments)] == (*bound, *arguments)
 

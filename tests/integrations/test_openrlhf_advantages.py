@@ -76,12 +76,14 @@ def test_masked_slots_do_not_spread():
         torch.testing.assert_close(found, wanted)
 
 
-@pytest.mark.parametrize("gamma", [1.5, 0.9])
-def test_passed_through(gamma):
-    """Discounts above 1, and float64."""
-    dtype = torch.float32 if gamma > 1 else torch.float64
+@pytest.mark.parametrize(
+    ("gamma", "dtype", "weight"),
+    [(1.5, torch.float32, 1), (0.9, torch.float64, 1), (0.9, torch.float32, 0.5)],
+)
+def test_passed_through(gamma, dtype, weight):
+    """Discounts above 1, float64, and a mask of weights."""
     values, rewards = torch.randn(2, 3, 5, dtype=dtype)
-    mask = torch.ones(3, 5)
+    mask = torch.full((3, 5), weight)
     original, ours = pair(GAE, None)
     arguments = (values, rewards, mask, gamma, 0.9)
     assert all(map(torch.equal, ours(*arguments), original(*arguments)))

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given
@@ -20,6 +22,7 @@ from tests.integrations.openrlhf_cases import (  # noqa: E402
     pair,
     without_none,
 )
+from warpo.kernels.integrations import openrlhf  # noqa: E402
 
 SHAPES = st.tuples(st.integers(1, 4), st.integers(1, 9))
 # dp_size, batch_num_tokens and global_batch_size, as its trainers pass them, or none of them
@@ -126,6 +129,52 @@ def test_no_valid_token(token_level):
     assert not values.grad.any()
 
 
+@pytest.mark.parametrize("options", [*OBJECTIVES[:4], CORRECTIONS[1], CORRECTIONS[3]])
+@pytest.mark.parametrize("counts", [{}, {"dp_size": 2, "batch_num_tokens": 13.0,
+                                         "global_batch_size": 5}])  # fmt: skip
+def test_metrics_without_a_valid_token_are_the_librarys(options, counts):
+    original, ours = pair("PolicyLoss.forward", losses.PolicyLoss(**options))
+    arguments = [*torch.randn(3, 2, 3), torch.zeros(2, 3, dtype=torch.int64), torch.randn(2, 3)]
+    arguments[0].requires_grad_()  # a correction without gradient is the library's
+    found, wanted = ours(*arguments, **counts), original(*arguments, **counts)
+    assert found[0] == 0
+    torch.testing.assert_close(found[1:], wanted[1:], equal_nan=True)
+
+
+def test_what_a_step_of_the_actor_calls_by_default_is_served():
+    from openrlhf.models import actor, utils
+    from openrlhf.utils.loss_utils import get_loss_batch_info
+
+    sequences, mask = torch.randint(0, 9, (2, 6)), torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
+    head = torch.randn(2, 6, 9, requires_grad=True)
+    policy = SimpleNamespace(
+        model=lambda *_, **__: Output(logits=2.0 * head), packing_samples=False, temperature=0.7
+    )
+    with openrlhf.patch():
+        logprobs, output = actor.Actor.forward(
+            policy, sequences, mask, torch.ones_like(sequences), return_output=True,
+            return_entropy=True,
+        )  # fmt: skip
+        old = logprobs.detach() + 0.1
+        info = get_loss_batch_info(SimpleNamespace(dp_group=None), mask)
+        loss, *_ = losses.PolicyLoss()(logprobs, old, torch.randn(2, 4), mask, **info)
+        kl = utils.compute_approx_kl(logprobs, old, kl_estimator="k3")
+        (loss + kl.mean() + output.entropy.mean()).backward()
+        calls = {name: r.calls for name, r in openrlhf.library.replacements.items()}
+    served = {name: found.served for name, found in calls.items() if found.served}
+    names = ("log_probs_from_logits", "compute_entropy", "PolicyLoss.forward", "compute_approx_kl")
+    assert served == dict.fromkeys(names, 1)
+    assert not any(found.passed_on for found in calls.values())
+
+
+class Output(dict):
+    """Of a model of transformers."""
+
+    __getattr__ = dict.__getitem__
+    __setattr__ = dict.__setitem__
+
+
+WEIGHTS = [torch.tensor([[1, 0.5, 1], [1, 0.25, 0]]), torch.tensor([[1, 2, 1], [1, 1, 0]])]
 REFUSED = [
     ("ValueLoss.forward", [losses.ValueLoss()], list(torch.randn(3, 2, 3))),
     ("ValueLoss.forward", [losses.ValueLoss(0.2)], list(torch.randn(3, 6))),
@@ -143,6 +192,10 @@ REFUSED = [
     ("PolicyLoss.forward", [losses.PolicyLoss()],
      [torch.randn(2, 3), torch.randn(2, 3, requires_grad=True), torch.randn(2, 3),
       torch.ones(2, 3)]),
+    *((name, [module], [*torch.randn(3, 2, 3), mask])
+      for name, module in (("ValueLoss.forward", losses.ValueLoss(0.2)),
+                           ("PolicyLoss.forward", losses.PolicyLoss()))
+      for mask in WEIGHTS),
     ("DPOLoss.forward", [losses.DPOLoss(0.1)], [torch.randn(2).double()] + [torch.randn(2)] * 3),
     ("LogExpLoss.forward", [losses.LogExpLoss()], [torch.randn(2).double(), torch.randn(2)]),
 ]  # fmt: skip

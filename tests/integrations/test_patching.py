@@ -17,10 +17,10 @@ from warpo.kernels.integrations.patching import (
     IntegrationError,
     Library,
     Registry,
-    as_flags,
     is_ours,
-    served,
+    wrap,
 )
+from warpo.kernels.integrations.serving import PassOn, as_flags, require_served
 
 HERE = __name__
 REGISTRY = {"parse": packaging.version.parse}
@@ -157,13 +157,75 @@ def test_a_hook_of_the_library_comes_before_the_dictionary(library, monkeypatch)
 
 def test_tensors_that_the_kernels_take():
     x = torch.zeros(2)
-    assert served(x, None, x.bfloat16(), torch.nn.Parameter(x))
-    assert not served(x.double()) and not served(x, torch.zeros(2, dtype=torch.int64))
-    assert not served(x.to("meta")) and not served(x, x.to("meta"))
-    assert not served(x.as_subclass(type("Sharded", (torch.Tensor,), {})))
-    assert as_flags(None) is None and as_flags(torch.tensor([0, 2])).tolist() == [False, True]
-    flags = torch.tensor([True])
-    assert as_flags(flags) is flags
+    require_served(x, None, x.bfloat16(), torch.nn.Parameter(x))
+    for tensors, reason in (
+        ([x.double()], "a tensor of float64"),
+        ([x, torch.zeros(2, dtype=torch.int64)], "a tensor of int64"),
+        ([x.to("meta")], "tensors on meta"),
+        ([x, x.to("meta")], "tensors on two devices"),
+        ([x.as_subclass(type("Sharded", (torch.Tensor,), {}))], "a Sharded, not a plain tensor"),
+    ):
+        with pytest.raises(PassOn, match=reason):
+            require_served(*tensors)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.bool, torch.uint8, torch.int8, torch.int32, torch.int64, torch.bfloat16,
+              torch.float16, torch.float32, torch.float64],
+)  # fmt: skip
+def test_masks_are_flags_or_passed_on(dtype):
+    mask = torch.tensor([[0, 1, 1], [1, 0, 0]]).to(dtype)
+    for layout in (mask, mask.t(), mask[:, ::2], mask[:, :0]):
+        flags = as_flags(layout)
+        assert flags.dtype == torch.bool and torch.equal(flags, layout != 0)
+    assert as_flags(None) is None
+    weights = {torch.bool: [], torch.uint8: [2, 255]}.get(dtype, [2, -1])
+    if dtype.is_floating_point:
+        weights += [0.5, 1.0 + torch.finfo(dtype).eps, torch.nan, torch.inf]
+    for weight in weights:
+        with pytest.raises(PassOn, match="a mask of weights"):
+            as_flags(torch.where(mask == 1, torch.tensor(weight, dtype=dtype), mask))
+
+
+def test_calls_are_counted_with_the_reasons_of_those_passed_on(library):
+    @library.replaces("packaging.utils", "canonicalize_name", "logprobs", rounds=True)
+    def canonicalize_name(original, name, *, validate=False):
+        if not isinstance(name, torch.Tensor) and len(name) > 3:
+            raise PassOn("a long name")
+        if not validate:
+            raise PassOn("no validation", ("Another_Name",))
+        return name
+
+    with library.patch():
+        canonical = packaging.utils.canonicalize_name
+        assert canonical("a_b", validate=True) == "a_b"
+        assert canonical("a_b_c") == "a-b-c" and canonical("a_b_d") == "a-b-d"
+        assert canonical("a_b") == "another-name"
+        with pytest.raises(AttributeError) as error:
+            canonical([1, 2, 3, 4])
+        assert error.value.__context__ is None
+        calls = library.replacements["canonicalize_name"].calls
+        assert calls.served == 1
+        assert calls.passed_on == {"a long name": 3, "no validation": 1}
+        text = library.report()
+    assert "1 calls served, 4 passed on; 3: a long name; 1: no validation" in text
+    assert "canonicalize_name" not in library.report()
+    with library.patch():
+        assert calls.served == 0 and not calls.passed_on
+
+
+def test_the_rounding_of_the_library_is_an_option():
+    library = make()
+
+    @library.replaces("packaging.utils", "canonicalize_name", "logprobs", rounds=True)
+    def canonicalize_name(original, name, *, validate=False):
+        return "ours"
+
+    function = wrap(library.replacements["canonicalize_name"], lambda name: "theirs", True)
+    x = torch.zeros(2)
+    assert [function(name=y) for y in (x, x.bfloat16(), x.half())] == ["ours", "theirs", "theirs"]
+    function = wrap(library.replacements["parse"], lambda version: "theirs", True)
+    assert function("1") == "ours"
 
 
 def test_importing_warpo_imports_no_other_trainer():

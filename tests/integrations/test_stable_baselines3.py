@@ -12,6 +12,7 @@ from gymnasium import spaces  # noqa: E402
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer  # noqa: E402
 
 from warpo.kernels.integrations import stable_baselines3  # noqa: E402
+from warpo.kernels.integrations.patching import wrap  # noqa: E402
 
 BOX = spaces.Box(-1, 1, (2,))
 
@@ -53,6 +54,14 @@ def test_rollout_buffer(**options):
         np.testing.assert_array_equal(getattr(found, name), getattr(wanted, name))
 
 
+def test_advantages_are_written_in_place():
+    made, last_values, dones = buffer()
+    view = made.advantages[2:]
+    with stable_baselines3.patch():
+        made.compute_returns_and_advantage(last_values, dones)
+    assert np.shares_memory(view, made.advantages) and view.any()
+
+
 def test_last_values_may_be_a_column():
     made, last_values, dones = buffer()
     made.compute_returns_and_advantage(last_values, dones)
@@ -68,6 +77,8 @@ def test_last_values_may_be_a_column():
         {"rewards": np.zeros((7, 3))},
         {"values": np.zeros((6, 3), np.float32)},
         {"gamma": 1.5},
+        {"episode_starts": np.full((7, 3), 0.5, np.float32)},
+        {"advantages": np.broadcast_to(np.zeros(3, np.float32), (7, 3))},
     ],
 )
 def test_what_is_not_served_goes_to_the_library_as_it_came(changes):
@@ -75,9 +86,8 @@ def test_what_is_not_served_goes_to_the_library_as_it_came(changes):
     for name, value in changes.items():
         setattr(made, name, value)
     passed = []
-    stable_baselines3.compute_returns_and_advantage(
-        lambda *args: passed.append(args), made, last_values, dones
-    )
+    (replacement,) = stable_baselines3.library.replacements.values()
+    wrap(replacement, lambda *args: passed.append(args))(made, last_values, dones)
     assert passed[0][0] is made and passed[0][1] is last_values and passed[0][2] is dones
 
 

@@ -1,4 +1,3 @@
-import functools
 import math
 
 import pytest
@@ -13,6 +12,8 @@ from trl import GRPOTrainer, RLOOTrainer  # noqa: E402
 
 from warpo.bench.peers import trl_inputs, trl_trainer  # noqa: E402
 from warpo.kernels.integrations import trl, trl_policy  # noqa: E402
+from warpo.kernels.integrations.patching import wrap  # noqa: E402
+from warpo.kernels.integrations.serving import PassOn  # noqa: E402
 
 LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"]
 PER_TOKEN = ("logprobs", "entropy", "old", "ref", "sampling")
@@ -126,8 +127,8 @@ def unexpected(*_):
 
 def compare_losses(name, settings, inputs, tensors, clean=False, served=True):
     kind, seen = {"GRPOTrainer": GRPOTrainer, "RLOOTrainer": RLOOTrainer}[name], []
-    replaced = trl.library.replacements[f"{name}._compute_loss"].function
-    own = functools.partial(replaced, unexpected if served else originals[kind])
+    replaced = trl.library.replacements[f"{name}._compute_loss"]
+    own = wrap(replaced, unexpected if served else originals[kind])
     differentiable = ["logprobs"]
     differentiable += ["entropy"] if settings.get("_entropy_bonus_enabled") else []
     differentiable += ["aux_loss"] if settings.get("aux_loss_enabled") else []
@@ -139,6 +140,17 @@ def compare_losses(name, settings, inputs, tensors, clean=False, served=True):
         **tensors,
     )
     assert seen.count(seen[0]) == len(seen), seen
+
+
+def has_objective(**options):
+    try:
+        return trl_policy.objective_of(trl_trainer("GRPOTrainer", **options)) is not None
+    except PassOn:
+        return False
+
+
+def grpo_loss(original):
+    return wrap(trl.library.replacements["GRPOTrainer._compute_loss"], original)
 
 
 @settings(max_examples=400)
@@ -160,8 +172,7 @@ def test_grpo(
     inputs |= {"sampling_per_token_logps": "sampling"} if has_sampling else {}
     inputs |= {"importance_sampling_ratio": "ratio"} if options["use_vllm"] else {}
     inputs |= {"tool_mask": "tools"} if has_tools else {}
-    served = trl_policy.objective_of(trl_trainer("GRPOTrainer", **options)) is not None
-    served = served and shape["columns"] > 1
+    served = shape["columns"] > 1 and has_objective(**options)
     poisoned = poison is not None and served
     if poisoned:
         for key in PER_TOKEN:
@@ -193,12 +204,15 @@ def state(**settings):
     "options",
     [{"delta": 1.2}, {"delta": 0.5}, {"epsilon_low": 1.5}, {"loss_type": "cispo"},
      {"loss_type": "sapo", "sapo_temperature_pos": 100.0}, {"loss_type": "other"},
-     {"importance_sampling_level": "prefix"}],
+     {"loss_type": "vespo"}, {"importance_sampling_level": "prefix"}, {"mask": 0.5}, {"mask": 2}],
 )  # fmt: skip
 def test_settings_that_are_passed_on(options):
+    weight = options.pop("mask", None)
     trainer, inputs = state(**options)
+    if weight:
+        inputs["completion_mask"] = weight * inputs["completion_mask"]
     calls = []
-    trl_policy.grpo_loss(lambda *given: calls.append(given), trainer, None, inputs)
+    grpo_loss(lambda *given: calls.append(given))(trainer, None, inputs)
     assert calls == [(trainer, None, inputs)]
     assert not any(trainer._metrics.values())
 
@@ -206,9 +220,8 @@ def test_settings_that_are_passed_on(options):
 def test_cispo_of_few_tokens_is_passed_on_before_the_forward_pass(monkeypatch):
     monkeypatch.setattr(trl_policy, "FEW_TOKENS", 9)
     trainer = trl_trainer("GRPOTrainer", loss_type="cispo", epsilon_high=5.0)
-    replaced = trl.library.replacements["GRPOTrainer._compute_loss"].function
     few = trl_inputs(torch.ones(2), torch.ones(2, 4, dtype=torch.int64))
-    assert replaced(lambda *arguments: arguments[2], trainer, None, few) is few
+    assert grpo_loss(lambda *arguments: arguments[2])(trainer, None, few) is few
 
 
 def test_float64_is_passed_on_after_one_forward_pass():
@@ -216,7 +229,7 @@ def test_float64_is_passed_on_after_one_forward_pass():
     trainer.forward = tuple(x.double() for x in trainer.forward[:2]) + (None,)
     forward, calls = trainer._get_per_token_logps_and_entropies, []
     trainer._get_per_token_logps_and_entropies = lambda *a, **k: calls.append(1) or forward()
-    loss = trl_policy.grpo_loss(originals[GRPOTrainer], trainer, None, inputs)
+    loss = grpo_loss(originals[GRPOTrainer])(trainer, None, inputs)
     assert loss.dtype == torch.float64 and calls == [1]
     assert trainer._metrics["train"]["entropy"] and trainer._last_world_entropy < math.inf
 

@@ -7,7 +7,6 @@ from tests.integrations.compare import compare
 
 pytest.importorskip("trl", reason="TRL is not installed: make peers; then make test-integrations")
 from datasets import Dataset  # noqa: E402
-from datasets.table import InMemoryTable  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 from trl import DPOConfig, DPOTrainer  # noqa: E402
@@ -46,8 +45,7 @@ def trainer(tmp_path_factory):
         report_to=[], use_cpu=True, bf16=False, logging_steps=1, save_strategy="no",
         learning_rate=1e-2, disable_tqdm=True,
     )  # fmt: skip
-    # a fingerprint of our own: dill cannot pickle a table of this pyarrow to make one
-    data = Dataset(InMemoryTable.from_pylist(pairs), fingerprint="pairs")
+    data = Dataset.from_list(pairs)
     model = LlamaForCausalLM(config)
     made = DPOTrainer(
         model, LlamaForCausalLM(config), arguments, train_dataset=data,

@@ -11,6 +11,28 @@ from warpo.bench.train.job import Clock, Job, make  # noqa: E402
 from warpo.kernels.integrations import trl  # noqa: E402
 
 
+def test_autocast_as_by_default_is_served(tmp_path, monkeypatch):
+    """TRL trains float32 weights under bfloat16: no call is passed on."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    job = Job(
+        folder=str(tmp_path), model="tiny", steps=3, warm_up=1, prompts_per_step=2, group_size=4,
+        prompt_tokens=8, new_tokens=12, lr=1e-3, kv_cache_gib=0.0, sampler="transformers",
+    )  # fmt: skip
+    make(job)
+    theirs, ours = (
+        train(job, str(tmp_path / str(patched)), patched, Clock(), bf16=True)
+        for patched in (False, True)
+    )
+    calls = {name: found.calls for name, found in trl.library.replacements.items()}
+    assert not any(found.passed_on for found in calls.values())
+    # of the policy with a gradient, and of the reference and the policy of the samples without one
+    assert calls["ChunkedLogProbFunction.backward"].served == 4
+    assert calls["ChunkedLogProbFunction.forward"].served > 4
+    assert calls["GRPOTrainer._compute_loss"].served == 4
+    for a, b in zip(theirs, ours, strict=True):
+        assert abs(a["loss"] - b["loss"]) <= 1e-2 and abs(a["entropy"] - b["entropy"]) <= 1e-2
+
+
 def test_twenty_steps_log_the_same(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     job = Job(

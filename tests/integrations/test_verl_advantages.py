@@ -220,6 +220,10 @@ def test_by_name_and_by_registry():
             "compute_gae_advantage_return",
             (*[torch.rand(2, 3).double()] * 2, torch.ones(2, 3), 1, 1),
         ),
+        (
+            "compute_gae_advantage_return",
+            (torch.rand(2, 3), torch.rand(2, 3), torch.tensor([[1, 0.5, 1], [1, 0.25, 0]]), 1, 1),
+        ),
     ],
 )
 def test_the_rest_is_passed_on(name, arguments):

@@ -12,6 +12,7 @@ pytest.importorskip("verl", reason="verl is not installed: make peers; then make
 from verl.trainer.ppo import core_algos  # noqa: E402
 from verl.workers.config import ActorConfig, PolicyLossConfig  # noqa: E402
 
+from warpo.kernels.integrations.patching import wrap  # noqa: E402
 from warpo.kernels.integrations.verl import library  # noqa: E402
 
 MODES = (
@@ -192,7 +193,7 @@ def left_to_verl(name, *arguments, **keywords):
     def original(*got, **got_keywords):
         return result
 
-    return library.replacements[name].function(original, *arguments, **keywords) is result
+    return wrap(library.replacements[name], original)(*arguments, **keywords) is result
 
 
 def test_what_is_left_to_verl():
@@ -215,10 +216,47 @@ def test_what_is_left_to_verl():
     assert left_to_verl("compute_policy_loss_dro", *arguments, actor_config(), mask)
     assert left_to_verl("agg_loss", log_prob, mask, "token-mean", batch_num_tokens=torch.tensor(3))
     assert left_to_verl("agg_loss", log_prob.double(), mask, "token-mean")
+    weights = torch.tensor([[1, 0.5, 1, 1, 0], [1, 0.25, 0, 1, 1]])
+    for weighing in (weights, (4 * weights).long(), weights.masked_fill(mask == 1, torch.nan)):
+        assert left_to_verl("agg_loss", log_prob, weighing, "token-mean")
+        assert left_to_verl("compute_value_loss", log_prob, advantages, old, weighing, 0.2)
+        for loss in LOSSES:
+            name = f"compute_policy_loss_{loss}"
+            found = left_to_verl(name, *arguments[:3], weighing, "token-mean", actor_config())
+            assert found, name
     assert left_to_verl("kl_penalty", log_prob, old, "full")
     assert left_to_verl("kl_penalty", log_prob, old, "k2")
     assert left_to_verl("kl_penalty", log_prob, old[:, :1], "k3")
     assert left_to_verl("compute_value_loss", log_prob, advantages, old, mask, -1.0)
+
+
+class Data(dict):
+    """A batch of padded tensors."""
+
+    def select(self, *names):
+        return self
+
+    to_padded_tensor = select
+
+
+def test_what_a_step_of_the_actor_calls_by_default_is_served(monkeypatch):
+    from verl.workers.utils import losses
+
+    monkeypatch.setattr(losses, "no_padding_2_padding", lambda tensor, data: tensor)
+    old, log_prob, advantages = tokens(2, 5)
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 0, 1, 1, 1]])
+    data = Data(
+        dp_size=1, batch_num_tokens=7, global_batch_size=2, response_mask=mask, old_log_probs=old,
+        advantages=advantages, ref_log_prob=old + 0.1,
+    )  # fmt: skip
+    output = {"log_probs": log_prob.requires_grad_(), "entropy": log_prob.detach().square()}
+    with library.patch():
+        loss, _ = losses.ppo_loss(actor_config(use_kl_loss=True), output, data)
+        loss.backward()
+        calls = {name: r.calls for name, r in library.replacements.items()}
+    served = {name: found.served for name, found in calls.items() if found.served}
+    assert served == {"compute_policy_loss_vanilla": 1, "agg_loss": 2, "kl_penalty": 1}
+    assert not any(found.passed_on for found in calls.values())
 
 
 @pytest.mark.parametrize("name", LOSSES)

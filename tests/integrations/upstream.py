@@ -38,9 +38,9 @@ def fetch(library: str, peers: Path) -> Path:
     Raises:
         SystemExit: they are in no package.
     """
-    overlay = peers / library
+    folder = peers / library
     if library == "openrlhf":
-        return overlay
+        return folder / "site-packages"
     if library != "verl":
         sys.exit(f"{library} has its tests in its repository alone: pass --source CHECKOUT")
     requirement = next(
@@ -48,12 +48,12 @@ def fetch(library: str, peers: Path) -> Path:
         for line in Path(f"bench/requirements/{library}.txt").read_text().splitlines()
         if line.startswith(f"{library}==")
     )
-    source = overlay / "source"
+    source = folder / "source"
     if not source.exists():
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary",
-                   library, "--no-build-isolation", "--dest", overlay, requirement]  # fmt: skip
+                   library, "--no-build-isolation", "--dest", folder, requirement]  # fmt: skip
         subprocess.run(command, check=True)
-        with tarfile.open(next(overlay.glob(f"{library}-*.tar.gz"))) as archive:
+        with tarfile.open(next(folder.glob(f"{library}-*.tar.gz"))) as archive:
             # the tests alone, so that they import the library that is installed
             tests = [m for m in archive.getmembers() if m.name.split("/")[1:2] == ["tests"]]
             archive.extractall(source, tests, filter="data")
@@ -106,7 +106,7 @@ def main() -> int:
     parser.add_argument("--peers", type=Path, default=Path(".peers"), metavar="DIR")
     args = parser.parse_args()
     source = (args.source or fetch(args.library, args.peers)).absolute()
-    overlay = args.peers / args.library
+    overlay = args.peers / args.library / "site-packages"
     plain = outcomes(args.library, source, overlay, patched=False)
     patched = outcomes(args.library, source, overlay, patched=True)
     lost = sorted(t for t, o in plain.items() if o == PASSED and patched.get(t) != PASSED)
