@@ -99,7 +99,7 @@ def _check_memory(name: str, tensor: Tensor) -> None:
     if tensor.is_nested:
         refuse("is a nested tensor", f"{name}.to_padded_tensor(0.0) and a mask, or cu_seqlens")
     if tensor.layout is not torch.strided:
-        refuse(f"is of layout {_names([tensor.layout])}", f"{name}.to_dense()")
+        refuse(f"is of layout {tensor.layout}", f"{name}.to_dense()")
     if kind not in _PLAIN and "__torch_dispatch__" in _overridden(kind):
         refuse(
             f"is a {kind.__name__}, which keeps its numbers in tensors of its own",
