@@ -99,7 +99,7 @@ def _check_memory(name: str, tensor: Tensor) -> None:
     if tensor.is_nested:
         refuse("is a nested tensor", f"{name}.to_padded_tensor(0.0) and a mask, or cu_seqlens")
     if tensor.layout is not torch.strided:
-        refuse(f"is of layout {_names([tensor.layout])}", f"{name}.to_dense()")
+        refuse(f"is of layout {tensor.layout}", f"{name}.to_dense()")
     if kind not in _PLAIN and "__torch_dispatch__" in _overridden(kind):
         refuse(
             f"is a {kind.__name__}, which keeps its numbers in tensors of its own",
@@ -210,6 +210,8 @@ def check_unspent(spent: bool) -> None:
 
 def check_own_memory(name: str, tensor: Tensor, cure: str) -> None:
     """Refuse to write where two elements may share a place, as in expanded or unfolded views."""
+    if is_dynamo_compiling():
+        return
     reach = 0
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1 and stride <= reach:

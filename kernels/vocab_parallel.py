@@ -55,10 +55,11 @@ class VocabParallelLogprobs(torch.autograd.Function):
             return (None if targets.numel() else torch.zeros_like(logits),) + (None,) * 5
         ctx.spent = ctx.inplace
         grad_logits = logits.detach() if ctx.inplace else torch.empty_like(logits)
-        gradients = (x if x is None else as_plain(x) for x in (grad_logp, grad_entropy))
+        grad_logp = None if grad_logp is None else as_plain(grad_logp)
+        grad_entropy = None if grad_entropy is None else as_plain(grad_entropy)
         split_backward(
             logits.detach(), targets, (temperature, token_temperature, mask, ignore_index),
-            entropy, stats, *gradients, grad_logits, ctx.backend, ctx.group,
+            entropy, stats, grad_logp, grad_entropy, grad_logits, ctx.backend, ctx.group,
         )  # fmt: skip
         if ctx.inplace:
             torch.autograd.graph.increment_version(grad_logits)

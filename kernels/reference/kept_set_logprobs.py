@@ -39,5 +39,5 @@ def kept_set_logprobs(
         legal &= (temperature > 0) & (temperature < torch.inf)
     logp = z.log_softmax(-1).gather(1, torch.where(legal[:, None], target, z.argmax(1)[:, None]))
     # a factor, which poisons the gradient too
-    poison = torch.where(legal, 1.0, torch.nan).to(z.dtype)
+    poison = torch.where(legal | ~some, 1.0, torch.nan).to(z.dtype)
     return torch.where(some, logp[:, 0].clamp(max=0) * poison, 0)

@@ -35,5 +35,5 @@ def logprobs(
     if isinstance(temperature, Tensor):
         inside = inside & (temperature > 0) & (temperature < torch.inf)
     # a factor, which poisons the gradient too
-    poison = torch.where(inside, 1.0, torch.nan).to(z.dtype)
+    poison = torch.where(inside | ~valid, 1.0, torch.nan).to(z.dtype)
     return torch.where(valid, logp * poison, 0), torch.where(valid, entropy * poison, 0)
