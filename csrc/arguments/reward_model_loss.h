@@ -32,7 +32,7 @@ struct RewardModelLoss {
 };
 
 struct RankingLoss {
-    int64_t groups;
+    int64_t groups, num_scores;
     View scores;               // (0, i) float
     View ranks;                // (0, i) int64, lower is better
     View mask;                 // (0, i) uint8, optional

@@ -26,6 +26,8 @@ from warpo.kernels._triton.policy_terms import (
     kl_estimate,
     surrogate_terms,
 )
+from warpo.kernels._triton.sequences import bounds as bounds_of
+from warpo.kernels._triton.sequences import poison_if
 
 BLOCK = 256
 WARPS = 4
@@ -51,20 +53,6 @@ def _valid(mask, token, end):
     if mask[0] is not None:
         keep &= tl.load(mask[0] + token * mask[1], mask=keep, other=0) != 0
     return keep
-
-
-@triton.jit
-def _bounds(sequence, steps, cu_seqlens_ptr):
-    """Step at which a sequence begins in its row, its length, and where its gradient begins."""
-    if cu_seqlens_ptr is None:
-        first = tl.zeros_like(sequence)
-        length = steps
-        grad_start = sequence * steps
-    else:
-        first = tl.load(cu_seqlens_ptr + sequence).to(tl.int64)
-        length = tl.load(cu_seqlens_ptr + sequence + 1) - first
-        grad_start = first
-    return first, length, grad_start
 
 
 @triton.jit
@@ -246,7 +234,9 @@ def _policy_loss_kernel(
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     sequence = program // parts
-    first, length, grad_start = _bounds(sequence, steps, cu_seqlens_ptr)
+    first, length, grad_start, malformed = bounds_of(
+        sequence, tl.num_programs(0) // parts, steps, cu_seqlens_ptr
+    )
     logprobs_ptr += sequence * logprobs_stride_b + first * logprobs_stride_t
     old_ptr += sequence * old_stride_b + first * old_stride_t
     advantages_ptr += sequence * advantages_stride_b + first * advantages_stride_t
@@ -295,6 +285,7 @@ def _policy_loss_kernel(
     weight = tl.where(denominator > 0, 1.0 / denominator, 0.0)
     if SEQUENCE_MEAN:
         weight /= tokens
+    weight = poison_if(malformed, weight)
     if adaptive_kl_coef_ptr is not None:
         kl_coef = tl.load(adaptive_kl_coef_ptr)
     _part(

@@ -19,7 +19,7 @@ def aggregate(
     weight = sequences.valid.to(values.dtype)
     tokens = weight.sum()
     if aggregation == "sequence-mean-token-mean":
-        weight = weight / sequences.sum(weight).clamp(min=1)[sequences.sequence]
+        weight = weight / sequences.spread(sequences.counts(weight.dtype).clamp(min=1))
     if denominator is None:
         number = torch.full_like(tokens, sequences.number)
         denominator = tokens if aggregation == "token-mean" else number
