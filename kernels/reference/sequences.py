@@ -27,7 +27,8 @@ class Sequences(NamedTuple):
 
     def spread(self, x: Tensor) -> Tensor:
         """What its sequence has, for each token."""
-        return x[self.sequence] if self.number else x.new_zeros(self.valid.shape)
+        # of no sequences the sum is 0, and differentiable
+        return x[self.sequence] if self.number else x.sum().expand(self.valid.shape)
 
     def counts(self, dtype: torch.dtype) -> Tensor:
         """Number of valid tokens of each sequence."""
