@@ -9,6 +9,7 @@
 
 #include "dlpack.h"
 #include "kernels.h"
+#include "math/offsets.h"
 
 #ifdef WARPO_CUDA
 #include "cuda/cuda.h"
@@ -139,14 +140,14 @@ private:
     Py_ssize_t position_ = 0;
 };
 
-template <class... Arguments>
-void define(py::module_& m, const char* name, void (*operation)(Arguments...)) {
+template <class Result, class... Arguments>
+void define(py::module_& m, const char* name, Result (*operation)(Arguments...)) {
     m.def(name, [name, operation](py::args tuple) {
         Reader reader(name, tuple);
         std::tuple<std::decay_t<Arguments>...> arguments{reader.read<std::decay_t<Arguments>>()...};
         reader.finish();
         py::gil_scoped_release unlocked;
-        std::apply(operation, arguments);
+        return std::apply(operation, arguments);
     });
 }
 
@@ -156,6 +157,9 @@ PYBIND11_MODULE(WARPO_MODULE, m) {
     m.def("read_tensors", &read_tensors);
 #ifndef WARPO_CUDA
     m.def("instruction_set", &library::instruction_set);
+    define(m, "first_and_last", &first_and_last);
+    define(m, "first_malformed", &first_malformed);
+    define(m, "first_malformed_end", &first_malformed_end);
 #endif
 #define WARPO_DEFINE(operation, Arguments) define(m, #operation, library::operation);
     WARPO_OPERATIONS(WARPO_DEFINE)

@@ -24,6 +24,7 @@ from torch import Tensor
 from warpo.kernels import dispatch, reference
 from warpo.kernels.checks import FLOATS, check_mask, check_no_grad, check_tensor
 from warpo.kernels.objectives import AGGREGATIONS
+from warpo.kernels.offsets import check_values
 from warpo.kernels.registration import Operator
 from warpo.kernels.sequences import as_denominator, check_aggregation, check_sequences
 
@@ -51,8 +52,7 @@ def aggregate(
         mask: like values, bool | uint8, or float32 weights >= 0, a constant. Slots that are masked
             or of weight 0 are never read (they may hold NaN); their gradient is 0. A weight that is
             negative or NaN makes the result NaN.
-        cu_seqlens: (B + 1,) int32: sequence b is values[cu_seqlens[b] : cu_seqlens[b + 1]]. Tokens
-            of no sequence are not valid.
+        cu_seqlens: as in `policy_loss`: sequence b is values[cu_seqlens[b] : cu_seqlens[b + 1]].
         denominator: what the aggregation divides by, a number or a scalar tensor: for
             gradients that do not depend on the split into micro-batches, the count of the whole
             optimizer step. A constant. Not given: the sum of the mask in this call for
@@ -80,6 +80,7 @@ def aggregate(
         denominator = as_denominator(denominator, values)
     name = dispatch.choose(values, backend)
     if name == "reference":
+        check_values("cu_seqlens", cu_seqlens, values.numel())
         return reference.aggregate(
             values.float(), aggregation, mask=mask, cu_seqlens=cu_seqlens,
             denominator=denominator if number < 0 else values.new_full((), number).float(),
@@ -112,6 +113,7 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """The result, and the weight of a valid token of each sequence, with the workspace behind."""
+    check_values("cu_seqlens", cu_seqlens, values.shape[-1])
     sequences = _sequences(values, cu_seqlens)
     result, weights = _allocate(values, sequences)
     dispatch.load(backend).aggregate_forward(
@@ -141,6 +143,7 @@ def _backward(
     dtype: torch.dtype,
     backend: str,
 ) -> Tensor:
+    check_values("cu_seqlens", cu_seqlens, shape[-1])
     sequences = shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     grad_values = weights.new_empty(shape, dtype=dtype)
     if sequences == 0:

@@ -18,6 +18,7 @@ from torch import Tensor
 from warpo.kernels import dispatch, reference, scan
 from warpo.kernels.checks import FLOATS, check_tensor
 from warpo.kernels.gae_operator import gae_operator
+from warpo.kernels.offsets import valid_tokens
 from warpo.kernels.scan import Steps
 from warpo.kernels.whiten import whiten as whitened
 
@@ -63,8 +64,9 @@ def gae(
             decays the trace. "compact": as "carry", and the rewards behind the last valid step of
             a row, which alone are read in spite of the mask, are added to the reward of that step;
             they get its gradient. A row without a valid step has no rewards.
-        cu_seqlens: (B + 1,) int32, from 0 to N: sequence b is steps [cu_seqlens[b],
-            cu_seqlens[b + 1]) of the packed 1-D tensors.
+        cu_seqlens: (B + 1,) int32: sequence b is steps [cu_seqlens[b], cu_seqlens[b + 1]) of the
+            packed 1-D tensors; not descending, within [0, N]. Steps of no sequence are never read;
+            results and gradients are 0 there. On a GPU those of a malformed sequence are NaN.
         terminated: like rewards, bool | uint8: the episode ended for good, the next value is 0.
         truncated: like rewards, bool | uint8: the episode was cut, the next value is final_values.
         last_values: values after the last step, one a sequence or environment; 0 if not given, as
@@ -86,7 +88,8 @@ def gae(
         advantages, returns: float32, of the shape of rewards.
 
     Raises:
-        ValueError: a shape, dtype, device or option is not as above.
+        ValueError: a shape, dtype, device or option is not as above, or on the CPU cu_seqlens are
+            not.
 
     Source: https://arxiv.org/abs/1506.02438 eq. 16. Memory beyond arguments and results: none;
     with whiten one float32 a step.
@@ -102,8 +105,9 @@ def gae(
     check_tensor("values", values, FLOATS, rewards.shape, rewards)
     name = dispatch.choose(rewards, backend)
     if name == "reference":
+        options = scan.reference_options(rewards, steps)
         advantages, returns = reference.gae(
-            rewards.float(), values.float(), gamma, gae_lambda, **scan.reference_options(steps)
+            rewards.float(), values.float(), gamma, gae_lambda, **options
         )
     else:
         advantages, returns = gae_operator(
@@ -112,5 +116,6 @@ def gae(
         )  # fmt: skip
         advantages, returns = scan.as_given(steps, advantages, returns)
     if whiten:
-        advantages = whitened(advantages, mask, eps=1e-8, backend=backend)
+        valid = valid_tokens(mask, cu_seqlens, rewards.numel())
+        advantages = whitened(advantages, valid, eps=1e-8, backend=backend)
     return Gae(advantages, returns)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from warpo.kernels import dispatch
 from warpo.kernels.registration import Operator
-from warpo.kernels.scan import empty_like, nothing_like, sizes
+from warpo.kernels.scan import empty_like, is_empty, nothing_like, sizes
 
 
 def _forward(
@@ -33,7 +33,7 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     advantages, returns = _allocate(rewards, returns_only)
-    if rewards.numel():
+    if not is_empty(rewards, cu_seqlens, advantages, returns):
         dispatch.load(backend).gae_forward(
             *sizes(rewards, cu_seqlens), cu_seqlens, rewards, None, values, last_values,
             final_values, mask, terminated, truncated, last_terminated, last_truncated,
@@ -70,7 +70,7 @@ def _backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     gradients = _allocate_gradients(rewards, cu_seqlens, has_values, has_final_values)
-    if rewards.numel():
+    if not is_empty(rewards, cu_seqlens, *gradients):
         of_rewards, of_values, of_last, of_final = gradients
         final = of_final if has_final_values else None
         dispatch.load(backend).gae_backward(

@@ -23,6 +23,7 @@ from torch import Tensor
 from warpo.kernels import dispatch, reference
 from warpo.kernels.checks import check_tensor
 from warpo.kernels.linear_head import check_head
+from warpo.kernels.offsets import check_values
 from warpo.kernels.registration import Operator
 
 INTEGERS = (torch.int32, torch.int64)
@@ -49,9 +50,10 @@ def kept_set_logprobs(
             poisons its token with NaN, as does a kept id outside [0, V).
         kept_ids: (nnz,) int32 | int64, dense: those of token 0, then those of token 1, ... in any
             order, none twice in a token.
-        kept_offsets: (N + 1,) int32 | int64, dense, rising from 0 to nnz: token n keeps
+        kept_offsets: (N + 1,) int32 | int64, dense, not descending, within [0, nnz]: token n keeps
             kept_ids[kept_offsets[n] : kept_offsets[n + 1]]. A token that keeps none is masked: its
-            hidden state is not read (it may hold NaN), its result and gradient are 0.
+            hidden state is not read (it may hold NaN), its result and gradient are 0. On a GPU
+            the result of a token whose offsets are malformed is NaN.
         bias: (V,) float32 | bfloat16 | float16. Differentiable.
         temperature: finite and > 0: a number, a () float32 on the device, or one float32 per token.
             Not differentiable. What is on the device is not looked at: a token whose temperature is
@@ -72,6 +74,7 @@ def kept_set_logprobs(
     _check_kept(hidden, kept_ids, kept_offsets)
     name = dispatch.choose(hidden, backend)
     if name == "reference":
+        check_values("kept_offsets", kept_offsets, kept_ids.shape[0], "kept ids")
         return reference.kept_set_logprobs(
             hidden.float(), weight.float(), targets, kept_ids, kept_offsets, temperature,
             bias=None if bias is None else bias.float(),
@@ -108,6 +111,7 @@ def _forward(
     token_temperature: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    check_values("kept_offsets", kept_offsets, kept_ids.shape[0], "kept ids")
     logp, kept_logits, stats = _allocate(hidden, kept_ids)
     dispatch.load(backend).kept_set_logprobs_forward(
         hidden.shape[0], *weight.shape, kept_ids.shape[0], hidden, weight, bias, targets, kept_ids,
@@ -146,6 +150,7 @@ def _backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias; empty ones for those that are not wanted."""
+    check_values("kept_offsets", kept_offsets, kept_ids.shape[0], "kept ids")
     grad_hidden, grad_weight, grad_bias = _allocate_gradients(hidden, weight, bias, wanted)
     kernels, grad_logits = dispatch.load(backend), torch.zeros_like(kept_logits)
     kernels.kept_set_logprobs_backward(
@@ -157,6 +162,7 @@ def _backward(
         ids, order = kept_ids.sort(stable=True)
         bounds = torch.arange(weight.shape[0] + 1, device=ids.device, dtype=ids.dtype)
         tokens = torch.searchsorted(kept_offsets.long(), order, right=True) - 1
+        tokens = tokens.clamp_(0, hidden.shape[0] - 1)  # of entries that no token has
         sums = torch.empty_like(grad_bias, dtype=torch.float32)
         kernels.kept_set_weight_gradient(
             *weight.shape, hidden, order, tokens, torch.searchsorted(ids, bounds), grad_logits,

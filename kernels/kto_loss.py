@@ -25,6 +25,7 @@ from warpo.kernels.checks import (
     check_number,
     check_tensor,
 )
+from warpo.kernels.offsets import check_values, is_malformed, valid_tokens
 from warpo.kernels.registration import Operator
 from warpo.kernels.sequences import as_denominator, check_sequences, spread_packed
 from warpo.kernels.symbolic import as_scalar
@@ -72,7 +73,7 @@ def kto_loss(
         undesirable_weight: of the others.
         mask: like logprobs, bool | uint8. Masked slots are never read (they may hold NaN); their
             gradient is 0.
-        cu_seqlens: (B + 1,) int32: answer b is logprobs[cu_seqlens[b] : cu_seqlens[b + 1]].
+        cu_seqlens: as in `policy_loss`: answer b is logprobs[cu_seqlens[b] : cu_seqlens[b + 1]].
         denominator: what the sum over examples is divided by, a number or a scalar tensor:
             examples of the whole optimizer step. Not given: B. 0 gives loss 0.
         backend: reference | cpu | triton | cuda; chosen by device if not given.
@@ -105,6 +106,7 @@ def kto_loss(
     scale = as_denominator(examples if denominator is None else denominator, logprobs)
     name = dispatch.choose(logprobs, backend)
     if name == "reference":
+        check_values("cu_seqlens", cu_seqlens, logprobs.numel())
         return KtoLoss(
             *reference.kto_loss(
                 logprobs.float(), ref_logprobs.float(), desirable, kl, scale, mask=mask,
@@ -151,10 +153,16 @@ def kto_reference_point(
         ValueError: a shape, dtype or device is not as above.
     """
     answers = _check(logprobs, ref_logprobs, mask, cu_seqlens)
+    tokens = logprobs.numel()
+    checked = not torch.compiler.is_compiling() and check_values("cu_seqlens", cu_seqlens, tokens)
     ratio = logprobs.float() - ref_logprobs.float()
-    if mask is not None:
-        ratio = torch.where(mask.bool(), ratio, 0)
-    return (ratio.sum() / max(answers, 1)).clamp(min=0)
+    valid = valid_tokens(mask, cu_seqlens, tokens)
+    if valid is not None:
+        ratio = torch.where(valid != 0, ratio, 0)
+    point = (ratio.sum() / max(answers, 1)).clamp(min=0)
+    if cu_seqlens is None or checked:
+        return point
+    return torch.where(is_malformed(cu_seqlens, tokens), torch.nan, point)
 
 
 def kto_metrics(metrics: Tensor) -> dict[str, float]:
@@ -204,6 +212,7 @@ def _forward(
     with_gradient: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    check_values("cu_seqlens", cu_seqlens, logprobs.shape[1])
     results = _allocate(logprobs, with_gradient)
     loss, metrics, gradient = results
     if cu_seqlens is not None:

@@ -27,6 +27,7 @@ from torch import Tensor
 from warpo.kernels import dispatch, reference
 from warpo.kernels.checks import FLOATS, check_mask, check_no_grad, check_tensor
 from warpo.kernels.objectives import KL_ESTIMATORS, Objective, get_objective
+from warpo.kernels.offsets import check_values, sequence_of_tokens
 from warpo.kernels.policy_metrics import METRICS
 from warpo.kernels.registration import Operator
 from warpo.kernels.sequences import check_sequences, count_denominator, empty_float32
@@ -70,7 +71,10 @@ def policy_loss(
             gradient is 0. Weights w of tokens, without KL and entropy bonus: the loss of a token is
             proportional to its advantage, so pass advantages * w, mask=w > 0 and
             denominator=w.sum(); in general, the loss of each token to `aggregate`.
-        cu_seqlens: (B + 1,) int32: sequence b is logprobs[cu_seqlens[b] : cu_seqlens[b + 1]].
+        cu_seqlens: (B + 1,) int32, not descending, within [0, N]: sequence b is
+            logprobs[cu_seqlens[b] : cu_seqlens[b + 1]]. Tokens of no sequence, the padding of a
+            pack, are never read and do not count; their gradient is 0. On a GPU a malformed
+            sequence makes the loss NaN.
         ref_logprobs: like logprobs: of the frozen reference. Required where kl_coef is not 0. A
             constant.
         sampler_logprobs: like logprobs: as the sampler computed them. Required where the objective
@@ -96,7 +100,8 @@ def policy_loss(
             those of micro-batches add up; log_ratio is logp - old of the token at any level.
 
     Raises:
-        ValueError: a shape, dtype, device or option is not as above.
+        ValueError: a shape, dtype, device or option is not as above, or on the CPU cu_seqlens are
+            not.
 
     Source: see the module and the row of the objective. Memory beyond arguments and results: 4
     bytes a token for each of the two gradients, 64 bytes a sequence and at least 32 KiB.
@@ -118,10 +123,11 @@ def policy_loss(
             f"entropy_coef = {objective.entropy_coef} needs entropy; or set entropy_coef to 0"
         )
     denominator = count_denominator(
-        denominator, objective.aggregation, logprobs, mask, num_sequences
+        denominator, objective.aggregation, logprobs, mask, cu_seqlens, num_sequences
     )
     name = dispatch.choose(logprobs, backend)
     if name == "reference":
+        check_values("cu_seqlens", cu_seqlens, logprobs.numel())
         if adaptive_kl_coef is not None:
             kl_coef = adaptive_kl_coef
         return PolicyLoss(
@@ -233,7 +239,9 @@ def _per_token(advantages: Tensor, logprobs: Tensor, cu_seqlens: Tensor | None) 
         return advantages
     if cu_seqlens is None:
         return advantages[:, None].expand(logprobs.shape)
-    return advantages.repeat_interleave(cu_seqlens.diff().long(), output_size=logprobs.numel())
+    if advantages.numel() == 0:
+        return torch.zeros_like(logprobs)
+    return advantages[sequence_of_tokens(cu_seqlens, logprobs.numel())]
 
 
 def launch_policy_loss(
@@ -269,6 +277,7 @@ def launch_policy_loss(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, metrics and the gradients with respect to logprobs and entropy, as wanted."""
+    check_values("cu_seqlens", cu_seqlens, logprobs.shape[-1])
     loss, metrics, gradients = _allocate(
         logprobs, with_gradient + with_entropy_gradient, denominator
     )

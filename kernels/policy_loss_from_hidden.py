@@ -19,6 +19,7 @@ from warpo.kernels.linear_head import LinearHead, check_chunking, check_head
 from warpo.kernels.linear_logprobs import linear_logprobs_and_entropy
 from warpo.kernels.logprobs import workspace
 from warpo.kernels.objectives import Objective, get_objective
+from warpo.kernels.offsets import in_a_sequence
 from warpo.kernels.policy_loss import (
     check_tokens,
     kl_term,
@@ -75,7 +76,7 @@ def policy_loss_from_hidden(
         bias: (V,) float32 | bfloat16 | float16. Differentiable.
         temperature, softcap: of the logits, as in `linear_logprobs`.
         mask: like targets. Masked tokens take no part in the matrix products.
-        cu_seqlens: (B + 1,) int32. Tokens outside all sequences count as masked.
+        cu_seqlens: as in `policy_loss`. Tokens of no sequence count as masked.
         ignore_index: a target of this value counts as masked.
         ref_logprobs, sampler_logprobs, kl_coef, denominator: as in `policy_loss`.
         num_valid, workspace_bytes, logits_dtype: as in `linear_logprobs`.
@@ -110,7 +111,7 @@ def policy_loss_from_hidden(
         )
     valid = _valid(targets, mask, ignore_index, cu_seqlens)
     denominator = count_denominator(
-        denominator, objective.aggregation, stand_in, valid, num_sequences
+        denominator, objective.aggregation, stand_in, valid, None, num_sequences
     )
     name = dispatch.choose(hidden, backend)
     per_token = advantages.shape == targets.shape
@@ -133,15 +134,13 @@ def policy_loss_from_hidden(
     token_temperature = None
     if isinstance(temperature, Tensor):
         token_temperature, temperature = temperature, 1.0
-    sequence_mean = objective.aggregation == "sequence-mean-token-mean"
-    token_advantages, valid_tokens = of_sequences(advantages, valid, cu_seqlens, sequence_mean)
     loss, metrics, logp, entropy, _, _, _ = _operator(
         rows, weight, bias, targets, temperature, token_temperature, softcap or 0.0, *chunking,
-        valid, cu_seqlens, old_logprobs, advantages, token_advantages,
-        ref_logprobs if kl else None,
-        sampler_logprobs if objective.correction != "none" else None, valid_tokens,
+        valid, cu_seqlens, old_logprobs, advantages, ref_logprobs if kl else None,
+        sampler_logprobs if objective.correction != "none" else None,
         *objective.ratio_arguments, kl, objective.kl_gradient == "k2", kl_number, adaptive_kl_coef,
-        objective.entropy_coef, objective.log_ratio_limit, denominator, wanted, name,
+        objective.entropy_coef, objective.log_ratio_limit,
+        objective.aggregation == "sequence-mean-token-mean", denominator, wanted, name,
     )  # fmt: skip
     return PolicyLossFromHidden(loss, metrics, logp, entropy)
 
@@ -154,8 +153,7 @@ def _valid(
     if mask is not None:
         valid = valid & (mask != 0)
     if cu_seqlens is not None:
-        place = torch.arange(targets.shape[0], device=targets.device)
-        valid = valid & (place >= cu_seqlens[0]) & (place < cu_seqlens[-1])
+        valid = valid & in_a_sequence(cu_seqlens, targets.shape[0])
     return valid
 
 
@@ -174,10 +172,8 @@ def _forward(
     cu_seqlens: Tensor | None,
     old_logprobs: Tensor | None,
     advantages: Tensor,
-    token_advantages: Tensor,
     ref_logprobs: Tensor | None,
     sampler_logprobs: Tensor | None,
-    valid_tokens: Tensor | None,
     ratio_level: int,
     surrogate: int,
     ratio_low: float,
@@ -195,11 +191,13 @@ def _forward(
     adaptive_kl_coef: Tensor | None,
     entropy_coef: float,
     log_ratio_limit: float,
+    sequence_mean: bool,
     denominator: Tensor,
     wanted: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss, metrics, logprobs and entropy of every token, gradients of hidden, weight, bias."""
+    token_advantages, valid_tokens = of_sequences(advantages, valid, cu_seqlens, sequence_mean)
     head = LinearHead(
         hidden, weight, bias, softcap, valid.reshape(-1), num_valid, workspace_bytes,
         float32_logits, gradient_buffer=softcap != 0 and any(wanted),
@@ -220,7 +218,7 @@ def _forward(
     logp, entropy = logp.view(targets.shape), entropy.view(targets.shape)
     loss, metrics, _ = launch_policy_loss(  # type: ignore[call-arg]  # a star of unknown length
         logp, entropy, logp if old_logprobs is None else old_logprobs, advantages, ref_logprobs,
-        sampler_logprobs, valid, cu_seqlens, *objective, valid_tokens is not None, denominator,
+        sampler_logprobs, valid, cu_seqlens, *objective, sequence_mean, denominator,
         False, False, backend,
     )  # fmt: skip
     of_hidden, of_weight, of_bias = (
@@ -288,7 +286,7 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, grad_loss, *_):
-    nothing = (None,) * 35
+    nothing = (None,) * 34
     if grad_loss is None:
         return (None, None, None, *nothing)
     # a scalar of shape () would be rounded to the dtype of the gradient, this one is not

@@ -28,6 +28,12 @@ from warpo.kernels import dispatch
 from warpo.kernels.checks import as_rows
 from warpo.kernels.logprobs import check_inplace, check_logits, logprobs_and_entropy
 from warpo.kernels.objectives import Objective, get_objective
+from warpo.kernels.offsets import (
+    check_values,
+    in_a_sequence,
+    is_malformed,
+    sequence_of_tokens,
+)
 from warpo.kernels.policy_loss import (
     check_tokens,
     kl_term,
@@ -121,7 +127,9 @@ def policy_loss_from_logits(
     valid = targets != ignore_index
     if mask is not None:
         valid &= mask != 0
-    denominator = count_denominator(denominator, objective.aggregation, like, valid, num_sequences)
+    denominator = count_denominator(
+        denominator, objective.aggregation, like, valid, cu_seqlens, num_sequences
+    )
     name = dispatch.choose(logits, backend)
     if inplace and name == "reference":
         raise ValueError("inplace is not supported by backend 'reference': leave it False")
@@ -130,6 +138,8 @@ def policy_loss_from_logits(
     recording = logits.requires_grad and torch.is_grad_enabled()
     per_token = advantages.shape == shape
     if name == "reference" or not recording or count_reads(objective, old_logprobs, per_token) == 2:
+        if cu_seqlens is not None:
+            valid &= in_a_sequence(cu_seqlens, targets.shape[0])
         logp, entropy = logprobs_and_entropy(
             logits, targets, temperature=temperature, mask=valid, ignore_index=ignore_index,
             inplace_backward=inplace, backend=name,
@@ -144,8 +154,6 @@ def policy_loss_from_logits(
     token_temperature = None
     if isinstance(temperature, Tensor):
         token_temperature, temperature = as_rows("temperature", temperature), 1.0
-    sequence_mean = objective.aggregation == "sequence-mean-token-mean"
-    token_advantages, valid_tokens = of_sequences(advantages, valid, cu_seqlens, sequence_mean)
     loss, metrics, logp, entropy, _ = _operator(
         as_rows("logits", logits, keep=1),
         as_rows("targets", targets),
@@ -156,10 +164,8 @@ def policy_loss_from_logits(
         cu_seqlens,
         old_logprobs,
         advantages,
-        token_advantages,
         ref_logprobs if kl else None,
         sampler_logprobs if objective.correction != "none" else None,
-        valid_tokens,
         *objective.ratio_arguments,
         kl,
         objective.kl_gradient == "k2",
@@ -167,6 +173,7 @@ def policy_loss_from_logits(
         adaptive_kl_coef,
         objective.entropy_coef,
         objective.log_ratio_limit,
+        objective.aggregation == "sequence-mean-token-mean",
         denominator,
         inplace,
         name,
@@ -189,28 +196,35 @@ def count_reads(objective: Objective, old_logprobs: Tensor | None, per_token: bo
 def of_sequences(
     advantages: Tensor, valid: Tensor, cu_seqlens: Tensor | None, sequence_mean: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """What is one a sequence, for each token: the advantage, and the number of valid tokens."""
+    """What is one a sequence, for each token: the advantage, and the number of valid tokens.
+
+    Advantages are NaN, and with them all gradients, where malformed offsets are on a GPU.
+
+    Raises:
+        ValueError: they are on the CPU.
+    """
+    checked = check_values("cu_seqlens", cu_seqlens, valid.shape[-1])
     if cu_seqlens is None:
         if advantages.dim() == 1:
             advantages = advantages[:, None].expand(valid.shape)
         if not sequence_mean:
             return advantages, None
         return advantages, valid.sum(1, keepdim=True, dtype=torch.float32).expand(valid.shape)
-    if advantages.shape == valid.shape and not sequence_mean:
+    per_token = advantages.shape == valid.shape
+    if per_token and not sequence_mean and checked:
         return advantages, None
     tokens, sequences = valid.shape[0], cu_seqlens.numel() - 1
     if sequences == 0:
         return valid.new_zeros(tokens, dtype=torch.float32), None
-    # tokens past the last sequence are not read
-    sequence = torch.bucketize(
-        torch.arange(tokens, device=valid.device), cu_seqlens[1:], right=True
-    ).clamp(max=sequences - 1)
-    if advantages.shape != valid.shape:
+    sequence = sequence_of_tokens(cu_seqlens, tokens)
+    if not per_token:
         advantages = advantages[sequence]
+    if not checked:
+        advantages = torch.where(is_malformed(cu_seqlens, tokens), torch.nan, advantages)
     if not sequence_mean:
         return advantages, None
     before = torch.cat([valid.new_zeros(1, dtype=torch.int64), valid.cumsum(0)])
-    ends = before[cu_seqlens.long()]
+    ends = before[cu_seqlens.long().clamp(0, tokens)]
     return advantages, ends.diff()[sequence].float()
 
 
@@ -224,10 +238,8 @@ def _forward(
     cu_seqlens: Tensor | None,
     old_logprobs: Tensor | None,
     advantages: Tensor,
-    token_advantages: Tensor,
     ref_logprobs: Tensor | None,
     sampler_logprobs: Tensor | None,
-    valid_tokens: Tensor | None,
     ratio_level: int,
     surrogate: int,
     ratio_low: float,
@@ -245,11 +257,13 @@ def _forward(
     adaptive_kl_coef: Tensor | None,
     entropy_coef: float,
     log_ratio_limit: float,
+    sequence_mean: bool,
     denominator: Tensor,
     inplace: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss, metrics, logprobs and entropy `[rows, steps]`, and the gradient of the logits."""
+    token_advantages, valid_tokens = of_sequences(advantages, valid, cu_seqlens, sequence_mean)
     _, _, logp, entropy, gradient = _allocate(logits, inplace)
     sequences = valid.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
 
@@ -274,7 +288,7 @@ def _forward(
         ref_logprobs, sampler_logprobs, valid, cu_seqlens, ratio_level, surrogate, ratio_low,
         ratio_high, dual_clip, tau_positive, tau_negative, correction, correction_sequence,
         correction_low, correction_high, kl, kl_straight_through, kl_coef, adaptive_kl_coef,
-        entropy_coef, log_ratio_limit, valid_tokens is not None, denominator, False, False, backend,
+        entropy_coef, log_ratio_limit, sequence_mean, denominator, False, False, backend,
     )  # fmt: skip
     return loss, metrics, logp, entropy, gradient
 
@@ -303,7 +317,7 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, grad_loss, *_):
-    nothing = (None,) * 32
+    nothing = (None,) * 31
     if grad_loss is None:
         return (None, *nothing)
     (gradient,) = ctx.saved_tensors

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from warpo.kernels import dispatch, reference
 from warpo.kernels.checks import FLOATS, as_rows, check_mask, check_no_grad, check_tensor
+from warpo.kernels.offsets import check_values
 from warpo.kernels.preferences import LINKS, Preference, get_preference
 from warpo.kernels.registration import Operator
 from warpo.kernels.sequences import as_denominator, check_sequences, spread_packed
@@ -71,8 +72,8 @@ def preference_loss(
         chosen_mask: like chosen_logprobs, bool | uint8: the tokens of the answer. Masked slots are
             never read (they may hold NaN); their gradient is 0.
         rejected_mask: like rejected_logprobs.
-        chosen_cu_seqlens: (B + 1,) int32: answer b is its tokens chosen_cu_seqlens[b : b + 2].
-        rejected_cu_seqlens: (B + 1,) int32.
+        chosen_cu_seqlens: as in `policy_loss`: answer b is its tokens chosen_cu_seqlens[b : b + 2].
+        rejected_cu_seqlens: the same of the rejected answers.
         denominator: what the sum over pairs is divided by, a number or a scalar tensor:
             pairs of the whole optimizer step, for gradients that do not depend on micro-batches.
             Not given: B. 0 gives loss 0.
@@ -110,6 +111,8 @@ def preference_loss(
         ref_chosen_logprobs = ref_rejected_logprobs = None
     name = dispatch.choose(chosen_logprobs, backend)
     if name == "reference":
+        check_values("chosen_cu_seqlens", chosen_cu_seqlens, chosen_logprobs.numel())
+        check_values("rejected_cu_seqlens", rejected_cu_seqlens, rejected_logprobs.numel())
         return PreferenceLoss(
             *reference.preference_loss(
                 chosen_logprobs.float(), rejected_logprobs.float(),
@@ -228,6 +231,8 @@ def _forward(
     with_gradient: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_values("chosen_cu_seqlens", chosen_cu_seqlens, chosen.shape[1])
+    check_values("rejected_cu_seqlens", rejected_cu_seqlens, rejected.shape[1])
     results = _allocate(chosen, rejected, with_gradient)
     loss, metrics, grad_chosen, grad_rejected = results
     pairs = chosen.shape[0] if chosen_cu_seqlens is None else chosen_cu_seqlens.numel() - 1

@@ -23,6 +23,7 @@ from warpo.kernels.checks import (
     check_tensor,
 )
 from warpo.kernels.group_advantages import groups_of, members_of
+from warpo.kernels.offsets import check_step_ends, check_values
 from warpo.kernels.registration import Operator
 
 INDICES = (torch.int32, torch.int64)
@@ -59,8 +60,8 @@ def process_advantages(
             constant. A NaN stays in its group; to leave it out, mask its output.
         step_offsets: (B + 1,) int32 | int64: output b has the steps step_offsets[b] up to
             step_offsets[b + 1]; it may have none.
-        step_ends: (S,) int32 | int64: index of the last token of each step within its output,
-            ascending within an output. The tokens after the last step get 0.
+        step_ends: (S,) int32 | int64: index of the last token of each step within its output, not
+            descending within an output. The tokens after the last step get 0.
         num_tokens: T, the length of a row of the result; with cu_seqlens N, the tokens of all
             outputs.
         group_size: G: the outputs g G to (g + 1) G are group g. B must be a multiple of it.
@@ -81,7 +82,9 @@ def process_advantages(
         num_degenerate: () int32, on the device: groups with steps that all have the same reward.
 
     Raises:
-        ValueError: a shape, dtype, device or option is not as above.
+        ValueError: a shape, dtype, device or option is not as above; on the CPU also where
+            offsets or ends leave what they index, or descend. On a GPU the advantages of such an
+            output are NaN, and so is its group where its step_offsets are malformed.
 
     Source: https://arxiv.org/abs/2402.03300 section 4.1.3. Memory beyond arguments and results:
         none with group_size alone; 24 bytes an output with group_ids or mask.
@@ -92,6 +95,7 @@ def process_advantages(
     check_mask("mask", mask, (num_outputs,), step_rewards)
     name = dispatch.choose(step_rewards, backend)
     if name == "reference":
+        _check_values(step_rewards, step_offsets, step_ends, num_tokens, cu_seqlens)
         ids = groups_of(num_outputs, group_size, group_ids, mask, step_rewards.device)
         return ProcessAdvantages(
             *reference.process_advantages(
@@ -144,6 +148,18 @@ def _check(
         raise ValueError(f"eps must be >= 0, got {eps}")
 
 
+def _check_values(
+    step_rewards: Tensor,
+    step_offsets: Tensor,
+    step_ends: Tensor,
+    num_tokens: int,
+    cu_seqlens: Tensor | None,
+) -> None:
+    check_values("cu_seqlens", cu_seqlens, num_tokens)
+    check_values("step_offsets", step_offsets, step_rewards.numel(), "steps")
+    check_step_ends(step_offsets, step_ends, num_tokens, cu_seqlens)
+
+
 def _count_groups(
     num_outputs: int,
     group_size: int | None,
@@ -188,10 +204,11 @@ def _forward(
         step_rewards, step_offsets, step_ends, num_tokens, cu_seqlens, group_size, num_groups
     )
     num_outputs = step_offsets.numel() - 1
+    _check_values(step_rewards, step_offsets, step_ends, num_tokens, cu_seqlens)
     if num_outputs:
         dispatch.load(backend).process_advantages(
-            num_outputs, num_groups, num_tokens, cu_seqlens, step_rewards, step_offsets, step_ends,
-            group_size, group_ids, order, offsets, std_mode, eps, *results,
+            num_outputs, num_groups, step_rewards.numel(), num_tokens, cu_seqlens, step_rewards,
+            step_offsets, step_ends, group_size, group_ids, order, offsets, std_mode, eps, *results,
         )  # fmt: skip
     return results
 

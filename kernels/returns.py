@@ -86,7 +86,7 @@ def lambda_returns(
     Args:
         rewards: `[B, T]`, `[N, T]` or `[T, N]`, or packed `(N,)` with cu_seqlens; float32 |
             bfloat16 | float16, any strides. Differentiable, as are all values.
-        values: like rewards; values[t] belongs to the state before step t.
+        values: like rewards, required; values[t] belongs to the state before step t.
         gamma: discount in [0, 1].
         gae_lambda: lambda in [0, 1].
         mask, mask_mode, cu_seqlens, terminated, truncated, last_values, final_values,
@@ -106,6 +106,7 @@ def lambda_returns(
         mask, mask_mode, cu_seqlens, terminated, truncated, last_values, final_values,
         done_convention, last_terminated, last_truncated, time_dim,
     )  # fmt: skip
+    check_tensor("values", values, FLOATS)  # without values the reference would forget gae_lambda
     return _returns(rewards, values, gamma, gae_lambda, steps, backend)
 
 
@@ -125,7 +126,7 @@ def _returns(
         check_tensor("values", values, FLOATS, rewards.shape, rewards)
     name = dispatch.choose(rewards, backend)
     if name == "reference":
-        options = scan.reference_options(steps)
+        options = scan.reference_options(rewards, steps)
         if values is None:
             return reference.discounted_returns(rewards.float(), gamma, **options)
         return reference.lambda_returns(

@@ -28,6 +28,7 @@ from warpo.kernels.checks import (
     check_number,
     check_tensor,
 )
+from warpo.kernels.offsets import check_offsets, check_values
 from warpo.kernels.registration import Operator
 from warpo.kernels.sequences import as_denominator, merge_moments, scaled
 
@@ -115,7 +116,8 @@ def ranking_loss(
     Args:
         scores: (N,) float32 | bfloat16 | float16, any stride. Differentiable.
         ranks: (N,) int64 | int32: lower is better. Answers of equal rank are not compared.
-        cu_groups: (G + 1,) int32: prompt g has the answers cu_groups[g] : cu_groups[g + 1].
+        cu_groups: (G + 1,) int32, not descending, within [0, N]: prompt g has the answers
+            cu_groups[g] : cu_groups[g + 1]. On a GPU a malformed one makes the loss NaN.
         mask: (N,) bool | uint8: answers that count. The others are never read; their gradient is 0.
         centering_coef: weight of (score + other score)^2, which holds the mean score at 0.
         denominator: what the sum over prompts is divided by; not given: the prompts of this call.
@@ -135,15 +137,13 @@ def ranking_loss(
     if scores.dim() != 1:
         raise ValueError(f"scores must be (N,), got {tuple(scores.shape)}")
     ranks = as_int64("ranks", ranks, scores.shape, scores)
-    check_tensor("cu_groups", cu_groups, (torch.int32,), like=scores)
-    if cu_groups.dim() != 1 or cu_groups.numel() == 0 or not cu_groups.is_contiguous():
-        raise ValueError(f"cu_groups must be a dense (G + 1,), got {tuple(cu_groups.shape)}")
-    groups = cu_groups.numel() - 1
+    groups = check_offsets("cu_groups", cu_groups, scores, shape="(G + 1,)")
     scale = _check_options(
         scores, mask, centering_coef, groups if denominator is None else denominator
     )
     name = dispatch.choose(scores, backend)
     if name == "reference":
+        check_values("cu_groups", cu_groups, scores.numel(), "scores")
         return RewardModelLoss(
             *reference.ranking_loss(
                 scores.float(), ranks, cu_groups, scale, mask=mask, centering_coef=centering_coef
@@ -269,12 +269,13 @@ def _forward_groups(
     with_gradient: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    check_values("cu_groups", cu_groups, scores.numel(), "scores")
     groups = cu_groups.numel() - 1
     loss, metrics, partials = _allocate(denominator, groups)
     # zeros: of scores that belong to no group
     gradient = denominator.new_zeros(scores.shape[0] if with_gradient else 0)
     dispatch.load(backend).ranking_loss(
-        groups, scores, ranks, mask, cu_groups, centering_coef, denominator,
+        groups, scores.numel(), scores, ranks, mask, cu_groups, centering_coef, denominator,
         gradient if with_gradient else None, partials, loss, metrics,
     )  # fmt: skip
     return loss, metrics, gradient

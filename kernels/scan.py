@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from warpo.kernels.checks import FLOATS, check_mask, check_no_grad, check_number, check_tensor
+from warpo.kernels.offsets import check_offsets, check_values
 
 # in the order of MaskMode in csrc/arguments/gae.h
 MASK_MODES = ("carry", "zero", "compact")
@@ -72,10 +73,7 @@ def _check_layout(name: str, first: Tensor, cu_seqlens: Tensor | None, time_dim:
         raise ValueError(f"with cu_seqlens {name} must be (N,), got {shape}")
     if time_dim != -1:
         raise ValueError(f"time_dim has no meaning with cu_seqlens: leave it out, got {time_dim}")
-    check_tensor("cu_seqlens", cu_seqlens, (torch.int32,), like=first)
-    if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0 or not cu_seqlens.is_contiguous():
-        raise ValueError(f"cu_seqlens must be a dense (B + 1,), got {tuple(cu_seqlens.shape)}")
-    return cu_seqlens.numel() - 1
+    return check_offsets("cu_seqlens", cu_seqlens, first)
 
 
 def check_truncated(steps: Steps) -> None:
@@ -111,8 +109,9 @@ def check_constants(**tensors: Tensor | None) -> None:
         check_no_grad(name, tensor)
 
 
-def reference_options(steps: Steps) -> dict:
+def reference_options(first: Tensor, steps: Steps) -> dict:
     """The same for `reference`, in float32."""
+    check_values("cu_seqlens", steps.cu_seqlens, first.numel())
     return steps._replace(
         last_values=None if steps.last_values is None else steps.last_values.float(),
         final_values=None if steps.final_values is None else steps.final_values.float(),
@@ -149,6 +148,20 @@ def sizes(first: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int]:
         rows, steps = first.shape
         return rows, steps
     return cu_seqlens.numel() - 1, first.numel()
+
+
+def is_empty(first: Tensor, cu_seqlens: Tensor | None, *results: Tensor) -> bool:
+    """Whether there is nothing to launch; then the results, of steps of no sequence, are 0.
+
+    Raises:
+        ValueError: the offsets are on the CPU and malformed.
+    """
+    check_values("cu_seqlens", cu_seqlens, first.numel())
+    if cu_seqlens is not None and cu_seqlens.numel() == 1:
+        for result in results:
+            result.zero_()
+        return True
+    return first.numel() == 0
 
 
 def empty_like(first: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from warpo.kernels.checks import check_no_grad, check_tensor
 from warpo.kernels.objectives import AGGREGATIONS
+from warpo.kernels.offsets import check_offsets, first_and_last, valid_tokens
 from warpo.kernels.symbolic import as_scalar
 
 # a count comes as an integer
@@ -26,10 +27,7 @@ def check_sequences(
         return shape[0]
     if len(shape) != 1:
         raise ValueError(f"with {cu_name} {name} must be (N,), got {shape}")
-    check_tensor(cu_name, cu_seqlens, (torch.int32,), like=tensor)
-    if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0 or not cu_seqlens.is_contiguous():
-        raise ValueError(f"{cu_name} must be a dense (B + 1,), got {tuple(cu_seqlens.shape)}")
-    return cu_seqlens.numel() - 1
+    return check_offsets(cu_name, cu_seqlens, tensor)
 
 
 def as_denominator(denominator: float | Tensor, like: Tensor) -> Tensor:
@@ -61,6 +59,7 @@ def count_denominator(
     aggregation: str,
     like: Tensor,
     mask: Tensor | None,
+    cu_seqlens: Tensor | None,
     sequences: int,
 ) -> Tensor:
     """What an aggregation divides by: the count in this call if it is not given."""
@@ -69,8 +68,24 @@ def count_denominator(
         return as_denominator(denominator, like)
     if aggregation != "token-mean":
         return as_denominator(sequences, like)
+    return _count_tokens(like, mask, cu_seqlens)
+
+
+def _count_tokens(like: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """() float32: the valid tokens, of which those of no sequence are none."""
+    first, last = 0, like.numel()
+    if cu_seqlens is not None:
+        known = first_and_last(cu_seqlens)
+        if known is not None:
+            first, last = known
+        elif mask is None:
+            return (cu_seqlens[-1] - cu_seqlens[0]).float()
+        else:
+            mask = valid_tokens(mask, cu_seqlens, last)
     if mask is None:
-        return as_denominator(like.numel(), like)
+        return as_denominator(max(last - first, 0), like)
+    if (first, last) != (0, like.numel()):
+        mask = mask[first:last]
     return mask.count_nonzero().float()  # half the time of a sum, and exact past 2^24 tokens
 
 

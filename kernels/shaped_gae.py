@@ -20,7 +20,7 @@ from warpo.kernels import dispatch, reference, scan
 from warpo.kernels.checks import FLOATS, check_no_grad, check_tensor
 from warpo.kernels.objectives import KL_ESTIMATORS
 from warpo.kernels.registration import Operator
-from warpo.kernels.scan import Steps, empty_like, nothing_like, sizes
+from warpo.kernels.scan import Steps, empty_like, is_empty, nothing_like, sizes
 
 
 class ShapedGae(NamedTuple):
@@ -96,13 +96,13 @@ def shaped_gae(
         check_no_grad("kl_coef", kl_coef)
     name = dispatch.choose(logprobs, backend)
     if name == "reference":
+        options = scan.reference_options(logprobs, steps)
         advantages, returns, shaped = reference.shaped_gae(
             logprobs.float(), ref_logprobs.float(), values.float(), gamma, gae_lambda, kl_coef,
             kl_estimator, rewards=None if rewards is None else rewards.float(),
             terminal_rewards=None if terminal_rewards is None else terminal_rewards.float(),
             mask=mask, mask_mode=mask_mode, cu_seqlens=cu_seqlens,
-            last_values=None if last_values is None else last_values.float(),
-            log_ratio_limit=log_ratio_limit,
+            last_values=options["last_values"], log_ratio_limit=log_ratio_limit,
         )  # fmt: skip
         return ShapedGae(advantages, returns, shaped if return_rewards else None)
     adaptive = kl_coef if isinstance(kl_coef, Tensor) else None
@@ -158,7 +158,7 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     advantages, returns, shaped = _allocate(logprobs, return_rewards)
-    if logprobs.numel():
+    if not is_empty(logprobs, cu_seqlens, advantages, returns, shaped):
         dispatch.load(backend).shaped_gae(
             *sizes(logprobs, cu_seqlens), cu_seqlens, rewards, terminal_rewards, values,
             last_values, None, mask, None, None, None, None, gamma, gae_lambda, mask_mode, False,

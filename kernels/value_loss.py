@@ -29,6 +29,7 @@ from warpo.kernels.checks import (
     check_number,
     check_tensor,
 )
+from warpo.kernels.offsets import check_values
 from warpo.kernels.registration import Operator
 from warpo.kernels.sequences import (
     check_sequences,
@@ -79,7 +80,7 @@ def value_loss(
         returns: like values: what the values should be. A constant.
         mask: like values, bool | uint8. Masked slots are never read (they may hold NaN); their
             gradient is 0.
-        cu_seqlens: (B + 1,) int32: sequence b is values[cu_seqlens[b] : cu_seqlens[b + 1]].
+        cu_seqlens: as in `policy_loss`: sequence b is values[cu_seqlens[b] : cu_seqlens[b + 1]].
         clip_range: how far from old_values a value may move to lower the loss; None: anywhere.
         loss: "mse" (squared error / 2) | "huber".
         huber_delta: with "huber" only: larger errors count linearly.
@@ -103,12 +104,13 @@ def value_loss(
     """
     sequences = _check(values, old_values, returns, mask, cu_seqlens, clip_range)
     delta = _delta(loss, huber_delta)
-    scale = count_denominator(denominator, aggregation, values, mask, sequences)
+    scale = count_denominator(denominator, aggregation, values, mask, cu_seqlens, sequences)
     if clip_range is None:
         old_values = None
     sequence_mean = aggregation == "sequence-mean-token-mean"
     name = dispatch.choose(values, backend)
     if name == "reference":
+        check_values("cu_seqlens", cu_seqlens, values.numel())
         return ValueLoss(
             *reference.value_loss(
                 values.float(), None if old_values is None else old_values.float(),
@@ -204,6 +206,7 @@ def _forward(
     with_gradient: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    check_values("cu_seqlens", cu_seqlens, values.shape[1])
     loss, metrics, gradient = _allocate(values, with_gradient, denominator)
     if cu_seqlens is not None:
         gradient.zero_()  # of tokens that belong to no sequence

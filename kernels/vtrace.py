@@ -19,7 +19,7 @@ from torch import Tensor
 from warpo.kernels import dispatch, reference, scan
 from warpo.kernels.checks import FLOATS, check_number, check_tensor
 from warpo.kernels.registration import Operator
-from warpo.kernels.scan import Steps, empty_like, sizes
+from warpo.kernels.scan import Steps, empty_like, is_empty, sizes
 
 
 class Vtrace(NamedTuple):
@@ -108,7 +108,7 @@ def vtrace(
         returns, advantages = reference.vtrace(
             logprobs.float(), old_logprobs.float(), rewards.float(), values.float(), gamma,
             rho_max=rho_max, c_max=c_max, pg_rho_max=pg_rho_max, gae_lambda=gae_lambda,
-            log_ratio_limit=log_ratio_limit, **scan.reference_options(steps),
+            log_ratio_limit=log_ratio_limit, **scan.reference_options(logprobs, steps),
         )  # fmt: skip
         return Vtrace(returns, advantages)
     results = _operator(
@@ -143,7 +143,7 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     returns, advantages = empty_like(logprobs), empty_like(logprobs)
-    if logprobs.numel():
+    if not is_empty(logprobs, cu_seqlens, returns, advantages):
         dispatch.load(backend).vtrace(
             *sizes(logprobs, cu_seqlens), cu_seqlens, rewards, None, values, last_values,
             final_values, mask, terminated, truncated, last_terminated, last_truncated,

@@ -4,7 +4,7 @@
 namespace warpo {
 
 struct ProcessAdvantages {
-    int64_t outputs, groups;
+    int64_t outputs, groups, steps;  // steps: of all outputs
     int64_t tokens;             // length of a row; with cu_seqlens: of all outputs
     const int32_t* cu_seqlens;  // (outputs + 1), or nullptr
     View step_rewards;          // (0, i) float

@@ -32,14 +32,14 @@ struct RewardModelLoss {
 };
 
 struct RankingLoss {
-    int64_t groups;
+    int64_t groups, num_scores;
     View scores;               // (0, i) float
     View ranks;                // (0, i) int64, lower is better
     View mask;                 // (0, i) uint8, optional
     const int32_t* cu_groups;  // (groups + 1): group g holds cu_groups[g] .. cu_groups[g + 1]
     float centering_coef;
     const float* denominator;  // one float on the device; 0 gives loss 0 and gradients 0
-    float* grad_scores;        // (scores) float32; nullptr: not wanted
+    float* grad_scores;        // (scores), zeros on entry; nullptr: not wanted
     float* partials;           // (groups, kNumRewardMetrics) float32 workspace
     float* loss;               // ()
     float* metrics;            // (kNumRewardMetrics)

@@ -276,9 +276,19 @@ void backward_row(const GaeBackward& g, int64_t row, Buffers& b) {
 
 bool is_parallel(const Gae& a) { return total_steps(a) >= kParallelWork; }
 
+// Steps of no sequence, before the first and after the last.
+void zero_outside(const Gae& a, const View& out) {
+    if (!a.cu_seqlens || !out.data) return;
+    for (int64_t t = 0; t < a.cu_seqlens[0]; ++t) *address<float>(out, 0, t) = 0;
+    for (int64_t t = a.cu_seqlens[a.rows]; t < a.steps; ++t) *address<float>(out, 0, t) = 0;
+}
+
 }  // namespace
 
 void forward_along_time(const Gae& a, const ShapedGae* shaped, const Vtrace* vtrace) {
+    zero_outside(a, a.advantages);
+    zero_outside(a, a.returns);
+    if (shaped) zero_outside(a, shaped->shaped_rewards);
 #pragma omp parallel if (is_parallel(a))
     {
         Buffers b;
@@ -289,6 +299,9 @@ void forward_along_time(const Gae& a, const ShapedGae* shaped, const Vtrace* vtr
 }
 
 void backward_along_time(const GaeBackward& g) {
+    zero_outside(g.forward, g.grad_rewards);
+    zero_outside(g.forward, g.grad_values);
+    zero_outside(g.forward, g.grad_final_values);
 #pragma omp parallel if (is_parallel(g.forward))
     {
         Buffers b;

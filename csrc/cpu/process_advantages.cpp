@@ -7,13 +7,10 @@
 
 #include "cpu/cpu.h"
 #include "cpu/load.h"
+#include "math/offsets.h"
 
 namespace warpo::cpu::WARPO_ISA {
 namespace {
-
-int64_t index_at(const View& view, int64_t i) {
-    return view.dtype == kInt32 ? *address<int32_t>(view, 0, i) : *address<int64_t>(view, 0, i);
-}
 
 struct Stats {
     double mean = 0, scale = 0;

@@ -193,7 +193,6 @@ void ranking_loss(const RankingLoss& a) {
     auto* const one = a.scores.dtype == kFloat32    ? one_block<float>
                       : a.scores.dtype == kBFloat16 ? one_block<BFloat16>
                                                     : one_block<Float16>;
-    if (a.grad_scores) memset(a.grad_scores, 0, scores * sizeof(float));
 #pragma omp parallel for schedule(dynamic) if (scores >= kParallelWork)
     for (int64_t block = 0; block < blocks; ++block) one(a, block);
     merge_partials<kNumRewardMetrics, kScores, kScoreMean>(a.partials, blocks, a.loss, a.metrics);

@@ -36,7 +36,7 @@ __global__ __launch_bounds__(kThreads) void sum_kernel(const Aggregate a, int64_
     tokens = block_sum<kWarps>(tokens, scratch);
     if (threadIdx.x != 0) return;
     float* const partial = partials_of(a) + 2 * static_cast<int64_t>(blockIdx.x);
-    partial[0] = sum, partial[1] = tokens;
+    partial[0] = range.malformed ? NAN : sum, partial[1] = tokens;
 }
 
 // One block. A warp takes a sequence of several parts, a thread one of a single part.
@@ -77,11 +77,13 @@ __global__ __launch_bounds__(kThreads) void gradient_kernel(const AggregateBackw
                                                             int64_t parts) {
     const int64_t sequence = blockIdx.x / parts;
     const TokenRange range = tokens_of_part(a, sequence, blockIdx.x % parts, parts);
-    const float value = a.weights[sequence] * *a.grad;
+    const float value = range.malformed ? NAN : a.weights[sequence] * *a.grad;
     const int64_t last = a.sequences * parts - 1;
-    // tokens that belong to no sequence
-    if (a.cu_seqlens && blockIdx.x == 0) zero(a.grad_values, 0, a.cu_seqlens[0]);
-    if (a.cu_seqlens && blockIdx.x == last) zero(a.grad_values, a.cu_seqlens[a.sequences], a.steps);
+    if (a.cu_seqlens && !range.malformed) {
+        // tokens that belong to no sequence
+        if (blockIdx.x == 0) zero(a.grad_values, 0, a.cu_seqlens[0]);
+        if (blockIdx.x == last) zero(a.grad_values, a.cu_seqlens[a.sequences], a.steps);
+    }
 #pragma unroll 4
     for (int64_t t = threadIdx.x; t < range.count; t += kThreads) {
         const float weight = load_weight(a.mask, range, t);

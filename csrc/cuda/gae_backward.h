@@ -64,6 +64,11 @@ __global__ __launch_bounds__(B::kThreads,
     const float decay = a.gamma * a.gae_lambda;
     const Place p = find_place<B>();
     Row row = find_row<B>(a, p);
+    if (fill_rest<B>(a, row, b.grad_rewards, b.grad_values, b.grad_final_values)) {
+        if (b.grad_last_values.data && threadIdx.x == 0)
+            store_float(b.grad_last_values, row.index, 0, NAN);
+        return;
+    }
     const Exchange<B> exchange(memory, p);
     const bool vector = is_vector_row<B>(b, row);
     const int own = vector ? p.first : p.striped, stride = vector ? 1 : B::kLanes;

@@ -77,6 +77,20 @@ __device__ __forceinline__ bool flags_are_vector(const Gae& a, const Row& row) {
            is_vector(a.truncated, row);
 }
 
+// One of a block: the results of a packed row, as of `fill_rest`.
+template <class B>
+__device__ __forceinline__ bool fill_rest(const Gae& a, const Row& row) {
+    return fill_rest<B>(a, row, a.advantages, a.returns);
+}
+template <class B>
+__device__ __forceinline__ bool fill_rest(const Vtrace& a, const Row& row) {
+    return fill_rest<B>(a.gae, row);
+}
+template <class B>
+__device__ __forceinline__ bool fill_rest(const ShapedGae& a, const Row& row) {
+    return fill_rest<B>(a.gae, row, a.gae.advantages, a.gae.returns, a.shaped_rewards);
+}
+
 __device__ __forceinline__ const View& shaped_rewards_of(const Gae& a) { return a.rewards; }
 __device__ __forceinline__ const View& shaped_rewards_of(const Vtrace& a) { return a.gae.rewards; }
 __device__ __forceinline__ const View& shaped_rewards_of(const ShapedGae& a) {
@@ -204,6 +218,7 @@ __global__ __launch_bounds__(B::kThreads,
     const float decay = a.gamma * a.gae_lambda, kl_coef = kl_coef_of(arguments);
     const Place p = find_place<B>();
     Row row = find_row<B>(a, p);
+    if (fill_rest<B>(arguments, row)) return;
     const Exchange<B> exchange(memory, p);
     const bool vector = is_vector_row<B>(arguments, row);
     const int own = vector ? p.first : p.striped, stride = vector ? 1 : B::kLanes;

@@ -2,6 +2,7 @@
 // one warp a piece of a weight row for its gradient.
 #include "cuda/device.h"
 #include "cuda/launch.h"
+#include "math/offsets.h"
 #include "math/temperature.h"
 
 namespace warpo::cuda {
@@ -10,20 +11,9 @@ namespace {
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int kGroup = 4;  // rows of the weight that a warp reads at once
 
-__device__ __forceinline__ int64_t load_index(const View& view, int64_t i) {
-    const int64_t offset = i * view.stride1;
-    return view.dtype == kInt32 ? static_cast<const int32_t*>(view.data)[offset]
-                                : static_cast<const int64_t*>(view.data)[offset];
-}
-
-// The entries of a token; offsets that lead outside the list are cut there.
-struct Kept {
-    int64_t first, last;
-};
-
-__device__ __forceinline__ Kept kept_of(const KeptSetLogprobs& a, int64_t token) {
-    return {max(load_index(a.kept_offsets, token), int64_t{0}),
-            min(load_index(a.kept_offsets, token + 1), a.num_kept)};
+// The entries of a token.
+__device__ __forceinline__ Extent kept_of(const KeptSetLogprobs& a, int64_t token) {
+    return extent_of(a.kept_offsets, a.tokens, token, a.num_kept);
 }
 
 __device__ __forceinline__ float inverse_temperature(const KeptSetLogprobs& a, int64_t token) {
@@ -80,7 +70,7 @@ __device__ __forceinline__ void group_logits(const KeptSetLogprobs& a, const Bit
     float sums[kGroup];
 #pragma unroll
     for (int k = 0; k < kGroup; ++k) {
-        ids[k] = first + k < last ? load_index(a.kept_ids, first + k) : -1;
+        ids[k] = first + k < last ? index_at(a.kept_ids, first + k) : -1;
         inside[k] = ids[k] >= 0 && ids[k] < a.vocab;
         sums[k] = 0.0f;
     }
@@ -123,32 +113,33 @@ __global__ __launch_bounds__(kThreads) void forward_kernel(const KeptSetLogprobs
     __shared__ float scratch[kWarps];
     __shared__ float chosen;
     const int64_t token = blockIdx.x;
-    const Kept kept = kept_of(a, token);
+    const Extent kept = kept_of(a, token);
     float2* stats = reinterpret_cast<float2*>(a.stats) + token;
-    if (kept.first >= kept.last) {
+    if (kept.malformed || kept.first == kept.end) {
         if (threadIdx.x == 0) {
-            a.logprobs[token] = 0.0f;
-            *stats = make_float2(0.0f, 0.0f);
+            const float result = kept.malformed ? NAN : 0.0f;
+            a.logprobs[token] = result;
+            *stats = make_float2(result, result);
         }
         return;
     }
     if (threadIdx.x == 0) chosen = NAN;
     const BitsOf<kDType>* hidden = row_of<kDType>(a.hidden, token);
-    for (int64_t e = kept.first + threadIdx.x / 32 * kGroup; e < kept.last; e += kWarps * kGroup)
-        group_logits<kDType, kWidth>(a, hidden, e, kept.last);
+    for (int64_t e = kept.first + threadIdx.x / 32 * kGroup; e < kept.end; e += kWarps * kGroup)
+        group_logits<kDType, kWidth>(a, hidden, e, kept.end);
     __syncthreads();
 
     const int64_t target =
         static_cast<const int64_t*>(a.targets.data)[offset_of(a.targets, 0, token)];
     const float inverse = inverse_temperature(a, token);
     float top = -INFINITY, sum = 0.0f;
-    for (int64_t e = kept.first + threadIdx.x; e < kept.last; e += kThreads) {
+    for (int64_t e = kept.first + threadIdx.x; e < kept.end; e += kThreads) {
         const float logit = a.kept_logits[e];
         top = fmaxf(top, logit);
-        if (load_index(a.kept_ids, e) == target) chosen = logit;
+        if (index_at(a.kept_ids, e) == target) chosen = logit;
     }
     top = block_max(top, scratch);
-    for (int64_t e = kept.first + threadIdx.x; e < kept.last; e += kThreads)
+    for (int64_t e = kept.first + threadIdx.x; e < kept.end; e += kThreads)
         sum += exp_f32((a.kept_logits[e] - top) * inverse);
     sum = block_sum<kWarps>(sum, scratch);
     if (threadIdx.x == 0) {
@@ -169,7 +160,7 @@ __global__ __launch_bounds__(kThreads) void backward_kernel(const KeptSetLogprob
     const KeptSetLogprobs& a = b.forward;
     const int64_t token = blockIdx.x / pieces;
     const unsigned piece = blockIdx.x % pieces;
-    const Kept kept = kept_of(a, token);
+    const Extent kept = kept_of(a, token);
     const int64_t column = (static_cast<int64_t>(piece) * kThreads + threadIdx.x) * kWidth;
     const bool own = b.grad_hidden.data && column < a.hidden_size;
     const int64_t target =
@@ -177,12 +168,14 @@ __global__ __launch_bounds__(kThreads) void backward_kernel(const KeptSetLogprob
     const float2 stats = reinterpret_cast<const float2*>(a.stats)[token];
     const float inverse = inverse_temperature(a, token);
     const float weight =
-        kept.first < kept.last ? load_float32(b.grad_logprobs, 0, token) * inverse : 0.0f;
-    float sums[kWidth] = {};
-    for (int64_t start = kept.first; start < kept.last; start += kThreads) {
+        kept.first < kept.end ? load_float32(b.grad_logprobs, 0, token) * inverse : 0.0f;
+    float sums[kWidth];
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) sums[i] = kept.malformed ? NAN : 0.0f;
+    for (int64_t start = kept.first; start < kept.end; start += kThreads) {
         const int64_t e = start + threadIdx.x;
-        if (e < kept.last) {
-            const int64_t id = load_index(a.kept_ids, e);
+        if (e < kept.end) {
+            const int64_t id = index_at(a.kept_ids, e);
             const float p = exp_f32((a.kept_logits[e] - stats.x) * inverse - stats.y);
             const float grad = weight * ((id == target ? 1.0f : 0.0f) - p);
             grads[threadIdx.x] = grad;
@@ -190,7 +183,7 @@ __global__ __launch_bounds__(kThreads) void backward_kernel(const KeptSetLogprob
             if (piece == 0) b.grad_logits[e] = grad;
         }
         __syncthreads();
-        const int count = static_cast<int>(min(kept.last - start, int64_t{kThreads}));
+        const int count = static_cast<int>(min(kept.end - start, int64_t{kThreads}));
         for (int k = 0; own && k < count; ++k) {
             const float grad = grads[k];
             if (grad == 0.0f) continue;

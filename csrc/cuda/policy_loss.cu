@@ -7,6 +7,7 @@
 
 #include "cuda/device.h"
 #include "cuda/launch.h"
+#include "math/offsets.h"
 #include "math/policy_loss.h"
 
 namespace warpo::cuda {
@@ -23,16 +24,19 @@ constexpr int kRowsAtOnce = 8;
 struct Part {
     int64_t row, first, grad;  // grad: where the gradients of step 0 lie
     int length, begin, end;
+    bool malformed;  // its loss and gradients are NaN
 };
 
 __device__ __forceinline__ Part find_part(const PolicyLoss& a, unsigned parts) {
     const unsigned sequence = blockIdx.x / parts, index = blockIdx.x % parts;
-    Part p = {sequence, 0, sequence * a.steps, static_cast<int>(a.steps), 0, 0};
+    Part p = {sequence, 0, sequence * a.steps, static_cast<int>(a.steps), 0, 0, false};
     if (a.cu_seqlens) {
         // The arrays see the sequence as their row: per token with stride 0, per sequence with
         // stride 1.
-        p.grad = p.first = a.cu_seqlens[sequence];
-        p.length = a.cu_seqlens[sequence + 1] - a.cu_seqlens[sequence];
+        const Extent e = extent_of(a.cu_seqlens, a.sequences, sequence, a.steps);
+        p.grad = p.first = e.first;
+        p.length = static_cast<int>(e.end - e.first);
+        p.malformed = e.malformed;
     }
     const unsigned tiles = (p.length + kThreads - 1u) / kThreads;
     const unsigned size = (tiles + parts - 1) / parts * kThreads;
@@ -281,7 +285,8 @@ __global__ __launch_bounds__(kThreads) void part_kernel(const PolicyLoss a, unsi
     __shared__ float partial[kWarps][kNumMetrics];
     const Part p = find_part(a, parts);
     const SequenceTerms s = find_sequence_terms<kSurrogate>(a, p, scratch);
-    const float weight = token_weight(*a.denominator, a.sequence_mean, s.tokens);
+    const float weight =
+        p.malformed ? NAN : token_weight(*a.denominator, a.sequence_mean, s.tokens);
     const float kl_coef = a.adaptive_kl_coef ? *a.adaptive_kl_coef : a.kl_coef;
 
     Sums sums;

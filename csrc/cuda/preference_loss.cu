@@ -9,9 +9,11 @@ namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 
-// In every thread of the block.
-__device__ __forceinline__ AnswerSums sum_answer(const Answers& a, int64_t index, float* scratch) {
-    const Span s = find_span(a.cu_seqlens, a.steps, index);
+// In every thread of the block. `weight` becomes NaN where the answer is malformed.
+__device__ __forceinline__ AnswerSums sum_answer(const Answers& a, int64_t answers, int64_t index,
+                                                 float* scratch, float& weight) {
+    const Span s = find_span(a.cu_seqlens, answers, a.steps, index);
+    weight = poison_if(s.malformed, weight);
     AnswerSums sums = {0.0f, 0.0f, 0.0f};
     for (int64_t t = threadIdx.x; t < s.count; t += kThreads) {
         if (!is_valid(a.mask, s, t)) continue;
@@ -27,9 +29,10 @@ __device__ __forceinline__ AnswerSums sum_answer(const Answers& a, int64_t index
 }
 
 // All valid tokens of an answer have the same gradient.
-__device__ __forceinline__ void write_gradient(const Answers& a, int64_t index, float gradient) {
+__device__ __forceinline__ void write_gradient(const Answers& a, int64_t answers, int64_t index,
+                                               float gradient) {
     if (!a.grad_logprobs) return;
-    const Span s = find_span(a.cu_seqlens, a.steps, index);
+    const Span s = find_span(a.cu_seqlens, answers, a.steps, index);
     for (int64_t t = threadIdx.x; t < s.count; t += kThreads) {
         a.grad_logprobs[s.offset + t] = is_valid(a.mask, s, t) ? gradient : 0.0f;
     }
@@ -38,14 +41,14 @@ __device__ __forceinline__ void write_gradient(const Answers& a, int64_t index, 
 __global__ __launch_bounds__(kThreads) void pair_kernel(const PreferenceLoss a) {
     __shared__ float scratch[kWarps];
     const int64_t pair = blockIdx.x;
-    const float weight = inverse_or_zero(*a.denominator);
-    const AnswerSums chosen = sum_answer(a.chosen, pair, scratch);
-    const AnswerSums rejected = sum_answer(a.rejected, pair, scratch);
+    float weight = inverse_or_zero(*a.denominator);
+    const AnswerSums chosen = sum_answer(a.chosen, a.pairs, pair, scratch, weight);
+    const AnswerSums rejected = sum_answer(a.rejected, a.pairs, pair, scratch, weight);
     const bool counts = chosen.count > 0.0f && rejected.count > 0.0f;
     PreferenceTerm term = {};
     if (counts) term = preference_term(a, chosen, rejected);
-    write_gradient(a.chosen, pair, weighted(weight, term.grad_chosen));
-    write_gradient(a.rejected, pair, weighted(weight, term.grad_rejected));
+    write_gradient(a.chosen, a.pairs, pair, weighted(weight, term.grad_chosen));
+    write_gradient(a.rejected, a.pairs, pair, weighted(weight, term.grad_rejected));
     if (threadIdx.x != 0) return;
     float* const out = a.partials + pair * kNumPreferenceMetrics;
     out[kPreferenceLoss] = weighted(weight, term.loss);
@@ -61,12 +64,12 @@ __global__ __launch_bounds__(kThreads) void pair_kernel(const PreferenceLoss a) 
 __global__ __launch_bounds__(kThreads) void kto_kernel(const KtoLoss a) {
     __shared__ float scratch[kWarps];
     const int64_t example = blockIdx.x;
-    const float weight = inverse_or_zero(*a.denominator);
-    const AnswerSums sums = sum_answer(a.answers, example, scratch);
+    float weight = inverse_or_zero(*a.denominator);
+    const AnswerSums sums = sum_answer(a.answers, a.examples, example, scratch, weight);
     const bool desirable = load_flag(a.desirable, 0, example), counts = sums.count > 0.0f;
     KtoTerm term = {0.0f, 0.0f, 0.0f};
     if (counts) term = kto_term(a, *a.kl, desirable, sums.ratio);
-    write_gradient(a.answers, example, weighted(weight, term.grad));
+    write_gradient(a.answers, a.examples, example, weighted(weight, term.grad));
     if (threadIdx.x != 0) return;
     const float count = counts ? 1.0f : 0.0f, logprob = counts ? sums.logprob : 0.0f;
     float* const out = a.partials + example * kNumKtoMetrics;

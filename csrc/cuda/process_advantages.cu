@@ -2,23 +2,21 @@
 // anew, in an order that is the same for all outputs of the group.
 #include "cuda/device.h"
 #include "cuda/launch.h"
+#include "math/offsets.h"
 
 namespace warpo::cuda {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 
-__device__ __forceinline__ int64_t load_index(const View& view, int64_t i) {
-    if (view.dtype == kInt32) return static_cast<const int32_t*>(view.data)[i * view.stride1];
-    return static_cast<const int64_t*>(view.data)[i * view.stride1];
+__device__ __forceinline__ Extent steps_of(const ProcessAdvantages& a, int64_t output) {
+    return extent_of(a.step_offsets, a.outputs, output, a.steps);
 }
 
-struct Span {
-    int64_t first, end;
-};
-
-__device__ __forceinline__ Span steps_of(const ProcessAdvantages& a, int64_t output) {
-    return {load_index(a.step_offsets, output), load_index(a.step_offsets, output + 1)};
+// Where the advantages of an output lie.
+__device__ __forceinline__ Extent tokens_of(const ProcessAdvantages& a, int64_t output) {
+    if (a.cu_seqlens) return extent_of(a.cu_seqlens, a.outputs, output, a.tokens);
+    return {output * a.tokens, (output + 1) * a.tokens, false};
 }
 
 __device__ __forceinline__ int64_t member(const ProcessAdvantages& a, int64_t i) {
@@ -30,21 +28,22 @@ struct Group {
     bool degenerate;         // it has steps
 };
 
-// A warp an output, a lane a step.
-__device__ __forceinline__ Group find_group(const ProcessAdvantages& a, const Span& members,
+// A warp an output, a lane a step. NaN where the steps of a member are malformed.
+__device__ __forceinline__ Group find_group(const ProcessAdvantages& a, const Extent& members,
                                             float* scratch) {
     const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
     // Sums differences from some reward of the group, so that a common offset costs no digits.
     float pivot = 0.0f;
     for (int64_t i = members.first; i < members.end; ++i) {
-        const Span steps = steps_of(a, member(a, i));
+        const Extent steps = steps_of(a, member(a, i));
         if (steps.first == steps.end) continue;
         pivot = load_float(a.step_rewards, 0, steps.first);
         break;
     }
     float count = 0.0f, differs = 0.0f, sum = 0.0f;
     for (int64_t i = members.first + warp; i < members.end; i += kWarps) {
-        const Span steps = steps_of(a, member(a, i));
+        const Extent steps = steps_of(a, member(a, i));
+        if (steps.malformed) differs = sum = NAN;
         for (int64_t step = steps.first + lane; step < steps.end; step += 32) {
             const float reward = load_float(a.step_rewards, 0, step);
             count += 1.0f;
@@ -60,7 +59,7 @@ __device__ __forceinline__ Group find_group(const ProcessAdvantages& a, const Sp
     if (a.std_mode == kNoStd) return {mean, 0.0f, 1.0f, false};
     float squares = 0.0f;
     for (int64_t i = members.first + warp; i < members.end; i += kWarps) {
-        const Span steps = steps_of(a, member(a, i));
+        const Extent steps = steps_of(a, member(a, i));
         for (int64_t step = steps.first + lane; step < steps.end; step += 32) {
             const float centred = load_float(a.step_rewards, 0, step) - mean;
             squares = fmaf(centred, centred, squares);
@@ -88,15 +87,26 @@ __device__ __forceinline__ float block_scan(float value, float* scratch) {
 }
 
 // First token that step belongs to: the one after the end of the step before it.
-__device__ __forceinline__ int64_t begin_of(const ProcessAdvantages& a, const Span& steps,
+__device__ __forceinline__ int64_t begin_of(const ProcessAdvantages& a, const Extent& steps,
                                             int64_t step, int64_t length) {
-    const int64_t begin = step > steps.first ? load_index(a.step_ends, step - 1) + 1 : 0;
-    return min(max(begin, int64_t{0}), length);
+    return step > steps.first ? clamp_index(index_at(a.step_ends, step - 1) + 1, length) : 0;
+}
+
+// Whether a step that this thread looks at ends outside the output or before the step before it.
+__device__ __forceinline__ bool has_malformed_end(const ProcessAdvantages& a, const Extent& steps,
+                                                  int64_t length) {
+    bool found = false;
+    for (int64_t step = steps.first + threadIdx.x; step < steps.end; step += kThreads) {
+        const int64_t end = index_at(a.step_ends, step);
+        const int64_t before = step > steps.first ? index_at(a.step_ends, step - 1) : 0;
+        found = found || end < before || end < 0 || end >= length;
+    }
+    return found;
 }
 
 // Steps from the last to the first, a thread a step; then the tokens of these steps, each of which
 // looks for its step.
-__device__ __forceinline__ void write_tokens(const ProcessAdvantages& a, const Span& steps,
+__device__ __forceinline__ void write_tokens(const ProcessAdvantages& a, const Extent& steps,
                                              const Group& group, int64_t length, float* advantages,
                                              float* scratch) {
     __shared__ float sums[kThreads];
@@ -139,8 +149,9 @@ __global__ __launch_bounds__(kThreads, 1) void output_kernel(const ProcessAdvant
     const int64_t index = a.group_ids ? a.group_ids[output] : output / a.group_size;
     Group group = {0.0f, 0.0f, 0.0f, false};
     if (index >= 0 && index < a.groups) {
-        const Span members = a.order ? Span{a.offsets[index], a.offsets[index + 1]}
-                                     : Span{index * a.group_size, (index + 1) * a.group_size};
+        const Extent members =
+            a.order ? Extent{a.offsets[index], a.offsets[index + 1], false}
+                    : Extent{index * a.group_size, (index + 1) * a.group_size, false};
         group = find_group(a, members, scratch);
         if (threadIdx.x == 0 && member(a, members.first) == output) {
             a.mean[index] = group.mean;
@@ -148,9 +159,16 @@ __global__ __launch_bounds__(kThreads, 1) void output_kernel(const ProcessAdvant
             if (group.degenerate) atomicAdd(a.degenerate, 1);
         }
     }
-    const int64_t start = a.cu_seqlens ? a.cu_seqlens[output] : output * a.tokens;
-    const int64_t length = a.cu_seqlens ? a.cu_seqlens[output + 1] - start : a.tokens;
-    write_tokens(a, steps_of(a, output), group, length, a.advantages + start, scratch);
+    const Extent tokens = tokens_of(a, output), steps = steps_of(a, output);
+    const int64_t length = tokens.end - tokens.first;
+    float* const advantages = a.advantages + tokens.first;
+    const bool malformed =
+        tokens.malformed || steps.malformed || has_malformed_end(a, steps, length);
+    if (block_sum<kWarps>(malformed ? 1.0f : 0.0f, scratch) > 0.0f) {
+        for (int64_t t = threadIdx.x; t < length; t += kThreads) advantages[t] = NAN;
+        return;
+    }
+    write_tokens(a, steps, group, length, advantages, scratch);
 }
 
 }  // namespace

@@ -95,7 +95,8 @@ __global__ __launch_bounds__(32 * kWarpsPerBlock) void groups_kernel(const Ranki
     const int64_t index = static_cast<int64_t>(blockIdx.x) * kWarpsPerBlock + threadIdx.x / 32;
     if (index >= a.groups) return;
     const int lane = static_cast<int>(threadIdx.x % 32);
-    const Group g = {a.cu_groups[index], a.cu_groups[index + 1] - a.cu_groups[index]};
+    const Extent extent = extent_of(a.cu_groups, a.groups, index, a.num_scores);
+    const Group g = {extent.first, extent.end - extent.first};
     Partial p = {};
     float sum = 0.0f;
     for (int64_t i = lane; i < g.size; i += 32) {
@@ -105,8 +106,9 @@ __global__ __launch_bounds__(32 * kWarpsPerBlock) void groups_kernel(const Ranki
     }
     p.scores = warp_sum(p.scores);
     p.mean = warp_sum(sum) * inverse_or_zero(p.scores);
-    const float weight =
-        inverse_or_zero(*a.denominator) * inverse_or_zero(0.5f * p.scores * (p.scores - 1.0f));
+    const float weight = poison_if(
+        extent.malformed,
+        inverse_or_zero(*a.denominator) * inverse_or_zero(0.5f * p.scores * (p.scores - 1.0f)));
     for (int64_t i = lane; i < g.size; i += 32) {
         float grad = 0.0f;
         if (is_valid(a.mask, g.first + i)) {

@@ -5,6 +5,7 @@
 
 #include "cuda/device.h"
 #include "math/affine_scan.h"
+#include "math/offsets.h"
 
 namespace warpo::cuda {
 
@@ -47,20 +48,45 @@ __device__ __forceinline__ Place find_place() {
 struct Row {
     int64_t index, start;
     int length;  // 0 past the last row
-    bool exists;
+    bool exists, malformed;
 };
 
 template <class B, class Sizes>
 __device__ __forceinline__ Row find_row(const Sizes& a, const Place& p) {
     const int64_t index = static_cast<int64_t>(blockIdx.x) * B::kRows + p.row;
-    Row row = {index, 0, 0, index < a.rows};
+    Row row = {index, 0, 0, index < a.rows, false};
     if (!row.exists) return row;
     row.length = static_cast<int>(a.steps);
     if (a.cu_seqlens) {
-        row.start = a.cu_seqlens[index];
-        row.length = a.cu_seqlens[index + 1] - a.cu_seqlens[index];
+        const Extent e = extent_of(a.cu_seqlens, a.rows, index, a.steps);
+        row.start = e.first;
+        row.length = static_cast<int>(e.end - e.first);
+        row.malformed = e.malformed;
     }
     return row;
+}
+
+// Steps [first, end) of a packed array, one block.
+template <class B>
+__device__ __forceinline__ void fill_steps(const View& out, int64_t first, int64_t end,
+                                           float value) {
+    if (!out.data) return;
+    for (int64_t t = first + threadIdx.x; t < end; t += B::kThreads) store_float(out, 0, t, value);
+}
+
+// What a packed row leaves in its results beyond its own: steps before the first row and after the
+// last get 0. True, and NaN for its steps, if the row is malformed: it is not computed.
+template <class B, class Sizes, class... Views>
+__device__ __forceinline__ bool fill_rest(const Sizes& a, const Row& row, const Views&... results) {
+    if (!a.cu_seqlens) return false;
+    const int64_t end = row.start + row.length;
+    if (row.malformed) {
+        (fill_steps<B>(results, row.start, end, NAN), ...);
+        return true;
+    }
+    if (row.index == 0) (fill_steps<B>(results, 0, row.start, 0.0f), ...);
+    if (row.index + 1 == a.rows) (fill_steps<B>(results, end, a.steps, 0.0f), ...);
+    return false;
 }
 
 // Steps first, first + stride, ... of a row; `vector`: consecutive, and 16 bytes of float32 or 4 of

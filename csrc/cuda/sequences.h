@@ -4,6 +4,7 @@
 
 #include "cuda/device.h"
 #include "cuda/launch.h"
+#include "math/offsets.h"
 #include "math/weight.h"
 
 namespace warpo::cuda {
@@ -11,13 +12,19 @@ namespace warpo::cuda {
 // Steps [first, first + count) of a row of the views; `offset` of the first in a dense output.
 struct Span {
     int64_t row, first, count, offset;
+    bool malformed;
 };
 
-__device__ __forceinline__ Span find_span(const int32_t* cu_seqlens, int64_t steps,
-                                          int64_t sequence) {
-    if (!cu_seqlens) return {sequence, 0, steps, sequence * steps};
-    const int64_t first = cu_seqlens[sequence];
-    return {sequence, first, cu_seqlens[sequence + 1] - first, first};
+__device__ __forceinline__ Span find_span(const int32_t* cu_seqlens, int64_t sequences,
+                                          int64_t steps, int64_t sequence) {
+    if (!cu_seqlens) return {sequence, 0, steps, sequence * steps, false};
+    const Extent e = extent_of(cu_seqlens, sequences, sequence, steps);
+    return {sequence, e.first, e.end - e.first, e.first, e.malformed};
+}
+
+// The weight of the tokens of a sequence: NaN, and with it loss and gradients, if it is malformed.
+__device__ __forceinline__ float poison_if(bool malformed, float weight) {
+    return malformed ? NAN : weight;
 }
 
 __device__ __forceinline__ bool is_valid(const View& mask, const Span& s, int64_t t) {

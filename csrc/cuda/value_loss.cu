@@ -22,7 +22,7 @@ __device__ __forceinline__ Token load(const ValueLoss& a, const Span& s, int64_t
 
 __global__ __launch_bounds__(kThreads) void value_loss_kernel(const ValueLoss a) {
     __shared__ float scratch[kWarps];
-    const Span s = find_span(a.cu_seqlens, a.steps, blockIdx.x);
+    const Span s = find_span(a.cu_seqlens, a.sequences, a.steps, blockIdx.x);
 
     float count = 0.0f, return_sum = 0.0f, error_sum = 0.0f;
     for (int64_t t = threadIdx.x; t < s.count; t += kThreads) {
@@ -36,8 +36,9 @@ __global__ __launch_bounds__(kThreads) void value_loss_kernel(const ValueLoss a)
     const float share = inverse_or_zero(count);
     const float return_mean = block_sum<kWarps>(return_sum, scratch) * share;
     const float error_mean = block_sum<kWarps>(error_sum, scratch) * share;
-    const float weight =
-        inverse_or_zero(*a.denominator) * (a.sequence_mean && count > 0.0f ? share : 1.0f);
+    const float weight = poison_if(
+        s.malformed,
+        inverse_or_zero(*a.denominator) * (a.sequence_mean && count > 0.0f ? share : 1.0f));
 
     float loss = 0.0f, clipped = 0.0f, return_m2 = 0.0f, error_m2 = 0.0f;
     float* const grad = a.grad_values ? a.grad_values + s.offset : nullptr;

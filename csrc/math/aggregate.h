@@ -6,6 +6,7 @@
 
 #include "arguments/aggregate.h"
 #include "math/exp.h"
+#include "math/offsets.h"
 #include "math/weight.h"
 
 namespace warpo {
@@ -23,17 +24,20 @@ WARPO_HD int64_t parts_per_sequence(const Arguments& a, int64_t least) {
 // Steps [first, first + count) of a row of the views; `offset` of the first in a dense output.
 struct TokenRange {
     int64_t row, first, count, offset;
+    bool malformed;  // on a GPU its results are NaN
 };
 
 template <class Arguments>
 WARPO_HD TokenRange tokens_of_part(const Arguments& a, int64_t sequence, int64_t part,
                                    int64_t parts) {
-    const int64_t start = a.cu_seqlens ? a.cu_seqlens[sequence] : 0;
-    const int64_t length = a.cu_seqlens ? a.cu_seqlens[sequence + 1] - start : a.steps;
+    Extent extent = {0, a.steps, false};
+    if (a.cu_seqlens) extent = extent_of(a.cu_seqlens, a.sequences, sequence, a.steps);
+    const int64_t start = extent.first, length = extent.end - start;
     const int64_t share = (length + parts - 1) / parts, begin = part * share;
     const int64_t left = length - begin, count = left < share ? left : share;
     const int64_t row = a.cu_seqlens ? 0 : sequence;
-    return {row, start + begin, count > 0 ? count : 0, row * a.steps + start + begin};
+    return {row, start + begin, count > 0 ? count : 0, row * a.steps + start + begin,
+            extent.malformed};
 }
 
 // Of a token, by its entry in the mask; 0: not read. A negative one is NaN, and so is the result.

@@ -10,7 +10,13 @@ import triton.language as tl
 from torch import Tensor
 
 from warpo.kernels._triton.launch import kernel, strided
-from warpo.kernels._triton.sequences import bounds, inverse_or_zero, load_tokens, weighted
+from warpo.kernels._triton.sequences import (
+    bounds,
+    inverse_or_zero,
+    load_tokens,
+    poison_if,
+    weighted,
+)
 
 BLOCK = 512
 WARPS = 4
@@ -23,13 +29,15 @@ TOKEN_MEAN, SEQUENCE_MEAN_TOKEN_MEAN = tl.constexpr(0), tl.constexpr(1)
 
 @triton.jit
 def _part_of(sequences, parts, steps, cu_seqlens_ptr):
-    """Sequence, its first step in its row, first and end of the part, and where its gradient is."""
+    """Sequence, its first step in its row, first and end of the part, where its gradient is, and
+    whether it is malformed.
+    """
     sequence = tl.program_id(0).to(tl.int64) // parts
     part = tl.program_id(0).to(tl.int64) % parts
-    first, length, grad_start = bounds(sequence, steps, cu_seqlens_ptr)
+    first, length, grad_start, malformed = bounds(sequence, sequences, steps, cu_seqlens_ptr)
     share = tl.cdiv(length, parts)
     begin = part * share
-    return sequence, first, begin, tl.minimum(begin + share, length), grad_start
+    return sequence, first, begin, tl.minimum(begin + share, length), grad_start, malformed
 
 
 @triton.jit
@@ -54,7 +62,7 @@ def _sum_kernel(
     cu_seqlens_ptr, sequences: tl.int64, parts: tl.int64, steps: tl.int64, weights_ptr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    sequence, first, begin, end, _ = _part_of(sequences, parts, steps, cu_seqlens_ptr)
+    sequence, first, begin, end, _, malformed = _part_of(sequences, parts, steps, cu_seqlens_ptr)
     values_ptr += sequence * values_stride_b + first * values_stride_t
     if mask_ptr is not None:
         mask_ptr += sequence * mask_stride_b + first * mask_stride_t
@@ -65,7 +73,7 @@ def _sum_kernel(
         total += weight * load_tokens(values_ptr, token, values_stride_t, weight != 0)
         tokens += weight
     partials_ptr = weights_ptr + sequences + tl.program_id(0).to(tl.int64) * 2
-    tl.store(partials_ptr, tl.sum(total))
+    tl.store(partials_ptr, poison_if(malformed, tl.sum(total)))
     tl.store(partials_ptr + 1, tl.sum(tokens))
 
 
@@ -121,14 +129,19 @@ def _gradient_kernel(
     sequences: tl.int64, parts: tl.int64, steps: tl.int64, weights_ptr, grad_ptr, grad_values_ptr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    sequence, first, begin, end, out = _part_of(sequences, parts, steps, cu_seqlens_ptr)
-    value = tl.load(weights_ptr + sequence) * tl.load(grad_ptr)
+    sequence, first, begin, end, out, malformed = _part_of(sequences, parts, steps, cu_seqlens_ptr)
+    value = poison_if(malformed, tl.load(weights_ptr + sequence) * tl.load(grad_ptr))
     if cu_seqlens_ptr is not None:
-        # tokens that belong to no sequence
+        # tokens that belong to no sequence; none if the first and the last are malformed
         if tl.program_id(0) == 0:
-            _zero(grad_values_ptr, 0, tl.load(cu_seqlens_ptr), BLOCK)
+            _zero(grad_values_ptr, 0, first, BLOCK)
         if tl.program_id(0) == tl.num_programs(0) - 1:
-            _zero(grad_values_ptr, tl.load(cu_seqlens_ptr + sequences), steps, BLOCK)
+            _zero(
+                grad_values_ptr,
+                tl.where(malformed, steps, tl.load(cu_seqlens_ptr + sequences)),
+                steps,
+                BLOCK,
+            )
     if mask_ptr is not None:
         mask_ptr += sequence * mask_stride_b + first * mask_stride_t
     for start in range(begin, end, BLOCK):

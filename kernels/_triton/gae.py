@@ -15,8 +15,10 @@ from warpo.kernels._triton.scan import (
     flags_and_ends,
     is_kept,
     load,
+    poison_if,
     scan,
     store,
+    zero_outside,
 )
 
 
@@ -75,7 +77,10 @@ def _gae_bwd_kernel(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     row_inside = tl.expand_dims(row < rows, TIME_AXIS)
-    start, length = bounds(cu_seqlens_ptr, steps)
+    start, length, malformed = bounds(cu_seqlens_ptr, rows, steps)
+    zero_outside(grad_rewards_ptr, start, length, rows, steps, cu_seqlens_ptr, BLOCK_T)
+    zero_outside(grad_values_ptr, start, length, rows, steps, cu_seqlens_ptr, BLOCK_T)
+    zero_outside(grad_final_values_ptr, start, length, rows, steps, cu_seqlens_ptr, BLOCK_T)
     decay = gamma * gae_lambda
     moves_tail: tl.constexpr = MASK_MODE == COMPACT and mask_ptr is not None
     if moves_tail:
@@ -134,12 +139,13 @@ def _gae_bwd_kernel(
             grad_reward = tl.where((position > last) & (last >= 0), behind, grad_reward)
         store(
             grad_rewards_ptr, row, step, grad_rewards_stride_b, grad_rewards_stride_t,
-            grad_reward, inside, TIME_AXIS, DENSE,
+            poison_if(malformed, grad_reward, cu_seqlens_ptr), inside, TIME_AXIS, DENSE,
         )  # fmt: skip
         grad_value = grad_return - total + gamma * adjoint
         store(
             grad_values_ptr, row, step, grad_values_stride_b, grad_values_stride_t,
-            tl.where(keep, grad_value, 0.0), inside, TIME_AXIS, DENSE,
+            poison_if(malformed, tl.where(keep, grad_value, 0.0), cu_seqlens_ptr), inside,
+            TIME_AXIS, DENSE,
         )  # fmt: skip
         if grad_final_values_ptr is not None:
             terminal = ends(
@@ -155,14 +161,16 @@ def _gae_bwd_kernel(
             store(
                 grad_final_values_ptr, row, step,
                 grad_final_values_stride_b, grad_final_values_stride_t,
-                tl.where(cut & ~terminal, gamma * total, 0.0), inside, TIME_AXIS, DENSE,
+                poison_if(malformed, tl.where(cut & ~terminal, gamma * total, 0.0), cu_seqlens_ptr),
+                inside, TIME_AXIS, DENSE,
             )  # fmt: skip
         # nothing but in the tile that holds the position after the last step
         after = tl.expand_dims(t == length, 1 - TIME_AXIS)
         last_adjoint += at(adjoint, after, TIME_AXIS)
     if grad_last_values_ptr is not None:
         where = grad_last_values_ptr + row * grad_last_values_stride
-        tl.store(where, gamma * last_adjoint, mask=row < rows)
+        last = poison_if(malformed, gamma * last_adjoint, cu_seqlens_ptr)
+        tl.store(where, last, mask=row < rows)
 
 
 def gae_backward(

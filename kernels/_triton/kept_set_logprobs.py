@@ -9,6 +9,7 @@ from torch import Tensor
 
 from warpo.kernels._triton.launch import kernel
 from warpo.kernels._triton.logprobs import inverse_temperature
+from warpo.kernels._triton.offsets import extent
 
 BLOCK_K = 16  # kept ids
 BLOCK_H = 128  # columns
@@ -26,14 +27,6 @@ def _entries(ids_ptr, start, stop, vocab, BLOCK_K: tl.constexpr):
     return entry, inside, ids, inside & (ids >= 0) & (ids < vocab)
 
 
-@triton.jit
-def _bounds(offsets_ptr, token, num_kept):
-    """Entries of a token; offsets that lead outside the list are cut there."""
-    start = tl.load(offsets_ptr + token).to(tl.int64)
-    stop = tl.load(offsets_ptr + token + 1).to(tl.int64)
-    return tl.maximum(start, 0), tl.minimum(stop, num_kept)
-
-
 @kernel()
 def _kept_set_fwd_kernel(
     num_kept: tl.int64, vocab: tl.int64, hidden_size: tl.int64,
@@ -44,11 +37,13 @@ def _kept_set_fwd_kernel(
     BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
-    first, last = _bounds(offsets_ptr, token, num_kept)
-    if first >= last:
-        tl.store(logprobs_ptr + token, 0.0)
-        tl.store(stats_ptr + 2 * token, 0.0)
-        tl.store(stats_ptr + 2 * token + 1, 0.0)
+    tokens = tl.num_programs(0)
+    first, last, malformed = extent(offsets_ptr, 1, tokens, token, num_kept, token < tokens)
+    if malformed | (first == last):
+        result = tl.where(malformed, float("nan"), 0.0)
+        tl.store(logprobs_ptr + token, result)
+        tl.store(stats_ptr + 2 * token, result)
+        tl.store(stats_ptr + 2 * token + 1, result)
         return
     target = tl.load(targets_ptr + token * targets_stride)
     if temperature_ptr is not None:
@@ -102,7 +97,8 @@ def _kept_set_bwd_kernel(
     pieces = tl.cdiv(hidden_size, BLOCK_H)
     token = tl.program_id(0) // pieces
     piece = tl.program_id(0) % pieces
-    first, last = _bounds(offsets_ptr, token, num_kept)
+    tokens = tl.num_programs(0) // pieces
+    first, last, malformed = extent(offsets_ptr, 1, tokens, token, num_kept, token < tokens)
     target = tl.load(targets_ptr + token * targets_stride)
     if temperature_ptr is not None:
         temperature = tl.load(temperature_ptr + token * temperature_stride)
@@ -128,7 +124,7 @@ def _kept_set_bwd_kernel(
             total += tl.sum(tl.where(read, grads[:, None] * w.to(tl.float32), 0.0), 0)
     if grad_hidden_ptr is not None:
         pointers = grad_hidden_ptr + token * grad_hidden_stride + columns
-        tl.store(pointers, total, mask=within)
+        tl.store(pointers, tl.where(malformed, float("nan"), total), mask=within)
 
 
 @kernel()

@@ -26,7 +26,8 @@ from warpo.kernels._triton.policy_terms import (
     kl_estimate,
     surrogate_terms,
 )
-from warpo.kernels._triton.sequences import inverse_or_zero, valid_tokens, weighted
+from warpo.kernels._triton.sequences import bounds as bounds_of
+from warpo.kernels._triton.sequences import inverse_or_zero, poison_if, valid_tokens, weighted
 
 BLOCK = 256
 WARPS = 4
@@ -48,20 +49,6 @@ def _load(view, token, keep):
 @triton.jit
 def _valid(mask, token, end):
     return valid_tokens(mask[0], token, mask[1], end)
-
-
-@triton.jit
-def _bounds(sequence, steps, cu_seqlens_ptr):
-    """Step at which a sequence begins in its row, its length, and where its gradient begins."""
-    if cu_seqlens_ptr is None:
-        first = tl.zeros_like(sequence)
-        length = steps
-        grad_start = sequence * steps
-    else:
-        first = tl.load(cu_seqlens_ptr + sequence).to(tl.int64)
-        length = tl.load(cu_seqlens_ptr + sequence + 1) - first
-        grad_start = first
-    return first, length, grad_start
 
 
 @triton.jit
@@ -243,7 +230,9 @@ def _policy_loss_kernel(
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     sequence = program // parts
-    first, length, grad_start = _bounds(sequence, steps, cu_seqlens_ptr)
+    first, length, grad_start, malformed = bounds_of(
+        sequence, tl.num_programs(0) // parts, steps, cu_seqlens_ptr
+    )
     logprobs_ptr += sequence * logprobs_stride_b + first * logprobs_stride_t
     old_ptr += sequence * old_stride_b + first * old_stride_t
     advantages_ptr += sequence * advantages_stride_b + first * advantages_stride_t
@@ -291,6 +280,7 @@ def _policy_loss_kernel(
     weight = inverse_or_zero(tl.load(denominator_ptr))
     if SEQUENCE_MEAN:
         weight /= tokens
+    weight = poison_if(malformed, weight)
     if adaptive_kl_coef_ptr is not None:
         kl_coef = tl.load(adaptive_kl_coef_ptr)
     _part(

@@ -16,6 +16,7 @@ from warpo.kernels._triton.sequences import (
     inverse_or_zero,
     load_tokens,
     merge_partials,
+    poison_if,
     valid_tokens,
     weighted,
 )
@@ -35,8 +36,8 @@ def _sum_answer(
     ref_ptr, ref_stride_b, ref_stride_t, mask_ptr, mask_stride_b, mask_stride_t,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Valid tokens, sum of logp, sum of logp - ref."""
-    first, length, _ = bounds(answer, steps, cu_seqlens_ptr)
+    """Valid tokens, sum of logp, sum of logp - ref, and whether the answer is malformed."""
+    first, length, _, malformed = bounds(answer, tl.num_programs(0), steps, cu_seqlens_ptr)
     logp_ptr += answer * logp_stride_b + first * logp_stride_t
     if ref_ptr is not None:
         ref_ptr += answer * ref_stride_b + first * ref_stride_t
@@ -54,7 +55,7 @@ def _sum_answer(
         ratio += logp
         if ref_ptr is not None:
             ratio -= load_tokens(ref_ptr, token, ref_stride_t, keep)
-    return tl.sum(count), tl.sum(total), tl.sum(ratio)
+    return tl.sum(count), tl.sum(total), tl.sum(ratio), malformed
 
 
 @triton.jit
@@ -63,7 +64,7 @@ def _store_gradient(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """All valid tokens of an answer have the same gradient."""
-    first, length, grad_start = bounds(answer, steps, cu_seqlens_ptr)
+    first, length, grad_start, _ = bounds(answer, tl.num_programs(0), steps, cu_seqlens_ptr)
     grad_ptr += grad_start
     if mask_ptr is not None:
         mask_ptr += answer * mask_stride_b + first * mask_stride_t
@@ -122,12 +123,12 @@ def _preference_loss_kernel(
     LINK: tl.constexpr, LENGTH_NORMALISE: tl.constexpr, ODDS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     pair = tl.program_id(0).to(tl.int64)
-    n, logp, x = _sum_answer(
+    n, logp, x, chosen_malformed = _sum_answer(
         pair, chosen_steps, chosen_cu_ptr, chosen_ptr, chosen_stride_b, chosen_stride_t,
         chosen_ref_ptr, chosen_ref_stride_b, chosen_ref_stride_t,
         chosen_mask_ptr, chosen_mask_stride_b, chosen_mask_stride_t, BLOCK,
     )  # fmt: skip
-    m, other_logp, y = _sum_answer(
+    m, other_logp, y, rejected_malformed = _sum_answer(
         pair, rejected_steps, rejected_cu_ptr, rejected_ptr, rejected_stride_b, rejected_stride_t,
         rejected_ref_ptr, rejected_ref_stride_b, rejected_ref_stride_t,
         rejected_mask_ptr, rejected_mask_stride_b, rejected_mask_stride_t, BLOCK,
@@ -148,22 +149,22 @@ def _preference_loss_kernel(
     nll = -logp * inverse_or_zero(n)
     loss = tl.where(nll_coef != 0, loss + nll_coef * nll, loss)
     weight = inverse_or_zero(tl.load(denominator_ptr))
+    weight = poison_if(chosen_malformed | rejected_malformed, weight)
     if grad_chosen_ptr is not None:
         gradient = slope * better_slope * chosen_share - nll_coef * inverse_or_zero(n)
         _store_gradient(
             pair, chosen_steps, chosen_cu_ptr, chosen_mask_ptr, chosen_mask_stride_b,
             chosen_mask_stride_t, grad_chosen_ptr,
-            tl.where(counts, weighted(weight, gradient), 0.0), BLOCK,
+            weighted(weight, tl.where(counts, gradient, 0.0)), BLOCK,
         )  # fmt: skip
         gradient = -slope * worse_slope * rejected_share
         _store_gradient(
             pair, rejected_steps, rejected_cu_ptr, rejected_mask_ptr, rejected_mask_stride_b,
             rejected_mask_stride_t, grad_rejected_ptr,
-            tl.where(counts, weighted(weight, gradient), 0.0),
-            BLOCK,
+            weighted(weight, tl.where(counts, gradient, 0.0)), BLOCK,
         )  # fmt: skip
     partials_ptr += pair * NUM_METRICS
-    tl.store(partials_ptr, tl.where(counts, weighted(weight, loss), 0.0))
+    tl.store(partials_ptr, weighted(weight, tl.where(counts, loss, 0.0)))
     tl.store(partials_ptr + 1, tl.where(counts, 1.0, 0.0))
     tl.store(partials_ptr + 2, tl.where(counts & (x > y), 1.0, 0.0))
     tl.store(partials_ptr + 3, tl.where(counts, beta * x, 0.0))
@@ -183,7 +184,7 @@ def _kto_loss_kernel(
     denominator_ptr, partials_ptr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     example = tl.program_id(0).to(tl.int64)
-    count, logp, ratio = _sum_answer(
+    count, logp, ratio, malformed = _sum_answer(
         example, steps, cu_seqlens_ptr, logp_ptr, logp_stride_b, logp_stride_t,
         ref_ptr, ref_stride_b, ref_stride_t, mask_ptr, mask_stride_b, mask_stride_t, BLOCK,
     )  # fmt: skip
@@ -194,15 +195,15 @@ def _kto_loss_kernel(
     _, wrong = log_sigmoid(x)
     _, right = log_sigmoid(-x)
     loss = tl.where(desirable, desirable_weight, undesirable_weight) * wrong
-    weight = tl.where(count > 0, inverse_or_zero(tl.load(denominator_ptr)), 0.0)
+    weight = poison_if(malformed, inverse_or_zero(tl.load(denominator_ptr)))
     if grad_ptr is not None:
-        gradient = tl.where(count > 0, weighted(-weight, loss * slope * right), 0.0)
+        gradient = weighted(-weight, tl.where(count > 0, loss * slope * right, 0.0))
         _store_gradient(
             example, steps, cu_seqlens_ptr, mask_ptr, mask_stride_b, mask_stride_t, grad_ptr,
             gradient, BLOCK,
         )  # fmt: skip
     partials_ptr += example * NUM_KTO_METRICS
-    tl.store(partials_ptr, tl.where(count > 0, weighted(weight, loss), 0.0))
+    tl.store(partials_ptr, weighted(weight, tl.where(count > 0, loss, 0.0)))
     tl.store(partials_ptr + 1, tl.where(good, 1.0, 0.0))
     tl.store(partials_ptr + 2, tl.where(bad, 1.0, 0.0))
     tl.store(partials_ptr + 3, tl.where(good, beta * ratio, 0.0))

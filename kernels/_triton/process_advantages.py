@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from warpo.kernels._triton.launch import kernel
+from warpo.kernels._triton.offsets import extent
 
 BLOCK_OUTPUTS = 8
 BLOCK_STEPS = 32
@@ -19,18 +20,18 @@ SAMPLE_STD = tl.constexpr(1)
 
 @triton.jit
 def _members(
-    first, last, order_ptr, step_offsets_ptr, step_offsets_stride, BLOCK: tl.constexpr
+    first, last, order_ptr, step_offsets_ptr, step_offsets_stride, steps, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """First step and number of steps of some outputs of a group."""
+    """First step and number of steps of some outputs of a group, and whether they are malformed."""
     member = first + tl.arange(0, BLOCK)
     exists = member < last
     output = member
     if order_ptr is not None:
         output = tl.load(order_ptr + member, mask=exists, other=0)
-    pointers = step_offsets_ptr + output * step_offsets_stride
-    start = tl.load(pointers, mask=exists, other=0).to(tl.int64)
-    end = tl.load(pointers + step_offsets_stride, mask=exists, other=0).to(tl.int64)
-    return start, end - start
+    start, end, malformed = extent(
+        step_offsets_ptr, step_offsets_stride, tl.num_programs(0), output, steps, exists
+    )
+    return start, end - start, malformed
 
 
 @triton.jit
@@ -44,18 +45,24 @@ def _load_steps(rewards_ptr, rewards_stride, start, count, block, BLOCK: tl.cons
 
 @triton.jit
 def _statistics(
-    first, last, order_ptr, step_offsets_ptr, step_offsets_stride, rewards_ptr, rewards_stride, eps,
+    first, last, order_ptr, step_offsets_ptr, step_offsets_stride, steps, rewards_ptr,
+    rewards_stride, eps,
     STD: tl.constexpr, BLOCK_OUTPUTS: tl.constexpr, BLOCK_STEPS: tl.constexpr,
 ):  # fmt: skip
-    """Mean, std, scale (0 if all are equal) and number of the rewards of a group."""
+    """Mean, std, scale (0 if all are equal) and number of the rewards of a group; NaN where the
+    steps of a member are malformed.
+    """
     number = tl.full([], 0.0, tl.float32)
     total = tl.full([], 0.0, tl.float32)
     smallest = tl.full([], float("inf"), tl.float32)
     largest = -smallest
     for outputs in range(first, last, BLOCK_OUTPUTS):
-        start, count = _members(
-            outputs, last, order_ptr, step_offsets_ptr, step_offsets_stride, BLOCK_OUTPUTS
+        start, count, malformed = _members(
+            outputs, last, order_ptr, step_offsets_ptr, step_offsets_stride, steps, BLOCK_OUTPUTS
         )
+        poison = tl.max(malformed.to(tl.int32)) > 0
+        number += tl.where(poison, 1.0, 0.0)
+        total = tl.where(poison, float("nan"), total)
         for block in range(0, tl.max(count), BLOCK_STEPS):
             reward, inside = _load_steps(
                 rewards_ptr, rewards_stride, start, count, block, BLOCK_STEPS
@@ -72,9 +79,10 @@ def _statistics(
     squares = tl.full([], 0.0, tl.float32)
     if STD != 0:
         for outputs in range(first, last, BLOCK_OUTPUTS):
-            start, count = _members(
-                outputs, last, order_ptr, step_offsets_ptr, step_offsets_stride, BLOCK_OUTPUTS
-            )
+            start, count, _ = _members(
+                outputs, last, order_ptr, step_offsets_ptr, step_offsets_stride, steps,
+                BLOCK_OUTPUTS,
+            )  # fmt: skip
             for block in range(0, tl.max(count), BLOCK_STEPS):
                 reward, inside = _load_steps(
                     rewards_ptr, rewards_stride, start, count, block, BLOCK_STEPS
@@ -82,14 +90,30 @@ def _statistics(
                 centred = tl.where(inside, reward - mean, 0.0)
                 squares += tl.sum(tl.sum(centred * centred, 1))
     freedom = number - 1.0 if STD == SAMPLE_STD else number
-    std = tl.where(all_equal, 0.0, tl.sqrt_rn(squares / tl.maximum(freedom, 1.0)))
+    # the total too: of a malformed member without steps nothing else tells
+    std = tl.sqrt_rn((squares + 0.0 * total) / tl.maximum(freedom, 1.0))
+    std = tl.where(all_equal, 0.0, std)
     scale = 1.0 / (std + eps) if STD != 0 else 1.0
     return mean, std, tl.where(all_equal, 0.0, scale), number
 
 
+@triton.jit
+def _has_malformed_end(ends_ptr, ends_stride, start, count, length, BLOCK: tl.constexpr):
+    """Whether a step ends outside its output or before the step before it."""
+    found = tl.zeros([BLOCK], tl.int32)
+    for block in range(0, count, BLOCK):
+        step = block + tl.arange(0, BLOCK)
+        inside = step < count
+        pointers = ends_ptr + (start + step) * ends_stride
+        end = tl.load(pointers, mask=inside, other=0)
+        before = tl.load(pointers - ends_stride, mask=inside & (step > 0), other=0)
+        found |= (inside & ((end < before) | (end < 0) | (end >= length))).to(tl.int32)
+    return tl.max(found) > 0
+
+
 @kernel()
 def _process_advantages_kernel(
-    groups: tl.int64, tokens: tl.int64, cu_seqlens_ptr,
+    groups: tl.int64, steps: tl.int64, tokens: tl.int64, cu_seqlens_ptr,
     rewards_ptr, rewards_stride: tl.int64, step_offsets_ptr, step_offsets_stride: tl.int64,
     ends_ptr, ends_stride: tl.int64, group_size: tl.int64, group_ids_ptr, order_ptr, offsets_ptr,
     eps: tl.float32, advantages_ptr, mean_ptr, std_ptr, degenerate_ptr,
@@ -109,22 +133,29 @@ def _process_advantages_kernel(
         last = tl.load(offsets_ptr + group + 1, mask=exists, other=0)
         leader = tl.load(order_ptr + first, mask=exists, other=-1)
     mean, std, scale, number = _statistics(
-        first, last, order_ptr, step_offsets_ptr, step_offsets_stride, rewards_ptr, rewards_stride,
-        eps, STD, BLOCK_OUTPUTS, BLOCK_STEPS,
+        first, last, order_ptr, step_offsets_ptr, step_offsets_stride, steps, rewards_ptr,
+        rewards_stride, eps, STD, BLOCK_OUTPUTS, BLOCK_STEPS,
     )  # fmt: skip
     is_leader = leader == output
     tl.store(mean_ptr + group, mean, mask=is_leader)
     tl.store(std_ptr + group, std, mask=is_leader)
     tl.atomic_add(degenerate_ptr, 1, mask=is_leader & (scale == 0) & (number > 0))
 
-    start = tl.load(step_offsets_ptr + output * step_offsets_stride).to(tl.int64)
-    count = tl.load(step_offsets_ptr + (output + 1) * step_offsets_stride).to(tl.int64) - start
+    outputs = tl.num_programs(0)
+    start, stop, malformed = extent(
+        step_offsets_ptr, step_offsets_stride, outputs, output, steps, output < outputs
+    )
+    count = stop - start
     if cu_seqlens_ptr is None:
         row = output * tokens
         length = tokens
     else:
-        row = tl.load(cu_seqlens_ptr + output).to(tl.int64)
-        length = tl.load(cu_seqlens_ptr + output + 1) - row
+        row, row_end, row_malformed = extent(
+            cu_seqlens_ptr, 1, outputs, output, tokens, output < outputs
+        )
+        length = row_end - row
+        malformed |= row_malformed
+    malformed |= _has_malformed_end(ends_ptr, ends_stride, start, count, length, BLOCK_STEPS)
     for first_token in range(0, length, BLOCK_TOKENS):
         token = first_token + tl.arange(0, BLOCK_TOKENS)
         advantage = tl.zeros([BLOCK_TOKENS], tl.float32)
@@ -137,12 +168,14 @@ def _process_advantages_kernel(
             normalised = tl.where(scale == 0, 0.0, (reward.to(tl.float32) - mean) * scale)
             counts = inside[None, :] & (end[None, :] >= token[:, None])
             advantage += tl.sum(tl.where(counts, normalised[None, :], 0.0), 1)
+        advantage = tl.where(malformed, float("nan"), advantage)
         tl.store(advantages_ptr + row + token, advantage, mask=token < length)
 
 
 def process_advantages(
     outputs: int,
     groups: int,
+    steps: int,
     tokens: int,
     cu_seqlens: Tensor | None,
     step_rewards: Tensor,
@@ -162,7 +195,7 @@ def process_advantages(
     """The fields of `ProcessAdvantages`."""
     with torch.cuda.device_of(step_rewards):
         _process_advantages_kernel[(outputs,)](
-            groups, tokens, cu_seqlens, step_rewards, step_rewards.stride(0),
+            groups, steps, tokens, cu_seqlens, step_rewards, step_rewards.stride(0),
             step_offsets, step_offsets.stride(0), step_ends, step_ends.stride(0),
             group_size, group_ids, order, offsets, float(eps), advantages, mean, std, degenerate,
             STD=std_mode, BLOCK_OUTPUTS=BLOCK_OUTPUTS, BLOCK_STEPS=BLOCK_STEPS,

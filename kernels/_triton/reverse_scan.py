@@ -17,9 +17,11 @@ from warpo.kernels._triton.scan import (
     flags_and_ends,
     is_kept,
     load,
+    poison_if,
     scan,
     scan_with_before,
     store,
+    zero_outside,
 )
 
 ZERO, COMPACT = tl.constexpr(1), tl.constexpr(2)  # MaskMode
@@ -75,7 +77,10 @@ def _reverse_scan_kernel(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     row_inside = tl.expand_dims(row < rows, TIME_AXIS)
-    start, length = bounds(cu_seqlens_ptr, steps)
+    start, length, malformed = bounds(cu_seqlens_ptr, rows, steps)
+    zero_outside(advantages_ptr, start, length, rows, steps, cu_seqlens_ptr, BLOCK_T)
+    zero_outside(returns_ptr, start, length, rows, steps, cu_seqlens_ptr, BLOCK_T)
+    zero_outside(shaped_ptr, start, length, rows, steps, cu_seqlens_ptr, BLOCK_T)
     decay = gamma * gae_lambda
     moves_tail: tl.constexpr = MASK_MODE == COMPACT and mask_ptr is not None
     state = tl.zeros([BLOCK_B], tl.float32)
@@ -151,8 +156,8 @@ def _reverse_scan_kernel(
             kl, _ = kl_estimate(logp, ref, log_ratio_limit, KL, False)
             reward -= tl.where(keep, kl_coef * kl, 0.0)
             store(
-                shaped_ptr, row, step, shaped_stride_b, shaped_stride_t, reward, inside,
-                TIME_AXIS, DENSE,
+                shaped_ptr, row, step, shaped_stride_b, shaped_stride_t,
+                poison_if(malformed, reward, cu_seqlens_ptr), inside, TIME_AXIS, DENSE,
             )  # fmt: skip
         delta = reward + gamma * tl.where(terminal, 0.0, next_value) - value
         # outside the row, and where a mask carries: the identity
@@ -180,11 +185,13 @@ def _reverse_scan_kernel(
             advantage = x
         store(
             advantages_ptr, row, step, advantages_stride_b, advantages_stride_t,
-            tl.where(keep, advantage, 0.0), inside, TIME_AXIS, DENSE,
+            poison_if(malformed, tl.where(keep, advantage, 0.0), cu_seqlens_ptr), inside,
+            TIME_AXIS, DENSE,
         )  # fmt: skip
         store(
             returns_ptr, row, step, returns_stride_b, returns_stride_t,
-            tl.where(keep, x + value, 0.0), inside, TIME_AXIS, DENSE,
+            poison_if(malformed, tl.where(keep, x + value, 0.0), cu_seqlens_ptr), inside,
+            TIME_AXIS, DENSE,
         )  # fmt: skip
 
 

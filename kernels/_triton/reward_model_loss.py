@@ -9,7 +9,13 @@ from torch import Tensor
 
 from warpo.kernels._triton.launch import kernel
 from warpo.kernels._triton.logistic import log_sigmoid
-from warpo.kernels._triton.sequences import inverse_or_zero, merge_partials, weighted
+from warpo.kernels._triton.offsets import extent
+from warpo.kernels._triton.sequences import (
+    inverse_or_zero,
+    merge_partials,
+    poison_if,
+    weighted,
+)
 
 PAIRS_BLOCK = 256  # as `kernels.reward_model_loss.PAIRS_PER_BLOCK`
 GROUP_BLOCK = 16
@@ -87,12 +93,13 @@ def _reward_model_loss_kernel(
 @kernel()
 def _ranking_loss_kernel(
     scores_ptr, scores_stride: tl.int64, ranks_ptr, ranks_stride: tl.int64,
-    mask_ptr, mask_stride: tl.int64, cu_groups_ptr,
+    mask_ptr, mask_stride: tl.int64, cu_groups_ptr, num_scores: tl.int64,
     centering_coef: tl.float32, denominator_ptr, grad_ptr, partials_ptr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     group = tl.program_id(0).to(tl.int64)
-    first = tl.load(cu_groups_ptr + group).to(tl.int64)
-    size = tl.load(cu_groups_ptr + group + 1) - first
+    groups = tl.num_programs(0)
+    first, end, malformed = extent(cu_groups_ptr, 1, groups, group, num_scores, group < groups)
+    size = end - first
     counts = tl.zeros([BLOCK], tl.float32)
     sums = tl.zeros([BLOCK], tl.float32)
     for start in range(0, size, BLOCK):
@@ -104,6 +111,7 @@ def _ranking_loss_kernel(
     mean = tl.sum(sums) * inverse_or_zero(count)
     weight = inverse_or_zero(tl.load(denominator_ptr))
     weight *= inverse_or_zero(0.5 * count * (count - 1.0))
+    weight = poison_if(malformed, weight)
 
     zeros = tl.zeros([BLOCK], tl.float32)
     losses, pairs, correct, margins, m2 = zeros, zeros, zeros, zeros, zeros
@@ -177,6 +185,7 @@ def reward_model_loss(
 
 def ranking_loss(
     groups: int,
+    num_scores: int,
     scores: Tensor,
     ranks: Tensor,
     mask: Tensor | None,
@@ -193,7 +202,7 @@ def ranking_loss(
         if groups:
             _ranking_loss_kernel[(groups,)](
                 *_vector(scores), *_vector(ranks), *_vector(mask), cu_groups,
-                float(centering_coef), denominator, grad_scores, partials,
+                num_scores, float(centering_coef), denominator, grad_scores, partials,
                 BLOCK=GROUP_BLOCK, num_warps=1, enable_fp_fusion=True,
             )  # fmt: skip
         merge_partials(partials, groups, loss, metrics, SCORES, SCORE_MEAN)

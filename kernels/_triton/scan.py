@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from warpo.kernels._triton.launch import column, strided
+from warpo.kernels._triton.offsets import extent
 
 # (rows, steps) of a tile and its warps, for rows dense in time and for steps dense in rows. The
 # short tiles keep threads busy where a row is shorter than the long one. Larger tiles spill
@@ -63,16 +64,39 @@ def at(tile, chosen, TIME_AXIS: tl.constexpr):
 
 
 @triton.jit
-def bounds(cu_seqlens_ptr, steps):
-    """Where the rows of this program begin in their arrays, and how many steps they have."""
+def bounds(cu_seqlens_ptr, rows, steps):
+    """Where the rows of this program begin in their arrays, how many steps they have, and whether
+    the offsets of a packed row are malformed: then its results are NaN.
+    """
     if cu_seqlens_ptr is None:
         start = tl.zeros_like(steps)
         length = steps
+        malformed = steps < 0
     else:
-        sequence = tl.program_id(0).to(tl.int64)
-        start = tl.load(cu_seqlens_ptr + sequence).to(tl.int64)
-        length = tl.load(cu_seqlens_ptr + sequence + 1).to(tl.int64) - start
-    return start, length
+        row = tl.program_id(0).to(tl.int64)
+        start, end, malformed = extent(cu_seqlens_ptr, 1, rows, row, steps, row < rows)
+        length = end - start
+    return start, length, malformed
+
+
+@triton.jit
+def zero_outside(ptr, start, length, rows, steps, cu_seqlens_ptr, BLOCK: tl.constexpr):
+    """Steps of no packed row: before the first, by its program, and after the last."""
+    if ptr is not None and cu_seqlens_ptr is not None:
+        row = tl.program_id(0)
+        for first in range(0, tl.where(row == 0, start, 0), BLOCK):
+            step = first + tl.arange(0, BLOCK)
+            tl.store(ptr + step, tl.zeros([BLOCK], tl.float32), mask=step < start)
+        for first in range(tl.where(row == rows - 1, start + length, steps), steps, BLOCK):
+            step = first + tl.arange(0, BLOCK)
+            tl.store(ptr + step, tl.zeros([BLOCK], tl.float32), mask=step < steps)
+
+
+@triton.jit
+def poison_if(malformed, tile, cu_seqlens_ptr):
+    if cu_seqlens_ptr is not None:
+        tile = tl.where(malformed, float("nan"), tile)
+    return tile
 
 
 @triton.jit

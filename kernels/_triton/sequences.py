@@ -7,22 +7,33 @@ import triton.language as tl
 from torch import Tensor
 
 from warpo.kernels._triton.launch import kernel
+from warpo.kernels._triton.offsets import extent
 
 MERGE_BLOCK = 128
 
 
 @triton.jit
-def bounds(sequence, steps, cu_seqlens_ptr):
-    """Step at which a sequence begins in its row, its length, and where its gradient begins."""
+def bounds(sequence, sequences, steps, cu_seqlens_ptr):
+    """Step at which a sequence begins in its row, its length, where its gradient begins, and
+    whether its offsets are malformed: then loss and gradient are NaN.
+    """
     if cu_seqlens_ptr is None:
         first = tl.zeros_like(sequence)
         length = steps
         grad_start = sequence * steps
+        malformed = sequence < 0
     else:
-        first = tl.load(cu_seqlens_ptr + sequence).to(tl.int64)
-        length = tl.load(cu_seqlens_ptr + sequence + 1) - first
+        first, end, malformed = extent(
+            cu_seqlens_ptr, 1, sequences, sequence, steps, sequence < sequences
+        )
+        length = end - first
         grad_start = first
-    return first, length, grad_start
+    return first, length, grad_start, malformed
+
+
+@triton.jit
+def poison_if(malformed, x):
+    return tl.where(malformed, float("nan"), x)
 
 
 @triton.jit

@@ -14,6 +14,7 @@ from warpo.kernels._triton.sequences import (
     inverse_or_zero,
     load_tokens,
     merge_partials,
+    poison_if,
     valid_tokens,
     weighted,
 )
@@ -60,7 +61,9 @@ def _value_loss_kernel(
     SEQUENCE_MEAN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     sequence = tl.program_id(0).to(tl.int64)
-    first, length, grad_start = bounds(sequence, steps, cu_seqlens_ptr)
+    first, length, grad_start, malformed = bounds(
+        sequence, tl.num_programs(0), steps, cu_seqlens_ptr
+    )
     values_ptr += sequence * values_stride_b + first * values_stride_t
     returns_ptr += sequence * returns_stride_b + first * returns_stride_t
     if old_ptr is not None:
@@ -85,6 +88,7 @@ def _value_loss_kernel(
     weight = inverse_or_zero(tl.load(denominator_ptr))
     if SEQUENCE_MEAN:
         weight *= share
+    weight = poison_if(malformed, weight)
 
     loss_sum, clipped_sum, return_m2, error_m2 = zeros, zeros, zeros, zeros
     for start in range(0, length, BLOCK):

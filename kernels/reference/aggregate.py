@@ -21,7 +21,7 @@ def aggregate(
         weight = sequences.clean(torch.where(mask >= 0, mask, torch.nan).to(values.dtype))
     tokens = weight.sum()
     if aggregation == "sequence-mean-token-mean":
-        totals = sequences.sum(weight)[sequences.sequence]
+        totals = sequences.spread(sequences.sum(weight))
         weight = weight / torch.where(totals == 0, 1, totals)
     if denominator is None:
         number = torch.full_like(tokens, sequences.number)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from warpo.kernels.reference.recursion import recursion
+from warpo.kernels.reference.recursion import recursion, valid_steps
 
 
 class GaeOutput(NamedTuple):
@@ -20,11 +20,13 @@ def gae(
     gae_lambda: float,
     *,
     mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     **steps,
 ) -> GaeOutput:
     """Generalised advantage estimation; `steps` are the options of `recursion`."""
-    advantages, _ = recursion(rewards, values, gamma, gae_lambda, mask=mask, **steps)
-    valid = torch.ones_like(values, dtype=torch.bool) if mask is None else mask.bool()
+    steps |= {"mask": mask, "cu_seqlens": cu_seqlens}
+    advantages, _ = recursion(rewards, values, gamma, gae_lambda, **steps)
+    valid = valid_steps(values, mask, cu_seqlens)
     return GaeOutput(advantages, torch.where(valid, advantages + values, 0))
 
 

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from warpo.kernels.reference.sequences import sequence_of
+
 
 def kept_set_logprobs(
     hidden: Tensor,
@@ -20,7 +22,8 @@ def kept_set_logprobs(
     """
     tokens, vocab = hidden.shape[0], weight.shape[0]
     counts = kept_offsets.diff()
-    rows = torch.arange(tokens, device=hidden.device).repeat_interleave(counts)
+    rows, of_token = sequence_of(kept_offsets, kept_ids.numel())
+    rows, kept_ids = rows[of_token], kept_ids[of_token]
     inside = (kept_ids >= 0) & (kept_ids < vocab)
     kept = torch.zeros(tokens, vocab, dtype=torch.bool, device=hidden.device)
     kept[rows[inside], kept_ids[inside].long()] = True

@@ -6,41 +6,12 @@ import torch
 from torch import Tensor
 
 from warpo.kernels.objectives import Objective
-from warpo.kernels.reference.sequences import counted, over_denominator
-
-
-class Sequences:
-    """The flattened tokens of a batch: which are valid, and which sequence each belongs to."""
-
-    def __init__(self, like: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
-        device = like.device
-        if cu_seqlens is None:
-            self.lengths = [like.shape[1]] * like.shape[0]
-        else:
-            self.lengths = cu_seqlens.diff().tolist()
-        self.index = torch.arange(len(self.lengths), device=device).repeat_interleave(
-            torch.tensor(self.lengths, dtype=torch.int64, device=device)
-        )
-        valid = torch.ones_like(like, dtype=torch.bool) if mask is None else mask.bool()
-        self.valid = valid.reshape(-1)
-        self.counts = self.sum(self.valid.to(like.dtype))
-
-    def clean(self, x: Tensor) -> Tensor:
-        """Flattened, with 0 in masked slots."""
-        return torch.where(self.valid, x.reshape(-1), 0)
-
-    def sum(self, x: Tensor) -> Tensor:
-        """One sum a sequence."""
-        return torch.zeros(len(self.lengths), dtype=x.dtype, device=x.device).index_add(
-            0, self.index, x
-        )
-
-    def mean(self, x: Tensor) -> Tensor:
-        """The mean over the valid tokens of its sequence, for each token."""
-        return (self.sum(x) / self.counts.clamp(min=1))[self.index]
-
-    def prefix_sum(self, x: Tensor) -> Tensor:
-        return torch.cat([x[:0], *(part.cumsum(0) for part in x.split(self.lengths or [0]))])
+from warpo.kernels.reference.sequences import (
+    Sequences,
+    counted,
+    over_denominator,
+    sequences_of,
+)
 
 
 class Surrogate(NamedTuple):
@@ -70,7 +41,7 @@ def policy_loss(
     advantages per token. kl_coef is that of the objective if not given; without ref there is no KL.
     """
     logp = counted(logp, denominator)
-    tokens = Sequences(logp, mask, cu_seqlens)
+    tokens = sequences_of(logp, mask, cu_seqlens)
     logp, old, advantages = tokens.clean(logp), tokens.clean(old), tokens.clean(advantages)
     limit = objective.log_ratio_limit
     of_tokens = logp - old
@@ -84,7 +55,7 @@ def policy_loss(
 
     weight = tokens.valid.to(logp.dtype)
     if objective.aggregation == "sequence-mean-token-mean":
-        weight = weight / tokens.counts.clamp(min=1)[tokens.index]
+        weight = weight / tokens.spread(tokens.counts(weight.dtype).clamp(min=1))
     weight = over_denominator(weight, denominator)
 
     kl = torch.zeros_like(logp)
@@ -188,7 +159,7 @@ def _correction(
 ) -> tuple[Tensor, Tensor]:
     """The weight of each token, a constant, and where a bound changed it."""
     if objective.correction_level == "sequence":
-        log_weight = tokens.sum(log_weight)[tokens.index]
+        log_weight = tokens.spread(tokens.sum(log_weight))
     weight = _bounded(log_weight, objective.log_ratio_limit).exp().detach()
     low, high = objective.correction_low, objective.correction_high
     outside = (weight < low) | (weight > high)

@@ -96,8 +96,7 @@ def answer_sums(
     sequences = sequences_of(logprobs, mask, cu_seqlens)
     logp = sequences.clean(logprobs)
     ref = torch.zeros_like(logp) if ref_logprobs is None else sequences.clean(ref_logprobs)
-    count = sequences.sum(sequences.valid.to(logp.dtype))
-    return count, sequences.sum(logp), sequences.sum(logp - ref)
+    return sequences.counts(logp.dtype), sequences.sum(logp), sequences.sum(logp - ref)
 
 
 def _log_odds(x: Tensor) -> Tensor:

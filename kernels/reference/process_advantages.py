@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from warpo.kernels.reference.group_advantages import group_advantages
+from warpo.kernels.reference.sequences import sequence_of
 
 
 def process_advantages(
@@ -24,15 +25,15 @@ def process_advantages(
     num_outputs = step_offsets.numel() - 1
     shape = (num_outputs, num_tokens) if cu_seqlens is None else (num_tokens,)
     advantages = step_rewards.new_zeros(shape)
-    output = torch.arange(num_outputs, device=step_rewards.device)
-    output_of_step = output.repeat_interleave(step_offsets.diff().long())
+    output_of_step, counts = sequence_of(step_offsets, step_rewards.numel())
+    group_of_step = torch.where(counts, group_ids[output_of_step] if num_outputs else -1, -1)
     normalised, mean, spread, degenerate = group_advantages(
-        step_rewards, group_ids[output_of_step], num_groups, std=std, eps=eps
+        step_rewards, group_of_step, num_groups, std=std, eps=eps
     )
     for b in range(num_outputs):
-        steps = output_of_step == b
+        steps = counts & (output_of_step == b)
         row = advantages[b] if cu_seqlens is None else advantages[cu_seqlens[b] : cu_seqlens[b + 1]]
         token = torch.arange(row.numel(), device=row.device)
-        counts = step_ends[steps][None, :] >= token[:, None]
-        row += torch.where(counts, normalised[steps][None, :], 0.0).sum(1)
+        reaches = step_ends[steps][None, :] >= token[:, None]
+        row += torch.where(reaches, normalised[steps][None, :], 0.0).sum(1)
     return advantages, mean, spread, degenerate

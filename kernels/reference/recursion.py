@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from warpo.kernels.reference.sequences import sequence_of
+
 
 def recursion(
     rewards: Tensor,
@@ -88,6 +90,12 @@ def recursion(
             next_x = torch.where(keep, x, next_x)
     x, q = (torch.stack(y[::-1], -1) if y else torch.zeros_like(rewards) for y in (xs, qs))
     return x.movedim(-1, time_dim), q.movedim(-1, time_dim)
+
+
+def valid_steps(like: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """bool, of the shape of `like`: not masked, and of a sequence."""
+    valid = torch.ones_like(like, dtype=torch.bool) if mask is None else mask.bool()
+    return valid if cu_seqlens is None else valid & sequence_of(cu_seqlens, like.numel())[1]
 
 
 def spans(cu_seqlens: Tensor) -> list[slice]:

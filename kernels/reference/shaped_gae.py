@@ -5,7 +5,7 @@ from torch import Tensor
 
 from warpo.kernels.reference.gae import gae
 from warpo.kernels.reference.policy_loss import kl_estimate
-from warpo.kernels.reference.recursion import add_to_last, move_tail, spans
+from warpo.kernels.reference.recursion import add_to_last, move_tail, spans, valid_steps
 
 
 def shaped_gae(
@@ -26,7 +26,7 @@ def shaped_gae(
     log_ratio_limit: float = 20.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(advantages, returns, shaped rewards)."""
-    valid = torch.ones_like(logprobs, dtype=torch.bool) if mask is None else mask.bool()
+    valid = valid_steps(logprobs, mask, cu_seqlens)
     shaped = torch.zeros_like(logprobs) if rewards is None else rewards
     terminal = 0 if terminal_rewards is None else terminal_rewards[:, None]
     if cu_seqlens is None:

@@ -36,7 +36,7 @@ def value_loss(
         clipped = _huber(v.clamp(old - clip_range, old + clip_range) - returns, huber_delta)
     weight = valid.to(v.dtype)
     if sequence_mean:
-        weight = weight / sequences.sum(weight).clamp(min=1)[sequences.sequence]
+        weight = weight / sequences.spread(sequences.counts(weight.dtype).clamp(min=1))
     loss = over_denominator((weight * torch.max(unclipped, clipped)).sum(), denominator)
     with torch.no_grad():
         kept_returns, kept_errors = returns[valid], (returns - v)[valid]

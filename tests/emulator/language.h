@@ -36,7 +36,8 @@ inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 
-inline struct {
+// Of a named class: variables of an unnamed one would be one for each source file.
+inline struct BlockIndex {
     unsigned x;
 } blockIdx;
 
@@ -71,7 +72,7 @@ inline int own_lane() { return current % kWarp; }
 
 }  // namespace emulator
 
-inline struct {
+inline struct ThreadIndices {
     emulator::ThreadIndex x;
 } threadIdx;
 

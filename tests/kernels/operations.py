@@ -28,6 +28,9 @@ class Operation:
         kernels: the file of its tests and launches.
         mutates: it writes to its arguments.
         twice: it has a second derivative.
+        packed: the same arguments packed, with elements of no sequence at both ends.
+        packed_options: options that differ then.
+        offsets: which of those hold offsets, and of how many elements.
         same_bits: also with other strides; not where a dense tensor is reduced as one long row.
     """
 
@@ -46,6 +49,9 @@ class Operation:
     mutates: bool = False
     twice: bool = False
     same_bits: bool = True
+    packed: Callable[[], dict[str, Tensor]] | None = None
+    packed_options: dict[str, Any] = field(default_factory=dict)
+    offsets: dict[str, int] = field(default_factory=dict)
 
     def __call__(self, tensors: dict[str, Tensor], backend: str, **options: Any) -> list[Tensor]:
         """All results, in order; an optional one that was not asked for is left out."""
@@ -78,6 +84,34 @@ def _targets(high: int, *shape: int) -> Tensor:
 
 
 B, T, V = 3, 9, 37
+# elements of no sequence at each end of packed arguments
+GAP = 2
+
+
+def _pad(x: Tensor) -> Tensor:
+    """With elements that nothing may read: NaN, or 1 where there is none."""
+    padding = x.new_full((GAP, *x.shape[1:]), torch.nan if x.is_floating_point() else 1)
+    return torch.cat([padding, x, padding])
+
+
+def _starts(sequences: int, length: int, dtype: torch.dtype = torch.int32) -> Tensor:
+    return GAP + length * torch.arange(sequences + 1, dtype=dtype, device=DEVICE)
+
+
+def _pack(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What is (B, T, ...) in one row."""
+    return {
+        name: _pad(x.flatten(0, 1)) if x.shape[:2] == (B, T) else x for name, x in tensors.items()
+    }
+
+
+def _packed(tensors: Callable[[], dict[str, Tensor]], *names: str) -> dict[str, Any]:
+    """Fields of an operation on (B, T) that also takes packed tokens."""
+    names = names or ("cu_seqlens",)
+    return {
+        "packed": lambda: _pack(tensors()) | {name: _starts(B, T) for name in names},
+        "offsets": dict.fromkeys(names, B * T + 2 * GAP),
+    }
 
 
 def _logits() -> dict[str, Tensor]:
@@ -120,6 +154,7 @@ _SCAN: dict[str, Any] = {
     "masked": ("rewards", "values"),
     "batched": ("rewards", "values", "mask"),
     "wrong": ("mask_mode", "skip"),
+    **_packed(_token_level),
 }
 _POLICY_FLOATS = ("logprobs", "old_logprobs", "ref_logprobs", "advantages")
 _GROUPS: dict[str, Any] = {"floats": ("rewards",), "wrong": ("std", "robust")}
@@ -166,6 +201,16 @@ def _steps_of_answers() -> dict[str, Tensor]:
     }
 
 
+def _packed_steps_of_answers() -> dict[str, Tensor]:
+    steps = _steps_of_answers()
+    return {
+        "step_rewards": _pad(steps["step_rewards"]),
+        "step_offsets": _starts(4, 2, torch.int64),
+        "step_ends": _pad(steps["step_ends"]),
+        "cu_seqlens": _starts(4, T),
+    }
+
+
 def _linear() -> dict[str, Tensor]:
     return {
         "hidden": _numbers(B, T, 5),
@@ -173,6 +218,14 @@ def _linear() -> dict[str, Tensor]:
         "targets": _targets(V, B, T),
         "mask": _mask(B, T),
     }
+
+
+def _logits_of_policy() -> dict[str, Tensor]:
+    return _logits() | {n: x for n, x in _policy().items() if n != "logprobs"}
+
+
+def _head_of_policy() -> dict[str, Tensor]:
+    return _linear() | {n: x for n, x in _policy().items() if n != "logprobs"}
 
 
 def _kept() -> dict[str, Tensor]:
@@ -196,6 +249,29 @@ def _pairs() -> dict[str, Tensor]:
         "chosen_mask": mask,
         "rejected_mask": mask.flip(0),
     }
+
+
+def _rankings() -> dict[str, Tensor]:
+    return {
+        "scores": _numbers(12),
+        "ranks": (torch.arange(12, device=DEVICE) * 5 % 4),
+        "cu_groups": torch.arange(0, 13, 4, dtype=torch.int32, device=DEVICE),
+        "mask": _mask(12),
+    }
+
+
+def _verdicts() -> dict[str, Tensor]:
+    return {
+        "logprobs": -_numbers(B, T).abs(),
+        "ref_logprobs": -_numbers(B, T).abs().flip(0),
+        "desirable": torch.arange(B, device=DEVICE) % 2 == 0,
+        "kl": torch.full((), 0.25, device=DEVICE),
+        "mask": _mask(B, T),
+    }
+
+
+def _masked_values() -> dict[str, Tensor]:
+    return {"values": _numbers(B, T), "mask": _mask(B, T)}
 
 
 def _moments() -> dict[str, Tensor]:
@@ -254,6 +330,10 @@ OPERATIONS = [
         floats=("hidden", "weight"),
         differentiable=("hidden", "weight"),
         not_promised={4: _NO_MASK},
+        packed=lambda: _kept() | {
+            "kept_ids": _pad(_kept()["kept_ids"]), "kept_offsets": _starts(4, V, torch.int64)
+        },
+        offsets={"kept_offsets": 4 * V + 2 * GAP},
     ),
     Operation(
         name="policy_loss",
@@ -264,11 +344,12 @@ OPERATIONS = [
         differentiable=("logprobs",),
         masked=_POLICY_FLOATS,
         wrong=("objective", "grppo"),
+        **_packed(_policy),
     ),
     Operation(
         name="policy_loss_from_logits",
         kernels="policy_loss_from_logits",
-        tensors=lambda: _logits() | {n: x for n, x in _policy().items() if n != "logprobs"},
+        tensors=_logits_of_policy,
         options={"objective": "grpo", "denominator": 3.0},
         floats=("logits", "old_logprobs", "ref_logprobs", "advantages"),
         differentiable=("logits",),
@@ -276,11 +357,12 @@ OPERATIONS = [
         vocabulary="logits",
         wrong=("objective", "grppo"),
         not_promised={7: _GRADIENT_SAVED, 8: _LOSS_ONLY, 12: "a call is three launches"},
+        **_packed(_logits_of_policy),
     ),
     Operation(
         name="policy_loss_from_hidden",
         kernels="policy_loss_from_hidden",
-        tensors=lambda: _linear() | {n: x for n, x in _policy().items() if n != "logprobs"},
+        tensors=_head_of_policy,
         options={"objective": "grpo", "denominator": 3.0},
         floats=("hidden", "weight"),
         differentiable=("hidden", "weight"),
@@ -289,6 +371,7 @@ OPERATIONS = [
         not_promised={
             1: _MATRIX_PRODUCT, 3: "it composes policy_loss_from_logits", 12: _MATRIX_TIME,
         },
+        **_packed(_head_of_policy),
     ),
     Operation(name="gae", **_SCAN),
     Operation(name="lambda_returns", **_SCAN),
@@ -302,6 +385,7 @@ OPERATIONS = [
             "differentiable": ("rewards",),
             "masked": ("rewards",),
             "batched": ("rewards", "mask"),
+            **_packed(_returns_only),
         },
     ),
     Operation(
@@ -315,6 +399,7 @@ OPERATIONS = [
             "differentiable": (),
             "masked": ("rewards", "values", "logprobs", "ref_logprobs"),
             "batched": ("rewards", "values", "logprobs", "ref_logprobs", "mask"),
+            **_packed(_shaped),
         },
     ),
     Operation(
@@ -327,6 +412,7 @@ OPERATIONS = [
             "differentiable": (),
             "masked": ("rewards", "values", "logprobs", "old_logprobs"),
             "batched": ("rewards", "values", "logprobs", "old_logprobs", "mask"),
+            **_packed(_log_ratios),
         },
     ),
     Operation(
@@ -356,6 +442,9 @@ OPERATIONS = [
         floats=("step_rewards",),
         wrong=("std", "robust"),
         not_promised={4: _MASK_OF_MEMBERS},
+        packed=_packed_steps_of_answers,
+        packed_options={"num_tokens": 4 * T + 2 * GAP},
+        offsets={"step_offsets": 8 + 2 * GAP, "cu_seqlens": 4 * T + 2 * GAP},
     ),
     Operation(
         name="value_loss",
@@ -367,15 +456,17 @@ OPERATIONS = [
         outputs=1,
         masked=("values", "old_values", "returns"),
         wrong=("loss", "mae"),
+        **_packed(_values),
     ),
     Operation(
         name="aggregate",
         kernels="aggregate",
-        tensors=lambda: {"values": _numbers(B, T), "mask": _mask(B, T)},
+        tensors=_masked_values,
         floats=("values",),
         differentiable=("values",),
         masked=("values",),
         wrong=("aggregation", "mean"),
+        **_packed(_masked_values),
     ),
     Operation(
         name="approx_kl",
@@ -396,6 +487,7 @@ OPERATIONS = [
         outputs=1,
         wrong=("loss", "dpoo"),
         not_promised={4: "its two masks are in its own tests"},
+        **_packed(_pairs, "chosen_cu_seqlens", "rejected_cu_seqlens"),
     ),
     Operation(
         name="reward_model_loss",
@@ -413,31 +505,24 @@ OPERATIONS = [
     Operation(
         name="ranking_loss",
         kernels="reward_model_loss",
-        tensors=lambda: {
-            "scores": _numbers(12),
-            "ranks": (torch.arange(12, device=DEVICE) * 5 % 4),
-            "cu_groups": torch.arange(0, 13, 4, dtype=torch.int32, device=DEVICE),
-            "mask": _mask(12),
-        },
+        tensors=_rankings,
         floats=("scores",),
         differentiable=("scores",),
         outputs=1,
         masked=("scores",),
+        packed=lambda: {n: _pad(x) for n, x in _rankings().items() if n != "cu_groups"}
+        | {"cu_groups": _starts(3, 4)},
+        offsets={"cu_groups": 12 + 2 * GAP},
     ),
     Operation(
         name="kto_loss",
         kernels="preference_loss",
-        tensors=lambda: {
-            "logprobs": -_numbers(B, T).abs(),
-            "ref_logprobs": -_numbers(B, T).abs().flip(0),
-            "desirable": torch.arange(B, device=DEVICE) % 2 == 0,
-            "kl": torch.full((), 0.25, device=DEVICE),
-            "mask": _mask(B, T),
-        },
+        tensors=_verdicts,
         floats=("logprobs", "ref_logprobs"),
         differentiable=("logprobs",),
         outputs=1,
         masked=("logprobs", "ref_logprobs"),
+        **_packed(_verdicts),
     ),
     Operation(
         name="squashed_gaussian",

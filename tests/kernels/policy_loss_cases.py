@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tests.kernels.backends import DEVICE, dtypes, strided
 from warpo.kernels import reference
 from warpo.kernels.objectives import AGGREGATIONS, SURROGATES, Objective
-from warpo.kernels.reference.policy_loss import Sequences
+from warpo.kernels.reference.sequences import sequences_of
 
 PER_TOKEN = (
     "logprobs",
@@ -139,7 +139,7 @@ def near_a_bound(arguments, objective) -> bool:
     """Whether float32 and float64 may disagree on which side of a bound something lies."""
     logp = arguments["logprobs"].double()
     old = logp if arguments["old_logprobs"] is None else arguments["old_logprobs"].double()
-    tokens = Sequences(logp, arguments.get("mask"), arguments.get("cu_seqlens"))
+    tokens = sequences_of(logp, arguments.get("mask"), arguments.get("cu_seqlens"))
     log_ratio = tokens.clean(logp) - tokens.clean(old)
     log_weight = tokens.clean(old) - tokens.clean(arguments["sampler_logprobs"].double())
     if objective.correction_level == "sequence":

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
 from tests.kernels.backends import BACKENDS, DEVICE, dtypes, strided
-from tests.kernels.operations import HELPERS, OPERATIONS, Operation
+from tests.kernels.operations import GAP, HELPERS, OPERATIONS, Operation
 from warpo.kernels import dispatch, ops
 
 PROMISES = {
@@ -62,13 +62,13 @@ def why_not(operation: Operation, promise: int, backend: str) -> str | None:
     return None
 
 
-def cells(promise: int) -> Any:
+def cells(promise: int, operations: list[Operation] = OPERATIONS) -> Any:
     """The cells of a promise that exist, as parameters of its test."""
     return pytest.mark.parametrize(
         "operation, backend",
         [
             pytest.param(operation, backend, id=f"{operation.name}-{backend}")
-            for operation in OPERATIONS
+            for operation in operations
             for backend in BACKENDS
             if why_not(operation, promise, backend) is None
         ],
@@ -76,11 +76,15 @@ def cells(promise: int) -> Any:
 
 
 def run(
-    operation: Operation, tensors: dict[str, Tensor], backend: str, expand: bool = False
+    operation: Operation,
+    tensors: dict[str, Tensor],
+    backend: str,
+    expand: bool = False,
+    **options: Any,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Results, and the gradients of the sum of the differentiable ones."""
     leaves = {name: tensors[name].detach().requires_grad_() for name in operation.differentiable}
-    results = operation({**tensors, **leaves}, backend)
+    results = operation({**tensors, **leaves}, backend, **options)
     chosen = [x for x in results[: operation.outputs] if x.requires_grad]
     upstream = [torch.ones((), device=DEVICE).expand(x.shape) for x in chosen]
     if not expand:
@@ -299,6 +303,41 @@ def test_promise_12_host_cost(operation, backend):
         tensors[name].requires_grad_()
     cost = microseconds(lambda: operation(tensors, backend))
     assert cost - microseconds(lambda: native.group_advantages_forward(*launch)) < HOST_COST_US
+
+
+def of_sequences(result: Tensor, like: Tensor) -> Tensor:
+    """What packed elements have, in the shape of `like`; those of no sequence have 0."""
+    if result.shape == like.shape:
+        return result
+    outside = torch.cat([result[:GAP], result[-GAP:]])
+    assert (outside == 0).all(), outside
+    return result[GAP:-GAP].view(like.shape)
+
+
+@cells(13, [operation for operation in OPERATIONS if operation.packed])
+def test_promise_13_offsets(operation, backend):
+    options = operation.packed_options
+    wanted = run(operation, operation.tensors(), backend)
+    found = run(operation, operation.packed(), backend, **options)
+    for some, others in zip(found, wanted, strict=True):
+        some = [of_sequences(x, like) for x, like in zip(some, others, strict=True)]
+        torch.testing.assert_close(some, others, rtol=1e-5, atol=1e-6)
+    for name, bound in operation.offsets.items():
+        for place, value, message in (
+            (0, -1, "before the first"),
+            (-1, bound + 1, f"past the {bound}"),
+            (1, 2**31 - 1, f"past the {bound}"),
+            (-1, 0, "must not descend"),
+        ):
+            tensors = operation.packed()
+            tensors[name][place] = value
+            if DEVICE == "cuda":
+                results, _ = run(operation, tensors, backend, **options)
+                assert any(x.isnan().any() for x in results if x.is_floating_point())
+                continue
+            index = range(len(tensors[name]))[place]
+            with pytest.raises(ValueError, match=rf"{name}\[{index}\] = {value} .*{message}"):
+                run(operation, tensors, backend, **options)
 
 
 def foreign(x: Tensor) -> list[tuple[Tensor, str]]:

@@ -35,7 +35,8 @@ KERNEL_FLAGS = [
     "-include", f"{EMULATOR / 'language.h'}", "-x", "c++",
 ]  # fmt: skip
 # An operation with CUDA kernels, whose tests are in the file of the same name.
-OPERATIONS = [*sorted(path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu")), "contract"]
+OPERATIONS = sorted(path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
+OPERATIONS += ["contract", "offsets"]
 # Of the tests of an operation, those that run a kernel for its values: registration and tracing are
 # the same as for the CPU kernels.
 SELECTION = "cpu and not opcheck and not compiles and not host_cost"

@@ -341,9 +341,8 @@ def test_opcheck(backend):
     torch.library.opcheck(
         torch.ops.warpo.policy_loss_from_logits.default,
         (given["logits"].requires_grad_(), given["targets"], 0.8, None, valid, -100, None,
-         given["old_logprobs"], advantages, advantages, given["ref_logprobs"],
-         given["sampler_logprobs"], one.expand(2, 4), *objective.ratio_arguments, 3, True, 0.1,
-         None, 0.2, 20.0, one, False, backend),
+         given["old_logprobs"], advantages, given["ref_logprobs"], given["sampler_logprobs"],
+         *objective.ratio_arguments, 3, True, 0.1, None, 0.2, 20.0, True, one, False, backend),
         test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
     )  # fmt: skip
 

@@ -128,3 +128,10 @@ def test_bad_arguments_are_named(operation, arguments, options, message):
     numbers = {"gamma": 1.0} | ({"gae_lambda": 1.0} if operation == "lambda_returns" else {})
     with pytest.raises(ValueError, match=message):
         getattr(ops, operation)(*arguments, **(numbers | options))
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_lambda_returns_need_values(backend):
+    rewards = torch.ones(2, 3, device=DEVICE)
+    with pytest.raises(TypeError, match="values must be a Tensor, got NoneType"):
+        ops.lambda_returns(rewards, None, gamma=0.9, gae_lambda=0.5, backend=backend)

@@ -18,8 +18,9 @@ def process_advantages(
     cu_seqlens = torch.empty(outputs + 1, dtype=torch.int32) if packed else None
     ids = [torch.empty(outputs + 1, dtype=torch.int64) if by_id else None for _ in range(3)]
     _triton.process_advantages(
-        outputs, 2, tokens, cu_seqlens, steps, index[: outputs + 1], index, 0 if by_id else 2,
-        *ids, std, 1 / tokens, steps, steps, steps, torch.zeros((), dtype=torch.int32),
+        outputs, 2, 8 * outputs, tokens, cu_seqlens, steps, index[: outputs + 1], index,
+        0 if by_id else 2, *ids, std, 1 / tokens, steps, steps, steps,
+        torch.zeros((), dtype=torch.int32),
     )  # fmt: skip
 
 

@@ -25,7 +25,7 @@ def ranking_loss(dtype: torch.dtype, mask: bool, groups: int = 4) -> None:
 
     scores, scalar = torch.empty(4 * groups, dtype=dtype), torch.empty(())
     _triton.ranking_loss(
-        groups, scores, torch.empty(4 * groups, dtype=torch.int64), flags(scores, mask),
+        groups, 4 * groups, scores, torch.empty(4 * groups, dtype=torch.int64), flags(scores, mask),
         torch.zeros(groups + 1, dtype=torch.int32), 1 / groups, scalar, torch.empty(4 * groups),
         torch.empty(groups, 7), scalar, torch.empty(7),
     )  # fmt: skip
