@@ -80,13 +80,9 @@ def gae(
     """
     convert: Any = _as_tensor if isinstance(rewards, Tensor) else _as_numpy
     like = rewards
-    named = {
-        "rewards": rewards, "values": values, "dones": dones, "next_value": next_value,
-        "next_done": next_done,
-    }  # fmt: skip
-    rewards, values, dones, next_value, next_done = (
-        convert(name, value, like) for name, value in named.items()
-    )
+    rewards, values = convert("rewards", rewards, like), convert("values", values, like)
+    dones, next_done = convert("dones", dones, like), convert("next_done", next_done, like)
+    next_value = convert("next_value", next_value, like)
     _check_shapes(rewards, values, dones, next_value, next_done)
     scan.check_discount("gamma", gamma)
     scan.check_discount("gae_lambda", gae_lambda)
@@ -268,6 +264,8 @@ def _loop(
 
 def _as_numpy(name: str, value: Any, like: np.ndarray) -> np.ndarray:
     """A plain array of bool or real numbers, in the byte order of the machine."""
+    if type(value) is np.ndarray and value.dtype in _NATIVE:
+        return value
     if isinstance(value, Tensor):
         value = value.detach()
         value = (value.float() if value.dtype == torch.bfloat16 else value).cpu().numpy()
@@ -282,7 +280,7 @@ def _as_numpy(name: str, value: Any, like: np.ndarray) -> np.ndarray:
             f"{name} must be bool, integers or float16 | float32 | float64, got {value.dtype}: "
             f"convert {name} to float32"
         )
-    native = value if value.dtype.isnative else value.astype(value.dtype.newbyteorder("="))
+    native = value.astype(value.dtype.newbyteorder("="), copy=False)
     return native if type(native) is np.ndarray else np.asarray(native)
 
 
@@ -373,5 +371,6 @@ _CODES = {
     np.uint8: DTYPE_CODES[torch.uint8],
 }
 _KNOWN = (*FLOATS, torch.float64)
+_NATIVE = frozenset(map(np.dtype, ("float32", "bool", "float64")))
 _FLOATS = (np.float16, np.float32, np.float64)
 _NUMBERS = (bool, int, float, np.bool_, np.number)
