@@ -15,6 +15,7 @@ FLAGS = (torch.bool, torch.uint8)
 _PLAIN = (Tensor, nn.Parameter)
 _CASTS = {
     torch.float32: "float",
+    torch.bfloat16: "bfloat16",
     torch.bool: "bool",
     torch.int32: "int",
     torch.int64: "long",
