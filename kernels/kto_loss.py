@@ -11,6 +11,8 @@ reference point. An answer without valid tokens does not count.
 Source: https://arxiv.org/abs/2402.01306 section 4.1.
 """
 
+from functools import partial
+from operator import mul
 from typing import NamedTuple
 
 import torch
@@ -27,7 +29,7 @@ from warpo.kernels.checks import (
 )
 from warpo.kernels.offsets import check_values, is_malformed, valid_tokens
 from warpo.kernels.registration import Operator
-from warpo.kernels.sequences import as_denominator, check_sequences, spread_packed
+from warpo.kernels.sequences import as_denominator, check_sequences, scaled, spread_packed
 from warpo.kernels.symbolic import as_scalar
 
 KTO_METRICS = (
@@ -246,13 +248,14 @@ def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(output[2])
 
 
-def _differentiate(ctx, grad_loss, *_):
+def _differentiate(ctx, grad_loss, *_, scale=mul):
     if grad_loss is None or not ctx.with_gradient:
         return (None,) * 12
     (gradient,) = ctx.saved_tensors
-    return ((gradient * grad_loss).to(ctx.dtype), *(None,) * 11)
+    return (scale(gradient, grad_loss).to(ctx.dtype), *(None,) * 11)
 
 
 _operator = Operator(
-    "kto_loss", _forward, _fake_forward, _save, _differentiate, differentiable=1, returned=2
-)
+    "kto_loss", _forward, _fake_forward, _save, _differentiate, differentiable=1, returned=2,
+    differentiate_eager=partial(_differentiate, scale=scaled),
+)  # fmt: skip

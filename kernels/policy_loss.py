@@ -19,6 +19,8 @@ Sources: the rows of `objectives.OBJECTIVES`; PPO, https://arxiv.org/abs/1707.06
 estimators of the KL, http://joschu.net/blog/kl-approx.html.
 """
 
+from functools import partial
+from operator import mul
 from typing import NamedTuple
 
 import torch
@@ -30,7 +32,12 @@ from warpo.kernels.objectives import KL_ESTIMATORS, Objective, get_objective
 from warpo.kernels.offsets import check_values, sequence_of_tokens
 from warpo.kernels.policy_metrics import METRICS
 from warpo.kernels.registration import Operator
-from warpo.kernels.sequences import check_sequences, count_denominator, empty_float32
+from warpo.kernels.sequences import (
+    check_sequences,
+    count_denominator,
+    empty_float32,
+    scaled,
+)
 
 # Rows of the workspace at least: kMinPartials in csrc/arguments/policy_loss.h.
 MIN_PARTIALS = 512
@@ -332,24 +339,12 @@ def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(output[2])
 
 
-def _differentiate(ctx, grad_loss, *_):
-    return _scale(ctx, grad_loss, is_one=False)
-
-
-def _differentiate_eager(ctx, grad_loss, *_):
-    # on a GPU to look at it would stop the host
-    is_one = grad_loss is not None and grad_loss.is_cpu and grad_loss.item() == 1.0
-    return _scale(ctx, grad_loss, is_one)
-
-
-def _scale(ctx, grad_loss: Tensor | None, is_one: bool) -> tuple:
+def _differentiate(ctx, grad_loss, *_, scale=mul):
     nothing = (None,) * 28
     of_logprobs, of_entropy = ctx.wanted
     if grad_loss is None or not (of_logprobs or of_entropy):
         return (None, None, *nothing)
-    (gradients,) = ctx.saved_tensors
-    if not is_one:
-        gradients = gradients * grad_loss
+    gradients = scale(ctx.saved_tensors[0], grad_loss)
     grad_logprobs, grad_entropy = gradients if of_logprobs and of_entropy else (gradients,) * 2
     return (
         grad_logprobs.to(ctx.dtypes[0]) if of_logprobs else None,
@@ -360,5 +355,5 @@ def _scale(ctx, grad_loss: Tensor | None, is_one: bool) -> tuple:
 
 _operator = Operator(
     "policy_loss", launch_policy_loss, _fake_forward, _save, _differentiate,
-    differentiable=2, differentiate_eager=_differentiate_eager, returned=2,
+    differentiable=2, differentiate_eager=partial(_differentiate, scale=scaled), returned=2,
 )  # fmt: skip

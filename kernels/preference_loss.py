@@ -13,6 +13,8 @@ Sources: at the rows of `preferences.PREFERENCES`; DPO, https://arxiv.org/abs/23
 """
 
 from dataclasses import asdict
+from functools import partial
+from operator import mul
 from typing import NamedTuple
 
 import torch
@@ -23,7 +25,7 @@ from warpo.kernels.checks import FLOATS, as_rows, check_mask, check_no_grad, che
 from warpo.kernels.offsets import check_values
 from warpo.kernels.preferences import LINKS, Preference, get_preference
 from warpo.kernels.registration import Operator
-from warpo.kernels.sequences import as_denominator, check_sequences, spread_packed
+from warpo.kernels.sequences import as_denominator, check_sequences, scaled, spread_packed
 
 PREFERENCE_METRICS = (
     "loss",
@@ -274,16 +276,17 @@ def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(*output[2:])
 
 
-def _differentiate(ctx, grad_loss, *_):
+def _differentiate(ctx, grad_loss, *_, scale=mul):
     if grad_loss is None or not ctx.with_gradient:
         return (None,) * 19
-    scaled = [
-        (gradient * grad_loss).to(dtype)
+    gradients = (
+        scale(gradient, grad_loss).to(dtype)
         for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-    ]
-    return (*scaled, *(None,) * 17)
+    )
+    return (*gradients, *(None,) * 17)
 
 
 _operator = Operator(
-    "preference_loss", _forward, _fake_forward, _save, _differentiate, differentiable=2, returned=2
-)
+    "preference_loss", _forward, _fake_forward, _save, _differentiate, differentiable=2, returned=2,
+    differentiate_eager=partial(_differentiate, scale=scaled),
+)  # fmt: skip

@@ -95,8 +95,14 @@ def empty_float32(like: Tensor) -> Tensor:
 
 
 def scaled(gradient: Tensor, grad_loss: Tensor) -> Tensor:
-    """The product, in eager mode: on a CPU, where to look at it costs little, 1 takes no pass."""
-    if grad_loss.is_cpu and grad_loss.item() == 1.0:
+    """The product, in eager mode. By 1 it takes no pass on a CPU, where to look at the factor costs
+    little: the saved gradient itself, unless the graph is kept for another backward pass.
+    """
+    if (
+        grad_loss.is_cpu
+        and grad_loss.item() == 1.0
+        and not torch._C._autograd._get_current_graph_task_keep_graph()
+    ):
         return gradient
     return gradient * grad_loss
 

@@ -15,6 +15,8 @@ values that it stands for, https://arxiv.org/abs/1506.02438 section 5.
 
 import math
 from collections.abc import Sequence
+from functools import partial
+from operator import mul
 from typing import NamedTuple
 
 import torch
@@ -36,6 +38,7 @@ from warpo.kernels.sequences import (
     count_denominator,
     empty_float32,
     merge_moments,
+    scaled,
     spread_packed,
 )
 
@@ -242,26 +245,14 @@ def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(output[2])
 
 
-def _differentiate(ctx, grad_loss, *_):
-    return _scale(ctx, grad_loss, is_one=False)
-
-
-def _differentiate_eager(ctx, grad_loss, *_):
-    # on a GPU to look at it would stop the host
-    is_one = grad_loss is not None and grad_loss.is_cpu and grad_loss.item() == 1.0
-    return _scale(ctx, grad_loss, is_one)
-
-
-def _scale(ctx, grad_loss: Tensor | None, is_one: bool) -> tuple:
+def _differentiate(ctx, grad_loss, *_, scale=mul):
     if grad_loss is None or not ctx.with_gradient:
         return (None,) * 11
     (gradient,) = ctx.saved_tensors
-    if not is_one:
-        gradient = gradient * grad_loss
-    return (gradient.to(ctx.dtype), *(None,) * 10)
+    return (scale(gradient, grad_loss).to(ctx.dtype), *(None,) * 10)
 
 
 _operator = Operator(
     "value_loss", _forward, _fake_forward, _save, _differentiate,
-    differentiable=1, differentiate_eager=_differentiate_eager, returned=2,
+    differentiable=1, differentiate_eager=partial(_differentiate, scale=scaled), returned=2,
 )  # fmt: skip

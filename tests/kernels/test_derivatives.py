@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from tests.kernels.backends import DEVICE, each_backend
+from tests.kernels.operations import OPERATIONS
 from tests.tolerance import GRADIENT_ABSOLUTE, GRADIENT_RELATIVE, ROUNDING, assert_close
 from warpo.kernels import ops
 
@@ -225,3 +226,24 @@ def test_upstream_gradients_of_every_kind(backend):
         for given in (upstream, upstream.to_sparse())
     )
     assert torch.equal(dense, sparse)
+
+
+@each_backend
+@pytest.mark.parametrize(
+    "operation",
+    # the one left out refuses a second backward pass
+    [x for x in OPERATIONS if x.differentiable and x.name != "policy_loss_from_logits"],
+    ids=lambda x: x.name,
+)
+def test_a_kept_graph_gives_the_same_gradient_each_time(operation, backend):
+    """Leaves accumulate in place, which must not reach what the graph has saved."""
+    tensors = operation.tensors()
+    leaves = [tensors[name].requires_grad_() for name in operation.differentiable]
+    results = [x for x in operation(tensors, backend)[: operation.outputs] if x.requires_grad]
+    loss = sum(x.sum() for x in results)
+    loss.backward(retain_graph=True)
+    once = [leaf.grad.clone() for leaf in leaves]
+    for _ in range(2):
+        loss.backward(retain_graph=True)
+    for leaf, gradient in zip(leaves, once, strict=True):
+        torch.testing.assert_close(leaf.grad, 3 * gradient, rtol=1e-5, atol=1e-6)
