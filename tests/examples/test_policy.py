@@ -28,7 +28,7 @@ def folder(tmp_path_factory):
 def test_the_example_raises_held_out_accuracy(folder, name):
     if name == "ppo_ptx":
         train(folder, "bradley_terry")
-    rows = train(folder, name, "--steps", str(STEPS))
+    rows = train(folder, name, "--steps", str(STEPS), "--evaluation.every_steps", str(STEPS))
     right = evaluations(rows, RIGHT.get(name, "eval/accuracy"))
     assert right[0] < (0.6 if name == "grpo_process" else 0.4)
     assert right[-1] >= ACCURACY, right
