@@ -147,11 +147,10 @@ def plan_memory(
 
 
 def optimizer_bytes(parameters: int, config: Config, device: torch.device) -> int:
-    """Two moments, and float32 master weights where the learner's are narrower."""
+    """Two float32 moments, and float32 master weights where the learner's are narrower."""
     if config.update.optimizer_state == "host" and device.type == "cuda":
         return 0
-    masters = 0 if config.dtype == "float32" else 4
-    return parameters * (2 * _dtype(config.update.moments).itemsize + masters)
+    return parameters * (8 if config.dtype == "float32" else 12)
 
 
 def resync_of(config: Config) -> Literal["alias", "copy"]:

@@ -14,7 +14,6 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from warpo.engine.schedule import WarmupSchedule
 from warpo.kernels import ops
 
 # Gradients on their way to the host while it computes.
@@ -43,9 +42,7 @@ class AdamW(torch.optim.Optimizer):
 
     Values are those of torch.optim.AdamW on float32 copies of the parameters. The state of a
     parameter is made at its first step: two float32 moments, and float32 master weights where the
-    parameter is bfloat16; 8 and 12 bytes an element. bfloat16 moments take 4 bytes less; they are
-    rounded stochastically, with random numbers of the parameter's place among all, the step and the
-    element, so that a run gives the same bits again. With state = "host" it lies in host memory,
+    parameter is bfloat16; 8 and 12 bytes an element. With state = "host" it lies in host memory,
     beside a copy of the weights in their dtype, pinned: the step then runs on the CPU, while
     gradients and weights of other parameters are on their way. On a CPU "host" is "device".
 
@@ -56,7 +53,6 @@ class AdamW(torch.optim.Optimizer):
             float32 | bfloat16, on one device, dense or rows of any stride.
         lr, betas, eps, weight_decay: as in torch.optim.AdamW.
         state: where moments and master weights lie, and the step is computed.
-        moments: their dtype.
 
     Raises:
         ValueError: a parameter or a number is not as above.
@@ -71,7 +67,6 @@ class AdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         state: Literal["device", "host"] = "device",
-        moments: Literal["float32", "bfloat16"] = "float32",
     ) -> None:
         named = list(named_parameters)
         _check_numbers(lr=lr, eps=eps, weight_decay=weight_decay)
@@ -79,16 +74,12 @@ class AdamW(torch.optim.Optimizer):
             raise ValueError(f"betas must be in [0, 1), got {betas}")
         if state not in ("device", "host"):
             raise ValueError(f"state must be 'device' or 'host', got {state!r}")
-        if moments not in ("float32", "bfloat16"):
-            raise ValueError(f"moments must be 'float32' or 'bfloat16', got {moments!r}")
         _check_parameters(named)
         super().__init__(
             named, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         )
         self._device = named[0][1].device
         self._staged = state == "host" and self._device.type != "cpu"
-        self._moments = getattr(torch, moments)
-        self._seeds = {parameter: i for i, (_, parameter, _) in enumerate(self._parameters())}
         self._host_weights: dict[Tensor, Tensor] = {}
         self._landing: list[Tensor] = []
 
@@ -153,7 +144,7 @@ class AdamW(torch.optim.Optimizer):
             state["step"] = 0
             for name in ("exp_avg", "exp_avg_sq"):
                 state[name] = torch.zeros(
-                    parameter.shape, dtype=self._moments, device=weights.device
+                    parameter.shape, dtype=torch.float32, device=weights.device
                 )
             if parameter.dtype != torch.float32:
                 dense = torch.contiguous_format
@@ -163,7 +154,6 @@ class AdamW(torch.optim.Optimizer):
             lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1], eps=group["eps"],
             weight_decay=group["weight_decay"], step=state["step"] + 1,
             grad_scale=1.0 if grad_scale is None else grad_scale,
-            seed=self._seeds[parameter] if self._moments == torch.bfloat16 else None,
             backend="cpu" if self._staged else None,
         )  # fmt: skip
         state["step"] += 1
@@ -272,16 +262,40 @@ class AdamW(torch.optim.Optimizer):
         device = torch.device("cpu") if self._staged else self._device
         state: dict[str, Any] = {"step": int(saved["step"])}
         for key in wanted - {"step"}:
-            dtype = torch.float32 if key == "master" else self._moments
-            if saved[key].shape != parameter.shape or saved[key].dtype != dtype:
+            if saved[key].shape != parameter.shape or saved[key].dtype != torch.float32:
                 raise ValueError(
-                    f"{key} of {name} must be {str(dtype)[6:]} {tuple(parameter.shape)}, got "
-                    f"{saved[key].dtype} {tuple(saved[key].shape)}: resume with the moments that "
-                    "the run had"
+                    f"{key} of {name} must be float32 {tuple(parameter.shape)}, got "
+                    f"{saved[key].dtype} {tuple(saved[key].shape)}"
                 )
-            state[key] = torch.empty(parameter.shape, dtype=dtype, device=device)
+            state[key] = torch.empty(parameter.shape, dtype=torch.float32, device=device)
             state[key].copy_(saved[key])
         return state
+
+
+class WarmupSchedule(torch.optim.lr_scheduler.LambdaLR):
+    """The learning rate rises linearly over so many optimizer steps. Then it stays, or falls
+    linearly, to be 0 after `zero_after` steps where that is not 0.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, warmup_steps: int, zero_after: int = 0
+    ) -> None:
+        def factor(step: int) -> float:
+            rising = min(1.0, (step + 1) / (warmup_steps + 1))
+            if not zero_after:
+                return rising
+            return max(0.0, min(rising, (zero_after - step) / (zero_after - warmup_steps)))
+
+        super().__init__(optimizer, factor)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on at the step where `state_dict` was taken, with the learning rate of this run."""
+        own = self.base_lrs
+        super().load_state_dict(state_dict)
+        self.base_lrs = own
+        self._last_lr = self.get_lr()
+        for group, lr in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+            group["lr"] = lr
 
 
 class UpdateSettings(Protocol):
@@ -295,8 +309,6 @@ class UpdateSettings(Protocol):
     def weight_decay(self) -> float: ...
     @property
     def optimizer_state(self) -> Literal["device", "host"]: ...
-    @property
-    def moments(self) -> Literal["float32", "bfloat16"]: ...
     @property
     def warmup_steps(self) -> int: ...
 
@@ -315,7 +327,6 @@ def make_optimizer(
         betas=update.betas,
         weight_decay=update.weight_decay,
         state=update.optimizer_state,
-        moments=update.moments,
     )
     return optimizer, WarmupSchedule(optimizer, update.warmup_steps, zero_after)
 

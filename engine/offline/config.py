@@ -97,9 +97,6 @@ class OfflineUpdate:
     optimizer_state: Literal["device", "host"] = "device"
     """Where moments and float32 master weights lie and AdamW runs. host: 8 (float32) or 12
     (bfloat16) bytes a weight less on the GPU, for a step on the CPU."""
-    moments: Literal["float32", "bfloat16"] = "float32"
-    """Type of AdamW's moments. bfloat16: 4 bytes per weight less; rounded stochastically, so that
-    small changes count."""
     warmup_steps: CountOrNone = 0
     """Steps in which the learning rate rises linearly to lr."""
     schedule: Literal["constant", "linear"] = "constant"

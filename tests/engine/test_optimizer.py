@@ -7,8 +7,13 @@ import torch
 from torch import nn
 
 from tests.tolerance import ADAMW_ABSOLUTE, ADAMW_RELATIVE, STEP_RELATIVE, assert_close
-from warpo.engine.optimizer import AdamW, clip_coefficient, gradient_norm, update_metrics
-from warpo.engine.schedule import WarmupSchedule
+from warpo.engine.optimizer import (
+    AdamW,
+    WarmupSchedule,
+    clip_coefficient,
+    gradient_norm,
+    update_metrics,
+)
 from warpo.kernels import ops
 
 OPTIONS = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
@@ -16,7 +21,6 @@ DTYPES = [torch.float32, torch.bfloat16]
 SHAPES = {"matrix": (30, 40), "vector": (7,), "scalar": (), "rows": (4, 33)}
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES)
-each_moments = pytest.mark.parametrize("moments", ["float32", "bfloat16"])
 staged_or_not = pytest.mark.parametrize("staged", [False, True], ids=["device", "host"])
 
 
@@ -95,12 +99,11 @@ def test_weights_are_written_in_place_and_nothing_beside_them(dtype, staged):
 
 
 @each_dtype
-@each_moments
-def test_state_on_the_host_gives_the_same_bits(dtype, moments):
+def test_state_on_the_host_gives_the_same_bits(dtype):
     runs = []
     for staged in (False, True):
         named = parameters(dtype)
-        optimizer = new(named, staged, moments=moments)
+        optimizer = new(named, staged)
         updates = [learn(named, optimizer, range(step, step + 1)) for step in range(3)]
         runs.append((named, optimizer, updates))
     (one, optimizer, updates), (other, host, host_updates) = runs
@@ -156,12 +159,11 @@ def test_a_parameter_without_gradient_is_left_alone_and_reported(staged):
 
 
 @each_dtype
-@each_moments
 @pytest.mark.parametrize("before", [False, True], ids=["device", "host"])
 @pytest.mark.parametrize("after", [False, True], ids=["device", "host"])
-def test_a_resumed_run_goes_on_bit_for_bit(dtype, moments, before, after):
+def test_a_resumed_run_goes_on_bit_for_bit(dtype, before, after):
     named = parameters(dtype)
-    optimizer = new(named, before, moments=moments)
+    optimizer = new(named, before)
     schedule = WarmupSchedule(optimizer, warmup_steps=5)
     learn(named, optimizer, range(3))
     schedule.step()
@@ -170,7 +172,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(dtype, moments, before, after):
     with torch.no_grad():
         for name, parameter in resumed.items():
             parameter.copy_(weights[name])
-    fresh = new(resumed, after, moments=moments)
+    fresh = new(resumed, after)
     going_on = WarmupSchedule(fresh, warmup_steps=5)
     fresh.load_state_dict(state)
     going_on.load_state_dict(schedule.state_dict())
@@ -182,24 +184,6 @@ def test_a_resumed_run_goes_on_bit_for_bit(dtype, moments, before, after):
         for key, value in optimizer.state[parameter].items():
             own = fresh.state[resumed[name]][key]
             assert own == value if key == "step" else torch.equal(own, value)
-
-
-@each_dtype
-def test_bfloat16_moments_follow_float32_ones(dtype):
-    runs = []
-    for moments in ("float32", "bfloat16"):
-        named = parameters(dtype)
-        optimizer = new(named, moments=moments, lr=1e-3)
-        learn(named, optimizer, range(20))
-        states = [optimizer.state[parameter] for parameter in named.values()]
-        assert {s[key].dtype for s in states for key in ("exp_avg", "exp_avg_sq")} == {
-            getattr(torch, moments)
-        }
-        runs.append([s.get("master", p) for s, p in zip(states, named.values(), strict=True)])
-    start = parameters(dtype).values()
-    moved = sum((a - b).abs().sum() for a, b in zip(runs[0], start, strict=True))
-    apart = sum((a - b).abs().sum() for a, b in zip(*runs, strict=True))
-    assert 0 < apart < 0.02 * moved
 
 
 def test_a_resumed_run_may_have_other_settings():
@@ -268,7 +252,6 @@ def test_the_clip_coefficient_is_that_of_torch(dtype):
         ({"weight_decay": -0.1}, "weight_decay must be a number >= 0"),
         ({"betas": (0.9, 1.0)}, r"betas must be in \[0, 1\), got \(0.9, 1.0\)"),
         ({"state": "disk"}, "state must be 'device' or 'host', got 'disk'"),
-        ({"moments": "int8"}, "moments must be 'float32' or 'bfloat16', got 'int8'"),
     ],
 )
 def test_bad_options_are_named(change, message):
@@ -318,8 +301,6 @@ def test_a_state_of_other_parameters_is_refused():
         new(renamed).load_state_dict(state)
     with pytest.raises(ValueError, match="matrix, which is torch.float32, .*resume with the dtype"):
         new(parameters(torch.float32)).load_state_dict(state)
-    with pytest.raises(ValueError, match=r"of matrix must be bfloat16 .*resume with the moments"):
-        new(parameters(torch.bfloat16), moments="bfloat16").load_state_dict(state)
     state["state"][0]["exp_avg"] = torch.zeros(3)
     with pytest.raises(ValueError, match=r"exp_avg of matrix must be float32 \(30, 40\), got"):
         new(parameters(torch.bfloat16)).load_state_dict(state)
