@@ -29,7 +29,7 @@ _MODULE = "verl.trainer.ppo.core_algos"
 _NO_LIMIT = 80.0
 # In place of a weight of 0: the product with an advantage keeps the sign of the advantage, by which
 # verl counts what is clipped, and is no part of a float32 sum.
-_TINY = 1e-30
+_TINY = 1e-37
 
 _TOKENS, _LOG_RATIO = ops.METRICS.index("tokens"), ops.METRICS.index("log_ratio")
 _CLIPPED_LOW, _CLIPPED_HIGH = ops.METRICS.index("clipped_low"), ops.METRICS.index("clipped_high")
