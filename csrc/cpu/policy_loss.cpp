@@ -129,7 +129,7 @@ void evaluate(const PolicyLoss& a, const Weights& weights, int count, const Tile
             own += kl_weight * term.derivative;
             kl += keep ? term.value : 0.0f;
         }
-        grad[i] = keep && policy_weight != 0.0f ? own : 0.0f;
+        grad[i] = keep ? own : 0.0f;
         policy -= keep ? terms.value : 0.0f;
         derivative += keep ? terms.by_log_ratio : 0.0f;
         low += keep ? terms.clipped_low : 0.0f;
@@ -142,6 +142,8 @@ void evaluate(const PolicyLoss& a, const Weights& weights, int count, const Tile
         smallest = or_inf < smallest ? or_inf : smallest;
         largest = or_minus_inf > largest ? or_minus_inf : largest;
     }
+    // 0 times what is not finite is NaN; within the loop above, a select takes 8 % of its time
+    for (int i = 0; policy_weight == 0.0f && i < count; ++i) grad[i] = 0.0f;
     sums.policy += policy;
     sums.kl += kl;
     sums.low += low;
