@@ -62,6 +62,7 @@ def _kernels(listing: str, header: str) -> dict[str, str]:
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
+@pytest.mark.slow
 @needs_tools
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 def test_no_register_spills_and_no_local_memory(compiled, source):
