@@ -228,8 +228,10 @@ def test_a_batch_larger_than_the_caches_has_the_bits_of_its_parts(backend, maske
 
 @each_backend
 def test_runs_repeat_bit_for_bit(backend):
-    rewards, values = torch.randn(2, 33, 1500, device=DEVICE)
-    mask = torch.rand(33, 1500, device=DEVICE) < 0.5
+    # the interpreter runs one program after the other
+    rows = 2 if backend == "triton" and DEVICE == "cpu" else 33
+    rewards, values = torch.randn(2, rows, 1500, device=DEVICE)
+    mask = torch.rand(rows, 1500, device=DEVICE) < 0.5
     options = {"gamma": 0.99, "gae_lambda": 0.95, "mask": mask, "backend": backend}
     first, second = (ops.gae(rewards, values, **options) for _ in range(2))
     assert torch.equal(first.advantages, second.advantages)

@@ -150,6 +150,7 @@ def mean_return(config: ControlConfig) -> float:
 
 
 @pytest.mark.timeout(240)  # 12 s of one core of an AMD EPYC, with neighbours a minute
+@pytest.mark.slow
 def test_ppo_balances_the_pole_in_40_thousand_steps(tmp_path):
     overrides = ["--output_dir", str(tmp_path / "run"), "--steps", "40000"]
     config = read_tree(ControlConfig, EXAMPLES / "ppo_gymnasium.yaml", overrides)
