@@ -66,6 +66,7 @@ def sanitized() -> Path:
     return folder
 
 
+@pytest.mark.timeout(1200)  # with the build, 5 minutes beside another job
 def test_the_tests_of_the_kernels_pass(sanitized):
     paths = sorted((builds.ROOT / "tests" / "kernels").glob("test_*.py"))
     tests = [str(path) for path in paths if path.stem.removeprefix("test_") not in LEFT_OUT]
