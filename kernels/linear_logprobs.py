@@ -23,7 +23,7 @@ from torch.distributed import ProcessGroup
 from warpo.kernels import dispatch, reference
 from warpo.kernels.linear_head import LinearHead, check_chunking, check_head, valid_tokens
 from warpo.kernels.logprobs import LogprobsAndEntropy, workspace
-from warpo.kernels.registration import Operator
+from warpo.kernels.registration import Operator, keeps_graph
 from warpo.kernels.vocab_parallel import check_group, resolve_group, split_backward, split_forward
 
 
@@ -372,7 +372,7 @@ def _differentiate(ctx, grad_logprobs, grad_entropy, *_, overwrites=False):
 
 def _differentiate_eager(ctx, *gradients):
     """On the last walk through the graph kept logits make room for their gradients."""
-    kept = torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph()
+    kept = torch.compiler.is_compiling() or keeps_graph()
     return _differentiate(ctx, *gradients, overwrites=not kept)
 
 

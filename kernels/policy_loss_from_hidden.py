@@ -28,7 +28,7 @@ from warpo.kernels.policy_loss import (
 )
 from warpo.kernels.policy_loss_from_logits import count_reads, of_sequences
 from warpo.kernels.policy_metrics import METRICS
-from warpo.kernels.registration import Operator
+from warpo.kernels.registration import Operator, keeps_graph
 from warpo.kernels.sequences import count_denominator
 
 
@@ -302,7 +302,7 @@ def _differentiate_eager(ctx, grad_loss, *_):
     """Where the graph is kept, of copies: on its last walk the gradients are scaled in place."""
     if grad_loss is None:
         return (None, None, None)
-    kept = torch._C._autograd._get_current_graph_task_keep_graph()
+    kept = keeps_graph()
     kernels = dispatch.load(ctx.backend)
     gradients = [x.detach().clone() if kept else x.detach() for x in ctx.saved_tensors]
     for gradient in gradients:

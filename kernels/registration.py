@@ -31,6 +31,11 @@ def check_transforms(name: str, arguments: Sequence[Any]) -> None:
         )
 
 
+def keeps_graph() -> bool:
+    """Whether the backward pass that runs leaves its graph, and what it has saved, for another."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
 def check_first_order(name: str) -> None:
     """Refuse, within a backward pass, to have that pass recorded for a second derivative."""
     if torch.is_grad_enabled():

@@ -8,6 +8,7 @@ from torch import Tensor
 from warpo.kernels.checks import check_no_grad, check_tensor
 from warpo.kernels.objectives import AGGREGATIONS
 from warpo.kernels.offsets import check_offsets, first_and_last, valid_tokens
+from warpo.kernels.registration import keeps_graph
 from warpo.kernels.symbolic import as_scalar
 
 # a count comes as an integer
@@ -98,11 +99,7 @@ def scaled(gradient: Tensor, grad_loss: Tensor) -> Tensor:
     """The product, in eager mode. By 1 it takes no pass on a CPU, where to look at the factor costs
     little: the saved gradient itself, unless the graph is kept for another backward pass.
     """
-    if (
-        grad_loss.is_cpu
-        and grad_loss.item() == 1.0
-        and not torch._C._autograd._get_current_graph_task_keep_graph()
-    ):
+    if grad_loss.is_cpu and grad_loss.item() == 1.0 and not keeps_graph():
         return gradient
     return gradient * grad_loss
 
