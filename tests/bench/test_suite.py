@@ -151,9 +151,8 @@ def test_limits_of_this_machine_are_of_a_computer_of_this_century():
 
 
 @pytest.mark.slow
-def test_torch_compile_compiles_at_each_of_many_sizes(monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 3)
+@torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=3)
+def test_torch_compile_compiles_at_each_of_many_sizes():
     for steps in range(8, 14):
         sizes = {"sequences": 5, "steps": steps}
         one = Point(operation=OPERATIONS["aggregate"], sizes=sizes, dtype=torch.float32, mode="fwd")
