@@ -1,8 +1,13 @@
 """Failures that the user can cure; the command line prints their message without traceback."""
 
+from warpo.engine.redact import redact
+
 
 class WarpoError(Exception):
-    """The message names the value, the place and the cure."""
+    """The message names the value, the place and the cure, and no credentials of URLs."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(redact(message))
 
 
 class ConfigError(WarpoError, ValueError):
