@@ -1,5 +1,4 @@
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -8,6 +7,7 @@ from contextlib import closing
 import pytest
 
 from warpo.engine.errors import RewardError
+from warpo.engine.rewards.calls import Calls
 from warpo.engine.rewards.function import RewardFunction
 
 MODULE = """\
@@ -90,12 +90,17 @@ def directory(tmp_path, monkeypatch):
     return tmp_path
 
 
-def call(name, deadline_s=30.0, completions=("a", "b"), fields=None):
-    fields = fields or {}
-    with closing(
-        RewardFunction(f"scores:{name}", deadline_s=deadline_s, fields=list(fields))
-    ) as reward:
-        return reward(completions, fields)
+def opened(name, deadline_s=30.0, fields=(), on_error="stop", **options):
+    """A function of scores.py, and its processes ended at the end of the block."""
+    function = RewardFunction(
+        f"scores:{name}", deadline_s=deadline_s, fields=list(fields), **options
+    )
+    return closing(Calls(function, on_error=on_error, deadline_s=deadline_s))
+
+
+def call(name, deadline_s=30.0, completions=("a", "b"), fields=None, **options):
+    with opened(name, deadline_s, fields or (), **options) as reward:
+        return reward(completions, fields or {}).scores
 
 
 def running(pid):
@@ -108,8 +113,7 @@ def running(pid):
 
 def test_rewards_come_back_as_floats_and_see_only_the_fields_they_name():
     fields = {"prompt": ["p", "q"], "answer": ["a", "x"]}
-    with closing(RewardFunction("scores:exact", deadline_s=30, fields=list(fields))) as reward:
-        assert reward(["a", "b"], fields) == [1.0, 0.0]
+    assert call("exact", fields=fields) == [1.0, 0.0]
     assert call("count_fields", fields=fields) == [2.0, 2.0]
     assert call("as_array") == [1.0, 1.0]
 
@@ -136,12 +140,13 @@ def test_the_deadline_kills(name):
 
 
 def test_the_call_after_a_kill_works_and_no_process_is_left():
-    with closing(RewardFunction("scores:spin", deadline_s=0.5, fields=[])) as reward:
-        pids = [reward._worker.pid]
+    with opened("spin", 0.5) as reward:
+        (worker,) = reward._source.workers
+        pids = [worker.pid]
         with pytest.raises(RewardError, match="took longer"):
             reward(["slow"], {})
-        assert reward(["fast"], {}) == [0.5]
-        pids.append(reward._worker.pid)
+        assert reward(["fast"], {}).scores == [0.5]
+        pids.append(worker.pid)
     # Reaped as well: a zombie would still have its entry.
     assert [os.path.exists(f"/proc/{pid}") for pid in pids] == [False, False]
 
@@ -202,40 +207,21 @@ def test_a_function_that_cannot_serve_is_refused_at_once(spec, message):
 
 def test_ctrl_c_does_not_reach_the_worker():
     assert call("interrupt_me") == [1.0, 1.0]
-    with closing(RewardFunction("scores:spin", deadline_s=30, fields=[])) as reward:
-        assert os.getpgid(reward._worker.pid) != os.getpgid(0)
+    with opened("spin") as reward:
+        assert os.getpgid(reward._source.workers[0].pid) != os.getpgid(0)
 
 
 def test_an_engine_that_forgets_to_close_still_exits(directory):
     script = directory / "forgets.py"
     script.write_text(
+        "from warpo.engine.rewards.calls import Calls\n"
         "from warpo.engine.rewards.function import RewardFunction\n"
-        "if __name__ == '__main__':\n"
-        "    reward = RewardFunction('scores:spin', deadline_s=30, fields=[])\n"
-        "    print(reward._worker.pid, reward(['fast'], {}))\n"
+        "function = RewardFunction('scores:spin', deadline_s=30, fields=[])\n"
+        "reward = Calls(function, on_error='stop', deadline_s=30)\n"
+        "print(function.workers[0].pid, reward(['fast'], {}).scores)\n"
     )
     result = subprocess.run(
         [sys.executable, str(script)], capture_output=True, text=True, timeout=20
     )
     pid, rewards = result.stdout.split(maxsplit=1)
     assert (result.returncode, rewards, running(pid)) == (0, "[0.5]\n", False)
-
-
-def test_the_worker_ends_when_the_engine_is_killed(directory):
-    script = directory / "killed.py"
-    script.write_text(
-        "import os, signal\n"
-        "from warpo.engine.rewards.function import RewardFunction\n"
-        "if __name__ == '__main__':\n"
-        "    reward = RewardFunction('scores:spin', deadline_s=30, fields=[])\n"
-        "    print(reward._worker.pid, flush=True)\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
-    result = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, timeout=20
-    )
-    assert result.returncode == -signal.SIGKILL
-    deadline = time.perf_counter() + 5
-    while running(int(result.stdout)) and time.perf_counter() < deadline:
-        time.sleep(0.05)
-    assert not running(int(result.stdout))

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from warpo.engine.errors import RewardError
+from warpo.engine.rewards.calls import Calls
 from warpo.engine.rewards.http import RewardServer
 
 # The path says how the server behaves; the requests it saw stand in seen.jsonl.
@@ -85,8 +86,9 @@ def url(folder):
 FIELDS = {"prompt": ["2+3=", [{"role": "user", "content": "é"}]], "answer": ["5", 6]}
 
 
-def ask(url, deadline_s=10.0, fields=FIELDS):
-    return RewardServer(url, deadline_s=deadline_s, fields=list(fields))(["ab", "cdé"], fields)
+def ask(url, deadline_s=10.0, fields=FIELDS, on_error="stop", completions=("ab", "cdé"), **options):
+    server = RewardServer(url, deadline_s=deadline_s, fields=list(fields), **options)
+    return Calls(server, on_error=on_error, deadline_s=deadline_s)(completions, fields).scores
 
 
 def test_the_request_and_the_reply_are_as_documented(url, folder):
@@ -104,19 +106,19 @@ def test_passing_failures_are_tried_again(url):
 
 
 @pytest.mark.parametrize(
-    ("path", "last"),
+    ("path", "last", "cure"),
     [
-        ("hangs", "no answer yet"),
-        ("dribbles", "no answer yet"),
-        ("overloaded", r"status 503: '\{\"detail\": \"all busy\"\}'"),
+        ("hangs", "no answer yet", "raise reward.deadline_s"),
+        ("dribbles", "no answer yet", "raise reward.deadline_s"),
+        ("overloaded", r"status 503: '\{\"detail\": \"all busy\"\}'", "check the server's log"),
     ],
 )
-def test_the_deadline_holds_for_the_whole_call(url, path, last):
+def test_the_deadline_holds_for_the_whole_call(url, path, last, cure):
     start = time.perf_counter()
     with pytest.raises(
         RewardError,
         match=rf"reward server {url}/{path} gave no rewards for 2 completions within 0.7 s "
-        rf"\(last: {last}\): raise reward.deadline_s",
+        rf"\(last: {last}\): {cure}",
     ):
         ask(f"{url}/{path}", deadline_s=0.7)
     # What the deadline leaves is for a busy machine.

@@ -52,6 +52,9 @@ def open_sources(folder):
     def build(*sources, **options):
         given = dict(
             deadline_s=30.0,
+            on_error="stop",
+            workers=1,
+            memory_gib=64.0,
             fields=["prompt", "word"],
             tokenizer=load_tokenizer(str(folder / "model")),
             max_new_tokens=8,
@@ -98,7 +101,7 @@ def test_weights_kinds_and_names(tmp_path):
         ("overlong", "overlong", "16", -2.0),
     ]
     assert parsed("1e-1 * https://h/a?b=1*2", "http://h/*") == [
-        ("https://h/a?b=1*2", "http", "https://h/a?b=1*2", 0.1),
+        ("https://h/a?b=***", "http", "https://h/a?b=1*2", 0.1),
         ("http://h/*", "http", "http://h/*", 1.0),
     ]
     directory = str(tmp_path)
