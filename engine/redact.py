@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
-# Up to the last @ of the line or the quoted text: a password may hold any character.
-_USERINFO = re.compile(r"([a-z][a-z0-9+.-]*://)[^\n'\"]*@", re.IGNORECASE)
-_QUERY = re.compile(r"([a-z][a-z0-9+.-]*://[^\s'\"?#]*)([?#])([^\s'\"]*)", re.IGNORECASE)
+_QUOTED_OR_LINE = re.compile(r"(['\"\n])")
+_WORD = re.compile(r"(\s)")
+_QUERY = re.compile(r"[?#]")
 
 
 def redact(value: Any) -> Any:
@@ -15,7 +15,7 @@ def redact(value: Any) -> Any:
     of each URL in it.
     """
     if isinstance(value, str):
-        return _QUERY.sub(_hide_query, _USERINFO.sub(r"\1***@", value))
+        return _redacted(value) if "://" in value else value
     if isinstance(value, dict):
         return {key: redact(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
@@ -23,8 +23,24 @@ def redact(value: Any) -> Any:
     return value
 
 
-def _hide_query(match: re.Match[str]) -> str:
-    names = [pair.partition("=") for pair in match[3].split("&")]
-    return f"{match[1]}{match[2]}" + "&".join(
-        f"{name}=***" if equals else "***" for name, equals, _ in names
+def _redacted(text: str) -> str:
+    pieces = _QUOTED_OR_LINE.split(text)
+    for i, piece in enumerate(pieces):
+        scheme, mark, rest = piece.partition("://")
+        if mark:
+            # Up to the last @: a password may hold any character.
+            _, at, rest_after = rest.rpartition("@")
+            words = _WORD.split(f"{scheme}://***@{rest_after}" if at else piece)
+            pieces[i] = "".join(map(_without_query, words))
+    return "".join(pieces)
+
+
+def _without_query(word: str) -> str:
+    scheme, mark, rest = word.partition("://")
+    found = _QUERY.search(rest) if mark else None
+    if found is None:
+        return word
+    pairs = (pair.partition("=") for pair in rest[found.end() :].split("&"))
+    return f"{scheme}://{rest[: found.end()]}" + "&".join(
+        f"{name}=***" if equals else "***" for name, equals, _ in pairs
     )

@@ -24,11 +24,13 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import functools
 import itertools
 import json
 import logging
 import netrc
 import os
+import ssl
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,6 +47,7 @@ from warpo.engine.rewards.scores import Steps, parse_scores, shown
 MAX_REPLY_BYTES = 64 << 20
 _MAX_ERROR_BYTES = 64 << 10
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 8.0
+_HEADERS = {"Content-Type": "application/json", "Accept-Encoding": "gzip"}
 _RETRIED = {429, 500, 502, 503, 504}
 _MANY_COMPLETIONS = "raise reward.deadline_s, or make the server faster"
 # Shorter ones would be found in any text.
@@ -90,7 +93,10 @@ class RewardServer:
                 nonsense.
         """
         try:
-            post = _Post(self._url, self._auth, self._body(call), len(call.completions))
+            client = httpx.AsyncClient(
+                timeout=None, auth=self._auth, verify=_certificates(), headers=_HEADERS
+            )
+            post = _Post(client, self._url, self._body(call), len(call.completions))
             reply = await post.reply(self._deadline_s)
             if not isinstance(reply, dict) or "rewards" not in reply:
                 raise RewardError(f'must reply {{"rewards": [...]}}, replied {shown(reply)}')
@@ -122,8 +128,8 @@ class RewardServer:
 class _Post:
     """One call: a POST, made again after passing failures."""
 
-    def __init__(self, url: httpx.URL, auth: httpx.Auth | None, body: bytes, count: int) -> None:
-        self._url, self._auth, self._body, self._count = url, auth, body, count
+    def __init__(self, client: httpx.AsyncClient, url: httpx.URL, body: bytes, count: int) -> None:
+        self._client, self._url, self._body, self._count = client, url, body, count
         self._failure, self._cure = "no answer yet", _MANY_COMPLETIONS
 
     async def reply(self, deadline_s: float) -> Any:
@@ -133,7 +139,7 @@ class _Post:
             RewardError: there is none within the deadline, or it is refused.
         """
         try:
-            async with asyncio.timeout(deadline_s):
+            async with asyncio.timeout(deadline_s), self._client:
                 return await self._until_answered()
         except TimeoutError:
             raise RewardError(
@@ -142,28 +148,32 @@ class _Post:
             ) from None
 
     async def _until_answered(self) -> Any:
-        headers = {"Content-Type": "application/json", "Accept-Encoding": "gzip"}
-        async with httpx.AsyncClient(timeout=None, auth=self._auth, headers=headers) as client:
-            for attempt in itertools.count():
-                try:
-                    async with client.stream("POST", self._url, content=self._body) as response:
-                        status, body = response.status_code, await _read(response)
-                except httpx.ConnectError as error:
-                    self._fail(error, "check that the server runs, and its host and port")
-                except httpx.ProtocolError as error:
-                    self._fail(error, "check that the URL is that of an HTTP server, and its log")
-                except (httpx.TransportError, UnicodeError) as error:
-                    self._fail(error, "check the network and the server's log")
-                else:
-                    text = body[:1000].decode(errors="replace")
-                    self._failure = f"status {status}: {text!r:.200}"
-                    self._cure = "check the server's log"
-                    if status not in _RETRIED:
-                        return _json(status, body, self._failure)
-                await asyncio.sleep(min(_FIRST_PAUSE_S * 2**attempt, _LONGEST_PAUSE_S))
+        for attempt in itertools.count():
+            try:
+                async with self._client.stream("POST", self._url, content=self._body) as response:
+                    status, body = response.status_code, await _read(response)
+            except httpx.ConnectError as error:
+                self._fail(error, "check that the server runs, and its host and port")
+            except httpx.ProtocolError as error:
+                self._fail(error, "check that the URL is that of an HTTP server, and its log")
+            except (httpx.TransportError, UnicodeError) as error:
+                self._fail(error, "check the network and the server's log")
+            else:
+                text = body[:1000].decode(errors="replace")
+                self._failure = f"status {status}: {text!r:.200}"
+                self._cure = "check the server's log"
+                if status not in _RETRIED:
+                    return _json(status, body, self._failure)
+            await asyncio.sleep(min(_FIRST_PAUSE_S * 2**attempt, _LONGEST_PAUSE_S))
 
     def _fail(self, error: Exception, cure: str) -> None:
         self._failure, self._cure = f"{type(error).__name__}: {error}", cure
+
+
+@functools.cache
+def _certificates() -> ssl.SSLContext:
+    """Reading them takes tens of milliseconds."""
+    return httpx.create_ssl_context()
 
 
 async def _read(response: httpx.Response) -> bytes:
@@ -179,6 +189,8 @@ async def _read(response: httpx.Response) -> bytes:
         try:
             piece = inflate.decompress(sent, limit + 1 - size) if inflate else sent
         except zlib.error as error:
+            if not is_reply:
+                break
             raise RewardError(f"replied what is not gzip, as it says it is: {error}") from None
         pieces.append(piece)
         size, size_sent = size + len(piece), size_sent + len(sent)

@@ -45,6 +45,8 @@ def main(settings: dict[str, Any]) -> NoReturn:
     signals = {signal.SIGTERM, signal.SIGCHLD}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    # A function may have stopped the keeper.
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGCONT)
     keeper = os.getpid()
     channel = socket.socket(fileno=settings["channel"])
     channel.set_inheritable(False)
