@@ -322,14 +322,21 @@ def ask_server(url: str, deadline_s: float) -> list | str:
 def check_reply(server: ReplyServer, name: str) -> str | None:
     """None, or what is wrong with what the engine makes of a reply."""
     wanted = REPLIES[name][1]
-    deadline_s = 0.3 if _LATE in wanted else 10.0
-    start = time.monotonic()
-    got = ask_server(server.url(name), deadline_s)
-    if time.monotonic() - start > deadline_s + SLACK_S:
-        return f"reply {name!r}: took {time.monotonic() - start:.1f} s"
-    if isinstance(wanted, list):
-        return None if got == wanted else f"reply {name!r}: wanted {wanted}, got {got}"
-    return _wrong_line(f"reply {name!r}", got, wanted)
+    wrong: str | None = None
+    # The short deadline of those that never end is too short for a busy machine at times.
+    for deadline_s in (0.3, 5.0) if _LATE in wanted else (10.0,):
+        start = time.monotonic()
+        got = ask_server(server.url(name), deadline_s)
+        took = time.monotonic() - start
+        if took > deadline_s + SLACK_S:
+            wrong = f"reply {name!r}: took {took:.1f} s"
+        elif isinstance(wanted, str):
+            wrong = _wrong_line(f"reply {name!r}", got, wanted)
+        else:
+            wrong = None if got == wanted else f"reply {name!r}: wanted {wanted}, got {got}"
+        if wrong is None:
+            break
+    return wrong
 
 
 def _wrong_line(place: str, got: object, wanted: str) -> str | None:
