@@ -162,12 +162,7 @@ def _output_dir(args: Sequence[str]) -> str | None:
 
 # What follows loads torch late, since a mistyped setting must not wait for it.
 def _train(path: str, overrides: Sequence[str]) -> int:
-    family = _row(path, overrides).family
-    config: Any
-    if family == "policy":
-        config = load_config(path, overrides)
-    else:
-        config = read_tree(tree_of(family), Path(path), overrides)
+    family, config = read_config(path, overrides)
     if family != "control":
         set_thread_waiting()
     loop: Any = importlib.import_module(_LOOPS.get(family, "warpo.engine.offline.train"))
@@ -180,6 +175,18 @@ def _train(path: str, overrides: Sequence[str]) -> int:
 
 
 _LOOPS = {"policy": "warpo.engine.train", "control": "warpo.engine.control.train"}
+
+
+def read_config(path: str, overrides: Sequence[str]) -> tuple[str, Any]:
+    """The family of a config's algorithm, and the config.
+
+    Raises:
+        ConfigError: it cannot be read, or cannot run here.
+    """
+    family = _row(path, overrides).family
+    if family == "policy":
+        return family, load_config(path, overrides)
+    return family, read_tree(tree_of(family), Path(path), overrides)
 
 
 def _row(path: str, overrides: Sequence[str]) -> Algorithm:
