@@ -264,12 +264,13 @@ def _unknown(name: str, known: dict[str, Key]) -> str:
         return f"{name} is a section, wanted its keys: {', '.join(inside)}"
     section, _, leaf = name.rpartition(".")
     near = [key for key in known if key.rpartition(".")[2] == leaf]
-    # 0.75 lets transposed and missing letters through, and few words that merely share some.
-    near = near or difflib.get_close_matches(name, known, n=1, cutoff=0.75)
-    if not near:
-        by_leaf = {key.rpartition(".")[2]: key for key in known}
-        near = [by_leaf[m] for m in difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.75)]
     beside = [key for key in known if section and key.startswith(section + ".")]
+    # In a section that there is, only its own keys are near: loss.beta is not update.betas.
+    leaves = {key.rpartition(".")[2]: key for key in beside or known}
+    # 0.75 lets transposed and missing letters through, and few words that merely share some.
+    near = near or [leaves[m] for m in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.75)]
+    names = [] if beside else [*known, *{key.partition(".")[0] for key in known}]
+    near = near or difflib.get_close_matches(name, names, n=1, cutoff=0.75)
     if near:
         return f"unknown key {name}: did you mean {' or '.join(near)}?"
     if beside:

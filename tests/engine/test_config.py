@@ -81,6 +81,12 @@ def test_the_tree_has_at_most_60_keys_each_with_a_text():
         ("update:\n  max_gradnorm: 1\n", r"yaml:10: .*did you mean update\.max_grad_norm\?"),
         ("lr: 1\n", r"unknown key lr: did you mean critic\.lr or update\.lr\?"),
         ("update: {zzz: 1}\n", r"unknown key update\.zzz: update has update\.lr, "),
+        (
+            "rollout: {stop: x}\n",
+            r"unknown key rollout\.stop: rollout has rollout\.prompts_per_step",
+        ),
+        ("loss: {beta: 1}\n", r"unknown key loss\.beta: loss has loss\.clip_range, "),
+        ("updat: {lr: 1}\n", r"unknown key updat: did you mean update\?"),
         ("qqq: 1\n", r"unknown key qqq: `warpo train --help` lists all keys"),
         ("loss: grpo\n", r"loss is a section, wanted its keys: loss\.clip_range, loss\.kl_coef"),
         ("seed: 1\nseed: 2\n", r"yaml:10: seed is set a second time, first at .*run\.yaml:9"),
