@@ -12,6 +12,8 @@
 # make test-upstream      the same, then the trainers' own tests without and with the drop-ins
 # make sanitize  environment, build, then the kernel tests on CPU kernels built with the address and
 #              undefined-behaviour sanitizers
+# make torture environment, build, then attacks: damaged configs, data and checkpoints, hostile rewards,
+#              runs killed at any moment; prints how many were survived
 # make gpu     on a CUDA machine that has torch: build, tests on CUDA, timings as JSON in OUT
 PYTHON ?= python3
 PIP_FLAGS ?=
@@ -24,7 +26,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: train test test-integrations test-upstream bench bench-train bench-control bench-dropin peers gpu sanitize lint types clean
+.PHONY: train test test-integrations test-upstream bench bench-train bench-control bench-dropin peers gpu sanitize torture lint types clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/built
@@ -50,6 +52,9 @@ bench-dropin: $(VENV)/built peers
 
 sanitize: $(VENV)/built
 	$(BIN)/python -m pytest tests/kernels/test_sanitizers.py
+
+torture: $(VENV)/built
+	$(BIN)/python -m tests.torture
 
 # Each library with its own versions of what it needs; flash-attn, which OpenRLHF imports, installs
 # on a CUDA machine alone.

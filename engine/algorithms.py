@@ -59,6 +59,7 @@ class Algorithm:
         max_draws: how often prompts are drawn until all groups of a step have unequal rewards. 1:
             groups of equal rewards are kept.
         pretraining_coef: weight of the supervised loss on pre-training data beside the policy's.
+        caution: what one should know before relying on the row.
     """
 
     name: str = ""
@@ -81,6 +82,7 @@ class Algorithm:
     gae_lambda: tuple[float | str, float] = (0.95, 0.95)
     max_draws: int = 1
     pretraining_coef: float = 0.0
+    caution: str = ""
 
     @property
     def has_critic(self) -> bool:
@@ -210,6 +212,11 @@ _ROWS: dict[str, Algorithm] = {
     "grpo_process": _policy(
         "grpo", "process", "GRPO with process supervision, section 4.1.3", _GRPO,
         advantage_std="sample",
+        caution=(
+            "as in the paper, a step's baseline is the mean over all steps of the group: where the "
+            "policy decides how many steps there are, the gradient is biased against long or short "
+            "completions"
+        ),
     ),
     "iterative_grpo": _group(
         "grpo", "iterative GRPO, algorithm 1", _GRPO, reference_every_steps=50

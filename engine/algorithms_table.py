@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -63,6 +65,10 @@ def describe(row: Algorithm) -> str:
         lines.append(
             f"  loss        {objective.surrogate}, ratio of the {objective.ratio_level}, "
             f"{objective.aggregation}"
+        )
+    if row.caution:
+        lines += textwrap.wrap(
+            row.caution, 100, initial_indent="  caution     ", subsequent_indent=" " * 14
         )
     settings = _settings(row)
     if settings:

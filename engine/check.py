@@ -39,6 +39,7 @@ from warpo.engine.model import load_tokenizer
 from warpo.engine.peak_memory import PeakMemory, free_memory, rehearse
 from warpo.engine.resolve import resolve
 from warpo.engine.sampler.base import SamplingOptions
+from warpo.engine.terminal import OutputConsole
 from warpo.engine.train import train_step
 from warpo.kernels.objectives import OBJECTIVES, Objective
 
@@ -94,7 +95,7 @@ def run(config: Config, *, plan_only: bool = False, console: Console | None = No
     Raises:
         WarpoError: the config cannot be built.
     """
-    console = console or Console()
+    console = console or OutputConsole()
     report = Report(console)
     tokenizer = load_tokenizer(config.model)
     prompts = load_prompts(config.data.train, tokenizer, config.max_prompt_tokens)

@@ -6,7 +6,7 @@ import importlib
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ from warpo.engine.algorithms import ALGORITHMS, Algorithm
 from warpo.engine.config import Config, load_config
 from warpo.engine.config_file import Key, keys, peek, read_tree, sections
 from warpo.engine.environment import keep_freed_memory, set_thread_waiting
-from warpo.engine.errors import ConfigError, WarpoError
+from warpo.engine.errors import ConfigError
 from warpo.engine.resolve import find
+from warpo.engine.terminal import OutputConsole, guarded
 
 USAGE = """\
 warpo: reinforcement-learning post-training of language models, sampler and learner in one process.
@@ -119,6 +120,10 @@ its line says what to do; 2 wrong usage.
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; its exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
     args = list(sys.argv[1:] if argv is None else argv)
+    return guarded(lambda: _run(args), lambda: _output_dir(args))
+
+
+def _run(args: list[str]) -> int:
     match args:
         case [] | ["-h" | "--help", *_]:
             print(USAGE)
@@ -132,14 +137,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         case ["doctor", *libraries]:
             return _doctor(libraries)
         case ["train", config, *overrides] if not config.startswith("-"):
-            return _guarded(lambda: _train(config, overrides))
+            return _train(config, overrides)
         case ["check", *rest] if {"-h", "--help"} & set(rest):
             print(CHECK_HELP)
             return 0
         case ["check", config, *overrides] if not config.startswith("-"):
-            plan_only = "--plan-only" in overrides
-            overrides = [argument for argument in overrides if argument != "--plan-only"]
-            return _guarded(lambda: _check(config, overrides, plan_only))
+            return _check(config, overrides)
         case ["train" | "check" as command, *_]:
             print(
                 f"warpo {command}: the first argument is the YAML file\n\n{USAGE}", file=sys.stderr
@@ -149,25 +152,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 2
 
 
-def _guarded(command: Callable[[], bool]) -> int:
-    try:
-        return 0 if command() else 1
-    except WarpoError as error:
-        print(f"warpo: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("warpo: interrupted", file=sys.stderr)
-        return 130
+def _output_dir(args: Sequence[str]) -> str | None:
+    """Where a traceback is kept: output_dir of a run."""
+    match args:
+        case ["train", config, *overrides]:
+            return peek(Path(config), overrides, "output_dir")
+    return None
 
 
 # What follows loads torch late, since a mistyped setting must not wait for it.
-def _train(path: str, overrides: Sequence[str]) -> bool:
-    family = _row(path, overrides).family
-    config: Any
-    if family == "policy":
-        config = load_config(path, overrides)
-    else:
-        config = read_tree(tree_of(family), Path(path), overrides)
+def _train(path: str, overrides: Sequence[str]) -> int:
+    family, config = read_config(path, overrides)
     if family != "control":
         set_thread_waiting()
     loop: Any = importlib.import_module(_LOOPS.get(family, "warpo.engine.offline.train"))
@@ -176,10 +171,22 @@ def _train(path: str, overrides: Sequence[str]) -> bool:
     if family != "control" and learner_device(config).type == "cpu":
         keep_freed_memory()
     loop.run(config)
-    return True
+    return 0
 
 
 _LOOPS = {"policy": "warpo.engine.train", "control": "warpo.engine.control.train"}
+
+
+def read_config(path: str, overrides: Sequence[str]) -> tuple[str, Any]:
+    """The family of a config's algorithm, and the config.
+
+    Raises:
+        ConfigError: it cannot be read, or cannot run here.
+    """
+    family = _row(path, overrides).family
+    if family == "policy":
+        return family, load_config(path, overrides)
+    return family, read_tree(tree_of(family), Path(path), overrides)
 
 
 def _row(path: str, overrides: Sequence[str]) -> Algorithm:
@@ -200,7 +207,8 @@ def tree_of(family: str) -> type:
     return OfflineConfig
 
 
-def _check(path: str, overrides: Sequence[str], plan_only: bool) -> bool:
+def _check(path: str, options: Sequence[str]) -> int:
+    overrides = [option for option in options if option != "--plan-only"]
     row = _row(path, overrides)
     if row.family != "policy":
         raise ConfigError(
@@ -211,12 +219,10 @@ def _check(path: str, overrides: Sequence[str], plan_only: bool) -> bool:
     set_thread_waiting()
     from warpo.engine.check import run
 
-    return run(config, plan_only=plan_only)
+    return 0 if run(config, plan_only="--plan-only" in options) else 1
 
 
 def _algorithms(name: str = "") -> int:
-    from rich.console import Console
-
     from warpo.engine import algorithms_table
 
     if name in ("-h", "--help"):
@@ -224,10 +230,10 @@ def _algorithms(name: str = "") -> int:
     elif name == "--markdown":
         print(algorithms_table.markdown())
     elif name:
-        return _guarded(lambda: print(algorithms_table.describe(find(name))) is None)
+        print(algorithms_table.describe(find(name)))
     else:
         # Piped, there is no width to fit.
-        algorithms_table.print_table(Console(width=None if sys.stdout.isatty() else 200))
+        algorithms_table.print_table(OutputConsole(width=None if sys.stdout.isatty() else 200))
     return 0
 
 
@@ -246,13 +252,10 @@ def _doctor(libraries: Sequence[str]) -> int:
 
 
 def _help(names: Sequence[str]) -> int:
-    def show() -> bool:
-        row = find(names[0]) if names else ALGORITHMS[Config.algorithm]
-        tree = tree_of(row.family)
-        print(train_help() if tree is Config else settings_help(tree, row.name))
-        return True
-
-    return _guarded(show)
+    row = find(names[0]) if names else ALGORITHMS[Config.algorithm]
+    tree = tree_of(row.family)
+    print(train_help() if tree is Config else settings_help(tree, row.name))
+    return 0
 
 
 def settings_help(tree: type, algorithm: str) -> str:

@@ -6,12 +6,13 @@ The text under a field is its line in `warpo train --help`.
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from warpo.engine.config_file import read_tree
@@ -20,6 +21,8 @@ from warpo.engine.resolve import resolve
 from warpo.engine.rewards.sources import parse_sources
 
 Text = Annotated[str, Field(min_length=1)]
+FilePathOrEmpty = Annotated[str, Field(pattern=r"^[^\x00]*$"), AfterValidator(os.path.expanduser)]
+FilePath = Annotated[FilePathOrEmpty, Field(min_length=1)]
 Texts = Annotated[
     tuple[Text, ...],
     Field(min_length=1),
@@ -40,10 +43,10 @@ _checked = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_n
 class Data:
     """Prompts to learn from and to be measured on."""
 
-    train: Text
+    train: FilePath
     """JSONL or Parquet file, or folder of Parquet files or of a data set that `datasets` saved.
     Rows {"prompt": text or [{"role", "content"}, ...], further fields}."""
-    eval: Annotated[Count | str, Field(union_mode="left_to_right")] = ""
+    eval: Annotated[Count | FilePathOrEmpty, Field(union_mode="left_to_right")] = ""
     """Held-out prompts: such a file or folder; or a number of prompts that are taken out of train,
     at random by seed, with all their repetitions. Empty: none."""
 
@@ -153,7 +156,7 @@ class Loss:
 class Critic:
     """The value model of the algorithms with gae."""
 
-    model: str = "policy"
+    model: FilePath = "policy"
     """Where it starts. policy: a network of its own with the policy's weights. shared: a head on
     the policy's own trunk. Else the directory of a reward model, or of any classifier of one
     label."""
@@ -171,7 +174,7 @@ class Critic:
 class Pretraining:
     """Supervised examples that are mixed into every optimizer step of the policy (ppo_ptx)."""
 
-    data: str = ""
+    data: FilePathOrEmpty = ""
     """Lines like {"prompt", "completion"}. Empty: none."""
     coef: NonNegative | Literal["algorithm"] = "algorithm"
     """Weight of their mean -log pi a token. "algorithm": 27.8 for ppo_ptx, 0 for the others."""
@@ -239,9 +242,9 @@ class Checkpoint:
 class Config:
     """One run."""
 
-    model: Text
+    model: FilePath
     """Directory of a Hugging Face model, or its name on the hub."""
-    output_dir: Text
+    output_dir: FilePath
     """Where metrics, plot and checkpoints go."""
     algorithm: Text = "grpo"
     """Row of the table that `warpo algorithms` prints."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from annotated_types import Ge, Gt, Le, Lt
@@ -16,6 +17,29 @@ from pydantic import TypeAdapter, ValidationError
 from warpo.engine.errors import ConfigError
 
 T = TypeVar("T")
+
+_LONGEST_VALUE = 80  # characters of a value that a message shows
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose plain scalars are text, numbers, true or false, or null, as YAML 1.2 has them.
+
+    YAML 1.1 also reads 017 as 15, 1:30 as 90, and 2026-11-29 as a date.
+    """
+
+    yaml_implicit_resolvers: ClassVar[dict[str, list[Any]]] = {}
+
+
+for _tag, _pattern, _first in (
+    ("bool", r"true|True|TRUE|false|False|FALSE", [*"tTfF"]),
+    ("int", r"[-+]?(0|[1-9][0-9]*)", [*"-+0123456789"]),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*)([eE][-+]?[0-9]+)?", [*"-+.0123456789"]),
+    ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", [*"-+."]),
+    ("null", r"~|null|Null|NULL|", [*"~nN", ""]),
+):
+    _Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern})$"), _first
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,7 +92,7 @@ def read_tree(tree: type[T], path: Path, overrides: Sequence[str]) -> T:
     for name, value, place in _parse_overrides(overrides, known):
         values[name], places[name] = value, place
     faults = [
-        f"{places[name]}: {name} = {value!r}: wanted {known[name].wanted}"
+        f"{places[name]}: {name} = {_short(value)}: wanted {known[name].wanted}"
         for name, value in values.items()
         if isinstance(value, bool) and known[name].type is not bool
     ]
@@ -96,8 +120,9 @@ def peek(path: Path, overrides: Sequence[str], name: str) -> str | None:
         if option == f"--{name}" and i + 1 < len(overrides):
             return overrides[i + 1]
     root = _compose(path)
-    leaves = root.value if root is not None else []
-    return next((str(value.value) for key, value in leaves if key.value == name), None)
+    with _yaml_errors(path):
+        leaves = _leaves(root, "", {}) if root is not None else []
+    return next((str(value) for key, value, _ in leaves if key == name), None)
 
 
 def _read_yaml(path: Path, known: dict[str, Key]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -124,7 +149,7 @@ def _read_yaml(path: Path, known: dict[str, Key]) -> tuple[dict[str, Any], dict[
 def _compose(path: Path) -> yaml.MappingNode | None:
     """The nodes of a file; None if it is empty."""
     with _yaml_errors(path):
-        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=_Loader)
     if root is not None and not isinstance(root, yaml.MappingNode):
         raise ConfigError(f"{path}:{root.start_mark.line + 1}: wanted `key: value` lines")
     return root
@@ -142,22 +167,61 @@ def _yaml_errors(path: Path) -> Iterator[None]:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ConfigError(f"{path}:{line}: not YAML: {error.problem}") from None
+    except yaml.reader.ReaderError as error:
+        raise ConfigError(
+            f"{path}: not YAML: character {error.position} is "
+            f"{chr(error.character)!r}: {error.reason}"
+        ) from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not YAML: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: nested too deep: wanted sections of `key: value`") from None
 
 
 def _leaves(node: yaml.MappingNode, prefix: str, known: dict[str, Key]) -> list[tuple]:
     """(dotted name, value, line) of each setting."""
     found = []
     for key, value in node.value:
-        name = prefix + str(key.value)
+        line = key.start_mark.line + 1
+        if not isinstance(key, yaml.ScalarNode):
+            raise yaml.MarkedYAMLError(problem="a key is no text", problem_mark=key.start_mark)
+        name = prefix + key.value
         is_section = any(other.startswith(name + ".") for other in known)
         if is_section and isinstance(value, yaml.MappingNode):
             found += _leaves(value, name + ".", known)
         elif not (is_section and value.tag == "tag:yaml.org,2002:null"):
-            plain = yaml.SafeLoader("").construct_object(value, deep=True)
-            found.append((name, plain, key.start_mark.line + 1))
+            found.append((name, _plain(value), line))
     return found
+
+
+def _plain(node: yaml.Node) -> Any:
+    """The value of a setting: a scalar or a list of scalars; of anything else, what it is."""
+    if isinstance(node, yaml.SequenceNode) and node.tag.endswith(":seq"):
+        return [
+            _plain(item) if isinstance(item, yaml.ScalarNode) else _Nested() for item in node.value
+        ]
+    if not isinstance(node, yaml.ScalarNode):
+        return _Nested()
+    try:
+        return _Loader("").construct_object(node)
+    except (ValueError, KeyError, OverflowError):
+        # a number of too many digits, !!int of a word, !!timestamp of the 30th of February
+        return node.value
+
+
+class _Nested:
+    """What no setting takes."""
+
+    def __repr__(self) -> str:
+        return "a mapping or a list in a list"
+
+
+def _short(value: Any) -> str:
+    """A value as a message shows it."""
+    text = repr(value)
+    if len(text) <= _LONGEST_VALUE:
+        return text
+    return f"{text[: _LONGEST_VALUE - 20]}... ({len(text)} characters)"
 
 
 def _parse_overrides(args: Sequence[str], known: dict[str, Key]) -> list[tuple[str, Any, str]]:
@@ -200,12 +264,13 @@ def _unknown(name: str, known: dict[str, Key]) -> str:
         return f"{name} is a section, wanted its keys: {', '.join(inside)}"
     section, _, leaf = name.rpartition(".")
     near = [key for key in known if key.rpartition(".")[2] == leaf]
-    # 0.75 lets transposed and missing letters through, and few words that merely share some.
-    near = near or difflib.get_close_matches(name, known, n=1, cutoff=0.75)
-    if not near:
-        by_leaf = {key.rpartition(".")[2]: key for key in known}
-        near = [by_leaf[m] for m in difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.75)]
     beside = [key for key in known if section and key.startswith(section + ".")]
+    # In a section that there is, only its own keys are near: loss.beta is not update.betas.
+    leaves = {key.rpartition(".")[2]: key for key in beside or known}
+    # 0.75 lets transposed and missing letters through, and few words that merely share some.
+    near = near or [leaves[m] for m in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.75)]
+    names = [] if beside else [*known, *{key.partition(".")[0] for key in known}]
+    near = near or difflib.get_close_matches(name, names, n=1, cutoff=0.75)
     if near:
         return f"unknown key {name}: did you mean {' or '.join(near)}?"
     if beside:
@@ -231,7 +296,7 @@ def _explain(
             lines[name] = f"{path}: {name} is required: {known[name].text} Or pass --{name} VALUE"
         else:
             wanted = known[name].wanted
-            lines[name] = f"{places[name]}: {name} = {values[name]!r}: wanted {wanted}"
+            lines[name] = f"{places[name]}: {name} = {_short(values[name])}: wanted {wanted}"
     return "\n".join(lines.values())
 
 

@@ -10,6 +10,7 @@ import importlib.util
 import json
 import math
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -24,6 +25,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from warpo.engine.errors import CheckpointError, ConfigError
 from warpo.engine.redact import redact
+from warpo.engine.terminal import OutputConsole
 
 ReportProgress = Callable[[int, int], None]
 
@@ -78,7 +80,8 @@ class RunLog:
         console: where the table goes; standard output.
 
     Raises:
-        ConfigError: the run begins, but output_dir holds metrics of another.
+        ConfigError: the run begins, but output_dir holds metrics of another, or cannot be made or
+            written.
     """
 
     def __init__(
@@ -92,13 +95,13 @@ class RunLog:
         console: Console | None = None,
     ) -> None:
         directory = Path(output_dir)
+        _make(directory)
         self._path = directory / "metrics.jsonl"
         if not config.resume and self._path.exists() and self._path.stat().st_size:
             raise ConfigError(
                 f"output_dir = {directory} holds the metrics of a run: pass --resume to continue "
                 "it, or choose another output_dir"
             )
-        directory.mkdir(parents=True, exist_ok=True)
         settings = yaml.safe_dump(
             redact(json.loads(json.dumps(dataclasses.asdict(config)))), sort_keys=False
         )
@@ -109,7 +112,7 @@ class RunLog:
         self._board = SummaryWriter(
             str(directory / "tensorboard"), purge_step=resume_step + 1 if config.resume else None
         )
-        self._console = console or Console()
+        self._console = console or OutputConsole()
         self._table = _Table(self._console, columns)
         self._shown_every = shown_every
         self._live = _live_line(self._console)
@@ -196,6 +199,17 @@ class RunLog:
             for line in self._table.lines({"step": step} | row):
                 self.say(line)
         return {"step": step} | finite
+
+
+def _make(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory) as file:
+            file.write(b" " * 4096)
+    except OSError as error:
+        raise ConfigError(
+            f"output_dir = {directory}: {error.strerror}: choose a folder that can be written"
+        ) from None
 
 
 class _Table:

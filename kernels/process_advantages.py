@@ -86,6 +86,9 @@ def process_advantages(
             offsets or ends leave what they index, or descend. On a GPU the advantages of such an
             output are NaN, and so is its group where its step_offsets are malformed.
 
+    The baseline is the mean over all steps of the group. Where the policy decides how many steps
+    there are, the policy gradient is biased: each further step adds its own distance from it.
+
     Source: https://arxiv.org/abs/2402.03300 section 4.1.3. Memory beyond arguments and results:
         none with group_size alone; 24 bytes an output with group_ids or mask.
     """

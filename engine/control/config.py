@@ -17,6 +17,7 @@ from warpo.engine.config import (
     Checkpoint,
     Count,
     CountOrNone,
+    FilePath,
     NonNegative,
     Positive,
     Text,
@@ -104,7 +105,7 @@ class ControlConfig:
     """sac: continuous actions, off-policy. ppo_gymnasium: discrete or continuous actions."""
     environment: Text
     """Id of a gymnasium environment, or module:id, where the module registers it."""
-    output_dir: Text
+    output_dir: FilePath
     """Where metrics, plot and checkpoints go."""
     steps: Count
     """Environment steps in all, over all environments. The last rollout of ppo_gymnasium is

@@ -16,6 +16,8 @@ from warpo.engine.config import (
     Checkpoint,
     Count,
     CountOrNone,
+    FilePath,
+    FilePathOrEmpty,
     Fraction,
     NonNegative,
     Positive,
@@ -46,12 +48,12 @@ LOSS_KEYS |= {name: _PREFERENCE_KEYS[row.link] for name, row in PREFERENCES.item
 class OfflineData:
     """Examples to learn from and to be measured on. "prompt" is text or chat messages."""
 
-    train: Text
+    train: FilePath
     """sft: {"prompt", "completion"}. Preference rows: {"prompt", "chosen", "rejected"}.
     bradley_terry: the same, and "margin" where wanted. kto: {"prompt", "completion", "label"}, the
     label true or false. k_wise: {"prompt", "completions"}, best to worst. process_reward:
     {"prompt", "steps", "labels"}: the completion in parts, and a number from 0 to 1 for each."""
-    eval: str = ""
+    eval: FilePathOrEmpty = ""
     """Held-out examples, same form. Empty: none."""
     step_separator: str = "\n"
     """What ends a step of a completion, for process_reward; kept in the config of the model. Empty:
@@ -123,9 +125,9 @@ class OfflineConfig:
     algorithm: Text
     """sft; dpo, ipo, conservative_dpo, robust_dpo, hinge, slic, simpo, orpo, dpo_nll or kto;
     bradley_terry, k_wise or process_reward for a model with one number a token."""
-    model: Text
+    model: FilePath
     """Directory of a Hugging Face model, or its name on the hub. It is the reference too."""
-    output_dir: Text
+    output_dir: FilePath
     """Where metrics, plot and checkpoints go."""
     steps: Count
     """Optimizer steps in all."""

@@ -18,6 +18,7 @@ from warpo.engine.advantages import BASELINE_DECAY, AdaptiveState, estimate
 from warpo.engine.algorithms import ADVANTAGES, ALGORITHMS, Algorithm
 from warpo.engine.batch import Completion, Rollout
 from warpo.engine.errors import RewardError
+from warpo.kernels import ops
 
 ROWS = [name for name, row in ALGORITHMS.items() if row.family == "policy"]
 BASELINE = 0.3
@@ -285,3 +286,34 @@ def test_the_state_goes_round() -> None:
         estimated(ALGORITHMS["reinforce"], sample(9), again)[1]
         == (estimated(ALGORITHMS["reinforce"], sample(9), state)[1])
     )
+
+
+def test_process_supervision_is_biased_where_the_policy_ends_the_steps() -> None:
+    """Which is what the row's caution says. Each step pays 0.5, and after it the policy goes on
+    with probability p = sigmoid(theta), for 5 steps at most: the gradient in theta is known
+    exactly, and the estimate is 0, as no step is above the mean of all.
+    """
+    generator = np.random.default_rng(0)
+    p, pay, most, groups, size = 0.574, 0.5, 5, 4000, 8
+    lengths = np.minimum(generator.geometric(1 - p, groups * size), most)
+    exact = sum(
+        p ** (n - 1)
+        * (1.0 if n == most else 1 - p)
+        * ((n - 1) * (1 - p) - (0.0 if n == most else p))
+        * (pay * n)
+        for n in range(1, most + 1)
+    )
+    offsets = torch.from_numpy(np.concatenate([[0], lengths.cumsum()]))
+    ends = torch.from_numpy(np.concatenate([np.arange(n) for n in lengths]))
+    total = int(lengths.sum())
+    advantages = ops.process_advantages(
+        torch.full((total,), pay),
+        offsets, ends, total, size, cu_seqlens=offsets.int(), std="none",
+    ).advantages.numpy()  # fmt: skip
+    last = np.zeros(total, bool)
+    last[offsets[1:].numpy() - 1] = True
+    at_most = np.concatenate([np.arange(1, n + 1) for n in lengths]) == most
+    score = np.where(at_most, 0.0, np.where(last, -p, 1 - p))  # d log pi of each decision
+    estimated = (score * advantages).sum() / (groups * size)
+    assert exact > 0.2 and abs(estimated) < 1e-6
+    assert ALGORITHMS["grpo_process"].caution

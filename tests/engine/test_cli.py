@@ -1,7 +1,10 @@
+import errno
+import re
 import subprocess
 import sys
 import time
 import types
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +12,7 @@ from warpo.engine import cli
 from warpo.engine.config import Config, load_config
 from warpo.engine.config_file import keys
 from warpo.engine.errors import DataError
+from warpo.engine.terminal import describe
 
 
 @pytest.fixture
@@ -93,10 +97,59 @@ def test_a_bad_setting_fails_before_run(config_path, stub_run, capsys):
     assert called == []
 
 
-def test_an_unforeseen_error_keeps_its_traceback(config_path, stub_run):
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ZeroDivisionError("bug\nand more"), "ZeroDivisionError: bug (engine/cli.py:"),
+        (ZeroDivisionError(), "ZeroDivisionError: no message ("),
+        (FileNotFoundError(2, "No such file", "x.bin"), "x.bin: No such file ("),
+        (MemoryError("1 GiB"), "out of memory in engine/cli.py:"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/tmp/x/y"),
+            "/tmp/x/y: No space left on",
+        ),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_an_unforeseen_error_is_a_line_and_its_traceback_a_file(
+    config_path, stub_run, capsys, tmp_path, error, line
+):
+    stub_run(lambda config: raise_(error))
+    (tmp_path / "out").mkdir()
+    assert cli.main(["train", config_path, "--output_dir", str(tmp_path / "out")]) == 1
+    told = capsys.readouterr().err
+    kept = tmp_path / "out" / "traceback.txt"
+    assert told.startswith(f"warpo: {line}") and told.count("\n") == 1
+    assert told.endswith(f"; traceback in {kept}\n")
+    assert "in raise_" in kept.read_text()
+
+
+def test_a_traceback_without_an_output_dir_is_kept_elsewhere(config_path, stub_run, capsys):
     stub_run(lambda config: raise_(ZeroDivisionError("bug")))
-    with pytest.raises(ZeroDivisionError, match="bug"):
-        cli.main(["train", config_path])
+    assert cli.main(["train", config_path, "--output_dir", "/dev/null/x"]) == 1
+    kept = Path(capsys.readouterr().err.rpartition(" in ")[2].strip())
+    assert "in raise_" in kept.read_text()
+    kept.unlink()
+
+
+def test_a_full_disk_is_named_with_what_is_free():
+    error = OSError(errno.ENOSPC, "No space left on device", "/dev/shm/absent/model.safetensors")
+    assert re.fullmatch(
+        r"/dev/shm/absent/model.safetensors: No space left on device, "
+        r"[\d.]+ MiB are free on the disk of /dev/shm",
+        describe(error),
+    )
+
+
+def test_a_reader_that_leaves_is_no_error():
+    for command in (["train", "--help"], ["algorithms"]):
+        code = f"import sys; from warpo.engine.cli import main; sys.exit(main({command}))"
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait() == 0
 
 
 def test_ctrl_c_exits_130(config_path, stub_run, capsys):

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 
 from warpo.engine.config import Config, load_config
@@ -49,6 +51,19 @@ def test_an_override_supplies_what_the_file_lacks(load):
     assert load(MINIMAL.replace("steps: 3\n", ""), "--steps", "5").steps == 5
 
 
+def test_numbers_are_those_of_yaml_1_2(load):
+    config = load(MINIMAL + "seed: 017\nupdate: {lr: 1e-5, betas: [.5, 0.9]}\nresume: yes\n")
+    assert (config.seed, config.update.lr, config.update.betas) == (17, 1e-5, (0.5, 0.9))
+    assert config.resume
+
+
+def test_aliases_that_grow_without_end_are_not_followed(load):
+    names = [f"a{i}" for i in range(40)]
+    lines = [f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]" for a, b in itertools.pairwise(names)]
+    with pytest.raises(ConfigError, match="unknown key a0"):
+        load(MINIMAL + "\n".join(["a0: &a0 x", *lines]))
+
+
 def test_an_empty_section_means_its_defaults(load):
     assert load(MINIMAL + "update:\n").update.lr == 1e-6
 
@@ -66,6 +81,12 @@ def test_the_tree_has_at_most_63_keys_each_with_a_text():
         ("update:\n  max_gradnorm: 1\n", r"yaml:10: .*did you mean update\.max_grad_norm\?"),
         ("lr: 1\n", r"unknown key lr: did you mean critic\.lr or update\.lr\?"),
         ("update: {zzz: 1}\n", r"unknown key update\.zzz: update has update\.lr, "),
+        (
+            "rollout: {stop: x}\n",
+            r"unknown key rollout\.stop: rollout has rollout\.prompts_per_step",
+        ),
+        ("loss: {beta: 1}\n", r"unknown key loss\.beta: loss has loss\.clip_range, "),
+        ("updat: {lr: 1}\n", r"unknown key updat: did you mean update\?"),
         ("qqq: 1\n", r"unknown key qqq: `warpo train --help` lists all keys"),
         ("loss: grpo\n", r"loss is a section, wanted its keys: loss\.clip_range, loss\.kl_coef"),
         ("seed: 1\nseed: 2\n", r"yaml:10: seed is set a second time, first at .*run\.yaml:9"),
@@ -91,7 +112,19 @@ def test_the_tree_has_at_most_63_keys_each_with_a_text():
         ),
         ("resume: maybe\n", r"resume = 'maybe': wanted true or false"),
         ("a: [\n", r"run\.yaml:10: not YAML"),
-        ("seed: !!python/name:os.system\n", r"run\.yaml:9: not YAML: could not determine"),
+        ("seed: !!python/name:os.system x\n", r"run\.yaml:9: not YAML: could not determine"),
+        ("steps: 2026-02-30\n", r"yaml:9: steps is set a second time"),
+        ("seed: 2026-02-30\n", r"yaml:9: seed = '2026-02-30': wanted an integer >= 0"),
+        ("seed: !!timestamp 2026-02-30\n", r"seed = '2026-02-30': wanted an integer"),
+        ("seed: !!int three\n", r"seed = 'three': wanted an integer"),
+        ("seed: 1:30\n", r"seed = '1:30': wanted an integer"),
+        ("seed: 0x10\n", r"seed = '0x10': wanted an integer"),
+        (f"seed: {'9' * 5000}\n", r"seed = '9{59}\.\.\. \(5002 characters\): wanted an integer"),
+        ("seed: {a: 1}\n", r"seed = a mapping or a list in a list: wanted an integer"),
+        ("update: &u {lr: *u}\n", r"update\.lr = a mapping or a list in a list: wanted a number"),
+        ("seed: " + "[" * 3000 + "\n", r"run\.yaml: nested too deep"),
+        ("? [a]\n: 3\n", r"yaml:9: not YAML: a key is no text"),
+        ("seed: \x07\n", r"run\.yaml: not YAML: character 145 is '\\x07': special characters"),
     ],
 )
 def test_faults_in_the_file_name_line_key_value_and_wish(load, text, message):

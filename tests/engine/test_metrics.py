@@ -3,6 +3,8 @@ import io
 import json
 import re
 import struct
+import subprocess
+import sys
 import time
 
 import pytest
@@ -173,6 +175,37 @@ def test_a_new_run_does_not_overwrite_another(open_log):
         log.write(1, STEP)
     with pytest.raises(ConfigError, match="holds the metrics of a run: pass --resume"):
         open_log()
+
+
+@pytest.mark.parametrize("kind", ["a file", "in a file", "dangling", "too long", "no disk"])
+def test_an_output_dir_that_cannot_be_made_is_refused_by_name(tmp_path, config, kind):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "absent" / "target")
+    folder = {
+        "a file": tmp_path / "file",
+        "in a file": tmp_path / "file" / "run",
+        "dangling": tmp_path / "link",
+        "too long": tmp_path / ("x" * 300),
+        "no disk": "/proc/run",
+    }[kind]
+    with pytest.raises(ConfigError, match=f"output_dir = {folder}: .*: choose a folder that can"):
+        RunLog(folder, config)
+
+
+def test_a_run_goes_on_where_the_reader_of_its_table_has_gone():
+    code = (
+        "from warpo.engine.terminal import OutputConsole\n"
+        "console = OutputConsole()\n"
+        "for step in range(5000):\n"
+        "    console.print('a row of the table')\n"
+        "print('went on', file=__import__('sys').stderr)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    process.stdout.close()
+    assert process.stderr.read() == "went on\n"
+    assert process.wait() == 0
 
 
 def test_a_damaged_file_is_refused_by_line(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from tests.examples.runs import evaluations, prepare, train
 from warpo.engine.algorithms import ALGORITHMS
 
-STEPS = 20
+STEPS = 12
 # Share of held-out sums that are right after so many steps: 0.95 and more was seen of each.
 ACCURACY = 0.85
 # Where the reward is no 1 or 0 for the sum, the metric that is.

@@ -48,6 +48,8 @@ def test_warpo_algorithms_prints_every_row():
     one = subprocess.run([*command, "dapo"], capture_output=True, text=True, check=True).stdout
     assert re.search(r"loss\.clip_range +0\.2 0\.28\n", one)
     assert re.search(r"rollout\.max_draws +10\n", one)
+    cautious = subprocess.run([*command, "grpo_process"], capture_output=True, text=True).stdout
+    assert "  caution     as in the paper" in cautious
     wrong = subprocess.run([*command, "dappo"], capture_output=True, text=True)
     assert wrong.returncode == 1 and "did you mean 'dapo'?" in wrong.stderr
 
