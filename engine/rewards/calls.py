@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from warpo.engine.errors import RewardError
 from warpo.engine.rewards.scores import Scored, parse_scores
 
+T = TypeVar("T")
 Job = TypeVar("Job")
 Lane = Callable[[Job], Awaitable[Any]]
 
@@ -47,6 +49,26 @@ class Source(Protocol):
 
     def close(self) -> None:
         """End the processes of the source."""
+
+
+class _Threads(ThreadPoolExecutor):
+    """Those of an event loop, which end with it or after it: a name server that does not answer
+    must not hold up a call past its deadline."""
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        super().shutdown(wait=False, cancel_futures=cancel_futures)
+
+
+def _new_loop() -> asyncio.AbstractEventLoop:
+    loop = asyncio.new_event_loop()
+    loop.set_default_executor(_Threads())
+    return loop
+
+
+def run(coroutine: Coroutine[Any, Any, T]) -> T:
+    """What the coroutine returns; the event loop of the caller, which may be vLLM's, stays."""
+    with asyncio.Runner(loop_factory=_new_loop) as runner:
+        return runner.run(coroutine)
 
 
 async def share(
@@ -97,7 +119,7 @@ class Calls:
         Raises:
             RewardError: a call failed, and on_error does not make up for it.
         """
-        scored = asyncio.run(self._score(Call(completions, fields)))
+        scored = run(self._score(Call(completions, fields)))
         try:
             parse_scores(scored.scores, completions)
         except RewardError as error:  # one call gave numbers, another steps

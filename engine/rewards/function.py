@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from warpo.engine.errors import RewardError
-from warpo.engine.rewards.calls import Call
+from warpo.engine.rewards.calls import Call, run
 from warpo.engine.rewards.scores import Steps, parse_scores
 from warpo.engine.rewards.worker import START_DEADLINE_S, Worker, WorkerFailure
 
@@ -57,7 +57,7 @@ class RewardFunction:
         ]
         self.lanes = [functools.partial(self._ask, worker) for worker in self.workers]
         try:
-            asyncio.run(self._open())
+            run(self._open())
         except BaseException:
             self.close()
             raise

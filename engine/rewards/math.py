@@ -11,7 +11,6 @@ scores 0.
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import importlib.util
 import logging
@@ -22,7 +21,7 @@ from decimal import Decimal
 from typing import Any
 
 from warpo.engine.errors import RewardError
-from warpo.engine.rewards.calls import share
+from warpo.engine.rewards.calls import run, share
 from warpo.engine.rewards.scores import Scored
 from warpo.engine.rewards.worker import Worker, WorkerFailure
 
@@ -72,7 +71,7 @@ class MathAnswers:
             RewardError: an answer is no text or number, or no worker can be started.
         """
         answers = [_as_text(index, answer) for index, answer in enumerate(fields["answer"])]
-        return asyncio.run(self._judge(list(zip(completions, answers, strict=True))))
+        return run(self._judge(list(zip(completions, answers, strict=True))))
 
     def close(self) -> None:
         """Kill the workers. The next call would start others."""

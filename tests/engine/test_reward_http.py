@@ -4,6 +4,7 @@ import base64
 import json
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -118,6 +119,16 @@ def test_the_deadline_holds_for_the_whole_call(url, path, last, cure):
         ask(f"{url}/{path}", deadline_s=0.7)
     # What the deadline leaves is for a busy machine.
     assert 0.6 < time.perf_counter() - start < 5
+
+
+def test_the_deadline_holds_where_a_name_server_does_not_answer(monkeypatch):
+    answered = threading.Event()
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: answered.wait(30))
+    start = time.perf_counter()
+    with pytest.raises(RewardError, match="gave no rewards for 2 completions within 0.2 s"):
+        ask("http://somewhere.example", deadline_s=0.2)
+    assert time.perf_counter() - start < 5
+    answered.set()
 
 
 def test_a_server_that_is_not_there_is_told():
