@@ -199,4 +199,4 @@ def _failed(results: Sequence[Any]) -> list[int]:
 def _brief(error: RewardError) -> str:
     """An error in one line, without the traceback that it may hold."""
     lines = str(error).splitlines()
-    return lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1]}"
+    return f"{lines[0] if len(lines) == 1 else f'{lines[0]} {lines[-1]}':.300}"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,10 +51,10 @@ def parse_scores(scores: Any, completions: Sequence[str]) -> list[float] | list[
         raise RewardError(f"{wanted}, returned {type(scores).__name__}: {shown(scores)}")
     if len(scores) != len(completions):
         raise RewardError(f"{wanted}, one for each completion, returned {len(scores)}")
-    places = [f"for completion {i}, {text!r:.80}" for i, text in enumerate(completions)]
+    places = [functools.partial(_place, i, text) for i, text in enumerate(completions)]
     kinds = [isinstance(entry, (list, tuple)) for entry in scores]
     if any(kinds) and not all(kinds):
-        raise RewardError(f"{wanted}, returned both: a number {places[kinds.index(False)]}")
+        raise RewardError(f"{wanted}, returned both: a number {places[kinds.index(False)]()}")
     if any(kinds):
         return [
             _steps(steps, text, place)
@@ -61,8 +62,12 @@ def parse_scores(scores: Any, completions: Sequence[str]) -> list[float] | list[
         ]
     for score, place in zip(scores, places, strict=True):
         if not hasattr(score, "__float__"):
-            raise RewardError(f"{wanted}, returned {shown(score)} {place}")
+            raise RewardError(f"{wanted}, returned {shown(score)} {place()}")
     return [_finite(score, place) for score, place in zip(scores, places, strict=True)]
+
+
+def _place(index: int, text: str) -> str:
+    return f"for completion {index}, {text!r:.80}"
 
 
 def shown(value: Any) -> str:
@@ -73,17 +78,17 @@ def shown(value: Any) -> str:
         return f"a {type(value).__name__} of too many digits"
 
 
-def _finite(score: Any, place: str) -> float:
+def _finite(score: Any, place: Callable[[], str]) -> float:
     try:
         number = float(score)
     except OverflowError:
         number = math.inf
     if not math.isfinite(number):
-        raise RewardError(f"returned {number} {place}: rewards must be finite")
+        raise RewardError(f"returned {number} {place()}: rewards must be finite")
     return number
 
 
-def _steps(entries: Sequence[Any], text: str, place: str) -> Steps:
+def _steps(entries: Sequence[Any], text: str, place: Callable[[], str]) -> Steps:
     steps: Steps = []
     for entry in entries:
         if not (
@@ -92,11 +97,11 @@ def _steps(entries: Sequence[Any], text: str, place: str) -> Steps:
             and hasattr(entry[0], "__index__")
             and hasattr(entry[1], "__float__")
         ):
-            raise RewardError(f"returned the step {shown(entry)} {place}: wanted [end, score]")
+            raise RewardError(f"returned the step {shown(entry)} {place()}: wanted [end, score]")
         end, lowest = int(entry[0]), steps[-1][0] + 1 if steps else min(1, len(text))
         if not lowest <= end <= len(text):
             raise RewardError(
-                f"returned the step {shown(entry)} {place}: its end must be in {lowest} to "
+                f"returned the step {shown(entry)} {place()}: its end must be in {lowest} to "
                 f"{len(text)}, the characters of the completion up to the end of the step"
             )
         steps.append((end, _finite(entry[1], place)))
