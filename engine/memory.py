@@ -347,6 +347,8 @@ def _sampling_bytes(
     tokens = rollout.prompts_per_step * (
         prompt_tokens + (rollout.group_size - 1) * (prompt_tokens - cached)
     )
+    if device.type == "cpu":
+        limit = max(limit, rollout.max_model_len)  # it takes prompts whole
     tokens = min(limit, tokens)
     logits = 9 if device.type == "cpu" else 16
     if itemsize != 4:

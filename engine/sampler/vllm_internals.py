@@ -108,11 +108,16 @@ def _adapt_cpu_build() -> None:
     import vllm.model_executor.layers.utils as layers
     import vllm.model_executor.models.registry as registry
     import vllm.v1.sample.sampler as sampling
+    from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.worker.cpu_worker import CPUWorker
 
     # It knows no sleep: the scheduler would pause and the memory stay.
     _replace(CPUWorker, "discard", _discard)
     _replace(CPUWorker, "wake_up", _wake_up)
+
+    _replace(
+        EngineArgs, "_set_default_chunked_prefill_and_prefix_caching_args", _prefill_whole_prompts
+    )
 
     # It would pack the weights of linear layers and compute with the packed copy.
     _replace(layers, "dispatch_cpu_unquantized_gemm", _plain_linear)
@@ -120,6 +125,16 @@ def _adapt_cpu_build() -> None:
     _replace(sampling, "batched_count_greater_than", _count_at_least)
     # vLLM looks at a model's class in a child process, 7 s, lest CUDA start in this one.
     _replace(registry, "_run_in_subprocess", _call)
+
+
+def _prefill_whole_prompts(args: Any, model_config: Any) -> None:
+    """EngineArgs: no prompt is cut in two between steps of the engine.
+
+    One that is draws once too often, and vLLM rewinds its generator by an offset, which those of a
+    CPU do not have. What caches prefixes of a recurrent state needs cuts.
+    """
+    args.enable_chunked_prefill = False
+    args.enable_prefix_caching = not model_config.is_hybrid
 
 
 def _replace(owner: Any, name: str, value: Callable[..., Any]) -> None:

@@ -6,6 +6,7 @@ import ctypes
 import importlib.util
 import math
 import mmap
+import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -78,6 +79,26 @@ def test_logprobs_are_those_at_the_sampling_temperature(
             torch.testing.assert_close(
                 torch.tensor(completion.logprobs), reference, atol=LOGPROB_ATOL, rtol=0
             )
+
+
+def test_a_step_of_more_prompt_tokens_than_vllm_takes_together(sampler: Sampler) -> None:
+    """5120 of them: vLLM takes 4096 on a CPU, and would cut a prompt in two."""
+    rng, learner = random.Random(0), new_learner("qwen2")
+    prompts = [[rng.randrange(2, 60) for _ in range(160)] for _ in range(32)]
+    for prompt, scores in zip(prompts, sampler.score(prompts), strict=True):
+        torch.testing.assert_close(
+            torch.tensor(scores), logprobs_of(learner, prompt), atol=LOGPROB_ATOL, rtol=0
+        )
+    groups = sampler.generate(prompts, options(group_size=2, max_new_tokens=4))
+    for prompt, group in zip(prompts, groups, strict=True):
+        for completion in group:
+            reference = logprobs_of(learner, prompt + completion.token_ids, len(prompt))
+            torch.testing.assert_close(
+                torch.tensor(completion.logprobs), reference, atol=LOGPROB_ATOL, rtol=0
+            )
+    # Seeds decide alone: the same prompts draw the same tokens in a smaller step.
+    few = sampler.generate(prompts[:2], options(group_size=2, max_new_tokens=4))
+    assert tokens(few) == tokens(groups[:2])
 
 
 def truncated_logprobs(
