@@ -27,7 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from warpo.engine.batch import Rollout, pack
-from warpo.engine.step import Probe, as_rollout, score
+from warpo.engine.probe import Probe
+from warpo.engine.step import as_rollout, score
 
 Metrics = dict[str, float]
 

@@ -22,6 +22,7 @@ from warpo.engine.metrics import ReportProgress, RunLog, read_rows
 from warpo.engine.offline.losses import preference_gradients, supervised_gradients
 from warpo.engine.pairs import pair_minibatches
 from warpo.engine.pass_at_k import pass_at_k, powers_of_two
+from warpo.engine.probe import probe_weights
 from warpo.engine.resync import Resync
 from warpo.engine.rollouts import (
     accuracy,
@@ -38,7 +39,6 @@ from warpo.engine.step import (
     accumulate_gradients,
     apply_gradients,
     make_minibatches,
-    probe_weights,
     score_rollouts,
     tokens_scored,
 )
@@ -251,7 +251,10 @@ def _publish(config: Config, parts: Parts, log: RunLog, sequences: list[list[int
     metrics: Metrics = {}
     if config.probe.num_sequences:
         with log.phase("probe"):
-            probe = probe_weights(parts.model, parts.sampler, sequences, config.probe.tolerance)
+            probe = probe_weights(
+                parts.model, parts.sampler, sequences, config.probe_tolerance,
+                parts.tokenizer.decode,
+            )  # fmt: skip
             metrics = mismatch.kernels(probe)
             metrics |= mismatch.composition(parts.model, sequences, probe)
     return metrics | {

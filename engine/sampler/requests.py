@@ -7,6 +7,7 @@ import random
 from collections.abc import Sequence
 
 from warpo.engine.batch import Completion
+from warpo.engine.errors import TrainingError
 from warpo.engine.sampler.base import SamplingOptions
 
 # vLLM raises a smaller temperature to 0.01 without an error, and the logprobs with it.
@@ -80,8 +81,9 @@ def prompt_seed(options: SamplingOptions, prompt: int) -> int:
 def check_logprobs(prompt: int, completion: Completion) -> Completion:
     """The completion, unless a logprob is NaN or infinite: the weights are, then, too."""
     if not math.isfinite(sum(completion.logprobs)):
-        raise RuntimeError(
-            f"a completion of prompt {prompt} has logprobs {completion.logprobs[:4]}...: weight "
-            f"version {completion.weight_version} is not finite, or the sampler ran under autocast"
+        raise TrainingError(
+            f"a completion of prompt {prompt} has logprobs {completion.logprobs[:4]}...: version "
+            f"{completion.weight_version} of the weights is not finite, its activations overflow, "
+            "or the sampler ran under autocast; lower update.lr, or check the model's own files"
         )
     return completion
