@@ -136,8 +136,9 @@ class Loss:
         "algorithm", "none", "truncate_token", "truncate_sequence", "mask_token", "mask_sequence"
     ] = "algorithm"
     """Weight w = exp(old_logprobs - sampler's) of a token, or of the sum over its completion, where
-    sampler and learner differ. truncate: w cut to the range. mask: w in the range, 0 outside. w is
-    1 in steps whose old_logprobs are the sampler's (old_logprobs/recomputed is 0)."""
+    sampler and learner differ. truncate: w cut to the range. mask: w in the range, 0 outside. With
+    one, old_logprobs are the learner's in every step. none: they are where the sampler's differ,
+    and the run says that nothing corrects for it."""
     correction_range: tuple[NonNegative, NonNegative] | Literal["algorithm"] = "algorithm"
     """Lowest and highest w of that correction."""
 
