@@ -1,16 +1,16 @@
 """How far sampler and learner are apart in a step, by cause.
 
-All of it on the probe's sequences, `probe.num_sequences` rollouts from all over the step. A training
-step samples with weights w0 and takes optimizer steps w0 -> w1 -> ... -> wn; then the sampler gets
-wn and the probe scores. With logprobs of one token in nats:
+All of it on the probe's sequences, `probe.num_sequences` rollouts from all over the step. A step of
+training samples with weights w0 and takes optimizer steps w0 -> w1 -> ... -> wn; then the sampler
+gets wn and the probe scores. With logprobs of one token in nats:
 
     kernels      d = learner(wn) - sampler(wn): the same weights and tokens in other kernels, at
                  temperature 1, of every token after the first
     composition  d = learner(wn), the sequences packed together - learner(wn), the first one alone
     staleness    d = learner(w(n-1)) - learner(w0), at the sampling temperature, of the completions:
                  how old the samples are when the last optimizer step uses them
-    sampling     d = recorded by the sampler while it drew - learner(w0), as above, and where that is
-                 small, of a completion of every prompt too: what decides whether the sampler's
+    sampling     d = recorded by the sampler while it drew - learner(w0), as above, and where that
+                 is small, of a completion of every prompt too: what decides whether the sampler's
                  logprobs serve as old_logprobs
     truncation   the same d, where top_k or top_p are on: -log of the mass that they kept, and the
                  kernels' difference

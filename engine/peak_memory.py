@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from warpo.engine import step
 from warpo.engine.batch import pack
+from warpo.engine.cgroups import free_in_cgroups
 from warpo.engine.config import Config
 from warpo.engine.environment import return_freed_memory
 from warpo.engine.memory import Shape, rollouts_of
@@ -71,12 +72,15 @@ def _resident(field: str) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that a new process may take on the device."""
+    """Bytes that a new process may take on the device: on a CPU the least of what the machine and
+    the control groups around this process have left."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
+            available = int(line.split()[1]) * 1024
+            limited = free_in_cgroups()
+            return available if limited is None else min(available, limited)
     raise RuntimeError("/proc/meminfo has no MemAvailable")
 
 
