@@ -36,6 +36,7 @@ from warpo.engine.memory import (
     rollouts_of,
 )
 from warpo.engine.model import load_tokenizer
+from warpo.engine.model_files import check_model
 from warpo.engine.peak_memory import PeakMemory, free_memory, rehearse
 from warpo.engine.probe import probe_weights, relative
 from warpo.engine.resolve import resolve
@@ -97,6 +98,7 @@ def run(config: Config, *, plan_only: bool = False, console: Console | None = No
     """
     console = console or Console()
     report = Report(console)
+    check_model(config.model)
     tokenizer = load_tokenizer(config.model)
     prompts = load_prompts(config.data.train, tokenizer, config.max_prompt_tokens)
     device, lengths = learner_device(config), [len(prompt.token_ids) for prompt in prompts]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from warpo.engine import step
@@ -21,6 +21,7 @@ from warpo.engine.config import Config
 from warpo.engine.environment import return_freed_memory
 from warpo.engine.memory import Shape, rollouts_of
 from warpo.engine.model import load_model
+from warpo.engine.model_files import read_config
 from warpo.engine.optimizer import AdamW
 from warpo.engine.resync import Resync
 from warpo.engine.sampler.base import Sampler, SamplingOptions
@@ -95,7 +96,7 @@ def rehearse(config: Config, device: torch.device) -> object:
     """
     if device.type == "cuda":
         return None  # its allocator counts tensors alone
-    hf_config = AutoConfig.from_pretrained(config.model)
+    hf_config = read_config(config.model)
     hf_config.num_hidden_layers, hf_config.vocab_size, hf_config.pad_token_id = 1, 64, None
     if getattr(hf_config, "layer_types", None):
         hf_config.layer_types = hf_config.layer_types[:1]
