@@ -27,6 +27,7 @@ from warpo.engine.invariance import (
     divergences,
     load_cut_model,
 )
+from warpo.engine.limits import check_limits
 from warpo.engine.memory import (
     MIB,
     PHASES,
@@ -98,7 +99,7 @@ def run(config: Config, *, plan_only: bool = False, console: Console | None = No
     """
     console = console or Console()
     report = Report(console)
-    check_model(config.model)
+    check_limits(config, check_model(config.model), learner_device(config))
     tokenizer = load_tokenizer(config.model)
     prompts = load_prompts(config.data.train, tokenizer, config.max_prompt_tokens)
     device, lengths = learner_device(config), [len(prompt.token_ids) for prompt in prompts]

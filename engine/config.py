@@ -27,6 +27,10 @@ Texts = Annotated[
 ]
 Count = Annotated[int, Field(ge=1)]
 CountOrNone = Annotated[int, Field(ge=0)]
+# What torch takes.
+Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
+# What vLLM takes in a request.
+Copies = Annotated[int, Field(ge=1, le=16384)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -77,12 +81,12 @@ class Rollout:
 
     prompts_per_step: Count = 8
     """Prompts drawn in a step."""
-    group_size: Count = 8
+    group_size: Copies = 8
     """Completions of each prompt. Where they are compared with each other, two at least."""
     max_draws: Count | Literal["algorithm"] = "algorithm"
     """Prompts are drawn again, so many times at most, in place of those whose completions all have
     one reward (dynamic sampling). "algorithm": 10 for dapo, 1 for the others, which keeps all."""
-    temperature: Positive = 1.0
+    temperature: Annotated[float, Field(ge=0.01, le=2)] = 1.0
     """Sampling temperature in training."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Draw from the most probable tokens whose mass reaches this. 1: from all. Below 1 the
@@ -216,7 +220,7 @@ class Evaluation:
     """Evaluate after every so many steps. 0: never."""
     max_prompts: Count = 256
     """Prompts that are evaluated, the first of the file."""
-    samples: Count = 1
+    samples: Copies = 1
     """Completions of each of these prompts. 1: the most probable one. More: drawn as in training,
     and beside the accuracy pass@k is estimated for k = 1, 2, 4, ... up to it."""
 
@@ -243,7 +247,7 @@ class Config:
     """Row of the table that `warpo algorithms` prints."""
     steps: Count
     """Reinforcement-learning steps in all."""
-    seed: CountOrNone = 0
+    seed: Seed = 0
     """Fixes data order and every draw."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the learner runs. "auto": cuda if there is one."""

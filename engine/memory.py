@@ -35,7 +35,7 @@ from warpo.engine.model import ATTENTION, set_lm_head_dtype
 from warpo.engine.model_files import read_config
 from warpo.engine.resolve import resolve
 from warpo.engine.rewards.sources import parse_sources
-from warpo.engine.sampler.vllm_internals import CPU_BLOCK_SIZE
+from warpo.engine.sampler.vllm_internals import CPU_BLOCK_SIZE, GPU_BLOCK_SIZE
 from warpo.kernels.objectives import OBJECTIVES, Objective
 
 PHASES = ("load", "sample", "score", "update", "publish")
@@ -46,8 +46,8 @@ MIB = 2**20
 # on one of 70 GiB or more.
 _BATCH_LIMITS = {
     "cpu": (4096, 256, CPU_BLOCK_SIZE),
-    "cuda": (8192, 256, 16),
-    "large cuda": (16384, 1024, 16),
+    "cuda": (8192, 256, GPU_BLOCK_SIZE),
+    "large cuda": (16384, 1024, GPU_BLOCK_SIZE),
 }
 
 

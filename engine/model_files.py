@@ -31,7 +31,7 @@ from transformers import (
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging as transformers_logging
 
-from warpo.engine.errors import ConfigError
+from warpo.engine.errors import ConfigError, one_line
 
 HUB_TIMEOUT_S = 10.0
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -60,8 +60,11 @@ def read_config(path: str, **changes: Any) -> PretrainedConfig:
     return _loaded(path, "config.json", lambda: AutoConfig.from_pretrained(path, **changes))
 
 
-def check_model(path: str) -> None:
+def check_model(path: str) -> PretrainedConfig:
     """Refuse a model whose files cannot be what a run needs, before anything is read at length.
+
+    Returns:
+        Its config.
 
     Raises:
         ConfigError: as `read_config` and `load_weights`, as far as the files' heads tell.
@@ -72,6 +75,7 @@ def check_model(path: str) -> None:
     if not _is_on_hub(path):
         _check_weight_files(Path(path))
         _read_json(Path(path) / "generation_config.json")
+    return config
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
@@ -172,7 +176,7 @@ def _ask_hub(name: str) -> None:
     except Exception as error:
         if not cached:
             raise ConfigError(
-                f"{nothing} cannot be reached: {_first_line(error)}. Give the directory of a model"
+                f"{nothing} cannot be reached: {one_line(error)}. Give the directory of a model"
             ) from error
         # What follows would ask again, for minutes.
         huggingface_hub.constants.HF_HUB_OFFLINE = True
@@ -201,7 +205,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is damaged: {_first_line(error)}") from None
+        raise ConfigError(f"{path} is damaged: {one_line(error)}") from None
     if not isinstance(value, dict):
         raise ConfigError(f"{path} is damaged: it holds {type(value).__name__}, not an object")
     return value
@@ -239,7 +243,7 @@ def _tensor_names(path: Path, index: Path | None = None) -> set[str]:
             return set(tensors.keys())
     except Exception as error:  # safetensors raises its own, and what the system does
         raise ConfigError(
-            f"{path} is damaged or cut off ({_first_line(error)}): copy or download it again"
+            f"{path} is damaged or cut off ({one_line(error)}): copy or download it again"
         ) from None
 
 
@@ -260,7 +264,7 @@ def _check_tensors(
             "of one model"
         )
     if found.get("error_msgs"):
-        raise ConfigError(f"{path}: {_first_line(found['error_msgs'][0])}")
+        raise ConfigError(f"{path}: {one_line(found['error_msgs'][0])}")
     layers = {_layer(name) for name, _ in model.named_parameters()}
     lists = {name for name, _ in layers}
     beyond = [
@@ -311,7 +315,7 @@ def _writes_back(config: Any) -> str | None:
     try:
         config.validate(strict=True)
     except Exception as error:
-        return _first_line(error)
+        return one_line(error)
     return None
 
 
@@ -322,14 +326,8 @@ def _loaded(path: str, what: str, load: Callable[[], T]) -> T:
         raise
     except Exception as error:  # its parsers raise what they like
         raise ConfigError(
-            f"the {what} of {path} does not load: {type(error).__name__}: {_first_line(error)}"
+            f"the {what} of {path} does not load: {type(error).__name__}: {one_line(error)}"
         ) from error
-
-
-def _first_line(error: object) -> str:
-    """What an error says, in one line of at most 200 characters."""
-    text = " ".join(str(error).split()).rstrip(".")
-    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def _some(names: Iterable[str]) -> str:
