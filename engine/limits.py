@@ -17,11 +17,11 @@ GIB = 2**30
 
 
 def check_limits(config: Config, hf_config: PretrainedConfig, device: torch.device) -> None:
-    """Refuse what the model cannot do or the machine cannot hold.
+    """Refuse what the model cannot do.
 
     Raises:
         ConfigError: max_model_len is beyond the model's positions, top_k keeps its whole
-            vocabulary, or the KV cache is smaller than a sequence or larger than what is free.
+            vocabulary, or the KV cache is smaller than a sequence.
     """
     rollout, text = config.rollout, hf_config.get_text_config()
     positions = max_positions(text)
@@ -38,6 +38,20 @@ def check_limits(config: Config, hf_config: PretrainedConfig, device: torch.devi
         )
     if config.sampler == "vllm":
         _check_kv_cache(config, text, device)
+
+
+def check_free_memory(config: Config, device: torch.device) -> None:
+    """Refuse a KV cache that the machine cannot hold.
+
+    Raises:
+        ConfigError: it is larger than what is free.
+    """
+    free = free_memory(device) / GIB
+    if config.sampler == "vllm" and config.rollout.kv_cache_gib > free:
+        raise ConfigError(
+            f"rollout.kv_cache_gib = {config.rollout.kv_cache_gib:g} is more than the {free:.1f} "
+            f"GiB that {device} has free: lower it"
+        )
 
 
 def max_positions(text_config: Any) -> int | None:
@@ -58,12 +72,6 @@ def max_positions(text_config: Any) -> int | None:
 
 def _check_kv_cache(config: Config, text: Any, device: torch.device) -> None:
     rollout = config.rollout
-    free = free_memory(device) / GIB
-    if rollout.kv_cache_gib > free:
-        raise ConfigError(
-            f"rollout.kv_cache_gib = {rollout.kv_cache_gib:g} is more than the {free:.1f} GiB that "
-            f"{device} has free: lower it"
-        )
     block = CPU_BLOCK_SIZE if device.type == "cpu" else GPU_BLOCK_SIZE
     # vLLM keeps a block for itself.
     tokens = (-(-rollout.max_model_len // block) + 1) * block

@@ -131,7 +131,7 @@ def test_the_saving_is_the_tokens_that_the_extra_forward_pass_would_read(folder)
 def test_a_bfloat16_run_with_a_float32_head_resumes_with_its_reference(folder):
     overrides = [
         *("--sampler", "vllm", "--dtype", "bfloat16", "--lm_head_dtype", "float32"),
-        *("--probe.tolerance", "auto", "--evaluation.every_steps", "0"),
+        *("--evaluation.every_steps", "0"),
     ]
     train(folder, *overrides, "--steps", "1")
     table = train(folder, *overrides, "--steps", "2", "--resume")
@@ -145,7 +145,7 @@ def test_a_bfloat16_run_with_a_float32_head_resumes_with_its_reference(folder):
 
 def test_a_bfloat16_run_shares_its_weights_and_tells_what_rounding_loses(folder):
     """The float32 master weights are the optimizer's; learner and sampler are one memory."""
-    overrides = ["--dtype", "bfloat16", "--probe.tolerance", "auto", "--update.lr", "1e-4"]
+    overrides = ["--dtype", "bfloat16", "--update.lr", "1e-4"]
     for state in ("device", "host"):
         out = ["--output_dir", state, "--update.optimizer_state", state, "--resync", "alias"]
         run(load_config(folder / "config.yaml", ["--sampler", "vllm", *overrides, *out]))
