@@ -24,7 +24,9 @@ from warpo.engine.critic import Critic
 from warpo.engine.data import Prompt, PromptStream, load_prompts, split_prompts
 from warpo.engine.device import learner_device
 from warpo.engine.errors import ConfigError, DataError
+from warpo.engine.limits import check_free_memory, check_limits
 from warpo.engine.model import eos_token_ids, load_model, load_tokenizer
+from warpo.engine.model_files import check_model
 from warpo.engine.offline.data import Example, load_examples
 from warpo.engine.optimizer import AdamW, WeightUpdate, make_optimizer
 from warpo.engine.resolve import resolve
@@ -118,6 +120,8 @@ class Parts:
 def build(config: Config) -> Parts:
     """Data, reward, models, sampler and optimizer, in the order of what can fail fastest."""
     torch.manual_seed(config.seed)
+    check_limits(config, check_model(config.model), learner_device(config))
+    check_free_memory(config, learner_device(config))
     tokenizer = load_tokenizer(config.model)
     prompts = load_prompts(config.data.train, tokenizer, config.max_prompt_tokens)
     prompts, eval_prompts = _held_out(config, tokenizer, prompts)

@@ -27,6 +27,7 @@ from warpo.engine.invariance import (
     divergences,
     load_cut_model,
 )
+from warpo.engine.limits import check_limits
 from warpo.engine.memory import (
     MIB,
     PHASES,
@@ -36,7 +37,9 @@ from warpo.engine.memory import (
     rollouts_of,
 )
 from warpo.engine.model import load_tokenizer
+from warpo.engine.model_files import check_model
 from warpo.engine.peak_memory import PeakMemory, free_memory, rehearse
+from warpo.engine.probe import probe_weights, relative
 from warpo.engine.resolve import resolve
 from warpo.engine.sampler.base import SamplingOptions
 from warpo.engine.terminal import OutputConsole
@@ -97,6 +100,7 @@ def run(config: Config, *, plan_only: bool = False, console: Console | None = No
     """
     console = console or OutputConsole()
     report = Report(console)
+    check_limits(config, check_model(config.model), learner_device(config))
     tokenizer = load_tokenizer(config.model)
     prompts = load_prompts(config.data.train, tokenizer, config.max_prompt_tokens)
     device, lengths = learner_device(config), [len(prompt.token_ids) for prompt in prompts]
@@ -240,15 +244,15 @@ def _probe(
     config: Config, parts: Parts, sequences: Sequence[Sequence[int]], report: Report
 ) -> None:
     """The proof of every step, after an update that moved the weights."""
-    bound = config.probe.tolerance
+    bound = config.probe_tolerance
     try:
-        probe = step.probe_weights(parts.model, parts.sampler, sequences, bound)
+        probe = probe_weights(parts.model, parts.sampler, sequences, bound, parts.tokenizer.decode)
     except WeightMismatch as found:
         text, ok, cure = f"above {bound:g}", False, str(found)
     else:
-        error = (probe.learner - probe.sampler).abs().max().item()
+        error = relative(probe.learner - probe.sampler, probe.learner).max().item()
         text, ok, cure = f"{error:.1e} <= {bound:g}", True, ""
-    report.head("largest difference of a logprob after an update, nats")
+    report.head("largest difference of a logprob after an update, nats; relative beyond 1 nat")
     report.add(Line(name="probe", text=f"{text}, sampler against learner", ok=ok, cure=cure))
     if ok:
         alone = mismatch.composition(parts.model, sequences, probe)["mismatch/composition_max"]

@@ -103,7 +103,7 @@ Tries what a run of this config relies on, with its model, data and sampler. Not
                      of the largest shape that the config allows is run, and measured: 5 % apart at
                      most.
   sampler against    Sampler and learner score the same tokens after an update:
-  learner            probe.tolerance apart at most.
+  learner            probe.tolerance apart at most, and a tenth of it in the mean.
   loss invariance    The gradient of an optimizer step, for every objective of the engine, whether
                      its rollouts travel in one micro-batch, one by one, packed by a token budget,
                      or padded: 1e-6 apart at most.

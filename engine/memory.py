@@ -22,7 +22,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     PretrainedConfig,
@@ -33,9 +32,10 @@ from warpo.engine import step
 from warpo.engine.batch import Batch, Completion, Rollout, pack
 from warpo.engine.config import Config
 from warpo.engine.model import ATTENTION, set_lm_head_dtype
+from warpo.engine.model_files import read_config
 from warpo.engine.resolve import resolve
 from warpo.engine.rewards.sources import parse_sources
-from warpo.engine.sampler.vllm_internals import CPU_BLOCK_SIZE
+from warpo.engine.sampler.vllm_internals import CPU_BLOCK_SIZE, GPU_BLOCK_SIZE
 from warpo.kernels.objectives import OBJECTIVES, Objective
 
 PHASES = ("load", "sample", "score", "update", "publish")
@@ -46,8 +46,8 @@ MIB = 2**20
 # on one of 70 GiB or more.
 _BATCH_LIMITS = {
     "cpu": (4096, 256, CPU_BLOCK_SIZE),
-    "cuda": (8192, 256, 16),
-    "large cuda": (16384, 1024, 16),
+    "cuda": (8192, 256, GPU_BLOCK_SIZE),
+    "large cuda": (16384, 1024, GPU_BLOCK_SIZE),
 }
 
 
@@ -97,7 +97,7 @@ def plan_memory(
         device: where the learner runs.
         resync: "alias": the learner's parameters are the sampler's; "copy": each has its own.
     """
-    hf_config = AutoConfig.from_pretrained(config.model)
+    hf_config = read_config(config.model)
     fake = FakeTensorMode()
     model = _fake_model(config, hf_config, device, fake)
     parameters = sum(p.numel() for p in model.parameters())
@@ -212,7 +212,7 @@ def _reward_parameters(config: Config, device: torch.device, fake: FakeTensorMod
     total = 0
     for source in parse_sources(config.reward.sources):
         if source.kind in ("model", "process_model"):
-            hf_config = AutoConfig.from_pretrained(source.target, num_labels=1)
+            hf_config = read_config(source.target, num_labels=1)
             with fake, device:
                 model = AutoModelForSequenceClassification.from_config(hf_config)
             total += sum(parameter.numel() for parameter in model.parameters())
@@ -347,6 +347,8 @@ def _sampling_bytes(
     tokens = rollout.prompts_per_step * (
         prompt_tokens + (rollout.group_size - 1) * (prompt_tokens - cached)
     )
+    if device.type == "cpu":
+        limit = max(limit, rollout.max_model_len)  # it takes prompts whole
     tokens = min(limit, tokens)
     logits = 9 if device.type == "cpu" else 16
     if itemsize != 4:

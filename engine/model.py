@@ -10,17 +10,15 @@ from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
 )
-from transformers.models.auto.tokenization_auto import get_tokenizer_config
-from transformers.utils import logging as transformers_logging
 
 from warpo.engine.batch import Batch
 from warpo.engine.errors import ConfigError
 from warpo.engine.linear import Linear, linear
+from warpo.engine.model_files import load_tokenizer as load_tokenizer
+from warpo.engine.model_files import load_weights
 from warpo.kernels import ops
 
 ATTENTION = "warpo_packed"
@@ -122,8 +120,7 @@ def load_model(
     path: str, dtype: str, device: torch.device, lm_head_dtype: str = "same"
 ) -> PreTrainedModel:
     """The model of a Hugging Face directory, without dropout, reading packed sequences."""
-    transformers_logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=ATTENTION)
+    model = load_weights(AutoModelForCausalLM, path, dtype=dtype, attn_implementation=ATTENTION)
     prepare(model)
     set_lm_head_dtype(model, lm_head_dtype)
     model.to(device)  # type: ignore[arg-type]  # its wrapper hides the signature of nn.Module.to
@@ -140,20 +137,24 @@ def prepare(model: PreTrainedModel) -> None:
     model.config.attention_dropout = 0.0
 
 
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer that belongs to the model."""
-    saved_as = get_tokenizer_config(path).get("tokenizer_class")
-    if saved_as in ("TokenizersBackend", "PreTrainedTokenizerFast"):
-        # AutoTokenizer prefers the class of the model's type, which splits text by its own rules.
-        return PreTrainedTokenizerFast.from_pretrained(path)
-    return AutoTokenizer.from_pretrained(path)
-
-
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that end a completion, of the model's generation config and of its tokenizer."""
+    """The ids that end a completion, of the model's generation config and of its tokenizer.
+
+    Raises:
+        ConfigError: one is not an id of the model's vocabulary, and could never end anything.
+    """
     configured = model.generation_config.eos_token_id
     ids = {*(configured if isinstance(configured, list) else [configured]), tokenizer.eos_token_id}
-    return sorted(token for token in ids if token is not None)
+    ids.discard(None)
+    vocab_size = model.config.get_text_config().vocab_size
+    for token in ids:
+        if type(token) is not int or not 0 <= token < vocab_size:
+            raise ConfigError(
+                f"{model.config.name_or_path}: eos_token_id is {token!r}, and the model's "
+                f"vocabulary is 0 to {vocab_size - 1}: correct generation_config.json, config.json "
+                "or the tokenizer's files"
+            )
+    return sorted(ids)
 
 
 def token_logprobs(model: nn.Module, batch: Batch, temperature: float) -> ops.LogprobsAndEntropy:

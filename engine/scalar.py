@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from warpo.engine.batch import Batch
 from warpo.engine.errors import ConfigError
 from warpo.engine.model import ATTENTION, prepare
+from warpo.engine.model_files import load_weights, read_config
 
 
 def load_scalar_model(path: str, dtype: str, device: torch.device) -> PreTrainedModel:
@@ -30,7 +31,7 @@ def load_scalar_model(path: str, dtype: str, device: torch.device) -> PreTrained
     Raises:
         ConfigError: the classifier has more labels than one.
     """
-    config = AutoConfig.from_pretrained(path)
+    config = read_config(path)
     is_classifier = any("Classification" in name for name in config.architectures or ())
     if is_classifier and config.num_labels != 1:
         raise ConfigError(
@@ -39,11 +40,12 @@ def load_scalar_model(path: str, dtype: str, device: torch.device) -> PreTrained
     verbosity = transformers_logging.get_verbosity()
     # It warns of a head that is new, which here is meant.
     transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     try:
-        model = AutoModelForSequenceClassification.from_pretrained(
-            path, num_labels=1, dtype=dtype, attn_implementation=ATTENTION
-        )
+        model = load_weights(
+            AutoModelForSequenceClassification, path, num_labels=1,
+            new=() if is_classifier else ("score.weight",),
+            dtype=dtype, attn_implementation=ATTENTION,
+        )  # fmt: skip
     finally:
         transformers_logging.set_verbosity(verbosity)
     if not is_classifier:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from warpo.engine import checkpoint, plot
 from warpo.engine.batch import split_by_tokens
@@ -18,6 +18,7 @@ from warpo.engine.errors import TrainingError
 from warpo.engine.loop import checkpoint_on_error, due, raise_if, save, signals
 from warpo.engine.metrics import Column, RunLog, read_rows
 from warpo.engine.model import load_model, load_tokenizer
+from warpo.engine.model_files import check_model, read_config
 from warpo.engine.offline.config import OfflineConfig
 from warpo.engine.offline.data import Example, load_examples
 from warpo.engine.offline.families import (
@@ -136,6 +137,7 @@ def build(config: OfflineConfig, log: RunLog, stop: Callable[[], bool]) -> Parts
     torch.manual_seed(config.seed)
     device, family = learner_device(config), make_family(config)
     with log.phase("load"):
+        check_model(config.model)
         tokenizer = load_tokenizer(config.model)
         examples = _load_examples(config, config.data.train, tokenizer)
         eval_examples: list[Example] = []
@@ -169,7 +171,7 @@ def build(config: OfflineConfig, log: RunLog, stop: Callable[[], bool]) -> Parts
 def _load_examples(
     config: OfflineConfig, path: str, tokenizer: PreTrainedTokenizerBase
 ) -> list[Example]:
-    positions = getattr(AutoConfig.from_pretrained(config.model), "max_position_embeddings", None)
+    positions = getattr(read_config(config.model), "max_position_embeddings", None)
     return load_examples(
         path, tokenizer, config.algorithm, token_budget=config.update.token_budget,
         max_length=positions or config.update.token_budget,

@@ -191,7 +191,7 @@ def test_what_fails_is_named_with_its_cure_and_exits_1(folder):
     result = command(folder, "--probe.tolerance", "1e-12")
     assert result.returncode == 1, result.stdout + result.stderr
     assert "FAIL  probe" in result.stdout
-    assert "Either publishing failed" in result.stdout
+    assert "the sampler does not compute what the learner does" in result.stdout
     assert result.stdout.count("FAIL") == 1
 
 
