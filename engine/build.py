@@ -135,6 +135,9 @@ def build(config: Config) -> Parts:
     rewards = RewardSources(
         config.reward.sources,
         deadline_s=config.reward.deadline_s,
+        on_error=config.reward.on_error,
+        workers=config.reward.workers,
+        memory_gib=config.reward.memory_gib,
         fields=list(prompts[0].fields),
         tokenizer=tokenizer,
         max_new_tokens=config.rollout.max_new_tokens,

@@ -71,9 +71,21 @@ class Reward:
     too. http://... or https://..., a server. math: math-verify against the data field answer.
     model:DIR: a reward model. process_model:DIR: one that scores steps. overlong:N: falls from 0 to
     -1 over the last N of rollout.max_new_tokens."""
-    deadline_s: Positive = 30.0
-    """Seconds that a call of a function or a server may take; a function is killed then. math: that
-    one completion may take, at most 5; its worker is killed then, and the reward is 0."""
+    deadline_s: Annotated[float, Field(gt=0, le=86400)] = 30.0
+    """Seconds that a call of a function or a server may take; a function is killed then, with all
+    that it started. math: that one completion may take, at most 5; a call may take 10 times that
+    and 0.2 s for each completion; what is not judged by then has reward 0."""
+    on_error: Literal["stop", "zero", "retry"] = "stop"
+    """Where a call of a function or a server fails: the function raises, dies, needs too much
+    memory or returns nonsense, the server refuses, or the deadline passes. stop: end the run, with
+    a checkpoint. retry: make the call again after 1, 2 and 4 s, then stop. zero: ask for its
+    completions one by one, for 10 deadlines at most; those that fail again have reward 0 of that
+    source. The metrics reward/failed and reward/retries count completions and calls."""
+    workers: Annotated[int, Field(ge=1, le=1024)] = 1
+    """Processes of each function and requests at a time to each server, between which the
+    completions of a call are split in order. A function that compares completions needs 1."""
+    memory_gib: Annotated[float, Field(ge=0.25, le=65536)] = 64.0
+    """Memory that a process of a function may allocate, GiB."""
     success: float = 1.0
     """A completion with at least this reward counts as correct in the accuracy."""
 

@@ -1,5 +1,7 @@
 """Failures that the user can cure; the command line prints their message without traceback."""
 
+from warpo.engine.redact import redact
+
 
 def one_line(error: object) -> str:
     """What an error of a library says, in one line of at most 300 characters."""
@@ -8,7 +10,10 @@ def one_line(error: object) -> str:
 
 
 class WarpoError(Exception):
-    """The message names the value, the place and the cure."""
+    """The message names the value, the place and the cure, and no credentials of URLs."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(redact(message))
 
 
 class ConfigError(WarpoError, ValueError):

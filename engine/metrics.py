@@ -24,6 +24,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from torch.utils.tensorboard import SummaryWriter
 
 from warpo.engine.errors import CheckpointError, ConfigError
+from warpo.engine.redact import redact
 from warpo.engine.terminal import OutputConsole
 
 ReportProgress = Callable[[int, int], None]
@@ -70,7 +71,8 @@ class RunLog:
 
     Args:
         output_dir: gets metrics.jsonl, tensorboard/ and config.yaml.
-        config: written to config.yaml. With `resume` set, the files of output_dir are continued.
+        config: written to config.yaml, without credentials of URLs. With `resume` set, the files
+            of output_dir are continued.
         columns: of the table.
         shown_every: steps from one row of the table to the next; evaluations are all in it.
         resume_step: step that a resumed run has reached; rows of later steps are dropped, so that
@@ -101,7 +103,7 @@ class RunLog:
                 "it, or choose another output_dir"
             )
         settings = yaml.safe_dump(
-            json.loads(json.dumps(dataclasses.asdict(config))), sort_keys=False
+            redact(json.loads(json.dumps(dataclasses.asdict(config)))), sort_keys=False
         )
         (directory / "config.yaml").write_text(settings)
         if config.resume:
@@ -116,6 +118,7 @@ class RunLog:
         self._live = _live_line(self._console)
         self._seconds: dict[str, float] = {}
         self._said: set[str] = set()
+        self._counts: dict[str, float] = {}
         self._step_start: float | None = None
 
     def __enter__(self) -> RunLog:
@@ -163,6 +166,10 @@ class RunLog:
         """Start the clock of perf/step_s, which leaves out what came before, such as loading."""
         self._step_start = time.perf_counter()
 
+    def count(self, metric: str, number: int) -> None:
+        """Add to a metric of the next row."""
+        self._counts[metric] = self._counts.get(metric, 0.0) + number
+
     def say(self, text: str) -> None:
         """A line above the live line, which stays."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -185,11 +192,11 @@ class RunLog:
         """
         now = time.perf_counter()
         row = {name: float(value) for name, value in metrics.items()}
-        row |= self._seconds
+        row |= self._seconds | self._counts
         row["perf/step_s"] = now - (self._step_start if self._step_start is not None else now)
         if "perf/tokens" in row and row["perf/step_s"] > 0:
             row["perf/tokens_per_s"] = row["perf/tokens"] / row["perf/step_s"]
-        self._seconds, self._step_start = {}, None
+        self._seconds, self._counts, self._step_start = {}, {}, None
         finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
         self._file.write(json.dumps({"step": step} | finite) + "\n")
         self._file.flush()

@@ -192,11 +192,13 @@ def generate(
 def reward(
     parts: Parts, log: RunLog, prompts: list[Prompt], groups: list[list[Completion]]
 ) -> list[list[Verdict]]:
-    """The verdict on each completion of each prompt; what could not be judged is told."""
+    """The verdict on each completion of each prompt; log and count what failed."""
     owners = [prompt for prompt, group in zip(prompts, groups, strict=True) for _ in group]
     rewards = parts.rewards(owners, [completion for group in groups for completion in group])
     for note in rewards.notes:
         log.say(note)
+    log.count("reward/failed", rewards.failed)
+    log.count("reward/retries", rewards.retries)
     verdicts = (
         Verdict(
             total,

@@ -15,6 +15,7 @@ from pathlib import Path
 from rich.console import Console
 
 from warpo.engine.errors import WarpoError
+from warpo.engine.redact import redact
 
 _LONGEST_MESSAGE = 300  # characters of a message that is not ours
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -58,7 +59,7 @@ def guarded(command: Callable[[], int], output_dir: Callable[[], str | None]) ->
             discard_output()
             return 0
         kept = _keep_traceback(error, output_dir)
-        print(f"warpo: {describe(error)}; traceback in {kept}", file=sys.stderr)
+        print(f"warpo: {redact(describe(error))}; traceback in {kept}", file=sys.stderr)
     return 1
 
 
@@ -104,7 +105,7 @@ def _place(error: Exception) -> str:
 
 
 def _keep_traceback(error: Exception, output_dir: Callable[[], str | None]) -> Path:
-    text = "".join(traceback.format_exception(error))
+    text = redact("".join(traceback.format_exception(error)))
     try:
         folder = output_dir()
         if folder:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,12 +13,13 @@ from transformers import PreTrainedTokenizerBase
 from warpo.engine.batch import Completion
 from warpo.engine.data import Prompt, columns
 from warpo.engine.errors import ConfigError, RewardError
+from warpo.engine.rewards.calls import Calls
 from warpo.engine.rewards.function import RewardFunction
 from warpo.engine.rewards.http import RewardServer
 from warpo.engine.rewards.math import MathAnswers
 from warpo.engine.rewards.model import RewardModel, TokenSteps
 from warpo.engine.rewards.overlong import overlong_penalty
-from warpo.engine.rewards.scores import Steps
+from warpo.engine.rewards.scores import Scored, Steps
 from warpo.engine.rewards.sources import Source, parse_sources
 from warpo.engine.rewards.steps import token_indices
 
@@ -32,12 +34,16 @@ class Rewards:
             each completion; None if no source scores steps. What other sources say of a whole
             completion counts to its last step.
         by_source: B scores of each source, without its weight.
-        notes: a line for each completion that a source could not score.
+        failed: completions that a source could not score, each counted for each such source.
+        retries: calls that were made again.
+        notes: what went wrong.
     """
 
     totals: list[float]
     steps: list[TokenSteps] | None
     by_source: dict[str, list[float]]
+    failed: int
+    retries: int
     notes: list[str]
 
 
@@ -46,7 +52,7 @@ class RewardSources:
 
     Args:
         sources: "[WEIGHT * ]SOURCE" each, as sources.py reads them.
-        deadline_s: seconds that a call of a function or a server may take.
+        deadline_s, on_error, workers, memory_gib: of calls of functions and servers.
         fields: names of the data fields there will be.
         tokenizer: that of the policy.
         max_new_tokens: length limit of a completion, for `overlong`.
@@ -61,6 +67,9 @@ class RewardSources:
         sources: Sequence[str],
         *,
         deadline_s: float,
+        on_error: str,
+        workers: int,
+        memory_gib: float,
         fields: Sequence[str],
         tokenizer: PreTrainedTokenizerBase,
         max_new_tokens: int,
@@ -70,6 +79,11 @@ class RewardSources:
     ) -> None:
         self._tokenizer = tokenizer
         self._max_new_tokens = max_new_tokens
+        calls: dict[str, Any] = {
+            "deadline_s": deadline_s,
+            "fields": fields,
+            "workers": workers,
+        }
         models: dict[str, Any] = {
             "tokenizer": tokenizer,
             "dtype": dtype,
@@ -86,13 +100,15 @@ class RewardSources:
                         f"the first token: at most rollout.max_new_tokens = {max_new_tokens}"
                     )
                 if source.kind == "function":
-                    opened = RewardFunction(source.target, deadline_s=deadline_s, fields=fields)
+                    opened = RewardFunction(source.target, memory_gib=memory_gib, **calls)
                 elif source.kind == "http":
-                    opened = RewardServer(source.target, deadline_s=deadline_s, fields=fields)
+                    opened = RewardServer(source.target, **calls)
                 elif source.kind == "math":
                     opened = MathAnswers(deadline_s=deadline_s, fields=fields)
                 elif source.kind in ("model", "process_model"):
                     opened = RewardModel(source.target, **models)
+                if source.kind in ("function", "http"):
+                    opened = Calls(opened, on_error=on_error, deadline_s=deadline_s)
                 self._opened.append((source, opened))
         except BaseException:
             self.close()
@@ -106,11 +122,14 @@ class RewardSources:
         """
         ids = [completion.token_ids for completion in completions]
         texts = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
-        totals, by_source, notes = [0.0] * len(ids), {}, []
+        totals, by_source = [0.0] * len(ids), {}
+        failed, retries, notes = 0, 0, []
         steps: list[TokenSteps] | None = None
         for source, opened in self._opened:
-            scores, lines = self._ask(source, opened, prompts, completions, texts)
-            notes += lines
+            scored = self._ask(source, opened, prompts, completions, texts)
+            failed, retries = failed + len(scored.failed), retries + scored.retries
+            notes += scored.notes
+            scores: list[Any] = scored.scores
             if isinstance(scores[0], list):
                 if steps is not None:
                     raise RewardError(
@@ -121,10 +140,18 @@ class RewardSources:
                 scores = [sum(score for _, score in row) for row in scores]
             by_source[source.name] = scores
             totals = [t + source.weight * score for t, score in zip(totals, scores, strict=True)]
+        _check_finite(totals)
         if steps is not None:
             lengths = [len(completion_ids) for completion_ids in ids]
             steps = [_with_rest(*of_one) for of_one in zip(steps, totals, lengths, strict=True)]
-        return Rewards(totals=totals, steps=steps, by_source=by_source, notes=notes)
+        return Rewards(
+            totals=totals,
+            steps=steps,
+            by_source=by_source,
+            failed=failed,
+            retries=retries,
+            notes=notes,
+        )
 
     def _ask(
         self,
@@ -133,23 +160,23 @@ class RewardSources:
         prompts: Sequence[Prompt],
         completions: Sequence[Completion],
         texts: list[str],
-    ) -> tuple[Any, list[str]]:
-        """Numbers or steps by tokens, as one source gives them, and its notes."""
+    ) -> Scored:
+        """Numbers, or steps by tokens, as one source gives them."""
         if source.kind == "overlong":
-            return [self._overlong(len(c.token_ids), int(source.target)) for c in completions], []
+            lengths = [len(completion.token_ids) for completion in completions]
+            return Scored(scores=[self._overlong(n, int(source.target)) for n in lengths])
         if source.kind == "model":
-            return opened.totals(prompts, completions), []
+            return Scored(scores=opened.totals(prompts, completions))
         if source.kind == "process_model":
-            return opened.steps(prompts, completions, texts), []
-        if source.kind == "math":
-            return opened(texts, columns(prompts))
-        scores = opened(texts, columns(prompts))
-        if not isinstance(scores[0], list):
-            return scores, []
-        return [
+            return Scored(scores=opened.steps(prompts, completions, texts))
+        scored: Scored = opened(texts, columns(prompts))
+        if not isinstance(scored.scores[0], list):
+            return scored
+        by_token: list[Any] = [
             self._by_token(completion.token_ids, text, steps)
-            for completion, text, steps in zip(completions, texts, scores, strict=True)
-        ], []
+            for completion, text, steps in zip(completions, texts, scored.scores, strict=True)
+        ]
+        return replace(scored, scores=by_token)
 
     def close(self) -> None:
         """End the processes of the sources."""
@@ -174,6 +201,14 @@ class RewardSources:
 
     def _decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def _check_finite(totals: list[float]) -> None:
+    for i, total in enumerate(totals):
+        if not math.isfinite(total):
+            raise RewardError(
+                f"reward.sources: the weighted sum is {total} for completion {i}: lower the weights"
+            )
 
 
 def _with_rest(steps: TokenSteps, total: float, length: int) -> TokenSteps:

@@ -1,146 +1,137 @@
-"""The user's reward function, in a process of its own that a deadline really kills."""
+"""The user's reward function, in processes of its own that a deadline really kills."""
 
 from __future__ import annotations
 
+import asyncio
 import difflib
+import functools
 import importlib
 import inspect
-import math
 import os
-import signal
 import sys
-import threading
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from multiprocessing.connection import Connection
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from warpo.engine.errors import RewardError
+from warpo.engine.rewards.calls import Call, run
 from warpo.engine.rewards.scores import Steps, parse_scores
-from warpo.engine.rewards.worker import START_DEADLINE_S, Worker
+from warpo.engine.rewards.worker import START_DEADLINE_S, Worker, WorkerFailure
 
 
 class RewardFunction:
-    """`module:function` as a callable: completions and data fields in, scores out.
+    """`module:function` as a source of scores.
 
     The function is called as function(completions, **fields) with the fields that its signature
-    names, all of them if it takes **kwargs. It returns for each completion a number, or for each a
-    list of (end, score): `end` is the number of characters of the completion up to the end of that
-    step.
+    names, all of them if it takes **kwargs; what an `async def` returns is awaited. It returns for
+    each completion a number, or for each a list of (end, score): `end` is the number of characters
+    of the completion up to the end of that step.
 
     Args:
         spec: "module:function"; the current directory is searched as well.
         deadline_s: seconds that one call may take.
         fields: names of the data fields there will be, to refuse a function that wants others.
+        workers: processes, each of which imports the module and takes a part of the completions.
+        memory_gib: what each process may allocate.
 
     Raises:
         RewardError: the function cannot be imported, or needs a field that is not there.
     """
 
-    def __init__(self, spec: str, *, deadline_s: float, fields: Sequence[str]) -> None:
+    def __init__(
+        self,
+        spec: str,
+        *,
+        deadline_s: float,
+        fields: Sequence[str],
+        workers: int = 1,
+        memory_gib: float = 64.0,
+    ) -> None:
+        self.name = f"reward function {spec}"
         self._spec = spec
         self._deadline_s = deadline_s
-        self._fields = list(fields)
-        self._worker: Worker | None = None
-        self._start()
+        self._memory_gib = memory_gib
+        opener = f"{__name__}:open_function"
+        self.workers = [
+            Worker(opener, [spec, list(fields)], memory_gib=memory_gib) for _ in range(workers)
+        ]
+        self.lanes = [functools.partial(self._ask, worker) for worker in self.workers]
+        try:
+            run(self._open())
+        except BaseException:
+            self.close()
+            raise
 
-    def __call__(
-        self, completions: Sequence[str], fields: Mapping[str, list]
-    ) -> list[float] | list[Steps]:
+    def close(self) -> None:
+        """Kill the workers and what they started. The next call would start others."""
+        for worker in self.workers:
+            worker.close()
+
+    async def _open(self) -> None:
+        for worker in self.workers:
+            worker.launch()
+        for worker in self.workers:
+            await self._opened(worker)
+
+    async def _opened(self, worker: Worker) -> None:
+        try:
+            await worker.open()
+        except WorkerFailure as failure:
+            if failure.kind == "late":
+                raise RewardError(
+                    f"importing the module of {self.name} took longer than {START_DEADLINE_S:g} s"
+                ) from None
+            raise self._explained(failure, 0) from None
+
+    async def _ask(self, worker: Worker, call: Call) -> list[float] | list[Steps]:
         """Finite scores, one entry for each completion.
 
         Raises:
             RewardError: the function raised, died, ran past the deadline or returned nonsense.
         """
-        if self._worker is None:
-            self._start()
-        late = (
-            f"reward function {self._spec} took longer than {self._deadline_s:g} s for "
-            f"{len(completions)} completions and was killed: raise reward.deadline_s, or bound "
-            "the time that the function spends on a completion"
-        )
-        return self._ask((list(completions), dict(fields)), self._deadline_s, late)
-
-    def close(self) -> None:
-        """Kill the worker and reap it. The next call would start another."""
-        if self._worker is not None:
-            self._worker.close()
-            self._worker = None
-
-    def _start(self) -> None:
-        self._worker = Worker(_serve, "warpo-reward")
-        late = (
-            f"importing the module of reward function {self._spec} took longer than "
-            f"{START_DEADLINE_S:g} s"
-        )
-        request = (self._spec, self._fields, os.getcwd(), self._deadline_s)
+        await self._opened(worker)
+        completions = list(call.completions)
         try:
-            self._ask(request, START_DEADLINE_S, late)
-        except RewardError:
-            self.close()
-            raise
-
-    def _ask(self, request: Any, deadline_s: float, late: str) -> Any:
-        """The worker's answer; a timer kills the worker, so no read or write can block for ever."""
-        assert self._worker is not None
-        worker, expired = self._worker, threading.Event()
-
-        def expire() -> None:
-            expired.set()
-            worker.kill()
-
-        timer = threading.Timer(deadline_s, expire)
-        timer.start()
-        died = False
+            answer = await worker.ask((completions, dict(call.fields)), self._deadline_s)
+        except WorkerFailure as failure:
+            raise self._explained(failure, len(completions)) from None
         try:
-            worker.connection.send(request)
-            ok, answer = worker.connection.recv()
-        except (EOFError, OSError):
-            died = True
-        except BaseException:
-            timer.cancel()
-            # The answer is still to come, and the next call must not read it as its own.
-            self.close()
-            raise
-        finally:
-            timer.cancel()
-            timer.join()
-        if expired.is_set():
-            self.close()
-            raise RewardError(late)
-        if died:
-            self._worker = None
-            raise RewardError(
-                f"the worker process of reward function {self._spec} died with {worker.death()}; "
-                "what it wrote last stands above"
+            return parse_scores(answer, completions)
+        except RewardError as error:
+            raise RewardError(f"{self.name} {error}") from None
+
+    def _explained(self, failure: WorkerFailure, count: int) -> RewardError:
+        if failure.kind == "late":
+            return RewardError(
+                f"{self.name} took longer than {self._deadline_s:g} s for {count} completions and "
+                "was killed: raise reward.deadline_s, or bound the time that the function spends "
+                "on a completion"
             )
-        if not ok:
-            raise RewardError(answer)
-        return answer
+        if failure.kind == "memory":
+            return RewardError(
+                f"{self.name} needs more memory than reward.memory_gib = {self._memory_gib:g}: "
+                "raise it, or let the function take less"
+            )
+        return RewardError(
+            f"the worker process of {self.name} {failure}; what it wrote last stands above"
+        )
 
 
-def _serve(connection: Connection) -> None:
-    """The worker: import the function, then answer one call after another."""
-    spec, fields, directory, deadline_s = connection.recv()
+def open_function(spec: str, fields: list[str]) -> Callable[[Any], Any]:
+    """In the worker: import the function; returns what answers a call of it."""
+    directory = os.getcwd()
     if directory not in sys.path:
         sys.path.insert(0, directory)
-    try:
-        function = load_function(spec)
-        names = _accepted(spec, function, fields)
-    except RewardError as error:
-        connection.send((False, str(error)))
-        return
-    connection.send((True, None))
-    while True:
-        try:
-            completions, columns = connection.recv()
-        except EOFError:
-            return
-        # Should the engine itself be killed, nobody else would end a call that hangs.
-        signal.alarm(math.ceil(deadline_s) + 10)
+    function = load_function(spec)
+    names = _accepted(spec, function, fields)
+    runner = asyncio.Runner()
+
+    def answer(request: tuple[list[str], dict[str, list]]) -> list[float] | list[Steps]:
+        completions, columns = request
         chosen = columns if names is None else {name: columns[name] for name in names}
-        connection.send(_call(spec, function, completions, chosen))
-        signal.alarm(0)
+        return _call(spec, runner, function, completions, chosen)
+
+    return answer
 
 
 def load_function(spec: str) -> Callable:
@@ -161,6 +152,8 @@ def load_function(spec: str) -> Callable:
         raise RewardError(
             f"reward function {spec}: its module fails to import\n{traceback.format_exc()}"
         ) from None
+    except MemoryError:
+        raise
     except Exception:  # the user's module may raise anything
         raise RewardError(
             f"reward function {spec}: its module fails to import\n{traceback.format_exc()}"
@@ -176,7 +169,12 @@ def load_function(spec: str) -> Callable:
 
 def _accepted(spec: str, function: Callable, fields: Sequence[str]) -> list[str] | None:
     """The fields to pass; None for all."""
-    parameters = inspect.signature(function).parameters
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        raise RewardError(
+            f"reward function {spec} has no signature: wrap it in a Python function"
+        ) from None
     kinds = {parameter.kind for parameter in parameters.values()}
     for name, parameter in parameters.items():
         optional = parameter.default is not parameter.empty or parameter.kind in (
@@ -197,11 +195,27 @@ def _accepted(spec: str, function: Callable, fields: Sequence[str]) -> list[str]
 
 
 def _call(
-    spec: str, function: Callable, completions: list[str], columns: dict[str, list]
-) -> tuple[bool, Any]:
+    spec: str,
+    runner: asyncio.Runner,
+    function: Callable,
+    completions: list[str],
+    columns: dict[str, list],
+) -> list[float] | list[Steps]:
     try:
-        return True, parse_scores(function(completions=completions, **columns), completions)
+        scores = function(completions=completions, **columns)
+        if inspect.isawaitable(scores):
+            scores = runner.run(_awaited(scores))
+        return parse_scores(scores, completions)
     except RewardError as error:
-        return False, f"reward function {spec} {error}"
+        raise RewardError(f"reward function {spec} {error}") from None
+    except MemoryError:
+        raise
     except Exception:  # the user's function may raise anything; the engine hears all of it
-        return False, f"reward function {spec} raised\n{traceback.format_exc()}"
+        raised = traceback.format_exc()
+        if "can't allocate memory" in raised:  # how PyTorch says it
+            raise MemoryError from None
+        raise RewardError(f"reward function {spec} raised\n{raised}") from None
+
+
+async def _awaited(scores: Awaitable[Any]) -> Any:
+    return await scores

@@ -14,16 +14,17 @@ and SOURCE is one of
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 
 from warpo.engine.errors import ConfigError
+from warpo.engine.redact import redact
 
 KINDS = "module:function, http://..., https://..., math, model:DIR, process_model:DIR or overlong:N"
-_WEIGHT = re.compile(r"([^*]*)\*(.*)", re.DOTALL)
+_WEIGHT = re.compile(r"([^*:/@]*)\*(.*)", re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,14 +32,14 @@ class Source:
     """One of the sources.
 
     Attributes:
-        name: what the metrics call it: the kind, or module:function.
+        name: what the metrics call it: the kind, or module:function; no credentials.
         kind: function, http, math, model, process_model or overlong.
         target: what the kind is applied to: URL, directory, module:function or number.
     """
 
     name: str
     kind: str
-    target: str
+    target: str = field(repr=False)
     weight: float
 
     @property
@@ -61,45 +62,56 @@ def parse_sources(sources: Sequence[str]) -> list[Source]:
             f"{' and '.join(source.target for source in process)}: one source may score steps"
         )
     counts = Counter(source.name for source in parsed if source.kind in ("http", "model"))
-    for name, count in Counter((source.kind, source.target) for source in parsed).items():
+    for (kind, target), count in Counter((s.kind, s.target) for s in parsed).items():
         if count > 1:
+            name = (
+                target if kind in ("http", "function") else ":".join(filter(None, (kind, target)))
+            )
             raise ConfigError(
-                f"reward.sources names {':'.join(filter(None, name))} {count} times: give it once, "
-                "with the sum of the weights"
+                f"reward.sources names {name} {count} times: give it once, with the sum of the "
+                "weights"
             )
     # Several servers or models are told apart by what follows the kind.
-    return [
-        Source(
-            name=source.target if counts[source.name] > 1 else source.name,
-            kind=source.kind,
-            target=source.target,
-            weight=source.weight,
-        )
+    named = [
+        replace(source, name=redact(source.target)) if counts[source.name] > 1 else source
         for source in parsed
+    ]
+    taken = Counter(source.name for source in named)
+    return [
+        replace(source, name=f"{source.name} #{i + 1}") if taken[source.name] > 1 else source
+        for i, source in enumerate(named)
     ]
 
 
 def _parse(text: str) -> Source:
-    place = f"reward.sources: {text!r}"
+    # A URL without its scheme may hold a password too.
+    place = f"reward.sources: {re.sub('.*@', '***@', redact(text), flags=re.DOTALL)!r}"
     weight, target = 1.0, text
-    if (match := _WEIGHT.fullmatch(text)) and not text.startswith(("http://", "https://")):
+    if (match := _WEIGHT.fullmatch(text)) and not _is_url(text):
         weight, target = _weight(place, match[1]), match[2].strip()
     kind, colon, rest = target.partition(":")
-    if target.startswith(("http://", "https://")):
+    if _is_url(target):
+        if re.search(r"\s", target):
+            raise ConfigError(f"{place}: a URL has no blanks: percent-encode them")
         return Source(name="http", kind="http", target=target, weight=weight)
     if target == "math":
         return Source(name="math", kind="math", target="", weight=weight)
     if kind in ("model", "process_model"):
-        if not Path(rest).is_dir():
+        folder = os.path.expanduser(rest)
+        if not os.path.isdir(folder):
             raise ConfigError(f"{place}: there is no directory {rest!r}")
-        return Source(name=kind, kind=kind, target=rest, weight=weight)
+        return Source(name=kind, kind=kind, target=folder, weight=weight)
     if kind == "overlong":
-        if not (rest.isdecimal() and int(rest) > 0):
+        if not (rest.isdecimal() and len(rest) < 10 and int(rest) > 0):
             raise ConfigError(f"{place}: wanted overlong:N, N tokens >= 1")
         return Source(name=kind, kind=kind, target=rest, weight=weight)
-    if not (kind and colon and rest):
+    if not (colon and rest.isidentifier() and all(map(str.isidentifier, kind.split(".")))):
         raise ConfigError(f"{place}: wanted {KINDS}, with 'WEIGHT * ' before it or without")
     return Source(name=target, kind="function", target=target, weight=weight)
+
+
+def _is_url(text: str) -> bool:
+    return text.lower().startswith(("http://", "https://"))
 
 
 def _weight(place: str, text: str) -> float:

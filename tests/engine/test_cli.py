@@ -104,6 +104,7 @@ def test_a_bad_setting_fails_before_run(config_path, stub_run, capsys):
         (ZeroDivisionError(), "ZeroDivisionError: no message ("),
         (FileNotFoundError(2, "No such file", "x.bin"), "x.bin: No such file ("),
         (MemoryError("1 GiB"), "out of memory in engine/cli.py:"),
+        (ValueError("at http://me:hunter-2@h"), "ValueError: at http://***@h ("),
         (
             OSError(errno.ENOSPC, "No space left on device", "/tmp/x/y"),
             "/tmp/x/y: No space left on",
@@ -121,7 +122,7 @@ def test_an_unforeseen_error_is_a_line_and_its_traceback_a_file(
     kept = tmp_path / "out" / "traceback.txt"
     assert told.startswith(f"warpo: {line}") and told.count("\n") == 1
     assert told.endswith(f"; traceback in {kept}\n")
-    assert "in raise_" in kept.read_text()
+    assert "in raise_" in kept.read_text() and "hunter-2" not in kept.read_text()
 
 
 def test_a_traceback_without_an_output_dir_is_kept_elsewhere(config_path, stub_run, capsys):

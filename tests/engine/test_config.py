@@ -68,9 +68,9 @@ def test_an_empty_section_means_its_defaults(load):
     assert load(MINIMAL + "update:\n").update.lr == 1e-6
 
 
-def test_the_tree_has_at_most_60_keys_each_with_a_text():
+def test_the_tree_has_at_most_63_keys_each_with_a_text():
     every_key = keys(Config)
-    assert len(every_key) <= 60
+    assert len(every_key) <= 63
     assert [key.name for key in every_key.values() if not key.text] == []
 
 
@@ -152,6 +152,10 @@ def test_all_faults_are_told_at_once(load):
         (["--steps", "3", "4"], r"wanted one value .* got 2"),
         (["steps", "3"], r"'steps': wanted --key value"),
         (["--update", "3"], r"update is a section"),
+        (["--reward.deadline_s", "1e10"], r"_s = '1e10': wanted a number > 0 and <= 86400"),
+        (["--reward.workers", "0"], r"workers = '0': wanted an integer >= 1 and <= 1024"),
+        (["--reward.memory_gib", "0.1"], r"= '0.1': wanted a number >= 0.25 and <= 65536"),
+        (["--reward.on_error", "skip"], r"= 'skip': wanted stop or zero or retry"),
         (["--update.lr", "-1"], r"--update\.lr: update\.lr = '-1': wanted a number > 0"),
     ],
 )
@@ -204,3 +208,23 @@ def test_reward_sources_are_one_text_or_several(load):
         load(MINIMAL.replace("sources: rewards:exact", "sources: [3]"))
     with pytest.raises(ConfigError, match=r"--reward.sources: reward.sources = \[\]"):
         load(MINIMAL, "--reward.sources")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--reward.sources", "http://me:hunter-2@h/ x"],
+        ["--reward.sources", "me:hunter-2@h/x"],
+        ["--reward.sources", "x * http://me:hunter-2@h/x"],
+        ["--reward.sources", "x:hunter-2*y@h/x"],
+        ["--reward.sources", "http://me:hunter-2@h/x", "http://me:hunter-2@h/x"],
+        ["--reward.sources", "http://me:hunter-2@h/x", ""],
+        ["--reward.source", "http://me:hunter-2@h/x"],
+        ["http://me:hunter-2@h/x"],
+        ["--seed", "http://me:hunter-2@h/x"],
+    ],
+)
+def test_no_refusal_shows_a_password(load, words):
+    with pytest.raises(ConfigError) as caught:
+        load(MINIMAL, *words)
+    assert "hunter-2" not in str(caught.value)

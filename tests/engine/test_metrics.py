@@ -151,6 +151,14 @@ def test_a_run_that_resumes_before_its_first_step_keeps_row_0(open_log, tmp_path
     assert [row["step"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")] == [0]
 
 
+def test_counts_join_the_next_row(open_log, tmp_path):
+    with open_log() as log:
+        log.count("reward/failed", 2)
+        log.count("reward/failed", 1)
+        assert log.write(1, {})["reward/failed"] == 3.0
+        assert "reward/failed" not in log.write(2, {})
+
+
 def test_the_clock_of_a_step_leaves_out_what_came_before(open_log):
     with open_log() as log:
         with log.phase("load"):

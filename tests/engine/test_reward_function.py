@@ -1,5 +1,4 @@
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -7,7 +6,9 @@ from contextlib import closing
 
 import pytest
 
+from tests.torture import rewards as hostile
 from warpo.engine.errors import RewardError
+from warpo.engine.rewards.calls import Calls
 from warpo.engine.rewards.function import RewardFunction
 
 MODULE = """\
@@ -27,16 +28,8 @@ def spin(completions):
     while True:
         pass
 
-def sleep_in_c(completions):
-    time.sleep(100)
-
 def hold_the_gil(completions):
     return [float(sum(range(10**13)))]
-
-def start_a_child(completions):
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
-    open("child.pid", "w").write(str(child.pid))
-    time.sleep(100)
 
 def use_a_pool(completions):
     import multiprocessing
@@ -75,6 +68,43 @@ def too_far(completions): return [[(4, 0.5)], []]
 def no_pair(completions): return [[0.5], []]
 def infinite_step(completions): return [[(1, float("inf"))], []]
 
+def pid(completions): return [os.getpid()] * len(completions)
+
+def at_odds(completions):
+    if "crash" in completions: os._exit(3)
+    if "late" in completions: time.sleep(100)
+    if "bad" in completions: raise ValueError("a bad one")
+    return [len(text) for text in completions]
+
+def steps_at_odds(completions):
+    at_odds(completions)
+    return [[(1, 1.0)] for text in completions]
+
+def by_part(completions):
+    return [1.0] * len(completions) if "a" in completions else [[(1, 1.0)]] * len(completions)
+
+def flaky(completions):
+    with open("calls", "a+") as file:
+        file.write("x")
+        file.seek(0)
+        if len(file.read()) < 3: raise OSError("not yet")
+    return [1.0] * len(completions)
+
+async def awaited(completions):
+    import asyncio
+    global lock
+    lock = globals().get("lock") or asyncio.Lock()  # it belongs to the event loop of its first use
+    async def one(text):
+        async with lock:
+            await asyncio.sleep(0)
+            return len(text)
+    return await asyncio.gather(*map(one, completions))
+
+def fill(completions): return bytearray(1 << 40)
+def fill_by_torch(completions):
+    import torch
+    return torch.zeros(1 << 40)
+
 def wants(completions, anwser): return []
 def no_completions(answer): return []
 constant = 3
@@ -90,12 +120,17 @@ def directory(tmp_path, monkeypatch):
     return tmp_path
 
 
-def call(name, deadline_s=30.0, completions=("a", "b"), fields=None):
-    fields = fields or {}
-    with closing(
-        RewardFunction(f"scores:{name}", deadline_s=deadline_s, fields=list(fields))
-    ) as reward:
-        return reward(completions, fields)
+def opened(name, deadline_s=30.0, fields=(), on_error="stop", **options):
+    """A function of scores.py, and its processes ended at the end of the block."""
+    function = RewardFunction(
+        f"scores:{name}", deadline_s=deadline_s, fields=list(fields), **options
+    )
+    return closing(Calls(function, on_error=on_error, deadline_s=deadline_s))
+
+
+def call(name, deadline_s=30.0, completions=("a", "b"), fields=None, **options):
+    with opened(name, deadline_s, fields or (), **options) as reward:
+        return reward(completions, fields or {}).scores
 
 
 def running(pid):
@@ -108,8 +143,7 @@ def running(pid):
 
 def test_rewards_come_back_as_floats_and_see_only_the_fields_they_name():
     fields = {"prompt": ["p", "q"], "answer": ["a", "x"]}
-    with closing(RewardFunction("scores:exact", deadline_s=30, fields=list(fields))) as reward:
-        assert reward(["a", "b"], fields) == [1.0, 0.0]
+    assert call("exact", fields=fields) == [1.0, 0.0]
     assert call("count_fields", fields=fields) == [2.0, 2.0]
     assert call("as_array") == [1.0, 1.0]
 
@@ -122,7 +156,7 @@ def test_a_function_may_start_processes():
     assert call("use_a_pool", completions=("a", "bcd")) == [1.0, 3.0]
 
 
-@pytest.mark.parametrize("name", ["spin", "sleep_in_c", "hold_the_gil"])
+@pytest.mark.parametrize("name", ["spin", "hold_the_gil"])
 def test_the_deadline_kills(name):
     start = time.perf_counter()
     with pytest.raises(
@@ -136,22 +170,15 @@ def test_the_deadline_kills(name):
 
 
 def test_the_call_after_a_kill_works_and_no_process_is_left():
-    with closing(RewardFunction("scores:spin", deadline_s=0.5, fields=[])) as reward:
-        pids = [reward._worker.pid]
+    with opened("spin", 0.5) as reward:
+        (worker,) = reward._source.workers
+        pids = [worker.pid]
         with pytest.raises(RewardError, match="took longer"):
             reward(["slow"], {})
-        assert reward(["fast"], {}) == [0.5]
-        pids.append(reward._worker.pid)
+        assert reward(["fast"], {}).scores == [0.5]
+        pids.append(worker.pid)
     # Reaped as well: a zombie would still have its entry.
     assert [os.path.exists(f"/proc/{pid}") for pid in pids] == [False, False]
-
-
-def test_the_kill_takes_the_children_of_the_function_along(directory):
-    with pytest.raises(RewardError, match="took longer"):
-        call("start_a_child", deadline_s=1.0)
-    pid = int((directory / "child.pid").read_text())
-    time.sleep(0.1)
-    assert not running(pid)
 
 
 @pytest.mark.parametrize(
@@ -202,17 +229,18 @@ def test_a_function_that_cannot_serve_is_refused_at_once(spec, message):
 
 def test_ctrl_c_does_not_reach_the_worker():
     assert call("interrupt_me") == [1.0, 1.0]
-    with closing(RewardFunction("scores:spin", deadline_s=30, fields=[])) as reward:
-        assert os.getpgid(reward._worker.pid) != os.getpgid(0)
+    with opened("spin") as reward:
+        assert os.getpgid(reward._source.workers[0].pid) != os.getpgid(0)
 
 
 def test_an_engine_that_forgets_to_close_still_exits(directory):
     script = directory / "forgets.py"
     script.write_text(
+        "from warpo.engine.rewards.calls import Calls\n"
         "from warpo.engine.rewards.function import RewardFunction\n"
-        "if __name__ == '__main__':\n"
-        "    reward = RewardFunction('scores:spin', deadline_s=30, fields=[])\n"
-        "    print(reward._worker.pid, reward(['fast'], {}))\n"
+        "function = RewardFunction('scores:spin', deadline_s=30, fields=[])\n"
+        "reward = Calls(function, on_error='stop', deadline_s=30)\n"
+        "print(function.workers[0].pid, reward(['fast'], {}).scores)\n"
     )
     result = subprocess.run(
         [sys.executable, str(script)], capture_output=True, text=True, timeout=20
@@ -221,21 +249,107 @@ def test_an_engine_that_forgets_to_close_still_exits(directory):
     assert (result.returncode, rewards, running(pid)) == (0, "[0.5]\n", False)
 
 
-def test_the_worker_ends_when_the_engine_is_killed(directory):
-    script = directory / "killed.py"
-    script.write_text(
-        "import os, signal\n"
-        "from warpo.engine.rewards.function import RewardFunction\n"
-        "if __name__ == '__main__':\n"
-        "    reward = RewardFunction('scores:spin', deadline_s=30, fields=[])\n"
-        "    print(reward._worker.pid, flush=True)\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+def test_workers_share_a_call_in_order():
+    completions = [str(i) for i in range(7)]
+    with opened("pid", workers=3) as reward:
+        pids = reward(completions, {}).scores
+        assert [pids.index(pid) for pid in pids] == [0, 0, 2, 2, 4, 4, 4]
+        assert reward(completions, {}).scores == pids
+        assert reward(["one"], {}).scores == pids[:1]
+    fields = {"answer": completions}
+    assert call("exact", completions=["0", "x", *completions[2:]], fields=fields, workers=2) == [
+        1.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_zero_scores_the_completions_that_fail(workers):
+    completions = ["ab", "bad", "abc", "late", "crash", "", "abcd"]
+    with opened("at_odds", 0.5, on_error="zero", workers=workers) as reward:
+        scored = reward(completions, {})
+    assert scored.scores == [2.0, 0.0, 3.0, 0.0, 0.0, 0.0, 4.0]
+    assert scored.failed == {1, 3, 4}
+    assert scored.notes == [
+        "reward function scores:at_odds: 3 of 7 completions score 0; the first of them, completion "
+        "1: reward function scores:at_odds raised ValueError: a bad one"
+    ]
+
+
+def test_zero_of_a_function_that_scores_steps_is_no_step():
+    with opened("steps_at_odds", on_error="zero") as reward:
+        assert reward(["ab", "bad"], {}).scores == [[(1, 1.0)], []]
+        assert reward(["bad"], {}).scores == [[]]
+
+
+def test_zero_takes_ten_deadlines_at_most(monkeypatch):
+    monkeypatch.setattr("warpo.engine.rewards.calls.ZERO_DEADLINES", 2)
+    with opened("at_odds", 0.5, on_error="zero") as reward:
+        start = time.perf_counter()
+        scored = reward(["a", *["late"] * 50], {})
+        assert time.perf_counter() - start < 10
+    assert (scored.scores, len(scored.failed)) == ([1.0] + [0.0] * 50, 50)
+
+
+def test_retry_makes_failed_calls_again_and_counts_them(monkeypatch, directory):
+    monkeypatch.setattr("warpo.engine.rewards.calls.RETRY_PAUSES_S", (0.01, 0.02, 0.03))
+    with opened("flaky", on_error="retry") as reward:
+        scored = reward(["a", "b"], {})
+    assert (scored.scores, scored.retries, scored.failed) == ([1.0, 1.0], 2, set())
+    assert scored.notes[1] == (
+        "reward function scores:flaky raised OSError: not yet; asked again after 0.02 s"
     )
-    result = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, timeout=20
+    with pytest.raises(RewardError, match="a bad one"):
+        call("at_odds", completions=["bad"], on_error="retry")
+    (directory / "calls").unlink()
+    with pytest.raises(RewardError, match="not yet"):
+        call("flaky")
+
+
+def test_one_call_may_not_give_numbers_and_another_steps():
+    with pytest.raises(RewardError, match="scores:by_part must return .* returned both"):
+        call("by_part", completions=["a", "b"], workers=2)
+
+
+def test_an_async_function_is_awaited_in_one_event_loop():
+    with opened("awaited") as reward:
+        assert reward(["a", "bcd"], {}).scores == [1.0, 3.0]
+        assert reward(["", "ab"], {}).scores == [0.0, 2.0]
+
+
+@pytest.mark.parametrize("name", ["fill", pytest.param("fill_by_torch", marks=pytest.mark.slow)])
+def test_memory_has_a_limit(name):
+    with pytest.raises(RewardError) as caught:
+        call(name, memory_gib=8)
+    assert str(caught.value) == (
+        f"reward function scores:{name} needs more memory than reward.memory_gib = 8: raise it, or "
+        "let the function take less"
     )
-    assert result.returncode == -signal.SIGKILL
-    deadline = time.perf_counter() + 5
-    while running(int(result.stdout)) and time.perf_counter() < deadline:
-        time.sleep(0.05)
-    assert not running(int(result.stdout))
+
+
+# Of each kind one; all of them are slow.
+FAST = ["a child in a session of its own", "forks, and both return", "writes into the pipe"]
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_a_hostile_function_harms_nothing(name, directory):
+    assert hostile.check_function(directory, name) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted({*hostile.FUNCTIONS, *hostile.HARMLESS} - {*FAST}))
+def test_hostile_functions_harm_nothing(name, directory):
+    assert hostile.check_function(directory, name) is None
+
+
+def test_nothing_outlives_an_engine_that_is_killed(directory):
+    assert hostile.check_killed_engine(directory, "a daemon forked twice") is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    ["handles SIGALRM", "ignores signals", "stops its keeper", "a shell that starts others",
+     "leaves a process", "leaves a thread"],
+)  # fmt: skip
+def test_nothing_of_a_hostile_function_outlives_an_engine_that_is_killed(name, directory):
+    assert hostile.check_killed_engine(directory, name) is None

@@ -1,13 +1,17 @@
 """Against a real server process: what goes over the wire, retries, deadline, refusals."""
 
+import base64
 import json
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
+from tests.torture import rewards
 from warpo.engine.errors import RewardError
+from warpo.engine.rewards.calls import Calls
 from warpo.engine.rewards.http import RewardServer
 
 # The path says how the server behaves; the requests it saw stand in seen.jsonl.
@@ -27,6 +31,7 @@ class Handler(BaseHTTPRequestHandler):
         completions = request["completions"]
         lengths = [len(text) for text in completions]
         match name:
+            case "bad": self.reply(400 if "ab" in completions else 200, {"rewards": lengths})
             case "lengths": self.reply(200, {"rewards": lengths})
             case "steps": self.reply(200, {"rewards": [[[len(t), 0.5]] for t in completions]})
             case "flaky": self.reply(500 if calls[name] < 3 else 200, {"rewards": lengths})
@@ -44,14 +49,6 @@ class Handler(BaseHTTPRequestHandler):
                     self.wfile.write(b" ")
                     self.wfile.flush()
                     time.sleep(0.05)
-            case "short": self.reply(200, {"rewards": lengths[:-1]})
-            case "nan": self.reply(200, {"rewards": [1.0, float("nan")]})
-            case "text": self.reply(200, {"rewards": ["good", "bad"]})
-            case "scores": self.reply(200, {"scores": lengths})
-            case "html":
-                self.send_response(200)
-                self.end_headers()
-                self.wfile.write(b"<html>")
             case _: self.reply(404, {"detail": "no such path"})
 
     def reply(self, status, body):
@@ -85,8 +82,9 @@ def url(folder):
 FIELDS = {"prompt": ["2+3=", [{"role": "user", "content": "é"}]], "answer": ["5", 6]}
 
 
-def ask(url, deadline_s=10.0, fields=FIELDS):
-    return RewardServer(url, deadline_s=deadline_s, fields=list(fields))(["ab", "cdé"], fields)
+def ask(url, deadline_s=10.0, fields=FIELDS, on_error="stop", completions=("ab", "cdé"), **options):
+    server = RewardServer(url, deadline_s=deadline_s, fields=list(fields), **options)
+    return Calls(server, on_error=on_error, deadline_s=deadline_s)(completions, fields).scores
 
 
 def test_the_request_and_the_reply_are_as_documented(url, folder):
@@ -104,23 +102,33 @@ def test_passing_failures_are_tried_again(url):
 
 
 @pytest.mark.parametrize(
-    ("path", "last"),
+    ("path", "last", "cure"),
     [
-        ("hangs", "no answer yet"),
-        ("dribbles", "no answer yet"),
-        ("overloaded", r"status 503: '\{\"detail\": \"all busy\"\}'"),
+        ("hangs", "no answer yet", "raise reward.deadline_s"),
+        ("dribbles", "no answer yet", "raise reward.deadline_s"),
+        ("overloaded", r"status 503: '\{\"detail\": \"all busy\"\}'", "check the server's log"),
     ],
 )
-def test_the_deadline_holds_for_the_whole_call(url, path, last):
+def test_the_deadline_holds_for_the_whole_call(url, path, last, cure):
     start = time.perf_counter()
     with pytest.raises(
         RewardError,
         match=rf"reward server {url}/{path} gave no rewards for 2 completions within 0.7 s "
-        rf"\(last: {last}\): raise reward.deadline_s",
+        rf"\(last: {last}\): {cure}",
     ):
         ask(f"{url}/{path}", deadline_s=0.7)
     # What the deadline leaves is for a busy machine.
     assert 0.6 < time.perf_counter() - start < 5
+
+
+def test_the_deadline_holds_where_a_name_server_does_not_answer(monkeypatch):
+    answered = threading.Event()
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: answered.wait(30))
+    start = time.perf_counter()
+    with pytest.raises(RewardError, match="gave no rewards for 2 completions within 0.2 s"):
+        ask("http://somewhere.example", deadline_s=0.2)
+    assert time.perf_counter() - start < 5
+    answered.set()
 
 
 def test_a_server_that_is_not_there_is_told():
@@ -130,23 +138,61 @@ def test_a_server_that_is_not_there_is_told():
         ask("http://127.0.0.1:1", deadline_s=0.7)
 
 
-@pytest.mark.parametrize(
-    ("path", "message"),
-    [
-        ("absent", r"/absent answered with status 404: '\{\"detail\": \"no such path\"\}'"),
-        (
-            "short",
-            r"/short must return a list of 2 numbers .*, one for each completion, returned 1",
-        ),
-        ("nan", r"/nan returned nan for completion 1, 'cdé': rewards must be finite"),
-        ("text", r"/text must return .* numbers .*, returned 'good' for completion 0, 'ab'"),
-        ("scores", r"/scores must reply \{\"rewards\": \[...\]\}, replied \{'scores': \[2, 3\]\}"),
-        ("html", r"/html answered with no JSON: '<html>'"),
-    ],
-)
-def test_nonsense_is_refused_by_url_status_and_item(url, path, message):
-    with pytest.raises(RewardError, match=message):
-        ask(url + "/" + path)
+def test_requests_run_at_the_same_time_and_replies_stay_in_order(url, folder):
+    fields = {"answer": [str(i) for i in range(5)]}
+    completions = ["x" * i for i in range(5)]
+    seen = len((folder / "seen.jsonl").read_text().splitlines())
+    assert ask(f"{url}/lengths", fields=fields, completions=completions, workers=3) == [
+        0.0, 1.0, 2.0, 3.0, 4.0
+    ]  # fmt: skip
+    lines = (folder / "seen.jsonl").read_text().splitlines()[seen:]
+    assert sorted(json.loads(line)["answer"] for line in lines) == [["0"], ["1", "2"], ["3", "4"]]
+
+
+def test_zero_scores_what_the_server_refuses(url):
+    assert ask(f"{url}/bad", on_error="zero") == [0.0, 3.0]
+    with pytest.raises(RewardError, match=r"/bad answered with status 400"):
+        ask(f"{url}/bad")
+
+
+@pytest.fixture(scope="module")
+def hostile():
+    with rewards.ReplyServer() as server:
+        yield server
+
+
+@pytest.mark.parametrize("name", rewards.REPLIES)
+def test_every_reply_gives_scores_or_a_line_with_its_cure(hostile, name):
+    assert rewards.check_reply(hostile, name) is None
+
+
+@pytest.mark.slow
+def test_damaged_replies_give_scores_or_a_line():
+    seeds = range(len(rewards.REPLIES), len(rewards.REPLIES) + 40)
+    assert [wrong for wrong in map(rewards.attack_reply, seeds) if wrong] == []
+
+
+def test_credentials_come_from_the_url_or_netrc(hostile, tmp_path, monkeypatch):
+    def authorization(url):
+        hostile.headers.clear()
+        assert ask(url) == [2.0, 3.5]
+        return hostile.headers.get("authorization")
+
+    def basic(text):
+        return f"Basic {base64.b64encode(text.encode()).decode()}"
+
+    plain = f"http://127.0.0.1:{hostile.server_address[1]}/plain"
+    monkeypatch.setenv("NETRC", str(tmp_path / "absent"))
+    assert authorization(plain) is None
+    assert authorization(hostile.url("plain")) == basic("me:hunter-2")
+    path = tmp_path / "netrc"
+    path.write_text("machine 127.0.0.1 login you password other-3\n")
+    monkeypatch.setenv("NETRC", str(path))
+    assert authorization(plain) == basic("you:other-3")
+    assert authorization(hostile.url("plain")) == basic("me:hunter-2")
+    path.write_text("machine 127.0.0.1 password\nnonsense other-3\n")
+    with pytest.raises(RewardError, match=r"netrc:\d: not a netrc file$"):
+        ask(plain)
 
 
 def test_what_cannot_be_sent_is_refused(url):
@@ -156,5 +202,11 @@ def test_what_cannot_be_sent_is_refused(url):
         RewardServer(url, deadline_s=1, fields=["prompt", "prompts"])
     with pytest.raises(RewardError, match="http:///a: wanted http://HOST"):
         RewardServer("http:///a", deadline_s=1, fields=["prompt"])
-    with pytest.raises(RewardError, match="http://a:b: Invalid port: 'b'"):
-        RewardServer("http://a:b", deadline_s=1, fields=["prompt"])
+    for bad, why in (
+        ("http://a:b", "a:b: Invalid port: 'b'"),
+        ("http://a:99999", "a:99999: wanted http://HOST or http://HOST:PORT/PATH"),
+        ("http://a:-1", "a:-1: wanted http://HOST or http://HOST:PORT/PATH"),
+        ("http://me:p/w@h", r"\*\*\*@h: percent-encode user and password"),
+    ):
+        with pytest.raises(RewardError, match=f"reward server http://{why}$"):
+            RewardServer(bad, deadline_s=1, fields=["prompt"])

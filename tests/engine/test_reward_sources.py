@@ -1,6 +1,8 @@
 """Sources as they are written, what they give together, and reward models."""
 
+import http.server
 import json
+import threading
 from dataclasses import replace
 
 import pytest
@@ -21,6 +23,7 @@ from warpo.engine.rewards.sources import parse_sources
 SCORES = """
 def length(completions): return [len(text) for text in completions]
 def halves(completions): return [[(len(t) // 2, 1.0), (len(t), 2.0)] for t in completions]
+def no_31(completions): return [1 / ("t31" not in text) for text in completions]
 def whole(completions): return [[(len(t), 2.0)] for t in completions]
 """
 
@@ -52,6 +55,9 @@ def open_sources(folder):
     def build(*sources, **options):
         given = dict(
             deadline_s=30.0,
+            on_error="stop",
+            workers=1,
+            memory_gib=64.0,
             fields=["prompt", "word"],
             tokenizer=load_tokenizer(str(folder / "model")),
             max_new_tokens=8,
@@ -98,9 +104,16 @@ def test_weights_kinds_and_names(tmp_path):
         ("overlong", "overlong", "16", -2.0),
     ]
     assert parsed("1e-1 * https://h/a?b=1*2", "http://h/*") == [
-        ("https://h/a?b=1*2", "http", "https://h/a?b=1*2", 0.1),
+        ("https://h/a?b=***", "http", "https://h/a?b=1*2", 0.1),
         ("http://h/*", "http", "http://h/*", 1.0),
     ]
+    assert parsed("HTTP://u:pw@h/a?b=1", "http://h?key=1", "http://h?key=2", "m.n:f") == [
+        ("HTTP://***@h/a?b=***", "http", "HTTP://u:pw@h/a?b=1", 1.0),
+        ("http://h?key=*** #2", "http", "http://h?key=1", 1.0),
+        ("http://h?key=*** #3", "http", "http://h?key=2", 1.0),
+        ("m.n:f", "function", "m.n:f", 1.0),
+    ]
+    assert "pw" not in repr(parse_sources(["http://u:pw@h"]))
     directory = str(tmp_path)
     assert parsed(f"3 * model:{directory}", f"process_model:{directory}") == [
         ("model", "model", directory, 3.0),
@@ -116,6 +129,13 @@ def test_weights_kinds_and_names(tmp_path):
         (["nan * math"], r"the weight must be finite"),
         (["overlong:0"], r"'overlong:0': wanted overlong:N, N tokens >= 1"),
         (["overlong:-3"], r"wanted overlong:N"),
+        (["overlong:" + "9" * 5000], r"wanted overlong:N"),
+        (["a b:c"], r"'a b:c': wanted module:function"),
+        ([".a:b"], r"wanted module:function"),
+        (["a:b:c"], r"wanted module:function"),
+        (["http://h/a b"], r"'http://h/a b': a URL has no blanks: percent-encode them"),
+        (["model:" + "x" * 5000], r"there is no directory 'xxx"),
+        (["http://h", "2 * http://h"], r"names http://h 2 times: give it once"),
         (["model:absent"], r"'model:absent': there is no directory 'absent'"),
         (["math", "2 * math"], r"names math 2 times: give it once, with the sum of the weights"),
         (["process_model:/", "process_model:/tmp"], r"two process reward models, / and /tmp: one"),
@@ -157,6 +177,19 @@ def test_totals_are_weighted_sums(open_sources, sampled):
     }
     assert rewards.totals == [7.0, 1.5, 13.5, 7.5, 0.0]
     assert (rewards.steps, rewards.notes) == (None, [])
+
+
+def test_a_sum_that_is_not_finite_is_refused(open_sources, sampled):
+    with pytest.raises(RewardError, match="the weighted sum is inf for completion 0: lower the we"):
+        open_sources("1e308 * some_scores:length")(*sampled)
+
+
+def test_completions_that_fail_are_counted(open_sources, sampled):
+    rewards = open_sources(
+        "some_scores:length", "2 * some_scores:no_31", on_error="zero", workers=2
+    )(*sampled)
+    assert rewards.totals == [17.0, 5.0, 31.0, 17.0, 2.0]
+    assert (rewards.failed, rewards.retries, len(rewards.notes)) == (1, 0, 1)
 
 
 def test_steps_of_a_function_end_at_tokens_and_count_in_the_total(open_sources, sampled):
@@ -242,18 +275,43 @@ def test_what_math_could_not_judge_is_noted(open_sources, sampled, folder):
     assert note.startswith("reward math: completion 0 scores 0, its worker was killed after 1 s")
 
 
-def test_a_run_logs_the_mean_of_each_source(folder, reward_model):
+class Scores(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body = json.dumps({"rewards": [2.0] * len(request["completions"])}).encode()
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_run_logs_the_mean_of_each_source_and_no_password(folder, reward_model, capfd):
     reward_model()
     for name in ("train", "eval"):
         path = folder / f"{name}.jsonl"
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         path.write_text("\n".join(json.dumps(row | {"answer": "t7"}) for row in rows))
-    sources = ["token_rewards:low", "0.1 * model:rm", "math", "2 * overlong:4"]
-    rows = train(folder, "--sampler", "transformers", "--reward.sources", *sources)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Scores) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        place = f"127.0.0.1:{server.server_port}"
+        servers = [f"http://me:hunter-2@{place}/{path}?key=letmein-7" for path in "ab"]
+        sources = ["token_rewards:low", "0.1 * model:rm", "math", "2 * overlong:4", *servers]
+        rows = train(folder, "--sampler", "transformers", "--reward.sources", *sources)
+        server.shutdown()
     for row in rows[1:]:
         names = {name: row[f"reward/{name}"] for name in (
-            "token_rewards:low", "model", "math", "overlong")}  # fmt: skip
+            "token_rewards:low", "model", "math", "overlong",
+            f"http://***@{place}/a?key=***", f"http://***@{place}/b?key=***")}  # fmt: skip
+        assert list(names.values())[-2:] == [2.0, 2.0]
         assert row["reward/mean"] == pytest.approx(
             names["token_rewards:low"] + 0.1 * names["model"] + names["math"]
-            + 2 * names["overlong"]
+            + 2 * names["overlong"] + 4.0
         )  # fmt: skip
+        assert (row["reward/failed"], row["reward/retries"]) == (0.0, 0.0)
+    written = [path.read_bytes() for path in (folder / "out").rglob("*") if path.is_file()]
+    shown = "".join(capfd.readouterr())
+    for secret in ("hunter-2", "letmein-7"):
+        assert secret not in shown
+        assert not any(secret.encode() in file for file in written)
