@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 
 from warpo.engine import mismatch, step
+from warpo.engine.architectures import check_run, check_tokens
 from warpo.engine.batch import Batch, Rollout, pack
 from warpo.engine.build import Parts, build
 from warpo.engine.config import Config
@@ -96,8 +97,10 @@ def run(config: Config, *, plan_only: bool = False, console: Console | None = No
     """
     console = console or Console()
     report = Report(console)
+    check_run(config)
     tokenizer = load_tokenizer(config.model)
     prompts = load_prompts(config.data.train, tokenizer, config.max_prompt_tokens)
+    check_tokens(config.model, (prompt.token_ids for prompt in prompts), config.data.train)
     device, lengths = learner_device(config), [len(prompt.token_ids) for prompt in prompts]
     with console.status("planning memory"):
         plan = plan_memory(config, lengths, device, resync_of(config))

@@ -23,16 +23,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     PretrainedConfig,
     PreTrainedModel,
 )
 
 from warpo.engine import step
+from warpo.engine.architectures import shape_model, shapes_only
 from warpo.engine.batch import Batch, Completion, Rollout, pack
 from warpo.engine.config import Config
-from warpo.engine.model import ATTENTION, set_lm_head_dtype
+from warpo.engine.model import set_lm_head_dtype
 from warpo.engine.resolve import resolve
 from warpo.engine.rewards.sources import parse_sources
 from warpo.engine.sampler.vllm_internals import CPU_BLOCK_SIZE
@@ -212,9 +211,9 @@ def _reward_parameters(config: Config, device: torch.device, fake: FakeTensorMod
     total = 0
     for source in parse_sources(config.reward.sources):
         if source.kind in ("model", "process_model"):
-            hf_config = AutoConfig.from_pretrained(source.target, num_labels=1)
-            with fake, device:
-                model = AutoModelForSequenceClassification.from_config(hf_config)
+            with fake:
+                hf_config = AutoConfig.from_pretrained(source.target)
+                model = shape_model(hf_config, device, scalar=True)
             total += sum(parameter.numel() for parameter in model.parameters())
     return total
 
@@ -226,10 +225,8 @@ def _trunk_parameters(model: PreTrainedModel) -> int:
 def _fake_model(
     config: Config, hf_config: PretrainedConfig, device: torch.device, fake: FakeTensorMode
 ) -> PreTrainedModel:
-    with fake, device:
-        model = AutoModelForCausalLM.from_config(
-            hf_config, dtype=_dtype(config.dtype), attn_implementation=ATTENTION
-        )
+    with fake:
+        model = shape_model(hf_config, device, _dtype(config.dtype))
     set_lm_head_dtype(model, config.lm_head_dtype)
     return model
 
@@ -285,7 +282,7 @@ class _LiveBytes(TorchDispatchMode):
 
 def _peak_bytes(work: Callable[[], object], model: PreTrainedModel, fake: FakeTensorMode) -> int:
     existing = [*model.parameters(), *model.buffers()]
-    with fake, _LiveBytes(existing) as live:
+    with fake, _LiveBytes(existing) as live, shapes_only():
         work()
     model.zero_grad(set_to_none=True)
     return live.peak
