@@ -6,6 +6,7 @@ whether it is there is checked by name when it is built.
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
 import importlib.util
 import logging
@@ -120,6 +121,37 @@ def _adapt_cpu_build() -> None:
     _replace(sampling, "batched_count_greater_than", _count_at_least)
     # vLLM looks at a model's class in a child process, 7 s, lest CUDA start in this one.
     _replace(registry, "_run_in_subprocess", _call)
+
+
+def _keep_classes_plain() -> None:
+    """Leave the classes of transformers usable where vLLM runs a model by them.
+
+    It decorates the class of the decoder, which is the learner's too: outside of vLLM its models
+    could no longer be made, nor those made before be called.
+    """
+    from vllm.config.vllm import get_current_vllm_config_or_none
+    from vllm.model_executor.models.transformers.base import Base
+
+    decorate = Base._decorate_cls_for_torch_compile
+
+    def decorate_for_vllm_alone(self: Any, cls: Any, *args: Any, **options: Any) -> None:
+        if "do_not_compile" in vars(cls):
+            return
+        plain = cls.__init__
+        decorate(self, cls, *args, **options)
+        decorated = cls.__init__
+
+        @functools.wraps(plain)
+        def init(model: Any, *args: Any, **options: Any) -> None:
+            inside = get_current_vllm_config_or_none() is not None
+            (decorated if inside else plain)(model, *args, **options)
+
+        # vLLM's own models have an attribute of this name each.
+        cls.__init__, cls.do_not_compile = init, True
+
+    if not getattr(decorate, "_keeps_classes_plain", False):
+        decorate_for_vllm_alone._keeps_classes_plain = True  # type: ignore[attr-defined]
+        _replace(Base, "_decorate_cls_for_torch_compile", decorate_for_vllm_alone)
 
 
 def _replace(owner: Any, name: str, value: Callable[..., Any]) -> None:
@@ -245,6 +277,7 @@ def build_llm(
             options["hf_overrides"] = {"head_dtype": lm_head_dtype}
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             options["distributed_executor_backend"] = "external_launcher"
+        _keep_classes_plain()
         if is_cpu_build():
             _adapt_cpu_build()
             # vLLM collects garbage five times while it builds: 0.2 s each over what is loaded.
