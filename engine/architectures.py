@@ -17,12 +17,12 @@ numbers by a test.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -34,6 +34,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.initialization import no_init_weights
 
 from warpo.engine.attention import ATTENTION, UnsupportedAttention, packed_attention
 from warpo.engine.batch import pack
@@ -192,21 +193,21 @@ def _of_positions(model: PreTrainedModel, longest: int, cure: str) -> str:
 
 
 def _of_forward(model: PreTrainedModel, scalar: bool) -> str:
-    """A forward pass of two sequences: every layer that runs has to call the attention."""
+    """Every layer that runs has to call the attention."""
     kind = model.config.model_type
-    batch = pack([as_rollout([1, 2, 3, 4], 2), as_rollout([1, 2, 5], 2)]).to("meta")
-    with shapes_only(), torch.no_grad(), _recorded(model) as (ran, attended):
-        if scalar:
-            model.base_model(**packed_inputs(batch))
-        else:
-            model(**packed_inputs(batch), logits_to_keep=batch.predictors)
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
-    layers = [
-        [layer for layer in modules if layer in ran]
-        for modules in lists
-        if any(attended & {*layer.modules()} for layer in modules)
+    ran, calls = _run(model, scalar=scalar)
+    attended = {call.module for call in calls}
+    groups = [
+        modules
+        for modules in model.modules()
+        if isinstance(modules, nn.ModuleList) and attended & {*modules.modules()}
     ]
-    plain = [layer for group in layers for layer in group if not attended & {*layer.modules()}]
+    plain = [
+        layer
+        for layers in groups
+        for layer in layers
+        if layer in ran and not attended & {*layer.modules()}
+    ]
     if not attended or plain:
         return (
             f"layers of {kind} ({type(plain[0]).__name__ if plain else 'all'}) mix tokens by other "
@@ -217,27 +218,61 @@ def _of_forward(model: PreTrainedModel, scalar: bool) -> str:
     return ""
 
 
-@contextmanager
-def _recorded(model: PreTrainedModel) -> Iterator[tuple[set[nn.Module], set[nn.Module]]]:
-    """The modules that run, and those of them that call the packed attention."""
-    ran: set[nn.Module] = set()
-    attended: set[nn.Module] = set()
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """Of the packed attention: by which module, the keys and values of a token in numbers, and
+    whether it has a soft cap or sinks.
+    """
 
-    def attend(module: nn.Module, *args: Any, **options: Any) -> Any:
-        attended.add(module)
-        return packed_attention(module, *args, **options)
+    module: nn.Module
+    width: int
+    by_formula: bool
+
+
+def cache_width(config: PretrainedConfig) -> int:
+    """Numbers that a token leaves in the caches of keys and values of all layers."""
+    _, calls = _run(shape_model(config, torch.device("meta")))
+    return sum(call.width for call in calls)
+
+
+def plain_attention(config: PretrainedConfig) -> Literal["eager", "sdpa"]:
+    """The attention of transformers that computes all that the model asks for: its sdpa drops soft
+    caps and sinks.
+    """
+    _, calls = _run(shape_model(config, torch.device("meta")))
+    return "eager" if any(call.by_formula for call in calls) else "sdpa"
+
+
+def _run(model: PreTrainedModel, *, scalar: bool = False) -> tuple[set[nn.Module], list[_Call]]:
+    """A forward pass of the shapes of two sequences: modules that run, calls of the attention."""
+    ran: set[nn.Module] = set()
+    calls: list[_Call] = []
 
     def run(module: nn.Module, _: object) -> None:
         ran.add(module)
 
+    def attend(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any
+    ) -> Any:
+        width = key.shape[1] * key.shape[3] + value.shape[1] * value.shape[3]
+        by_formula = any(options.get(name) is not None for name in ("softcap", "s_aux"))
+        calls.append(_Call(module, width, by_formula))
+        return packed_attention(module, query, key, value, *args, **options)
+
+    batch = pack([as_rollout([1, 2, 3, 4], 2), as_rollout([1, 2, 5], 2)]).to("meta")
     handles = [module.register_forward_pre_hook(run) for module in model.modules()]
     AttentionInterface.register(ATTENTION, attend)
     try:
-        yield ran, attended
+        with shapes_only(), torch.no_grad():
+            if scalar:
+                model.base_model(**packed_inputs(batch))
+            else:
+                model(**packed_inputs(batch), logits_to_keep=batch.predictors)
     finally:
         AttentionInterface.register(ATTENTION, packed_attention)
         for handle in handles:
             handle.remove()
+    return ran, calls
 
 
 def shape_model(
@@ -252,8 +287,9 @@ def shape_model(
     auto: Any = AutoModelForCausalLM
     if scalar:
         auto, config.num_labels = AutoModelForSequenceClassification, 1
-    with device:
-        model = auto.from_config(config, dtype=dtype, attn_implementation=ATTENTION)
+    with device, no_init_weights():
+        model = auto.from_config(config, dtype=dtype, attn_implementation=ATTENTION).eval()
+    model.tie_weights()
     for module in model.modules():
         # It would look at the largest position, which has no value here; `refusal` has seen to it.
         kind = getattr(module, "rope_type", None)

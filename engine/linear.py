@@ -41,7 +41,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not (float32_on_cpu and torch.backends.mkldnn.is_available()):
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled():
-        # Rows alone: a view that is made in a Function cannot be changed in place, as some models do.
+        # Rows alone: a view made in a Function cannot be changed in place, as Gemma 3n does.
         return _Linear.apply(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
     return _onednn(x, weight, bias)
 

@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from warpo.engine import step
-from warpo.engine.architectures import shape_model, shapes_only
+from warpo.engine.architectures import cache_width, shape_model, shapes_only
 from warpo.engine.batch import Batch, Completion, Rollout, pack
 from warpo.engine.config import Config
 from warpo.engine.model import set_lm_head_dtype
@@ -349,8 +349,16 @@ def _sampling_bytes(
     if itemsize != 4:
         logits += itemsize
     decoding = sequences * model.vocab_size * logits
-    prefill = tokens * 3 * (model.intermediate_size + model.hidden_size) * itemsize
+    prefill = tokens * 3 * (_mlp_width(model) + model.hidden_size) * itemsize
     return max(decoding, prefill)
+
+
+def _mlp_width(model: PretrainedConfig) -> int:
+    """Of the widest layer."""
+    names = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "mlp_hidden_size")
+    widths = [width for name in names if (width := getattr(model, name, None))]
+    width = widths[0] if widths else 4 * model.hidden_size
+    return max(width) if isinstance(width, list | tuple) else int(width)
 
 
 def _probe_bytes(config: Config, hf_config: PretrainedConfig, tokens: int) -> int:
@@ -366,16 +374,13 @@ def _probe_cache_bytes(
     config: Config, hf_config: PretrainedConfig, tokens: int, device: torch.device
 ) -> int:
     """Of a released KV cache what the probe's sequences write: on a CPU only these pages come back.
-    A token takes L x 2 x heads x width, keys and values of L layers.
+    A token takes the keys and values of all layers.
     """
     if config.sampler != "vllm" or device.type == "cuda":
         return 0
-    model = hf_config.get_text_config()
-    heads = getattr(model, "num_key_value_heads", None) or model.num_attention_heads
-    width = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
     blocks = config.probe.num_sequences * -(-tokens // CPU_BLOCK_SIZE)
     itemsize = _dtype(config.sampler_dtype).itemsize
-    size = blocks * CPU_BLOCK_SIZE * model.num_hidden_layers * 2 * heads * width * itemsize
+    size = blocks * CPU_BLOCK_SIZE * cache_width(hf_config) * itemsize
     return min(size, int(config.rollout.kv_cache_gib * 2**30))
 
 

@@ -9,6 +9,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from warpo.engine.architectures import plain_attention
 from warpo.engine.batch import Completion
 from warpo.engine.model import set_lm_head_dtype
 from warpo.engine.sampler.base import Interrupted, SamplingOptions
@@ -81,7 +82,10 @@ class TransformersSampler:
         self._batch_size = batch_size
         self._score_tokens = score_tokens
         transformers.utils.logging.disable_progress_bar()
-        model = transformers.AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype)
+        attention = plain_attention(transformers.AutoConfig.from_pretrained(model_path))
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            model_path, dtype=dtype, attn_implementation=attention
+        )
         set_lm_head_dtype(model, lm_head_dtype)
         self._device = torch.device(device)
         nn.Module.to(model, self._device)
