@@ -172,7 +172,11 @@ def _of_rope(config: PretrainedConfig, longest: int, cure: str) -> str:
 
 def rope_parameters(config: PretrainedConfig) -> list[dict[str, Any]]:
     """Of all layers, or of each kind of layers where they differ."""
-    found = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    text = copy.deepcopy(config.get_text_config())
+    if getattr(text, "rope_parameters", None):
+        # some keep the original length beside them, which this puts in
+        text.standardize_rope_params()
+    found = getattr(text, "rope_parameters", None) or {}
     nested = [value for value in found.values() if isinstance(value, dict)]
     return nested or ([found] if found else [])
 

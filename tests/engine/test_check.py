@@ -176,6 +176,7 @@ def test_check_passes_on_a_sound_config(folder):
         "fits",
         "probe",
         "composition",
+        "attention",
         "load",
         "sample",
         "score",
@@ -192,7 +193,8 @@ def test_what_fails_is_named_with_its_cure_and_exits_1(folder):
     assert result.returncode == 1, result.stdout + result.stderr
     assert "FAIL  probe" in result.stdout
     assert "Either publishing failed" in result.stdout
-    assert result.stdout.count("FAIL") == 1
+    assert "FAIL  attention" in result.stdout
+    assert result.stdout.count("FAIL") == 2
 
 
 def test_help_teaches_and_wrong_usage_exits_2(capsys):
