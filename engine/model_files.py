@@ -60,7 +60,7 @@ def read_config(path: str, **changes: Any) -> PretrainedConfig:
     return _loaded(path, "config.json", lambda: AutoConfig.from_pretrained(path, **changes))
 
 
-def check_model(path: str) -> PretrainedConfig:
+def check_files(path: str) -> PretrainedConfig:
     """Refuse a model whose files cannot be what a run needs, before anything is read at length.
 
     Returns:
@@ -118,7 +118,7 @@ def load_weights(
         ConfigError: a file is missing or damaged; a tensor is missing, or has another shape or
             more layers than config.json says; the weights are quantised.
     """
-    check_model(path)
+    check_files(path)
     transformers_logging.disable_progress_bar()
     model, found = _loaded(
         path,

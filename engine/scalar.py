@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from warpo.engine.attention import ATTENTION
 from warpo.engine.batch import Batch
 from warpo.engine.errors import ConfigError
-from warpo.engine.model import ATTENTION, prepare
+from warpo.engine.model import packed_inputs, prepare
 from warpo.engine.model_files import load_weights, read_config
 
 
@@ -62,12 +63,6 @@ def token_scores(model: PreTrainedModel, batch: Batch, index: Tensor) -> Tensor:
         index: (K,) int64, places among the N tokens of the row; `batch.predictors` gives the value
             of the state before each completion token.
     """
-    hidden = model.base_model(
-        input_ids=batch.input_ids,
-        position_ids=batch.position_ids,
-        slots=batch.slots,
-        places=batch.places,
-        use_cache=False,
-    ).last_hidden_state[0, index]
+    hidden = model.base_model(**packed_inputs(batch)).last_hidden_state[0, index]
     scores: Tensor = model.get_submodule("score")(hidden)
     return scores.float().squeeze(-1) + getattr(model.config, "reward_bias", 0.0)

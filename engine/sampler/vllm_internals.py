@@ -6,6 +6,7 @@ whether it is there is checked by name when it is built.
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
 import importlib.util
 import logging
@@ -136,6 +137,37 @@ def _prefill_whole_prompts(args: Any, model_config: Any) -> None:
     """
     args.enable_chunked_prefill = False
     args.enable_prefix_caching = not model_config.is_hybrid
+
+
+def _keep_classes_plain() -> None:
+    """Leave the classes of transformers usable where vLLM runs a model by them.
+
+    It decorates the class of the decoder, which is the learner's too: outside of vLLM its models
+    could no longer be made, nor those made before be called.
+    """
+    from vllm.config.vllm import get_current_vllm_config_or_none
+    from vllm.model_executor.models.transformers.base import Base
+
+    decorate = Base._decorate_cls_for_torch_compile
+
+    def decorate_for_vllm_alone(self: Any, cls: Any, *args: Any, **options: Any) -> None:
+        if "do_not_compile" in vars(cls):
+            return
+        plain = cls.__init__
+        decorate(self, cls, *args, **options)
+        decorated = cls.__init__
+
+        @functools.wraps(plain)
+        def init(model: Any, *args: Any, **options: Any) -> None:
+            inside = get_current_vllm_config_or_none() is not None
+            (decorated if inside else plain)(model, *args, **options)
+
+        # vLLM's own models have an attribute of this name each.
+        cls.__init__, cls.do_not_compile = init, True
+
+    if not getattr(decorate, "_keeps_classes_plain", False):
+        decorate_for_vllm_alone._keeps_classes_plain = True  # type: ignore[attr-defined]
+        _replace(Base, "_decorate_cls_for_torch_compile", decorate_for_vllm_alone)
 
 
 def _replace(owner: Any, name: str, value: Callable[..., Any]) -> None:
@@ -275,6 +307,7 @@ def build_llm(
 
 
 def _build(vllm: ModuleType, options: dict[str, Any]) -> Any:
+    _keep_classes_plain()
     if not is_cpu_build():
         return vllm.LLM(enable_sleep_mode=can_release_kv(), **options)
     _adapt_cpu_build()

@@ -21,7 +21,7 @@ import transformers
 from tests.engine.runs import make_folder
 from warpo.engine.errors import WarpoError
 from warpo.engine.model import eos_token_ids, load_model
-from warpo.engine.model_files import check_model, load_tokenizer, read_config
+from warpo.engine.model_files import check_files, load_tokenizer, read_config
 from warpo.engine.rewards.model import RewardModel
 from warpo.engine.sampler.transformers import TransformersSampler
 from warpo.engine.scalar import load_scalar_model
@@ -53,7 +53,7 @@ def classifier(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def load_policy(path: str) -> None:
     """As build() does before and while it loads."""
-    check_model(path)
+    check_files(path)
     tokenizer = load_tokenizer(path)
     eos_token_ids(load_model(path, "float32", CPU), tokenizer)
 
