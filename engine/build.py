@@ -18,13 +18,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from warpo.engine import checkpoint
 from warpo.engine.advantages import AdaptiveState
 from warpo.engine.algorithms import Algorithm
+from warpo.engine.architectures import check_run, check_tokens
 from warpo.engine.batch import Batch, Completion, pack, split_by_tokens
 from warpo.engine.config import Config
 from warpo.engine.critic import Critic
 from warpo.engine.data import Prompt, PromptStream, load_prompts, split_prompts
 from warpo.engine.device import learner_device
 from warpo.engine.errors import ConfigError, DataError
+from warpo.engine.limits import check_free_memory, check_limits
 from warpo.engine.model import eos_token_ids, load_model, load_tokenizer
+from warpo.engine.model_files import check_files
 from warpo.engine.offline.data import Example, load_examples
 from warpo.engine.optimizer import AdamW, WeightUpdate, make_optimizer
 from warpo.engine.resolve import resolve
@@ -118,9 +121,14 @@ class Parts:
 def build(config: Config) -> Parts:
     """Data, reward, models, sampler and optimizer, in the order of what can fail fastest."""
     torch.manual_seed(config.seed)
+    device = learner_device(config)
+    check_limits(config, check_files(config.model), device)
+    check_free_memory(config, device)
+    check_run(config)
     tokenizer = load_tokenizer(config.model)
     prompts = load_prompts(config.data.train, tokenizer, config.max_prompt_tokens)
     prompts, eval_prompts = _held_out(config, tokenizer, prompts)
+    check_tokens(config.model, (p.token_ids for p in [*prompts, *eval_prompts]), config.data.train)
     examples: list[Example] = []
     if config.pretraining.data:
         examples = load_examples(
@@ -128,6 +136,7 @@ def build(config: Config) -> Parts:
             token_budget=config.update.token_budget,
             max_length=config.rollout.max_model_len,
         )  # fmt: skip
+        check_tokens(config.model, (e.token_ids for e in examples), config.pretraining.data)
     rewards = RewardSources(
         config.reward.sources,
         deadline_s=config.reward.deadline_s,

@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 
 from warpo.engine import mismatch, step
+from warpo.engine.architectures import check_run, check_tokens
 from warpo.engine.batch import Batch, Rollout, pack
 from warpo.engine.build import Parts, build
 from warpo.engine.config import Config
@@ -25,8 +26,10 @@ from warpo.engine.invariance import (
     MAX_VOCABULARY,
     Divergence,
     divergences,
+    eager_attention,
     load_cut_model,
 )
+from warpo.engine.limits import check_limits
 from warpo.engine.memory import (
     MIB,
     PHASES,
@@ -36,11 +39,14 @@ from warpo.engine.memory import (
     rollouts_of,
 )
 from warpo.engine.model import load_tokenizer
+from warpo.engine.model_files import check_files
 from warpo.engine.peak_memory import PeakMemory, free_memory, rehearse
+from warpo.engine.probe import probe_weights, relative
 from warpo.engine.resolve import resolve
 from warpo.engine.sampler.base import SamplingOptions
 from warpo.engine.terminal import OutputConsole
 from warpo.engine.train import train_step
+from warpo.kernels import ops
 from warpo.kernels.objectives import OBJECTIVES, Objective
 
 MEMORY_BOUND = 0.05
@@ -97,8 +103,11 @@ def run(config: Config, *, plan_only: bool = False, console: Console | None = No
     """
     console = console or OutputConsole()
     report = Report(console)
+    check_limits(config, check_files(config.model), learner_device(config))
+    check_run(config)
     tokenizer = load_tokenizer(config.model)
     prompts = load_prompts(config.data.train, tokenizer, config.max_prompt_tokens)
+    check_tokens(config.model, (prompt.token_ids for prompt in prompts), config.data.train)
     device, lengths = learner_device(config), [len(prompt.token_ids) for prompt in prompts]
     with console.status("planning memory"):
         plan = plan_memory(config, lengths, device, resync_of(config))
@@ -112,6 +121,7 @@ def run(config: Config, *, plan_only: bool = False, console: Console | None = No
         _report_memory(report, plan, meter, config)
         status.update("sampling")
         rollouts = _sample(config, parts, prompts)
+        _report_attention(report, config, parts, rollouts)
         # The learner, the optimizer and the KV cache make room for the model in float64.
         parts.rewards.close()
         parts.sampler.release_kv()
@@ -240,15 +250,15 @@ def _probe(
     config: Config, parts: Parts, sequences: Sequence[Sequence[int]], report: Report
 ) -> None:
     """The proof of every step, after an update that moved the weights."""
-    bound = config.probe.tolerance
+    bound = config.probe_tolerance
     try:
-        probe = step.probe_weights(parts.model, parts.sampler, sequences, bound)
+        probe = probe_weights(parts.model, parts.sampler, sequences, bound, parts.tokenizer.decode)
     except WeightMismatch as found:
         text, ok, cure = f"above {bound:g}", False, str(found)
     else:
-        error = (probe.learner - probe.sampler).abs().max().item()
+        error = relative(probe.learner - probe.sampler, probe.learner).max().item()
         text, ok, cure = f"{error:.1e} <= {bound:g}", True, ""
-    report.head("largest difference of a logprob after an update, nats")
+    report.head("largest difference of a logprob after an update, nats; relative beyond 1 nat")
     report.add(Line(name="probe", text=f"{text}, sampler against learner", ok=ok, cure=cure))
     if ok:
         alone = mismatch.composition(parts.model, sequences, probe)["mismatch/composition_max"]
@@ -305,6 +315,34 @@ def _sample(config: Config, parts: Parts, prompts: Sequence[Prompt]) -> list[Rol
         for prompt, group in zip(shortest, groups, strict=True)
         for completion in group
     ]
+
+
+@torch.no_grad()
+def _report_attention(
+    report: Report, config: Config, parts: Parts, rollouts: Sequence[Rollout]
+) -> None:
+    """Packed rows of the whole model against its own attention."""
+    temperature = config.rollout.temperature
+    packed = step.score(parts.model, pack(rollouts).to(parts.device), temperature)
+    with eager_attention(parts.model):
+        alone = torch.cat([_eager_logprobs(parts, rollout, temperature) for rollout in rollouts])
+    error, bound = (packed - alone).abs().max().item(), config.probe.tolerance
+    report.add(
+        Line(
+            name="attention",
+            text=f"{error:.1e} <= {bound:g}, learner with sequences packed against the model's own "
+            "eager attention, each alone and unpadded",
+            ok=error <= bound,
+            cure="the learner does not compute this model's function: do not train it; or, where "
+            "dtype is bfloat16, raise probe.tolerance to what its rounding takes",
+        )
+    )
+
+
+def _eager_logprobs(parts: Parts, rollout: Rollout, temperature: float) -> torch.Tensor:
+    ids = torch.tensor([rollout.prompt_ids + rollout.completion.token_ids], device=parts.device)
+    logits = parts.model(input_ids=ids, use_cache=False).logits[0, :-1]
+    return ops.logprobs(logits, ids[0, 1:], temperature=temperature)[len(rollout.prompt_ids) - 1 :]
 
 
 def _report_invariance(

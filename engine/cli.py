@@ -102,11 +102,12 @@ Tries what a run of this config relies on, with its model, data and sampler. Not
                      predicted before a weight is read, beside the memory that is free. Then a step
                      of the largest shape that the config allows is run, and measured: 5 % apart at
                      most.
-  sampler against    Sampler and learner score the same tokens after an update:
-  learner            probe.tolerance apart at most.
+  sampler against    Sampler and learner score the same tokens after an update, and the learner
+  learner            packed rows and the model's own eager attention: probe.tolerance apart at most,
+                     and a tenth of it in the mean.
   loss invariance    The gradient of an optimizer step, for every objective of the engine, whether
                      its rollouts travel in one micro-batch, one by one, packed by a token budget,
-                     or padded: 1e-6 apart at most.
+                     or each alone through the model's own eager attention: 1e-6 apart at most.
 
     warpo check CONFIG.yaml
     warpo check CONFIG.yaml --plan-only                 # does it fit? in seconds, loads no model

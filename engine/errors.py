@@ -3,6 +3,12 @@
 from warpo.engine.redact import redact
 
 
+def one_line(error: object) -> str:
+    """What an error of a library says, in one line of at most 300 characters."""
+    text = " ".join(str(error).split()).rstrip(".")
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
 class WarpoError(Exception):
     """The message names the value, the place and the cure, and no credentials of URLs."""
 

@@ -5,7 +5,7 @@ The same rollouts are laid out in four ways:
     accumulation 1   one packed micro-batch
     accumulation n   micro-batches of one rollout each
     packed           a few micro-batches, filled by a token budget
-    padded           a (B, T) batch with a mask, by transformers' own attention and logits
+    alone            each rollout in a row of its own, by the model's own eager attention
 
 The first three are `step.accumulate_gradients`, which training runs. The last shares with it the
 parameters and the kernels of logprobs and loss, and nothing else: not the packing, not the
@@ -22,7 +22,7 @@ summed in another order, which moves logits by about 1e-6, and ratios with them.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from warpo.engine import step
@@ -39,9 +40,9 @@ from warpo.kernels import ops
 from warpo.kernels.objectives import Objective
 
 BOUND = 1e-6
-LAYOUTS = ("accumulation n", "packed", "padded")
+LAYOUTS = ("accumulation n", "packed", "alone")
 
-# What is kept of the model: all that mixes tokens is there in the first layer.
+# What is kept of the model: so many layers, and one of each kind.
 MAX_LAYERS, MAX_VOCABULARY = 2, 1024
 # Standard deviation, nats, of what is between old and new policy, and between sampler and old
 # policy: enough that rows clip, mask and truncate some tokens and leave others.
@@ -83,13 +84,11 @@ def load_cut_model(
     """A part of a model that any machine holds and that takes seconds, and rollouts in its tokens.
 
     Returns:
-        The first MAX_LAYERS layers, with MAX_VOCABULARY tokens, in `dtype` up to the logits, which
-        are float32, the widest type of the kernels.
+        The first MAX_LAYERS layers and the first of each kind, with MAX_VOCABULARY tokens, in
+        `dtype` up to the logits, which are float32, the widest type of the kernels.
     """
     model = load_model(path, "float32", torch.device("cpu"))
-    layers = getattr(model.get_decoder(), "layers", None)
-    if isinstance(layers, nn.ModuleList):
-        del layers[MAX_LAYERS:]
+    _cut_layers(model)
     number = _cut_vocabulary(model, rollouts)
     model.get_output_embeddings().register_forward_hook(lambda _module, _args, out: out.float())
     renumbered = [
@@ -104,6 +103,19 @@ def load_cut_model(
         for rollout in rollouts
     ]
     return nn.Module.to(model, device, dtype), renumbered
+
+
+def _cut_layers(model: PreTrainedModel) -> None:
+    decoder: Any = model.get_decoder()
+    layers = getattr(decoder, "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        return
+    kinds = list(getattr(decoder.config, "layer_types", None) or [""] * len(layers))
+    kept = sorted({*range(min(MAX_LAYERS, len(layers))), *map(kinds.index, kinds)})
+    decoder.layers = nn.ModuleList(layers[i] for i in kept)
+    if kinds[0]:
+        # a model looks its masks and rotary angles up by the place of a layer
+        decoder.config.layer_types = [kinds[i] for i in kept]
 
 
 def _cut_vocabulary(model: PreTrainedModel, rollouts: Sequence[Rollout]) -> dict[int, int]:
@@ -152,7 +164,6 @@ def divergences(
         name: [_packed(micro).to(device) for micro in micros]
         for name, micros in _micro_batches(samples).items()
     }
-    padded = _Padded(samples, device)
     results = []
     for done, (name, objective) in enumerate(objectives.items()):
         progress(done, len(objectives))
@@ -162,8 +173,8 @@ def divergences(
         )
         for layout in LAYOUTS:
             gradient = (
-                _gradient(model, padded.backward, objective, **options)
-                if layout == "padded"
+                _gradient(model, _backward_alone, samples, objective, **options)
+                if layout == "alone"
                 else _gradient(
                     model, step.accumulate_gradients, layouts[layout], objective, **options
                 )
@@ -219,62 +230,51 @@ def _packed(samples: Sequence[_Sample]) -> Batch:
     )
 
 
-class _Padded:
-    """The (B, T) batch, padded on the right."""
+def _backward_alone(
+    model: PreTrainedModel,
+    samples: Sequence[_Sample],
+    objective: Objective,
+    *,
+    temperature: float,
+    max_new_tokens: int,
+) -> None:
+    """The gradient by transformers' forward passes, and one loss over a padded (B, T) batch."""
+    device = next(model.parameters()).device
+    logprobs, masks = [], []
+    with eager_attention(model):
+        for sample in samples:
+            prompt = sample.rollout.prompt_ids
+            ids = torch.tensor([prompt + sample.rollout.completion.token_ids], device=device)
+            logits = model(input_ids=ids, use_cache=False).logits
+            logprobs.append(ops.logprobs(logits[0, :-1], ids[0, 1:], temperature=temperature))
+            masks.append(torch.arange(ids.shape[1] - 1, device=device) >= len(prompt) - 1)
+    mask = pad_sequence(masks, batch_first=True)
 
-    def __init__(self, samples: Sequence[_Sample], device: torch.device) -> None:
-        rollouts = [sample.rollout for sample in samples]
-        shape = (len(samples), max(rollout.num_tokens for rollout in rollouts))
-        self._ids = torch.zeros(shape, dtype=torch.int64, device=device)
-        self._attended = torch.zeros(shape, dtype=torch.int64, device=device)
-        self._mask = torch.zeros(shape, dtype=torch.bool, device=device)
-        self._old, self._ref, self._sampled = torch.zeros(3, *shape, device=device)
-        self._advantages = torch.stack(
-            [r.advantages[0] for r in rollouts if r.advantages is not None]
-        ).to(device)
-        for row, (sample, rollout) in enumerate(zip(samples, rollouts, strict=True)):
-            ids = torch.tensor(rollout.prompt_ids + rollout.completion.token_ids)
-            completion = slice(len(rollout.prompt_ids), len(ids))
-            self._ids[row, : len(ids)] = ids
-            self._attended[row, : len(ids)] = 1
-            self._mask[row, completion] = True
-            self._old[row, completion] = sample.old_logprobs
-            self._ref[row, completion] = sample.ref_logprobs
-            self._sampled[row, completion] = sample.sampler_logprobs
-
-    def backward(
-        self,
-        model: PreTrainedModel,
-        objective: Objective,
-        *,
-        temperature: float,
-        max_new_tokens: int,
-    ) -> None:
-        with _plain_attention(model):
-            output = model(input_ids=self._ids, attention_mask=self._attended, use_cache=False)
-        logprobs = ops.logprobs(
-            output.logits[:, :-1],
-            self._ids[:, 1:],
-            temperature=temperature,
-            mask=self._mask[:, 1:],
+    def padded(rows: list[Tensor]) -> Tensor:
+        """(B, T) of the completions' tokens, 0 elsewhere."""
+        return torch.zeros(mask.shape, device=device).masked_scatter(
+            mask, torch.cat(rows).to(device)
         )
-        constant = objective.aggregation == "sequence-mean-token-sum-norm"
-        ops.policy_loss(
-            logprobs,
-            self._old[:, 1:],
-            self._advantages,
-            objective,
-            mask=self._mask[:, 1:],
-            ref_logprobs=self._ref[:, 1:],
-            sampler_logprobs=self._sampled[:, 1:],
-            denominator=float(len(self._ids) * max_new_tokens) if constant else None,
-        ).loss.backward()
+
+    advantages = [s.rollout.advantages[0] for s in samples if s.rollout.advantages is not None]
+    constant = objective.aggregation == "sequence-mean-token-sum-norm"
+    ops.policy_loss(
+        pad_sequence(logprobs, batch_first=True),
+        padded([sample.old_logprobs for sample in samples]),
+        torch.stack(advantages).to(device),
+        objective,
+        mask=mask,
+        ref_logprobs=padded([sample.ref_logprobs for sample in samples]),
+        sampler_logprobs=padded([sample.sampler_logprobs for sample in samples]),
+        denominator=float(len(samples) * max_new_tokens) if constant else None,
+    ).loss.backward()
 
 
 @contextmanager
-def _plain_attention(model: PreTrainedModel) -> Any:
+def eager_attention(model: PreTrainedModel) -> Iterator[None]:
+    """The model with the attention of its own code, in which every option of it is computed."""
     packed = model.config._attn_implementation
-    model.set_attn_implementation("sdpa")
+    model.set_attn_implementation("eager")
     try:
         yield
     finally:

@@ -27,12 +27,11 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        rows = grad.flatten(0, -2)
         need_x, need_weight, need_bias = ctx.needs_input_grad
         return (
             _onednn(grad, weight.t(), None) if need_x else None,
-            rows.t() @ x.flatten(0, -2) if need_weight else None,
-            rows.sum(0) if need_bias else None,
+            grad.t() @ x if need_weight else None,
+            grad.sum(0) if need_bias else None,
         )
 
 
@@ -42,7 +41,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not (float32_on_cpu and torch.backends.mkldnn.is_available()):
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled():
-        return _Linear.apply(x, weight, bias)
+        # Rows alone: a view made in a Function cannot be changed in place, as Gemma 3n does.
+        return _Linear.apply(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
     return _onednn(x, weight, bias)
 
 

@@ -22,20 +22,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     PretrainedConfig,
     PreTrainedModel,
 )
 
 from warpo.engine import step
+from warpo.engine.architectures import cache_width, shape_model, shapes_only
 from warpo.engine.batch import Batch, Completion, Rollout, pack
 from warpo.engine.config import Config
-from warpo.engine.model import ATTENTION, set_lm_head_dtype
+from warpo.engine.model import set_lm_head_dtype
+from warpo.engine.model_files import read_config
 from warpo.engine.resolve import resolve
 from warpo.engine.rewards.sources import parse_sources
-from warpo.engine.sampler.vllm_internals import CPU_BLOCK_SIZE
+from warpo.engine.sampler.vllm_internals import CPU_BLOCK_SIZE, GPU_BLOCK_SIZE
 from warpo.kernels.objectives import OBJECTIVES, Objective
 
 PHASES = ("load", "sample", "score", "update", "publish")
@@ -46,8 +45,8 @@ MIB = 2**20
 # on one of 70 GiB or more.
 _BATCH_LIMITS = {
     "cpu": (4096, 256, CPU_BLOCK_SIZE),
-    "cuda": (8192, 256, 16),
-    "large cuda": (16384, 1024, 16),
+    "cuda": (8192, 256, GPU_BLOCK_SIZE),
+    "large cuda": (16384, 1024, GPU_BLOCK_SIZE),
 }
 
 
@@ -97,7 +96,7 @@ def plan_memory(
         device: where the learner runs.
         resync: "alias": the learner's parameters are the sampler's; "copy": each has its own.
     """
-    hf_config = AutoConfig.from_pretrained(config.model)
+    hf_config = read_config(config.model)
     fake = FakeTensorMode()
     model = _fake_model(config, hf_config, device, fake)
     parameters = sum(p.numel() for p in model.parameters())
@@ -212,9 +211,8 @@ def _reward_parameters(config: Config, device: torch.device, fake: FakeTensorMod
     total = 0
     for source in parse_sources(config.reward.sources):
         if source.kind in ("model", "process_model"):
-            hf_config = AutoConfig.from_pretrained(source.target, num_labels=1)
-            with fake, device:
-                model = AutoModelForSequenceClassification.from_config(hf_config)
+            with fake:
+                model = shape_model(read_config(source.target), device, scalar=True)
             total += sum(parameter.numel() for parameter in model.parameters())
     return total
 
@@ -226,10 +224,8 @@ def _trunk_parameters(model: PreTrainedModel) -> int:
 def _fake_model(
     config: Config, hf_config: PretrainedConfig, device: torch.device, fake: FakeTensorMode
 ) -> PreTrainedModel:
-    with fake, device:
-        model = AutoModelForCausalLM.from_config(
-            hf_config, dtype=_dtype(config.dtype), attn_implementation=ATTENTION
-        )
+    with fake:
+        model = shape_model(hf_config, device, _dtype(config.dtype))
     set_lm_head_dtype(model, config.lm_head_dtype)
     return model
 
@@ -285,7 +281,7 @@ class _LiveBytes(TorchDispatchMode):
 
 def _peak_bytes(work: Callable[[], object], model: PreTrainedModel, fake: FakeTensorMode) -> int:
     existing = [*model.parameters(), *model.buffers()]
-    with fake, _LiveBytes(existing) as live:
+    with fake, _LiveBytes(existing) as live, shapes_only():
         work()
     model.zero_grad(set_to_none=True)
     return live.peak
@@ -347,13 +343,23 @@ def _sampling_bytes(
     tokens = rollout.prompts_per_step * (
         prompt_tokens + (rollout.group_size - 1) * (prompt_tokens - cached)
     )
+    if device.type == "cpu":
+        limit = max(limit, rollout.max_model_len)  # it takes prompts whole
     tokens = min(limit, tokens)
     logits = 9 if device.type == "cpu" else 16
     if itemsize != 4:
         logits += itemsize
     decoding = sequences * model.vocab_size * logits
-    prefill = tokens * 3 * (model.intermediate_size + model.hidden_size) * itemsize
+    prefill = tokens * 3 * (_mlp_width(model) + model.hidden_size) * itemsize
     return max(decoding, prefill)
+
+
+def _mlp_width(model: PretrainedConfig) -> int:
+    """Of the widest layer."""
+    names = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "mlp_hidden_size")
+    widths = [width for name in names if (width := getattr(model, name, None))]
+    width = widths[0] if widths else 4 * model.hidden_size
+    return max(width) if isinstance(width, list | tuple) else int(width)
 
 
 def _probe_bytes(config: Config, hf_config: PretrainedConfig, tokens: int) -> int:
@@ -369,16 +375,13 @@ def _probe_cache_bytes(
     config: Config, hf_config: PretrainedConfig, tokens: int, device: torch.device
 ) -> int:
     """Of a released KV cache what the probe's sequences write: on a CPU only these pages come back.
-    A token takes L x 2 x heads x width, keys and values of L layers.
+    A token takes the keys and values of all layers.
     """
     if config.sampler != "vllm" or device.type == "cuda":
         return 0
-    model = hf_config.get_text_config()
-    heads = getattr(model, "num_key_value_heads", None) or model.num_attention_heads
-    width = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
     blocks = config.probe.num_sequences * -(-tokens // CPU_BLOCK_SIZE)
     itemsize = _dtype(config.sampler_dtype).itemsize
-    size = blocks * CPU_BLOCK_SIZE * model.num_hidden_layers * 2 * heads * width * itemsize
+    size = blocks * CPU_BLOCK_SIZE * cache_width(hf_config) * itemsize
     return min(size, int(config.rollout.kv_cache_gib * 2**30))
 
 

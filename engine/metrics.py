@@ -117,6 +117,7 @@ class RunLog:
         self._shown_every = shown_every
         self._live = _live_line(self._console)
         self._seconds: dict[str, float] = {}
+        self._said: set[str] = set()
         self._counts: dict[str, float] = {}
         self._step_start: float | None = None
 
@@ -172,6 +173,12 @@ class RunLog:
     def say(self, text: str) -> None:
         """A line above the live line, which stays."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def say_once(self, topic: str, text: str) -> None:
+        """The same, the first time that something is said of the topic."""
+        if topic not in self._said:
+            self._said.add(topic)
+            self.say(text)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """Keep and show the metrics of a step, with the seconds of its phases.

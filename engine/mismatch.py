@@ -1,16 +1,17 @@
 """How far sampler and learner are apart in a step, by cause.
 
-All of it on the probe's sequences, the first `probe.num_sequences` rollouts of the step. A training
-step samples with weights w0 and takes optimizer steps w0 -> w1 -> ... -> wn; then the sampler gets
-wn and the probe scores. With logprobs of one token in nats:
+All of it on the probe's sequences, `probe.num_sequences` rollouts from all over the step. A step of
+training samples with weights w0 and takes optimizer steps w0 -> w1 -> ... -> wn; then the sampler
+gets wn and the probe scores. With logprobs of one token in nats:
 
     kernels      d = learner(wn) - sampler(wn): the same weights and tokens in other kernels, at
                  temperature 1, of every token after the first
     composition  d = learner(wn), the sequences packed together - learner(wn), the first one alone
     staleness    d = learner(w(n-1)) - learner(w0), at the sampling temperature, of the completions:
                  how old the samples are when the last optimizer step uses them
-    sampling     d = recorded by the sampler while it drew - learner(w0), as above: what decides
-                 whether the sampler's logprobs serve as old_logprobs
+    sampling     d = recorded by the sampler while it drew - learner(w0), as above, and where that
+                 is small, of a completion of every prompt too: what decides whether the sampler's
+                 logprobs serve as old_logprobs
     truncation   the same d, where top_k or top_p are on: -log of the mass that they kept, and the
                  kernels' difference
 
@@ -26,8 +27,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from warpo.engine.batch import Rollout, pack
-from warpo.engine.step import Probe, as_rollout, score
+from warpo.engine.batch import Rollout, pack, split_by_tokens
+from warpo.engine.probe import Probe
+from warpo.engine.step import as_rollout, score
 
 Metrics = dict[str, float]
 
@@ -53,6 +55,19 @@ def composition(model: nn.Module, sequences: Sequence[Sequence[int]], probe: Pro
     return {"mismatch/composition_max": (packed - alone).abs().max().item()}
 
 
+def spread(rollouts: Sequence[Rollout], number: int) -> list[Rollout]:
+    """`number` of the rollouts, at equal distances."""
+    number = min(number, len(rollouts))
+    return [rollouts[i * len(rollouts) // number] for i in range(number)]
+
+
+def one_of_each_group(rollouts: Sequence[Rollout], group_size: int) -> list[Rollout]:
+    """A rollout of every group, of each the next one in place; and the longest of all."""
+    groups = range(0, len(rollouts), group_size)
+    chosen = [rollouts[start + i % group_size] for i, start in enumerate(groups)]
+    return [*chosen, max(rollouts, key=lambda rollout: rollout.num_tokens)]
+
+
 class Drift:
     """Staleness and truncation of one training step: the logprobs of some of its rollouts, by the
     learner, before the first and before the last optimizer step.
@@ -69,8 +84,14 @@ class Drift:
         self._first = self._last = self._score()
         self.sampling_difference = float("inf")
         if self._batch is not None:
-            difference = (self._batch.sampler_logprobs - self._first).abs().max().item()
-            self.sampling_difference = difference if difference == difference else float("inf")
+            self.sampling_difference = _largest(self._batch.sampler_logprobs - self._first)
+
+    def widen(self, rollouts: Sequence[Rollout], token_budget: int) -> None:
+        """Let further rollouts count in `sampling_difference`, in micro-batches."""
+        for micro in split_by_tokens(rollouts, token_budget):
+            batch = pack(micro).to(next(self._model.parameters()).device)
+            found = batch.sampler_logprobs - score(self._model, batch, self._temperature)
+            self.sampling_difference = max(self.sampling_difference, _largest(found))
 
     def _score(self) -> Tensor:
         if self._batch is None:
@@ -95,6 +116,10 @@ class Drift:
             "mismatch/truncation_mean": truncation if truncated else 0.0,
             **_mean_and_max("staleness", self._last - self._first),
         }
+
+
+def _largest(difference: Tensor) -> float:
+    return difference.abs().nan_to_num(torch.inf).max().item()
 
 
 def _mean_and_max(cause: str, difference: Tensor) -> Metrics:

@@ -5,90 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
-    AttentionInterface,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
 )
-from transformers.models.auto.tokenization_auto import get_tokenizer_config
-from transformers.utils import logging as transformers_logging
 
+from warpo.engine.attention import ATTENTION
 from warpo.engine.batch import Batch
 from warpo.engine.errors import ConfigError
 from warpo.engine.linear import Linear, linear
+from warpo.engine.model_files import load_tokenizer as load_tokenizer
+from warpo.engine.model_files import load_weights
 from warpo.kernels import ops
-
-ATTENTION = "warpo_packed"
-
-
-def packed_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    slots: Tensor,
-    places: Tensor,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    **_: object,
-) -> tuple[Tensor, None]:
-    """Causal attention within each sequence of a packed row; the interface of transformers'
-    attentions.
-
-    The row is cut into a padded batch of whole sequences for this product alone, so that its cost
-    is B x T^2 and not N^2. Padding follows the tokens, where the causal mask hides it.
-
-    Args:
-        query: (1, heads, N, D).  key, value: (1, kv heads, N, D).
-        slots, places: as in `Batch`.
-
-    Returns:
-        (1, N, heads, D), and None in place of attention weights.
-
-    Raises:
-        ValueError: the model's sliding window is shorter than a sequence.
-    """
-    if sliding_window is not None and sliding_window < slots.shape[1]:
-        raise ValueError(
-            f"the model attends to {sliding_window} tokens back, a sequence has {slots.shape[1]}: "
-            "lower rollout.max_model_len, sliding windows are not supported"
-        )
-
-    def unpack(x: Tensor) -> Tensor:
-        rows = _take(x[0].transpose(0, 1).flatten(1), slots.flatten())
-        return rows.view(*slots.shape, x.shape[1], x.shape[3]).transpose(1, 2)
-
-    out = F.scaled_dot_product_attention(
-        unpack(query),
-        unpack(key),
-        unpack(value),
-        is_causal=True,
-        dropout_p=dropout,
-        scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    rows = _take(out.transpose(1, 2).flatten(2).flatten(0, 1), places)
-    return rows.view(1, -1, query.shape[1], query.shape[3]), None
-
-
-def _take(rows: Tensor, index: Tensor) -> Tensor:
-    """rows[index], with a gradient that is the same in every run.
-
-    A shared prompt is taken several times, so its gradient is a sum: on a GPU the backward of
-    index_select adds with atomics, in any order, and that of an index sorts first.
-    """
-    return rows[index] if rows.is_cuda else rows.index_select(0, index)
-
-
-AttentionInterface.register(ATTENTION, packed_attention)
 
 
 class Float32Head(nn.Linear):
@@ -122,8 +52,7 @@ def load_model(
     path: str, dtype: str, device: torch.device, lm_head_dtype: str = "same"
 ) -> PreTrainedModel:
     """The model of a Hugging Face directory, without dropout, reading packed sequences."""
-    transformers_logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=ATTENTION)
+    model = load_weights(AutoModelForCausalLM, path, dtype=dtype, attn_implementation=ATTENTION)
     prepare(model)
     set_lm_head_dtype(model, lm_head_dtype)
     model.to(device)  # type: ignore[arg-type]  # its wrapper hides the signature of nn.Module.to
@@ -140,20 +69,24 @@ def prepare(model: PreTrainedModel) -> None:
     model.config.attention_dropout = 0.0
 
 
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer that belongs to the model."""
-    saved_as = get_tokenizer_config(path).get("tokenizer_class")
-    if saved_as in ("TokenizersBackend", "PreTrainedTokenizerFast"):
-        # AutoTokenizer prefers the class of the model's type, which splits text by its own rules.
-        return PreTrainedTokenizerFast.from_pretrained(path)
-    return AutoTokenizer.from_pretrained(path)
-
-
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that end a completion, of the model's generation config and of its tokenizer."""
+    """The ids that end a completion, of the model's generation config and of its tokenizer.
+
+    Raises:
+        ConfigError: one is not an id of the model's vocabulary, and could never end anything.
+    """
     configured = model.generation_config.eos_token_id
     ids = {*(configured if isinstance(configured, list) else [configured]), tokenizer.eos_token_id}
-    return sorted(token for token in ids if token is not None)
+    ids.discard(None)
+    vocab_size = model.config.get_text_config().vocab_size
+    for token in ids:
+        if type(token) is not int or not 0 <= token < vocab_size:
+            raise ConfigError(
+                f"{model.config.name_or_path}: eos_token_id is {token!r}, and the model's "
+                f"vocabulary is 0 to {vocab_size - 1}: correct generation_config.json, config.json "
+                "or the tokenizer's files"
+            )
+    return sorted(ids)
 
 
 def token_logprobs(model: nn.Module, batch: Batch, temperature: float) -> ops.LogprobsAndEntropy:
@@ -178,12 +111,17 @@ def token_logprobs_and_values(
 
 
 def _forward(model: nn.Module, batch: Batch, **options: Any) -> Any:
-    return model(
-        input_ids=batch.input_ids,
-        position_ids=batch.position_ids,
-        slots=batch.slots,
-        places=batch.places,
-        logits_to_keep=batch.predictors,
-        use_cache=False,
-        **options,
-    )
+    return model(**packed_inputs(batch), logits_to_keep=batch.predictors, **options)
+
+
+def packed_inputs(batch: Batch) -> dict[str, Any]:
+    """What a model with packed attention reads of a micro-batch."""
+    return {
+        "input_ids": batch.input_ids,
+        "position_ids": batch.position_ids,
+        # Without one, transformers looks for the sequences of a row by itself, by their positions.
+        "attention_mask": torch.ones_like(batch.input_ids),
+        "slots": batch.slots,
+        "places": batch.places,
+        "use_cache": False,
+    }

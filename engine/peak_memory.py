@@ -11,15 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from warpo.engine import step
 from warpo.engine.batch import pack
+from warpo.engine.cgroups import free_in_cgroups
 from warpo.engine.config import Config
 from warpo.engine.environment import return_freed_memory
 from warpo.engine.memory import Shape, rollouts_of
 from warpo.engine.model import load_model
+from warpo.engine.model_files import read_config
 from warpo.engine.optimizer import AdamW
 from warpo.engine.resync import Resync
 from warpo.engine.sampler.base import Sampler, SamplingOptions
@@ -71,12 +73,15 @@ def _resident(field: str) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that a new process may take on the device."""
+    """Bytes that a new process may take on the device: on a CPU the least of what the machine and
+    the control groups around this process have left."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
+            available = int(line.split()[1]) * 1024
+            limited = free_in_cgroups()
+            return available if limited is None else min(available, limited)
     raise RuntimeError("/proc/meminfo has no MemAvailable")
 
 
@@ -91,7 +96,7 @@ def rehearse(config: Config, device: torch.device) -> object:
     """
     if device.type == "cuda":
         return None  # its allocator counts tensors alone
-    hf_config = AutoConfig.from_pretrained(config.model)
+    hf_config = read_config(config.model)
     hf_config.num_hidden_layers, hf_config.vocab_size, hf_config.pad_token_id = 1, 64, None
     if getattr(hf_config, "layer_types", None):
         hf_config.layer_types = hf_config.layer_types[:1]

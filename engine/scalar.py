@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from warpo.engine.attention import ATTENTION
 from warpo.engine.batch import Batch
 from warpo.engine.errors import ConfigError
-from warpo.engine.model import ATTENTION, prepare
+from warpo.engine.model import packed_inputs, prepare
+from warpo.engine.model_files import load_weights, read_config
 
 
 def load_scalar_model(path: str, dtype: str, device: torch.device) -> PreTrainedModel:
@@ -30,7 +32,7 @@ def load_scalar_model(path: str, dtype: str, device: torch.device) -> PreTrained
     Raises:
         ConfigError: the classifier has more labels than one.
     """
-    config = AutoConfig.from_pretrained(path)
+    config = read_config(path)
     is_classifier = any("Classification" in name for name in config.architectures or ())
     if is_classifier and config.num_labels != 1:
         raise ConfigError(
@@ -39,11 +41,12 @@ def load_scalar_model(path: str, dtype: str, device: torch.device) -> PreTrained
     verbosity = transformers_logging.get_verbosity()
     # It warns of a head that is new, which here is meant.
     transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     try:
-        model = AutoModelForSequenceClassification.from_pretrained(
-            path, num_labels=1, dtype=dtype, attn_implementation=ATTENTION
-        )
+        model = load_weights(
+            AutoModelForSequenceClassification, path, num_labels=1,
+            new=() if is_classifier else ("score.weight",),
+            dtype=dtype, attn_implementation=ATTENTION,
+        )  # fmt: skip
     finally:
         transformers_logging.set_verbosity(verbosity)
     if not is_classifier:
@@ -60,12 +63,6 @@ def token_scores(model: PreTrainedModel, batch: Batch, index: Tensor) -> Tensor:
         index: (K,) int64, places among the N tokens of the row; `batch.predictors` gives the value
             of the state before each completion token.
     """
-    hidden = model.base_model(
-        input_ids=batch.input_ids,
-        position_ids=batch.position_ids,
-        slots=batch.slots,
-        places=batch.places,
-        use_cache=False,
-    ).last_hidden_state[0, index]
+    hidden = model.base_model(**packed_inputs(batch)).last_hidden_state[0, index]
     scores: Tensor = model.get_submodule("score")(hidden)
     return scores.float().squeeze(-1) + getattr(model.config, "reward_bias", 0.0)

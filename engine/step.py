@@ -1,5 +1,5 @@
 """What one optimizer step is made of: rollouts into micro-batches, their scores, the gradient of
-their loss, a step of AdamW; and the proof that the sampler has its weights.
+their loss, a step of AdamW.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from warpo.engine.batch import Batch, Completion, Rollout, pack, split, split_by_tokens
-from warpo.engine.errors import TrainingError, WeightMismatch
+from warpo.engine.errors import TrainingError
 from warpo.engine.model import token_logprobs, token_logprobs_and_values
 from warpo.engine.optimizer import AdamW, WeightUpdate, clip_coefficient, gradient_norm
-from warpo.engine.sampler.base import Sampler
 from warpo.kernels import ops
 from warpo.kernels.objectives import Objective
 
@@ -166,46 +165,6 @@ def as_rollout(token_ids: Sequence[int], num_prompt_tokens: int) -> Rollout:
         weight_version=0,
     )
     return Rollout(prompt_ids=list(token_ids[:num_prompt_tokens]), completion=completion)
-
-
-class Probe(NamedTuple):
-    """What learner and sampler say of the same tokens: logprobs (M,) float32 at temperature 1, on
-    the host, of every token of the sequences but their first.
-    """
-
-    learner: Tensor
-    sampler: Tensor
-
-
-def probe_weights(
-    model: nn.Module, sampler: Sampler, sequences: Sequence[Sequence[int]], tolerance: float
-) -> Probe:
-    """Proof that the sampler holds the learner's weights: both score the same sequences.
-
-    Args:
-        sequences: token ids, two or more each.
-        tolerance: largest |learner - sampler| logprob that is taken for rounding.
-
-    Returns:
-        The logprobs of both.
-
-    Raises:
-        WeightMismatch: it is above the tolerance, or not a number.
-    """
-    device = next(model.parameters()).device
-    batch = pack([as_rollout(ids, 1) for ids in sequences]).to(device)
-    learner = score(model, batch, 1.0).cpu()
-    sampled = torch.tensor([logp for row in sampler.score(sequences) for logp in row])
-    difference = (learner - sampled).abs()
-    worst = int(difference.nan_to_num(torch.inf).argmax())
-    if not difference[worst] <= tolerance:
-        raise WeightMismatch(
-            f"the sampler's weights are not the learner's (version {sampler.weight_version}): "
-            f"a token has logprob {learner[worst]:.4f} with the learner and {sampled[worst]:.4f} "
-            f"with the sampler; probe.tolerance is {tolerance}. Either publishing failed, or the "
-            "two compute in types too different for this tolerance (rollout.dtype, dtype)"
-        )
-    return Probe(learner, sampled)
 
 
 def with_scores(

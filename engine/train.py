@@ -22,6 +22,7 @@ from warpo.engine.metrics import ReportProgress, RunLog, read_rows
 from warpo.engine.offline.losses import preference_gradients, supervised_gradients
 from warpo.engine.pairs import pair_minibatches
 from warpo.engine.pass_at_k import pass_at_k, powers_of_two
+from warpo.engine.probe import probe_weights
 from warpo.engine.resync import Resync
 from warpo.engine.rollouts import (
     accuracy,
@@ -38,11 +39,11 @@ from warpo.engine.step import (
     accumulate_gradients,
     apply_gradients,
     make_minibatches,
-    probe_weights,
     score_rollouts,
     tokens_scored,
 )
 from warpo.engine.step_metrics import step_metrics
+from warpo.kernels.objectives import Objective
 from warpo.kernels.preferences import Preference
 
 Metrics = dict[str, float]
@@ -113,10 +114,10 @@ def _step(
     rollouts, metrics = collect(config, parts, log, stop, step)
     with log.phase("release"):
         parts.sampler.release_kv()
-    probed = rollouts[: config.probe.num_sequences]
+    probed = mismatch.spread(rollouts, config.probe.num_sequences)
     with log.phase("score"):
         drift = mismatch.Drift(parts.model, probed, config.rollout.temperature)
-        rollouts, saving = _score(config, parts, rollouts, drift.sampling_difference)
+        rollouts, saving = _score(config, parts, log, rollouts, drift)
     with log.phase("advantages"):
         rollouts, estimated = estimate(
             parts.algorithm, rollouts, config.rollout.group_size, parts.adaptive
@@ -137,7 +138,7 @@ def _step(
 
 
 def _score(
-    config: Config, parts: Parts, rollouts: list[Rollout], sampling_difference: float
+    config: Config, parts: Parts, log: RunLog, rollouts: list[Rollout], drift: mismatch.Drift
 ) -> tuple[list[Rollout], Metrics]:
     """The rollouts with the scores that the algorithm needs, and what not scoring saved.
 
@@ -145,8 +146,7 @@ def _score(
     step that did without. Its seconds are the growth of perf/score_s in the same run with
     probe.num_sequences = 0, where nothing shows that the sampler's logprobs serve.
     """
-    # A truncated distribution is not the learner's, so its logprobs are no old_logprobs.
-    recompute_old = config.rollout.truncated or sampling_difference > EQUAL_LOGPROBS
+    recompute_old = _recompute_old(config, parts, log, rollouts, drift)
     scored = score_rollouts(
         rollouts, parts.model, parts.reference, parts.critic,
         temperature=config.rollout.temperature,
@@ -159,6 +159,39 @@ def _score(
             0.0 if recompute_old else float(tokens_scored(rollouts, config.update.token_budget))
         ),
     }
+
+
+def _recompute_old(
+    config: Config, parts: Parts, log: RunLog, rollouts: list[Rollout], drift: mismatch.Drift
+) -> bool:
+    """Whether old_logprobs are the learner's; if not, those of the sampler serve for all rollouts.
+
+    They serve where nothing corrects for the sampler, every token can be drawn, and the learner
+    gives a completion of every prompt the same logprobs.
+    """
+    objective = parts.algorithm.objective
+    correction = objective.correction if isinstance(objective, Objective) else None
+    if correction not in (None, "none"):
+        return True
+    if not config.rollout.truncated and drift.sampling_difference <= EQUAL_LOGPROBS:
+        judges = mismatch.one_of_each_group(rollouts, config.rollout.group_size)
+        drift.widen(judges, config.update.token_budget)
+    if not config.rollout.truncated and drift.sampling_difference <= EQUAL_LOGPROBS:
+        return False
+    if correction == "none":
+        why = (
+            "rollout.top_p or top_k truncate what is sampled"
+            if config.rollout.truncated
+            else "probe.num_sequences = 0"
+            if not config.probe.num_sequences
+            else f"a logprob is {drift.sampling_difference:.1e} from the sampler's"
+        )
+        log.say_once(
+            "loss.correction",
+            f"old_logprobs are the learner's, as {why}: the gradient does not correct for the "
+            "sampler, since loss.correction is none; truncate_token would",
+        )
+    return True
 
 
 def _update(
@@ -251,7 +284,10 @@ def _publish(config: Config, parts: Parts, log: RunLog, sequences: list[list[int
     metrics: Metrics = {}
     if config.probe.num_sequences:
         with log.phase("probe"):
-            probe = probe_weights(parts.model, parts.sampler, sequences, config.probe.tolerance)
+            probe = probe_weights(
+                parts.model, parts.sampler, sequences, config.probe_tolerance,
+                parts.tokenizer.decode,
+            )  # fmt: skip
             metrics = mismatch.kernels(probe)
             metrics |= mismatch.composition(parts.model, sequences, probe)
     return metrics | {

@@ -20,6 +20,7 @@ from warpo.engine.config import (
     FilePath,
     NonNegative,
     Positive,
+    Seed,
     Text,
 )
 from warpo.engine.errors import ConfigError
@@ -110,7 +111,7 @@ class ControlConfig:
     steps: Count
     """Environment steps in all, over all environments. The last rollout of ppo_gymnasium is
     whole."""
-    seed: CountOrNone = 0
+    seed: Seed = 0
     """Fixes the environments and every draw."""
     device: Literal["auto", "cpu", "cuda"] = "cpu"
     """Where the networks are. "auto": cuda if there is one."""

@@ -21,6 +21,7 @@ from warpo.engine.config import (
     Fraction,
     NonNegative,
     Positive,
+    Seed,
     Text,
 )
 from warpo.engine.errors import ConfigError
@@ -133,7 +134,7 @@ class OfflineConfig:
     """Optimizer steps in all."""
     batch_size: Count = 16
     """Examples in an optimizer step."""
-    seed: CountOrNone = 0
+    seed: Seed = 0
     """Fixes data order."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model is trained. "auto": cuda if there is one."""

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from warpo.engine import checkpoint, plot
+from warpo.engine.architectures import check_model, check_tokens
 from warpo.engine.batch import split_by_tokens
 from warpo.engine.data import PromptStream
 from warpo.engine.device import learner_device
@@ -18,6 +19,7 @@ from warpo.engine.errors import TrainingError
 from warpo.engine.loop import checkpoint_on_error, due, raise_if, save, signals
 from warpo.engine.metrics import Column, RunLog, read_rows
 from warpo.engine.model import load_model, load_tokenizer
+from warpo.engine.model_files import check_files, read_config
 from warpo.engine.offline.config import OfflineConfig
 from warpo.engine.offline.data import Example, load_examples
 from warpo.engine.offline.families import (
@@ -136,12 +138,14 @@ def build(config: OfflineConfig, log: RunLog, stop: Callable[[], bool]) -> Parts
     torch.manual_seed(config.seed)
     device, family = learner_device(config), make_family(config)
     with log.phase("load"):
+        check_files(config.model)
         tokenizer = load_tokenizer(config.model)
         examples = _load_examples(config, config.data.train, tokenizer)
         eval_examples: list[Example] = []
         if config.data.eval:
             eval_examples = _load_examples(config, config.data.eval, tokenizer)
             eval_examples = eval_examples[: config.evaluation.max_examples]
+        _check(config, [*examples, *eval_examples], scalar=family.scalar)
         load = load_scalar_model if family.scalar else load_model
         model = load(config.model, config.dtype, device)
     if family.scalar:
@@ -169,12 +173,28 @@ def build(config: OfflineConfig, log: RunLog, stop: Callable[[], bool]) -> Parts
 def _load_examples(
     config: OfflineConfig, path: str, tokenizer: PreTrainedTokenizerBase
 ) -> list[Example]:
-    positions = getattr(AutoConfig.from_pretrained(config.model), "max_position_embeddings", None)
+    positions = getattr(read_config(config.model), "max_position_embeddings", None)
     return load_examples(
         path, tokenizer, config.algorithm, token_budget=config.update.token_budget,
         max_length=positions or config.update.token_budget,
         step_separator=config.data.step_separator,
     )  # fmt: skip
+
+
+def _check(config: OfflineConfig, examples: Sequence[Example], *, scalar: bool) -> None:
+    """Refuse what the learner cannot compute before weights are read."""
+    sequences = [
+        [*example.prompt_ids, *completion]
+        for example in examples
+        for completion in example.completions
+    ]
+    check_tokens(config.model, sequences, config.data.train)
+    check_model(
+        config.model,
+        longest=max(map(len, sequences)),
+        cure=f"shorten the examples of {config.data.train}",
+        scalar=scalar,
+    )
 
 
 def _describe_scalar(

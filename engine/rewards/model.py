@@ -13,12 +13,13 @@ import math
 from collections.abc import Sequence
 
 import torch
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from warpo.engine.batch import Completion, Rollout, pack, split_by_tokens
 from warpo.engine.data import Prompt
 from warpo.engine.errors import ConfigError, RewardError
 from warpo.engine.model import load_tokenizer
+from warpo.engine.model_files import read_config
 from warpo.engine.rewards.steps import separator_ends, token_indices
 from warpo.engine.scalar import load_scalar_model, token_scores
 
@@ -46,7 +47,7 @@ class RewardModel:
         device: torch.device,
         token_budget: int,
     ) -> None:
-        config = AutoConfig.from_pretrained(path)
+        config = read_config(path)
         if not any("Classification" in name for name in config.architectures or ()):
             raise ConfigError(
                 f"{path} is no reward model but {', '.join(config.architectures or ['nothing'])}: "

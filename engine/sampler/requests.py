@@ -7,10 +7,12 @@ import random
 from collections.abc import Sequence
 
 from warpo.engine.batch import Completion
+from warpo.engine.errors import TrainingError
 from warpo.engine.sampler.base import SamplingOptions
 
-# vLLM raises a smaller temperature to 0.01 without an error, and the logprobs with it.
-MIN_TEMPERATURE = 0.01
+# vLLM raises a smaller temperature to 0.01 without an error, and the logprobs with it; a larger one
+# it refuses.
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 2.0
 
 
 def check_request(
@@ -30,9 +32,9 @@ def check_request(
         raise ValueError(f"group_size must be at least 1, got {options.group_size}")
     if options.max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {options.max_new_tokens}")
-    if options.temperature != 0 and not MIN_TEMPERATURE <= options.temperature < math.inf:
+    if options.temperature != 0 and not MIN_TEMPERATURE <= options.temperature <= MAX_TEMPERATURE:
         raise ValueError(
-            f"temperature must be 0 (greedy) or at least {MIN_TEMPERATURE}, "
+            f"temperature must be 0 (greedy) or {MIN_TEMPERATURE} to {MAX_TEMPERATURE}, "
             f"got {options.temperature}"
         )
     if options.top_k < 0:
@@ -80,8 +82,9 @@ def prompt_seed(options: SamplingOptions, prompt: int) -> int:
 def check_logprobs(prompt: int, completion: Completion) -> Completion:
     """The completion, unless a logprob is NaN or infinite: the weights are, then, too."""
     if not math.isfinite(sum(completion.logprobs)):
-        raise RuntimeError(
-            f"a completion of prompt {prompt} has logprobs {completion.logprobs[:4]}...: weight "
-            f"version {completion.weight_version} is not finite, or the sampler ran under autocast"
+        raise TrainingError(
+            f"a completion of prompt {prompt} has logprobs {completion.logprobs[:4]}...: version "
+            f"{completion.weight_version} of the weights is not finite, its activations overflow, "
+            "or the sampler ran under autocast; lower update.lr, or check the model's own files"
         )
     return completion

@@ -9,8 +9,10 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from warpo.engine.architectures import plain_attention
 from warpo.engine.batch import Completion
 from warpo.engine.model import set_lm_head_dtype
+from warpo.engine.model_files import load_weights, read_config
 from warpo.engine.sampler.base import Interrupted, SamplingOptions
 from warpo.engine.sampler.requests import (
     check_ids,
@@ -80,8 +82,13 @@ class TransformersSampler:
         self._max_model_len = max_model_len
         self._batch_size = batch_size
         self._score_tokens = score_tokens
-        transformers.utils.logging.disable_progress_bar()
-        model = transformers.AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype)
+        attention = plain_attention(read_config(model_path))
+        model = load_weights(
+            transformers.AutoModelForCausalLM,
+            model_path,
+            dtype=dtype,
+            attn_implementation=attention,
+        )
         set_lm_head_dtype(model, lm_head_dtype)
         self._device = torch.device(device)
         nn.Module.to(model, self._device)

@@ -6,6 +6,7 @@ whether it is there is checked by name when it is built.
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
 import importlib.util
 import logging
@@ -25,7 +26,7 @@ import torch
 from packaging.specifiers import SpecifierSet
 from torch import Tensor
 
-from warpo.engine.errors import SamplerError
+from warpo.engine.errors import SamplerError, one_line
 from warpo.engine.linear import linear
 
 SUPPORTED_VLLM = SpecifierSet(">=0.32,<0.33", prereleases=True)
@@ -33,6 +34,7 @@ SUPPORTED_VLLM = SpecifierSet(">=0.32,<0.33", prereleases=True)
 # The CPU attention kernel takes multiples of 32 tokens. Its default of 128 would share nothing
 # between the completions of a shorter prompt.
 CPU_BLOCK_SIZE = 32
+GPU_BLOCK_SIZE = 16
 
 logger = logging.getLogger(__name__)
 
@@ -108,11 +110,16 @@ def _adapt_cpu_build() -> None:
     import vllm.model_executor.layers.utils as layers
     import vllm.model_executor.models.registry as registry
     import vllm.v1.sample.sampler as sampling
+    from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.worker.cpu_worker import CPUWorker
 
     # It knows no sleep: the scheduler would pause and the memory stay.
     _replace(CPUWorker, "discard", _discard)
     _replace(CPUWorker, "wake_up", _wake_up)
+
+    _replace(
+        EngineArgs, "_set_default_chunked_prefill_and_prefix_caching_args", _prefill_whole_prompts
+    )
 
     # It would pack the weights of linear layers and compute with the packed copy.
     _replace(layers, "dispatch_cpu_unquantized_gemm", _plain_linear)
@@ -120,6 +127,47 @@ def _adapt_cpu_build() -> None:
     _replace(sampling, "batched_count_greater_than", _count_at_least)
     # vLLM looks at a model's class in a child process, 7 s, lest CUDA start in this one.
     _replace(registry, "_run_in_subprocess", _call)
+
+
+def _prefill_whole_prompts(args: Any, model_config: Any) -> None:
+    """EngineArgs: no prompt is cut in two between steps of the engine.
+
+    One that is draws once too often, and vLLM rewinds its generator by an offset, which those of a
+    CPU do not have. What caches prefixes of a recurrent state needs cuts.
+    """
+    args.enable_chunked_prefill = False
+    args.enable_prefix_caching = not model_config.is_hybrid
+
+
+def _keep_classes_plain() -> None:
+    """Leave the classes of transformers usable where vLLM runs a model by them.
+
+    It decorates the class of the decoder, which is the learner's too: outside of vLLM its models
+    could no longer be made, nor those made before be called.
+    """
+    from vllm.config.vllm import get_current_vllm_config_or_none
+    from vllm.model_executor.models.transformers.base import Base
+
+    decorate = Base._decorate_cls_for_torch_compile
+
+    def decorate_for_vllm_alone(self: Any, cls: Any, *args: Any, **options: Any) -> None:
+        if "do_not_compile" in vars(cls):
+            return
+        plain = cls.__init__
+        decorate(self, cls, *args, **options)
+        decorated = cls.__init__
+
+        @functools.wraps(plain)
+        def init(model: Any, *args: Any, **options: Any) -> None:
+            inside = get_current_vllm_config_or_none() is not None
+            (decorated if inside else plain)(model, *args, **options)
+
+        # vLLM's own models have an attribute of this name each.
+        cls.__init__, cls.do_not_compile = init, True
+
+    if not getattr(decorate, "_keeps_classes_plain", False):
+        decorate_for_vllm_alone._keeps_classes_plain = True  # type: ignore[attr-defined]
+        _replace(Base, "_decorate_cls_for_torch_compile", decorate_for_vllm_alone)
 
 
 def _replace(owner: Any, name: str, value: Callable[..., Any]) -> None:
@@ -224,7 +272,7 @@ def build_llm(
 
     Raises:
         SamplerError: vLLM is missing or of an unsupported version; several ranks and no process
-            group.
+            group; vLLM refuses the model or the options.
     """
     _check_ranks()
     with _process_state_kept(), warnings.catch_warnings():
@@ -245,16 +293,28 @@ def build_llm(
             options["hf_overrides"] = {"head_dtype": lm_head_dtype}
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             options["distributed_executor_backend"] = "external_launcher"
-        if is_cpu_build():
-            _adapt_cpu_build()
-            # vLLM collects garbage five times while it builds: 0.2 s each over what is loaded.
-            gc.freeze()
-            with _unbound_memory():
-                llm = vllm.LLM(enforce_eager=True, block_size=CPU_BLOCK_SIZE, **options)
-        else:
-            llm = vllm.LLM(enable_sleep_mode=can_release_kv(), **options)
+        try:
+            llm = _build(vllm, options)
+        except SamplerError:
+            raise
+        except Exception as error:  # of its own checks, of the model's code, of the machine
+            raise SamplerError(
+                f"vLLM cannot sample {model_path}: {one_line(error)}. sampler: transformers can, "
+                "where it is the model that vLLM refuses"
+            ) from error
         _check_features(llm)
         return vllm, llm
+
+
+def _build(vllm: ModuleType, options: dict[str, Any]) -> Any:
+    _keep_classes_plain()
+    if not is_cpu_build():
+        return vllm.LLM(enable_sleep_mode=can_release_kv(), **options)
+    _adapt_cpu_build()
+    # vLLM collects garbage five times while it builds: 0.2 s each over what is loaded.
+    gc.freeze()
+    with _unbound_memory():
+        return vllm.LLM(enforce_eager=True, block_size=CPU_BLOCK_SIZE, **options)
 
 
 def abort_requests(llm: Any) -> None:

@@ -147,7 +147,7 @@ def test_a_denominator_that_depends_on_the_split_is_caught(
 ):
     monkeypatch.setattr(step, "accumulate_gradients", fault)
     found = divergences(model, rollouts, {objective: OBJECTIVES[objective]}, **OPTIONS)
-    split = [d.relative for d in found if d.layout != "padded"]
+    split = [d.relative for d in found if d.layout != "alone"]
     # the mean of means of one sequence each is their mean
     harmless = fault is mean_of_means and objective != "dapo"
     assert min(split) > 1e-2 or (harmless and split[0] <= BOUND < split[1]), found
@@ -176,6 +176,7 @@ def test_check_passes_on_a_sound_config(folder):
         "fits",
         "probe",
         "composition",
+        "attention",
         "load",
         "sample",
         "score",
@@ -191,8 +192,9 @@ def test_what_fails_is_named_with_its_cure_and_exits_1(folder):
     result = command(folder, "--probe.tolerance", "1e-12")
     assert result.returncode == 1, result.stdout + result.stderr
     assert "FAIL  probe" in result.stdout
-    assert "Either publishing failed" in result.stdout
-    assert result.stdout.count("FAIL") == 1
+    assert "the sampler does not compute what the learner does" in result.stdout
+    assert "FAIL  attention" in result.stdout
+    assert result.stdout.count("FAIL") == 2
 
 
 def test_help_teaches_and_wrong_usage_exits_2(capsys):

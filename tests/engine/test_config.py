@@ -104,6 +104,10 @@ def test_the_tree_has_at_most_63_keys_each_with_a_text():
         ("loss: {gae_lambda: [1, length:0.1]}\n", r"gae_lambda = \[1, 'length:0\.1'\]: wanted 2 "),
         ("loss: {kl_target: -1}\n", r"kl_target = -1: wanted a number > 0, or algorithm or fixed"),
         ("rollout: {top_p: 0}\n", r"top_p = 0: wanted a number > 0 and <= 1"),
+        ("rollout: {temperature: 0.005}\n", r"temperature = 0\.005: wanted a number >= 0\.01 and"),
+        ("rollout: {temperature: 3}\n", r"temperature = 3: wanted a number >= 0\.01 and <= 2"),
+        ("rollout: {group_size: 20000}\n", r"group_size = 20000: wanted an integer >= 1 and <= 16"),
+        (f"seed: {10**29}\n", r"seed = 1000+: wanted an integer >= 0 and <= 9223372036854775807"),
         ("rollout: {top_k: -1}\n", r"top_k = -1: wanted an integer >= 0"),
         ("loss: {correction: mask}\n", r"wanted algorithm or none or truncate_token or "),
         (

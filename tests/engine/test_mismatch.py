@@ -14,12 +14,14 @@ from tests.engine.models import EOS_TOKEN_IDS, MAX_MODEL_LEN, connect, new_learn
 from tests.tolerance import CORRECTION_GRADIENT, LEARNER_COMPOSITION
 from warpo.engine import mismatch
 from warpo.engine.batch import Batch, Completion, Rollout, pack
-from warpo.engine.errors import ConfigError
+from warpo.engine.config import ROUNDING
+from warpo.engine.errors import ConfigError, WeightMismatch
 from warpo.engine.model import load_model, set_lm_head_dtype, token_logprobs
+from warpo.engine.probe import Probe, probe_weights
 from warpo.engine.sampler.base import Sampler
 from warpo.engine.sampler.transformers import TransformersSampler
 from warpo.engine.sampler.vllm import VllmSampler
-from warpo.engine.step import Probe, accumulate_gradients, probe_weights, score
+from warpo.engine.step import accumulate_gradients, score
 from warpo.kernels import ops
 from warpo.kernels.objectives import OBJECTIVES
 
@@ -268,6 +270,33 @@ def test_a_float32_head_computes_in_float32_on_both_sides_and_stores_no_float32(
     print(f"{kind}: mean |learner - sampler|, head in bfloat16 and float32: {means}")
     # 1e-6: the transformers sampler and the learner are the same code
     assert means["float32"] <= means["same"] + 1e-6
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_that_is_sure_passes_and_a_tensor_off_by_a_hundredth_does_not(
+    build: Callable[[str, str], Sampler],
+    build_bfloat16: Callable[[str, str], Sampler],
+    model_path: Callable[[str], str],
+    kind: str,
+    dtype: str,
+) -> None:
+    """In bfloat16 the probe cannot tell a hundredth from rounding: the fingerprints can."""
+    sampler = build(kind, "qwen2") if dtype == "float32" else build_bfloat16(kind, "same")
+    folder = model_path("qwen2") if dtype == "float32" else build_bfloat16.folder  # type: ignore[attr-defined]
+    learner = load_model(folder, dtype, CPU)
+    with torch.no_grad():
+        learner.get_parameter("model.norm.weight").mul_(16.0)
+    resync = connect(sampler, learner, "copy")
+    sequences = token_ids(16, 20, 150)
+    probe = probe_weights(learner, sampler, sequences, ROUNDING[dtype])
+    assert probe.learner.min() < -50
+    if (kind, dtype) == ("vllm", "bfloat16"):
+        assert (probe.learner - probe.sampler).abs().max() > 1e-2, "not sure enough to be refused"
+    name = "model.layers.0.mlp.down_proj.weight"
+    with torch.no_grad():
+        sampler.module.get_parameter(name).mul_(1.01)
+    with pytest.raises(WeightMismatch, match=rf"published: {name} \(1 of"):
+        resync.verify()
 
 
 def test_a_head_that_is_no_linear_layer_is_refused(learner: nn.Module) -> None:

@@ -6,6 +6,7 @@ import ctypes
 import importlib.util
 import math
 import mmap
+import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from warpo.engine.batch import Completion
 from warpo.engine.errors import SamplerError
 from warpo.engine.sampler import vllm_internals
 from warpo.engine.sampler.base import Interrupted, Sampler, SamplingOptions
+from warpo.engine.sampler.vllm import VllmSampler
 
 PROMPTS = [[7, 8, 9], [10, 11, 12, 13, 14, 15, 16], [20], [30, 31, 32, 33]]
 
@@ -78,6 +80,26 @@ def test_logprobs_are_those_at_the_sampling_temperature(
             torch.testing.assert_close(
                 torch.tensor(completion.logprobs), reference, atol=LOGPROB_ATOL, rtol=0
             )
+
+
+def test_a_step_of_more_prompt_tokens_than_vllm_takes_together(sampler: Sampler) -> None:
+    """5120 of them: vLLM takes 4096 on a CPU, and would cut a prompt in two."""
+    rng, learner = random.Random(0), new_learner("qwen2")
+    prompts = [[rng.randrange(2, 60) for _ in range(160)] for _ in range(32)]
+    for prompt, scores in zip(prompts, sampler.score(prompts), strict=True):
+        torch.testing.assert_close(
+            torch.tensor(scores), logprobs_of(learner, prompt), atol=LOGPROB_ATOL, rtol=0
+        )
+    groups = sampler.generate(prompts, options(group_size=2, max_new_tokens=4))
+    for prompt, group in zip(prompts, groups, strict=True):
+        for completion in group:
+            reference = logprobs_of(learner, prompt + completion.token_ids, len(prompt))
+            torch.testing.assert_close(
+                torch.tensor(completion.logprobs), reference, atol=LOGPROB_ATOL, rtol=0
+            )
+    # Seeds decide alone: the same prompts draw the same tokens in a smaller step.
+    few = sampler.generate(prompts[:2], options(group_size=2, max_new_tokens=4))
+    assert tokens(few) == tokens(groups[:2])
 
 
 def truncated_logprobs(
@@ -246,8 +268,8 @@ def test_no_prompts_give_no_completions(sampler: Sampler) -> None:
         ([[7] * 170], {}, "170 tokens: with max_new_tokens = 24 it exceeds max_model_len = 192"),
         ([[7]], {"group_size": 0}, "group_size must be at least 1, got 0"),
         ([[7]], {"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
-        ([[7]], {"temperature": -1.0}, "temperature must be 0 .greedy. or at least 0.01, got -1.0"),
-        ([[7]], {"temperature": 0.001}, "at least 0.01, got 0.001"),
+        ([[7]], {"temperature": -1.0}, "temperature must be 0 .greedy. or 0.01 to 2.0, got -1.0"),
+        ([[7]], {"temperature": 0.001}, "0.01 to 2.0, got 0.001"),
         ([[7]], {"temperature": float("nan")}, "got nan"),
         ([[7]], {"top_k": -1}, r"top_k must be 0 .off. or at least 1, got -1"),
         ([[7]], {"top_p": 0.0}, r"top_p must be above 0 and at most 1 .off., got 0.0"),
@@ -373,6 +395,15 @@ def test_a_vllm_without_a_feature_is_refused(
     monkeypatch.delattr(type(llm), "release_kv_cache_memory")
     with pytest.raises(SamplerError, match="this vLLM has no LLM.release_kv_cache_memory"):
         vllm_internals._check_features(llm)
+
+
+def test_what_vllm_refuses_to_build_is_said_in_one_line(model_path: Callable[[str], str]) -> None:
+    options = dict(dtype="float32", kv_cache_gib=1 / 32, eos_token_ids=EOS_TOKEN_IDS)
+    with pytest.raises(
+        SamplerError, match=r"vLLM cannot sample \S+qwen2: .*max_model_len"
+    ) as found:
+        VllmSampler(model_path("qwen2"), max_model_len=512, **options)
+    assert "\n" not in str(found.value)
 
 
 def test_a_missing_vllm_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

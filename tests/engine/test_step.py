@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.engine.models import connect, new_learner, random_completion
+from tests.engine.models import new_learner, random_completion
 from warpo.engine.batch import Rollout, pack, split_by_tokens
-from warpo.engine.errors import TrainingError, WeightMismatch
+from warpo.engine.errors import TrainingError
 from warpo.engine.model import load_model, token_logprobs
 from warpo.engine.optimizer import AdamW
 from warpo.engine.step import (
@@ -17,7 +17,6 @@ from warpo.engine.step import (
     apply_gradients,
     denominator,
     make_minibatches,
-    probe_weights,
     with_scores,
 )
 from warpo.kernels.objectives import OBJECTIVES
@@ -150,20 +149,6 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(learner):
         apply_gradients(optimizer, 1.0)
     for a, b in zip(before, learner.parameters(), strict=True):
         assert torch.equal(a, b) and b.grad is None
-
-
-def test_the_probe_passes_equal_weights_and_names_unequal_ones(build, kind, learner):
-    sampler = build(kind, "qwen2")
-    sequences = [r.prompt_ids + r.completion.token_ids for r in rollouts(3)]
-    probe = probe_weights(learner, sampler, sequences, 1e-3)
-    torch.testing.assert_close(probe.learner, probe.sampler, atol=1e-4, rtol=0)
-    with torch.no_grad():
-        learner.get_input_embeddings().weight[7:].mul_(1.2)
-    with pytest.raises(WeightMismatch, match="the sampler's weights are not the learner's"):
-        probe_weights(learner, sampler, sequences, 1e-3)
-    connect(sampler, learner)
-    probe = probe_weights(learner, sampler, sequences, 1e-3)
-    torch.testing.assert_close(probe.learner, probe.sampler, atol=1e-4, rtol=0)
 
 
 def test_new_learner_is_the_model_on_disk(model_path, learner):

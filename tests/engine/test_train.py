@@ -14,6 +14,7 @@ import transformers
 from tests.engine.runs import rows, train
 from warpo.engine.config import load_config
 from warpo.engine.errors import RewardError
+from warpo.engine.sampler.transformers import TransformersSampler
 from warpo.engine.train import run
 
 
@@ -76,6 +77,38 @@ def test_one_optimizer_step_leaves_no_staleness_and_truncation_is_measured(folde
     assert abs(row["kl/approx"]) < 1e-6
 
 
+def test_a_correction_takes_the_learners_logprobs_and_none_is_said_once(folder, capsys):
+    overrides = ("--sampler", "transformers", "--steps", "2", "--evaluation.every_steps", "0")
+    said = "does not correct for the sampler, since loss.correction is none"
+    table = train(folder, *overrides, "--loss.correction", "mask_token", "--output_dir", "out")
+    assert [row["old_logprobs/recomputed"] for row in table] == [1, 1]
+    assert said not in capsys.readouterr().out
+    run(
+        load_config(
+            folder / "config.yaml", [*overrides, "--rollout.top_k", "5", "--output_dir", "cut"]
+        )
+    )
+    assert capsys.readouterr().out.count(said) == 1
+
+
+def test_one_rollout_that_differs_decides_for_all(folder, monkeypatch):
+    """A completion that the probe does not look at, of the last group."""
+    generate = TransformersSampler.generate
+
+    def with_a_wrong_logprob(self, prompts, options, *args):
+        groups = generate(self, prompts, options, *args)
+        for i, completion in enumerate(groups[-1]):
+            if options.group_size > 1 and i == 2:
+                completion.logprobs[0] -= 0.01
+        return groups
+
+    overrides = ("--sampler", "transformers", "--steps", "1", "--evaluation.every_steps", "0")
+    monkeypatch.setattr(TransformersSampler, "generate", with_a_wrong_logprob)
+    (row,) = train(folder, *overrides, "--probe.num_sequences", "3")
+    assert row["old_logprobs/recomputed"] == 1
+    assert row["mismatch/sampling_max"] == pytest.approx(0.01, abs=1e-4)
+
+
 def test_the_saving_is_the_tokens_that_the_extra_forward_pass_would_read(folder):
     """Without a probe nothing shows that the sampler's logprobs could serve."""
     overrides = ("--sampler", "transformers", "--steps", "1", "--evaluation.every_steps", "0")
@@ -98,7 +131,7 @@ def test_the_saving_is_the_tokens_that_the_extra_forward_pass_would_read(folder)
 def test_a_bfloat16_run_with_a_float32_head_resumes_with_its_reference(folder):
     overrides = [
         *("--sampler", "vllm", "--dtype", "bfloat16", "--lm_head_dtype", "float32"),
-        *("--probe.tolerance", "0.2", "--evaluation.every_steps", "0"),
+        *("--evaluation.every_steps", "0"),
     ]
     train(folder, *overrides, "--steps", "1")
     table = train(folder, *overrides, "--steps", "2", "--resume")
@@ -112,7 +145,7 @@ def test_a_bfloat16_run_with_a_float32_head_resumes_with_its_reference(folder):
 
 def test_a_bfloat16_run_shares_its_weights_and_tells_what_rounding_loses(folder):
     """The float32 master weights are the optimizer's; learner and sampler are one memory."""
-    overrides = ["--dtype", "bfloat16", "--probe.tolerance", "0.2", "--update.lr", "1e-4"]
+    overrides = ["--dtype", "bfloat16", "--update.lr", "1e-4"]
     for state in ("device", "host"):
         out = ["--output_dir", state, "--update.optimizer_state", state, "--resync", "alias"]
         run(load_config(folder / "config.yaml", ["--sampler", "vllm", *overrides, *out]))

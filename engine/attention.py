@@ -1,0 +1,179 @@
+"""Attention within each sequence of a packed row, in place of a model's own attention.
+
+transformers lets a model's attention and its masks be replaced by name. The mask stays the model's
+own function of two places (causal, sliding window, chunks); here it is evaluated on the places of a
+sequence instead of on those of the row. Soft caps and attention sinks follow the eager formula:
+
+    s = scaling q k^T,   s <- c tanh(s / c) where there is a cap c
+    out = softmax([s, sink])[:-1] v     where a head has a sink, a logit beside those of the keys
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import causal_mask_function
+
+ATTENTION = "warpo_packed"
+
+# What models hand through to their attention and no attention computes with.
+_IGNORED = {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "return_dict"}
+
+
+class UnsupportedAttention(ValueError):
+    """The model asks of its attention what the packed one does not compute."""
+
+
+class Mask:
+    """A model's mask of one kind of layers, for sequences of any length.
+
+    Args:
+        function: (batch, head, query place, key place) -> whether it is seen.
+        local_size: window or chunk; shorter sequences are causal. None: not known.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], local_size: int | None) -> None:
+        self._function, self._local_size = function, local_size
+        self._causal = function is causal_mask_function
+        self._made: Tensor | None = None
+
+    def of(self, length: int, device: torch.device) -> Tensor | None:
+        """(length, length) bool; None where it is causal and nothing else."""
+        if self._causal or (self._local_size is not None and length <= self._local_size):
+            return None
+        if self._made is None or len(self._made) != length:
+            places = torch.arange(length, device=device)
+            zero = torch.zeros(1, dtype=torch.int64, device=device)
+            self._made = self._function(zero, zero, places[:, None], places[None, :])
+        return self._made
+
+
+def _make_mask(
+    *,
+    mask_function: Callable[..., Tensor],
+    local_size: int | None = None,
+    use_vmap: bool = False,
+    **_: object,
+) -> Mask:
+    """A mask of transformers' interface of masks; sizes and padding are those of the row."""
+    if use_vmap:
+        raise UnsupportedAttention("a mask of its own beside the causal one")
+    return Mask(mask_function, local_size)
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Mask,
+    *,
+    slots: Tensor | None = None,
+    places: Tensor | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Attention of a packed row; the interface of transformers' attentions.
+
+    The row is cut into a padded batch of whole sequences for this product alone, so that its cost
+    is B x T^2 and not N^2. Padding follows the tokens, where the causal mask hides it. With a soft
+    cap or sinks the B x heads x T^2 scores are held.
+
+    Args:
+        query: (1, heads, N, D).  key: (1, kv heads, N, D).  value: (1, kv heads, N, D').
+        attention_mask: the model's own, as `_make_mask` made it; a window is part of it.
+        slots, places: as in `Batch`.
+        softcap: c.  s_aux: (heads,), the sinks.
+
+    Returns:
+        (1, N, heads, D'), and None in place of attention weights.
+
+    Raises:
+        UnsupportedAttention: the model asks for anything else.
+    """
+    if slots is None or places is None:
+        raise UnsupportedAttention("no keywords of its caller (slots, places)")
+    if not isinstance(attention_mask, Mask):
+        raise UnsupportedAttention("a mask of its own in place of transformers' causal ones")
+    if is_causal is False or not getattr(module, "is_causal", True):
+        raise UnsupportedAttention("attention to later tokens (is_causal is False)")
+    for name, option in others.items():
+        if name not in _IGNORED and option is not None and option is not False:
+            raise UnsupportedAttention(f"{name} = {_text(option)} in its attention")
+    length, heads = slots.shape[1], query.shape[1]
+    mask = attention_mask.of(length, query.device)
+
+    def unpack(x: Tensor) -> Tensor:
+        rows = _take(x[0].transpose(0, 1).flatten(1), slots.flatten())
+        return rows.view(*slots.shape, x.shape[1], x.shape[3]).transpose(1, 2)
+
+    if softcap is None and s_aux is None:
+        out = F.scaled_dot_product_attention(
+            unpack(query),
+            unpack(key),
+            unpack(value),
+            attn_mask=mask,
+            is_causal=mask is None,
+            dropout_p=dropout,
+            scale=scaling,
+            enable_gqa=heads != key.shape[1],
+        )
+    else:
+        out = _by_formula(
+            unpack(query), unpack(key), unpack(value), mask, scaling, dropout, softcap, s_aux
+        )
+    rows = _take(out.transpose(1, 2).flatten(2).flatten(0, 1), places)
+    return rows.view(1, -1, heads, value.shape[3]), None
+
+
+def _by_formula(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """(B, heads, T, D'): the formula at the top, the softmax in float32."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is None:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    scores = scores.masked_fill(~mask, float("-inf"))
+    if sinks is not None:
+        column = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, column], dim=-1)
+    weights = scores.softmax(-1, dtype=torch.float32)[..., : key.shape[2]].to(value.dtype)
+    return F.dropout(weights, dropout) @ value
+
+
+def _take(rows: Tensor, index: Tensor) -> Tensor:
+    """rows[index], with a gradient that is the same in every run.
+
+    A shared prompt is taken several times, so its gradient is a sum: on a GPU the backward of
+    index_select adds with atomics, in any order, and that of an index sorts first.
+    """
+    return rows[index] if rows.is_cuda else rows.index_select(0, index)
+
+
+def _text(option: object) -> str:
+    return f"a tensor of {tuple(option.shape)}" if isinstance(option, Tensor) else str(option)[:60]
+
+
+AttentionInterface.register(ATTENTION, packed_attention)
+AttentionMaskInterface.register(ATTENTION, _make_mask)
