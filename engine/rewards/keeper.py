@@ -44,6 +44,8 @@ def main(settings: dict[str, Any]) -> NoReturn:
     """Start the worker and stay until it, or the engine, has ended."""
     signals = {signal.SIGTERM, signal.SIGCHLD}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    # Where the engine ignores it, and the keeper would by inheritance, ends leave no status.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     # A function may have stopped the keeper.
     _prctl(_PR_SET_PDEATHSIG, signal.SIGCONT)
@@ -157,6 +159,8 @@ def _serve(channel: socket.socket, opener: str, arguments: list[Any]) -> NoRetur
             os.write(2, b"a process that a reward function forked returned and was ended\n")
             os._exit(0)
         _send(channel, number, body)
+        if answer is None:
+            os._exit(0)
 
 
 def _receive(channel: socket.socket) -> tuple[int, Any]:

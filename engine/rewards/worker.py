@@ -96,7 +96,11 @@ class Worker:
         """
         self.launch()
         if not self._opened:
-            await self._answer(START_DEADLINE_S)
+            try:
+                await self._answer(START_DEADLINE_S)
+            except RewardError:
+                self.close()
+                raise
             self._opened = True
 
     async def ask(self, request: Any, deadline_s: float) -> Any:

@@ -275,6 +275,14 @@ def test_what_math_could_not_judge_is_noted(open_sources, sampled, folder):
     assert note.startswith("reward math: completion 0 scores 0, its worker was killed after 1 s")
 
 
+PICKY = """
+def short(completions):
+    if any(int(word[1:]) % 4 for text in completions for word in text.split()[:1]):
+        raise ValueError("not divisible by 4")
+    return [1.0] * len(completions)
+"""
+
+
 class Scores(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -298,7 +306,11 @@ def test_a_run_logs_the_mean_of_each_source_and_no_password(folder, reward_model
         place = f"127.0.0.1:{server.server_port}"
         servers = [f"http://me:hunter-2@{place}/{path}?key=letmein-7" for path in "ab"]
         sources = ["token_rewards:low", "0.1 * model:rm", "math", "2 * overlong:4", *servers]
-        rows = train(folder, "--sampler", "transformers", "--reward.sources", *sources)
+        (folder / "picky.py").write_text(PICKY)
+        rows = train(
+            folder, "--sampler", "transformers", "--reward.on_error", "zero",
+            "--reward.sources", "0 * picky:short", *sources,
+        )  # fmt: skip
         server.shutdown()
     for row in rows[1:]:
         names = {name: row[f"reward/{name}"] for name in (
@@ -309,9 +321,14 @@ def test_a_run_logs_the_mean_of_each_source_and_no_password(folder, reward_model
             names["token_rewards:low"] + 0.1 * names["model"] + names["math"]
             + 2 * names["overlong"] + 4.0
         )  # fmt: skip
-        assert (row["reward/failed"], row["reward/retries"]) == (0.0, 0.0)
+        if "eval/accuracy" not in row:
+            assert row["reward/failed"] > 0
+            assert row["reward/failed"] == pytest.approx(12 * (1 - row["reward/picky:short"]))
+        assert row["reward/retries"] == 0.0
     written = [path.read_bytes() for path in (folder / "out").rglob("*") if path.is_file()]
     shown = "".join(capfd.readouterr())
+    assert "12 completions score 0; the first of them, completion " in shown
+    assert "picky:short raised ValueError: not divisible by 4" in shown
     for secret in ("hunter-2", "letmein-7"):
         assert secret not in shown
         assert not any(secret.encode() in file for file in written)
