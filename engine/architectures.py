@@ -1,10 +1,13 @@
 """Whether the learner computes a model's own function, decided before any weight is read.
 
-Sequences of a step are packed into one row, which is exact for models of a certain kind. What has
-to hold is found in the model's config, its class and one forward pass of its shapes:
+Sequences of a step are packed into one row, which is exact for models of a certain kind. Models
+with layers of state or convolution get a row for each sequence and their own
+eager attention instead. What has to hold is found in the model's config, its class and one forward
+pass of its shapes:
 
-    attention    every layer mixes tokens by transformers' replaceable attention and masks, asks it
-                 for nothing that packed attention does not compute, and does so nowhere else
+    attention    in a packed row every layer mixes tokens by transformers' replaceable attention and
+                 masks, asks it for nothing that packed attention does not compute, and does so
+                 nowhere else
     rope         rotary angles of a token do not depend on what else is in the row
     positions    are given for each token, and a table of them is as long as a sequence
     vocabulary   token ids are below its size
@@ -18,11 +21,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -39,13 +44,27 @@ from warpo.engine.attention import ATTENTION, UnsupportedAttention, packed_atten
 from warpo.engine.batch import pack
 from warpo.engine.config import Config
 from warpo.engine.errors import ConfigError, DataError
-from warpo.engine.model import packed_inputs
+from warpo.engine.model import attention_of, forward, is_packed, other_layers
 from warpo.engine.model_files import read_config
 from warpo.engine.resolve import resolve
 from warpo.engine.rewards.sources import parse_sources
+from warpo.engine.scalar import token_scores
 from warpo.engine.step import as_rollout
 
-ATTENTION_LAYERS = {"attention", "full_attention", "sliding_attention", "chunked_attention"}
+# Kinds of layers, as `layer_types` of a config has them, that are exact where each sequence has a
+# row and padding follows it: causal in their order, and the same for each token otherwise.
+ROW_LAYERS = {
+    "state",
+    "linear_attention",
+    "mamba",
+    "recurrent",
+    "conv",
+    "hybrid",
+    "hybrid_sliding",
+    "moe",
+    "mlp",
+    "dense",
+}
 
 
 def check_run(config: Config) -> None:
@@ -103,12 +122,12 @@ def refusal(config: PretrainedConfig, longest: int, *, cure: str = "", scalar: b
             f"transformers has no {'sequence classifier' if scalar else 'causal language model'} "
             f"of the type {kind}: take a model of another type"
         )
-    reason = _of_config(config) or _of_layers(classes[type(config)], config)
+    reason = _of_config(config) or _of_class(classes[type(config)], config)
     reason = reason or _of_rope(config, longest, cure)
     if reason:
         return reason
     try:
-        model = shape_model(config, torch.device("meta"), scalar=scalar)
+        model = _model_alone(config, scalar=scalar)
         return _of_positions(model, longest, cure) or _of_forward(model, scalar)
     except UnsupportedAttention as error:
         return f"{kind} asks for {error}, which the learner's attention does not compute"
@@ -134,16 +153,14 @@ def _of_config(config: PretrainedConfig) -> str:
     return ""
 
 
-def _of_layers(cls: type[PreTrainedModel], config: PretrainedConfig) -> str:
-    layers = getattr(config.get_text_config(), "layer_types", None) or ()
-    others = sorted({str(layer) for layer in layers} - ATTENTION_LAYERS)
-    if others or (cls._is_stateful and not layers):
+def _of_class(cls: type[PreTrainedModel], config: PretrainedConfig) -> str:
+    unknown = sorted({*other_layers(config, cls)} - ROW_LAYERS)
+    if unknown:
         return (
-            f"{config.model_type} has layers that are no plain attention "
-            f"({', '.join(others) or 'a state'}), which would carry what they know from one "
-            "sequence of a packed row to the next: take a model of attention layers alone"
+            f"layers of {config.model_type} choose what they attend to ({', '.join(unknown)}), "
+            "which packed or padded rows do not leave as it is: take a model of another type"
         )
-    if not cls._supports_attention_backend:
+    if not cls._supports_attention_backend and not other_layers(config, cls):
         return (
             f"the attention or the positions of {config.model_type} cannot be replaced "
             "(transformers: _supports_attention_backend is False), as packed rows need it: take a "
@@ -157,7 +174,7 @@ def _of_rope(config: PretrainedConfig, longest: int, cure: str) -> str:
     for rope in rope_parameters(config):
         kind = str(rope.get("rope_type", "default"))
         text = config.get_text_config()
-        limit = text.max_position_embeddings
+        limit = getattr(text, "max_position_embeddings", longest)
         if kind == "longrope":
             limit = rope.get("original_max_position_embeddings") or limit
         elif kind != "dynamic":
@@ -182,7 +199,7 @@ def rope_parameters(config: PretrainedConfig) -> list[dict[str, Any]]:
 
 
 def _of_positions(model: PreTrainedModel, longest: int, cure: str) -> str:
-    limit = model.config.get_text_config().max_position_embeddings
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", longest)
     tables = [
         name
         for name, module in model.named_modules()
@@ -197,9 +214,13 @@ def _of_positions(model: PreTrainedModel, longest: int, cure: str) -> str:
 
 
 def _of_forward(model: PreTrainedModel, scalar: bool) -> str:
-    """Every layer that runs has to call the attention."""
+    """Every layer that runs has to call the attention, where rows are packed."""
     kind = model.config.model_type
     ran, calls = _run(model, scalar=scalar)
+    if scalar and not isinstance(getattr(model, "score", None), nn.Linear):
+        return f"the sequence classifier of {kind} has no linear head: take a model of another type"
+    if not is_packed(model):
+        return ""
     attended = {call.module for call in calls}
     groups = [
         modules
@@ -217,8 +238,6 @@ def _of_forward(model: PreTrainedModel, scalar: bool) -> str:
             f"layers of {kind} ({type(plain[0]).__name__ if plain else 'all'}) mix tokens by other "
             "means than the attention that can be replaced: take a model of another type"
         )
-    if scalar and not isinstance(getattr(model, "score", None), nn.Linear):
-        return f"the sequence classifier of {kind} has no linear head: take a model of another type"
     return ""
 
 
@@ -235,7 +254,7 @@ class _Call:
 
 def cache_width(config: PretrainedConfig) -> int:
     """Numbers that a token leaves in the caches of keys and values of all layers."""
-    _, calls = _run(shape_model(config, torch.device("meta")))
+    _, calls = _run(_model_alone(config))
     return sum(call.width for call in calls)
 
 
@@ -243,7 +262,7 @@ def plain_attention(config: PretrainedConfig) -> Literal["eager", "sdpa"]:
     """The attention of transformers that computes all that the model asks for: its sdpa drops soft
     caps and sinks.
     """
-    _, calls = _run(shape_model(config, torch.device("meta")))
+    _, calls = _run(_model_alone(config))
     return "eager" if any(call.by_formula for call in calls) else "sdpa"
 
 
@@ -263,20 +282,31 @@ def _run(model: PreTrainedModel, *, scalar: bool = False) -> tuple[set[nn.Module
         calls.append(_Call(module, width, by_formula))
         return packed_attention(module, query, key, value, *args, **options)
 
-    batch = pack([as_rollout([1, 2, 3, 4], 2), as_rollout([1, 2, 5], 2)]).to("meta")
+    batch = pack([as_rollout([1, 2, 3, 4], 2), as_rollout([1, 2, 5], 2)])
+    parameter = next(model.parameters())
+    fake = parameter.fake_mode if isinstance(parameter, FakeTensor) else nullcontext()
     handles = [module.register_forward_pre_hook(run) for module in model.modules()]
     AttentionInterface.register(ATTENTION, attend)
     try:
-        with shapes_only(), torch.no_grad():
+        with fake, shapes_only(packed=is_packed(model)), torch.no_grad():
+            batch = batch.to(parameter.device)
             if scalar:
-                model.base_model(**packed_inputs(batch))
+                token_scores(model, batch, batch.predictors)
             else:
-                model(**packed_inputs(batch), logits_to_keep=batch.predictors)
+                forward(model, batch)
     finally:
         AttentionInterface.register(ATTENTION, packed_attention)
         for handle in handles:
             handle.remove()
     return ran, calls
+
+
+def _model_alone(config: PretrainedConfig, *, scalar: bool = False) -> PreTrainedModel:
+    """On the device meta, which is fast; fake where a model's own masks look for their values."""
+    if attention_of(config, _classes(scalar)) == ATTENTION:
+        return shape_model(config, torch.device("meta"), scalar=scalar)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return shape_model(config, torch.device("cpu"), scalar=scalar)
 
 
 def shape_model(
@@ -291,8 +321,9 @@ def shape_model(
     auto: Any = AutoModelForCausalLM
     if scalar:
         auto, config.num_labels = AutoModelForSequenceClassification, 1
+    attention = attention_of(config, _classes(scalar))
     with device, no_init_weights():
-        model = auto.from_config(config, dtype=dtype, attn_implementation=ATTENTION).eval()
+        model = auto.from_config(config, dtype=dtype, attn_implementation=attention).eval()
     model.tie_weights()
     for module in model.modules():
         # It would look at the largest position, which has no value here; `refusal` has seen to it.
@@ -306,9 +337,13 @@ def shape_model(
 class shapes_only(TorchDispatchMode):  # noqa: N801  # a context, as torch.no_grad is
     """Run a model of `shape_model`: what torch has no shapes for gets them here.
 
-    Raises:
-        UnsupportedAttention: of a convolution over tokens.
+    Args:
+        packed: refuse a convolution, which would reach from one sequence into the next.
     """
+
+    def __init__(self, *, packed: bool = False) -> None:
+        super().__init__()
+        self._packed = packed
 
     def __torch_dispatch__(
         self,
@@ -317,7 +352,8 @@ class shapes_only(TorchDispatchMode):  # noqa: N801  # a context, as torch.no_gr
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if func is torch.ops.aten.convolution.default and max(args[1].shape[2:]) > 1:
+        convolution = func is torch.ops.aten.convolution.default
+        if self._packed and convolution and max(args[1].shape[2:]) > 1:
             raise UnsupportedAttention("a convolution over tokens beside its attention")
         if func is torch.ops.aten._grouped_mm.default:
             # Experts: torch knows the shapes of bfloat16 alone. Rows of a, or of each group.

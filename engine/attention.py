@@ -56,11 +56,15 @@ class Mask:
 def _make_mask(
     *,
     mask_function: Callable[..., Tensor],
+    attention_mask: Tensor | None,
     local_size: int | None = None,
     use_vmap: bool = False,
     **_: object,
 ) -> Mask:
-    """A mask of transformers' interface of masks; sizes and padding are those of the row."""
+    """A mask of transformers' interface of masks; sizes are those of the row."""
+    if attention_mask is None:
+        # the function would keep the row's sequences apart, by its own places
+        raise UnsupportedAttention("a packed row without attention_mask, see model.inputs_of")
     if use_vmap:
         raise UnsupportedAttention("a mask of its own beside the causal one")
     return Mask(mask_function, local_size)

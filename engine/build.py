@@ -128,7 +128,8 @@ def build(config: Config) -> Parts:
     tokenizer = load_tokenizer(config.model)
     prompts = load_prompts(config.data.train, tokenizer, config.max_prompt_tokens)
     prompts, eval_prompts = _held_out(config, tokenizer, prompts)
-    check_tokens(config.model, (p.token_ids for p in [*prompts, *eval_prompts]), config.data.train)
+    for part, source in ((prompts, config.data.train), (eval_prompts, config.data.eval)):
+        check_tokens(config.model, (prompt.token_ids for prompt in part), str(source))
     examples: list[Example] = []
     if config.pretraining.data:
         examples = load_examples(

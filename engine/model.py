@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -17,8 +19,11 @@ from warpo.engine.batch import Batch
 from warpo.engine.errors import ConfigError
 from warpo.engine.linear import Linear, linear
 from warpo.engine.model_files import load_tokenizer as load_tokenizer
-from warpo.engine.model_files import load_weights
+from warpo.engine.model_files import load_weights, read_config
 from warpo.kernels import ops
+
+# As `layer_types` of a config has them; the masks of the last two are the model's.
+ATTENTION_LAYERS = {"attention", "full_attention", "sliding_attention", "chunked_attention"}
 
 
 class Float32Head(nn.Linear):
@@ -52,11 +57,27 @@ def load_model(
     path: str, dtype: str, device: torch.device, lm_head_dtype: str = "same"
 ) -> PreTrainedModel:
     """The model of a Hugging Face directory, without dropout, reading packed sequences."""
-    model = load_weights(AutoModelForCausalLM, path, dtype=dtype, attn_implementation=ATTENTION)
+    attention = attention_of(read_config(path), MODEL_FOR_CAUSAL_LM_MAPPING)
+    model = load_weights(AutoModelForCausalLM, path, dtype=dtype, attn_implementation=attention)
     prepare(model)
     set_lm_head_dtype(model, lm_head_dtype)
     model.to(device)  # type: ignore[arg-type]  # its wrapper hides the signature of nn.Module.to
     return model
+
+
+def other_layers(config: PretrainedConfig, cls: type[PreTrainedModel]) -> list[str]:
+    """Kinds of layers of a model that are no plain attention: state, convolution, sparse."""
+    layers = getattr(config.get_text_config(), "layer_types", None) or ()
+    if not layers and cls._is_stateful:
+        return ["state"]
+    return sorted({str(layer) for layer in layers} - ATTENTION_LAYERS)
+
+
+def attention_of(config: PretrainedConfig, classes: Any) -> str:
+    """Packed attention; the model's own where some of its layers are of another kind: what those
+    know of a sequence would pass to the next one of the row, so each sequence gets a row.
+    """
+    return "eager" if other_layers(config, classes[type(config)]) else ATTENTION
 
 
 def prepare(model: PreTrainedModel) -> None:
@@ -94,7 +115,7 @@ def token_logprobs(model: nn.Module, batch: Batch, temperature: float) -> ops.Lo
 
     Logits are computed for the M tokens that predict completion tokens only.
     """
-    logits = _forward(model, batch).logits[0]
+    logits = forward(model, batch).logits[0]
     return ops.logprobs_and_entropy(logits, batch.targets, temperature=temperature)
 
 
@@ -104,18 +125,37 @@ def token_logprobs_and_values(
     """The same, and the values (M,) float32 that a head on the last hidden states gives to the
     states before those tokens.
     """
-    output = _forward(model, batch, output_hidden_states=True)
-    hidden = output.hidden_states[-1][0, batch.predictors]
+    output = forward(model, batch, output_hidden_states=True)
+    hidden = hidden_at(model, output.hidden_states[-1], batch, batch.predictors)
     logprobs = ops.logprobs_and_entropy(output.logits[0], batch.targets, temperature=temperature)
     return logprobs, value_head(hidden.float()).squeeze(-1)
 
 
-def _forward(model: nn.Module, batch: Batch, **options: Any) -> Any:
-    return model(**packed_inputs(batch), logits_to_keep=batch.predictors, **options)
+def forward(model: nn.Module, batch: Batch, **options: Any) -> Any:
+    """The model's output, with logits (1, M, V) of the tokens that predict completion tokens."""
+    if is_packed(model):
+        return model(**inputs_of(model, batch), logits_to_keep=batch.predictors, **options)
+    index = batch.places[batch.predictors]
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    handle = head.register_forward_pre_hook(lambda _, args: (args[0].flatten(0, 1)[index][None],))
+    try:
+        return model(**inputs_of(model, batch), **options)
+    finally:
+        handle.remove()
 
 
-def packed_inputs(batch: Batch) -> dict[str, Any]:
-    """What a model with packed attention reads of a micro-batch."""
+def is_packed(model: nn.Module) -> bool:
+    """Whether a micro-batch is one row of the model, or each sequence one of its own."""
+    return bool(model.config._attn_implementation == ATTENTION)  # type: ignore[union-attr]
+
+
+def inputs_of(model: nn.Module, batch: Batch) -> dict[str, Any]:
+    """What the model reads of a micro-batch.
+
+    Rows of their own are padded on the right, where no token of a causal model sees it.
+    """
+    if not is_packed(model):
+        return {"input_ids": batch.input_ids[0][batch.slots], "use_cache": False}
     return {
         "input_ids": batch.input_ids,
         "position_ids": batch.position_ids,
@@ -125,3 +165,8 @@ def packed_inputs(batch: Batch) -> dict[str, Any]:
         "places": batch.places,
         "use_cache": False,
     }
+
+
+def hidden_at(model: nn.Module, hidden: Tensor, batch: Batch, index: Tensor) -> Tensor:
+    """(K, H): hidden states of the model at K of the N tokens of a micro-batch."""
+    return hidden[0, index] if is_packed(model) else hidden.flatten(0, 1)[batch.places[index]]

@@ -14,13 +14,16 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
 from transformers.utils import logging as transformers_logging
 
-from warpo.engine.attention import ATTENTION
 from warpo.engine.batch import Batch
 from warpo.engine.errors import ConfigError
-from warpo.engine.model import packed_inputs, prepare
+from warpo.engine.model import attention_of, hidden_at, inputs_of, prepare
 from warpo.engine.model_files import load_weights, read_config
 
 
@@ -44,8 +47,8 @@ def load_scalar_model(path: str, dtype: str, device: torch.device) -> PreTrained
     try:
         model = load_weights(
             AutoModelForSequenceClassification, path, num_labels=1,
-            new=() if is_classifier else ("score.weight",),
-            dtype=dtype, attn_implementation=ATTENTION,
+            new=() if is_classifier else ("score.weight",), dtype=dtype,
+            attn_implementation=attention_of(config, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING),
         )  # fmt: skip
     finally:
         transformers_logging.set_verbosity(verbosity)
@@ -63,6 +66,7 @@ def token_scores(model: PreTrainedModel, batch: Batch, index: Tensor) -> Tensor:
         index: (K,) int64, places among the N tokens of the row; `batch.predictors` gives the value
             of the state before each completion token.
     """
-    hidden = model.base_model(**packed_inputs(batch)).last_hidden_state[0, index]
+    output = model.base_model(**inputs_of(model, batch))
+    hidden = hidden_at(model, output.last_hidden_state, batch, index)
     scores: Tensor = model.get_submodule("score")(hidden)
     return scores.float().squeeze(-1) + getattr(model.config, "reward_bias", 0.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -145,7 +145,10 @@ def build(config: OfflineConfig, log: RunLog, stop: Callable[[], bool]) -> Parts
         if config.data.eval:
             eval_examples = _load_examples(config, config.data.eval, tokenizer)
             eval_examples = eval_examples[: config.evaluation.max_examples]
-        _check(config, [*examples, *eval_examples], scalar=family.scalar)
+        parts = {config.data.train: examples}
+        if eval_examples:
+            parts[str(config.data.eval)] = eval_examples
+        _check(config, parts, scalar=family.scalar)
         load = load_scalar_model if family.scalar else load_model
         model = load(config.model, config.dtype, device)
     if family.scalar:
@@ -181,20 +184,18 @@ def _load_examples(
     )  # fmt: skip
 
 
-def _check(config: OfflineConfig, examples: Sequence[Example], *, scalar: bool) -> None:
-    """Refuse what the learner cannot compute before weights are read."""
-    sequences = [
-        [*example.prompt_ids, *completion]
-        for example in examples
-        for completion in example.completions
-    ]
-    check_tokens(config.model, sequences, config.data.train)
-    check_model(
-        config.model,
-        longest=max(map(len, sequences)),
-        cure=f"shorten the examples of {config.data.train}",
-        scalar=scalar,
-    )
+def _check(config: OfflineConfig, parts: Mapping[str, Sequence[Example]], *, scalar: bool) -> None:
+    """Refuse what the learner cannot compute before weights are read.
+
+    Args:
+        parts: the examples of each source.
+    """
+    for source, examples in parts.items():
+        sequences = [e.prompt_ids + ids for e in examples for ids in e.completions]
+        check_tokens(config.model, sequences, source)
+        longest = max(map(len, sequences))
+        cure = f"shorten the examples of {source}"
+        check_model(config.model, longest=longest, cure=cure, scalar=scalar)
 
 
 def _describe_scalar(

@@ -15,14 +15,14 @@ from pathlib import Path
 import torch
 import transformers
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
 
 from tests.engine.tiny_models import MODEL_TYPES, tiny_config, tiny_model
 from tests.engine.vllm_survey import RECORD
 from warpo.engine.architectures import refusal
 from warpo.engine.attention import ATTENTION
 from warpo.engine.batch import pack
-from warpo.engine.model import prepare, token_logprobs
+from warpo.engine.model import attention_of, prepare, token_logprobs
 from warpo.engine.step import as_rollout
 
 FILE = Path(__file__).parents[2] / "docs" / "architectures.md"
@@ -43,16 +43,20 @@ Made by `python -m tests.engine.architectures`; a test holds this file against i
 
 ## Trained
 
-**Packed**: logprobs and gradients of packed rows against those of the model's own eager attention,
-each sequence alone and unpadded, of a tiny random model in float32: both within {tolerance:g}, the
-gradient relative to its largest entry; where eager attention itself is as far from its values in
-float64, "right to rounding". "not compared": no tiny model came of the common recipe.
+**Rows**: packed: sequences travel in one row, without padding and each prompt once. one each:
+layers of state or convolution would carry what they know to the next sequence of a row, so each
+has one of its own, padded, and the model's own eager attention: more memory and time.
+**Against eager**: logprobs and gradients of these rows against those of the model's own eager
+attention, each sequence alone and unpadded, of a tiny random model in float32: both within
+{tolerance:g}, the gradient relative to its largest entry; where eager attention itself is as far
+from its values in float64, "right to rounding". "not compared": no tiny model came of the common
+recipe.
 **Reward model**: critics and reward models can be made of it. **vLLM**: alias: sampler and learner
 share one copy of the weights; copy: two, and why; seen on vLLM's CPU build with a model that took
 an update. "-": not tried.
 
-| type | packed | reward model | vLLM |
-|---|---|---|---|
+| type | rows | against eager | reward model | vLLM |
+|---|---|---|---|---|
 """
 REFUSED = """
 ## Refused
@@ -68,13 +72,15 @@ class Row:
 
     Attributes:
         reason: why it is refused; empty where it is not.
-        packed: what its packed rows are, as in the file.
+        rows: packed | one each.
+        equal: whether they are what eager attention gives, in the file's words.
         scalar: whether a critic can be made of it.
     """
 
     model_type: str
     reason: str
-    packed: str = ""
+    rows: str = ""
+    equal: str = ""
     scalar: bool = False
 
 
@@ -88,7 +94,7 @@ def sequences() -> list[tuple[list[int], int]]:
 def difference(model: PreTrainedModel) -> float:
     """Packed rows against eager attention, the larger of logprobs and gradient; see HEAD."""
     wanted = _alone(model)
-    model.set_attn_implementation(ATTENTION)
+    model.set_attn_implementation(attention_of(model.config, MODEL_FOR_CAUSAL_LM_MAPPING))
     batch = pack([as_rollout(ids, prompt) for ids, prompt in sequences()])
     logprobs = token_logprobs(model, batch, 1.0).logprobs
     found = logprobs.detach(), _gradient(model, logprobs)
@@ -98,7 +104,10 @@ def difference(model: PreTrainedModel) -> float:
 
 def rounding(model: PreTrainedModel) -> float:
     """The same of eager attention in float32 against float64."""
-    return _distance(_alone(model), _alone(copy.deepcopy(model).double()))
+    exact = copy.deepcopy(model).double()
+    if exact._can_set_experts_implementation():
+        exact.set_experts_implementation("eager")  # the others know no float64
+    return _distance(_alone(model), _alone(exact))
 
 
 def _alone(model: PreTrainedModel) -> tuple[Tensor, dict[str, Tensor]]:
@@ -133,8 +142,13 @@ def _gradient(model: PreTrainedModel, logprobs: Tensor) -> dict[str, Tensor]:
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-def find(model_type: str) -> Row:
-    """What the learner does with a tiny model of this type, or with its default config."""
+def find(model_type: str, known: Row | None = None) -> Row:
+    """What the learner does with a tiny model of this type, or with its default config.
+
+    Args:
+        known: where given, models with a row for each sequence, which are slow, are not compared
+            anew.
+    """
     try:
         config = tiny_config(model_type)
     except Exception:  # the recipe does not fit, see its docstring
@@ -146,7 +160,23 @@ def find(model_type: str) -> Row:
     if reason:
         return Row(model_type=model_type, reason=reason)
     scalar = not refusal(config, LONGEST, scalar=True)
-    return Row(model_type=model_type, reason="", packed=_compare(config), scalar=scalar)
+    attention = attention_of(config, MODEL_FOR_CAUSAL_LM_MAPPING)
+    rows = "packed" if attention == ATTENTION else "one each"
+    equal = known.equal if known and known.rows == rows == "one each" else _compare(config)
+    return Row(model_type=model_type, reason="", rows=rows, equal=equal, scalar=scalar)
+
+
+def read() -> dict[str, Row]:
+    """The rows of the file, but for reasons."""
+    found = {}
+    for line in FILE.read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == 5:
+            name, rows, equal, scalar, _ = cells
+            found[name] = Row(
+                model_type=name, reason="", rows=rows, equal=equal, scalar=scalar == "yes"
+            )
+    return found
 
 
 def _compare(config: PretrainedConfig) -> str:
@@ -177,7 +207,7 @@ def _lines(rows: list[Row]) -> Iterator[str]:
         if row.reason:
             continue
         scalar, vllm = "yes" if row.scalar else "no", surveyed.get(row.model_type, "-")
-        yield f"| {row.model_type} | {row.packed} | {scalar} | {vllm} |\n"
+        yield f"| {row.model_type} | {row.rows} | {row.equal} | {scalar} | {vllm} |\n"
     yield REFUSED
     for row in rows:
         if row.reason:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from warpo.engine.advantages import AdaptiveState, estimate
 from warpo.engine.algorithms import ALGORITHMS, Algorithm
 from warpo.engine.batch import Completion, Rollout, pack
-from warpo.engine.model import load_model
+from warpo.engine.model import inputs_of, load_model
 from warpo.engine.step import accumulate_gradients, score
 
 GROUPS, GROUP_SIZE = 3, 4
@@ -67,10 +67,7 @@ def policy_gradient(learner: nn.Module, made: list[Rollout], weights: list[Tenso
     learner.zero_grad()
     for rollout, weight in zip(made, weights, strict=True):
         batch = pack([rollout])
-        logits = learner(
-            input_ids=batch.input_ids, position_ids=batch.position_ids, slots=batch.slots,
-            places=batch.places,
-        ).logits[0, batch.predictors]  # fmt: skip
+        logits = learner(**inputs_of(learner, batch)).logits[0, batch.predictors]
         logp = logits.log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]
         (-weight * logp).sum().backward()
     return torch.cat([p.grad.flatten() for p in learner.parameters()])

@@ -94,6 +94,8 @@ SIZES = {
     "mamba_num_heads": 8,
     "mamba_head_dim": 32,
     "mamba_expand": 2,
+    "mamba_chunk_size": 8,
+    "chunk_size": 8,
     "state_size": 16,
     "num_heads": 8,
     "n_groups": 1,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -106,8 +107,9 @@ def in_process(model_type: str) -> str:
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
     )
     if result.returncode:
-        last = [line for line in result.stderr.splitlines() if line.strip()][-1]
-        return f"fails: {last.split('.')[-1][:160] if last.startswith('warpo') else last[:160]}"
+        errors = re.findall(r"^[\w.]*(?:Error|Mismatch|Exception): (.*)$", result.stderr, re.M)
+        text = re.sub(r"/\S*/tmp\w+ ", "", errors[-1] if errors else "no error is named")
+        return f"refused: {text[:160]}"
     return result.stdout.splitlines()[-1]
 
 
