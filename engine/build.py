@@ -122,6 +122,8 @@ def build(config: Config) -> Parts:
     torch.manual_seed(config.seed)
     check_limits(config, check_model(config.model), learner_device(config))
     check_free_memory(config, learner_device(config))
+    if resolve(config).has_critic and config.critic.model not in ("policy", "shared"):
+        check_model(config.critic.model)
     tokenizer = load_tokenizer(config.model)
     prompts = load_prompts(config.data.train, tokenizer, config.max_prompt_tokens)
     prompts, eval_prompts = _held_out(config, tokenizer, prompts)
