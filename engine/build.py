@@ -124,6 +124,8 @@ def build(config: Config) -> Parts:
     device = learner_device(config)
     check_limits(config, check_files(config.model), device)
     check_free_memory(config, device)
+    if resolve(config).has_critic and config.critic.model not in ("policy", "shared"):
+        check_files(config.critic.model)
     check_run(config)
     tokenizer = load_tokenizer(config.model)
     prompts = load_prompts(config.data.train, tokenizer, config.max_prompt_tokens)

@@ -312,8 +312,13 @@ class Config:
         return self.rollout.max_model_len - self.rollout.max_new_tokens
 
 
+def looks_like_a_path(model: str) -> bool:
+    """Whether a model is no name on the hub, which is org/model or model."""
+    return model.startswith(("/", ".", "~")) or model.count("/") > 1 or "\\" in model
+
+
 def _check_inputs(config: Config) -> None:
-    if config.model.startswith(("/", "./", "../", "~")) and not Path(config.model).is_dir():
+    if looks_like_a_path(config.model) and not Path(config.model).is_dir():
         raise ConfigError(f"model: there is no directory {config.model}")
     parse_sources(config.reward.sources)
     if config.evaluation.every_steps and not config.data.eval:

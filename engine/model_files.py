@@ -31,6 +31,7 @@ from transformers import (
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging as transformers_logging
 
+from warpo.engine.config import looks_like_a_path
 from warpo.engine.errors import ConfigError, one_line
 
 HUB_TIMEOUT_S = 10.0
@@ -143,8 +144,7 @@ def _is_on_hub(path: str) -> bool:
         return False
     if folder.exists():
         raise ConfigError(f"{path} is a file: give the directory of the model that it belongs to")
-    looks_like_a_path = path.startswith(("/", ".", "~")) or path.count("/") > 1 or "\\" in path
-    if looks_like_a_path:
+    if looks_like_a_path(path):
         raise ConfigError(f"there is no directory {path}")
     _ask_hub(path)
     return True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ def probe_weights(
     sampler: Sampler,
     sequences: Sequence[Sequence[int]],
     tolerance: float,
-    decode: Callable[[list[int]], str] | None = None,
+    decode: Callable[[list[int]], Any] | None = None,
 ) -> Probe:
     """Let both score the same sequences.
 
@@ -97,7 +97,7 @@ def _describe(
     sequences: Sequence[Sequence[int]],
     tolerance: float,
     sampler: Sampler,
-    decode: Callable[[list[int]], str] | None,
+    decode: Callable[[list[int]], Any] | None,
 ) -> str:
     worst = int(errors.argmax())
     number, position = _place(worst, sequences)

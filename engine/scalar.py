@@ -53,7 +53,7 @@ def load_scalar_model(path: str, dtype: str, device: torch.device) -> PreTrained
     finally:
         transformers_logging.set_verbosity(verbosity)
     if not is_classifier:
-        nn.init.zeros_(model.score.weight)
+        nn.init.zeros_(model.get_parameter("score.weight"))
     prepare(model)
     model.to(device)  # type: ignore[arg-type]  # its wrapper hides the signature of nn.Module.to
     return model

@@ -23,6 +23,7 @@ from warpo.engine.config import (
     Positive,
     Seed,
     Text,
+    looks_like_a_path,
 )
 from warpo.engine.errors import ConfigError
 from warpo.kernels.preferences import PREFERENCES, Preference
@@ -159,7 +160,7 @@ class OfflineConfig:
 
 
 def _check_inputs(config: OfflineConfig) -> None:
-    if config.model.startswith(("/", "./", "../", "~")) and not Path(config.model).is_dir():
+    if looks_like_a_path(config.model) and not Path(config.model).is_dir():
         raise ConfigError(f"model: there is no directory {config.model}")
     if config.evaluation.every_steps and not config.data.eval:
         raise ConfigError(

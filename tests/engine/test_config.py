@@ -184,8 +184,9 @@ def test_other_refusals(load, tmp_path, monkeypatch):
         load_config(tmp_path / "absent.yaml")
     with pytest.raises(ConfigError, match=r"reward.sources: 'rewards.exact': wanted module:func"):
         load(MINIMAL, "--reward.sources", "rewards.exact")
-    with pytest.raises(ConfigError, match="model: there is no directory ./absent"):
-        load(MINIMAL, "--model", "./absent")
+    for absent in ("./absent", "/absent", "org/model/step-000100"):
+        with pytest.raises(ConfigError, match=f"model: there is no directory {absent}"):
+            load(MINIMAL, "--model", absent)
     (tmp_path / "bytes.yaml").write_bytes(b"model: \xff")
     with pytest.raises(ConfigError, match="not UTF-8 at byte 7"):
         load_config(tmp_path / "bytes.yaml")
