@@ -23,7 +23,6 @@ rollout:
 algorithm: grpo
 loss: {{kl_coef: 0.01}}
 update: {{lr: 1e-3, token_budget: 64, minibatches: 2, epochs: 2}}
-probe: {{tolerance: 1e-3}}
 evaluation: {{every_steps: 2}}
 """
 

@@ -129,8 +129,9 @@ def test_a_head_that_computes_with_a_stale_copy(
         run_with_fault(kind, "auto", "weights_changed", pack)
 
 
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_one_bucket_not_sent(
-    run_with_fault: Callable[..., None], monkeypatch: pytest.MonkeyPatch, kind: str
+    run_with_fault: Callable[..., None], monkeypatch: pytest.MonkeyPatch, kind: str, dtype: str
 ) -> None:
     buckets: list[Any] = []
     copy = Resync._copy
@@ -146,7 +147,7 @@ def test_one_bucket_not_sent(
     monkeypatch.setitem(Resync.__init__.__kwdefaults__, "bucket_bytes", 1)
     monkeypatch.setattr(Resync, "_copy", lose)
     with pytest.raises(WeightMismatch, match=r"published: model.norm.weight \(1 of 26 differ\)"):
-        run_with_fault(kind, "copy", "release_kv", ask_for_loss, version=1)
+        run_with_fault(kind, "copy", "release_kv", ask_for_loss, "--dtype", dtype, version=1)
 
 
 def test_a_stale_prefix_cache(
