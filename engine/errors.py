@@ -31,3 +31,8 @@ class WeightMismatch(WarpoError, RuntimeError):
 
 class SamplerError(WarpoError, RuntimeError):
     """The sampler cannot be built, or cannot hold the learner's weights."""
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception of a library says, in one line that is not too long."""
+    return f"{' '.join(str(error).split()) or type(error).__name__:.300}"

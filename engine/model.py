@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging as transformers_logging
 
 from warpo.engine.batch import Batch
-from warpo.engine.errors import ConfigError
+from warpo.engine.chat import end_of_turn
+from warpo.engine.errors import ConfigError, DataError
 from warpo.engine.linear import Linear, linear
 from warpo.kernels import ops
 
@@ -150,9 +152,14 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that end a completion, of the model's generation config and of its tokenizer."""
+    """The ids that end a completion, of the model's generation config, of its tokenizer and of the
+    chat template.
+    """
     configured = model.generation_config.eos_token_id
     ids = {*(configured if isinstance(configured, list) else [configured]), tokenizer.eos_token_id}
+    # A template that renders no plain turn has refused the prompts, or they are text.
+    with suppress(DataError):
+        ids.update(end_of_turn(tokenizer)[-1:])
     return sorted(token for token in ids if token is not None)
 
 

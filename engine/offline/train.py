@@ -12,14 +12,13 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from warpo.engine import checkpoint, plot
 from warpo.engine.batch import split_by_tokens
-from warpo.engine.data import PromptStream
 from warpo.engine.device import learner_device
 from warpo.engine.errors import TrainingError
 from warpo.engine.loop import checkpoint_on_error, due, raise_if, save, signals
 from warpo.engine.metrics import Column, RunLog, read_rows
 from warpo.engine.model import load_model, load_tokenizer
 from warpo.engine.offline.config import OfflineConfig
-from warpo.engine.offline.data import Example, load_examples
+from warpo.engine.offline.data import Example, Examples, load_examples
 from warpo.engine.offline.families import (
     Family,
     every_completion,
@@ -31,6 +30,7 @@ from warpo.engine.offline.losses import sequence_scores
 from warpo.engine.optimizer import AdamW, make_optimizer, update_metrics
 from warpo.engine.scalar import load_scalar_model
 from warpo.engine.step import apply_gradients, score
+from warpo.engine.stream import PromptStream
 
 Metrics = dict[str, float]
 
@@ -75,7 +75,7 @@ class Parts:
     model: PreTrainedModel
     family: Family
     stream: PromptStream[Example]
-    examples: list[Example]
+    examples: Sequence[Example]
     eval_examples: list[Example]
     optimizer: AdamW
     schedule: torch.optim.lr_scheduler.LambdaLR
@@ -137,11 +137,12 @@ def build(config: OfflineConfig, log: RunLog, stop: Callable[[], bool]) -> Parts
     device, family = learner_device(config), make_family(config)
     with log.phase("load"):
         tokenizer = load_tokenizer(config.model)
-        examples = _load_examples(config, config.data.train, tokenizer)
+        loaded = _load_examples(config, config.data.train, tokenizer)
+        examples: Sequence[Example] = loaded
         eval_examples: list[Example] = []
         if config.data.eval:
-            eval_examples = _load_examples(config, config.data.eval, tokenizer)
-            eval_examples = eval_examples[: config.evaluation.max_examples]
+            held_out = _load_examples(config, config.data.eval, tokenizer)
+            eval_examples = held_out[: config.evaluation.max_examples]
         load = load_scalar_model if family.scalar else load_model
         model = load(config.model, config.dtype, device)
     if family.scalar:
@@ -158,7 +159,7 @@ def build(config: OfflineConfig, log: RunLog, stop: Callable[[], bool]) -> Parts
         tokenizer=tokenizer,
         model=model,
         family=family,
-        stream=PromptStream(examples, config.batch_size, config.seed),
+        stream=PromptStream(examples, loaded.keys, config.batch_size, config.seed),
         examples=examples,
         eval_examples=eval_examples,
         optimizer=optimizer,
@@ -168,7 +169,7 @@ def build(config: OfflineConfig, log: RunLog, stop: Callable[[], bool]) -> Parts
 
 def _load_examples(
     config: OfflineConfig, path: str, tokenizer: PreTrainedTokenizerBase
-) -> list[Example]:
+) -> Examples:
     positions = getattr(AutoConfig.from_pretrained(config.model), "max_position_embeddings", None)
     return load_examples(
         path, tokenizer, config.algorithm, token_budget=config.update.token_budget,
@@ -223,6 +224,8 @@ def _start(config: OfflineConfig, parts: Parts, log: RunLog, resume_from: Path |
     if resume_from:
         parts.step = checkpoint.load(resume_from, model=parts.model, parts=parts.stateful)
         log.say(f"resumed after step {parts.step} from {resume_from}")
+        if parts.stream.changes:
+            log.say(parts.stream.changes)
     parts.boundary = parts.stream.state_dict()
     if not resume_from and config.evaluation.every_steps:
         log.start_step()
