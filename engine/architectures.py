@@ -20,7 +20,6 @@ numbers by a test.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -98,14 +97,13 @@ def check_model(path: str, *, longest: int, cure: str, scalar: bool = False) -> 
         raise ConfigError(f"{path}: {reason}")
 
 
-def check_tokens(path: str, sequences: Iterable[Sequence[int]], source: str) -> None:
-    """Refuse token ids that the model has no embedding for.
+def check_tokens(path: str, largest: int, source: str) -> None:
+    """Refuse data whose largest token id has no embedding in the model.
 
     Raises:
         DataError: the tokenizer gives such an id to a text of `source`.
     """
     size = read_config(path).get_text_config().vocab_size
-    largest = max((max(ids) for ids in sequences if len(ids)), default=0)
     if largest >= size:
         raise DataError(
             f"{source} has token id {largest}, and the vocabulary of {path} has {size} tokens: "

@@ -5,12 +5,12 @@ loaded.
 from __future__ import annotations
 
 import copy
-import random
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,19 +22,21 @@ from warpo.engine.architectures import check_run, check_tokens
 from warpo.engine.batch import Batch, Completion, pack, split_by_tokens
 from warpo.engine.config import Config
 from warpo.engine.critic import Critic
-from warpo.engine.data import Prompt, PromptStream, load_prompts, split_prompts
+from warpo.engine.data import Prompt, Prompts, load_prompts, split_prompts
 from warpo.engine.device import learner_device
 from warpo.engine.errors import ConfigError, DataError
 from warpo.engine.limits import check_free_memory, check_limits
 from warpo.engine.model import eos_token_ids, load_model, load_tokenizer
 from warpo.engine.model_files import check_files
-from warpo.engine.offline.data import Example, load_examples
+from warpo.engine.offline.data import Examples, load_examples
 from warpo.engine.optimizer import AdamW, WeightUpdate, make_optimizer
 from warpo.engine.resolve import resolve
 from warpo.engine.resync import Resync
 from warpo.engine.rewards.combine import RewardSources
+from warpo.engine.rewards.fields import check_fields
 from warpo.engine.sampler.base import Sampler
 from warpo.engine.step import as_rollout
+from warpo.engine.stream import PromptStream, RowRecord, draw_keys, ranks
 
 
 @dataclass(kw_only=True)
@@ -42,6 +44,7 @@ class Parts:
     """What a run holds.
 
     Attributes:
+        examples: of pretraining.data, and `pretraining` their record; None without.
         probe_sequences: token ids that learner and sampler are compared on before the first step.
         step: steps whose update is complete.
         whole: False while the weights are between two steps.
@@ -60,8 +63,9 @@ class Parts:
     algorithm: Algorithm
     adaptive: AdaptiveState
     eval_prompts: list[Prompt]
-    examples: list[Example]
+    examples: Examples | None
     probe_sequences: list[list[int]]
+    pretraining: RowRecord | None = None
     critic: Critic | None = None
     reference: PreTrainedModel | None = None
     step: int = 0
@@ -90,8 +94,9 @@ class Parts:
         self, config: Config, count: int, step: int, update: int
     ) -> list[Batch]:
         """Micro-batches of `count` supervised examples, drawn by seed, step and update alone."""
-        rng = random.Random(f"{config.seed} {step} {update}")
-        chosen = rng.sample(self.examples, min(count, len(self.examples)))
+        assert self.examples is not None
+        drawn = ranks(draw_keys(self.examples.keys), config.seed, step, update)
+        chosen = [self.examples[int(i)] for i in np.argsort(drawn, kind="stable")[:count]]
         micro = split_by_tokens(
             [as_rollout(e.token_ids, len(e.prompt_ids)) for e in chosen],
             config.update.token_budget,
@@ -115,7 +120,15 @@ class Parts:
             "stream": self.stream,
             "adaptive": self.adaptive,
         }
+        if self.pretraining is not None:
+            parts["pretraining"] = self.pretraining
         return parts if self.critic is None else parts | {"critic": self.critic}
+
+    @property
+    def changes(self) -> list[str]:
+        """How the data differ from those of the checkpoint that was loaded."""
+        found = [self.stream.changes, self.pretraining.changes if self.pretraining else ""]
+        return [change for change in found if change]
 
 
 def build(config: Config) -> Parts:
@@ -128,25 +141,24 @@ def build(config: Config) -> Parts:
         check_files(config.critic.model)
     check_run(config)
     tokenizer = load_tokenizer(config.model)
-    prompts = load_prompts(config.data.train, tokenizer, config.max_prompt_tokens)
+    prompts = _load_prompts(config, tokenizer, config.data.train)
     prompts, eval_prompts = _held_out(config, tokenizer, prompts)
-    for part, source in ((prompts, config.data.train), (eval_prompts, config.data.eval)):
-        check_tokens(config.model, (prompt.token_ids for prompt in part), str(source))
-    examples: list[Example] = []
+    examples, pretraining = None, None
     if config.pretraining.data:
         examples = load_examples(
             config.pretraining.data, tokenizer, "sft",
             token_budget=config.update.token_budget,
             max_length=config.rollout.max_model_len,
         )  # fmt: skip
-        check_tokens(config.model, (e.token_ids for e in examples), config.pretraining.data)
+        check_tokens(config.model, examples.largest_token, config.pretraining.data)
+        pretraining = RowRecord("pretraining.data", examples.keys)
     rewards = RewardSources(
         config.reward.sources,
         deadline_s=config.reward.deadline_s,
         on_error=config.reward.on_error,
         workers=config.reward.workers,
         memory_gib=config.reward.memory_gib,
-        fields=list(prompts[0].fields),
+        fields=prompts.fields,
         tokenizer=tokenizer,
         max_new_tokens=config.rollout.max_new_tokens,
         dtype=config.dtype,
@@ -171,7 +183,7 @@ def build(config: Config) -> Parts:
         sampler=sampler,
         resync=resync,
         rewards=rewards,
-        stream=PromptStream(prompts, config.rollout.prompts_per_step, config.seed),
+        stream=PromptStream(prompts, prompts.keys, config.rollout.prompts_per_step, config.seed),
         optimizer=optimizer,
         schedule=schedule,
         algorithm=algorithm,
@@ -179,6 +191,7 @@ def build(config: Config) -> Parts:
         critic=critic,
         eval_prompts=eval_prompts,
         examples=examples,
+        pretraining=pretraining,
         # with a token appended, so that there is one to score after the shortest prompt
         probe_sequences=[[*p.token_ids, p.token_ids[0]] for p in prompts[:4]],
     )
@@ -195,18 +208,26 @@ def _check_steps(config: Config, rewards: RewardSources, prompt: Prompt) -> None
         )
 
 
+def _load_prompts(config: Config, tokenizer: PreTrainedTokenizerBase, path: str) -> Prompts:
+    """The prompts of a file, which model and rewards can take."""
+    check = check_fields(config.reward.sources)
+    prompts = load_prompts(path, tokenizer, config.max_prompt_tokens, check)
+    check_tokens(config.model, prompts.largest_token, path)
+    return prompts
+
+
 def _held_out(
-    config: Config, tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt]
-) -> tuple[list[Prompt], list[Prompt]]:
+    config: Config, tokenizer: PreTrainedTokenizerBase, prompts: Prompts
+) -> tuple[Prompts, list[Prompt]]:
     """The prompts to learn from and those to be measured on."""
     if not config.data.eval:
         return prompts, []
     limit = config.evaluation.max_prompts
     if isinstance(config.data.eval, int):
-        prompts, held_out = split_prompts(prompts, config.data.eval, config.seed)
-        return prompts, held_out[:limit]
-    held_out = load_prompts(config.data.eval, tokenizer, config.max_prompt_tokens)
-    missing = prompts[0].fields.keys() - held_out[0].fields.keys()
+        prompts, drawn = split_prompts(prompts, config.data.eval, config.seed)
+        return prompts, drawn[:limit]
+    held_out = _load_prompts(config, tokenizer, config.data.eval)
+    missing = set(prompts.fields) - set(held_out.fields)
     if missing:
         raise DataError(
             f"{config.data.eval} lacks the field {sorted(missing)[0]!r} of "

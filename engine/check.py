@@ -16,7 +16,7 @@ from warpo.engine.architectures import check_run, check_tokens
 from warpo.engine.batch import Batch, Rollout, pack
 from warpo.engine.build import Parts, build
 from warpo.engine.config import Config
-from warpo.engine.data import Prompt, load_prompts
+from warpo.engine.data import Prompts, load_prompts
 from warpo.engine.device import learner_device
 from warpo.engine.errors import WeightMismatch
 from warpo.engine.invariance import (
@@ -107,8 +107,8 @@ def run(config: Config, *, plan_only: bool = False, console: Console | None = No
     check_run(config)
     tokenizer = load_tokenizer(config.model)
     prompts = load_prompts(config.data.train, tokenizer, config.max_prompt_tokens)
-    check_tokens(config.model, (prompt.token_ids for prompt in prompts), config.data.train)
-    device, lengths = learner_device(config), [len(prompt.token_ids) for prompt in prompts]
+    check_tokens(config.model, prompts.largest_token, config.data.train)
+    device, lengths = learner_device(config), prompts.lengths.tolist()
     with console.status("planning memory"):
         plan = plan_memory(config, lengths, device, resync_of(config))
     _report_plan(report, plan, device, planned_only=plan_only)
@@ -159,7 +159,7 @@ def _report_plan(
 def _measured_step(
     config: Config,
     plan: MemoryPlan,
-    prompts: Sequence[Prompt],
+    prompts: Prompts,
     report: Report,
     progress: Callable[[str], None],
 ) -> tuple[Parts, PeakMemory]:
@@ -178,7 +178,7 @@ def _measured_step(
     train_step(config, parts, micro_batches, step=config.steps, update=0)
     parts.publish()
     progress("sample")
-    longest = max(len(prompt.token_ids) for prompt in prompts)
+    longest = int(prompts.lengths.max())
     rng, vocabulary = random.Random(0), _vocab_size(parts)
     requests = [
         [rng.randrange(vocabulary) for _ in range(longest)]
@@ -299,9 +299,10 @@ def _report_memory(report: Report, plan: MemoryPlan, meter: PeakMemory, config: 
         )
 
 
-def _sample(config: Config, parts: Parts, prompts: Sequence[Prompt]) -> list[Rollout]:
+def _sample(config: Config, parts: Parts, prompts: Prompts) -> list[Rollout]:
     """Rollouts of the shortest prompts; gradients of few tokens show what those of many do."""
-    shortest = sorted(prompts, key=lambda prompt: len(prompt.token_ids))[:INVARIANCE_PROMPTS]
+    order = prompts.lengths.argsort(kind="stable")
+    shortest = [prompts[int(i)] for i in order[:INVARIANCE_PROMPTS]]
     groups = parts.sampler.generate(
         [prompt.token_ids for prompt in shortest],
         SamplingOptions(

@@ -53,7 +53,8 @@ class Data:
     """Prompts to learn from and to be measured on."""
 
     train: FilePath
-    """JSONL or Parquet file, or folder of Parquet files or of a data set that `datasets` saved.
+    """JSONL (gzipped or not) or Parquet file, or folder of Parquet files or of a data set that
+    `datasets` saved.
     Rows {"prompt": text or [{"role", "content"}, ...], further fields}."""
     eval: Annotated[Count | FilePathOrEmpty, Field(union_mode="left_to_right")] = ""
     """Held-out prompts: such a file or folder; or a number of prompts that are taken out of train,

@@ -1,24 +1,28 @@
-"""Prompts and examples of a data set: all of it is checked and tokenised before a model is loaded.
+"""Prompts of a data set: all of it is checked and tokenised before a model is loaded.
 
 A row is {"prompt": text or chat messages, further fields}. Chat messages go through the tokenizer's
 chat template, with the header of the assistant's turn appended. Text is continued as it stands: it
 gets the special tokens that the tokenizer puts before any text (a BOS where the model was trained
-with one), and nothing after it.
+with one) unless it spells them out itself, and nothing after it.
 """
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, overload
 
-import jinja2
 import numpy as np
+from torch import Tensor
 
-from warpo.engine.errors import CheckpointError, DataError
-from warpo.engine.rows import Row, read_rows
+from warpo.engine.chat import end_of_turn, render
+from warpo.engine.errors import DataError
+from warpo.engine.json_lines import Row
+from warpo.engine.rows import Rows, read_rows
+from warpo.engine.stream import RowKeys, ranks
+from warpo.engine.tokens import Encoder, Ragged
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,184 +36,168 @@ class Prompt:
     fields: dict[str, Any]
 
 
+class Prompts(Sequence[Prompt]):
+    """The prompts of a data set, or some of them, in its order.
+
+    Token ids lie in one array and rows as their file has them, so a prompt of 10 tokens takes 100
+    bytes; as Python objects it would take 1000.
+
+    Attributes:
+        fields: names of the fields of each row.
+    """
+
+    def __init__(self, rows: Rows, ids: Ragged, keys: Tensor, chosen: np.ndarray) -> None:
+        self._rows, self._ids, self._keys, self._chosen = rows, ids, keys, chosen
+        self.fields = rows.fields
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    @overload
+    def __getitem__(self, index: int) -> Prompt: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Prompt]: ...
+    def __getitem__(self, index: int | slice) -> Prompt | list[Prompt]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        row = int(self._chosen[index])
+        return Prompt(token_ids=self._ids[row], fields=self._rows[row])
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Number of tokens of each."""
+        return self._ids.lengths[self._chosen]
+
+    @property
+    def largest_token(self) -> int:
+        """The largest token id of the data set."""
+        return int(self._ids.largest)
+
+    @property
+    def keys(self) -> Tensor:
+        """Of each row, as `RowKeys` makes them."""
+        return self._keys[self._chosen]
+
+    def select(self, places: np.ndarray) -> Prompts:
+        """Those at these places."""
+        return Prompts(self._rows, self._ids, self._keys, self._chosen[places])
+
+    def token_digests(self) -> np.ndarray:
+        """A hash of the token ids of each, uint64."""
+        digests = (
+            blake2b(np.asarray(self._ids[row], np.int32).tobytes(), digest_size=8).digest()
+            for row in self._chosen.tolist()
+        )
+        return np.frombuffer(b"".join(digests), dtype=np.uint64)
+
+
 def load_prompts(
-    path: str | Path, tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int
-) -> list[Prompt]:
+    path: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    max_prompt_tokens: int,
+    check: Callable[[Row], None] = lambda row: None,
+) -> Prompts:
     """The prompts of a data set, in its order.
 
     Args:
         path: a file or folder, as rows.py reads them.
+        check: raises a DataError about a row that the rewards cannot use.
 
     Raises:
         DataError: the data or a row of it is not usable; names the place and the reason.
     """
     rows = read_rows(Path(path), required=("prompt",))
-    if "completions" in rows[0][1]:
+    if "completions" in rows.fields:
         raise DataError(
-            f"{rows[0][0]}: rename the field 'completions': "
+            f"{rows.place(0)}: rename the field 'completions': "
             "reward functions get the sampled completions under that name"
         )
-    ids = prompt_ids(rows, tokenizer)
-    _check_lengths(
-        rows,
-        [len(prompt) for prompt in ids],
-        max_prompt_tokens,
-        "prompt",
-        "rollout.max_model_len - rollout.max_new_tokens",
+    is_chat, eos = isinstance(rows[0]["prompt"], list), tokenizer.eos_token_id
+    encoder, ids, keys = make_encoder(rows, tokenizer), Ragged("i"), RowKeys(rows.fields)
+    for start, chunk in rows.chunks():
+        rows.each(start, chunk, check)
+        rows.each(start, chunk, keys.append)
+        texts = rows.each(start, chunk, lambda row: prompt_text(row, tokenizer))
+        found = rows.all(start, texts, encoder)
+        rows.each(start, zip(chunk, found, strict=True), lambda pair: check_prompt(*pair, eos))
+        for plain in found:
+            ids.append(plain if is_chat else encoder.with_prefix(plain))
+    _check_lengths(rows, ids.lengths, max_prompt_tokens)
+    return Prompts(rows, ids, keys.tensor(), np.arange(len(rows)))
+
+
+def make_encoder(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> Encoder:
+    """An encoder for the prompts of these rows."""
+    (encoder,) = rows.each(
+        0,
+        [rows[0]["prompt"]],
+        lambda first: Encoder(tokenizer, first if isinstance(first, str) else ""),
     )
-    return [
-        Prompt(token_ids=prompt, fields=row) for prompt, (_, row) in zip(ids, rows, strict=True)
-    ]
+    return encoder
 
 
-def split_prompts(
-    prompts: Sequence[Prompt], count: int, seed: int
-) -> tuple[list[Prompt], list[Prompt]]:
+def prompt_text(row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The prompt of a row as text.
+
+    Raises:
+        DataError: the chat template cannot make one.
+    """
+    prompt = row["prompt"]
+    if isinstance(prompt, str):
+        return prompt
+    text = render(prompt, tokenizer)
+    if not any(message["content"].strip() in text for message in prompt):
+        end_of_turn(tokenizer)  # refuses a template that leaves out what is said as text
+    return text
+
+
+def check_prompt(row: Row, ids: list[int], eos_token_id: int | None) -> None:
+    """
+    Raises:
+        DataError: the prompt has no token, or the text of one ends the sequence.
+    """
+    if not ids:
+        raise DataError("the tokenizer makes no token of the prompt")
+    if ids[-1] == eos_token_id and isinstance(row["prompt"], str):
+        raise DataError(
+            "the prompt ends with the end-of-sequence token: remove it from the text, nothing is "
+            "to follow it"
+        )
+
+
+def _check_lengths(rows: Rows, lengths: np.ndarray, limit: int) -> None:
+    (too_long,) = np.nonzero(lengths > limit)
+    if len(too_long):
+        others = f" ({len(too_long) - 1} more are too long)" if len(too_long) > 1 else ""
+        raise DataError(
+            f"{rows.place(int(too_long[0]))}: prompt of {lengths[too_long[0]]} tokens, at most "
+            f"{limit} fit (rollout.max_model_len - rollout.max_new_tokens){others}: raise "
+            f"rollout.max_model_len by {lengths.max() - limit}, or shorten the text"
+        )
+
+
+def split_prompts(prompts: Prompts, count: int, seed: int) -> tuple[Prompts, list[Prompt]]:
     """Prompts to learn from, and `count` others to be measured on, drawn at random by the seed.
 
     A prompt that occurs several times, by its token ids, is held out with all its occurrences, and
-    the first of them is kept.
+    the first of them is kept. Which are drawn hangs on what they say, not on where they stand.
 
     Raises:
         DataError: there are not more different prompts than `count`.
     """
-    first = {tuple(prompt.token_ids): prompt for prompt in reversed(prompts)}
-    different = list(dict.fromkeys(tuple(prompt.token_ids) for prompt in prompts))
-    if count >= len(different):
+    _, first, group = np.unique(prompts.token_digests(), return_index=True, return_inverse=True)
+    if count >= len(first):
         raise DataError(
             f"data.eval = {count} would leave nothing to learn from: data.train holds "
-            f"{len(different)} different prompts; lower it"
+            f"{len(first)} different prompts; lower it"
         )
-    order = np.random.default_rng(seed).permutation(len(different))
-    held_out = {different[i]: None for i in order[:count]}
-    rest = [prompt for prompt in prompts if tuple(prompt.token_ids) not in held_out]
-    return rest, [first[ids] for ids in held_out]
+    # as texts: a template may write today's date into the tokens
+    numbers = prompts.keys[first, 0].numpy().view(np.uint64)
+    chosen = np.argsort(ranks(numbers, seed, 0), kind="stable")[:count]
+    rest = prompts.select(np.flatnonzero(~np.isin(group, chosen)))
+    return rest, [prompts[int(first[i])] for i in chosen]
 
 
 def columns(prompts: Sequence[Prompt]) -> dict[str, list]:
     """The fields of these prompts, one list for each field."""
     return {name: [p.fields[name] for p in prompts] for name in prompts[0].fields}
-
-
-class HasTokens(Protocol):
-    """Something read from a data set, known by its token ids."""
-
-    @property
-    def token_ids(self) -> list[int]: ...
-
-
-T = TypeVar("T", bound=HasTokens)
-
-
-class PromptStream(Generic[T]):
-    """Prompts, or examples, in an endless shuffled order that (seed, epoch) alone determines.
-
-    Every epoch draws each prompt once. A batch may span two epochs, so none is short. The whole
-    state is one integer, the number of prompts drawn.
-    """
-
-    def __init__(self, prompts: Sequence[T], prompts_per_step: int, seed: int) -> None:
-        self._prompts = prompts
-        self._prompts_per_step = prompts_per_step
-        self._seed = seed
-        self._position = 0
-        self._data_crc = _crc(prompts)
-        self._order_epoch = -1
-        self._order: np.ndarray = np.empty(0, dtype=np.int64)
-
-    def next(self) -> list[T]:
-        """The next `prompts_per_step` prompts."""
-        return [self._draw() for _ in range(self._prompts_per_step)]
-
-    @property
-    def epoch(self) -> float:
-        """Passes over the data so far."""
-        return self._position / len(self._prompts)
-
-    def _draw(self) -> T:
-        epoch, index = divmod(self._position, len(self._prompts))
-        if epoch != self._order_epoch:
-            rng = np.random.default_rng([self._seed, epoch])
-            self._order, self._order_epoch = rng.permutation(len(self._prompts)), epoch
-        self._position += 1
-        return self._prompts[self._order[index]]
-
-    def state_dict(self) -> dict[str, int]:
-        return {"position": self._position, "seed": self._seed, "data_crc": self._data_crc}
-
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Continue where `state` was taken.
-
-        Raises:
-            CheckpointError: seed or data are others than those of the state.
-        """
-        if state["seed"] != self._seed:
-            raise CheckpointError(
-                f"the checkpoint drew its prompts with seed {state['seed']}, this run has seed "
-                f"{self._seed}: the order would change; set seed to {state['seed']}"
-            )
-        if state["data_crc"] != self._data_crc:
-            raise CheckpointError(
-                "data.train has changed since the checkpoint: its position means nothing in the "
-                "new file; restore the file or start without resume"
-            )
-        self._position = state["position"]
-
-
-def _crc(prompts: Sequence[HasTokens]) -> int:
-    crc = 0
-    for prompt in prompts:
-        crc = zlib.crc32(np.asarray(prompt.token_ids, dtype=np.int64).tobytes(), crc)
-    return crc
-
-
-def prompt_ids(
-    rows: Sequence[tuple[str, Row]], tokenizer: PreTrainedTokenizerBase
-) -> list[list[int]]:
-    """Token ids of the prompt of each row.
-
-    Raises:
-        DataError: the tokenizer cannot make a prompt of one; names the place.
-    """
-    if isinstance(rows[0][1]["prompt"], list):
-        texts = [_render(place, row["prompt"], tokenizer) for place, row in rows]
-        # The template has written the special tokens already.
-        ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    else:
-        ids = tokenizer([row["prompt"] for _, row in rows])["input_ids"]
-    for (place, _), prompt in zip(rows, ids, strict=True):
-        if not prompt:
-            raise DataError(f"{place}: the tokenizer makes no token of the prompt")
-        if prompt[-1] == tokenizer.eos_token_id and not isinstance(rows[0][1]["prompt"], list):
-            raise DataError(
-                f"{place}: the prompt ends with the end-of-sequence token: remove it from "
-                "the text, or set add_eos_token to false in the model's tokenizer_config.json"
-            )
-    return ids
-
-
-def _render(place: str, messages: list[dict], tokenizer: PreTrainedTokenizerBase) -> str:
-    if tokenizer.chat_template is None:
-        raise DataError(
-            f"{place}: the prompt is a list of chat messages, but the tokenizer of "
-            f"{tokenizer.name_or_path or 'this model'} has no chat template: "
-            "write the prompts as text, or use a model with a template"
-        )
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except jinja2.TemplateError as error:
-        raise DataError(f"{place}: the chat template refuses the messages: {error}") from None
-    return str(text)
-
-
-def _check_lengths(
-    rows: Sequence[tuple[str, Row]], lengths: list[int], limit: int, what: str, setting: str
-) -> None:
-    too_long = [(row[0], n) for row, n in zip(rows, lengths, strict=True) if n > limit]
-    if too_long:
-        place, length = too_long[0]
-        others = f" ({len(too_long) - 1} more are too long)" if len(too_long) > 1 else ""
-        raise DataError(
-            f"{place}: {what} of {length} tokens, at most {limit} fit ({setting}){others}: "
-            f"raise rollout.max_model_len by {max(lengths) - limit}, or shorten the text"
-        )

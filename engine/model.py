@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from transformers import (
 
 from warpo.engine.attention import ATTENTION
 from warpo.engine.batch import Batch
-from warpo.engine.errors import ConfigError
+from warpo.engine.chat import end_of_turn
+from warpo.engine.errors import ConfigError, DataError
 from warpo.engine.linear import Linear, linear
 from warpo.engine.model_files import load_tokenizer as load_tokenizer
 from warpo.engine.model_files import load_weights, read_config
@@ -91,13 +93,17 @@ def prepare(model: PreTrainedModel) -> None:
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that end a completion, of the model's generation config and of its tokenizer.
+    """The ids that end a completion, of the model's generation config, of its tokenizer and of the
+    chat template.
 
     Raises:
         ConfigError: one is not an id of the model's vocabulary, and could never end anything.
     """
     configured = model.generation_config.eos_token_id
     ids = {*(configured if isinstance(configured, list) else [configured]), tokenizer.eos_token_id}
+    # A template that renders no plain turn has refused the prompts, or they are text.
+    with suppress(DataError):
+        ids.update(end_of_turn(tokenizer)[-1:])
     ids.discard(None)
     vocab_size = model.config.get_text_config().vocab_size
     for token in ids:

@@ -88,6 +88,8 @@ def _prepare(config: Config, parts: Parts, log: RunLog, resume_from: Path | None
         parts.step = checkpoint.load(resume_from, model=parts.model, parts=parts.stateful)
         load_reference(config, parts)
         log.say(f"resumed after step {parts.step} from {resume_from}")
+        for change in parts.changes:
+            log.say(change)
     parts.boundary = parts.position()
     if not resume_from:
         make_reference(config, parts)

@@ -48,7 +48,9 @@ LOSS_KEYS |= {name: _PREFERENCE_KEYS[row.link] for name, row in PREFERENCES.item
 
 @dataclass(frozen=True, kw_only=True, config=_checked)
 class OfflineData:
-    """Examples to learn from and to be measured on. "prompt" is text or chat messages."""
+    """Examples to learn from and to be measured on. "prompt" is text or chat messages. A completion
+    continues it letter by letter; it is ended with the token that ends a turn of the chat template,
+    or the end-of-sequence token after text."""
 
     train: FilePath
     """sft: {"prompt", "completion"}. Preference rows: {"prompt", "chosen", "rejected"}.

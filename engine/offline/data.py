@@ -1,38 +1,44 @@
-"""Examples of training from given data: every line is checked and tokenised before a model is
+"""Examples of training from given data: all of it is checked and tokenised before a model is
 loaded.
 
-The forms stand at `OfflineData.train`. A completion is followed by the end-of-sequence token, but
-for the steps of process_reward, of which only the last token of each is scored.
+The forms stand at `OfflineData.train`. A completion goes on where its prompt ends, letter by
+letter, and is followed by the token that ends it: after chat messages the one with which the chat
+template ends a turn, after text the end-of-sequence token. One that ends with such a token itself
+gets no other. The steps of process_reward get none: the last token of each is scored.
 """
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, overload
 
+import numpy as np
 from torch import Tensor
 
-from warpo.engine.data import prompt_ids
+from warpo.engine.chat import end_of_turn
+from warpo.engine.data import check_prompt, make_encoder, prompt_text
 from warpo.engine.errors import DataError
-from warpo.engine.rows import check_text, read_rows
+from warpo.engine.json_lines import Row
+from warpo.engine.rows import Rows, check_text, read_rows
+from warpo.engine.stream import RowKeys
+from warpo.engine.tokens import Encoder, Ragged
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Place = str
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Example:
-    """One line as the model reads it.
+    """One row as the model reads it.
 
     Attributes:
         prompt_ids: what all completions continue.
-        completions: one; chosen and rejected; best to worst; of kto that of the line, and one that
+        completions: one; chosen and rejected; best to worst; of kto that of the row, and one that
             belongs to another prompt.
         values: the margin of a pair, 1 or 0 for a verdict, a label for each step; else empty.
         ends: index in the completion of the last token of each step.
@@ -55,6 +61,112 @@ class Example:
         return sum(len(self.prompt_ids) + len(ids) for ids in self.completions)
 
 
+class Examples(Sequence[Example]):
+    """The examples of a data set in its order, all numbers in a few arrays.
+
+    Attributes:
+        keys: of each row, as `RowKeys` makes them.
+    """
+
+    def __init__(self) -> None:
+        self.keys: Tensor
+        self._prompts, self._completions = Ragged("i"), Ragged("i")
+        self._values, self._ends = Ragged("d"), Ragged("q")
+        self._starts = array("q", [0])
+        # of kto, for each example a completion of another prompt
+        self._unrelated: np.ndarray | None = None
+
+    def append(
+        self,
+        prompt: list[int],
+        completions: Sequence[list[int]],
+        values: list[float],
+        ends: list[int],
+    ) -> None:
+        self._prompts.append(prompt)
+        for ids in completions:
+            self._completions.append(ids)
+        self._values.append(values)
+        self._ends.append(ends)
+        self._starts.append(len(self._completions))
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        index = range(len(self))[index]
+        own = [*range(self._starts[index], self._starts[index + 1])]
+        unrelated = [] if self._unrelated is None else [int(self._unrelated[index])]
+        return Example(
+            prompt_ids=self._prompts[index],
+            completions=[self._completions[i] for i in [*own, *unrelated]],
+            values=self._values[index],
+            ends=self._ends[index],
+        )
+
+    @property
+    def largest_token(self) -> int:
+        """The largest token id."""
+        return int(max(self._prompts.largest, self._completions.largest))
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt with one of its completions."""
+        owners = np.repeat(np.arange(len(self)), np.diff(np.frombuffer(self._starts, np.int64)))
+        return int((self._prompts.lengths[owners] + self._completions.lengths).max())
+
+    def add_unrelated(self, path: Path) -> None:
+        """Give each the completion of the next example of another prompt, for KTO's reference
+        point.
+        """
+        count = len(self)
+        prompts = self.keys[:, 0].tolist()
+        if len(set(prompts)) < 2:
+            raise DataError(
+                f"{path}: kto needs two prompts that differ, to estimate the KL between them"
+            )
+        self._unrelated = np.empty(count, dtype=np.int64)
+        other = next(i for i in range(count) if prompts[i] != prompts[-1])
+        for index in reversed(range(count)):
+            following = (index + 1) % count
+            if prompts[following] != prompts[index]:
+                other = following
+            self._unrelated[index] = other
+
+    def check_lengths(self, rows: Rows, token_budget: int, max_length: int) -> None:
+        """
+        Raises:
+            DataError: an example is longer than one of the two; names its place.
+        """
+        completions, starts = self._completions.lengths, np.asarray(self._starts)
+        prompts, counts = self._prompts.lengths, np.diff(self._starts)
+        longest = np.maximum.reduceat(completions, starts[:-1])
+        total = np.add.reduceat(completions, starts[:-1])
+        if self._unrelated is not None:
+            others = completions[self._unrelated]
+            longest, total, counts = np.maximum(longest, others), total + others, counts + 1
+        longest, total = prompts + longest, prompts * counts + total
+        bad = np.flatnonzero((longest > max_length) | (total > token_budget))
+        if not len(bad):
+            return
+        place, index = rows.place(int(bad[0])), bad[0]
+        if longest[index] > max_length:
+            raise DataError(
+                f"{place}: prompt and completion of {longest[index]} tokens, the model has "
+                f"positions for {max_length}: shorten the text"
+            )
+        raise DataError(
+            f"{place}: {total[index]} tokens with all completions, update.token_budget = "
+            f"{token_budget}: raise it, or shorten the text"
+        )
+
+
 def load_examples(
     path: str | Path,
     tokenizer: PreTrainedTokenizerBase,
@@ -63,8 +175,8 @@ def load_examples(
     token_budget: int,
     max_length: int,
     step_separator: str = "\n",
-) -> list[Example]:
-    """The examples of a file in its order.
+) -> Examples:
+    """The examples of a data set in its order.
 
     Args:
         algorithm: a row of `LOSS_KEYS`; it determines the form.
@@ -72,88 +184,135 @@ def load_examples(
         max_length: of prompt and completion, what the model has positions for.
 
     Raises:
-        DataError: the file or a line of it is not usable; names file, line, reason.
+        DataError: the data or a row of it is not usable; names place and reason.
     """
     required, texts_of, values_of = _FORMS.get(algorithm, _FORMS["dpo"])
     rows = read_rows(Path(path), required=("prompt", *required))
-    if tokenizer.eos_token_id is None:
-        raise DataError(f"{path}: the tokenizer has no end-of-sequence token to end completions")
-    places = [place for place, _ in rows]
-    texts = [texts_of(place, row) for place, (_, row) in zip(places, rows, strict=True)]
-    values = [values_of(place, row) for place, (_, row) in zip(places, rows, strict=True)]
-    prompts = prompt_ids(rows, tokenizer)
-    if algorithm == "process_reward":
-        examples = _stepped(places, tokenizer, prompts, texts, values, step_separator)
-    else:
-        encoded = tokenizer([text for group in texts for text in group], add_special_tokens=False)
-        ids = iter([*tokens, tokenizer.eos_token_id] for tokens in encoded["input_ids"])
-        examples = [
-            Example(
-                prompt_ids=prompt, completions=[next(ids) for _ in group], values=numbers, ends=[]
+    is_chat = isinstance(rows[0]["prompt"], list)
+    ending = _Ending(Path(path), tokenizer, is_chat)
+    encoder, keys = make_encoder(rows, tokenizer), RowKeys(rows.fields)
+    examples = Examples()
+    stepped, eos = algorithm == "process_reward", tokenizer.eos_token_id
+
+    def add(row: Row, prompt: str, ids: list[int], completions: list[list[int]]) -> None:
+        check_prompt(row, ids, eos)
+        ends: list[int] = []
+        if stepped:
+            completion, ends = _steps(row["steps"], encoder, prompt, ids, step_separator)
+            completions = [completion]
+        prompt_ids = ids if is_chat else encoder.with_prefix(ids)
+        examples.append(prompt_ids, completions, values_of(row), ends)
+
+    for start, chunk in rows.chunks():
+        rows.each(start, chunk, keys.append)
+        texts = rows.each(start, chunk, texts_of)
+        prompts = rows.each(start, chunk, lambda row: prompt_text(row, tokenizer))
+        ids = rows.all(start, prompts, encoder)
+        completions: list[list[list[int]]] = [[] for _ in chunk]
+        if not stepped:
+            groups = list(zip(prompts, ids, texts, strict=True))
+            completions = rows.all(
+                start, groups, lambda chosen: _continuations(encoder, chosen, ending)
             )
-            for prompt, group, numbers in zip(prompts, texts, values, strict=True)
-        ]
+        rows.each(
+            start, zip(chunk, prompts, ids, completions, strict=True), lambda parts: add(*parts)
+        )
+    examples.keys = keys.tensor()
     if algorithm == "kto":
-        examples = _with_unrelated(str(path), examples)
-    _check_lengths(places, examples, token_budget, max_length)
+        examples.add_unrelated(Path(path))
+    examples.check_lengths(rows, token_budget, max_length)
     return examples
 
 
-def _texts(*names: str) -> Callable[[Place, dict[str, Any]], list[str]]:
+class _Ending:
+    """The tokens that end a completion."""
+
+    def __init__(self, path: Path, tokenizer: PreTrainedTokenizerBase, is_chat: bool) -> None:
+        self._tokens: list[int] = []
+        if is_chat:
+            try:
+                self._tokens = end_of_turn(tokenizer)
+            except DataError as error:
+                raise DataError(f"{path}: no end of a turn: {error}") from None
+        eos = tokenizer.eos_token_id
+        if not self._tokens:
+            if eos is None:
+                raise DataError(
+                    f"{path}: the tokenizer has no end-of-sequence token to end completions"
+                )
+            self._tokens = [eos]
+        self._last = {self._tokens[-1], eos}
+
+    def __call__(self, ids: list[int]) -> list[int]:
+        return ids if ids and ids[-1] in self._last else [*ids, *self._tokens]
+
+
+def _continuations(
+    encoder: Encoder, groups: Sequence[tuple[str, list[int], list[str]]], ending: _Ending
+) -> list[list[list[int]]]:
+    """The completions of each prompt, ended.
+
+    Args:
+        groups: of each its prompt, the ids of that, and the texts that continue it.
+    """
+    single = [(prompt, ids, text) for prompt, ids, texts in groups for text in texts]
+    found = iter(encoder.continuations(*map(list, zip(*single, strict=True))))
+    return [[ending(next(found)) for _ in texts] for _, _, texts in groups]
+
+
+def _texts(*names: str) -> Callable[[Row], list[str]]:
     """Reads completions from fields of text."""
 
-    def read(place: Place, row: dict[str, Any]) -> list[str]:
+    def read(row: Row) -> list[str]:
         for name in names:
-            check_text(f"{place}: {name}", row[name])
+            check_text(name, row[name])
         return [row[name] for name in names]
 
     return read
 
 
-def _list_of_texts(name: str, least: int) -> Callable[[Place, dict[str, Any]], list[str]]:
+def _list_of_texts(name: str, least: int) -> Callable[[Row], list[str]]:
     """Reads completions, or steps, from a list."""
 
-    def read(place: Place, row: dict[str, Any]) -> list[str]:
+    def read(row: Row) -> list[str]:
         texts = row[name]
         if not isinstance(texts, list) or len(texts) < least:
-            raise DataError(
-                f"{place}: {name} must be a list of {least} texts or more, got {texts!r:.60}"
-            )
+            raise DataError(f"{name} must be a list of {least} texts or more, got {texts!r:.60}")
         for i, text in enumerate(texts):
-            check_text(f"{place}: {name}[{i}]", text)
+            check_text(f"{name}[{i}]", text)
         return texts
 
     return read
 
 
-def _no_values(place: Place, row: dict[str, Any]) -> list[float]:
+def _no_values(row: Row) -> list[float]:
     return []
 
 
-def _margin(place: Place, row: dict[str, Any]) -> list[float]:
+def _margin(row: Row) -> list[float]:
     margin = row.get("margin", 0.0)
     # `not (x >= 0)` catches NaN too; a bool is an int in Python
     if isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 <= margin < 1e6:
-        raise DataError(f"{place}: margin must be a number >= 0, got {margin!r:.60}")
+        raise DataError(f"margin must be a number >= 0, got {margin!r:.60}")
     return [float(margin)]
 
 
-def _verdict(place: Place, row: dict[str, Any]) -> list[float]:
+def _verdict(row: Row) -> list[float]:
     if not isinstance(row["label"], bool):
-        raise DataError(f"{place}: label must be true or false, got {row['label']!r:.60}")
+        raise DataError(f"label must be true or false, got {row['label']!r:.60}")
     return [float(row["label"])]
 
 
-def _step_labels(place: Place, row: dict[str, Any]) -> list[float]:
+def _step_labels(row: Row) -> list[float]:
     labels = row["labels"]
     if not isinstance(labels, list) or len(labels) != len(row["steps"]):
         raise DataError(
-            f"{place}: labels must be a list of {len(row['steps'])} numbers, one for each step, "
+            f"labels must be a list of {len(row['steps'])} numbers, one for each step, "
             f"got {labels!r:.60}"
         )
     for i, label in enumerate(labels):
         if not isinstance(label, bool | int | float) or not 0 <= label <= 1:
-            raise DataError(f"{place}: labels[{i}] must be a number from 0 to 1, got {label!r:.60}")
+            raise DataError(f"labels[{i}] must be a number from 0 to 1, got {label!r:.60}")
     return [float(label) for label in labels]
 
 
@@ -169,85 +328,27 @@ _FORMS: dict[str, tuple[tuple[str, ...], Callable[..., list[str]], Callable[...,
 }
 
 
-def _stepped(
-    places: Sequence[Place],
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[list[int]],
-    steps: Sequence[list[str]],
-    labels: Sequence[list[float]],
-    separator: str,
-) -> list[Example]:
-    """Completions with the last token of each of their steps."""
-    for place, texts in zip(places, steps, strict=True):
-        _check_separators(place, texts, separator)
-    if not tokenizer.is_fast:
-        raise DataError(
-            f"{places[0]}: the tokenizer of {tokenizer.name_or_path or 'this model'} does not tell "
-            "where in the text a token is, and steps need one that does (a tokenizer.json)"
-        )
-    encoded = tokenizer(
-        ["".join(texts) for texts in steps], add_special_tokens=False, return_offsets_mapping=True
-    )
-    examples = []
-    for i, place in enumerate(places):
-        token_ends = [stop for _, stop in encoded["offset_mapping"][i]]
-        text_ends = list(accumulate(map(len, steps[i])))
-        ends = [min(bisect_left(token_ends, end), len(token_ends) - 1) for end in text_ends]
-        if not separator and len(ends) != len(token_ends):
-            raise DataError(
-                f"{place}: {len(token_ends)} tokens are in {len(ends)} steps: wanted one token a "
-                "step, as data.step_separator is empty"
-            )
-        if len(set(ends)) < len(ends):
-            raise DataError(f"{place}: two of its steps end in one token: join them")
-        examples.append(
-            Example(
-                prompt_ids=prompts[i],
-                completions=[encoded["input_ids"][i]],
-                values=labels[i],
-                ends=ends,
-            )
-        )
-    return examples
-
-
-def _check_separators(place: Place, steps: Sequence[str], separator: str) -> None:
+def _steps(
+    steps: list[str], encoder: Encoder, prompt: str, prompt_ids: list[int], separator: str
+) -> tuple[list[int], list[int]]:
+    """The completion that the steps make, and the last token of each of them."""
     for i, step in enumerate(steps if separator else []):
         ended = step.endswith(separator) or i == len(steps) - 1
         if not ended or separator in step.removesuffix(separator):
             raise DataError(
-                f"{place}: steps[{i}] must end with data.step_separator = {separator!r} and hold "
-                f"it nowhere else, got {step!r:.60}"
+                f"steps[{i}] must end with data.step_separator = {separator!r} and hold it "
+                f"nowhere else, got {step!r:.60}"
             )
-
-
-def _with_unrelated(path: str, examples: Sequence[Example]) -> list[Example]:
-    """With the completion of the next example of another prompt, for KTO's reference point."""
-    if all(example.prompt_ids == examples[0].prompt_ids for example in examples):
+    ids, token_ends = encoder.continuation_with_ends(prompt, prompt_ids, "".join(steps))
+    if not ids:
+        raise DataError("the tokenizer makes no token of the steps")
+    text_ends = accumulate(map(len, steps))
+    ends = [min(bisect_left(token_ends, end), len(token_ends) - 1) for end in text_ends]
+    if not separator and len(ends) != len(token_ends):
         raise DataError(
-            f"{path}: kto needs two prompts that differ, to estimate the KL between them"
+            f"{len(token_ends)} tokens are in {len(ends)} steps: wanted one token a step, as "
+            "data.step_separator is empty"
         )
-    paired: list[Example] = []
-    other = next(e for e in examples if e.prompt_ids != examples[-1].prompt_ids)
-    for example, following in zip(reversed(examples), [other, *reversed(examples)], strict=False):
-        if following.prompt_ids != example.prompt_ids:
-            other = following
-        paired.append(replace(example, completions=[*example.completions, other.completions[0]]))
-    return paired[::-1]
-
-
-def _check_lengths(
-    places: Sequence[Place], examples: Sequence[Example], token_budget: int, max_length: int
-) -> None:
-    for place, example in zip(places, examples, strict=True):
-        longest = len(example.prompt_ids) + max(map(len, example.completions))
-        if longest > max_length:
-            raise DataError(
-                f"{place}: prompt and completion of {longest} tokens, the model has positions for "
-                f"{max_length}: shorten the text"
-            )
-        if example.num_tokens > token_budget:
-            raise DataError(
-                f"{place}: {example.num_tokens} tokens with all completions, update.token_budget = "
-                f"{token_budget}: raise it, or shorten the text"
-            )
+    if len(set(ends)) < len(ends):
+        raise DataError("two of its steps end in one token: join them")
+    return ids, ends

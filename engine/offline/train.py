@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -13,7 +13,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from warpo.engine import checkpoint, plot
 from warpo.engine.architectures import check_model, check_tokens
 from warpo.engine.batch import split_by_tokens
-from warpo.engine.data import PromptStream
 from warpo.engine.device import learner_device
 from warpo.engine.errors import TrainingError
 from warpo.engine.loop import checkpoint_on_error, due, raise_if, save, signals
@@ -21,7 +20,7 @@ from warpo.engine.metrics import Column, RunLog, read_rows
 from warpo.engine.model import load_model, load_tokenizer
 from warpo.engine.model_files import check_files, read_config
 from warpo.engine.offline.config import OfflineConfig
-from warpo.engine.offline.data import Example, load_examples
+from warpo.engine.offline.data import Example, Examples, load_examples
 from warpo.engine.offline.families import (
     Family,
     every_completion,
@@ -33,6 +32,7 @@ from warpo.engine.offline.losses import sequence_scores
 from warpo.engine.optimizer import AdamW, make_optimizer, update_metrics
 from warpo.engine.scalar import load_scalar_model
 from warpo.engine.step import apply_gradients, score
+from warpo.engine.stream import PromptStream
 
 Metrics = dict[str, float]
 
@@ -77,7 +77,7 @@ class Parts:
     model: PreTrainedModel
     family: Family
     stream: PromptStream[Example]
-    examples: list[Example]
+    examples: Sequence[Example]
     eval_examples: list[Example]
     optimizer: AdamW
     schedule: torch.optim.lr_scheduler.LambdaLR
@@ -140,15 +140,14 @@ def build(config: OfflineConfig, log: RunLog, stop: Callable[[], bool]) -> Parts
     with log.phase("load"):
         check_files(config.model)
         tokenizer = load_tokenizer(config.model)
-        examples = _load_examples(config, config.data.train, tokenizer)
+        loaded = _load_examples(config, config.data.train, tokenizer)
+        examples: Sequence[Example] = loaded
         eval_examples: list[Example] = []
         if config.data.eval:
-            eval_examples = _load_examples(config, config.data.eval, tokenizer)
-            eval_examples = eval_examples[: config.evaluation.max_examples]
-        parts = {config.data.train: examples}
-        if eval_examples:
-            parts[str(config.data.eval)] = eval_examples
-        _check(config, parts, scalar=family.scalar)
+            held_out = _load_examples(config, config.data.eval, tokenizer)
+            eval_examples = held_out[: config.evaluation.max_examples]
+            _check(config, held_out, config.data.eval, scalar=family.scalar)
+        _check(config, loaded, config.data.train, scalar=family.scalar)
         load = load_scalar_model if family.scalar else load_model
         model = load(config.model, config.dtype, device)
     if family.scalar:
@@ -165,7 +164,7 @@ def build(config: OfflineConfig, log: RunLog, stop: Callable[[], bool]) -> Parts
         tokenizer=tokenizer,
         model=model,
         family=family,
-        stream=PromptStream(examples, config.batch_size, config.seed),
+        stream=PromptStream(examples, loaded.keys, config.batch_size, config.seed),
         examples=examples,
         eval_examples=eval_examples,
         optimizer=optimizer,
@@ -175,7 +174,7 @@ def build(config: OfflineConfig, log: RunLog, stop: Callable[[], bool]) -> Parts
 
 def _load_examples(
     config: OfflineConfig, path: str, tokenizer: PreTrainedTokenizerBase
-) -> list[Example]:
+) -> Examples:
     positions = getattr(read_config(config.model), "max_position_embeddings", None)
     return load_examples(
         path, tokenizer, config.algorithm, token_budget=config.update.token_budget,
@@ -184,18 +183,11 @@ def _load_examples(
     )  # fmt: skip
 
 
-def _check(config: OfflineConfig, parts: Mapping[str, Sequence[Example]], *, scalar: bool) -> None:
-    """Refuse what the learner cannot compute before weights are read.
-
-    Args:
-        parts: the examples of each source.
-    """
-    for source, examples in parts.items():
-        sequences = [e.prompt_ids + ids for e in examples for ids in e.completions]
-        check_tokens(config.model, sequences, source)
-        longest = max(map(len, sequences))
-        cure = f"shorten the examples of {source}"
-        check_model(config.model, longest=longest, cure=cure, scalar=scalar)
+def _check(config: OfflineConfig, examples: Examples, source: str, *, scalar: bool) -> None:
+    """Refuse what the learner cannot compute before weights are read."""
+    check_tokens(config.model, examples.largest_token, source)
+    cure = f"shorten the examples of {source}"
+    check_model(config.model, longest=examples.longest, cure=cure, scalar=scalar)
 
 
 def _describe_scalar(
@@ -244,6 +236,8 @@ def _start(config: OfflineConfig, parts: Parts, log: RunLog, resume_from: Path |
     if resume_from:
         parts.step = checkpoint.load(resume_from, model=parts.model, parts=parts.stateful)
         log.say(f"resumed after step {parts.step} from {resume_from}")
+        if parts.stream.changes:
+            log.say(parts.stream.changes)
     parts.boundary = parts.stream.state_dict()
     if not resume_from and config.evaluation.every_steps:
         log.start_step()

@@ -70,7 +70,7 @@ class MathAnswers:
         Raises:
             RewardError: an answer is no text or number, or no worker can be started.
         """
-        answers = [_as_text(index, answer) for index, answer in enumerate(fields["answer"])]
+        answers = [answer_text(a, f" of completion {i}") for i, a in enumerate(fields["answer"])]
         return run(self._judge(list(zip(completions, answers, strict=True))))
 
     def close(self) -> None:
@@ -111,7 +111,12 @@ class MathAnswers:
         return bool(await worker.ask(item, self._item_s))
 
 
-def _as_text(index: int, answer: Any) -> str:
+def answer_text(answer: Any, owner: str = "") -> str:
+    """The right answer as text.
+
+    Raises:
+        RewardError: it is no text or number.
+    """
     if isinstance(answer, float) and math.isfinite(answer):
         return f"{Decimal(repr(answer)):f}"
     if isinstance(answer, int) and not isinstance(answer, bool):
@@ -119,8 +124,7 @@ def _as_text(index: int, answer: Any) -> str:
     if isinstance(answer, str) and answer.strip():
         return answer.strip()
     raise RewardError(
-        f"reward math: the field 'answer' of completion {index} must be text or a number, got "
-        f"{answer!r:.60}"
+        f"reward math: the field 'answer'{owner} must be text or a number, got {answer!r:.60}"
     )
 
 

@@ -4,8 +4,10 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from warpo.engine.data import PromptStream, columns, load_prompts
+from warpo.engine.data import columns, load_prompts
 from warpo.engine.errors import CheckpointError, DataError
+from warpo.engine.offline.data import load_examples
+from warpo.engine.stream import PromptStream
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}"
@@ -48,6 +50,30 @@ def test_text_gets_the_tokens_the_tokenizer_puts_before_it(write):
     assert columns(prompts) == {"prompt": ["2+2=", "ab"], "answer": ["4", "c"]}
 
 
+def test_a_tokenizer_without_the_letter_a_has_its_bos_and_fails_in_a_line(write):
+    words = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "two": 2}, unk_token="?"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>")
+    (prompt,) = load_prompts(write({"prompt": "two two"}), tokenizer, 5)
+    assert prompt.token_ids == [0, 2, 2]
+    with pytest.raises(
+        DataError, match=r"d.jsonl:2: the tokenizer fails on the text: WordLevel er"
+    ):
+        load_prompts(write({"prompt": "two"}, {"prompt": "a"}), tokenizer, 5)
+    with pytest.raises(
+        DataError, match=r"d.jsonl:1: the tokenizer fails on the text: WordLevel er"
+    ):
+        load_prompts(write({"prompt": "a"}), tokenizer, 5)
+    path = write(*({"prompt": "two", "completion": text} for text in (" two", " a")))
+    with pytest.raises(
+        DataError, match=r"d.jsonl:2: the tokenizer fails on the text: WordLevel er"
+    ):
+        load_examples(path, tokenizer, "sft", token_budget=9, max_length=9)
+
+
 def test_chat_goes_through_the_template_once(write):
     messages = [{"role": "system", "content": "x"}, {"role": "user", "content": "ab"}]
     tokenizer = character_tokenizer("<s> $A", TEMPLATE)
@@ -72,7 +98,26 @@ FINE = {"prompt": "ab", "answer": "c"}
         ('{"prompt": "a"', r"d\.jsonl:2: not JSON: .* at column 15"),
         ('["a"]', r"d\.jsonl:2: wanted a JSON object, got list: \['a'\]"),
         ({"promt": "a", "answer": "c"}, r"d\.jsonl:2: the field 'prompt' is missing: .*'promt'"),
+        (
+            {"question": "a", "answer": "c"},
+            r":2: the field 'prompt' is missing: the row has question, answer, wanted prompt",
+        ),
         ({"prompt": "a"}, r"d\.jsonl:2: the field 'answer' is missing, line 1 has it"),
+        (
+            '{"prompt": "a", "answer": 1, "answer": 2}',
+            r":2: the key 'answer' stands twice in one obj",
+        ),
+        ('{"prompt": "a", "answer": {"a": 1, "a": 1}}', r":2: the key 'a' stands twice"),
+        (f'{{"prompt": "a", "answer": {"1" * 5000}}}', r":2: an integer has more than 4300 digits"),
+        ('{"prompt": "a", "answer": NaN}', r":2: not JSON: NaN is no finite number"),
+        ('{"prompt": "a", "answer": -Infinity}', r":2: not JSON: -Infinity is no finite number"),
+        ('{"prompt": "a", "answer": 1e999}', r":2: not JSON: 1e999 is no finite number"),
+        (f'{{"prompt": "a", "answer": {"[" * 3000}', r":2: values are nested deeper than 100"),
+        (
+            f'{{"prompt": "a", "answer": {"[" * 100 + "]" * 100}}}',
+            r":2: values are nested deeper than 100",
+        ),
+        ({**FINE, "answer": ["\udc00"]}, r":2: answer holds half a surrogate pair"),
         ({**FINE, "id": 1}, r"d\.jsonl:2: the field 'id' is new, line 1 lacks it"),
         ({**FINE, "prompt": ""}, r"d\.jsonl:2: prompt is empty"),
         ({**FINE, "prompt": 7}, r"d\.jsonl:2: prompt must be text or a list .*, got int: 7"),
@@ -126,9 +171,11 @@ def test_chat_needs_a_template(write):
         load_prompts(path, character_tokenizer(), 5)
 
 
-def test_a_prompt_that_the_tokenizer_ends_is_refused(write):
-    with pytest.raises(DataError, match=r":1: the prompt ends with .*set add_eos_token to false"):
-        load_prompts(write(FINE), character_tokenizer("$A </s>"), 5)
+def test_nothing_follows_a_text_and_one_that_ends_itself_is_refused(write):
+    (prompt,) = load_prompts(write(FINE), character_tokenizer("<s> $A </s>"), 5)
+    assert character_tokenizer().decode(prompt.token_ids) == "<s>ab"
+    with pytest.raises(DataError, match=r":1: the prompt ends with .*: remove it from the text"):
+        load_prompts(write({"prompt": "ab</s>"}), character_tokenizer(), 5)
 
 
 def test_long_prompts_are_refused_with_the_cure(write):
@@ -147,7 +194,7 @@ def prompts(write):
 
 
 def test_every_epoch_draws_each_prompt_once_in_another_order(prompts):
-    stream = PromptStream(prompts, prompts_per_step=3, seed=5)
+    stream = PromptStream(prompts, prompts.keys, 3, seed=5)
     drawn = [p.fields["prompt"] for _ in range(7) for p in stream.next()]
     epochs = [drawn[i : i + 7] for i in (0, 7, 14)]
     assert [sorted(epoch) for epoch in epochs] == [[f"a{i}" for i in range(7)]] * 3
@@ -157,22 +204,23 @@ def test_every_epoch_draws_each_prompt_once_in_another_order(prompts):
 
 @pytest.mark.parametrize("steps_before", [0, 1, 2, 5, 7])
 def test_a_resumed_stream_continues_exactly(prompts, steps_before):
-    whole = PromptStream(prompts, prompts_per_step=3, seed=5)
+    whole = PromptStream(prompts, prompts.keys, 3, seed=5)
     for _ in range(steps_before):
         whole.next()
-    resumed = PromptStream(prompts, prompts_per_step=3, seed=5)
+    resumed = PromptStream(prompts, prompts.keys, 3, seed=5)
     resumed.load_state_dict(whole.state_dict())
     assert [whole.next() for _ in range(9)] == [resumed.next() for _ in range(9)]
 
 
 def test_the_order_depends_on_the_seed(prompts):
-    orders = [PromptStream(prompts, prompts_per_step=7, seed=seed).next() for seed in range(4)]
+    orders = [PromptStream(prompts, prompts.keys, 7, seed=seed).next() for seed in range(4)]
     assert len({tuple(p.fields["prompt"] for p in order) for order in orders}) == 4
 
 
-def test_resuming_with_another_seed_or_file_is_refused(prompts):
-    state = PromptStream(prompts, prompts_per_step=3, seed=5).state_dict()
+def test_resuming_with_another_seed_or_file_is_refused(prompts, write):
+    state = PromptStream(prompts, prompts.keys, 3, seed=5).state_dict()
     with pytest.raises(CheckpointError, match="with seed 5, this run has seed 6.*set seed to 5"):
-        PromptStream(prompts, prompts_per_step=3, seed=6).load_state_dict(state)
-    with pytest.raises(CheckpointError, match="data.train has changed since the checkpoint"):
-        PromptStream(prompts[:-1], prompts_per_step=3, seed=5).load_state_dict(state)
+        PromptStream(prompts, prompts.keys, 3, seed=6).load_state_dict(state)
+    others = load_prompts(write({"prompt": "b"}), character_tokenizer(), 5)
+    with pytest.raises(CheckpointError, match="data.train has none of the 7 prompts that the che"):
+        PromptStream(others, others.keys, 3, seed=5).load_state_dict(state)

@@ -100,6 +100,11 @@ def test_examples_are_drawn_by_seed_step_and_update_alone(ptx: tuple[Config, Par
     assert drawn(1, 0) == first
     everything = parts.pretraining_batches(config, 100, 1, 0)
     assert sum(batch.num_sequences for batch in everything) == len(parts.examples)
+    # a resumed run tells what became of them
+    saved = torch.cat([parts.examples.keys, torch.tensor([[1, 2]])])
+    parts.stateful["pretraining"].load_state_dict({"rows": saved})
+    (change,) = parts.changes
+    assert change.startswith("pretraining.data is not what the checkpoint was trained on: 1 rows")
 
 
 def test_a_run_tells_the_supervised_loss(ptx: tuple[Config, Parts], folder: Path) -> None:

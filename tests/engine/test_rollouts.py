@@ -17,9 +17,9 @@ from tests.engine.runs import rows, train
 from warpo.engine.batch import Rollout
 from warpo.engine.build import build
 from warpo.engine.config import load_config
-from warpo.engine.data import PromptStream
 from warpo.engine.metrics import RunLog
 from warpo.engine.rollouts import collect
+from warpo.engine.stream import PromptStream
 from warpo.engine.train import run
 
 REWARDS = """
@@ -58,8 +58,10 @@ def collected(folder: Path) -> Iterator[Collect]:
             parts = build(config)
             stack.enter_context(parts.rewards)
             parts.publish()
-            prompts = parts.stream._prompts
-            stream = PromptStream(prompts, config.rollout.prompts_per_step, config.seed)
+            prompts = parts.stream._items
+            stream = PromptStream(
+                prompts, prompts.keys, config.rollout.prompts_per_step, config.seed
+            )
             rollouts, metrics = collect(config, parts, log, lambda: False, 1)
             return rollouts, metrics, stream
 

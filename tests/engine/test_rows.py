@@ -1,5 +1,10 @@
 """The three forms of data, and held-out prompts."""
 
+import gzip
+import json
+import os
+import tracemalloc
+
 import datasets
 import pyarrow
 import pyarrow.parquet
@@ -81,7 +86,7 @@ def test_rows_of_two_files_must_agree(tmp_path):
     with pytest.raises(
         DataError, match=r"b.parquet: row 0: the field 'answer' .*a.parquet: row 0 has it"
     ):
-        read_rows(path, required=("prompt",))
+        list(read_rows(path, required=("prompt",)).chunks())
 
 
 def test_what_is_no_data_set_is_refused(tmp_path):
@@ -114,6 +119,97 @@ def test_what_is_no_data_set_is_refused(tmp_path):
         read_rows(tmp_path / "no_rows", required=())
 
 
+COUNT = 3
+NOT_UTF8 = pyarrow.Array.from_buffers(
+    pyarrow.string(),
+    COUNT,
+    [None, pyarrow.array([0, 1, 2, 3], pyarrow.int32()).buffers()[1], pyarrow.py_buffer(b"a\xffb")],
+)
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        (NOT_UTF8, r"row 1: the field 'answer' of type string cannot be read: 'utf-8' codec"),
+        (
+            pyarrow.array([1, 2**61, 3]).cast(pyarrow.timestamp("us")),
+            r"row 1: the field 'answer' of type timestamp\[us\] cannot be read: ",
+        ),
+        (
+            pyarrow.array([1, -(2**31), 3], pyarrow.int32()).cast(pyarrow.date32()),
+            r"row 1: the field 'answer' of type date32\[day\] cannot be read: ",
+        ),
+    ],
+)
+def test_what_python_has_no_object_for_is_refused_by_row_and_field(tmp_path, column, message):
+    table = pyarrow.table({"prompt": ["a", "b", "c"], "answer": column})
+    pyarrow.parquet.write_table(table, tmp_path / "d.parquet")
+    with pytest.raises(DataError, match=rf"d.parquet: {message}"):
+        load_prompts(tmp_path / "d.parquet", character_tokenizer(), 5)
+
+
+def test_nested_columns_are_read_and_two_of_one_name_are_not(tmp_path):
+    rows = [{"prompt": "a", "tests": [{"in": [1], "out": {"x": None}}], "answer": None}] * 2
+    prompts = load_prompts(write_parquet(tmp_path / "d", rows), character_tokenizer(), 5)
+    assert [prompt.fields for prompt in prompts] == rows
+    table = pyarrow.table([["a"], ["b"]], names=["prompt", "prompt"])
+    pyarrow.parquet.write_table(table, tmp_path / "twice")
+    with pytest.raises(DataError, match="twice: two columns are called 'prompt'"):
+        read_rows(tmp_path / "twice", required=())
+
+
+def test_jsonl_may_be_gzipped(tmp_path):
+    content = b'{"prompt": "a"}\r\n\r\n{"prompt": "b"}'
+    path = tmp_path / "d.jsonl.gz"
+    path.write_bytes(gzip.compress(content))
+    prompts = load_prompts(path, character_tokenizer(), 5)
+    assert columns(prompts) == {"prompt": ["a", "b"]}
+    path.write_bytes(gzip.compress(content + b"\n{"))
+    with pytest.raises(DataError, match=r"d.jsonl.gz:4: not JSON"):
+        load_prompts(path, character_tokenizer(), 5)
+    path.write_bytes(gzip.compress(content)[:-9])
+    with pytest.raises(DataError, match=r"d.jsonl.gz: cannot be unzipped: "):
+        load_prompts(path, character_tokenizer(), 5)
+
+
+@pytest.mark.parametrize(
+    "content", [b"prompt,answer\n1,2\n", b"PK\x03\x04\xff", b'[\n{"prompt": "a"}]', b"ARROW1\0"]
+)
+def test_another_format_is_told_which_there_are(tmp_path, content):
+    (tmp_path / "d").write_bytes(content)
+    formats = r"data is JSONL \(one JSON object a line, gzipped or not\) or Parquet"
+    with pytest.raises(DataError, match=rf"d:1: not (JSON|UTF-8).*; {formats}"):
+        read_rows(tmp_path / "d", required=())
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataError, match=f"pipe is neither a file nor a folder: {formats}"):
+        read_rows(tmp_path / "pipe", required=())
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/a.jsonl").write_text("{}")
+    with pytest.raises(DataError, match=r"\*.parquet files: name a file in it, such as a.jsonl"):
+        read_rows(tmp_path / "folder", required=())
+
+
+@pytest.mark.parametrize("parquet", [False, True])
+def test_a_row_takes_few_bytes(tmp_path, parquet):
+    """As Python objects, a row of 40 bytes and its 7 tokens took 3000."""
+    rows = [{"prompt": f"{i}+{i}=", "answer": str(i)} for i in range(1000, 3000)]
+    path = tmp_path / "d"
+    if parquet:
+        write_parquet(path, rows)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = character_tokenizer()
+    load_prompts(path, tokenizer, 99)
+    tracemalloc.start()
+    try:
+        prompts = load_prompts(path, tokenizer, 99)
+        held = tracemalloc.get_traced_memory()[0] / len(prompts)
+    finally:
+        tracemalloc.stop()
+    assert held < 150, held
+    assert prompts[1999].fields == rows[1999]
+
+
 def test_held_out_prompts_are_not_learned_from_and_none_twice(tmp_path):
     texts = ["a", "b", "c", "a", "d", "b", "e", "a"]
     rows = [{"prompt": text, "n": i} for i, text in enumerate(texts)]
@@ -129,7 +225,8 @@ def test_held_out_prompts_are_not_learned_from_and_none_twice(tmp_path):
         assert all(
             prompt.fields["n"] == texts.index(prompt.fields["prompt"]) for prompt in held_out
         )
-        assert split_prompts(prompts, 2, seed) == (rest, held_out)
+        again, same = split_prompts(prompts, 2, seed)
+        assert list(again) == list(rest) and same == held_out
         seen |= out
     assert seen == set("abcde")
     with pytest.raises(DataError, match=r"data.eval = 5 would leave nothing.* 5 different prompts"):

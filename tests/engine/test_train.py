@@ -169,14 +169,17 @@ def test_a_resumed_run_has_the_numbers_of_the_whole_one(folder, kind):
     assert whole == parts
 
 
-def test_a_failing_reward_leaves_a_checkpoint_that_resumes(folder):
+def test_a_failing_reward_leaves_a_checkpoint_that_resumes_without_a_row(folder, capsys):
     train(folder, "--sampler", "transformers", "--steps", "2")
     (folder / "fail").touch()
     with pytest.raises(RewardError, match="the reward was told to fail"):
         train(folder, "--sampler", "transformers", "--resume", "true")
     (folder / "fail").unlink()
+    lines = (folder / "train.jsonl").read_text().splitlines()
+    (folder / "train.jsonl").write_text("\n".join(lines[1:]))
     table = train(folder, "--sampler", "transformers", "--resume", "true")
     assert [row["step"] for row in table] == [0, 1, 2, 3, 4]
+    assert "data.train is not what the checkpoint was trained on: 1 rows" in capsys.readouterr().out
 
 
 def command(folder: Path, *arguments: str) -> subprocess.Popen:

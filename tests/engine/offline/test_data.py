@@ -23,7 +23,7 @@ def load(tmp_path: Path, tokenizer, algorithm: str, *rows: dict, **options) -> l
     path = tmp_path / "data.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = {"token_budget": 100, "max_length": 64} | options
-    return load_examples(path, tokenizer, algorithm, **options)
+    return list(load_examples(path, tokenizer, algorithm, **options))
 
 
 def texts(tokenizer, example: Example) -> list[str]:
@@ -86,7 +86,7 @@ STEPS = {"prompt": "1=", "steps": ["1=", "2"], "labels": [1, 0]}
         ("dpo", PAIR | {"chosen": "1" * 70}, "positions for 64"),
         ("dpo", PAIR | {"chosen": "1" * 50, "rejected": "1" * 50}, "update.token_budget = 100"),
         ("bradley_terry", PAIR | {"margin": -1}, "margin must be a number >= 0, got -1"),
-        ("bradley_terry", PAIR | {"margin": float("nan")}, "margin must be .* got nan"),
+        ("bradley_terry", PAIR | {"margin": float("nan")}, "NaN is no finite number"),
         ("kto", {"prompt": "1=", "completion": "1", "label": 1}, "label must be true or false"),
         ("kto", {"prompt": "1=", "completion": "1", "label": True}, "two prompts that differ"),
         ("k_wise", {"prompt": "1=", "completions": ["1"]}, "2 texts or more"),

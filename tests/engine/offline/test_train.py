@@ -39,7 +39,8 @@ REACHED = {
     "kto": (None, 0.6),
     "bradley_terry": (0.6, 0.2),
     "k_wise": (0.6, 0.1),
-    "process_reward": (0.75, 0.01),
+    # 0.003 to 0.011 with six seeds
+    "process_reward": (0.75, 0.002),
 }
 
 
@@ -130,12 +131,21 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_the_step(task, tmp_p
     assert (tmp_path / "out/checkpoints/step-000000").is_dir()
 
 
-def test_resuming_with_other_data_is_refused(task, tmp_path):
+def test_resuming_with_other_data_is_refused_and_with_fewer_rows_told(task, tmp_path, capsys):
     settings = ["--steps", "1", "--evaluation.every_steps", "0"]
     train("sft", task, tmp_path / "out", *settings)
     other = str(task / "warm_start_eval.jsonl")
-    with pytest.raises(CheckpointError, match="data.train has changed"):
+    with pytest.raises(CheckpointError, match="data.train has none of the 512 prompts"):
         train("sft", task, tmp_path / "out", *settings, "--resume", "--data.train", other)
+    lines = (task / "warm_start.jsonl").read_text().splitlines(keepends=True)
+    fewer = tmp_path / "fewer.jsonl"
+    fewer.write_text("".join(lines[3:]))
+    settings[1] = "2"
+    train("sft", task, tmp_path / "out", *settings, "--resume", "--data.train", str(fewer))
+    assert (
+        "data.train is not what the checkpoint was trained on: 3 rows are"
+        in capsys.readouterr().out
+    )
 
 
 def test_bad_data_is_refused_before_a_model_is_loaded(task, tmp_path):
