@@ -22,7 +22,7 @@ from tests.engine.vllm_survey import RECORD
 from warpo.engine.architectures import refusal
 from warpo.engine.attention import ATTENTION
 from warpo.engine.batch import pack
-from warpo.engine.model import attention_of, prepare, token_logprobs
+from warpo.engine.model import attention_of, other_layers, prepare, token_logprobs
 from warpo.engine.step import as_rollout
 
 FILE = Path(__file__).parents[2] / "docs" / "architectures.md"
@@ -94,7 +94,8 @@ def sequences() -> list[tuple[list[int], int]]:
 def difference(model: PreTrainedModel) -> float:
     """Packed rows against eager attention, the larger of logprobs and gradient; see HEAD."""
     wanted = _alone(model)
-    model.set_attn_implementation(attention_of(model.config, MODEL_FOR_CAUSAL_LM_MAPPING))
+    others = other_layers(model.config, type(model))
+    model.set_attn_implementation("eager" if others else ATTENTION)
     batch = pack([as_rollout(ids, prompt) for ids, prompt in sequences()])
     logprobs = token_logprobs(model, batch, 1.0).logprobs
     found = logprobs.detach(), _gradient(model, logprobs)
