@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from warpo.engine import checkpoint
+from warpo.engine import checkpoint, manifest
 from warpo.engine.advantages import AdaptiveState
 from warpo.engine.algorithms import Algorithm
 from warpo.engine.architectures import check_run, check_tokens
@@ -24,7 +24,7 @@ from warpo.engine.config import Config
 from warpo.engine.critic import Critic
 from warpo.engine.data import Prompt, Prompts, load_prompts, split_prompts
 from warpo.engine.device import learner_device
-from warpo.engine.errors import ConfigError, DataError
+from warpo.engine.errors import CheckpointError, ConfigError, DataError
 from warpo.engine.limits import check_free_memory, check_limits
 from warpo.engine.model import eos_token_ids, load_model, load_tokenizer
 from warpo.engine.model_files import check_files
@@ -256,7 +256,9 @@ def make_reference(config: Config, parts: Parts) -> None:
     """Freeze the model that step 1 starts from, and keep it on disk for a resumed run."""
     if parts.algorithm.has_reference:
         reference = copy.deepcopy(parts.model)
-        reference.save_pretrained(_references(config) / _step_name(0))
+        # what an earlier run without a checkpoint has left is not this run's
+        shutil.rmtree(_references(config), ignore_errors=True)
+        checkpoint.save_model(_references(config) / _step_name(0), reference)
         parts.reference = reference.requires_grad_(False).eval()
 
 
@@ -266,7 +268,7 @@ def renew_reference(config: Config, parts: Parts, step: int) -> None:
     if parts.reference is None or not every or step % every:
         return
     parts.reference.load_state_dict(parts.model.state_dict())
-    parts.reference.save_pretrained(_references(config) / _step_name(step))
+    checkpoint.save_model(_references(config) / _step_name(step), parts.reference)
     # A run that resumes goes back to the oldest checkpoint at most.
     saved = checkpoint.complete(Path(config.output_dir) / "checkpoints")
     first = _step_of(saved[0]) if saved else 0
@@ -285,6 +287,13 @@ def load_reference(config: Config, parts: Parts) -> None:
             f"{_references(config)} has no reference model of step {parts.step} or before: the run "
             "began without one, so loss.kl_coef must be 0"
         )
+    try:
+        manifest.check(before[-1])
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}: a run cannot be resumed without its reference model; begin one from the "
+            "weights, with another output_dir"
+        ) from None
     reference = load_model(str(before[-1]), config.dtype, parts.device, config.lm_head_dtype)
     parts.reference = reference.requires_grad_(False).eval()
 

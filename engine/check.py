@@ -327,7 +327,7 @@ def _report_attention(
     packed = step.score(parts.model, pack(rollouts).to(parts.device), temperature)
     with eager_attention(parts.model):
         alone = torch.cat([_eager_logprobs(parts, rollout, temperature) for rollout in rollouts])
-    error, bound = (packed - alone).abs().max().item(), config.probe.tolerance
+    error, bound = relative(packed - alone, alone).max().item(), config.probe_tolerance
     report.add(
         Line(
             name="attention",

@@ -2,32 +2,39 @@
 
     output_dir/checkpoints/step-000123/   config.json, model.safetensors, tokenizer.json, ...
                                           trainer.pt: step, parts, random states
+                                          manifest.json: what all of these hold, step, settings
 
 A checkpoint is written under a hidden name, flushed to disk and renamed: one that bears its name
-is complete.
+was complete. It is compared with its manifest before anything of it is used. Weights or optimizer
+states that are not finite are not saved.
 """
 
 from __future__ import annotations
 
 import os
-import pickle
 import random
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
+from safetensors import safe_open
+from torch import Tensor
 
-from warpo.engine.errors import CheckpointError
+from warpo.engine import atomic, manifest
+from warpo.engine.errors import CheckpointError, ConfigError, TrainingError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _NAME = re.compile(r"step-(\d{6,})")
 _TRAINER_FILE = "trainer.pt"
+# config, tokenizer and manifest beside the tensors of a checkpoint
+_SMALL_FILES = 2**20
 
 
 class Stateful(Protocol):
@@ -38,6 +45,22 @@ class Stateful(Protocol):
     def load_state_dict(self, state: Any) -> Any: ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """A checkpoint whose files are what they were when it was saved.
+
+    Attributes:
+        step: after which it was saved.
+        settings: of the run that saved it, a tree of plain values.
+        tensors: descriptions of the tensors of trainer.pt.
+    """
+
+    path: Path
+    step: int
+    settings: dict[str, Any]
+    tensors: dict[str, str]
+
+
 def save(
     output_dir: str | Path,
     *,
@@ -46,6 +69,7 @@ def save(
     tokenizer: PreTrainedTokenizerBase | None,
     parts: Mapping[str, Stateful],
     keep: int,
+    settings: Mapping[str, Any],
 ) -> Path:
     """Write output_dir/checkpoints/step-<step>, all of it or nothing.
 
@@ -53,62 +77,125 @@ def save(
         model, tokenizer: None where the parts hold all there is.
         parts: objects whose state is kept, by name.
         keep: newest checkpoints that stay; 0: all.
+        settings: of the run, a tree of plain values.
+
+    Raises:
+        TrainingError: a weight or a number of the parts' states is not finite.
+        CheckpointError: the disk does not take it. Nothing of it is left.
     """
-    root = Path(output_dir) / "checkpoints"
-    root.mkdir(parents=True, exist_ok=True)
-    for leftover in [*root.glob(".step-*"), *root.glob(".old-*")]:
-        shutil.rmtree(leftover)
+    root = _root(output_dir)
+    states = {name: part.state_dict() for name, part in parts.items()}
+    _check_finite(output_dir, step, model, states)
+    state = {"step": step, "parts": states, "random": random_state()}
     final = root / f"step-{step:06d}"
-    draft = root / f".{final.name}"
-    draft.mkdir()
-    for saved in (model, tokenizer):
-        if saved is not None:
-            saved.save_pretrained(draft)
-    state = {
-        "step": step,
-        "parts": {name: part.state_dict() for name, part in parts.items()},
-        "random": random_state(),
-    }
-    torch.save(state, draft / _TRAINER_FILE)
-    _flush(draft)
-    if final.exists():
-        os.rename(final, root / f".old-{final.name}")
-    os.rename(draft, final)
-    _flush_directory(root)
-    shutil.rmtree(root / f".old-{final.name}", ignore_errors=True)
+    with atomic.folder(final, _num_bytes(model, state)) as draft:
+        for saved in (model, tokenizer):
+            if saved is not None:
+                saved.save_pretrained(draft)
+        with (draft / _TRAINER_FILE).open("wb") as file:
+            atomic.save_state(state, file)
+        manifest.write(
+            draft, step=step, settings=settings, tensors=manifest.describe(state, _TRAINER_FILE)
+        )
     _prune(root, keep)
     return final
 
 
-def latest(output_dir: str | Path) -> Path:
-    """The newest complete checkpoint of a run.
+def save_model(folder: Path, model: PreTrainedModel) -> None:
+    """Write a model and its manifest, all of it or nothing."""
+    with atomic.folder(folder, _num_bytes(model, {})) as draft:
+        model.save_pretrained(draft)
+        manifest.write(draft)
+
+
+def rehearse(
+    output_dir: str | Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    parameters: Iterable[Tensor],
+) -> None:
+    """Find out before a run whether it can be saved: all files but those of tensors are written
+    and removed, and the disk must have room for a checkpoint.
+
+    Args:
+        parameters: that AdamW steps: 8 bytes an element for its moments, 4 for master weights.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: it cannot.
+        ConfigError: a weight of the model is not finite.
     """
-    root = Path(output_dir) / "checkpoints"
-    found = complete(root)
+    for name, weight in model.named_parameters():
+        if not torch.isfinite(weight).all():
+            raise ConfigError(f"model: its weight {name} is not finite, so it cannot be trained")
+    state = sum(p.numel() * (8 if p.dtype == torch.float32 else 12) for p in parameters)
+    folder = _root(output_dir) / ".step-rehearsal"
+    try:
+        with atomic.folder(folder, _num_bytes(model, {}) + state) as draft:
+            model.save_pretrained(draft, state_dict={})
+            tokenizer.save_pretrained(draft)
+    except (ValueError, TypeError) as error:
+        text = " ".join(str(error).split())
+        raise CheckpointError(f"this model could not be saved after the run: {text}") from error
+    shutil.rmtree(folder)
+
+
+def latest(output_dir: str | Path) -> Path | None:
+    """The newest checkpoint of a run by its name; None where there is none."""
+    found = complete(_root(output_dir))
+    return found[-1] if found else None
+
+
+def open_latest(output_dir: str | Path) -> Saved | None:
+    """The newest checkpoint of a run, compared with its manifest; None where there is none.
+
+    Raises:
+        CheckpointError: it is damaged; names what is to be deleted to resume from an older one.
+    """
+    found = complete(_root(output_dir))
     if not found:
-        raise CheckpointError(f"{root} holds no checkpoint: start without --resume")
-    return found[-1]
+        return None
+    try:
+        return read(found[-1])
+    except CheckpointError as error:
+        for place in range(len(found) - 2, -1, -1):
+            if _is_whole(found[place]):
+                damaged = " and ".join(path.name for path in found[place + 1 :])
+                raise CheckpointError(
+                    f"{error}; delete {damaged} to resume from {found[place].name}"
+                ) from None
+        what = found[0] if len(found) == 1 else _root(output_dir)
+        raise CheckpointError(f"{error}; delete {what} to start anew") from None
 
 
-def load(path: str | Path, *, model: PreTrainedModel | None, parts: Mapping[str, Stateful]) -> int:
+def read(path: str | Path) -> Saved:
+    """A checkpoint, compared with its manifest.
+
+    Raises:
+        CheckpointError: a file is missing or is not as it was saved.
+    """
+    path = Path(path)
+    body = manifest.check(path)
+    for name in (_TRAINER_FILE, "step", "settings"):
+        if name not in body and name not in body["files"]:
+            raise CheckpointError(f"{path} is not a checkpoint: it was saved without {name}")
+    if body["step"] != _step_of(path):
+        raise CheckpointError(f"{path} holds step {body['step']} and bears another name")
+    own = {name: text for name, text in body["tensors"].items() if name.startswith(_TRAINER_FILE)}
+    return Saved(path=path, step=body["step"], settings=body["settings"], tensors=own)
+
+
+def load(saved: Saved, *, model: PreTrainedModel | None, parts: Mapping[str, Stateful]) -> int:
     """Put a checkpoint into `model` (in place, its storage stays), `parts` and the random states.
 
     Returns:
         The step after which it was saved.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or belongs to another model or other parts.
+        CheckpointError: it belongs to another model or other parts.
     """
-    path = Path(path)
-    try:
-        state = torch.load(path / _TRAINER_FILE, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} holds no {_TRAINER_FILE}: it is no checkpoint") from None
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{path / _TRAINER_FILE} is damaged: {error}") from None
+    path = saved.path
+    state = torch.load(path / _TRAINER_FILE, map_location="cpu", weights_only=True)
+    manifest.compare(path, saved.tensors, manifest.describe(state, _TRAINER_FILE))
     if state["parts"].keys() != parts.keys():
         raise CheckpointError(
             f"{path} keeps {', '.join(sorted(state['parts']))}, "
@@ -124,7 +211,7 @@ def load(path: str | Path, *, model: PreTrainedModel | None, parts: Mapping[str,
         except (ValueError, KeyError, RuntimeError) as error:
             raise CheckpointError(f"{path}: the state of {name} does not fit: {error}") from error
     set_random_state(state["random"])
-    return int(state["step"])
+    return saved.step
 
 
 def random_state() -> dict[str, Any]:
@@ -151,12 +238,46 @@ def set_random_state(state: Mapping[str, Any]) -> None:
 
 
 def _load_weights(path: Path, model: PreTrainedModel) -> None:
+    own = model.state_dict()
+    files: dict[str, Path] = {}
+    for file in sorted(path.glob(manifest.WEIGHTS)):
+        with safe_open(file, framework="pt") as tensors:
+            files |= dict.fromkeys(tensors.keys(), file)
+    # a tensor that two names share is saved under one of them
+    written = {own[name].data_ptr() for name in own.keys() & files.keys()}
+    shared = {name for name in own.keys() - files.keys() if own[name].data_ptr() in written}
+    if own.keys() - shared != files.keys():
+        _check_same(path, own, converted := _converted(path, model))
+        model.load_state_dict(converted)
+        return
+    for name, file in files.items():
+        with safe_open(file, framework="pt") as tensors:
+            tensor = tensors.get_tensor(name)
+            _check_same(path, {name: own[name]}, {name: tensor})
+            if tensor.dtype != own[name].dtype:
+                raise CheckpointError(
+                    f"{path} belongs to a run of another dtype: {name} is {tensor.dtype} there "
+                    f"and {own[name].dtype} here; set dtype as it was"
+                )
+            with torch.no_grad():
+                own[name].copy_(tensor)
+
+
+def _converted(path: Path, model: PreTrainedModel) -> dict[str, Tensor]:
+    """The weights by the names of the model, where those of its files are others: transformers
+    fuses the experts of some architectures.
+    """
     try:
         # float32 holds every value of the narrower types, so a model of mixed types is exact too.
-        saved = type(model).from_pretrained(path, dtype=torch.float32).state_dict()
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: the model does not load: {error}") from error
-    own = model.state_dict()
+        loading: Any = type(model).from_pretrained
+        loaded, report = loading(path, dtype=torch.float32, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path} belongs to another model: {error}") from error
+    state: dict[str, Tensor] = loaded.state_dict()
+    return {name: tensor for name, tensor in state.items() if name not in report["missing_keys"]}
+
+
+def _check_same(path: Path, own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
     for name in sorted(own.keys() | saved.keys()):
         here = tuple(own[name].shape) if name in own else "absent"
         there = tuple(saved[name].shape) if name in saved else "absent"
@@ -165,14 +286,56 @@ def _load_weights(path: Path, model: PreTrainedModel) -> None:
                 f"{path} belongs to another model: {name} is {there} there and {here} here; "
                 "set model to the one that the run began with"
             )
-    model.load_state_dict(saved)
 
 
 def complete(root: Path) -> list[Path]:
     """Checkpoints, oldest first."""
     found = [entry for entry in root.glob("step-*") if _NAME.fullmatch(entry.name)]
-    found = [entry for entry in found if (entry / _TRAINER_FILE).is_file()]
-    return sorted(found, key=lambda entry: int(entry.name.removeprefix("step-")))
+    return sorted(found, key=_step_of)
+
+
+def _root(output_dir: str | Path) -> Path:
+    return Path(output_dir) / "checkpoints"
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        read(path)
+    except CheckpointError:
+        return False
+    return True
+
+
+def _check_finite(
+    output_dir: str | Path, step: int, model: PreTrainedModel | None, parts: Mapping[str, Any]
+) -> None:
+    named = [] if model is None else list(model.named_parameters())
+    for name, tensor in [*named, *manifest.tensors_in(parts, "state of the run")]:
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise TrainingError(
+                f"step {step} is not saved, since {name} is not finite: the run has diverged. "
+                f"{last_good(output_dir)}"
+            )
+
+
+def last_good(output_dir: str | Path) -> str:
+    """What to do about a run whose state is of no use."""
+    path = latest(output_dir)
+    if path is None:
+        return "No checkpoint was saved before: lower the learning rate and start anew"
+    return f"Lower the learning rate and --resume from the last good one, {path.name}"
+
+
+def _num_bytes(model: PreTrainedModel | None, state: Any) -> int:
+    """What a checkpoint takes on disk, about; a tensor of two names counts once."""
+    named = [] if model is None else list(model.state_dict().items())
+    tensors = [tensor for _, tensor in [*named, *manifest.tensors_in(state, "")]]
+    different = {(t.data_ptr(), t.numel()): t.numel() * t.element_size() for t in tensors}
+    return sum(different.values()) + _SMALL_FILES
 
 
 def _prune(root: Path, keep: int) -> None:
@@ -180,17 +343,3 @@ def _prune(root: Path, keep: int) -> None:
         # Renamed first: half a checkpoint must not bear a checkpoint's name.
         os.rename(old, root / f".old-{old.name}")
         shutil.rmtree(root / f".old-{old.name}")
-
-
-def _flush(directory: Path) -> None:
-    for entry in directory.iterdir():
-        descriptor = os.open(entry, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-    _flush_directory(directory)
-
-
-def _flush_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)

@@ -62,7 +62,7 @@ and my_rewards.py beside it, which gets the completions and the data fields that
         return [float(text.strip() == right) for text, right in zip(completions, answer)]
 
     warpo train CONFIG.yaml
-    warpo train CONFIG.yaml --steps 200 --resume        # a setting of the file, changed
+    warpo train CONFIG.yaml --steps 200 --resume        # goes on, or begins; a setting changed
     warpo train CONFIG.yaml --update.betas 0.9 0.95
 
 output_dir then holds metrics.jsonl (one row a step), tensorboard/, learning.png, config.yaml and

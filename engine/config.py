@@ -246,7 +246,10 @@ class Checkpoint:
     """Saved to output_dir/checkpoints; the last step is always saved."""
 
     every_steps: CountOrNone = 0
-    """Save after every so many steps. 0: after the last only."""
+    """Save after every so many steps. 0: as every_minutes says."""
+    every_minutes: NonNegative = 30.0
+    """Save at the end of a step when so many minutes have passed since the last checkpoint. 0:
+    never."""
     keep: CountOrNone = 2
     """Newest checkpoints that are kept. 0: all."""
 
@@ -278,7 +281,7 @@ class Config:
     copied. "copy": each has its own, and buckets are copied after an update. "auto": alias where
     every parameter allows it."""
     resume: bool = False
-    """Continue from the newest checkpoint in output_dir."""
+    """Continue from the newest checkpoint in output_dir; begin where there is none."""
     data: Data
     reward: Reward
     rollout: Rollout = field(default_factory=Rollout)

@@ -10,7 +10,6 @@ import importlib.util
 import json
 import math
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -23,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from torch.utils.tensorboard import SummaryWriter
 
-from warpo.engine.errors import CheckpointError, ConfigError
+from warpo.engine.errors import CheckpointError
 from warpo.engine.redact import redact
 from warpo.engine.terminal import OutputConsole
 
@@ -35,8 +34,13 @@ class Settings(Protocol):
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
-    @property
-    def resume(self) -> bool: ...
+
+def plain(settings: Settings) -> dict[str, Any]:
+    """A tree of settings as YAML and JSON can hold it: without credentials of URLs, and without
+    `resume`, which a run has not from its beginning.
+    """
+    tree: dict[str, Any] = redact(json.loads(json.dumps(dataclasses.asdict(settings))))
+    return {name: value for name, value in tree.items() if name != "resume"}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -71,17 +75,14 @@ class RunLog:
 
     Args:
         output_dir: gets metrics.jsonl, tensorboard/ and config.yaml.
-        config: written to config.yaml, without credentials of URLs. With `resume` set, the files
-            of output_dir are continued.
+        config: written to config.yaml, without credentials of URLs.
         columns: of the table.
         shown_every: steps from one row of the table to the next; evaluations are all in it.
         resume_step: step that a resumed run has reached; rows of later steps are dropped, so that
-            metrics.jsonl has one row a step.
+            metrics.jsonl has one row a step, and settings that have changed since are kept as
+            config-step-<step>.yaml. None: the run begins, and rows of one that saved no checkpoint
+            are kept as metrics.jsonl.old.
         console: where the table goes; standard output.
-
-    Raises:
-        ConfigError: the run begins, but output_dir holds metrics of another, or cannot be made or
-            written.
     """
 
     def __init__(
@@ -91,26 +92,22 @@ class RunLog:
         *,
         columns: Sequence[Column] = COLUMNS,
         shown_every: int = 1,
-        resume_step: int = 0,
+        resume_step: int | None = None,
         console: Console | None = None,
     ) -> None:
         directory = Path(output_dir)
-        _make(directory)
         self._path = directory / "metrics.jsonl"
-        if not config.resume and self._path.exists() and self._path.stat().st_size:
-            raise ConfigError(
-                f"output_dir = {directory} holds the metrics of a run: pass --resume to continue "
-                "it, or choose another output_dir"
-            )
-        settings = yaml.safe_dump(
-            redact(json.loads(json.dumps(dataclasses.asdict(config)))), sort_keys=False
-        )
-        (directory / "config.yaml").write_text(settings)
-        if config.resume:
-            _drop_rows_after(self._path, resume_step)
+        directory.mkdir(parents=True, exist_ok=True)
+        self._evaluated: set[int] = set()
+        if resume_step is not None:
+            self._evaluated = _keep_rows(self._path, resume_step)
+        elif self._path.exists():
+            os.replace(self._path, self._path.with_suffix(".jsonl.old"))
+        _write_settings(directory, config, resume_step)
         self._file = self._path.open("a", encoding="utf-8")
+        # TensorBoard hides what an earlier process wrote of the steps from here on
         self._board = SummaryWriter(
-            str(directory / "tensorboard"), purge_step=resume_step + 1 if config.resume else None
+            str(directory / "tensorboard"), purge_step=0 if resume_step is None else resume_step + 1
         )
         self._console = console or OutputConsole()
         self._table = _Table(self._console, columns)
@@ -172,7 +169,32 @@ class RunLog:
 
     def say(self, text: str) -> None:
         """A line above the live line, which stays."""
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        try:
+            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        except OSError:
+            # the terminal was closed: what is left to do is to save, which must not fail by that
+            self._console.file = open(os.devnull, "w")  # noqa: SIM115
+
+    def is_evaluated(self, step: int) -> bool:
+        """Whether the row of a step of an earlier process has the metrics of its evaluation."""
+        return step in self._evaluated
+
+    def add(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Put metrics into the last row, which is that of `step`; without it, write one."""
+        rows = read_rows(self._path)
+        if not rows or rows[-1]["step"] != step:
+            self.write(step, metrics)
+            return
+        values = {name: float(value) for name, value in metrics.items()} | self._counts
+        self._seconds, self._counts, self._step_start = {}, {}, None
+        self._file.close()
+        _write_rows(self._path, [*rows[:-1], rows[-1] | _finite(values)])
+        self._file = self._path.open("a", encoding="utf-8")
+        self._show(step, {k: v for k, v in rows[-1].items() if v is not None} | values)
+
+    def flush(self) -> None:
+        """Bring the rows to the disk: a checkpoint must not be newer than they are."""
+        os.fsync(self._file.fileno())
 
     def say_once(self, topic: str, text: str) -> None:
         """The same, the first time that something is said of the topic."""
@@ -197,26 +219,28 @@ class RunLog:
         if "perf/tokens" in row and row["perf/step_s"] > 0:
             row["perf/tokens_per_s"] = row["perf/tokens"] / row["perf/step_s"]
         self._seconds, self._counts, self._step_start = {}, {}, None
-        finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
-        self._file.write(json.dumps({"step": step} | finite) + "\n")
-        self._file.flush()
+        written = {"step": step} | _finite(row)
+        try:
+            self._file.write(json.dumps(written) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise CheckpointError(
+                f"{self._path} cannot be written: {error.strerror}; make room on its disk and "
+                "resume the run"
+            ) from None
+        self._show(step, row)
+        return written
+
+    def _show(self, step: int, row: Mapping[str, float]) -> None:
         for name, value in row.items():
             self._board.add_scalar(name, value, step)
         if step % self._shown_every == 0 or any(name.startswith("eval/") for name in row):
-            for line in self._table.lines({"step": step} | row):
+            for line in self._table.lines({**row, "step": step}):
                 self.say(line)
-        return {"step": step} | finite
 
 
-def _make(directory: Path) -> None:
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory) as file:
-            file.write(b" " * 4096)
-    except OSError as error:
-        raise ConfigError(
-            f"output_dir = {directory}: {error.strerror}: choose a folder that can be written"
-        ) from None
+def _finite(row: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in row.items()}
 
 
 class _Table:
@@ -278,21 +302,44 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl, without a last line that a crash cut short.
 
     Raises:
-        CheckpointError: a line before the last is no JSON.
+        CheckpointError: a line before the last is no JSON, or a row has no step.
     """
     rows = []
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    lines = Path(path).read_bytes().splitlines()
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            row = json.loads(line)
+        except ValueError as error:
             if number < len(lines):
-                raise CheckpointError(f"{path}:{number}: not JSON: {error.msg}") from None
+                raise CheckpointError(f"{path}:{number}: not JSON: {error}") from None
+            break
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise CheckpointError(f"{path}:{number}: not a row of metrics: it has no step")
+        rows.append(row)
     return rows
 
 
-def _drop_rows_after(path: Path, step: int) -> None:
-    rows = read_rows(path) if path.exists() else []
+def _keep_rows(path: Path, step: int) -> set[int]:
+    """Drop the rows after a step; those of the others that have an evaluation."""
+    rows = [row for row in read_rows(path) if row["step"] <= step] if path.exists() else []
+    _write_rows(path, rows)
+    return {row["step"] for row in rows if any(name.startswith("eval/") for name in row)}
+
+
+def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     kept = path.with_suffix(".tmp")
-    kept.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
+    with kept.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(kept, path)
+
+
+def _write_settings(directory: Path, config: Settings, resume_step: int | None) -> None:
+    path, text = directory / "config.yaml", yaml.safe_dump(plain(config), sort_keys=False)
+    if resume_step is not None and path.exists() and path.read_text(encoding="utf-8") != text:
+        before = directory / f"config-step-{resume_step:06d}.yaml"
+        # the first that went on from this step is what led to it
+        if not before.exists():
+            os.replace(path, before)
+    path.write_text(text, encoding="utf-8")

@@ -21,6 +21,8 @@ from warpo.kernels import ops
 from warpo.kernels.objectives import Objective
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from warpo.engine.critic import Critic
 
 # Sampler logprobs within this of the learner's serve as old_logprobs: they move a ratio by 0.01 %.
@@ -232,3 +234,21 @@ def tokens_scored(rollouts: Sequence[Rollout], token_budget: int) -> int:
     for micro in scoring_order(rollouts, token_budget):
         total += sum(map(len, {tuple(rollouts[i].prompt_ids) for i in micro}))
     return total
+
+
+def loss_and_gradient(model: PreTrainedModel, sequences: Sequence[Sequence[int]]) -> Tensor:
+    """The mean -logprob of the tokens of sequences, and the L2 norm of its gradient with respect
+    to the embedded inputs, (2,) float32: both are finite where the model can be trained on. No
+    memory is taken for the gradients of weights.
+    """
+    batch = pack([as_rollout(ids, 1) for ids in sequences]).to(next(model.parameters()).device)
+    embedded: list[Tensor] = []
+    hook = model.get_input_embeddings().register_forward_hook(
+        lambda module, inputs, output: embedded.append(output)
+    )
+    try:
+        loss = -token_logprobs(model, batch, 1.0).logprobs.mean()
+    finally:
+        hook.remove()
+    (gradient,) = torch.autograd.grad(loss, embedded[0])
+    return torch.stack([loss.detach(), gradient.float().norm()])

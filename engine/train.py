@@ -7,7 +7,8 @@ one samples from.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,14 +16,24 @@ from warpo.engine import checkpoint, mismatch, plot
 from warpo.engine.advantages import estimate
 from warpo.engine.batch import Batch, Rollout
 from warpo.engine.build import Parts, build, load_reference, make_reference, renew_reference
+from warpo.engine.checkpoint import Saved
 from warpo.engine.config import Config
 from warpo.engine.errors import TrainingError, WeightMismatch
-from warpo.engine.loop import checkpoint_on_error, due, raise_if, save, signals
+from warpo.engine.loop import (
+    Schedule,
+    check_state,
+    checkpoint_on_error,
+    due,
+    raise_if,
+    save,
+    signals,
+)
 from warpo.engine.metrics import ReportProgress, RunLog, read_rows
 from warpo.engine.offline.losses import preference_gradients, supervised_gradients
 from warpo.engine.pairs import pair_minibatches
 from warpo.engine.pass_at_k import pass_at_k, powers_of_two
 from warpo.engine.probe import probe_weights
+from warpo.engine.resume import claim, is_complete, tell
 from warpo.engine.resync import Resync
 from warpo.engine.rollouts import (
     accuracy,
@@ -38,6 +49,7 @@ from warpo.engine.step import (
     StepResult,
     accumulate_gradients,
     apply_gradients,
+    loss_and_gradient,
     make_minibatches,
     score_rollouts,
     tokens_scored,
@@ -53,51 +65,75 @@ def run(config: Config) -> None:
     """Train as the config says; see `warpo train --help`.
 
     Raises:
-        WarpoError: bad input, or a failed step; a checkpoint of the last complete step is left.
-        KeyboardInterrupt: Ctrl-C or SIGTERM; likewise.
+        WarpoError: bad input, or a failed step; a checkpoint of the last complete step is left,
+            unless its state has diverged.
+        KeyboardInterrupt: Ctrl-C, SIGTERM or the end of the terminal; likewise.
     """
-    resume_from = checkpoint.latest(config.output_dir) if config.resume else None
-    resume_step = int(resume_from.name.removeprefix("step-")) if resume_from else 0
-    with RunLog(config.output_dir, config, resume_step=resume_step) as log, signals(log) as stop:
-        with log.phase("load"):
-            parts = build(config)
-        on_error = checkpoint_on_error(parts, log, lambda: _save(config, parts, log))
-        with parts.rewards, on_error:
-            _prepare(config, parts, log, resume_from)
-            while parts.step < config.steps:
-                metrics, sequences = _step(config, parts, log, stop)
-                try:
-                    metrics |= _publish(config, parts, log, sequences)
-                    metrics |= _evaluation(config, parts, log)
-                finally:
-                    log.write(parts.step, metrics)
-                if due(parts.step, config.checkpoint.every_steps, config.steps):
-                    _save(config, parts, log)
+    with (
+        claim(config) as saved,
+        RunLog(config.output_dir, config, resume_step=saved.step if saved else None) as log,
+        signals(log) as stop,
+    ):
+        tell(config, saved, log)
+        if not is_complete(config, saved):
+            _train(config, log, stop, saved)
         _report(Path(config.output_dir) / "metrics.jsonl", log)
 
 
-def _prepare(config: Config, parts: Parts, log: RunLog, resume_from: Path | None) -> None:
-    """Bring learner, reference and sampler to the state that the first step starts from."""
+def _train(config: Config, log: RunLog, stop: Callable[[], bool], saved: Saved | None) -> None:
+    schedule = Schedule(config.checkpoint, saved)
+    with log.phase("load"):
+        parts = build(config)
+
+    def save_parts() -> None:
+        _save(config, parts, log, schedule)
+
+    with parts.rewards, checkpoint_on_error(parts, log, save_parts, schedule):
+        _prepare(config, parts, log, stop, saved, schedule)
+        while parts.step < config.steps:
+            metrics, sequences = _step(config, parts, log, stop)
+            try:
+                metrics |= _publish(config, parts, log, sequences)
+                metrics |= _evaluation(config, parts, log, stop)
+            finally:
+                log.write(parts.step, metrics)
+            if schedule.is_due(parts.step, config.steps):
+                save_parts()
+
+
+def _prepare(
+    config: Config,
+    parts: Parts,
+    log: RunLog,
+    stop: Callable[[], bool],
+    saved: Saved | None,
+    schedule: Schedule,
+) -> None:
+    """Bring learner, reference and sampler to the state that the next step starts from."""
     millions = sum(p.numel() for p in parts.model.parameters()) / 1e6
     log.say(
         f"{config.model}: {millions:.1f} M parameters, {config.dtype} on {parts.device}, "
         f"sampled by {config.sampler}; {config.algorithm}: {', '.join(parts.algorithm.models)}"
     )
     log.say(_describe(parts.resync))
-    if resume_from:
-        parts.step = checkpoint.load(resume_from, model=parts.model, parts=parts.stateful)
+    if saved:
+        parts.step = checkpoint.load(saved, model=parts.model, parts=parts.stateful)
         load_reference(config, parts)
-        log.say(f"resumed after step {parts.step} from {resume_from}")
+        log.say(f"resumed after step {parts.step} from {saved.path}")
         for change in parts.changes:
             log.say(change)
     parts.boundary = parts.position()
-    if not resume_from:
+    if not saved:
+        learned = [p for group in parts.optimizer.param_groups for p in group["params"]]
+        checkpoint.rehearse(config.output_dir, parts.model, parts.tokenizer, learned)
         make_reference(config, parts)
-        _save(config, parts, log)
+        _save(config, parts, log, schedule)
     _publish(config, parts, log, parts.probe_sequences)
-    if not resume_from and config.evaluation.every_steps:
+    # a run may have ended within the evaluation after its checkpoint
+    if config.evaluation.every_steps and not log.is_evaluated(parts.step):
         log.start_step()
-        log.write(0, _evaluation(config, parts, log))
+        if evaluated := _evaluation(config, parts, log, stop):
+            log.add(parts.step, evaluated)
 
 
 def _describe(resync: Resync) -> str:
@@ -285,7 +321,7 @@ def _publish(config: Config, parts: Parts, log: RunLog, sequences: list[list[int
             parts.sampler.check_prefixes(max(sequences, key=len))
     metrics: Metrics = {}
     if config.probe.num_sequences:
-        with log.phase("probe"):
+        with log.phase("probe"), _saved_if_proven(parts):
             probe = probe_weights(
                 parts.model, parts.sampler, sequences, config.probe_tolerance,
                 parts.tokenizer.decode,
@@ -299,7 +335,16 @@ def _publish(config: Config, parts: Parts, log: RunLog, sequences: list[list[int
     }
 
 
-def _evaluation(config: Config, parts: Parts, log: RunLog) -> Metrics:
+@contextmanager
+def _saved_if_proven(parts: Parts) -> Iterator[None]:
+    try:
+        yield
+    except WeightMismatch:
+        parts.whole = False
+        raise
+
+
+def _evaluation(config: Config, parts: Parts, log: RunLog, stop: Callable[[], bool]) -> Metrics:
     """How many completions of the held-out prompts are correct, where it is due."""
     every = config.evaluation.every_steps
     if not every or not (parts.step == 0 or due(parts.step, every, config.steps)):
@@ -308,7 +353,8 @@ def _evaluation(config: Config, parts: Parts, log: RunLog) -> Metrics:
     if samples > 1:
         options = replace(sampling_options(config), group_size=samples)
     with log.phase("evaluate") as progress:
-        groups = generate(parts, parts.eval_prompts, options, lambda: False, progress)
+        groups = generate(parts, parts.eval_prompts, options, stop, progress)
+        raise_if(stop)
         judged = reward(parts, log, parts.eval_prompts, groups)
     rewards = [[verdict.total for verdict in group] for group in judged]
     flat = [total for group in rewards for total in group]
@@ -334,5 +380,9 @@ def _report(metrics_path: Path, log: RunLog) -> None:
     log.say(f"learning curves: {plot.plot_run(metrics_path)}")
 
 
-def _save(config: Config, parts: Parts, log: RunLog) -> None:
-    save(parts, log, config.output_dir, config.checkpoint.keep)
+def _save(config: Config, parts: Parts, log: RunLog, schedule: Schedule) -> None:
+    if schedule.saved == parts.step:
+        return
+    loss, grad_norm = loss_and_gradient(parts.model, parts.probe_sequences).tolist()
+    check_state(parts.step, loss, grad_norm, config.output_dir)
+    save(parts, log, config, schedule)

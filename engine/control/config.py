@@ -122,7 +122,7 @@ class ControlConfig:
     lr: Positive = 3e-4
     """Learning rate of Adam."""
     resume: bool = False
-    """Continue from the newest checkpoint in output_dir."""
+    """Continue from the newest checkpoint in output_dir; begin where there is none."""
     sac: Sac = field(default_factory=Sac)
     ppo: Ppo = field(default_factory=Ppo)
     evaluation: ControlEvaluation = field(default_factory=ControlEvaluation)

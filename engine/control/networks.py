@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,19 @@ from torch import Tensor, nn
 from warpo.kernels import ops
 
 Activation = Callable[[Tensor], Tensor]
+
+
+class Adam(torch.optim.Adam):
+    """torch's, fused. A state that is loaded leaves the learning rate as this run has it."""
+
+    def __init__(self, module: nn.Module, lr: float, eps: float = 1e-8) -> None:
+        super().__init__(module.parameters(), lr=lr, eps=eps, fused=True)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        own = [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
+        super().load_state_dict(state_dict)
+        for group, settings in zip(self.param_groups, own, strict=True):
+            group.update(settings)
 
 
 class Stack(nn.Module):

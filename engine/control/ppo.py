@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from warpo.engine.control.config import ControlConfig
 from warpo.engine.control.environments import Environments, Spaces
-from warpo.engine.control.networks import ActorCritic
+from warpo.engine.control.networks import ActorCritic, Adam
 from warpo.engine.metrics import Column, ReportProgress
 from warpo.engine.plot import Panel
 from warpo.kernels import ops
@@ -68,9 +68,7 @@ class PpoLearner:
             [ppo.hidden_size] * ppo.hidden_layers,
         ).to(device)  # fmt: skip
         # eps: detail 3 of iclr-blog-track.github.io/2022/03/25/ppo-implementation-details
-        self._optimizer = torch.optim.Adam(
-            self.network.parameters(), lr=config.lr, eps=1e-5, fused=True
-        )
+        self._optimizer = Adam(self.network, config.lr, eps=1e-5)
         self._objective = ops.get_objective("ppo").replace(
             clip_low=ppo.clip_range, clip_high=ppo.clip_range, entropy_coef=ppo.entropy_coef
         )
@@ -94,6 +92,12 @@ class PpoLearner:
             inputs = torch.from_numpy(observation.astype(np.float32)[None]).to(self._device)
             noise = torch.zeros(1, self._spaces.action, device=self._device)
             return self._to_environment(self.network.sample(inputs, noise).cpu().numpy())[0]
+
+    @torch.inference_mode()
+    def outputs(self, observations: np.ndarray) -> Tensor:
+        """What the networks give for observations (N, D), as one vector."""
+        inputs = torch.from_numpy(observations.astype(np.float32)).to(self._device)
+        return self.network.stack(inputs).flatten()
 
     def _to_environment(self, actions: np.ndarray) -> np.ndarray:
         if self._discrete:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from warpo.engine.control.config import ControlConfig
 from warpo.engine.control.environments import Environments, Spaces
-from warpo.engine.control.networks import SquashedPolicy, TwinQ
+from warpo.engine.control.networks import Adam, SquashedPolicy, TwinQ
 from warpo.engine.control.replay import ReplayBuffer, Steps
 from warpo.engine.metrics import Column, ReportProgress
 from warpo.engine.plot import Panel
@@ -69,8 +69,8 @@ class SacLearner:
         self.q = TwinQ(spaces.observation, spaces.action, hidden).to(device)
         self.target_q = copy.deepcopy(self.q).requires_grad_(False)
         self.temperature = Temperature(config, spaces, device)
-        self._policy_optimizer = _adam(self.policy, config.lr)
-        self._q_optimizer = _adam(self.q, config.lr)
+        self._policy_optimizer = Adam(self.policy, config.lr)
+        self._q_optimizer = Adam(self.q, config.lr)
         self._buffer = ReplayBuffer(sac.buffer_size, spaces.observation, spaces.action, device)
 
     @property
@@ -104,6 +104,14 @@ class SacLearner:
         """The mode of the Gaussian, squashed."""
         noise = torch.zeros(1, self._spaces.action, device=self._device)
         return self._to_environment(self._actions(observation[None], noise))[0]
+
+    @torch.inference_mode()
+    def outputs(self, observations: np.ndarray) -> Tensor:
+        """What the networks give for observations (N, D), as one vector."""
+        inputs = torch.from_numpy(observations.astype(np.float32)).to(self._device)
+        gaussian = self.policy.stack.only(0, inputs)
+        values = self.q(inputs, gaussian[:, : self._spaces.action].tanh())
+        return torch.cat([gaussian.flatten(), values.flatten()])
 
     def update(self, steps: Steps) -> Tensor:
         """One gradient step of each network on a batch of steps; the metrics."""
@@ -183,7 +191,7 @@ class Temperature:
         self._target = -spaces.action if sac.target_entropy == "auto" else sac.target_entropy
         self._fixed = torch.tensor(start, device=device)
         self._log = nn.ParameterDict({"log": torch.zeros((), device=device)})
-        self._optimizer = _adam(self._log, config.lr)
+        self._optimizer = Adam(self._log, config.lr)
 
     @property
     def value(self) -> Tensor:
@@ -208,7 +216,3 @@ def polyak_(target: nn.Module, source: nn.Module, weight: float) -> None:
     """target = (1 - weight) target + weight source, in place."""
     for mean, value in zip(target.parameters(), source.parameters(), strict=True):
         mean.lerp_(value, weight)
-
-
-def _adam(module: nn.Module, lr: float) -> torch.optim.Adam:
-    return torch.optim.Adam(module.parameters(), lr=lr, fused=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -11,15 +12,16 @@ import numpy as np
 import torch
 
 from warpo.engine import checkpoint, plot
-from warpo.engine.checkpoint import Stateful
+from warpo.engine.checkpoint import Saved, Stateful
 from warpo.engine.control.config import ControlConfig
 from warpo.engine.control.environments import Environments, evaluate, spaces_of
 from warpo.engine.control.ppo import PpoLearner
 from warpo.engine.control.sac import SacLearner
 from warpo.engine.device import learner_device
 from warpo.engine.errors import TrainingError
-from warpo.engine.loop import raise_if, signals
-from warpo.engine.metrics import RunLog, read_rows
+from warpo.engine.loop import Schedule, raise_if, signals
+from warpo.engine.metrics import RunLog, plain, read_rows
+from warpo.engine.resume import claim, is_complete, tell
 
 Metrics = dict[str, float]
 
@@ -32,10 +34,11 @@ LEARNERS: dict[str, type[SacLearner] | type[PpoLearner]] = {
 class Run:
     """What a run works with, and how many environment steps it has done."""
 
-    def __init__(self, config: ControlConfig) -> None:
+    def __init__(self, config: ControlConfig, saved: Saved | None = None) -> None:
         spaces, device = spaces_of(config), learner_device(config)
         torch.manual_seed(config.seed)
-        self.config, self.step, self.saved = config, 0, False
+        self.config, self.step = config, 0
+        self.schedule = Schedule(config.checkpoint, saved)
         self.environments = Environments(config)
         self.learner = LEARNERS[config.algorithm](config, spaces, self.environments, device)
 
@@ -49,32 +52,44 @@ def run(config: ControlConfig) -> None:
 
     Raises:
         WarpoError: bad input, or training diverged.
-        KeyboardInterrupt: Ctrl-C or SIGTERM; a checkpoint of the last row is left.
+        KeyboardInterrupt: Ctrl-C, SIGTERM or the end of the terminal; a checkpoint of the last row
+            is left.
     """
-    resume_from = checkpoint.latest(config.output_dir) if config.resume else None
-    state = Run(config)
-    columns = state.learner.columns
-    with closing(state.environments):
-        if resume_from:
-            state.step = checkpoint.load(resume_from, model=None, parts=state.stateful)
-        with (
-            RunLog(config.output_dir, config, resume_step=state.step, columns=columns) as log,
-            signals(log) as stop,
-        ):
-            _describe(state, log, resume_from)
-            while state.step < config.steps:
-                _iterate(state, log)
-                if stop() and not state.saved:
-                    _save(state, log)
-                raise_if(stop)
-            _report(Path(config.output_dir) / "metrics.jsonl", state, log)
+    spaces_of(config)  # what it refuses leaves no output_dir
+    with claim(config) as saved:
+        state = Run(config, saved)
+        with closing(state.environments):
+            if saved:
+                state.step = checkpoint.load(saved, model=None, parts=state.stateful)
+            with (
+                RunLog(
+                    config.output_dir,
+                    config,
+                    columns=state.learner.columns,
+                    resume_step=saved.step if saved else None,
+                ) as log,
+                signals(log) as stop,
+            ):
+                tell(config, saved, log)
+                if not is_complete(config, saved):
+                    _train(state, log, stop, saved)
+                _report(Path(config.output_dir) / "metrics.jsonl", state, log)
 
 
-def _describe(state: Run, log: RunLog, resume_from: Path | None) -> None:
+def _train(state: Run, log: RunLog, stop: Callable[[], bool], saved: Saved | None) -> None:
+    _describe(state, log, saved)
+    while state.step < state.config.steps:
+        _iterate(state, log)
+        if stop():
+            _save(state, log)
+        raise_if(stop)
+
+
+def _describe(state: Run, log: RunLog, saved: Saved | None) -> None:
     config = state.config
     log.say(f"{config.environment}: {config.num_envs} environments, {config.algorithm}")
-    if resume_from:
-        log.say(f"resumed after step {state.step} from {resume_from}")
+    if saved:
+        log.say(f"resumed after step {state.step} from {saved.path}")
 
 
 def _iterate(state: Run, log: RunLog) -> None:
@@ -96,8 +111,7 @@ def _iterate(state: Run, log: RunLog) -> None:
     if config.evaluation.every_steps and _due(state, before, config.evaluation.every_steps):
         metrics |= _evaluation(state, log)
     log.write(state.step, metrics)
-    state.saved = _due(state, before, config.checkpoint.every_steps)
-    if state.saved:
+    if _due(state, before, config.checkpoint.every_steps) or state.schedule.is_late:
         _save(state, log)
 
 
@@ -130,11 +144,22 @@ def _due(state: Run, before: int, every: int) -> bool:
 
 
 def _save(state: Run, log: RunLog) -> None:
+    config, schedule = state.config, state.schedule
+    if schedule.saved == state.step:
+        return
+    # losses are squares of these
+    if not state.learner.outputs(state.environments.observations).square().isfinite().all():
+        raise TrainingError(
+            f"step {state.step} is not saved, since the networks give no finite numbers: the run "
+            f"has diverged. {checkpoint.last_good(config.output_dir)}"
+        )
+    log.flush()
     with log.phase("checkpoint"):
         checkpoint.save(
-            state.config.output_dir, step=state.step, model=None, tokenizer=None,
-            parts=state.stateful, keep=state.config.checkpoint.keep,
+            config.output_dir, step=state.step, model=None, tokenizer=None, parts=state.stateful,
+            keep=schedule.keep, settings=plain(config),
         )  # fmt: skip
+    schedule.done(state.step)
 
 
 def _report(metrics_path: Path, state: Run, log: RunLog) -> None:

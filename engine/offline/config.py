@@ -144,7 +144,7 @@ class OfflineConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the weights."""
     resume: bool = False
-    """Continue from the newest checkpoint in output_dir."""
+    """Continue from the newest checkpoint in output_dir; begin where there is none."""
     data: OfflineData
     loss: OfflineLoss = field(default_factory=OfflineLoss)
     update: OfflineUpdate = field(default_factory=OfflineUpdate)

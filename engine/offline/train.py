@@ -13,9 +13,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from warpo.engine import checkpoint, plot
 from warpo.engine.architectures import check_model, check_tokens
 from warpo.engine.batch import split_by_tokens
+from warpo.engine.checkpoint import Saved
 from warpo.engine.device import learner_device
 from warpo.engine.errors import TrainingError
-from warpo.engine.loop import checkpoint_on_error, due, raise_if, save, signals
+from warpo.engine.loop import (
+    Schedule,
+    check_state,
+    checkpoint_on_error,
+    due,
+    raise_if,
+    save,
+    signals,
+)
 from warpo.engine.metrics import Column, RunLog, read_rows
 from warpo.engine.model import load_model, load_tokenizer
 from warpo.engine.model_files import check_files, read_config
@@ -29,7 +38,8 @@ from warpo.engine.offline.families import (
     pack_sequences,
 )
 from warpo.engine.offline.losses import sequence_scores
-from warpo.engine.optimizer import AdamW, make_optimizer, update_metrics
+from warpo.engine.optimizer import AdamW, gradient_norm, make_optimizer, update_metrics
+from warpo.engine.resume import claim, is_complete, tell
 from warpo.engine.scalar import load_scalar_model
 from warpo.engine.step import apply_gradients, score
 from warpo.engine.stream import PromptStream
@@ -71,6 +81,7 @@ class Parts:
         step: steps whose update is complete.
         whole: False while the weights are between two steps.
         boundary: position of the stream when `step` was completed.
+        recent: the examples of that step; empty before this process has made one.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -84,6 +95,7 @@ class Parts:
     step: int = 0
     whole: bool = True
     boundary: dict[str, int] = field(default_factory=dict)
+    recent: list[Example] = field(default_factory=list)
 
     @property
     def device(self) -> torch.device:
@@ -102,35 +114,48 @@ def run(config: OfflineConfig) -> None:
     """Train as the config says; see `warpo train --help`.
 
     Raises:
-        WarpoError: bad input, or a failed step; a checkpoint of the last complete step is left.
-        KeyboardInterrupt: Ctrl-C or SIGTERM; likewise.
+        WarpoError: bad input, or a failed step; a checkpoint of the last complete step is left,
+            unless its state has diverged.
+        KeyboardInterrupt: Ctrl-C, SIGTERM or the end of the terminal; likewise.
     """
-    resume_from = checkpoint.latest(config.output_dir) if config.resume else None
-    resume_step = int(resume_from.name.removeprefix("step-")) if resume_from else 0
     with (
+        claim(config) as saved,
         RunLog(
             config.output_dir,
             config,
             columns=COLUMNS,
-            resume_step=resume_step,
+            resume_step=saved.step if saved else None,
             # a step takes moments: as many rows as one looks through
             shown_every=max(1, config.steps // SHOWN_ROWS),
         ) as log,
         signals(log) as stop,
     ):
-        parts = build(config, log, stop)
-        _start(config, parts, log, resume_from)
-        with checkpoint_on_error(parts, log, lambda: _save(config, parts, log)):
-            while parts.step < config.steps:
-                raise_if(stop)
-                metrics = _step(config, parts, log)
-                try:
-                    metrics |= _evaluation(config, parts, log)
-                finally:
-                    log.write(parts.step, metrics)
-                if due(parts.step, config.checkpoint.every_steps, config.steps):
-                    _save(config, parts, log)
+        tell(config, saved, log)
+        if not is_complete(config, saved):
+            _train(config, log, stop, saved)
         _report(Path(config.output_dir) / "metrics.jsonl", log)
+
+
+def _train(
+    config: OfflineConfig, log: RunLog, stop: Callable[[], bool], saved: Saved | None
+) -> None:
+    schedule = Schedule(config.checkpoint, saved)
+    parts = build(config, log, stop)
+    _start(config, parts, log, stop, saved)
+
+    def save_parts() -> None:
+        _save(config, parts, log, schedule)
+
+    with checkpoint_on_error(parts, log, save_parts, schedule):
+        while parts.step < config.steps:
+            raise_if(stop)
+            metrics = _step(config, parts, log)
+            try:
+                metrics |= _evaluation(config, parts, log, stop)
+            finally:
+                log.write(parts.step, metrics)
+            if schedule.is_due(parts.step, config.steps):
+                save_parts()
 
 
 def build(config: OfflineConfig, log: RunLog, stop: Callable[[], bool]) -> Parts:
@@ -227,21 +252,33 @@ def _with_reference(
     return done
 
 
-def _start(config: OfflineConfig, parts: Parts, log: RunLog, resume_from: Path | None) -> None:
+def _start(
+    config: OfflineConfig,
+    parts: Parts,
+    log: RunLog,
+    stop: Callable[[], bool],
+    saved: Saved | None,
+) -> None:
     millions = sum(p.numel() for p in parts.model.parameters()) / 1e6
     log.say(
         f"{config.model}: {millions:.1f} M parameters, {config.dtype} on {parts.device}, "
         f"{config.algorithm} on {len(parts.examples)} examples"
     )
-    if resume_from:
-        parts.step = checkpoint.load(resume_from, model=parts.model, parts=parts.stateful)
-        log.say(f"resumed after step {parts.step} from {resume_from}")
+    if saved:
+        parts.step = checkpoint.load(saved, model=parts.model, parts=parts.stateful)
+        log.say(f"resumed after step {parts.step} from {saved.path}")
         if parts.stream.changes:
             log.say(parts.stream.changes)
+    else:
+        checkpoint.rehearse(
+            config.output_dir, parts.model, parts.tokenizer, parts.model.parameters()
+        )
     parts.boundary = parts.stream.state_dict()
-    if not resume_from and config.evaluation.every_steps:
+    # a run may have ended within the evaluation after its checkpoint
+    if config.evaluation.every_steps and not log.is_evaluated(parts.step):
         log.start_step()
-        log.write(0, _evaluation(config, parts, log))
+        if evaluated := _evaluation(config, parts, log, stop):
+            log.add(parts.step, evaluated)
 
 
 def _step(config: OfflineConfig, parts: Parts, log: RunLog) -> Metrics:
@@ -260,6 +297,7 @@ def _step(config: OfflineConfig, parts: Parts, log: RunLog) -> Metrics:
         lr = float(parts.schedule.get_last_lr()[0])
         parts.schedule.step()
     parts.step, parts.boundary, parts.whole = parts.step + 1, parts.stream.state_dict(), True
+    parts.recent = examples
     return _named("train", parts.family.read(vector)) | {
         "grad_norm": grad_norm.item(),
         "lr": lr,
@@ -275,14 +313,20 @@ def _named(prefix: str, metrics: Metrics) -> Metrics:
 
 
 @torch.no_grad()
-def _evaluation(config: OfflineConfig, parts: Parts, log: RunLog) -> Metrics:
+def _evaluation(
+    config: OfflineConfig, parts: Parts, log: RunLog, stop: Callable[[], bool]
+) -> Metrics:
     """Loss on the held-out examples, where it is due."""
     every = config.evaluation.every_steps
     if not every or not (parts.step == 0 or due(parts.step, every, config.steps)):
         return {}
     with log.phase("evaluate"):
         micro = micro_batches(parts.eval_examples, config.algorithm, config.update.token_budget)
-        vector = parts.family.gradients(parts.model, [m.to(parts.device) for m in micro])
+        asked = parts.model.base_model.register_forward_pre_hook(lambda *_: raise_if(stop))
+        try:
+            vector = parts.family.gradients(parts.model, [m.to(parts.device) for m in micro])
+        finally:
+            asked.remove()
     return _named("eval", parts.family.read(vector))
 
 
@@ -302,10 +346,29 @@ def _normalise(config: OfflineConfig, parts: Parts, log: RunLog) -> None:
     log.say(f"training completions score {mean:.4f} on average; reward_bias = {-mean:.4f}")
 
 
-def _save(config: OfflineConfig, parts: Parts, log: RunLog) -> None:
+def _check_state(config: OfflineConfig, parts: Parts) -> None:
+    """Prove before a save that the weights can be gone on with: loss and gradient are finite for
+    examples of the last step.
+
+    Raises:
+        TrainingError: they are not.
+    """
+    micro = micro_batches(parts.recent, config.algorithm, config.update.token_budget)[:1]
+    if not micro:
+        return
+    loss = parts.family.read(parts.family.gradients(parts.model, [micro[0].to(parts.device)]))
+    norm = gradient_norm(parts.model.parameters()).item()
+    parts.optimizer.zero_grad(set_to_none=True)
+    check_state(parts.step, loss["loss"], norm, config.output_dir)
+
+
+def _save(config: OfflineConfig, parts: Parts, log: RunLog, schedule: Schedule) -> None:
+    if schedule.saved == parts.step:
+        return
+    _check_state(config, parts)
     if parts.family.normalise and parts.step == config.steps:
         _normalise(config, parts, log)
-    save(parts, log, config.output_dir, config.checkpoint.keep)
+    save(parts, log, config, schedule)
 
 
 def _report(metrics_path: Path, log: RunLog) -> None:

@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from warpo.engine import metrics
 from warpo.engine.config import Config
-from warpo.engine.errors import CheckpointError, ConfigError
+from warpo.engine.errors import CheckpointError
 from warpo.engine.metrics import COLUMNS, RunLog, read_rows
 from warpo.engine.plot import plot_run
 
@@ -39,8 +39,7 @@ def open_log(tmp_path, config):
         console = Console(
             file=io.StringIO(), width=width, force_terminal=terminal, _environ={"TERM": "xterm"}
         )
-        settings = dataclasses.replace(config, resume=resume_step is not None)
-        return RunLog(tmp_path / "run", settings, resume_step=resume_step or 0, console=console)
+        return RunLog(tmp_path / "run", config, resume_step=resume_step, console=console)
 
     return open_with
 
@@ -170,26 +169,55 @@ def test_the_clock_of_a_step_leaves_out_what_came_before(open_log):
     assert row["perf/step_s"] < 0.2 <= row["perf/load_s"]
 
 
-def test_a_new_run_does_not_overwrite_another(open_log):
+def test_rows_of_a_run_without_a_checkpoint_are_kept_beside_those_of_the_next(open_log, tmp_path):
     with open_log() as log:
         log.write(1, STEP)
-    with pytest.raises(ConfigError, match="holds the metrics of a run: pass --resume"):
-        open_log()
+    with open_log() as log:
+        log.write(7, STEP)
+    assert [row["step"] for row in read_rows(tmp_path / "run/metrics.jsonl")] == [7]
+    assert [row["step"] for row in read_rows(tmp_path / "run/metrics.jsonl.old")] == [1]
 
 
-@pytest.mark.parametrize("kind", ["a file", "in a file", "dangling", "too long", "no disk"])
-def test_an_output_dir_that_cannot_be_made_is_refused_by_name(tmp_path, config, kind):
-    (tmp_path / "file").touch()
-    (tmp_path / "link").symlink_to(tmp_path / "absent" / "target")
-    folder = {
-        "a file": tmp_path / "file",
-        "in a file": tmp_path / "file" / "run",
-        "dangling": tmp_path / "link",
-        "too long": tmp_path / ("x" * 300),
-        "no disk": "/proc/run",
-    }[kind]
-    with pytest.raises(ConfigError, match=f"output_dir = {folder}: .*: choose a folder that can"):
-        RunLog(folder, config)
+def test_an_evaluation_is_added_to_the_row_that_lacks_it(open_log, tmp_path):
+    with open_log() as log:
+        log.write(0, {"eval/accuracy": 0.25})
+        log.write(1, {"kl/mean": float("nan"), "reward/mean": 1.0})
+    with open_log(resume_step=1) as log:
+        assert log.is_evaluated(0) and not log.is_evaluated(1)
+        log.add(1, {"eval/accuracy": 0.5})
+        log.write(2, STEP)
+    rows = read_rows(tmp_path / "run/metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert (rows[1]["reward/mean"], rows[1]["kl/mean"]) == (1.0, None)
+    assert rows[1]["eval/accuracy"] == 0.5
+    with open_log() as log:
+        log.add(0, {"eval/accuracy": 0.25})
+    assert [row["step"] for row in read_rows(tmp_path / "run/metrics.jsonl")] == [0]
+
+
+def test_settings_that_a_resumed_run_changes_are_kept(open_log, config, tmp_path):
+    with open_log():
+        pass
+    first = (tmp_path / "run/config.yaml").read_text()
+    with open_log(resume_step=2):
+        pass
+    assert not list((tmp_path / "run").glob("config-step-*"))
+    changed = dataclasses.replace(config, steps=9, resume=True)
+    RunLog(tmp_path / "run", changed, resume_step=2).__exit__(None, None, None)
+    assert (tmp_path / "run/config-step-000002.yaml").read_text() == first
+    assert "steps: 9" in (tmp_path / "run/config.yaml").read_text()
+
+
+def test_a_closed_terminal_ends_the_table_and_not_the_run(open_log, tmp_path):
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise OSError(5, "Input/output error")
+
+    with open_log() as log:
+        log._console.file = Closed()
+        log.write(1, STEP)
+        log.say("still here")
+    assert len(read_rows(tmp_path / "run/metrics.jsonl")) == 1
 
 
 def test_a_run_goes_on_where_the_reader_of_its_table_has_gone():
@@ -213,6 +241,10 @@ def test_a_damaged_file_is_refused_by_line(tmp_path):
     path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
     with pytest.raises(CheckpointError, match=r"metrics\.jsonl:2: not JSON"):
         read_rows(path)
+    for line in ("5", "[1]", '{"stap": 1}', '{"step": "x"}'):
+        path.write_text(f'{{"step": 1}}\n{line}\n')
+        with pytest.raises(CheckpointError, match=r"metrics\.jsonl:2: not a row of metrics"):
+            read_rows(path)
 
 
 def test_phases_work_without_nvtx(open_log, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 from pathlib import Path
 
@@ -10,9 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.engine.runs import rows, train
+from tests.torture.checkpoints import flip
 from warpo.engine import build
 from warpo.engine.config import load_config
-from warpo.engine.errors import ConfigError
+from warpo.engine.errors import CheckpointError, ConfigError
 from warpo.engine.train import run
 
 # one optimizer step a step: until it, the policy is what the step began with
@@ -69,6 +71,13 @@ def test_a_run_that_began_without_a_reference_has_none_to_resume_with(folder: Pa
     train(folder, *plain, "--loss.kl_coef", "0", "--steps", "1")
     with pytest.raises(ConfigError, match="no reference model of step 1 or before.*kl_coef must"):
         train(folder, *plain, "--loss.kl_coef", "0.1", "--steps", "2", "--resume")
+
+
+def test_a_damaged_reference_is_refused(folder: Path) -> None:
+    train(folder, *SETTINGS, "--steps", "1")
+    flip(folder / "out/reference/step-000000/model.safetensors", random.Random(2))
+    with pytest.raises(CheckpointError, match="model.safetensors.* without its reference model"):
+        train(folder, *SETTINGS, "--steps", "2", "--resume")
 
 
 def test_references_are_in_the_order_of_their_steps(folder: Path) -> None:

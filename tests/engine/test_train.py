@@ -12,8 +12,9 @@ import pytest
 import transformers
 
 from tests.engine.runs import rows, train
+from warpo.engine import train as loop
 from warpo.engine.config import load_config
-from warpo.engine.errors import RewardError
+from warpo.engine.errors import RewardError, TrainingError
 from warpo.engine.sampler.transformers import TransformersSampler
 from warpo.engine.train import run
 
@@ -180,6 +181,35 @@ def test_a_failing_reward_leaves_a_checkpoint_that_resumes_without_a_row(folder,
     table = train(folder, "--sampler", "transformers", "--resume", "true")
     assert [row["step"] for row in table] == [0, 1, 2, 3, 4]
     assert "data.train is not what the checkpoint was trained on: 1 rows" in capsys.readouterr().out
+
+
+def test_a_run_that_ends_within_an_evaluation_makes_up_for_it(folder, monkeypatch):
+    """At step 0, whose checkpoint is saved before it, and at step 2."""
+    settings = ["--sampler", "transformers", "--steps", "3"]
+    run(load_config(folder / "config.yaml", [*settings, "--output_dir", "whole"]))
+    generate = loop.generate
+
+    def interrupted(parts, *arguments):
+        if parts.step == at:
+            os.kill(os.getpid(), signal.SIGINT)
+        return generate(parts, *arguments)
+
+    monkeypatch.setattr(loop, "generate", interrupted)
+    for at in (0, 2):
+        with pytest.raises(KeyboardInterrupt):
+            train(folder, *settings, "--resume")
+        assert not any(row["step"] == at and "eval/accuracy" in row for row in rows(folder))
+        assert [path.name for path in (folder / "out/checkpoints").iterdir()][-1:]
+    at = -1
+    assert train(folder, *settings, "--resume") == rows(folder, "whole")
+
+
+def test_a_diverged_policy_is_not_saved(folder):
+    settings = ["--sampler", "transformers", "--update.epochs", "1", "--update.minibatches", "1"]
+    settings += ["--checkpoint.every_steps", "1", "--evaluation.every_steps", "0"]
+    with pytest.raises(TrainingError, match="step 1 is not saved.*last good one, step-000000"):
+        train(folder, *settings, "--update.lr", "1e20")
+    assert [path.name for path in (folder / "out/checkpoints").iterdir()] == ["step-000000"]
 
 
 def command(folder: Path, *arguments: str) -> subprocess.Popen:

@@ -108,7 +108,7 @@ def test_one_stale_tied_head(run_with_fault: Callable[..., None], kind: str) -> 
 
 
 def test_a_head_that_computes_with_a_stale_copy(
-    run_with_fault: Callable[..., None], kind: str
+    run_with_fault: Callable[..., None], folder: Path, kind: str
 ) -> None:
     """All bits are right, and a packed copy of them is not: only the logprobs can tell."""
 
@@ -127,6 +127,9 @@ def test_a_head_that_computes_with_a_stale_copy(
 
     with pytest.raises(WeightMismatch, match="the sampler does not compute what the learner does"):
         run_with_fault(kind, "auto", "weights_changed", pack)
+    # A step that failed its probe is not the newest good one.
+    saved = [path.name for path in (folder / "out/checkpoints").iterdir()]
+    assert saved == ["step-000000"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])

@@ -32,7 +32,7 @@ CAMPAIGNS = {
         Campaign("settings", 2000, 200, 20, "configs with lines, values and bytes changed"),
         Campaign("data", 3200, 200, 20, "JSONL and Parquet files with bytes and values changed"),
         Campaign("rewards", 240, 8, 120, "hostile replies of servers, hostile functions"),
-        Campaign("checkpoints", 75, 15, 120, "checkpoints with a file, tensor or bit changed"),
+        Campaign("checkpoints", 176, 15, 120, "checkpoints with a file, tensor or bit changed"),
         Campaign("kills", 40, 3, 600, "runs killed at any moment and at any file operation"),
     )
 }

@@ -1,6 +1,13 @@
+import fcntl
 import json
 import os
+import pty
+import select
 import signal
+import subprocess
+import sys
+import termios
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -119,26 +126,61 @@ def test_the_last_row_of_sac_ends_at_the_last_step(config):
 def test_a_run_does_not_overwrite_another(config):
     settings = config()
     train.run(settings)
-    with pytest.raises(ConfigError, match="holds the metrics of a run: pass --resume"):
+    with pytest.raises(ConfigError, match="a checkpoint, step-000048: pass --resume to continue"):
         train.run(settings)
 
 
 def test_a_checkpoint_of_other_networks_is_refused(config):
     settings = config()
     train.run(settings)
-    wider = replace(settings, resume=True, ppo=replace(settings.ppo, hidden_size=9))
+    wider = replace(settings, resume=True, steps=64, ppo=replace(settings.ppo, hidden_size=9))
     with pytest.raises(CheckpointError, match="the state of network does not fit"):
         train.run(wider)
-    with pytest.raises(CheckpointError, match="keeps environments, network, optimizer, this run"):
-        train.run(replace(config("sac"), resume=True))
-    with pytest.raises(CheckpointError, match="holds no checkpoint"):
-        train.run(replace(settings, output_dir=settings.output_dir + "x", resume=True))
+    for name, value in {"seed": 1, "num_envs": 1, "algorithm": "sac"}.items():
+        other = config(**{name: value} if name != "algorithm" else {"algorithm": value})
+        with pytest.raises(ConfigError, match=f"{name} = {value}, but the run in .* cannot be"):
+            train.run(replace(other, resume=True))
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_a_run_that_diverges_stops_and_says_what_to_lower(config, algorithm):
     with pytest.raises(TrainingError, match="(loss/policy.*|actions.*) not finite.*: lower lr"):
         train.run(config(algorithm, lr=1e30))
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_diverged_state_is_not_saved_and_the_last_good_one_stays(config, algorithm):
+    """A resumed run has the learning rate of its own settings, which here is absurd."""
+    settings = config(algorithm, checkpoint={"every_steps": 16, "keep": 1}, steps=16)
+    train.run(settings)
+    with pytest.raises(TrainingError):
+        train.run(replace(settings, resume=True, steps=160, lr=1e20))
+    names = [path.name for path in (Path(settings.output_dir) / "checkpoints").iterdir()]
+    assert names == ["step-000016"]
+
+
+@pytest.mark.slow
+def test_a_closed_terminal_leaves_a_checkpoint(tmp_path):
+    settings = (EXAMPLES / "sac.yaml").read_text()
+    (tmp_path / "config.yaml").write_text(settings)
+    ours, its = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "warpo.engine.cli", "train", "config.yaml", "--output_dir", "out",
+         "--steps", "100000", "--sac.steps_per_row", "20", "--sac.learning_starts", "10"],
+        cwd=tmp_path, stdin=its, stdout=its, stderr=its, start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        env=os.environ | {"TERM": "xterm"},
+    )  # fmt: skip
+    os.close(its)
+    metrics, deadline = tmp_path / "out/metrics.jsonl", time.monotonic() + 120
+    while not metrics.exists() or metrics.read_text().count("\n") < 3:
+        assert process.poll() is None and time.monotonic() < deadline
+        if select.select([ours], [], [], 0.1)[0]:
+            os.read(ours, 10_000)
+    os.close(ours)
+    process.wait(timeout=60)
+    last = read_rows(metrics)[-1]["step"]
+    assert checkpoint.latest(tmp_path / "out").name == f"step-{last:06d}"
 
 
 def mean_return(config: ControlConfig) -> float:

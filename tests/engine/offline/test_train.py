@@ -15,7 +15,7 @@ import transformers
 
 from tests.engine.offline.runs import EXAMPLES, make_task, rows, train
 from warpo.engine.batch import pack
-from warpo.engine.errors import CheckpointError, DataError, TrainingError
+from warpo.engine.errors import CheckpointError, ConfigError, DataError, TrainingError
 from warpo.engine.model import load_tokenizer
 from warpo.engine.offline.config import LOSS_KEYS
 from warpo.engine.offline.data import load_examples
@@ -123,24 +123,41 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_the_step(task, tmp_p
     broken = tmp_path / "broken"
     shutil.copytree(task / "model", broken)
     model = transformers.AutoModelForCausalLM.from_pretrained(broken)
-    model.model.norm.weight.data.fill_(torch.inf)
+    model.model.norm.weight.data.fill_(1e38)
     model.save_pretrained(broken)
     with pytest.raises(TrainingError, match="gradient norm is nan"):
         train("sft", task, tmp_path / "out", "--model", str(broken), "--steps", "2",
               "--evaluation.every_steps", "0")  # fmt: skip
     assert (tmp_path / "out/checkpoints/step-000000").is_dir()
+    model.model.norm.weight.data.fill_(torch.inf)
+    model.save_pretrained(broken)
+    with pytest.raises(ConfigError, match="model: its weight model.norm.weight is not finite"):
+        train("sft", task, tmp_path / "out2", "--model", str(broken), "--steps", "2")
+
+
+@pytest.mark.parametrize("algorithm", ["sft", "dpo"])
+def test_a_diverged_state_is_not_saved_and_the_last_good_one_stays(task, tmp_path, algorithm):
+    settings = ["--evaluation.every_steps", "0", "--update.warmup_steps", "0", "--batch_size", "4"]
+    settings += ["--checkpoint.every_steps", "1", "--checkpoint.keep", "1"]
+    train(algorithm, task, tmp_path / "out", *settings, "--steps", "1")
+    for lr in ("1e20", "1e3"):
+        with pytest.raises(TrainingError, match="step . is not saved, since the run has diverged.*"
+                           "--resume from the last good one, step-000001"):  # fmt: skip
+            train(algorithm, task, tmp_path / "out", *settings, "--steps", "9", "--resume",
+                  "--update.lr", lr)  # fmt: skip
+        assert [path.name for path in (tmp_path / "out/checkpoints").iterdir()] == ["step-000001"]
 
 
 def test_resuming_with_other_data_is_refused_and_with_fewer_rows_told(task, tmp_path, capsys):
     settings = ["--steps", "1", "--evaluation.every_steps", "0"]
     train("sft", task, tmp_path / "out", *settings)
     other = str(task / "warm_start_eval.jsonl")
+    settings[1] = "2"
     with pytest.raises(CheckpointError, match="data.train has none of the 512 prompts"):
         train("sft", task, tmp_path / "out", *settings, "--resume", "--data.train", other)
     lines = (task / "warm_start.jsonl").read_text().splitlines(keepends=True)
     fewer = tmp_path / "fewer.jsonl"
     fewer.write_text("".join(lines[3:]))
-    settings[1] = "2"
     train("sft", task, tmp_path / "out", *settings, "--resume", "--data.train", str(fewer))
     assert (
         "data.train is not what the checkpoint was trained on: 3 rows are"
