@@ -5,6 +5,7 @@ whether it is there is checked by name when it is built.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import gc
@@ -303,7 +304,23 @@ def build_llm(
                 "where it is the model that vLLM refuses"
             ) from error
         _check_features(llm)
+        _keep_process_groups(llm)
         return vllm, llm
+
+
+def _keep_process_groups(llm: Any) -> None:
+    """Let vLLM's process groups end with the process: an engine that is collected would end those
+    of every other engine in it.
+    """
+    if llm.llm_engine.engine_core._finalizer.detach() is not None:
+        _end_process_groups_at_exit()
+
+
+@functools.cache
+def _end_process_groups_at_exit() -> None:
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    atexit.register(cleanup_dist_env_and_memory)
 
 
 def _build(vllm: ModuleType, options: dict[str, Any]) -> Any:

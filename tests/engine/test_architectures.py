@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 
 from tests.engine import architectures
 from tests.engine.runs import CONFIG, make_folder
@@ -161,9 +162,9 @@ def test_ids_outside_the_vocabulary_are_refused(tmp_path):
 
 
 def without_weights(tmp_path, model_type: str) -> None:
-    """The folder of a run whose model has a config and a tokenizer, and no weights to load."""
+    """The folder of a run whose model has a config and a tokenizer, and no tensor to load."""
     make_folder(tmp_path)
-    (tmp_path / "model" / "model.safetensors").unlink()
+    save_file({}, tmp_path / "model" / "model.safetensors")
     tiny_config(model_type).save_pretrained(tmp_path / "model")
 
 

@@ -16,6 +16,7 @@ from warpo.engine import arithmetic
 from warpo.engine.data import load_prompts
 from warpo.engine.model import load_tokenizer
 from warpo.engine.offline.data import load_examples
+from warpo.engine.rewards.calls import Call, run
 from warpo.engine.rewards.function import RewardFunction
 
 
@@ -139,8 +140,9 @@ def test_reward_of_a_batch_is_in_order_and_ignores_further_fields() -> None:
 def test_reward_serves_in_the_worker_process(folder: Path) -> None:
     columns = {"prompt": ["57+68=", "57+68="], "answer": ["125", "125"]}
     function = RewardFunction("warpo.engine.arithmetic:reward", deadline_s=30, fields=list(columns))
-    with closing(function) as reward:
-        assert reward(["5121", "5010"], columns) == [1.0, 0.0]
+    with closing(function):
+        call = Call(["5121", "5010"], columns)
+        assert run(function.lanes[0](call)) == [1.0, 0.0]
 
 
 def test_import_leaves_torch_and_transformers_alone() -> None:

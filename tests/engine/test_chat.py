@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
+from tests.engine.models import new_learner
 from tests.engine.test_rows import write_dataset, write_parquet
 from tests.engine.tokenizers_of_others import (
     CHATML,
@@ -81,10 +81,17 @@ def test_a_completion_ends_with_the_token_that_ends_a_turn(tmp_path, tokenizer, 
     text = {"prompt": "2+3=", "completion": "5"}
     assert completions(tmp_path, tokenizer, "sft", text) == [f"5{eos}"]
     # sampling ends with both
-    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=None))
-    assert eos_token_ids(model, tokenizer) == sorted(
+    assert eos_token_ids(of_eos(None), tokenizer) == sorted(
         {tokenizer.convert_tokens_to_ids(end[end.rfind("<") :]), tokenizer.eos_token_id}
     )
+
+
+def of_eos(token):
+    """A model whose generation config has this end of a sequence."""
+    model = new_learner("qwen2")
+    model.resize_token_embeddings(1000)
+    model.generation_config.eos_token_id = token
+    return model
 
 
 def test_no_template_and_one_that_refuses_a_turn(tmp_path):
@@ -98,8 +105,7 @@ def test_no_template_and_one_that_refuses_a_turn(tmp_path):
         completions(tmp_path, of_parts, "sft", {"prompt": QUESTION, "completion": "5"})
     with pytest.raises(DataError, match=r"d.jsonl:1: .* leaves out what messages say as text"):
         load_prompts(tmp_path / "d.jsonl", of_parts, 99)
-    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=3))
-    assert eos_token_ids(model, tokenizer) == [3, tokenizer.eos_token_id]
+    assert eos_token_ids(of_eos(3), tokenizer) == [3, tokenizer.eos_token_id]
 
 
 CALL = {"function": {"name": "add", "arguments": {"a": 2, "b": 3}}}

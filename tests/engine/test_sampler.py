@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import importlib.util
 import math
 import mmap
@@ -404,6 +405,19 @@ def test_what_vllm_refuses_to_build_is_said_in_one_line(model_path: Callable[[st
     ) as found:
         VllmSampler(model_path("qwen2"), max_model_len=512, **options)
     assert "\n" not in str(found.value)
+
+
+def test_a_sampler_that_is_collected_leaves_the_others(
+    build: Callable[[str, str], Sampler], model_path: Callable[[str], str]
+) -> None:
+    sampler = build("vllm", "qwen2")
+    options = dict(dtype="float32", kv_cache_gib=1 / 32, eos_token_ids=EOS_TOKEN_IDS)
+    gc.unfreeze()
+    other = VllmSampler(model_path("qwen2"), max_model_len=MAX_MODEL_LEN, **options)
+    del other
+    gc.unfreeze()
+    gc.collect()
+    assert len(sampler.score([[3, 4, 5]])[0]) == 2
 
 
 def test_a_missing_vllm_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
