@@ -188,6 +188,7 @@ def test_check_passes_on_a_sound_config(folder):
     assert not (folder / "out").exists()
 
 
+@pytest.mark.slow
 def test_what_fails_is_named_with_its_cure_and_exits_1(folder):
     result = command(folder, "--probe.tolerance", "1e-12")
     assert result.returncode == 1, result.stdout + result.stderr

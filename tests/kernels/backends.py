@@ -15,6 +15,14 @@ BACKENDS = ("cpu", "triton") if DEVICE == "cpu" else ("triton", "cuda")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
+# For tests that keep Triton's interpreter busy for seconds.
+each_backend_slow_triton = pytest.mark.parametrize(
+    "backend",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if (DEVICE, name) == ("cpu", "triton") else name
+        for name in BACKENDS
+    ],
+)
 
 
 def dtypes(backend: str) -> tuple[torch.dtype, ...]:

@@ -3,7 +3,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.kernels.backends import BACKENDS, DEVICE, each_backend, examples
+from tests.kernels.backends import (
+    BACKENDS,
+    DEVICE,
+    each_backend,
+    each_backend_slow_triton,
+    examples,
+)
 from tests.kernels.scans import (
     assert_gradients_close,
     assert_scan_close,
@@ -45,7 +51,7 @@ def test_values_and_gradients_equal_float64(backend):
     check()
 
 
-@each_backend
+@each_backend_slow_triton
 @pytest.mark.parametrize("done_convention", ["ends_at_t", "starts_at_t"])
 def test_every_mask_mode_in_every_layout_equals_float64(backend, done_convention):
     options = {"gamma": 0.9, "gae_lambda": 0.9, "done_convention": done_convention}
@@ -76,7 +82,7 @@ def test_whitened_advantages(backend, mask_mode):
     assert_scan_close(found.returns, wanted.returns, "returns")
 
 
-@each_backend
+@each_backend_slow_triton
 @pytest.mark.parametrize(
     "flags, mask_mode",
     [
@@ -177,7 +183,7 @@ def test_rewards_behind_the_last_valid_step_go_to_it_in_compact_mode(backend):
     assert (rewards.grad[2] == 0).all()
 
 
-@each_backend
+@each_backend_slow_triton
 @pytest.mark.parametrize("steps", [9, 100, pytest.param(1200, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("layout", ["time", "rows", "packed"])
 def test_a_row_alone_has_the_bits_of_the_row_in_a_batch(backend, layout, steps):

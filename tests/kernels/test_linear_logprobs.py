@@ -9,7 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.kernels.backends import BACKENDS, DEVICE, dtypes, each_backend, examples
+from tests.kernels.backends import (
+    BACKENDS,
+    DEVICE,
+    dtypes,
+    each_backend,
+    each_backend_slow_triton,
+    examples,
+)
 from tests.oracles import linear_logprobs as oracle
 from tests.tolerance import (
     GRADIENT_RELATIVE,
@@ -259,7 +266,7 @@ def test_a_target_out_of_range_poisons_its_token_and_what_sums_over_it(backend):
     assert (hidden.grad[5] == 0).all() and weight.grad.isnan().all()
 
 
-@each_backend
+@each_backend_slow_triton
 def test_runs_are_bit_equal_and_a_graph_can_be_walked_twice(backend):
     hidden, weight, targets = problem()
     for cache in (False, True):
@@ -321,7 +328,7 @@ def test_kept_logits_are_the_workspace(fits):
     assert peak_bytes("cpu", call) < room + gradients + 32_000
 
 
-@each_backend
+@each_backend_slow_triton
 def test_only_the_gradients_asked_for_are_computed(backend):
     hidden, weight, targets = problem()
     both = torch.autograd.grad(

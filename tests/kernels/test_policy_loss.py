@@ -2,7 +2,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from tests.kernels.backends import BACKENDS, DEVICE, each_backend, examples
+from tests.kernels.backends import (
+    BACKENDS,
+    DEVICE,
+    each_backend,
+    each_backend_slow_triton,
+    examples,
+)
 from tests.kernels.policy_loss_cases import LEVELS, cases, exact_loss, near_a_bound
 from tests.tolerance import ROUNDING, SUM_RELATIVE, assert_close
 from warpo.kernels import ops
@@ -163,7 +169,7 @@ def test_a_nan_of_the_sampler_is_masked_on_request(backend, row, level):
     assert torch.allclose(metrics[ops.METRICS.index("kl")], plain[ops.METRICS.index("kl")])
 
 
-@each_backend
+@each_backend_slow_triton
 def test_without_old_logprobs_the_ratio_is_one(backend):
     logp, advantages, sampler = torch.randn(3, 4, 9, device=DEVICE)
     for name in OBJECTIVES:
@@ -211,7 +217,7 @@ def test_tokens_of_no_sequence_have_no_gradient(backend):
     assert metrics[ops.METRICS.index("tokens")] == 7
 
 
-@each_backend
+@each_backend_slow_triton
 @pytest.mark.parametrize("ratio_level, surrogate", LEVELS)
 def test_a_sequence_has_the_same_gradient_alone_and_in_a_batch(backend, ratio_level, surrogate):
     """Bit for bit, and from run to run; one of the sequences is long enough for several threads."""

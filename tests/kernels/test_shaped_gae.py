@@ -3,7 +3,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.kernels.backends import BACKENDS, DEVICE, each_backend, examples
+from tests.kernels.backends import (
+    BACKENDS,
+    DEVICE,
+    each_backend,
+    each_backend_slow_triton,
+    examples,
+)
 from tests.kernels.scans import assert_scan_close, every_case, on_rows, scan_cases
 from tests.oracles import shaped_gae as oracle
 from warpo.kernels import ops, reference
@@ -53,7 +59,7 @@ def test_values_equal_float64(backend):
     check()
 
 
-@each_backend
+@each_backend_slow_triton
 @pytest.mark.parametrize("kl_estimator", ["k1", "k2", "k3"])
 def test_every_mask_mode_in_every_layout_equals_float64(backend, kl_estimator):
     options = {"gamma": 0.9, "gae_lambda": 0.9, "kl_coef": 0.1, "kl_estimator": kl_estimator}

@@ -5,7 +5,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.kernels.backends import BACKENDS, DEVICE, dtypes, each_backend, examples, strided
+from tests.kernels.backends import (
+    BACKENDS,
+    DEVICE,
+    dtypes,
+    each_backend,
+    each_backend_slow_triton,
+    examples,
+    strided,
+)
 from tests.oracles import squashed_gaussian as oracle
 from tests.tolerance import ROUNDING, SQUASHED_RELATIVE, assert_close
 from warpo.kernels import ops, reference
@@ -159,7 +167,7 @@ def test_the_clamp_passes_the_gradient_as_torch_does(backend):
     torch.testing.assert_close(mine, wanted, rtol=1e-5, atol=1e-6)
 
 
-@each_backend
+@each_backend_slow_triton
 @pytest.mark.parametrize("columns", [1, 6, 17, 1030])
 def test_every_row_alone_equals_the_row_in_the_batch_bit_for_bit(backend, columns):
     tensors = list(torch.randn(3, 4, columns, device=DEVICE))

@@ -5,7 +5,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.kernels.backends import BACKENDS, DEVICE, each_backend, examples
+from tests.kernels.backends import (
+    BACKENDS,
+    DEVICE,
+    each_backend,
+    each_backend_slow_triton,
+    examples,
+)
 from tests.kernels.scans import assert_scan_close, every_case, on_rows, scan_cases
 from tests.oracles import vtrace as oracle
 from warpo.kernels import ops, reference
@@ -44,7 +50,7 @@ def test_values_equal_float64(backend):
     check()
 
 
-@each_backend
+@each_backend_slow_triton
 def test_every_mask_mode_in_every_layout_equals_float64(backend):
     numbers = {"gamma": 0.9, "gae_lambda": 0.9, "rho_max": 2.0, "c_max": 0.7, "pg_rho_max": 1.5}
     for floats, options, _ in every_case(PER_STEP):
