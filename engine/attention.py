@@ -1,4 +1,4 @@
-"""Attention within each sequence of a packed row, in place of a model's own attention.
+"""Attention within each sequence of a packed row, instead of a model's own attention.
 
 transformers lets a model's attention and its masks be replaced by name. The mask stays the model's
 own function of two places (causal, sliding window, chunks); here it is evaluated on the places of a
@@ -100,7 +100,7 @@ def packed_attention(
         softcap: c.  s_aux: (heads,), the sinks.
 
     Returns:
-        (1, N, heads, D'), and None in place of attention weights.
+        (1, N, heads, D'), and None instead of attention weights.
 
     Raises:
         UnsupportedAttention: the model asks for anything else.
@@ -108,7 +108,7 @@ def packed_attention(
     if slots is None or places is None:
         raise UnsupportedAttention("no keywords of its caller (slots, places)")
     if not isinstance(attention_mask, Mask):
-        raise UnsupportedAttention("a mask of its own in place of transformers' causal ones")
+        raise UnsupportedAttention("a mask of its own instead of transformers' causal ones")
     if is_causal is False or not getattr(module, "is_causal", True):
         raise UnsupportedAttention("attention to later tokens (is_causal is False)")
     for name, option in others.items():
