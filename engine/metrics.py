@@ -169,11 +169,7 @@ class RunLog:
 
     def say(self, text: str) -> None:
         """A line above the live line, which stays."""
-        try:
-            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
-        except OSError:
-            # the terminal was closed: what is left to do is to save, which must not fail by that
-            self._console.file = open(os.devnull, "w")  # noqa: SIM115
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def is_evaluated(self, step: int) -> bool:
         """Whether the row of a step of an earlier process has the metrics of its evaluation."""

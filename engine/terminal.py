@@ -11,6 +11,7 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO, Any, cast
 
 from rich.console import Console
 
@@ -22,11 +23,41 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class OutputConsole(Console):
-    """A console on which a run goes on where its reader has gone: `warpo train ... | head`."""
+    """A console on which a run goes on where its reader has gone: `warpo train ... | head`, a
+    terminal that was closed.
+    """
 
-    def on_broken_pipe(self) -> None:
-        self.quiet = True
-        discard_output()
+    @property
+    def file(self) -> IO[str]:
+        """Standard output, or what was given in its place."""
+        return cast(IO[str], _Lasting(super().file))
+
+    @file.setter
+    def file(self, new: IO[str]) -> None:
+        self._file = new
+
+
+class _Lasting:
+    """A stream that takes what nothing reads any more."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError:
+            discard_output()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            discard_output()
 
 
 def discard_output() -> None:

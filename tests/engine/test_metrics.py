@@ -1,6 +1,8 @@
 import dataclasses
 import io
 import json
+import os
+import pty
 import re
 import struct
 import subprocess
@@ -208,30 +210,30 @@ def test_settings_that_a_resumed_run_changes_are_kept(open_log, config, tmp_path
     assert "steps: 9" in (tmp_path / "run/config.yaml").read_text()
 
 
-def test_a_closed_terminal_ends_the_table_and_not_the_run(open_log, tmp_path):
-    class Closed(io.StringIO):
-        def write(self, text):
-            raise OSError(5, "Input/output error")
-
-    with open_log() as log:
-        log._console.file = Closed()
-        log.write(1, STEP)
-        log.say("still here")
-    assert len(read_rows(tmp_path / "run/metrics.jsonl")) == 1
-
-
-def test_a_run_goes_on_where_the_reader_of_its_table_has_gone():
+@pytest.mark.parametrize("reader", ["pipe", "terminal"])
+def test_a_run_goes_on_where_the_reader_of_its_table_has_gone(reader):
     code = (
+        "import signal, sys\n"
+        "from rich.progress import Progress\n"
         "from warpo.engine.terminal import OutputConsole\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
         "console = OutputConsole()\n"
-        "for step in range(5000):\n"
-        "    console.print('a row of the table')\n"
-        "print('went on', file=__import__('sys').stderr)\n"
+        "with Progress(console=console) as live:\n"
+        "    for step in range(200):\n"
+        "        live.remove_task(live.add_task('a phase'))\n"
+        "        console.print('a row of the table')\n"
+        "print('went on', file=sys.stderr)\n"
     )
+    ours, its = pty.openpty() if reader == "terminal" else os.pipe()
     process = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", code],
+        stdout=its,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"TERM": "xterm"},
     )
-    process.stdout.close()
+    os.close(its)
+    os.close(ours)
     assert process.stderr.read() == "went on\n"
     assert process.wait() == 0
 

@@ -164,21 +164,29 @@ def test_a_closed_terminal_leaves_a_checkpoint(tmp_path):
     settings = (EXAMPLES / "sac.yaml").read_text()
     (tmp_path / "config.yaml").write_text(settings)
     ours, its = pty.openpty()
+
+    def take_the_terminal():
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup's children ignore it
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
     process = subprocess.Popen(
         [sys.executable, "-m", "warpo.engine.cli", "train", "config.yaml", "--output_dir", "out",
          "--steps", "100000", "--sac.steps_per_row", "20", "--sac.learning_starts", "10"],
         cwd=tmp_path, stdin=its, stdout=its, stderr=its, start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        preexec_fn=take_the_terminal,
         env=os.environ | {"TERM": "xterm"},
     )  # fmt: skip
     os.close(its)
     metrics, deadline = tmp_path / "out/metrics.jsonl", time.monotonic() + 120
-    while not metrics.exists() or metrics.read_text().count("\n") < 3:
-        assert process.poll() is None and time.monotonic() < deadline
-        if select.select([ours], [], [], 0.1)[0]:
-            os.read(ours, 10_000)
-    os.close(ours)
-    process.wait(timeout=60)
+    try:
+        while not metrics.exists() or metrics.read_text().count("\n") < 3:
+            assert process.poll() is None and time.monotonic() < deadline
+            if select.select([ours], [], [], 0.1)[0]:
+                os.read(ours, 10_000)
+        os.close(ours)
+        process.wait(timeout=60)
+    finally:
+        process.kill()
     last = read_rows(metrics)[-1]["step"]
     assert checkpoint.latest(tmp_path / "out").name == f"step-{last:06d}"
 
