@@ -106,8 +106,9 @@ Tries what a run of this config relies on, with its model, data and sampler. Not
   learner            packed rows and the model's own eager attention: probe.tolerance apart at most,
                      and a tenth of it in the mean.
   loss invariance    The gradient of an optimizer step, for every objective of the engine, whether
-                     its rollouts travel in one micro-batch, one by one, packed by a token budget,
-                     or each alone through the model's own eager attention: 1e-6 apart at most.
+                     its rollouts travel in one micro-batch, one by one or packed by a token budget,
+                     1e-6 apart at most, or each alone through the model's own eager attention, 1e-5
+                     apart at most.
 
     warpo check CONFIG.yaml
     warpo check CONFIG.yaml --plan-only                 # does it fit? in seconds, loads no model

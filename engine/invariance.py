@@ -12,11 +12,12 @@ parameters and the kernels of logprobs and loss, and nothing else: not the packi
 attention, not the logits' choice, not the denominator. Each is compared with the first, over all
 parameters:
 
-    || g - g_1 ||_2 / || g_1 ||_2  <=  1e-6
+    || g - g_1 ||_2 / || g_1 ||_2  <=  1e-6, and 1e-5 of the last
 
 Logits, logprobs, losses and their gradients are float32, as in training. The model's own products
 are taken in float64, because in float32 they alone can exceed the bound: a product of other rows is
-summed in another order, which moves logits by about 1e-6, and ratios with them.
+summed in another order, which moves logits by about 1e-6, and ratios with them. transformers' eager
+attention takes its softmax in float32 all the same, which is what the last has more.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ from warpo.engine.model import load_model
 from warpo.kernels import ops
 from warpo.kernels.objectives import Objective
 
-BOUND = 1e-6
-LAYOUTS = ("accumulation n", "packed", "alone")
+# Each layout and its bound.
+LAYOUTS = {"accumulation n": 1e-6, "packed": 1e-6, "alone": 1e-5}
 
 # What is kept of the model: so many layers, and one of each kind.
 MAX_LAYERS, MAX_VOCABULARY = 2, 1024
