@@ -253,9 +253,8 @@ def test_workers_share_a_call_in_order():
     completions = [str(i) for i in range(7)]
     with opened("pid", workers=3) as reward:
         pids = reward(completions, {}).scores
-        assert [pids.index(pid) for pid in pids] == [0, 0, 2, 2, 4, 4, 4]
-        assert reward(completions, {}).scores == pids
-        assert reward(["one"], {}).scores == pids[:1]
+        # a worker that is free takes the next part, neighbours all
+        assert {len({*part}) for part in (pids[:2], pids[2:4], pids[4:])} == {1}
     fields = {"answer": completions}
     assert call("exact", completions=["0", "x", *completions[2:]], fields=fields, workers=2) == [
         1.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0
