@@ -204,8 +204,8 @@ def _plain(node: yaml.Node) -> Any:
         return _Nested()
     try:
         return _Loader("").construct_object(node)
-    except (ValueError, KeyError, OverflowError):
-        # a number of too many digits, !!int of a word, !!timestamp of the 30th of February
+    except (ValueError, KeyError, OverflowError, AttributeError, TypeError):
+        # a number of too many digits, !!int or !!timestamp of a word, the 30th of February
         return node.value
 
 
@@ -231,7 +231,7 @@ def _parse_overrides(args: Sequence[str], known: dict[str, Key]) -> list[tuple[s
     while rest:
         option = rest.pop(0)
         if not option.startswith("--"):
-            raise ConfigError(f"{option!r}: wanted --key value or --section.key value")
+            raise ConfigError(f"{_short(option)}: wanted --key value or --section.key value")
         flag, equals, text = option.partition("=")
         name = flag[2:].replace("-", "_")
         if name not in known:
@@ -254,7 +254,9 @@ def _override_value(key: Key, words: list[str], flag: str) -> Any:
     if key.type is bool and not words:
         return True
     if len(words) != 1:
-        raise ConfigError(f"{flag}: wanted one value ({key.wanted}), got {len(words)}: {words}")
+        raise ConfigError(
+            f"{flag}: wanted one value ({key.wanted}), got {len(words)}: {_short(words)}"
+        )
     return words[0]
 
 

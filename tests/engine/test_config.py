@@ -120,6 +120,7 @@ def test_the_tree_has_at_most_64_keys_each_with_a_text():
         ("steps: 2026-02-30\n", r"yaml:9: steps is set a second time"),
         ("seed: 2026-02-30\n", r"yaml:9: seed = '2026-02-30': wanted an integer >= 0"),
         ("seed: !!timestamp 2026-02-30\n", r"seed = '2026-02-30': wanted an integer"),
+        ("seed: !!timestamp three\n", r"seed = 'three': wanted an integer"),
         ("seed: !!int three\n", r"seed = 'three': wanted an integer"),
         ("seed: 1:30\n", r"seed = '1:30': wanted an integer"),
         ("seed: 0x10\n", r"seed = '0x10': wanted an integer"),
