@@ -14,7 +14,7 @@ from typing import IO, Any
 import torch
 from safetensors import SafetensorError
 
-from warpo.engine.errors import CheckpointError
+from warpo.engine.errors import CheckpointError, one_line
 
 
 @contextmanager
@@ -48,7 +48,7 @@ def _disk_error(final: Path, num_bytes: int, error: Exception) -> str:
     """What the disk is short of, and what is left."""
     found = re.search(r"os error (\d+)", str(error))
     number = int(found[1]) if found else getattr(error, "errno", None)
-    reason = os.strerror(number) if number else " ".join(str(error).split())
+    reason = os.strerror(number) if number else one_line(error)
     place = final.absolute()
     while not place.exists() or not place.is_mount() and place != place.parent:
         place = place.parent

@@ -26,7 +26,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from warpo.engine import atomic, manifest
-from warpo.engine.errors import CheckpointError, ConfigError, TrainingError
+from warpo.engine.errors import CheckpointError, ConfigError, TrainingError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -134,8 +134,9 @@ def rehearse(
             model.save_pretrained(draft, state_dict={})
             tokenizer.save_pretrained(draft)
     except (ValueError, TypeError) as error:
-        text = " ".join(str(error).split())
-        raise CheckpointError(f"this model could not be saved after the run: {text}") from error
+        raise CheckpointError(
+            f"this model could not be saved after the run: {one_line(error)}"
+        ) from error
     shutil.rmtree(folder)
 
 
