@@ -26,8 +26,8 @@ from warpo.engine.data import Prompt, Prompts, load_prompts, split_prompts
 from warpo.engine.device import learner_device
 from warpo.engine.errors import CheckpointError, ConfigError, DataError
 from warpo.engine.limits import check_free_memory, check_limits
-from warpo.engine.model import eos_token_ids, load_model, load_tokenizer
-from warpo.engine.model_files import check_files
+from warpo.engine.model import eos_token_ids, load_model
+from warpo.engine.model_files import check_files, load_tokenizer
 from warpo.engine.offline.data import Examples, load_examples
 from warpo.engine.optimizer import AdamW, WeightUpdate, make_optimizer
 from warpo.engine.resolve import resolve

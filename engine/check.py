@@ -37,8 +37,7 @@ from warpo.engine.memory import (
     resync_of,
     rollouts_of,
 )
-from warpo.engine.model import load_tokenizer
-from warpo.engine.model_files import check_files
+from warpo.engine.model_files import check_files, load_tokenizer
 from warpo.engine.peak_memory import PeakMemory, free_memory, rehearse
 from warpo.engine.probe import probe_weights, relative
 from warpo.engine.resolve import resolve

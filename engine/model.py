@@ -20,7 +20,6 @@ from warpo.engine.batch import Batch
 from warpo.engine.chat import end_of_turn
 from warpo.engine.errors import ConfigError, DataError
 from warpo.engine.linear import Linear, linear
-from warpo.engine.model_files import load_tokenizer as load_tokenizer
 from warpo.engine.model_files import load_weights, read_config
 from warpo.kernels import ops
 

@@ -26,8 +26,8 @@ from warpo.engine.loop import (
     signals,
 )
 from warpo.engine.metrics import Column, RunLog, read_rows
-from warpo.engine.model import load_model, load_tokenizer
-from warpo.engine.model_files import check_files, read_config
+from warpo.engine.model import load_model
+from warpo.engine.model_files import check_files, load_tokenizer, read_config
 from warpo.engine.offline.config import OfflineConfig
 from warpo.engine.offline.data import Example, Examples, load_examples
 from warpo.engine.offline.families import (

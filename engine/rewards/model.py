@@ -18,8 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from warpo.engine.batch import Completion, Rollout, pack, split_by_tokens
 from warpo.engine.data import Prompt
 from warpo.engine.errors import ConfigError, RewardError
-from warpo.engine.model import load_tokenizer
-from warpo.engine.model_files import read_config
+from warpo.engine.model_files import load_tokenizer, read_config
 from warpo.engine.rewards.steps import separator_ends, token_indices
 from warpo.engine.scalar import load_scalar_model, token_scores
 

@@ -17,7 +17,8 @@ from warpo.bench.train.__main__ import expected_s, job_of, main, parse
 from warpo.bench.train.job import Clock, make, reward
 from warpo.bench.train.rows import goals_of, row_of, table_of
 from warpo.engine.data import load_prompts
-from warpo.engine.model import eos_token_ids, load_tokenizer
+from warpo.engine.model import eos_token_ids
+from warpo.engine.model_files import load_tokenizer
 
 ROOT = Path(__file__).parents[2]
 PEERS = ROOT / ".peers/trl/site-packages"

@@ -14,7 +14,7 @@ import transformers
 
 from warpo.engine import arithmetic
 from warpo.engine.data import load_prompts
-from warpo.engine.model import load_tokenizer
+from warpo.engine.model_files import load_tokenizer
 from warpo.engine.offline.data import load_examples
 from warpo.engine.rewards.calls import Call, run
 from warpo.engine.rewards.function import RewardFunction

@@ -15,7 +15,7 @@ from warpo.engine.batch import Completion
 from warpo.engine.config import load_config
 from warpo.engine.data import load_prompts
 from warpo.engine.errors import ConfigError, RewardError
-from warpo.engine.model import load_tokenizer
+from warpo.engine.model_files import load_tokenizer
 from warpo.engine.rewards.combine import RewardSources
 from warpo.engine.rewards.overlong import overlong_penalty
 from warpo.engine.rewards.sources import parse_sources

@@ -16,7 +16,7 @@ import transformers
 from tests.engine.offline.runs import EXAMPLES, make_task, rows, train
 from warpo.engine.batch import pack
 from warpo.engine.errors import CheckpointError, ConfigError, DataError, TrainingError
-from warpo.engine.model import load_tokenizer
+from warpo.engine.model_files import load_tokenizer
 from warpo.engine.offline.config import LOSS_KEYS
 from warpo.engine.offline.data import load_examples
 from warpo.engine.offline.losses import sequence_scores
