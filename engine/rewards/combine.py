@@ -10,18 +10,18 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from warpo.engine.batch import Completion
-from warpo.engine.data import Prompt, columns
+from warpo.engine.data import columns
 from warpo.engine.errors import ConfigError, RewardError
 from warpo.engine.rewards.calls import Calls
 from warpo.engine.rewards.function import RewardFunction
 from warpo.engine.rewards.http import RewardServer
 from warpo.engine.rewards.math import MathAnswers
-from warpo.engine.rewards.model import RewardModel, TokenSteps
+from warpo.engine.rewards.model import RewardModel
 from warpo.engine.rewards.overlong import overlong_penalty
 from warpo.engine.rewards.scores import Scored, Steps
 from warpo.engine.rewards.sources import Source, parse_sources
 from warpo.engine.rewards.steps import token_indices
+from warpo.engine.types import Completion, Prompt, TokenSteps
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,7 +120,7 @@ class RewardSources:
         Raises:
             RewardError: a source failed, or two of them score steps.
         """
-        ids = [completion.token_ids for completion in completions]
+        ids = [completion.token_ids.tolist() for completion in completions]
         texts = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
         totals, by_source = [0.0] * len(ids), {}
         failed, retries, notes = 0, 0, []
@@ -163,7 +163,7 @@ class RewardSources:
     ) -> Scored:
         """Numbers, or steps by tokens, as one source gives them."""
         if source.kind == "overlong":
-            lengths = [len(completion.token_ids) for completion in completions]
+            lengths = [len(completion) for completion in completions]
             return Scored(scores=[self._overlong(n, int(source.target)) for n in lengths])
         if source.kind == "model":
             return Scored(scores=opened.totals(prompts, completions))
@@ -173,7 +173,7 @@ class RewardSources:
         if not isinstance(scored.scores[0], list):
             return scored
         by_token: list[Any] = [
-            self._by_token(completion.token_ids, text, steps)
+            self._by_token(completion.token_ids.tolist(), text, steps)
             for completion, text, steps in zip(completions, texts, scored.scores, strict=True)
         ]
         return replace(scored, scores=by_token)

@@ -8,7 +8,11 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from warpo.engine.batch import Completion
+from warpo.engine.errors import WeightMismatch
+from warpo.engine.types import Completion
+
+MAX_LAG = 0
+"""Steps of the learner that the weights of a sample may be behind."""
 
 
 class Interrupted(Exception):
@@ -98,3 +102,20 @@ class Sampler(Protocol):
     def resume_kv(self) -> None:
         """Take the memory back before sampling."""
         ...
+
+
+def check_versions(groups: Sequence[Sequence[Completion]], step: int) -> None:
+    """Refuse completions of weights that are too old, or not yet made, for a step.
+
+    Args:
+        step: that learns from them; it begins with the weights of version step - 1.
+
+    Raises:
+        WeightMismatch: a version is outside step - 1 - MAX_LAG to step - 1.
+    """
+    versions = {completion.weight_version for group in groups for completion in group}
+    if not versions <= set(range(step - 1 - MAX_LAG, step)):
+        raise WeightMismatch(
+            f"step {step} sampled with versions {sorted(versions)} of the weights, and the learner "
+            f"has version {step - 1}"
+        )
