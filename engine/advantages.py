@@ -207,9 +207,9 @@ def _process(algorithm: Algorithm, tokens: _Tokens, state: AdaptiveState) -> Est
     offsets = torch.tensor([0, *map(len, steps)]).cumsum(0)
     device = tokens.rewards.device
     found = ops.process_advantages(
-        torch.tensor([reward for _, reward in flat], device=device),
+        torch.tensor([reward for _, reward in flat], dtype=torch.float32, device=device),
         offsets.to(device),
-        torch.tensor([end for end, _ in flat], device=device),
+        torch.tensor([end for end, _ in flat], dtype=torch.int64, device=device),
         tokens.logprobs.numel(),
         tokens.group_size,
         cu_seqlens=tokens.cu_seqlens,

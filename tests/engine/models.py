@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 import transformers
 from torch import nn
 
-from warpo.engine.batch import Completion
 from warpo.engine.resync import Resync
 from warpo.engine.sampler.base import Sampler
+from warpo.engine.step_rollouts import StepRollouts
+from warpo.engine.types import Completion, TokenSequence
 
 # Sampler against model, float32 forward passes batched and fused differently: 3e-6 was seen.
 LOGPROB_ATOL = 1e-4
@@ -90,9 +93,29 @@ def connect(sampler: Sampler, learner: nn.Module, mode: str = "auto", **options:
 
 def random_completion(rng: random.Random, length: int) -> Completion:
     """Tokens and logprobs out of the air."""
-    return Completion(
-        token_ids=[rng.randrange(3, 60) for _ in range(length)],
-        logprobs=[-rng.random() * 4 for _ in range(length)],
-        finished=True,
-        weight_version=1,
+    ids = [rng.randrange(3, 60) for _ in range(length)]
+    logprobs = [-rng.random() * 4 for _ in range(length)]
+    return Completion.of(ids, logprobs, finished=True, weight_version=1)
+
+
+def rollouts_of(
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Completion],
+    *,
+    group_size: int = 1,
+    **columns: Sequence[torch.Tensor],
+) -> StepRollouts:
+    """A prompt and a completion in each row; equal prompts are one. Columns by row."""
+    numbers: dict[tuple[int, ...], int] = {}
+    for prompt in prompts:
+        numbers.setdefault(tuple(prompt), len(numbers))
+    columns.setdefault("sampler_logprobs", [torch.from_numpy(c.logprobs) for c in completions])
+    return StepRollouts(
+        sequences=[
+            TokenSequence.of(prompt, completion.token_ids, numbers[tuple(prompt)])
+            for prompt, completion in zip(prompts, completions, strict=True)
+        ],
+        group_ids=np.arange(len(prompts)) // group_size,
+        rewards=torch.zeros(len(prompts), dtype=torch.float64),
+        **{name: torch.cat(list(parts)) for name, parts in columns.items()},
     )

@@ -16,9 +16,10 @@ from tests.oracles.advantages import Sampled, Tokens
 from tests.tolerance import SCAN_ABSOLUTE, SCAN_RELATIVE, assert_close
 from warpo.engine.advantages import BASELINE_DECAY, AdaptiveState, estimate
 from warpo.engine.algorithms import ALGORITHMS, Algorithm
-from warpo.engine.estimators import ESTIMATORS
-from warpo.engine.batch import Completion, Rollout
 from warpo.engine.errors import RewardError
+from warpo.engine.estimators import ESTIMATORS
+from warpo.engine.step_rollouts import StepRollouts
+from warpo.engine.types import TokenSequence
 from warpo.kernels import ops
 
 ROWS = [name for name, row in ALGORITHMS.items() if row.family == "policy"]
@@ -72,30 +73,32 @@ def sample(
     )  # fmt: skip
 
 
-def rollouts(s: Sampled, *, by_sampler: bool = False) -> list[Rollout]:
+def rollouts(s: Sampled, *, by_sampler: bool = False) -> StepRollouts:
     """by_sampler: the logprobs are those of the sampler, and no learner's stand beside them."""
 
-    def tensor(part: np.ndarray) -> torch.Tensor:
-        return torch.tensor(part, dtype=torch.float32)
+    def column(parts: Tokens) -> torch.Tensor:
+        return torch.tensor(np.concatenate(parts), dtype=torch.float32)
 
-    return [
-        Rollout(
-            prompt_ids=[7, int(s.group_ids[i])],
-            completion=Completion(
-                token_ids=[3] * n,
-                logprobs=s.logprobs[i].tolist() if by_sampler else [0.0] * n,
-                finished=True,
-                weight_version=0,
-            ),
-            reward=float(s.rewards[i]),
-            step_rewards=s.steps[i],
-            baseline_reward=float(s.greedy_rewards[i]),
-            old_logprobs=None if by_sampler else tensor(s.logprobs[i]),
-            ref_logprobs=tensor(s.ref_logprobs[i]),
-            values=tensor(s.values[i]),
-        )
-        for i, n in enumerate(s.lengths)
-    ]
+    logprobs = column(s.logprobs)
+    return StepRollouts(
+        sequences=[
+            TokenSequence.of([7, int(group)], [3] * n, int(group))
+            for group, n in zip(s.group_ids, s.lengths, strict=True)
+        ],
+        group_ids=np.asarray(s.group_ids),
+        rewards=torch.tensor(s.rewards),
+        step_rewards=s.steps,
+        baseline_rewards=torch.tensor(s.greedy_rewards),
+        sampler_logprobs=logprobs if by_sampler else torch.zeros_like(logprobs),
+        old_logprobs=None if by_sampler else logprobs,
+        ref_logprobs=column(s.ref_logprobs),
+        values=column(s.values),
+    )
+
+
+def by_row(rollouts: StepRollouts, name: str) -> tuple[torch.Tensor, ...]:
+    """A column in the parts of its rows."""
+    return getattr(rollouts, name).split(rollouts.lengths.tolist())
 
 
 def with_kl(name: str, **changes: object) -> Algorithm:
@@ -106,9 +109,9 @@ def with_kl(name: str, **changes: object) -> Algorithm:
 
 def estimated(
     row: Algorithm, s: Sampled, state: AdaptiveState | None = None, **options: bool
-) -> tuple[list[Rollout], dict[str, float]]:
-    state = state or AdaptiveState(row.kl_coef, BASELINE)
-    return estimate(row, rollouts(s, **options), s.group_size, state)
+) -> tuple[StepRollouts, dict[str, float]]:
+    found = rollouts(s, **options)
+    return found, estimate(row, found, state or AdaptiveState(row.kl_coef, BASELINE))
 
 
 def compare(found: Sequence[torch.Tensor | None], expected: Tokens, what: str) -> None:
@@ -137,10 +140,10 @@ def test_advantages_are_those_of_the_paper(
     row = with_kl(name)
     found, metrics = estimated(row, s, by_sampler=by_sampler)
     expected = ORACLES[row.advantages](s, row)
-    compare([rollout.advantages for rollout in found], expected, name)
+    compare(by_row(found, "advantages"), expected, name)
     spread = np.concatenate(expected).std()
     assert metrics["advantages/std"] == pytest.approx(spread, rel=1e-3, abs=1e-4)
-    assert all(rollout.returns is None for rollout in found) != row.has_critic
+    assert (found.returns is not None) == row.has_critic
 
 
 @pytest.mark.parametrize("kl_estimator", ["k1", "k2", "k3"])
@@ -152,11 +155,9 @@ def test_the_kl_of_each_estimator_is_taken_off_the_reward_of_its_token(
 ) -> None:
     s, row = sample(1), with_kl(name, reward_kl_estimator=kl_estimator)
     found, metrics = estimated(row, s)
-    compare([r.advantages for r in found], ORACLES[row.advantages](s, row), name)
+    compare(by_row(found, "advantages"), ORACLES[row.advantages](s, row), name)
     without, _ = estimated(row.replace(reward_kl_coef=0.0), s, AdaptiveState(0.0, BASELINE))
-    assert any(
-        not torch.equal(a.advantages, b.advantages) for a, b in zip(found, without, strict=True)
-    )
+    assert not torch.equal(found.advantages, without.advantages)
     log_ratio = np.concatenate(s.logprobs) - np.concatenate(s.ref_logprobs)
     assert metrics["kl/ref"] == pytest.approx(log_ratio.mean(), rel=1e-5)
 
@@ -174,8 +175,8 @@ def test_lambda_of_the_policy_and_of_the_critic_are_two(
     row = with_kl("ppo", gamma=gamma, gae_lambda=gae_lambda)
     found, _ = estimated(row, s)
     advantages, returns = oracle.ppo(s, *kl_of(row), gamma, gae_lambda)
-    compare([r.advantages for r in found], advantages, "advantages")
-    compare([r.returns for r in found], returns, "returns")
+    compare(by_row(found, "advantages"), advantages, "advantages")
+    compare(by_row(found, "returns"), returns, "returns")
 
 
 def test_completions_of_one_length_share_their_lambda_and_nothing_else() -> None:
@@ -183,12 +184,21 @@ def test_completions_of_one_length_share_their_lambda_and_nothing_else() -> None
     s = sample(3, groups=2, group_size=6, longest=3)
     found, _ = estimated(with_kl("ppo_length_adaptive"), s)
     order = [5, 0, 11, 3, 2, 7, 8, 10, 1, 4, 9, 6]
-    shuffled = [rollouts(s)[i] for i in order]
-    row = with_kl("ppo_length_adaptive")
-    again, _ = estimate(row, shuffled, s.group_size, AdaptiveState(row.kl_coef))
+    row, again = with_kl("ppo_length_adaptive"), rollouts(s)
+    tokens = again.tokens_of(order)
+    columns = ("sampler_logprobs", "old_logprobs", "ref_logprobs", "values")
+    again = replace(
+        again,
+        sequences=[again.sequences[i] for i in order],
+        rewards=again.rewards[order],
+        **{name: getattr(again, name)[tokens] for name in columns},
+    )
+    estimate(row, again, AdaptiveState(row.kl_coef))
     for place, i in enumerate(order):
-        assert torch.equal(again[place].returns, found[i].returns)
-        torch.testing.assert_close(again[place].advantages, found[i].advantages)
+        assert torch.equal(by_row(again, "returns")[place], by_row(found, "returns")[i])
+        torch.testing.assert_close(
+            by_row(again, "advantages")[place], by_row(found, "advantages")[i]
+        )
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -201,8 +211,7 @@ def test_a_step_in_which_all_rewards_are_equal_teaches_nothing_and_is_no_nan(nam
     row = ALGORITHMS[name]
     row = row.replace(reward_kl_coef=0.0, gamma=1.0)
     found, metrics = estimated(row, s, AdaptiveState(0.0, 1.0))
-    for rollout in found:
-        assert torch.equal(rollout.advantages, torch.zeros(rollout.advantages.shape))
+    assert torch.equal(found.advantages, torch.zeros(found.advantages.shape))
     if row.estimator.may_redraw:
         assert metrics["reward/degenerate_frac"] == 1.0
 
@@ -215,10 +224,9 @@ def test_the_share_of_groups_that_teach_nothing_is_told() -> None:
 
 
 def test_process_rewards_without_steps_are_refused_by_completion() -> None:
-    made = rollouts(sample(6))
-    made[2] = replace(made[2], step_rewards=None)
-    with pytest.raises(RewardError, match="'grpo_process' .* completion 2 has one for the whole"):
-        estimate(ALGORITHMS["grpo_process"], made, 4, AdaptiveState(0.0))
+    made = replace(rollouts(sample(6)), step_rewards=None)
+    with pytest.raises(RewardError, match="'grpo_process' .* completion 0 has one for the whole"):
+        estimate(ALGORITHMS["grpo_process"], made, AdaptiveState(0.0))
 
 
 def test_the_baseline_is_the_moving_average_of_earlier_steps() -> None:
@@ -228,7 +236,7 @@ def test_the_baseline_is_the_moving_average_of_earlier_steps() -> None:
         mean = s.rewards.mean()
         expected = mean if expected is None else expected
         found, _ = estimated(row, s, state)
-        compare([r.advantages for r in found], oracle.reinforce(s, 0.0, "k1", expected), "step")
+        compare(by_row(found, "advantages"), oracle.reinforce(s, 0.0, "k1", expected), "step")
         expected = BASELINE_DECAY * expected + (1 - BASELINE_DECAY) * mean
         assert state.baseline == pytest.approx(expected)
 
@@ -238,7 +246,7 @@ def test_the_coefficient_in_the_reward_is_that_of_the_state() -> None:
     s, row = sample(7), with_kl("ppo", kl_target=0.1)
     found, _ = estimated(row, s, AdaptiveState(0.7))
     expected, _ = oracle.ppo(s, 0.7, "k1", row.gamma, row.gae_lambda)
-    compare([r.advantages for r in found], expected, "advantages")
+    compare(by_row(found, "advantages"), expected, "advantages")
 
 
 @pytest.mark.parametrize(

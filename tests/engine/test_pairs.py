@@ -3,81 +3,99 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.engine.models import rollouts_of
 from tests.engine.runs import rows, train
-from warpo.engine.batch import Completion, Rollout
 from warpo.engine.config import load_config
 from warpo.engine.pairs import make_pairs, pair_minibatches
+from warpo.engine.step_rollouts import StepRollouts
 from warpo.engine.train import run
+from warpo.engine.types import Completion
 
 
-def group(prompt: int, rewards: list[float]) -> list[Rollout]:
-    """Completions of one prompt; the first token of each tells which it is."""
-    rng = random.Random(prompt)
-    made = []
-    for i, reward in enumerate(rewards):
-        ids = [100 * prompt + i, *(rng.randrange(3, 60) for _ in range(rng.randrange(6)))]
-        completion = Completion(
-            token_ids=ids, logprobs=[-1.0] * len(ids), finished=True, weight_version=0
-        )
-        made.append(Rollout(prompt_ids=[prompt, 7], completion=completion, reward=reward))
-    return made
+def groups(rewards: dict[int, list[float]]) -> StepRollouts:
+    """Completions of each prompt by its number; the first token of each tells which it is."""
+    prompts, completions, numbers = [], [], []
+    for prompt, of_prompt in rewards.items():
+        rng = random.Random(prompt)
+        for i in range(len(of_prompt)):
+            ids = [100 * prompt + i, *(rng.randrange(3, 60) for _ in range(rng.randrange(6)))]
+            logprobs = [-1.0] * len(ids)
+            completions.append(Completion.of(ids, logprobs, finished=True, weight_version=0))
+            prompts.append([prompt, 7])
+            numbers.append(prompt)
+    flat = [reward for of_prompt in rewards.values() for reward in of_prompt]
+    return replace(
+        rollouts_of(prompts, completions),
+        group_ids=np.array(numbers),
+        rewards=torch.tensor(flat, dtype=torch.float64),
+    )
 
 
-def label(rollout: Rollout) -> int:
-    return rollout.completion.token_ids[0]
+def label(rollouts: StepRollouts, row: int) -> int:
+    sequence = rollouts.sequences[row]
+    return int(sequence.token_ids[sequence.prompt_length])
+
+
+def labels_of(rollouts: StepRollouts) -> list[tuple[int, int]]:
+    pairs = make_pairs(rollouts)
+    return [(label(rollouts, p.chosen), label(rollouts, p.rejected)) for p in pairs]
 
 
 def test_best_goes_with_worst_while_it_is_better() -> None:
-    rollouts = group(1, [0.5, 1.0, 0.0, 0.25]) + group(2, [1.0, 1.0]) + group(3, [0.0, 1.0, 0.5])
-    pairs = [(label(chosen), label(rejected)) for chosen, rejected in make_pairs(rollouts)]
-    assert pairs == [(101, 102), (100, 103), (301, 300)]
+    made = groups({1: [0.5, 1.0, 0.0, 0.25], 2: [1.0, 1.0], 3: [0.0, 1.0, 0.5]})
+    assert labels_of(made) == [(101, 102), (100, 103), (301, 300)]
+
+
+def test_one_prompt_that_is_drawn_twice_makes_two_groups() -> None:
+    made = groups({1: [0.0, 1.0, 0.0, 1.0]})
+    assert labels_of(made) == [(101, 102), (103, 100)]
+    twice = replace(made, group_ids=np.array([0, 0, 1, 1]))
+    assert labels_of(twice) == [(101, 100), (103, 102)]
 
 
 def test_right_and_wrong_make_as_many_pairs_as_the_fewer_of_them() -> None:
     for right in range(7):
         rewards = [1.0] * right + [0.0] * (6 - right)
         random.Random(right).shuffle(rewards)
-        pairs = make_pairs(group(1, rewards))
+        pairs = make_pairs(groups({1: rewards}))
         assert len(pairs) == min(right, 6 - right)
-        assert {(pair.chosen.reward, pair.rejected.reward) for pair in pairs} <= {(1.0, 0.0)}
-        used = [label(rollout) for pair in pairs for rollout in pair]
+        assert {(rewards[p.chosen], rewards[p.rejected]) for p in pairs} <= {(1.0, 0.0)}
+        used = [row for pair in pairs for row in (pair.chosen, pair.rejected)]
         assert len(used) == len(set(used))
 
 
 def test_micro_batches_hold_the_chosen_and_then_the_rejected() -> None:
-    rollouts = [
-        rollout for prompt in range(1, 8) for rollout in group(prompt, [0.0, 1.0, 0.5, 0.0])
-    ]
-    by_label = {label(rollout): rollout for rollout in rollouts}
-    whole = sorted((label(a), label(b)) for a, b in make_pairs(rollouts))
+    rollouts = groups({prompt: [0.0, 1.0, 0.5, 0.0] for prompt in range(1, 8)})
+    whole = sorted(labels_of(rollouts))
     assert len(whole) == 14
     for minibatches, budget in ((1, 1000), (3, 40), (20, 40)):
         dealt = pair_minibatches(rollouts, minibatches, budget, seed=1)
         assert len(dealt) == min(minibatches, 14)
-        sizes = [sum(batch.num_sequences // 2 for batch in part) for part in dealt]
+        sizes = [sum(len(rows) // 2 for rows in part) for part in dealt]
         assert sum(sizes) == 14 and max(sizes) - min(sizes) <= 1
         found = []
-        for batch in (batch for part in dealt for batch in part):
-            starts = batch.completion_cu_seqlens[:-1].long()
-            labels = batch.targets[starts].tolist()
+        for micro in (micro for part in dealt for micro in part):
+            batch = rollouts.batch(micro)
+            labels = batch.targets[batch.cu_seqlens[:-1].long()].tolist()
             half = len(labels) // 2
             found += zip(labels[:half], labels[half:], strict=True)
-            read = [by_label[number].num_tokens for number in labels]
-            assert sum(read) <= budget
+            assert sum(rollouts.sequences[row].num_tokens for row in micro) <= budget
         assert sorted(found) == whole
     one, other = (pair_minibatches(rollouts, 3, 40, seed=seed) for seed in (1, 2))
-    assert [b.targets.tolist() for b in one[0]] != [b.targets.tolist() for b in other[0]]
+    assert one[0] != other[0]
 
 
 def test_groups_of_one_reward_give_no_pairs() -> None:
-    assert make_pairs(group(1, [1.0, 1.0]) + group(2, [0.0, 0.0])) == []
-    assert pair_minibatches(group(1, [0.5] * 4), 2, 100, seed=0) == []
+    assert make_pairs(groups({1: [1.0, 1.0], 2: [0.0, 0.0]})) == []
+    assert pair_minibatches(groups({1: [0.5] * 4}), 2, 100, seed=0) == []
 
 
 SETTINGS = (

@@ -3,42 +3,35 @@
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.engine.models import new_learner, random_completion
-from warpo.engine.batch import Rollout, pack, split_by_tokens
+from tests.engine.models import new_learner, random_completion, rollouts_of
+from warpo.engine.batch import Batch, pack, split_by_tokens
 from warpo.engine.errors import TrainingError
+from warpo.engine.minibatches import make_minibatches
 from warpo.engine.model import load_model, token_logprobs
 from warpo.engine.optimizer import AdamW
-from warpo.engine.step import (
-    accumulate_gradients,
-    apply_gradients,
-    denominator,
-    make_minibatches,
-    with_scores,
-)
+from warpo.engine.score import score
+from warpo.engine.step import accumulate_gradients, denominator
+from warpo.engine.step_rollouts import StepRollouts
+from warpo.engine.types import TokenSequence
 from warpo.kernels.objectives import OBJECTIVES
 
 MODELS = ["qwen2", "qwen2-untied", "qwen3", "llama", "gpt2"]
 
 
-def rollouts(number: int = 12, seed: int = 0) -> list[Rollout]:
+def rollouts(number: int = 12, seed: int = 0) -> StepRollouts:
     rng = random.Random(seed)
-    made = []
+    prompts, completions, advantages = [], [], []
     for _ in range(number):
         length = rng.randint(1, 9)
-        completion = random_completion(rng, length)
-        prompt = [rng.randrange(3, 60) for _ in range(rng.randint(1, 7))]
-        made.append(
-            Rollout(
-                prompt_ids=prompt,
-                completion=completion,
-                advantages=torch.full((length,), rng.uniform(-1, 1)),
-            )
-        )
-    return made
+        completions.append(random_completion(rng, length))
+        prompts.append([rng.randrange(3, 60) for _ in range(rng.randint(1, 7))])
+        advantages.append(torch.full((length,), rng.uniform(-1, 1)))
+    return rollouts_of(prompts, completions, advantages=advantages)
 
 
 @pytest.fixture
@@ -48,30 +41,53 @@ def learner(model_path):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_packed_logprobs_are_those_of_each_sequence_alone(model_path, name):
-    made = rollouts()
+    made = rollouts().sequences
     model = load_model(model_path(name), "float32", torch.device("cpu"))
     packed = token_logprobs(model, pack(made), 0.7).logprobs
     plain = AutoModelForCausalLM.from_pretrained(model_path(name), dtype=torch.float32)
     alone = []
-    for rollout in made:
-        ids = torch.tensor([rollout.prompt_ids + rollout.completion.token_ids])
-        logp = torch.log_softmax(plain(ids).logits[0] / 0.7, -1)
-        start = len(rollout.prompt_ids) - 1
-        targets = torch.tensor(rollout.completion.token_ids)
-        alone.append(logp[start:-1].gather(1, targets[:, None])[:, 0])
+    for sequence in made:
+        ids = torch.from_numpy(sequence.token_ids)
+        logp = torch.log_softmax(plain(ids[None]).logits[0] / 0.7, -1)
+        start = sequence.prompt_length
+        alone.append(logp[start - 1 : -1].gather(1, ids[start:, None])[:, 0])
     torch.testing.assert_close(packed, torch.cat(alone), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "gpt2"])
+def test_spans_of_a_conversation_are_trained_and_what_is_between_is_read(model_path, name):
+    """Turns of the model among turns of others: the logprobs are those of the whole text."""
+    model = load_model(model_path(name), "float32", torch.device("cpu"))
+    rng = random.Random(1)
+    sequences = [
+        TokenSequence(
+            token_ids=np.array([7, 9, *(rng.randrange(3, 60) for _ in range(length - 2))]),
+            trained_spans=spans,
+            prompt_id=0,
+        )
+        for length, spans in ((12, ((2, 5), (8, 12))), (6, ((2, 3),)), (9, ((2, 4), (6, 7))))
+    ]
+    batch = pack(sequences)
+    assert batch.cu_seqlens.tolist() == [0, 7, 8, 11] and batch.input_ids.numel() == 2 + 23 - 2
+    found = token_logprobs(model, batch, 1.0).logprobs.split([7, 1, 3])
+    for sequence, logprobs in zip(sequences, found, strict=True):
+        whole = token_logprobs(model, pack([TokenSequence.scored(sequence.token_ids)]), 1.0)
+        places = [i - 1 for start, stop in sequence.trained_spans for i in range(start, stop)]
+        torch.testing.assert_close(logprobs, whole.logprobs[places], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_prompt_that_rollouts_share_is_read_once_and_changes_nothing(model_path, name):
-    made = rollouts()
     # groups of three, dealt out of order; one prompt is the beginning of another
     prompts = [[7, 9, 11], [7, 9], [40, 3, 3, 50], [5]]
-    made = [replace(r, prompt_ids=prompts[i % 4]) for i, r in enumerate(made)]
+    made = [
+        TokenSequence.of(prompts[i % 4], sequence.token_ids[sequence.prompt_length :], i % 4)
+        for i, sequence in enumerate(rollouts().sequences)
+    ]
     model = load_model(model_path(name), "float32", torch.device("cpu"))
     batch = pack(made)
-    num_completion_tokens = sum(len(r.completion.token_ids) for r in made)
-    assert batch.input_ids.shape == (1, sum(map(len, prompts)) + num_completion_tokens)
+    num_trained = sum(sequence.num_trained for sequence in made)
+    assert batch.input_ids.shape == (1, sum(map(len, prompts)) + num_trained)
     together = token_logprobs(model, batch, 0.7).logprobs
     apart = torch.cat([token_logprobs(model, pack([r]), 0.7).logprobs for r in made])
     torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-5)
@@ -93,16 +109,12 @@ def gradient(model, batches, objective):
 
 @pytest.mark.parametrize("name", list(OBJECTIVES))
 def test_loss_and_gradient_do_not_depend_on_micro_batches(learner, name):
-    objective = OBJECTIVES[name]
-    reference = learner if objective.kl_coef else None
-    made = rollouts()
+    objective, made = OBJECTIVES[name], rollouts()
     results = []
     for budget in (16, 40, 1000):
-        (batches,) = make_minibatches(made, 1, budget, seed=3)
-        batches = [
-            with_scores(batch, learner, reference, temperature=1.0, recompute_old=False)
-            for batch in batches
-        ]
+        (batches,) = batched(made, 1, budget, seed=3)
+        if objective.kl_coef:
+            batches = [replace(b, ref_logprobs=score(learner, b, 1.0)) for b in batches]
         results.append((len(batches), *gradient(learner, batches, objective)))
     assert [number for number, *_ in results] == sorted(
         {number for number, *_ in results}, reverse=True
@@ -116,37 +128,56 @@ def test_loss_and_gradient_do_not_depend_on_micro_batches(learner, name):
         torch.testing.assert_close(split_metrics, metrics, rtol=1e-4, atol=1e-5)
 
 
+def batched(made: StepRollouts, number: int, budget: int, seed: int) -> list[list[Batch]]:
+    minibatches = make_minibatches(made, number, budget, seed)
+    return [[made.batch(rows) for rows in minibatch] for minibatch in minibatches]
+
+
 def test_denominators_are_counted_over_the_optimizer_step():
     made = rollouts(5)
-    batches = [pack(made[:2]), pack(made[2:])]
-    tokens = sum(len(r.completion.token_ids) for r in made)
-    assert denominator(batches, OBJECTIVES["dapo"], 10) == tokens
+    batches = [made.batch([0, 1]), made.batch([2, 3, 4])]
+    assert denominator(batches, OBJECTIVES["dapo"], 10) == made.lengths.sum()
     assert denominator(batches, OBJECTIVES["grpo"], 10) == 5
     assert denominator(batches, OBJECTIVES["dr_grpo"], 10) == 50
 
 
 def test_minibatches_deal_every_rollout_once():
     made = rollouts(13)
-    minibatches = make_minibatches(made, 4, 64, seed=1)
+    minibatches = batched(made, 4, 64, seed=1)
     assert [sum(b.num_sequences for b in part) for part in minibatches] == [4, 3, 3, 3]
     dealt = sorted(a for part in minibatches for b in part for a in b.advantages.tolist())
-    assert dealt == sorted(a for r in made for a in r.advantages.tolist())
+    assert dealt == sorted(made.advantages.tolist())
     assert all(b.input_ids.numel() <= 64 for part in minibatches for b in part)
+
+
+def test_columns_are_filled_and_read_by_row():
+    made = rollouts(5)
+    assert made.batch([1]).values is None
+    tokens = {row: torch.randn(int(made.lengths[row])) for row in range(5)}
+    for rows in ([3, 0], [4, 1, 2]):
+        made.fill("values", rows, torch.cat([tokens[row] for row in rows]))
+    assert torch.equal(made.values, torch.cat([tokens[row] for row in range(5)]))
+    batch = made.batch([2, 4])
+    assert torch.equal(batch.values, torch.cat([tokens[2], tokens[4]]))
+    assert torch.equal(batch.old_logprobs, batch.sampler_logprobs)
+    ids = [made.sequences[row].token_ids[made.sequences[row].prompt_length :] for row in (2, 4)]
+    assert batch.targets.tolist() == np.concatenate(ids).tolist()
+    assert batch.cu_seqlens.tolist() == [0, len(ids[0]), len(ids[0]) + len(ids[1])]
 
 
 def test_a_rollout_larger_than_the_budget_is_refused_with_the_setting():
     with pytest.raises(ValueError, match="raise update.token_budget or lower rollout.max_new"):
-        split_by_tokens(rollouts(3), 2)
+        split_by_tokens(rollouts(3).sequences, 2)
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_step(learner):
-    batch = pack(rollouts(4))
+    batch = rollouts(4).batch(range(4))
     batch.advantages[1] = torch.nan
     before = [p.clone() for p in learner.parameters()]
     optimizer = AdamW(learner.named_parameters(), lr=1.0)
     accumulate_gradients(learner, [batch], OBJECTIVES["dapo"], temperature=1.0, max_new_tokens=16)
     with pytest.raises(TrainingError, match="gradient norm is nan: the step was not taken"):
-        apply_gradients(optimizer, 1.0)
+        optimizer.step(1.0)
     for a, b in zip(before, learner.parameters(), strict=True):
         assert torch.equal(a, b) and b.grad is None
 
