@@ -32,6 +32,7 @@ from warpo.engine.offline.data import Examples, load_examples
 from warpo.engine.optimizer import AdamW, WeightUpdate, make_optimizer
 from warpo.engine.resolve import resolve
 from warpo.engine.resync import Resync
+from warpo.engine.rewards.base import SourceContext
 from warpo.engine.rewards.combine import RewardSources
 from warpo.engine.rewards.fields import check_fields
 from warpo.engine.sampler.base import Sampler
@@ -152,12 +153,8 @@ def build(config: Config) -> Parts:
         )  # fmt: skip
         check_tokens(config.model, examples.largest_token, config.pretraining.data)
         pretraining = RowRecord("pretraining.data", examples.keys)
-    rewards = RewardSources(
-        config.reward.sources,
-        deadline_s=config.reward.deadline_s,
-        on_error=config.reward.on_error,
-        workers=config.reward.workers,
-        memory_gib=config.reward.memory_gib,
+    context = SourceContext(
+        settings=config.reward,
         fields=prompts.fields,
         tokenizer=tokenizer,
         max_new_tokens=config.rollout.max_new_tokens,
@@ -165,6 +162,7 @@ def build(config: Config) -> Parts:
         device=learner_device(config),
         token_budget=config.update.token_budget,
     )
+    rewards = RewardSources(context)
     algorithm = resolve(config)
     if algorithm.advantages == "process":
         _check_steps(config, rewards, prompts[0])

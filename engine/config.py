@@ -18,6 +18,7 @@ from pydantic.dataclasses import dataclass
 from warpo.engine.config_file import read_tree
 from warpo.engine.errors import ConfigError
 from warpo.engine.resolve import resolve
+from warpo.engine.rewards import kinds
 from warpo.engine.rewards.sources import parse_sources
 
 Text = Annotated[str, Field(min_length=1)]
@@ -65,13 +66,13 @@ class Data:
 class Reward:
     """What scores completions."""
 
-    sources: Texts
-    """One source or several, each "[WEIGHT * ]SOURCE"; the reward is their weighted sum. SOURCE:
-    module:function, called as function(completions, **fields) -> list of numbers, or of lists of
-    (characters up to the end of the step, score); the module is searched in the current directory
-    too. http://... or https://..., a server. math: math-verify against the data field answer.
-    model:DIR: a reward model. process_model:DIR: one that scores steps. overlong:N: falls from 0 to
-    -1 over the last N of rollout.max_new_tokens."""
+    sources: Annotated[
+        Texts,
+        Field(
+            description='One source or several, each "[WEIGHT * ]SOURCE"; the reward is their '
+            f"weighted sum. SOURCE: {kinds.HELP}"
+        ),
+    ]
     deadline_s: Annotated[float, Field(gt=0, le=86400)] = 30.0
     """Seconds that a call of a function or a server may take; a function is killed then, with all
     that it started. math: that one completion may take, at most 5; a call may take 10 times that

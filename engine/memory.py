@@ -210,9 +210,9 @@ def _reward_parameters(config: Config, device: torch.device, fake: FakeTensorMod
     """Of the reward models among reward.sources."""
     total = 0
     for source in parse_sources(config.reward.sources):
-        if source.kind in ("model", "process_model"):
+        if source.checkpoint:
             with fake:
-                model = shape_model(read_config(source.target), device, scalar=True)
+                model = shape_model(read_config(source.checkpoint), device, scalar=True)
             total += sum(parameter.numel() for parameter in model.parameters())
     return total
 

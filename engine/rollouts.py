@@ -14,7 +14,7 @@ from warpo.engine.data import Prompt
 from warpo.engine.errors import WeightMismatch
 from warpo.engine.loop import raise_if
 from warpo.engine.metrics import ReportProgress, RunLog
-from warpo.engine.rewards.model import TokenSteps
+from warpo.engine.rewards.scores import Steps
 from warpo.engine.sampler.base import Interrupted, SamplingOptions
 
 Stop = Callable[[], bool]
@@ -26,7 +26,7 @@ class Verdict(NamedTuple):
     source gave it."""
 
     total: float
-    steps: TokenSteps | None
+    steps: Steps | None
     by_source: dict[str, float]
 
 
