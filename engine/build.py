@@ -35,7 +35,8 @@ from warpo.engine.resync import Resync
 from warpo.engine.rewards.base import SourceContext
 from warpo.engine.rewards.combine import RewardSources
 from warpo.engine.rewards.fields import check_fields
-from warpo.engine.sampler.base import Sampler
+from warpo.engine.sampler.base import ColocatedSampler, SamplerSettings
+from warpo.engine.sampler.kinds import SAMPLERS
 from warpo.engine.step import as_rollout
 from warpo.engine.stream import PromptStream, RowRecord, draw_keys, ranks
 
@@ -55,7 +56,7 @@ class Parts:
 
     tokenizer: PreTrainedTokenizerBase
     model: PreTrainedModel
-    sampler: Sampler
+    sampler: ColocatedSampler
     resync: Resync
     rewards: RewardSources
     stream: PromptStream
@@ -234,20 +235,19 @@ def _held_out(
     return prompts, held_out[:limit]
 
 
-def _sampler(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Sampler:
-    options: dict[str, Any] = {
-        "dtype": config.sampler_dtype,
-        "lm_head_dtype": config.lm_head_dtype,
-        "max_model_len": config.rollout.max_model_len,
-        "eos_token_ids": eos_token_ids(model, tokenizer),
-    }
-    if config.sampler == "vllm":
-        from warpo.engine.sampler.vllm import VllmSampler
-
-        return VllmSampler(config.model, kv_cache_gib=config.rollout.kv_cache_gib, **options)
-    from warpo.engine.sampler.transformers import TransformersSampler
-
-    return TransformersSampler(config.model, device=learner_device(config), **options)
+def _sampler(
+    config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> ColocatedSampler:
+    settings = SamplerSettings(
+        model_path=config.model,
+        dtype=config.sampler_dtype,
+        lm_head_dtype=config.lm_head_dtype,
+        max_model_len=config.rollout.max_model_len,
+        eos_token_ids=eos_token_ids(model, tokenizer),
+        kv_cache_gib=config.rollout.kv_cache_gib,
+        device=learner_device(config),
+    )
+    return SAMPLERS[config.sampler].open(settings)
 
 
 def make_reference(config: Config, parts: Parts) -> None:

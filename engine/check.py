@@ -42,6 +42,7 @@ from warpo.engine.peak_memory import PeakMemory, free_memory, rehearse
 from warpo.engine.probe import probe_weights, relative
 from warpo.engine.resolve import resolve
 from warpo.engine.sampler.base import SamplingOptions
+from warpo.engine.sampler.kinds import SAMPLERS
 from warpo.engine.terminal import OutputConsole
 from warpo.engine.train import train_step
 from warpo.kernels import ops
@@ -283,8 +284,9 @@ def _report_memory(report: Report, plan: MemoryPlan, meter: PeakMemory, config: 
             f"predicted {predicted / MIB:9.1f}  measured {measured / MIB:9.1f}  "
             f"difference {difference / MIB:+8.1f} ({difference / predicted:+.1%})"
         )
-        if name in ("sample", "publish") and config.sampler != "vllm":
-            report.say(f"        {name:16}  {text}, not judged: only vLLM's memory is planned")
+        if name in ("sample", "publish") and not SAMPLERS[config.sampler].has_kv_cache:
+            planned = " and ".join(kind.title for kind in SAMPLERS.values() if kind.has_kv_cache)
+            report.say(f"        {name:16}  {text}, not judged: only {planned}'s memory is planned")
             continue
         report.add(
             Line(

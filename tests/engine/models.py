@@ -10,7 +10,7 @@ from torch import nn
 
 from warpo.engine.batch import Completion
 from warpo.engine.resync import Resync
-from warpo.engine.sampler.base import Sampler
+from warpo.engine.sampler.base import ColocatedSampler
 
 # Sampler against model, float32 forward passes batched and fused differently: 3e-6 was seen.
 LOGPROB_ATOL = 1e-4
@@ -73,7 +73,7 @@ def logprobs_of(
     return logprobs.gather(-1, torch.tensor(ids[start:])[:, None]).squeeze(-1)
 
 
-def publish(resync: Resync, sampler: Sampler) -> int:
+def publish(resync: Resync, sampler: ColocatedSampler) -> int:
     """One publish, as the engine does it; returns the bytes copied."""
     num_bytes = resync.publish()
     sampler.weights_changed(sampler.weight_version + 1)
@@ -81,7 +81,9 @@ def publish(resync: Resync, sampler: Sampler) -> int:
     return num_bytes
 
 
-def connect(sampler: Sampler, learner: nn.Module, mode: str = "auto", **options: object) -> Resync:
+def connect(
+    sampler: ColocatedSampler, learner: nn.Module, mode: str = "auto", **options: object
+) -> Resync:
     """The sampler with the learner's weights, published once."""
     resync = Resync(sampler.load_weights, sampler.module, learner, mode, **options)
     publish(resync, sampler)

@@ -7,6 +7,7 @@ import gc
 import importlib.util
 import math
 import mmap
+import pkgutil
 import random
 import subprocess
 import sys
@@ -28,7 +29,14 @@ from tests.engine.models import (
 from warpo.engine.batch import Completion
 from warpo.engine.errors import SamplerError
 from warpo.engine.sampler import vllm_internals
-from warpo.engine.sampler.base import Interrupted, Sampler, SamplingOptions
+from warpo.engine.sampler.base import (
+    Interrupted,
+    KvCache,
+    Sampler,
+    SamplingOptions,
+    WeightTarget,
+)
+from warpo.engine.sampler.kinds import SAMPLERS
 from warpo.engine.sampler.vllm import VllmSampler
 
 PROMPTS = [[7, 8, 9], [10, 11, 12, 13, 14, 15, 16], [20], [30, 31, 32, 33]]
@@ -51,6 +59,19 @@ def greedy(learner: torch.nn.Module, prompt: list[int], max_new_tokens: int) -> 
         if ids[-1] in EOS_TOKEN_IDS:
             break
     return ids[len(prompt) :]
+
+
+def test_a_sampler_is_what_its_facts_say(sampler: Sampler, kind: str) -> None:
+    for protocol in (Sampler, WeightTarget, KvCache):
+        assert isinstance(sampler, protocol)
+    for name in filter(None, (SAMPLERS[kind].opener, SAMPLERS[kind].memory)):
+        assert callable(pkgutil.resolve_name(name))
+    sampler.release_kv()
+    if SAMPLERS[kind].has_kv_cache:
+        with pytest.raises(RuntimeError, match="the KV cache is released"):
+            sampler.score([[2, 3]])
+    sampler.resume_kv()
+    assert len(sampler.score([[2, 3]])[0]) == 1
 
 
 def test_greedy_is_the_argmax_of_the_model(sampler: Sampler) -> None:
