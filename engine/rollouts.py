@@ -11,11 +11,10 @@ from warpo.engine.batch import Completion, Rollout
 from warpo.engine.build import Parts
 from warpo.engine.config import Config
 from warpo.engine.data import Prompt
-from warpo.engine.errors import WeightMismatch
 from warpo.engine.loop import raise_if
 from warpo.engine.metrics import ReportProgress, RunLog
 from warpo.engine.rewards.scores import Steps
-from warpo.engine.sampler.base import Interrupted, SamplingOptions
+from warpo.engine.sampler.base import Interrupted, SamplingOptions, check_versions
 
 Stop = Callable[[], bool]
 Metrics = dict[str, float]
@@ -161,12 +160,7 @@ def _sample(
 ) -> list[list[Completion]]:
     with log.phase(phase) as progress:
         groups = generate(parts, prompts, options, stop, progress)
-    versions = {completion.weight_version for group in groups for completion in group}
-    if versions != {parts.step}:
-        raise WeightMismatch(
-            f"step {parts.step + 1} sampled with versions {sorted(versions)} of the weights, and "
-            f"the learner has version {parts.step}"
-        )
+    check_versions(groups, parts.step)
     return groups
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from warpo.engine.batch import Completion
+from warpo.engine.errors import WeightMismatch
 
 
 class Interrupted(Exception):
@@ -160,3 +161,21 @@ class SamplerMemory(Protocol):
     def probe_cache_bytes(self, tokens: int) -> int:
         """Of a released KV cache what the probe's sequences of this many tokens bring back."""
         ...
+
+
+# By how many steps the weights that sampled a completion may be older than the learner's.
+MAX_LAG = 0
+
+
+def check_versions(groups: Iterable[Iterable[Completion]], step: int) -> None:
+    """Refuse completions of other weights than those after `step`, or MAX_LAG steps before it.
+
+    Raises:
+        WeightMismatch: some are of others.
+    """
+    versions = {completion.weight_version for group in groups for completion in group}
+    if not versions <= set(range(step - MAX_LAG, step + 1)):
+        raise WeightMismatch(
+            f"step {step + 1} sampled with versions {sorted(versions)} of the weights, and the "
+            f"learner has version {step}"
+        )

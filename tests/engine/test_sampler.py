@@ -9,9 +9,11 @@ import math
 import mmap
 import pkgutil
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,16 +27,18 @@ from tests.engine.models import (
     connect,
     logprobs_of,
     new_learner,
+    random_completion,
 )
 from warpo.engine.batch import Completion
-from warpo.engine.errors import SamplerError
-from warpo.engine.sampler import vllm_internals
+from warpo.engine.errors import SamplerError, WeightMismatch
+from warpo.engine.sampler import base, vllm_internals
 from warpo.engine.sampler.base import (
     Interrupted,
     KvCache,
     Sampler,
     SamplingOptions,
     WeightTarget,
+    check_versions,
 )
 from warpo.engine.sampler.kinds import SAMPLERS
 from warpo.engine.sampler.vllm import VllmSampler
@@ -72,6 +76,23 @@ def test_a_sampler_is_what_its_facts_say(sampler: Sampler, kind: str) -> None:
             sampler.score([[2, 3]])
     sampler.resume_kv()
     assert len(sampler.score([[2, 3]])[0]) == 1
+
+
+@pytest.mark.parametrize("lag", [0, 2])
+def test_samples_of_older_weights_than_the_lag_are_refused(
+    monkeypatch: pytest.MonkeyPatch, lag: int
+) -> None:
+    monkeypatch.setattr(base, "MAX_LAG", lag)
+
+    def of(*versions: int) -> list[list[Completion]]:
+        rng = random.Random(0)
+        return [[replace(random_completion(rng, 2), weight_version=v) for v in versions]]
+
+    check_versions(of(*range(7 - lag, 8)), 7)
+    for versions in ([6 - lag, 7], [8]):
+        told = f"step 8 sampled with versions {versions} of the weights, and the learner has versi"
+        with pytest.raises(WeightMismatch, match=re.escape(told)):
+            check_versions(of(*versions), 7)
 
 
 def test_greedy_is_the_argmax_of_the_model(sampler: Sampler) -> None:
