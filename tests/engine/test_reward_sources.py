@@ -147,9 +147,10 @@ def test_a_kind_opens_what_its_facts_say(folder, sampled, reward_model, name):
     source = kind.open(target, context_of(folder, "math", fields=["prompt", "answer"]))
     try:
         assert isinstance(source, RewardSource)
-        if name in ("model", "process_model", "overlong"):
-            (scores,) = source.score([sampled[0][0]], [sampled[1][0]], ["t10 t11"]).scores
-            assert isinstance(scores, list) == (kind.gives_steps == "always")
+        # nobody serves that URL, and the verifier takes seconds to load
+        if name not in ("http", "math"):
+            (score,) = source.score([sampled[0][0]], [sampled[1][0]], ["t10 t11"]).scores
+            assert isinstance(score, list) == (kind.gives_steps == "always")
     finally:
         source.close()
     if kind.row_check:
