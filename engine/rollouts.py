@@ -160,7 +160,7 @@ def _sample(
 ) -> list[list[Completion]]:
     with log.phase(phase) as progress:
         groups = generate(parts, prompts, options, stop, progress)
-    check_versions(groups, parts.step)
+    check_versions(groups, parts.step + 1)
     return groups
 
 

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from warpo.engine.batch import Completion
 from warpo.engine.errors import WeightMismatch
 
+MAX_LAG = 0
+"""Steps of the learner that the weights of a sample may be behind."""
+
 
 class Interrupted(Exception):
     """Sampling was stopped by `stop`; nothing is left running in the sampler."""
@@ -163,19 +166,18 @@ class SamplerMemory(Protocol):
         ...
 
 
-# By how many steps the weights that sampled a completion may be older than the learner's.
-MAX_LAG = 0
+def check_versions(groups: Sequence[Sequence[Completion]], step: int) -> None:
+    """Refuse completions of weights that are too old, or not yet made, for a step.
 
-
-def check_versions(groups: Iterable[Iterable[Completion]], step: int) -> None:
-    """Refuse completions of other weights than those after `step`, or MAX_LAG steps before it.
+    Args:
+        step: that learns from them; it begins with the weights of version step - 1.
 
     Raises:
-        WeightMismatch: some are of others.
+        WeightMismatch: a version is outside step - 1 - MAX_LAG to step - 1.
     """
     versions = {completion.weight_version for group in groups for completion in group}
-    if not versions <= set(range(step - MAX_LAG, step + 1)):
+    if not versions <= set(range(step - 1 - MAX_LAG, step)):
         raise WeightMismatch(
-            f"step {step + 1} sampled with versions {sorted(versions)} of the weights, and the "
-            f"learner has version {step}"
+            f"step {step} sampled with versions {sorted(versions)} of the weights, and the learner "
+            f"has version {step - 1}"
         )

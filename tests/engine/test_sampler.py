@@ -88,11 +88,11 @@ def test_samples_of_older_weights_than_the_lag_are_refused(
         rng = random.Random(0)
         return [[replace(random_completion(rng, 2), weight_version=v) for v in versions]]
 
-    check_versions(of(*range(7 - lag, 8)), 7)
+    check_versions(of(*range(7 - lag, 8)), 8)
     for versions in ([6 - lag, 7], [8]):
         told = f"step 8 sampled with versions {versions} of the weights, and the learner has versi"
         with pytest.raises(WeightMismatch, match=re.escape(told)):
-            check_versions(of(*versions), 7)
+            check_versions(of(*versions), 8)
 
 
 def test_greedy_is_the_argmax_of_the_model(sampler: Sampler) -> None:
