@@ -6,16 +6,17 @@ Out: one advantage for each token, and where there is a critic one return.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from warpo.engine.algorithms import Algorithm
-from warpo.engine.batch import Rollout, join, split
 from warpo.engine.errors import RewardError
+from warpo.engine.step_rollouts import StepRollouts
+from warpo.engine.types import Metrics
 from warpo.kernels import ops
 
 # Share of the old baseline in the new one, of "moving average".
@@ -63,9 +64,9 @@ class AdaptiveState:
 
 
 class _Tokens(NamedTuple):
-    """The rollouts of a step, (B,), with their completions in one packed row, (M,)."""
+    """What an estimator reads: B rollouts, (B,), with their M trained tokens in one row, (M,)."""
 
-    rollouts: Sequence[Rollout]
+    rollouts: StepRollouts
     group_size: int
     lengths: Tensor
     cu_seqlens: Tensor
@@ -83,48 +84,39 @@ class Estimate(NamedTuple):
     num_degenerate: Tensor | None = None
 
 
-def estimate(
-    algorithm: Algorithm, rollouts: Sequence[Rollout], group_size: int, state: AdaptiveState
-) -> tuple[list[Rollout], dict[str, float]]:
-    """The rollouts with advantages, and with returns where there is a critic; and metrics.
+def estimate(algorithm: Algorithm, rollouts: StepRollouts, state: AdaptiveState) -> Metrics:
+    """Fill the columns advantages, and returns where there is a critic; returns metrics.
 
     Args:
-        rollouts: scored; the group_size completions of a prompt follow each other.
+        rollouts: scored.
 
     Raises:
         RewardError: the estimator wants rewards of steps and a rollout has none.
     """
-    tokens = _tokens(rollouts, group_size)
+    tokens = _tokens(rollouts)
     found = _ESTIMATORS[algorithm.advantages](algorithm, tokens, state)
-    advantages = split(found.advantages, rollouts)
-    returns = (None,) * len(rollouts) if found.returns is None else split(found.returns, rollouts)
+    rollouts.advantages, rollouts.returns = found.advantages, found.returns
     metrics = {"advantages/std": found.advantages.std(correction=0).item()}
     if found.num_degenerate is not None:
-        metrics["reward/degenerate_frac"] = found.num_degenerate.item() * group_size / len(rollouts)
+        degenerate = found.num_degenerate.item() * tokens.group_size
+        metrics["reward/degenerate_frac"] = degenerate / len(rollouts)
     if algorithm.kl_in_reward and algorithm.reward_kl_coef:
         metrics["kl/ref"] = (tokens.logprobs - tokens.ref_logprobs).mean().item()
-    return [
-        replace(rollout, advantages=mine, returns=target)
-        for rollout, mine, target in zip(rollouts, advantages, returns, strict=True)
-    ], metrics
+    return metrics
 
 
-def _tokens(rollouts: Sequence[Rollout], group_size: int) -> _Tokens:
-    old, ref, values = (join(rollouts, name) for name in ("old_logprobs", "ref_logprobs", "values"))
-    device = next((x.device for x in (old, ref, values) if x is not None), torch.device("cpu"))
-    if old is None:
-        sampled = [logp for rollout in rollouts for logp in rollout.completion.logprobs]
-        old = torch.tensor(sampled, device=device)
-    lengths = torch.tensor([len(r.completion.token_ids) for r in rollouts], device=device)
+def _tokens(rollouts: StepRollouts) -> _Tokens:
+    old, ref = rollouts.old_logprobs, rollouts.ref_logprobs
+    old = rollouts.sampler_logprobs if old is None else old
     return _Tokens(
         rollouts,
-        group_size,
-        lengths,
-        torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32),
-        torch.tensor([rollout.reward for rollout in rollouts], device=device),
+        rollouts.group_size,
+        torch.from_numpy(rollouts.lengths).to(rollouts.device),
+        rollouts.cu_seqlens,
+        rollouts.rewards.to(rollouts.device, torch.float32),
         old,
         old if ref is None else ref,
-        values,
+        rollouts.values,
     )
 
 
@@ -189,9 +181,10 @@ def _moving_average(algorithm: Algorithm, tokens: _Tokens, state: AdaptiveState)
 
 
 def _greedy(algorithm: Algorithm, tokens: _Tokens, state: AdaptiveState) -> Estimate:
-    baselines = [rollout.baseline_reward for rollout in tokens.rollouts]
+    assert tokens.rollouts.baseline_rewards is not None
     rewards = _shaped_rewards(algorithm, tokens, state)
-    return Estimate(_per_token(rewards - rewards.new_tensor(baselines), tokens))
+    baselines = tokens.rollouts.baseline_rewards.to(rewards.device, torch.float32)
+    return Estimate(_per_token(rewards - baselines, tokens))
 
 
 def _batch(algorithm: Algorithm, tokens: _Tokens, state: AdaptiveState) -> Estimate:
@@ -204,14 +197,12 @@ def _group_batch(algorithm: Algorithm, tokens: _Tokens, state: AdaptiveState) ->
 
 
 def _process(algorithm: Algorithm, tokens: _Tokens, state: AdaptiveState) -> Estimate:
-    steps = []
-    for number, rollout in enumerate(tokens.rollouts):
-        if rollout.step_rewards is None:
-            raise RewardError(
-                f"algorithm = {algorithm.name!r} learns from rewards of steps, and completion "
-                f"{number} has one for the whole: let reward.sources give steps"
-            )
-        steps.append(rollout.step_rewards)
+    steps = tokens.rollouts.step_rewards
+    if steps is None:
+        raise RewardError(
+            f"algorithm = {algorithm.name!r} learns from rewards of steps, and completion 0 has "
+            "one for the whole: let reward.sources give steps"
+        )
     flat = [step for of_one in steps for step in of_one]
     offsets = torch.tensor([0, *map(len, steps)]).cumsum(0)
     device = tokens.rewards.device

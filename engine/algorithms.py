@@ -11,24 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from warpo.engine.estimators import ESTIMATORS, Estimator
 from warpo.kernels.objectives import OBJECTIVES, Objective
 from warpo.kernels.preferences import PREFERENCES, Preference
 
 Std = Literal["sample", "population", "none"]
 Family = Literal["policy", "supervised", "preference", "reward model", "control"]
-
-ADVANTAGES = {
-    "group": "reward - mean of the group, over its standard deviation",
-    "rescaled group": "reward - mean of the group, times groups over groups of unequal rewards",
-    "leave one out": "reward - mean of the other completions of the group",
-    "moving average": "reward - moving average of the rewards of earlier steps",
-    "greedy": "reward - reward of the greedy completion of the prompt",
-    "batch": "reward-to-go of the KL-shaped reward, normalised over the batch",
-    "group, batch": "reward - mean of the group, normalised over the batch",
-    "process": "normalised rewards of the steps from here on",
-    "gae": "generalised advantage estimation (GAE) with a critic",
-    "pairs": "none: right and wrong completions of a prompt are paired",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +29,7 @@ class Algorithm:
         trained, others: the models of a row that is not of the policy family.
         loss: what such a row minimises, in words.
         objective: of the policy, or the loss of pairs.
-        advantages: key of ADVANTAGES.
+        advantages: key of ESTIMATORS.
         advantage_std: what divides the group's advantages.
         reward_kl_coef: weight of the KL to the reference that is taken off the reward of each
             token. The KL in the loss is the objective's.
@@ -85,22 +73,19 @@ class Algorithm:
     caution: str = ""
 
     @property
-    def has_critic(self) -> bool:
-        """Whether the advantages need values of states."""
-        return self.advantages == "gae"
+    def estimator(self) -> Estimator:
+        """The facts of its advantages; those of a row that has none are all False."""
+        return ESTIMATORS.get(self.advantages, Estimator(text=""))
 
     @property
-    def is_relative(self) -> bool:
-        """Whether a completion is compared with others of its prompt, so that there must be two."""
-        return self.advantages in (
-            "group", "rescaled group", "leave one out", "group, batch", "process", "pairs",
-        )  # fmt: skip
+    def has_critic(self) -> bool:
+        """Whether the advantages need values of states."""
+        return self.estimator.needs_critic
 
     @property
     def kl_in_reward(self) -> bool:
         """Whether the KL is taken off the rewards and not added to the loss."""
-        shaped = ("gae", "leave one out", "batch", "moving average", "greedy")
-        return self.advantages in shaped and not self.previous_reference
+        return self.estimator.shapes_rewards and not self.previous_reference
 
     @property
     def kl_coef(self) -> float:

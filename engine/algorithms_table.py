@@ -8,7 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from warpo.engine.algorithms import ADVANTAGES, ALGORITHMS, Algorithm
+from warpo.engine.algorithms import ALGORITHMS, Algorithm
 from warpo.engine.offline.config import LOSS_KEYS
 from warpo.engine.resolve import has_effect
 from warpo.kernels.objectives import Objective
@@ -57,7 +57,7 @@ def describe(row: Algorithm) -> str:
     """One row: what it is made of, and its settings with their values."""
     lines = [f"{row.name}: {row.title}", f"  {row.url}", f"  models      {', '.join(row.models)}"]
     if row.advantages:
-        lines.append(f"  advantages  {ADVANTAGES[row.advantages]}")
+        lines.append(f"  advantages  {row.estimator.text}")
     if row.loss:
         lines.append(f"  loss        {row.loss}")
     if isinstance(row.objective, Objective):
@@ -120,5 +120,5 @@ def _of(family: str) -> list[Algorithm]:
 
 
 def _cells(row: Algorithm) -> tuple[str, str, str, str]:
-    what = row.loss or ADVANTAGES[row.advantages]
+    what = row.loss or row.estimator.text
     return f"algorithm: {row.name}", what, ", ".join(row.models), f"{row.title} {row.url}"

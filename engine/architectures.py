@@ -48,7 +48,7 @@ from warpo.engine.model_files import read_config
 from warpo.engine.resolve import resolve
 from warpo.engine.rewards.sources import parse_sources
 from warpo.engine.scalar import token_scores
-from warpo.engine.step import as_rollout
+from warpo.engine.types import TokenSequence
 
 # Kinds of layers, as `layer_types` of a config has them, that are exact where each sequence has a
 # row and padding follows it: causal in their order, and the same for each token otherwise.
@@ -280,7 +280,7 @@ def _run(model: PreTrainedModel, *, scalar: bool = False) -> tuple[set[nn.Module
         calls.append(_Call(module, width, by_formula))
         return packed_attention(module, query, key, value, *args, **options)
 
-    batch = pack([as_rollout([1, 2, 3, 4], 2), as_rollout([1, 2, 5], 2)])
+    batch = pack([TokenSequence.of([1, 2], rest, prompt_id=0) for rest in ([3, 4], [5])])
     parameter = next(model.parameters())
     fake = parameter.fake_mode if isinstance(parameter, FakeTensor) else nullcontext()
     handles = [module.register_forward_pre_hook(run) for module in model.modules()]
@@ -289,7 +289,7 @@ def _run(model: PreTrainedModel, *, scalar: bool = False) -> tuple[set[nn.Module
         with fake, shapes_only(packed=is_packed(model)), torch.no_grad():
             batch = batch.to(parameter.device)
             if scalar:
-                token_scores(model, batch, batch.predictors)
+                token_scores(model, batch, batch.logit_positions)
             else:
                 forward(model, batch)
     finally:

@@ -77,8 +77,8 @@ def packed_attention(
     value: Tensor,
     attention_mask: Mask,
     *,
-    slots: Tensor | None = None,
-    places: Tensor | None = None,
+    gather_index: Tensor | None = None,
+    scatter_index: Tensor | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
@@ -96,7 +96,7 @@ def packed_attention(
     Args:
         query: (1, heads, N, D).  key: (1, kv heads, N, D).  value: (1, kv heads, N, D').
         attention_mask: the model's own, as `_make_mask` made it; a window is part of it.
-        slots, places: as in `Batch`.
+        gather_index, scatter_index: as in `Batch`.
         softcap: c.  s_aux: (heads,), the sinks.
 
     Returns:
@@ -105,8 +105,8 @@ def packed_attention(
     Raises:
         UnsupportedAttention: the model asks for anything else.
     """
-    if slots is None or places is None:
-        raise UnsupportedAttention("no keywords of its caller (slots, places)")
+    if gather_index is None or scatter_index is None:
+        raise UnsupportedAttention("no keywords of its caller (gather_index, scatter_index)")
     if not isinstance(attention_mask, Mask):
         raise UnsupportedAttention("a mask of its own instead of transformers' causal ones")
     if is_causal is False or not getattr(module, "is_causal", True):
@@ -114,12 +114,12 @@ def packed_attention(
     for name, option in others.items():
         if name not in _IGNORED and option is not None and option is not False:
             raise UnsupportedAttention(f"{name} = {_text(option)} in its attention")
-    length, heads = slots.shape[1], query.shape[1]
+    length, heads = gather_index.shape[1], query.shape[1]
     mask = attention_mask.of(length, query.device)
 
     def unpack(x: Tensor) -> Tensor:
-        rows = _take(x[0].transpose(0, 1).flatten(1), slots.flatten())
-        return rows.view(*slots.shape, x.shape[1], x.shape[3]).transpose(1, 2)
+        rows = _take(x[0].transpose(0, 1).flatten(1), gather_index.flatten())
+        return rows.view(*gather_index.shape, x.shape[1], x.shape[3]).transpose(1, 2)
 
     if softcap is None and s_aux is None:
         out = F.scaled_dot_product_attention(
@@ -136,7 +136,7 @@ def packed_attention(
         out = _by_formula(
             unpack(query), unpack(key), unpack(value), mask, scaling, dropout, softcap, s_aux
         )
-    rows = _take(out.transpose(1, 2).flatten(2).flatten(0, 1), places)
+    rows = _take(out.transpose(1, 2).flatten(2).flatten(0, 1), scatter_index)
     return rows.view(1, -1, heads, value.shape[3]), None
 
 

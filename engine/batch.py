@@ -1,56 +1,51 @@
-"""What travels through a step: rollouts from the sampler, packed micro-batches to the learner."""
+"""Packed micro-batches: sequences of tokens in one row, without padding and each prompt once."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import islice
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Completion:
-    """One sampled answer: token ids as the sampler produced them, never re-tokenised.
-
-    Attributes:
-        token_ids: sampled ids, the end-of-sequence token included where it was sampled.
-        logprobs: natural-log probability of each id at the sampling temperature.
-        finished: True if the model ended the sequence, False if it was cut at the length limit.
-        weight_version: of the weights that sampled it: the step that they were published after.
-    """
-
-    token_ids: list[int]
-    logprobs: list[float]
-    finished: bool
-    weight_version: int
+from warpo.engine.types import TokenSequence
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Rollout:
-    """A prompt, one completion of it and what the step learned about that completion.
+@dataclass(kw_only=True, slots=True)
+class Batch:
+    """One packed micro-batch: N tokens of B sequences in one row, M of them trained on.
 
-    Tensors have one float32 for each of the n tokens of the completion, and lie where the learner
-    is.
+    Sequences with the same prompt share its tokens: the row holds each prompt once. A causal model
+    gives a prompt the same hidden states whatever follows it.
 
     Attributes:
-        reward: of the whole completion.
-        step_rewards: (index of the last token of the step, reward) of each step of the completion;
-            None without process supervision.
-        baseline_reward: of the greedy completion of the same prompt, where the estimator asks it.
-        old_logprobs: of the policy that the step began with; None: those of the sampler serve.
-        ref_logprobs: of the reference.
-        values: of the critic, for the state before each token.
-        advantages: what the policy loss weighs each token with.
-        returns: what the values should have been.
+        input_ids: (1, N) int64, what follows a prompt somewhere behind it.
+        position_ids: (1, N) int64, place of each token in its sequence.
+        gather_index: (B, T) int64, index among the N of each token of each sequence, T the longest
+            one; a shorter one ends in repetitions of its last token.
+        scatter_index: (N,) int64, where in `gather_index`, flattened, each token is found.
+        logit_positions: (M,) int64, index of the token whose logits predict each trained token.
+        targets: (M,) int64, the trained tokens.
+        cu_seqlens: (B + 1,) int32, where the trained tokens of each sequence start among the M.
+        sampler_logprobs: (M,) float32, as the sampler computed them.
+        old_logprobs: (M,) float32, of the policy when the step began, the sampler's or the
+            learner's.
+        ref_logprobs, values, advantages, returns: (M,) float32.
+
+    What a loss does not read is None.
     """
 
-    prompt_ids: list[int]
-    completion: Completion
-    reward: float = 0.0
-    step_rewards: list[tuple[int, float]] | None = None
-    baseline_reward: float = 0.0
+    input_ids: Tensor
+    position_ids: Tensor
+    gather_index: Tensor
+    scatter_index: Tensor
+    logit_positions: Tensor
+    targets: Tensor
+    cu_seqlens: Tensor
+    sampler_logprobs: Tensor | None = None
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
     values: Tensor | None = None
@@ -58,52 +53,12 @@ class Rollout:
     returns: Tensor | None = None
 
     @property
-    def num_tokens(self) -> int:
-        return len(self.prompt_ids) + len(self.completion.token_ids)
-
-
-SCORES = ("old_logprobs", "ref_logprobs", "values", "advantages", "returns")
-"""The tensors of a rollout."""
-
-
-@dataclass(kw_only=True, slots=True)
-class Batch:
-    """One packed micro-batch: N tokens of B sequences in one row, M of them completion tokens.
-
-    Sequences with the same prompt share its tokens: the row holds each prompt once. A causal model
-    gives a prompt the same hidden states whatever follows it.
-
-    Attributes:
-        input_ids: (1, N) int64, each completion somewhere behind its prompt.
-        position_ids: (1, N) int64, place of each token in its sequence.
-        slots: (B, T) int64, index among the N of each token of each sequence, T the longest one;
-            a shorter one ends in repetitions of its last token.
-        places: (N,) int64, where in `slots`, flattened, each token is found.
-        predictors: (M,) int64, index of the token whose logits predict each completion token.
-        targets: (M,) int64, the completion tokens.
-        completion_cu_seqlens: (B + 1,) int32, where each completion starts among the M tokens.
-        sampler_logprobs: (M,) float32, as the sampler computed them.
-        old_logprobs: (M,) float32, the sampler's or the learner's.
-        ref_logprobs, values, advantages, returns: (M,) float32, None where no rollout has them.
-    """
-
-    input_ids: Tensor
-    position_ids: Tensor
-    slots: Tensor
-    places: Tensor
-    predictors: Tensor
-    targets: Tensor
-    completion_cu_seqlens: Tensor
-    sampler_logprobs: Tensor
-    old_logprobs: Tensor
-    ref_logprobs: Tensor | None = None
-    values: Tensor | None = None
-    advantages: Tensor | None = None
-    returns: Tensor | None = None
+    def num_sequences(self) -> int:
+        return self.cu_seqlens.numel() - 1
 
     @property
-    def num_sequences(self) -> int:
-        return self.completion_cu_seqlens.numel() - 1
+    def num_trained(self) -> int:
+        return self.targets.numel()
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on a device."""
@@ -115,67 +70,68 @@ class Batch:
         return replace(self, **tensors)
 
 
-def _starts(lengths: Sequence[int]) -> Tensor:
+def cumulative_lengths(lengths: Sequence[int]) -> Tensor:
+    """(B + 1,) int32: where each of B parts starts."""
     return torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0).to(torch.int32)
 
 
-def pack(rollouts: Sequence[Rollout]) -> Batch:
-    """One micro-batch of these rollouts, without padding and each prompt once."""
-    longest = max(rollout.num_tokens for rollout in rollouts)
-    ids: list[int] = []
-    positions: list[int] = []
-    places: list[int] = []
-    slots: list[list[int]] = []
-    predictors: list[int] = []
-    prompt_starts: dict[tuple[int, ...], int] = {}
+class _Row:
+    """The row of a micro-batch as it grows, a stretch of tokens at a time."""
 
-    def append(tokens: Sequence[int], position: int) -> range:
-        first, place = len(ids), (len(slots) * longest) + position
-        ids.extend(tokens)
-        positions.extend(range(position, position + len(tokens)))
-        places.extend(range(place, place + len(tokens)))
-        return range(first, len(ids))
+    def __init__(self) -> None:
+        self.length = 0
+        self.ids: list[np.ndarray] = []
+        self.positions: list[np.ndarray] = []
+        self.places: list[np.ndarray] = []
 
-    for rollout in rollouts:
-        prompt = tuple(rollout.prompt_ids)
-        if prompt not in prompt_starts:
-            prompt_starts[prompt] = append(prompt, 0).start
-        start = prompt_starts[prompt]
-        taken = append(rollout.completion.token_ids, len(prompt))
-        sequence = [*range(start, start + len(prompt)), *taken]
-        predictors += sequence[len(prompt) - 1 : -1]
-        slots.append(sequence + sequence[-1:] * (longest - len(sequence)))
-    completions = [rollout.completion for rollout in rollouts]
-    sampler_logprobs = torch.tensor([logp for c in completions for logp in c.logprobs])
-    scores = {name: join(rollouts, name) for name in SCORES}
-    old_logprobs = scores.pop("old_logprobs")
+    def append(self, ids: np.ndarray, position: int, place: int) -> np.ndarray:
+        """Add tokens that begin at `position` of their sequence and at `place` of the gather index;
+        returns their indices in the row.
+        """
+        count = np.arange(len(ids))
+        self.ids.append(ids)
+        self.positions.append(position + count)
+        self.places.append(place + count)
+        index = self.length + count
+        self.length += len(ids)
+        return index
+
+
+def pack(sequences: Sequence[TokenSequence]) -> Batch:
+    """One micro-batch of these sequences."""
+    longest = max(sequence.num_tokens for sequence in sequences)
+    gather_index = np.empty((len(sequences), longest), np.int64)
+    row, prompts = _Row(), dict[int, np.ndarray]()
+    logit_positions, targets = [], []
+    for number, sequence in enumerate(sequences):
+        ids, shared, place = sequence.token_ids, sequence.prompt_length, number * longest
+        if sequence.prompt_id not in prompts:
+            prompts[sequence.prompt_id] = row.append(ids[:shared], 0, place)
+        prompt = prompts[sequence.prompt_id]
+        assert len(prompt) == shared, f"two prompts with prompt_id {sequence.prompt_id}"
+        index = np.concatenate([prompt, row.append(ids[shared:], shared, place + shared)])
+        gather_index[number, : len(index)] = index
+        gather_index[number, len(index) :] = index[-1]
+        for start, stop in sequence.trained_spans:
+            logit_positions.append(index[start - 1 : stop - 1])
+            targets.append(ids[start:stop])
     return Batch(
-        input_ids=torch.tensor([ids]),
-        position_ids=torch.tensor([positions]),
-        slots=torch.tensor(slots),
-        places=torch.tensor(places),
-        predictors=torch.tensor(predictors),
-        targets=torch.tensor([token for c in completions for token in c.token_ids]),
-        completion_cu_seqlens=_starts([len(c.token_ids) for c in completions]),
-        sampler_logprobs=sampler_logprobs,
-        old_logprobs=sampler_logprobs if old_logprobs is None else old_logprobs,
-        **scores,
+        input_ids=_joined(row.ids)[None],
+        position_ids=_joined(row.positions)[None],
+        gather_index=torch.from_numpy(gather_index),
+        scatter_index=_joined(row.places),
+        logit_positions=_joined(logit_positions),
+        targets=_joined(targets),
+        cu_seqlens=cumulative_lengths([sequence.num_trained for sequence in sequences]),
     )
 
 
-def join(rollouts: Sequence[Rollout], name: str) -> Tensor | None:
-    """(M,): a tensor of the rollouts, one after the other; None where they have none."""
-    parts = [getattr(rollout, name) for rollout in rollouts]
-    return None if parts[0] is None else torch.cat(parts)
-
-
-def split(tokens: Tensor, rollouts: Sequence[Rollout]) -> tuple[Tensor, ...]:
-    """(M,) of the completion tokens of rollouts, in parts for each of them."""
-    return tokens.split([len(rollout.completion.token_ids) for rollout in rollouts])
+def _joined(parts: Sequence[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.concatenate(parts))
 
 
 class HasLength(Protocol):
-    """A rollout, or an example with all its completions."""
+    """A sequence, or an example with all its completions."""
 
     @property
     def num_tokens(self) -> int: ...
@@ -184,23 +140,40 @@ class HasLength(Protocol):
 T = TypeVar("T", bound=HasLength)
 
 
-def split_by_tokens(rollouts: Sequence[T], token_budget: int) -> list[list[T]]:
+def split_by_tokens(items: Sequence[T], token_budget: int) -> list[list[T]]:
     """Micro-batches of at most `token_budget` tokens each, in the given order.
 
     Raises:
-        ValueError: one rollout alone exceeds the budget.
+        ValueError: one of them alone exceeds the budget.
     """
     micro_batches: list[list[T]] = []
     room = 0
-    for rollout in rollouts:
-        if rollout.num_tokens > token_budget:
+    for item in items:
+        if item.num_tokens > token_budget:
             raise ValueError(
-                f"a rollout of {rollout.num_tokens} tokens does not fit a micro-batch of "
+                f"a rollout of {item.num_tokens} tokens does not fit a micro-batch of "
                 f"{token_budget}: raise update.token_budget or lower rollout.max_new_tokens"
             )
-        if rollout.num_tokens > room:
+        if item.num_tokens > room:
             micro_batches.append([])
             room = token_budget
-        micro_batches[-1].append(rollout)
-        room -= rollout.num_tokens
+        micro_batches[-1].append(item)
+        room -= item.num_tokens
     return micro_batches
+
+
+def split_rows(
+    items: Sequence[HasLength], rows: Sequence[int], token_budget: int
+) -> list[list[int]]:
+    """Micro-batches, as of `split_by_tokens`, of the items of these numbers, by their numbers."""
+    remaining = iter(rows)
+    parts = split_by_tokens([items[row] for row in rows], token_budget)
+    return [list(islice(remaining, len(part))) for part in parts]
+
+
+def order_by_length(items: Sequence[HasLength], token_budget: int) -> list[list[int]]:
+    """Micro-batches of all items by their numbers: neighbours of one length, which waste the least
+    in attention, since it pads within a micro-batch.
+    """
+    order = sorted(range(len(items)), key=lambda row: items[row].num_tokens)
+    return split_rows(items, order, token_budget)

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import copy
-import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from rich.console import Console
+from transformers import PreTrainedModel
 
-from warpo.engine import mismatch, step
 from warpo.engine.architectures import check_run, check_tokens
-from warpo.engine.batch import Batch, Rollout, pack
-from warpo.engine.build import Parts, build
+from warpo.engine.batch import pack
+from warpo.engine.check_step import TriedRun, measure_step
 from warpo.engine.config import Config
 from warpo.engine.data import Prompts, load_prompts
 from warpo.engine.device import learner_device
-from warpo.engine.errors import WeightMismatch
 from warpo.engine.invariance import (
     LAYOUTS,
     MAX_LAYERS,
@@ -28,23 +25,20 @@ from warpo.engine.invariance import (
     eager_attention,
     load_cut_model,
 )
+from warpo.engine.learner import Learner
 from warpo.engine.limits import check_limits
-from warpo.engine.memory import (
-    MIB,
-    PHASES,
-    MemoryPlan,
-    plan_memory,
-    resync_of,
-    rollouts_of,
-)
+from warpo.engine.memory import MIB, PHASES, MemoryPlan, plan_memory, resync_of
 from warpo.engine.model_files import check_files, load_tokenizer
-from warpo.engine.peak_memory import PeakMemory, free_memory, rehearse
-from warpo.engine.probe import probe_weights, relative
+from warpo.engine.peak_memory import PeakMemory, free_memory
+from warpo.engine.probe import relative
+from warpo.engine.report import Line, Report
 from warpo.engine.resolve import resolve
-from warpo.engine.sampler.base import SamplingOptions
+from warpo.engine.sampler.base import Sampler, SamplingOptions
 from warpo.engine.sampler.kinds import SAMPLERS
+from warpo.engine.score import device_of, score
+from warpo.engine.step_rollouts import StepRollouts, step_rollouts
 from warpo.engine.terminal import OutputConsole
-from warpo.engine.train import train_step
+from warpo.engine.types import TokenSequence
 from warpo.kernels import ops
 from warpo.kernels.objectives import OBJECTIVES, Objective
 
@@ -55,43 +49,6 @@ MEMORY_FLOOR = 64 * MIB
 
 # Rollouts whose gradients are compared: prompts x completions, and their most new tokens.
 INVARIANCE_PROMPTS, INVARIANCE_GROUP, INVARIANCE_TOKENS = 2, 2, 32
-# Sampling takes no more memory for longer completions: the KV cache is there from the beginning.
-MEASURED_NEW_TOKENS = 2
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Line:
-    """One finding: a name, a value against its bound, and what to do where it fails."""
-
-    name: str
-    text: str
-    ok: bool
-    cure: str = ""
-
-
-class Report:
-    """Findings, printed as they come."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self.lines: list[Line] = []
-
-    def head(self, text: str) -> None:
-        self._console.print(f"\n{text}", markup=False, highlight=False, soft_wrap=True)
-
-    def add(self, line: Line) -> None:
-        self.lines.append(line)
-        text = f"  {'ok  ' if line.ok else 'FAIL'}  {line.name:16}  {line.text}"
-        self.say(text)
-        if not line.ok and line.cure:
-            self.say(f"        {line.cure}")
-
-    def say(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    @property
-    def ok(self) -> bool:
-        return all(line.ok for line in self.lines)
 
 
 def run(config: Config, *, plan_only: bool = False, console: Console | None = None) -> bool:
@@ -114,18 +71,20 @@ def run(config: Config, *, plan_only: bool = False, console: Console | None = No
     if plan_only or not report.ok:
         return report.ok
     with console.status("loading") as status:
-        parts, meter = _measured_step(config, plan, prompts, report, status.update)
-        if parts.resync.mode != resync_of(config):
-            plan = plan_memory(config, lengths, device, parts.resync.mode)
-        _report_memory(report, plan, meter, config)
-        status.update("sampling")
-        rollouts = _sample(config, parts, prompts)
-        _report_attention(report, config, parts, rollouts)
-        # The learner, the optimizer and the KV cache make room for the model in float64.
-        parts.rewards.close()
-        parts.sampler.release_kv()
-        del parts
-        _report_invariance(report, config, rollouts, device, status.update)
+        with ExitStack() as stack:
+            tried = TriedRun(config, plan, report, stack)
+            meter = measure_step(tried, prompts, status.update)
+            mode = tried.weights.resync.mode
+            if mode != resync_of(config):
+                plan = plan_memory(config, lengths, device, mode)
+            _report_memory(report, plan, meter, config)
+            status.update("sampling")
+            rollouts = _sample(config, tried.rollouts.sampler, prompts)
+            _report_attention(report, config, tried.learner, rollouts)
+            # The learner, the optimizer and the KV cache make room for the model in float64.
+            tried.rollouts.sampler.release_kv()
+            del tried
+        _report_invariance(report, config, rollouts.sequences, device, status.update)
     return report.ok
 
 
@@ -155,123 +114,6 @@ def _report_plan(
     )
 
 
-def _measured_step(
-    config: Config,
-    plan: MemoryPlan,
-    prompts: Prompts,
-    report: Report,
-    progress: Callable[[str], None],
-) -> tuple[Parts, PeakMemory]:
-    """A step of the planned shape in the order of training, and the probe at its end."""
-    device = learner_device(config)
-    rehearsed = rehearse(config, device)
-    meter = PeakMemory(device)
-    with meter.phase("load"):
-        parts = build(config)
-        if parts.algorithm.has_reference:
-            parts.reference = copy.deepcopy(parts.model).requires_grad_(False).eval()
-        parts.publish()
-    micro_batches = _micro_batches(config, plan, parts)
-    # The first update makes the optimizer's state, which all phases of later steps hold.
-    progress("update")
-    train_step(config, parts, micro_batches, step=config.steps, update=0)
-    parts.publish()
-    progress("sample")
-    longest = int(prompts.lengths.max())
-    rng, vocabulary = random.Random(0), _vocab_size(parts)
-    requests = [
-        [rng.randrange(vocabulary) for _ in range(longest)]
-        for _ in range(config.rollout.prompts_per_step)
-    ]
-    with meter.phase("sample"):
-        parts.sampler.generate(
-            requests,
-            SamplingOptions(
-                group_size=config.rollout.group_size, temperature=config.rollout.temperature,
-                max_new_tokens=min(MEASURED_NEW_TOKENS, config.rollout.max_new_tokens), seed=0,
-            ),
-        )  # fmt: skip
-    parts.sampler.release_kv()
-    progress("score")
-    with meter.phase("score"):
-        micro_batches = [
-            step.with_scores(
-                batch, parts.model, parts.reference, parts.critic,
-                temperature=config.rollout.temperature, recompute_old=True,
-            )
-            for batch in micro_batches
-        ]  # fmt: skip
-    progress("update")
-    with meter.phase("update"):
-        train_step(config, parts, micro_batches, step=config.steps, update=0)
-    progress("publish")
-    rollout = rollouts_of(replace(plan.shape, prompt_tokens=longest), vocabulary)[0]
-    tokens = rollout.prompt_ids + rollout.completion.token_ids
-    with meter.phase("publish"):
-        copied = parts.publish()
-        parts.sampler.resume_kv()
-        parts.resync.verify()
-        if config.probe.num_sequences:
-            _probe(config, parts, [tokens] * config.probe.num_sequences, report)
-    report.head("weights: sampler and learner")
-    report.add(
-        Line(
-            name=f"resync {parts.resync.mode}",
-            text=f"{copied} bytes copied after an update, {parts.resync.extra_bytes} bytes of "
-            "weights that only the learner has; places and fingerprints agree",
-            ok=True,
-        )
-    )
-    if parts.resync.reason:
-        report.say(f"        no alias: {parts.resync.reason}")
-    del rehearsed
-    return parts, meter
-
-
-def _vocab_size(parts: Parts) -> int:
-    return int(parts.model.config.get_text_config().vocab_size)
-
-
-def _micro_batches(config: Config, plan: MemoryPlan, parts: Parts) -> list[Batch]:
-    """One of the planned shape, and a second where the step has several."""
-    rollouts = config.rollout.prompts_per_step * config.rollout.group_size
-    several = rollouts > config.update.minibatches * plan.shape.sequences
-    batch = pack(rollouts_of(plan.shape, _vocab_size(parts))).to(parts.device)
-    batch = step.with_scores(
-        batch, parts.model, parts.reference, parts.critic,
-        temperature=config.rollout.temperature, recompute_old=True,
-    )  # fmt: skip
-    batch = replace(batch, sampler_logprobs=batch.old_logprobs)
-    return [batch] * (2 if several else 1)
-
-
-def _probe(
-    config: Config, parts: Parts, sequences: Sequence[Sequence[int]], report: Report
-) -> None:
-    """The proof of every step, after an update that moved the weights."""
-    bound = config.probe_tolerance
-    try:
-        probe = probe_weights(parts.model, parts.sampler, sequences, bound, parts.tokenizer.decode)
-    except WeightMismatch as found:
-        text, ok, cure = f"above {bound:g}", False, str(found)
-    else:
-        error = relative(probe.learner - probe.sampler, probe.learner).max().item()
-        text, ok, cure = f"{error:.1e} <= {bound:g}", True, ""
-    report.head("largest difference of a logprob after an update, nats; relative beyond 1 nat")
-    report.add(Line(name="probe", text=f"{text}, sampler against learner", ok=ok, cure=cure))
-    if ok:
-        alone = mismatch.composition(parts.model, sequences, probe)["mismatch/composition_max"]
-        report.add(
-            Line(
-                name="composition",
-                text=f"{alone:.1e} <= {bound:g}, learner with sequences packed against one alone",
-                ok=alone <= bound,
-                cure="what attention and matrix products add is above probe.tolerance: raise it, "
-                "or compute in float32",
-            )
-        )
-
-
 def _report_memory(report: Report, plan: MemoryPlan, meter: PeakMemory, config: Config) -> None:
     report.head(
         f"memory, peak of each phase, MiB; bound {MEMORY_BOUND:.0%} of the prediction or "
@@ -299,34 +141,32 @@ def _report_memory(report: Report, plan: MemoryPlan, meter: PeakMemory, config: 
         )
 
 
-def _sample(config: Config, parts: Parts, prompts: Prompts) -> list[Rollout]:
-    """Rollouts of the shortest prompts; gradients of few tokens show what those of many do."""
+def _sample(config: Config, sampler: Sampler, prompts: Prompts) -> StepRollouts:
+    """Completions of the shortest prompts; gradients of few tokens show what those of many do."""
     order = prompts.lengths.argsort(kind="stable")
     shortest = [prompts[int(i)] for i in order[:INVARIANCE_PROMPTS]]
-    groups = parts.sampler.generate(
+    groups = sampler.generate(
         [prompt.token_ids for prompt in shortest],
         SamplingOptions(
-            group_size=INVARIANCE_GROUP, temperature=config.rollout.temperature,
+            group_size=INVARIANCE_GROUP,
+            temperature=config.rollout.temperature,
             max_new_tokens=min(INVARIANCE_TOKENS, config.rollout.max_new_tokens),
             seed=config.seed,
         ),
-    )  # fmt: skip
-    return [
-        Rollout(prompt_ids=prompt.token_ids, completion=completion)
-        for prompt, group in zip(shortest, groups, strict=True)
-        for completion in group
-    ]
+    )
+    return step_rollouts(shortest, groups, [0.0] * (len(shortest) * INVARIANCE_GROUP))
 
 
 @torch.no_grad()
 def _report_attention(
-    report: Report, config: Config, parts: Parts, rollouts: Sequence[Rollout]
+    report: Report, config: Config, learner: Learner, rollouts: StepRollouts
 ) -> None:
     """Packed rows of the whole model against its own attention."""
-    temperature = config.rollout.temperature
-    packed = step.score(parts.model, pack(rollouts).to(parts.device), temperature)
-    with eager_attention(parts.model):
-        alone = torch.cat([_eager_logprobs(parts, rollout, temperature) for rollout in rollouts])
+    temperature, model = config.rollout.temperature, learner.model
+    batch = pack(rollouts.sequences).to(learner.device)
+    packed = score(model, batch, temperature)
+    with eager_attention(model):
+        alone = torch.cat([_eager_logprobs(model, x, temperature) for x in rollouts.sequences])
     error, bound = relative(packed - alone, alone).max().item(), config.probe_tolerance
     report.add(
         Line(
@@ -340,16 +180,19 @@ def _report_attention(
     )
 
 
-def _eager_logprobs(parts: Parts, rollout: Rollout, temperature: float) -> torch.Tensor:
-    ids = torch.tensor([rollout.prompt_ids + rollout.completion.token_ids], device=parts.device)
-    logits = parts.model(input_ids=ids, use_cache=False).logits[0, :-1]
-    return ops.logprobs(logits, ids[0, 1:], temperature=temperature)[len(rollout.prompt_ids) - 1 :]
+def _eager_logprobs(
+    model: PreTrainedModel, sequence: TokenSequence, temperature: float
+) -> torch.Tensor:
+    ids = torch.from_numpy(sequence.token_ids)[None].to(device_of(model))
+    logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
+    logprobs = ops.logprobs(logits, ids[0, 1:], temperature=temperature)
+    return logprobs[sequence.prompt_length - 1 :]
 
 
 def _report_invariance(
     report: Report,
     config: Config,
-    rollouts: Sequence[Rollout],
+    sequences: Sequence[TokenSequence],
     device: torch.device,
     progress: Callable[[str], None],
 ) -> None:
@@ -362,16 +205,16 @@ def _report_invariance(
     options: dict[str, Any] = dict(
         temperature=config.rollout.temperature, max_new_tokens=config.rollout.max_new_tokens
     )
-    model, cut_rollouts = load_cut_model(config.model, rollouts, device)
+    model, cut = load_cut_model(config.model, sequences, device)
     found = divergences(
-        model, cut_rollouts, objectives, **options,
+        model, cut, objectives, **options,
         progress=lambda done, total: progress(f"loss invariance, objective {done + 1} of {total}"),
     )  # fmt: skip
-    model, cut_rollouts = load_cut_model(config.model, rollouts, device, torch.float32)
-    rounding = divergences(model, cut_rollouts, {name: own}, **options)
+    model, cut = load_cut_model(config.model, sequences, device, torch.float32)
+    rounding = divergences(model, cut, {name: own}, **options)
     report.head(
         "loss invariance: gradient of an optimizer step against that of one micro-batch, relative "
-        f"L2, worst of {len(objectives)} objectives\n  ({len(rollouts)} rollouts; of the model at "
+        f"L2, worst of {len(objectives)} objectives\n  ({len(sequences)} rollouts; of the model at "
         f"most {MAX_LAYERS} layers and {MAX_VOCABULARY} tokens, products in float64; in brackets "
         f"{name} in float32)"
     )

@@ -6,7 +6,8 @@ import importlib
 import shutil
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from warpo.engine.config_file import Key, keys, peek, read_tree, sections
 from warpo.engine.environment import keep_freed_memory, set_thread_waiting
 from warpo.engine.errors import ConfigError
 from warpo.engine.resolve import find
-from warpo.engine.terminal import OutputConsole, guarded
+from warpo.engine.terminal import OutputConsole, exit_status
 
 USAGE = """\
 warpo: reinforcement-learning post-training of language models, sampler and learner in one process.
@@ -122,35 +123,47 @@ its line says what to do; 2 wrong usage.
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; its exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
     args = list(sys.argv[1:] if argv is None else argv)
-    return guarded(lambda: _run(args), lambda: _output_dir(args))
+    try:
+        command = _command(args)
+        status = command()
+        sys.stdout.flush()
+        return status
+    except (Exception, KeyboardInterrupt) as error:
+        return exit_status(error, lambda: _output_dir(args))
 
 
-def _run(args: list[str]) -> int:
+def _command(args: list[str]) -> Callable[[], int]:
     match args:
         case [] | ["-h" | "--help", *_]:
-            print(USAGE)
-            return 0 if args else 2
+            return partial(_show, USAGE, 0 if args else 2)
         case ["train", *rest] if {"-h", "--help"} & set(rest):
-            return _help([word for word in rest if word not in ("-h", "--help")])
+            return partial(_help, [word for word in rest if word not in ("-h", "--help")])
         case ["algorithms", *rest] if len(rest) < 2:
-            return _algorithms(*rest)
+            return partial(_algorithms, *rest)
         case ["bench", *rest]:
-            return importlib.import_module("warpo.bench.cli").main(rest)
+            return partial(importlib.import_module("warpo.bench.cli").main, rest)
         case ["doctor", *libraries]:
-            return _doctor(libraries)
+            return partial(_doctor, libraries)
         case ["train", config, *overrides] if not config.startswith("-"):
-            return _train(config, overrides)
+            return partial(_train, config, overrides)
         case ["check", *rest] if {"-h", "--help"} & set(rest):
-            print(CHECK_HELP)
-            return 0
+            return partial(_show, CHECK_HELP, 0)
         case ["check", config, *overrides] if not config.startswith("-"):
-            return _check(config, overrides)
+            return partial(_check, config, overrides)
         case ["train" | "check" as command, *_]:
-            print(
-                f"warpo {command}: the first argument is the YAML file\n\n{USAGE}", file=sys.stderr
-            )
+            problem = f"warpo {command}: the first argument is the YAML file"
         case [command, *_]:
-            print(f"warpo: there is no command {command!r}\n\n{USAGE}", file=sys.stderr)
+            problem = f"warpo: there is no command {command!r}"
+    return partial(_misuse, problem)
+
+
+def _show(text: str, status: int) -> int:
+    print(text)
+    return status
+
+
+def _misuse(problem: str) -> int:
+    print(f"{problem}\n\n{USAGE}", file=sys.stderr)
     return 2
 
 

@@ -16,9 +16,11 @@ from transformers import PreTrainedModel
 from warpo.engine.batch import Batch
 from warpo.engine.config import Config
 from warpo.engine.model import token_logprobs_and_values
-from warpo.engine.optimizer import AdamW, make_optimizer
+from warpo.engine.optimizer import AdamW
+from warpo.engine.ranks import ONE_RANK, Ranks
 from warpo.engine.scalar import load_scalar_model, token_scores
-from warpo.engine.step import apply_gradients
+from warpo.engine.schedule import make_optimizer
+from warpo.engine.score import device_of
 from warpo.kernels import ops
 
 
@@ -27,10 +29,11 @@ class Critic:
 
     Args:
         policy: whose trunk a shared critic reads, and from whose directory others start.
-        device: where a network of its own goes.
     """
 
-    def __init__(self, config: Config, policy: PreTrainedModel, device: torch.device) -> None:
+    def __init__(self, config: Config, policy: PreTrainedModel, ranks: Ranks = ONE_RANK) -> None:
+        device = device_of(policy)
+        self._ranks = ranks
         self.coef = config.critic.coef
         self._settings = config.critic
         self._max_grad_norm = config.update.max_grad_norm
@@ -46,7 +49,11 @@ class Critic:
         path = config.model if config.critic.model == "policy" else config.critic.model
         self._network = load_scalar_model(path, config.dtype, device)
         self._optimizer, self._schedule = make_optimizer(
-            self._network.named_parameters(), config.update, lr=config.critic.lr
+            self._network.named_parameters(),
+            config.update,
+            lr=config.critic.lr,
+            setting="critic.lr",
+            ranks=ranks,
         )
 
     @property
@@ -70,7 +77,7 @@ class Critic:
         if self._head is not None:
             return token_logprobs_and_values(self._policy, self._head, batch, temperature)[1]
         assert self._network is not None
-        return token_scores(self._network, batch, batch.predictors)
+        return token_scores(self._network, batch, batch.logit_positions)
 
     def loss(self, values: Tensor, batch: Batch, num_tokens: int) -> tuple[Tensor, Tensor]:
         """Clipped value loss of a micro-batch, a mean over the tokens of the optimizer step; and
@@ -81,7 +88,7 @@ class Critic:
             values,
             batch.values,
             batch.returns,
-            cu_seqlens=batch.completion_cu_seqlens,
+            cu_seqlens=batch.cu_seqlens,
             clip_range=self._settings.clip_range,
             denominator=num_tokens,
         )
@@ -94,16 +101,16 @@ class Critic:
         """
         if self._network is None or self._optimizer is None:
             return None
-        num_tokens = sum(batch.targets.numel() for batch in batches)
+        num_tokens = self._ranks.sum(sum(batch.num_trained for batch in batches))
         metrics = []
         for batch in batches:
-            values = token_scores(self._network, batch, batch.predictors)
+            values = token_scores(self._network, batch, batch.logit_positions)
             loss, batch_metrics = self.loss(values, batch, num_tokens)
             loss.backward()
             metrics.append(batch_metrics)
-        apply_gradients(self._optimizer, self._max_grad_norm, "critic.lr")
+        self._optimizer.step(self._max_grad_norm)
         self._schedule.step()
-        return ops.merge_value_metrics(metrics)
+        return ops.merge_value_metrics(self._ranks.gather(metrics))
 
     def state_dict(self) -> dict[str, Any]:
         module = self._head if self._network is None else self._network

@@ -9,10 +9,9 @@ with one) unless it spells them out itself, and nothing after it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, overload
 
 import numpy as np
 from torch import Tensor
@@ -23,17 +22,10 @@ from warpo.engine.json_lines import Row
 from warpo.engine.rows import Rows, read_rows
 from warpo.engine.stream import RowKeys, ranks
 from warpo.engine.tokens import Encoder, Ragged
+from warpo.engine.types import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Prompt:
-    """A prompt as the model reads it, and its row for the reward function."""
-
-    token_ids: list[int]
-    fields: dict[str, Any]
 
 
 class Prompts(Sequence[Prompt]):
@@ -61,7 +53,11 @@ class Prompts(Sequence[Prompt]):
         if isinstance(index, slice):
             return [self[i] for i in range(len(self))[index]]
         row = int(self._chosen[index])
-        return Prompt(token_ids=self._ids[row], fields=self._rows[row])
+        return Prompt(
+            token_ids=self._ids[row],
+            fields=self._rows[row],
+            prompt_id=int(self._keys[row, 0]),
+        )
 
     @property
     def lengths(self) -> np.ndarray:

@@ -7,7 +7,7 @@ The same rollouts are laid out in four ways:
     packed           a few micro-batches, filled by a token budget
     alone            each rollout in a row of its own, by the model's own eager attention
 
-The first three are `step.accumulate_gradients`, which training runs. The last shares with it the
+The first three are `accumulate_gradients`, which training runs. The last shares with it the
 parameters and the kernels of logprobs and loss, and nothing else: not the packing, not the
 attention, not the logits' choice, not the denominator. Each is compared with the first, over all
 parameters:
@@ -29,14 +29,18 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from warpo.engine import step
-from warpo.engine.batch import Batch, Rollout, pack, split_by_tokens
+from warpo.engine.batch import pack, split_by_tokens
 from warpo.engine.model import load_model
+from warpo.engine.score import device_of, score
+from warpo.engine.step import accumulate_gradients
+from warpo.engine.step_rollouts import StepRollouts
+from warpo.engine.types import ReportProgress, TokenSequence
 from warpo.kernels import ops
 from warpo.kernels.objectives import Objective
 
@@ -49,6 +53,7 @@ MAX_LAYERS, MAX_VOCABULARY = 2, 1024
 # policy: enough that rows clip, mask and truncate some tokens and leave others.
 NOISE = 0.3
 PACKED_MICRO_BATCHES = 3
+_NOISY_COLUMNS = ("advantages", "old_logprobs", "sampler_logprobs", "ref_logprobs")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,23 +71,13 @@ class Divergence:
     relative: float
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Sample:
-    """A rollout and what the step knows of its completion's M tokens, each (M,) float32."""
-
-    rollout: Rollout
-    sampler_logprobs: Tensor
-    old_logprobs: Tensor
-    ref_logprobs: Tensor
-
-
 def load_cut_model(
     path: str,
-    rollouts: Sequence[Rollout],
+    sequences: Sequence[TokenSequence],
     device: torch.device,
     dtype: torch.dtype = torch.float64,
-) -> tuple[PreTrainedModel, list[Rollout]]:
-    """A part of a model that any machine holds and that takes seconds, and rollouts in its tokens.
+) -> tuple[PreTrainedModel, list[TokenSequence]]:
+    """A part of a model that any machine holds and that takes seconds, and sequences in its tokens.
 
     Returns:
         The first MAX_LAYERS layers and the first of each kind, with MAX_VOCABULARY tokens, in
@@ -90,19 +85,9 @@ def load_cut_model(
     """
     model = load_model(path, "float32", torch.device("cpu"))
     _cut_layers(model)
-    number = _cut_vocabulary(model, rollouts)
+    number = _cut_vocabulary(model, sequences)
     model.get_output_embeddings().register_forward_hook(lambda _module, _args, out: out.float())
-    renumbered = [
-        replace(
-            rollout,
-            prompt_ids=[number[token] for token in rollout.prompt_ids],
-            completion=replace(
-                rollout.completion,
-                token_ids=[number[token] for token in rollout.completion.token_ids],
-            ),
-        )
-        for rollout in rollouts
-    ]
+    renumbered = [replace(x, token_ids=number[x.token_ids]) for x in sequences]
     return nn.Module.to(model, device, dtype), renumbered
 
 
@@ -119,11 +104,11 @@ def _cut_layers(model: PreTrainedModel) -> None:
         decoder.config.layer_types = [kinds[i] for i in kept]
 
 
-def _cut_vocabulary(model: PreTrainedModel, rollouts: Sequence[Rollout]) -> dict[int, int]:
-    """Keep the tokens of the rollouts and some more; returns their new numbers."""
+def _cut_vocabulary(model: PreTrainedModel, sequences: Sequence[TokenSequence]) -> np.ndarray:
+    """Keep the tokens of the sequences and some more; returns the new number of each that stays."""
     embedding: Any = model.get_input_embeddings()
     head: Any = model.get_output_embeddings()
-    used = {token for r in rollouts for token in r.prompt_ids + r.completion.token_ids}
+    used = {token for sequence in sequences for token in sequence.token_ids.tolist()}
     others = (token for token in range(embedding.num_embeddings) if token not in used)
     kept = sorted({*used, *islice(others, max(0, MAX_VOCABULARY - len(used)))})
     tied = head.weight is embedding.weight
@@ -132,18 +117,20 @@ def _cut_vocabulary(model: PreTrainedModel, rollouts: Sequence[Rollout]) -> dict
     head.weight = embedding.weight if tied else nn.Parameter(head.weight.detach()[kept])
     if head.bias is not None:
         head.bias = nn.Parameter(head.bias.detach()[kept])
-    return {token: number for number, token in enumerate(kept)}
+    numbers = np.zeros(max(kept) + 1, np.int64)
+    numbers[kept] = np.arange(len(kept))
+    return numbers
 
 
 def divergences(
     model: PreTrainedModel,
-    rollouts: Sequence[Rollout],
+    sequences: Sequence[TokenSequence],
     objectives: Mapping[str, Objective],
     *,
     temperature: float,
     max_new_tokens: int,
     seed: int = 0,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: ReportProgress = lambda done, total: None,
 ) -> list[Divergence]:
     """How far the gradients of an optimizer step are apart between layouts, objective by objective.
 
@@ -152,122 +139,103 @@ def divergences(
 
     Args:
         model: with warpo's packed attention; its gradients are cleared.
-        rollouts: two or more.
+        sequences: two or more.
         objectives: by name.
         max_new_tokens: the constant length of "sequence-mean-token-sum-norm".
 
     Returns:
         One for each objective and layout.
     """
-    samples = _samples(model, rollouts, temperature, seed)
-    device = next(model.parameters()).device
+    rollouts = _noisy_rollouts(model, sequences, temperature, seed)
     layouts = {
-        name: [_packed(micro).to(device) for micro in micros]
-        for name, micros in _micro_batches(samples).items()
+        name: [rollouts.batch(rows) for rows in micro_batches]
+        for name, micro_batches in _micro_batches(sequences).items()
     }
+    options: dict[str, Any] = dict(temperature=temperature, max_new_tokens=max_new_tokens)
     results = []
     for done, (name, objective) in enumerate(objectives.items()):
         progress(done, len(objectives))
-        options: dict[str, Any] = dict(temperature=temperature, max_new_tokens=max_new_tokens)
-        whole = _gradient(
-            model, step.accumulate_gradients, layouts["accumulation 1"], objective, **options
-        )
+        gradients = {
+            layout: _gradient(model, accumulate_gradients, batches, objective, **options)
+            for layout, batches in layouts.items()
+        }
+        gradients["alone"] = _gradient(model, _backward_alone, rollouts, objective, **options)
         for layout in LAYOUTS:
-            gradient = (
-                _gradient(model, _backward_alone, samples, objective, **options)
-                if layout == "alone"
-                else _gradient(
-                    model, step.accumulate_gradients, layouts[layout], objective, **options
-                )
-            )
-            results.append(
-                Divergence(objective=name, layout=layout, relative=_relative(gradient, whole))
-            )
+            relative = _relative(gradients[layout], gradients["accumulation 1"])
+            results.append(Divergence(objective=name, layout=layout, relative=relative))
     return results
 
 
-def _samples(
-    model: PreTrainedModel, rollouts: Sequence[Rollout], temperature: float, seed: int
-) -> list[_Sample]:
-    generator = torch.Generator().manual_seed(seed)
-    samples = []
-    for rollout in rollouts:
-        batch = pack([rollout]).to(next(model.parameters()).device)
-        current = step.score(model, batch, temperature).cpu()
+def _noisy_rollouts(
+    model: PreTrainedModel, sequences: Sequence[TokenSequence], temperature: float, seed: int
+) -> StepRollouts:
+    generator, device = torch.Generator().manual_seed(seed), device_of(model)
+    columns: dict[str, list[Tensor]] = {name: [] for name in _NOISY_COLUMNS}
+    for sequence in sequences:
+        current = score(model, pack([sequence]).to(device), temperature).cpu()
         noise = NOISE * torch.randn(3, len(current), generator=generator)
-        advantages = torch.randn((), generator=generator).expand(len(current))
         old = current + noise[0]
-        samples.append(
-            _Sample(
-                rollout=replace(rollout, advantages=advantages),
-                sampler_logprobs=old + noise[1],
-                old_logprobs=old,
-                ref_logprobs=old + noise[2],
-            )
-        )
-    return samples
+        columns["advantages"].append(torch.randn((), generator=generator).expand(len(current)))
+        columns["old_logprobs"].append(old)
+        columns["sampler_logprobs"].append(old + noise[1])
+        columns["ref_logprobs"].append(old + noise[2])
+    joined: dict[str, Any] = {name: torch.cat(parts) for name, parts in columns.items()}
+    return StepRollouts(
+        sequences=list(sequences),
+        group_ids=np.arange(len(sequences)),
+        rewards=torch.zeros(len(sequences), dtype=torch.float64),
+        **joined,
+    ).to(device)
 
 
-def _micro_batches(samples: Sequence[_Sample]) -> dict[str, list[list[_Sample]]]:
-    lengths = [sample.rollout.num_tokens for sample in samples]
+def _micro_batches(sequences: Sequence[TokenSequence]) -> dict[str, list[list[int]]]:
+    """The rows of each micro-batch of a layout."""
+    lengths, count = [sequence.num_tokens for sequence in sequences], len(sequences)
     budget = max(*lengths, -(-sum(lengths) // PACKED_MICRO_BATCHES))
-    order = iter(random.Random(0).sample(samples, len(samples)))
+    order = iter(random.Random(0).sample(range(count), count))
     return {
-        "accumulation 1": [list(samples)],
-        "accumulation n": [[sample] for sample in samples],
-        "packed": [
-            [next(order) for _ in micro]
-            for micro in split_by_tokens([s.rollout for s in samples], budget)
-        ],
+        "accumulation 1": [list(range(count))],
+        "accumulation n": [[row] for row in range(count)],
+        "packed": [[next(order) for _ in micro] for micro in split_by_tokens(sequences, budget)],
     }
-
-
-def _packed(samples: Sequence[_Sample]) -> Batch:
-    return replace(
-        pack([sample.rollout for sample in samples]),
-        sampler_logprobs=torch.cat([sample.sampler_logprobs for sample in samples]),
-        old_logprobs=torch.cat([sample.old_logprobs for sample in samples]),
-        ref_logprobs=torch.cat([sample.ref_logprobs for sample in samples]),
-    )
 
 
 def _backward_alone(
     model: PreTrainedModel,
-    samples: Sequence[_Sample],
+    rollouts: StepRollouts,
     objective: Objective,
     *,
     temperature: float,
     max_new_tokens: int,
 ) -> None:
     """The gradient by transformers' forward passes, and one loss over a padded (B, T) batch."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     logprobs, masks = [], []
     with eager_attention(model):
-        for sample in samples:
-            prompt = sample.rollout.prompt_ids
-            ids = torch.tensor([prompt + sample.rollout.completion.token_ids], device=device)
+        for sequence in rollouts.sequences:
+            ids = torch.from_numpy(sequence.token_ids)[None].to(device)
             logits = model(input_ids=ids, use_cache=False).logits
             logprobs.append(ops.logprobs(logits[0, :-1], ids[0, 1:], temperature=temperature))
-            masks.append(torch.arange(ids.shape[1] - 1, device=device) >= len(prompt) - 1)
+            first = sequence.prompt_length - 1
+            masks.append(torch.arange(ids.shape[1] - 1, device=device) >= first)
     mask = pad_sequence(masks, batch_first=True)
 
-    def padded(rows: list[Tensor]) -> Tensor:
+    def padded(column: Tensor | None) -> Tensor:
         """(B, T) of the completions' tokens, 0 elsewhere."""
-        return torch.zeros(mask.shape, device=device).masked_scatter(
-            mask, torch.cat(rows).to(device)
-        )
+        assert column is not None
+        return torch.zeros(mask.shape, device=device).masked_scatter(mask, column)
 
-    advantages = [s.rollout.advantages[0] for s in samples if s.rollout.advantages is not None]
+    assert rollouts.advantages is not None
     constant = objective.aggregation == "sequence-mean-token-sum-norm"
     ops.policy_loss(
         pad_sequence(logprobs, batch_first=True),
-        padded([sample.old_logprobs for sample in samples]),
-        torch.stack(advantages).to(device),
+        padded(rollouts.old_logprobs),
+        rollouts.advantages[rollouts.cu_seqlens[:-1].long()],
         objective,
         mask=mask,
-        ref_logprobs=padded([sample.ref_logprobs for sample in samples]),
-        sampler_logprobs=padded([sample.sampler_logprobs for sample in samples]),
-        denominator=float(len(samples) * max_new_tokens) if constant else None,
+        ref_logprobs=padded(rollouts.ref_logprobs),
+        sampler_logprobs=padded(rollouts.sampler_logprobs),
+        denominator=float(len(rollouts) * max_new_tokens) if constant else None,
     ).loss.backward()
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -26,15 +27,18 @@ from transformers import (
     PreTrainedModel,
 )
 
-from warpo.engine import step
 from warpo.engine.architectures import shape_model, shapes_only
-from warpo.engine.batch import Batch, Completion, Rollout, pack
+from warpo.engine.batch import Batch
 from warpo.engine.config import Config
 from warpo.engine.model import set_lm_head_dtype
 from warpo.engine.model_files import read_config
 from warpo.engine.resolve import resolve
 from warpo.engine.rewards.sources import parse_sources
 from warpo.engine.sampler.kinds import SAMPLERS
+from warpo.engine.score import score
+from warpo.engine.step import accumulate_gradients
+from warpo.engine.step_rollouts import StepRollouts
+from warpo.engine.types import TokenSequence
 from warpo.kernels.objectives import OBJECTIVES, Objective
 
 PHASES = ("load", "sample", "score", "update", "publish")
@@ -159,7 +163,7 @@ def _shapes(config: Config, prompt_lengths: Sequence[int]) -> list[Shape]:
     """A full micro-batch of the shortest prompts, which has the most logits, and of the longest."""
     rollout, update = config.rollout, config.update
     rollouts = -(-rollout.prompts_per_step * rollout.group_size // update.minibatches)
-    together = 2 if resolve(config).advantages == "pairs" else 1
+    together = 2 if resolve(config).estimator.makes_pairs else 1
     shapes = []
     for length in {min(prompt_lengths), max(prompt_lengths)}:
         fitting = min(rollouts, update.token_budget // (length + rollout.max_new_tokens))
@@ -173,29 +177,25 @@ def _shapes(config: Config, prompt_lengths: Sequence[int]) -> list[Shape]:
     return shapes
 
 
-def rollouts_of(shape: Shape, vocab_size: int) -> list[Rollout]:
+def rollouts_of(shape: Shape, vocab_size: int) -> StepRollouts:
     """Rollouts of that shape, of many tokens: a padding token's embedding is 0, and a sequence of
     nothing else has an infinite gradient. No two have the same prompt, which would be packed once.
     """
     length = shape.prompt_tokens + shape.completion_tokens
-    rows = [
-        [1 + (i + number) % (vocab_size - 1) for i in range(length)]
-        for number in range(shape.sequences)
-    ]
-    return [
-        Rollout(
-            prompt_ids=tokens[: shape.prompt_tokens],
-            completion=Completion(
-                token_ids=tokens[shape.prompt_tokens :],
-                logprobs=[0.0] * shape.completion_tokens,
-                finished=True,
-                weight_version=0,
-            ),
-            advantages=torch.ones(shape.completion_tokens),
-            returns=torch.ones(shape.completion_tokens),
-        )
-        for tokens in rows
-    ]
+    places = np.arange(length) + np.arange(shape.sequences)[:, None]
+    rows = 1 + places % (vocab_size - 1)
+    ones = torch.ones(shape.sequences * shape.completion_tokens)
+    return StepRollouts(
+        sequences=[
+            TokenSequence.of(row[: shape.prompt_tokens], row[shape.prompt_tokens :], number)
+            for number, row in enumerate(rows)
+        ],
+        group_ids=np.arange(shape.sequences),
+        rewards=torch.zeros(shape.sequences, dtype=torch.float64),
+        sampler_logprobs=torch.zeros_like(ones),
+        advantages=ones,
+        returns=ones,
+    )
 
 
 def _reward_parameters(config: Config, device: torch.device, fake: FakeTensorMode) -> int:
@@ -225,7 +225,8 @@ def _fake_model(
 def _fake_batch(
     shape: Shape, model: PreTrainedModel, fake: FakeTensorMode, with_ref: bool = False
 ) -> Batch:
-    batch = pack(rollouts_of(shape, model.config.get_text_config().vocab_size))
+    vocab_size = model.config.get_text_config().vocab_size
+    batch = rollouts_of(shape, vocab_size).batch(range(shape.sequences))
     if with_ref:
         batch = replace(batch, ref_logprobs=batch.old_logprobs)
     tensors: dict[str, Any] = {
@@ -291,7 +292,7 @@ def _update_bytes(
     rollouts = config.rollout.prompts_per_step * config.rollout.group_size
     several = rollouts > config.update.minibatches * shape.sequences
     return _peak_bytes(
-        lambda: step.accumulate_gradients(
+        lambda: accumulate_gradients(
             model,
             # From the second on, the gradients of those before are there.
             [batch] * (2 if several else 1),
@@ -308,4 +309,4 @@ def _score_bytes(shape: Shape, model: PreTrainedModel, fake: FakeTensorMode) -> 
     if not shape.sequences:
         return 0
     batch = _fake_batch(shape, model, fake)
-    return _peak_bytes(lambda: step.score(model, batch, 1.0), model, fake)
+    return _peak_bytes(lambda: score(model, batch, 1.0), model, fake)

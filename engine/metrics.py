@@ -11,8 +11,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Protocol
@@ -25,8 +25,7 @@ from torch.utils.tensorboard import SummaryWriter
 from warpo.engine.errors import CheckpointError
 from warpo.engine.redact import redact
 from warpo.engine.terminal import OutputConsole
-
-ReportProgress = Callable[[int, int], None]
+from warpo.engine.types import ReportProgress
 
 
 class Settings(Protocol):
@@ -68,6 +67,52 @@ COLUMNS = (
 )
 _HEAD_EVERY_ROWS = 25
 _WIDTH_WITHOUT_TERMINAL = 120
+
+
+class Log(Protocol):
+    """What the parts of a run say, time and count."""
+
+    def phase(self, name: str) -> AbstractContextManager[ReportProgress]: ...
+    def start_step(self) -> None: ...
+    def count(self, metric: str, number: int) -> None: ...
+    def say(self, text: str) -> None: ...
+    def say_once(self, topic: str, text: str) -> None: ...
+    def is_evaluated(self, step: int) -> bool: ...
+    def add(self, step: int, metrics: Mapping[str, Any]) -> None: ...
+    def write(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]: ...
+    def flush(self) -> None: ...
+
+
+class NoLog:
+    """Keeps and shows nothing."""
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[ReportProgress]:
+        yield lambda done, total: None
+
+    def start_step(self) -> None:
+        pass
+
+    def count(self, metric: str, number: int) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        pass
+
+    def say_once(self, topic: str, text: str) -> None:
+        pass
+
+    def is_evaluated(self, step: int) -> bool:
+        return False
+
+    def add(self, step: int, metrics: Mapping[str, Any]) -> None:
+        pass
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(metrics)
+
+    def flush(self) -> None:
+        pass
 
 
 class RunLog:

@@ -27,19 +27,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from warpo.engine.batch import Rollout, pack, split_by_tokens
-from warpo.engine.probe import Probe
-from warpo.engine.step import as_rollout, score
-
-Metrics = dict[str, float]
+from warpo.engine.batch import Batch, split_rows
+from warpo.engine.probe import Probed
+from warpo.engine.score import pack_scored, score
+from warpo.engine.step_rollouts import StepRollouts
+from warpo.engine.types import Metrics
 
 # A ratio past these moves a gradient by a tenth.
 RATIO_LOW, RATIO_HIGH = 0.9, 1.1
 
 
-def kernels(probe: Probe) -> Metrics:
+def kernels(probed: Probed) -> Metrics:
     """mismatch/kernels_{mean,max,outside} of the logprobs that the probe computed."""
-    difference = probe.learner - probe.sampler
+    difference = probed.learner - probed.sampler
     ratio = difference.exp()
     outside = (ratio < RATIO_LOW) | (ratio > RATIO_HIGH)
     return _mean_and_max("kernels", difference) | {
@@ -47,25 +47,11 @@ def kernels(probe: Probe) -> Metrics:
     }
 
 
-def composition(model: nn.Module, sequences: Sequence[Sequence[int]], probe: Probe) -> Metrics:
+def composition(model: nn.Module, sequences: Sequence[Sequence[int]], probed: Probed) -> Metrics:
     """mismatch/composition_max, of the probe's first sequence: a forward pass of it alone."""
-    batch = pack([as_rollout(sequences[0], 1)]).to(next(model.parameters()).device)
-    alone = score(model, batch, 1.0).cpu()
-    packed = probe.learner[: len(alone)]
+    alone = score(model, pack_scored(model, sequences[:1]), 1.0).cpu()
+    packed = probed.learner[: len(alone)]
     return {"mismatch/composition_max": (packed - alone).abs().max().item()}
-
-
-def spread(rollouts: Sequence[Rollout], number: int) -> list[Rollout]:
-    """`number` of the rollouts, at equal distances."""
-    number = min(number, len(rollouts))
-    return [rollouts[i * len(rollouts) // number] for i in range(number)]
-
-
-def one_of_each_group(rollouts: Sequence[Rollout], group_size: int) -> list[Rollout]:
-    """A rollout of every group, of each the next one in place; and the longest of all."""
-    groups = range(0, len(rollouts), group_size)
-    chosen = [rollouts[start + i % group_size] for i, start in enumerate(groups)]
-    return [*chosen, max(rollouts, key=lambda rollout: rollout.num_tokens)]
 
 
 class Drift:
@@ -78,19 +64,20 @@ class Drift:
         sampling_difference: max |recorded by the sampler - learner(w0)|; inf with no rollouts.
     """
 
-    def __init__(self, model: nn.Module, rollouts: Sequence[Rollout], temperature: float) -> None:
+    def __init__(self, model: nn.Module, rollouts: StepRollouts, temperature: float) -> None:
         self._model, self._temperature = model, temperature
-        self._batch = pack(rollouts).to(next(model.parameters()).device) if rollouts else None
+        self._rollouts = rollouts
+        self._batch = rollouts.batch(rollouts.probed) if rollouts.probed else None
         self._first = self._last = self._score()
         self.sampling_difference = float("inf")
         if self._batch is not None:
-            self.sampling_difference = _largest(self._batch.sampler_logprobs - self._first)
+            self.sampling_difference = _largest(_sampled(self._batch) - self._first)
 
-    def widen(self, rollouts: Sequence[Rollout], token_budget: int) -> None:
+    def widen(self, rows: Sequence[int], token_budget: int) -> None:
         """Let further rollouts count in `sampling_difference`, in micro-batches."""
-        for micro in split_by_tokens(rollouts, token_budget):
-            batch = pack(micro).to(next(self._model.parameters()).device)
-            found = batch.sampler_logprobs - score(self._model, batch, self._temperature)
+        for micro in split_rows(self._rollouts.sequences, rows, token_budget):
+            batch = self._rollouts.batch(micro)
+            found = _sampled(batch) - score(self._model, batch, self._temperature)
             self.sampling_difference = max(self.sampling_difference, _largest(found))
 
     def _score(self) -> Tensor:
@@ -110,12 +97,17 @@ class Drift:
         """
         if self._batch is None:
             return {}
-        truncation = (self._batch.sampler_logprobs - self._first).mean().item()
+        truncation = (_sampled(self._batch) - self._first).mean().item()
         return {
             "mismatch/sampling_max": self.sampling_difference,
             "mismatch/truncation_mean": truncation if truncated else 0.0,
             **_mean_and_max("staleness", self._last - self._first),
         }
+
+
+def _sampled(batch: Batch) -> Tensor:
+    assert batch.sampler_logprobs is not None
+    return batch.sampler_logprobs
 
 
 def _largest(difference: Tensor) -> float:

@@ -131,7 +131,7 @@ def token_logprobs_and_values(
     states before those tokens.
     """
     output = forward(model, batch, output_hidden_states=True)
-    hidden = hidden_at(model, output.hidden_states[-1], batch, batch.predictors)
+    hidden = hidden_at(model, output.hidden_states[-1], batch, batch.logit_positions)
     logprobs = ops.logprobs_and_entropy(output.logits[0], batch.targets, temperature=temperature)
     return logprobs, value_head(hidden.float()).squeeze(-1)
 
@@ -139,8 +139,8 @@ def token_logprobs_and_values(
 def forward(model: nn.Module, batch: Batch, **options: Any) -> Any:
     """The model's output, with logits (1, M, V) of the tokens that predict completion tokens."""
     if is_packed(model):
-        return model(**inputs_of(model, batch), logits_to_keep=batch.predictors, **options)
-    index = batch.places[batch.predictors]
+        return model(**inputs_of(model, batch), logits_to_keep=batch.logit_positions, **options)
+    index = batch.scatter_index[batch.logit_positions]
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
     handle = head.register_forward_pre_hook(lambda _, args: (args[0].flatten(0, 1)[index][None],))
     try:
@@ -160,18 +160,20 @@ def inputs_of(model: nn.Module, batch: Batch) -> dict[str, Any]:
     Rows of their own are padded on the right, where no token of a causal model sees it.
     """
     if not is_packed(model):
-        return {"input_ids": batch.input_ids[0][batch.slots], "use_cache": False}
+        return {"input_ids": batch.input_ids[0][batch.gather_index], "use_cache": False}
     return {
         "input_ids": batch.input_ids,
         "position_ids": batch.position_ids,
         # Without one, transformers looks for the sequences of a row by itself, by their positions.
         "attention_mask": torch.ones_like(batch.input_ids),
-        "slots": batch.slots,
-        "places": batch.places,
+        "gather_index": batch.gather_index,
+        "scatter_index": batch.scatter_index,
         "use_cache": False,
     }
 
 
 def hidden_at(model: nn.Module, hidden: Tensor, batch: Batch, index: Tensor) -> Tensor:
     """(K, H): hidden states of the model at K of the N tokens of a micro-batch."""
-    return hidden[0, index] if is_packed(model) else hidden.flatten(0, 1)[batch.places[index]]
+    return (
+        hidden[0, index] if is_packed(model) else hidden.flatten(0, 1)[batch.scatter_index[index]]
+    )

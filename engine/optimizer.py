@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from warpo.engine.errors import TrainingError
+from warpo.engine.ranks import ONE_RANK, Ranks
 from warpo.kernels import ops
 
 # Gradients on their way to the host while it computes.
@@ -28,6 +30,7 @@ class WeightUpdate(NamedTuple):
         changed: () int64: weights whose bits the step changed.
         total: weights.
         master_update, published_update: () float32: sum of |new - old| before and after rounding.
+        grad_norm: () float32: L2 norm of the gradient before clipping.
     """
 
     fingerprints: dict[str, Tensor]
@@ -35,6 +38,7 @@ class WeightUpdate(NamedTuple):
     total: int
     master_update: Tensor
     published_update: Tensor
+    grad_norm: Tensor
 
 
 class AdamW(torch.optim.Optimizer):
@@ -53,6 +57,8 @@ class AdamW(torch.optim.Optimizer):
             float32 | bfloat16, on one device, dense or rows of any stride.
         lr, betas, eps, weight_decay: as in torch.optim.AdamW.
         state: where moments and master weights lie, and the step is computed.
+        ranks: whose gradients are one.
+        setting: what to lower where the gradient is not finite.
 
     Raises:
         ValueError: a parameter or a number is not as above.
@@ -67,6 +73,8 @@ class AdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         state: Literal["device", "host"] = "device",
+        ranks: Ranks = ONE_RANK,
+        setting: str = "update.lr",
     ) -> None:
         named = list(named_parameters)
         _check_numbers(lr=lr, eps=eps, weight_decay=weight_decay)
@@ -82,6 +90,7 @@ class AdamW(torch.optim.Optimizer):
         self._staged = state == "host" and self._device.type != "cpu"
         self._host_weights: dict[Tensor, Tensor] = {}
         self._landing: list[Tensor] = []
+        self._ranks, self._setting = ranks, setting
 
     def reset(self) -> None:
         """Forget moments and master weights; to be called when other weights were loaded."""
@@ -89,13 +98,29 @@ class AdamW(torch.optim.Optimizer):
         self._host_weights.clear()
 
     @torch.no_grad()
-    def step(self, grad_scale: Tensor | None = None) -> WeightUpdate:  # type: ignore[override]
-        """One step from the gradients that the parameters hold.
+    def step(self, max_grad_norm: float = math.inf) -> WeightUpdate:  # type: ignore[override]
+        """One step from the gradients that the parameters hold, which it clears.
 
         Args:
-            grad_scale: () float32 on the device: what the gradients are multiplied with, such as
-                a `clip_coefficient`.
+            max_grad_norm: the gradient is scaled down to this L2 norm.
+
+        Raises:
+            TrainingError: the norm is not finite. Nothing is stepped.
         """
+        parameters = [parameter for _, parameter, _ in self._parameters()]
+        self._ranks.sum_gradients(parameters)
+        grad_norm = self._ranks.norm(gradient_norm(parameters))
+        if not torch.isfinite(grad_norm):
+            self.zero_grad(set_to_none=True)
+            raise TrainingError(
+                f"the gradient norm is {grad_norm.item()}: the step was not taken. Lower "
+                f"{self._setting}, or check the rewards and the model for NaN"
+            )
+        update = self._step(grad_norm, clip_coefficient(grad_norm, max_grad_norm))
+        self.zero_grad(set_to_none=True)
+        return update
+
+    def _step(self, grad_norm: Tensor, grad_scale: Tensor) -> WeightUpdate:
         fingerprints: dict[str, Tensor] = {}
         named, groups, total = [], [], 0
         for name, parameter, group in self._parameters():
@@ -123,6 +148,7 @@ class AdamW(torch.optim.Optimizer):
             total,
             _sum([result.master_update for result in results], torch.float32),
             _sum([result.published_update for result in results], torch.float32),
+            grad_norm,
         )
 
     def _parameters(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
@@ -136,7 +162,7 @@ class AdamW(torch.optim.Optimizer):
         group: dict[str, Any],
         grad: Tensor,
         weights: Tensor,
-        grad_scale: Tensor | None,
+        grad_scale: Tensor,
     ) -> ops.AdamwPublish:
         """Step `weights`, which are the parameter or its copy on the host."""
         state = self.state[parameter]
@@ -153,7 +179,7 @@ class AdamW(torch.optim.Optimizer):
             grad, state.get("master"), state["exp_avg"], state["exp_avg_sq"], weights,
             lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1], eps=group["eps"],
             weight_decay=group["weight_decay"], step=state["step"] + 1,
-            grad_scale=1.0 if grad_scale is None else grad_scale,
+            grad_scale=grad_scale,
             backend="cpu" if self._staged else None,
         )  # fmt: skip
         state["step"] += 1
@@ -163,7 +189,7 @@ class AdamW(torch.optim.Optimizer):
         self,
         parameters: Sequence[Tensor],
         groups: Sequence[dict[str, Any]],
-        grad_scale: Tensor | None,
+        grad_scale: Tensor,
     ) -> list[ops.AdamwPublish]:
         """Gradients down, a step on the CPU, weights up: a parameter at a time, overlapped.
 
@@ -171,7 +197,7 @@ class AdamW(torch.optim.Optimizer):
         weights read memory that the next call of this function writes after the gradients of new
         weights have arrived. So no other wait is needed.
         """
-        scale = None if grad_scale is None else grad_scale.cpu()
+        scale = grad_scale.cpu()
         streams = torch.get_device_module(self._device)
         current = streams.current_stream(self._device)
         down, up = self._streams
@@ -270,65 +296,6 @@ class AdamW(torch.optim.Optimizer):
             state[key] = torch.empty(parameter.shape, dtype=torch.float32, device=device)
             state[key].copy_(saved[key])
         return state
-
-
-class WarmupSchedule(torch.optim.lr_scheduler.LambdaLR):
-    """The learning rate rises linearly over so many optimizer steps. Then it stays, or falls
-    linearly, to be 0 after `zero_after` steps where that is not 0.
-    """
-
-    def __init__(
-        self, optimizer: torch.optim.Optimizer, warmup_steps: int, zero_after: int = 0
-    ) -> None:
-        def factor(step: int) -> float:
-            rising = min(1.0, (step + 1) / (warmup_steps + 1))
-            if not zero_after:
-                return rising
-            return max(0.0, min(rising, (zero_after - step) / (zero_after - warmup_steps)))
-
-        super().__init__(optimizer, factor)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on at the step where `state_dict` was taken, with the learning rate of this run."""
-        own = self.base_lrs
-        super().load_state_dict(state_dict)
-        self.base_lrs = own
-        self._last_lr = self.get_lr()
-        for group, lr in zip(self.optimizer.param_groups, self._last_lr, strict=True):
-            group["lr"] = lr
-
-
-class UpdateSettings(Protocol):
-    """The section `update` of a config, as far as an optimizer reads it."""
-
-    @property
-    def lr(self) -> float: ...
-    @property
-    def betas(self) -> tuple[float, float]: ...
-    @property
-    def weight_decay(self) -> float: ...
-    @property
-    def optimizer_state(self) -> Literal["device", "host"]: ...
-    @property
-    def warmup_steps(self) -> int: ...
-
-
-def make_optimizer(
-    named_parameters: Iterable[tuple[str, nn.Parameter]],
-    update: UpdateSettings,
-    *,
-    lr: float | None = None,
-    zero_after: int = 0,
-) -> tuple[AdamW, WarmupSchedule]:
-    """AdamW and its schedule from a config's `update`; `lr` in place of its own."""
-    optimizer = AdamW(
-        named_parameters,
-        lr=update.lr if lr is None else lr,
-        betas=update.betas,
-        weight_decay=update.weight_decay,
-        state=update.optimizer_state,
-    )
-    return optimizer, WarmupSchedule(optimizer, update.warmup_steps, zero_after)
 
 
 def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:

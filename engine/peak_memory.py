@@ -13,8 +13,6 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from warpo.engine import step
-from warpo.engine.batch import pack
 from warpo.engine.cgroups import free_in_cgroups
 from warpo.engine.config import Config
 from warpo.engine.environment import return_freed_memory
@@ -25,6 +23,7 @@ from warpo.engine.optimizer import AdamW
 from warpo.engine.resync import Resync
 from warpo.engine.sampler.base import SamplerSettings, SamplingOptions
 from warpo.engine.sampler.kinds import SAMPLERS
+from warpo.engine.step import accumulate_gradients
 from warpo.kernels.objectives import OBJECTIVES
 
 
@@ -109,7 +108,8 @@ def rehearse(config: Config, device: torch.device) -> object:
             kv_cache_gib=1 / 64, device=device,
         )  # fmt: skip
         sampler = SAMPLERS[config.sampler].open(settings)
-    batch = pack(rollouts_of(Shape(sequences=4, prompt_tokens=8, completion_tokens=8), 64))
+    shape = Shape(sequences=4, prompt_tokens=8, completion_tokens=8)
+    batch = rollouts_of(shape, 64).batch(range(4))
     resync = Resync(sampler.load_weights, sampler.module, model, config.resync)
     optimizer = AdamW(model.named_parameters(), lr=1e-3)
     for _ in range(2):
@@ -117,8 +117,8 @@ def rehearse(config: Config, device: torch.device) -> object:
         sampler.generate([[2, 3, 4]] * 4, options)
         sampler.score([[2, 3, 4]])
         objective = OBJECTIVES["grpo"].replace(kl_coef=0.0)
-        step.accumulate_gradients(model, [batch], objective, temperature=1.0, max_new_tokens=8)
-        step.apply_gradients(optimizer, max_grad_norm=1.0)
+        accumulate_gradients(model, [batch], objective, temperature=1.0, max_new_tokens=8)
+        optimizer.step(max_grad_norm=1.0)
         resync.publish()
         sampler.weights_changed(1)
         resync.verify()

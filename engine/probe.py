@@ -8,17 +8,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from warpo.engine.batch import pack
 from warpo.engine.errors import TrainingError, WeightMismatch
 from warpo.engine.sampler.base import Sampler
-from warpo.engine.step import as_rollout, score
+from warpo.engine.score import pack_scored, score
 
 # Rounding scatters around 0, other weights move every token: the mean may be this share of the
 # largest difference.
 MEAN_SHARE = 0.1
 
 
-class Probe(NamedTuple):
+class Probed(NamedTuple):
     """What learner and sampler say of the same tokens: logprobs (M,) float32 at temperature 1, on
     the host, of every token of the sequences but their first.
     """
@@ -39,7 +38,7 @@ def probe_weights(
     sequences: Sequence[Sequence[int]],
     tolerance: float,
     decode: Callable[[list[int]], Any] | None = None,
-) -> Probe:
+) -> Probed:
     """Let both score the same sequences.
 
     Args:
@@ -56,16 +55,14 @@ def probe_weights(
         WeightMismatch: a difference is above the tolerance, or the sampler's logprobs are not
             finite.
     """
-    device = next(model.parameters()).device
-    batch = pack([as_rollout(ids, 1) for ids in sequences]).to(device)
-    learner = score(model, batch, 1.0).cpu()
+    learner = score(model, pack_scored(model, sequences), 1.0).cpu()
     _check_finite(model, learner)
     sampled = torch.tensor([logp for row in sampler.score(sequences) for logp in row])
-    probe = Probe(learner, sampled)
+    probed = Probed(learner, sampled)
     errors = relative(learner - sampled, learner).nan_to_num(torch.inf)
     if not (errors.max() <= tolerance and errors.mean() <= MEAN_SHARE * tolerance):
-        raise WeightMismatch(_describe(probe, errors, sequences, tolerance, sampler, decode))
-    return probe
+        raise WeightMismatch(_describe(probed, errors, sequences, tolerance, sampler, decode))
+    return probed
 
 
 def first_not_finite(model: nn.Module) -> str | None:
@@ -92,7 +89,7 @@ def _check_finite(model: nn.Module, logprobs: Tensor) -> None:
 
 
 def _describe(
-    probe: Probe,
+    probed: Probed,
     errors: Tensor,
     sequences: Sequence[Sequence[int]],
     tolerance: float,
@@ -110,7 +107,7 @@ def _describe(
         f"than probe.tolerance = {tolerance:g}, relative to logprobs beyond 1, and their mean is "
         f"{errors.mean():.2g}, where {MEAN_SHARE * tolerance:.2g} is allowed. The worst is token "
         f"{token}{text} at position {position} of probed sequence {number}: logprob "
-        f"{probe.learner[worst]:.4f} by the learner, {probe.sampler[worst]:.4f} by the sampler. "
+        f"{probed.learner[worst]:.4f} by the learner, {probed.sampler[worst]:.4f} by the sampler. "
         "Either publishing failed, or the sampler computes another function: sampler: transformers "
         "shows which. Where it is only rounding (few tokens, a narrow dtype), set probe.tolerance "
         f"above {max(errors.max().item(), errors.mean().item() / MEAN_SHARE):.2g}, or lm_head_dtype"

@@ -113,18 +113,19 @@ def has_effect(row: Algorithm) -> dict[str, bool]:
     ratio = isinstance(row.objective, Objective) and row.objective.surrogate not in (
         "none", "reinforce", "soft_gate",
     )  # fmt: skip
+    estimator = row.estimator
     return {
         "loss.clip_range": ratio,
-        "loss.kl_target": row.advantages != "pairs",
-        "loss.kl_estimator": row.advantages != "pairs",
-        "loss.entropy_coef": row.advantages != "pairs",
-        "loss.correction": row.advantages != "pairs",
-        "loss.correction_range": row.advantages != "pairs",
+        "loss.kl_target": not estimator.makes_pairs,
+        "loss.kl_estimator": not estimator.makes_pairs,
+        "loss.entropy_coef": not estimator.makes_pairs,
+        "loss.correction": not estimator.makes_pairs,
+        "loss.correction_range": not estimator.makes_pairs,
         "loss.gamma": row.has_critic,
         "loss.gae_lambda": row.has_critic,
-        "loss.advantage_std": row.advantages in ("group", "process"),
+        "loss.advantage_std": estimator.reads_std,
         "loss.reference_every_steps": not row.previous_reference,
-        "rollout.max_draws": row.is_relative and row.advantages not in ("process", "pairs"),
+        "rollout.max_draws": estimator.may_redraw,
     }
 
 
@@ -166,7 +167,7 @@ def _shown(value: Any) -> str:
 
 def _check_combinations(config: Config, row: Algorithm) -> None:
     group, critic = config.rollout.group_size, config.critic
-    if row.is_relative and group < 2:
+    if row.estimator.needs_group and group < 2:
         std = ", and the standard deviation of one is 0" if row.advantage_std != "none" else ""
         raise ConfigError(
             f"rollout.group_size = {group} is too small for algorithm = {row.name!r}: its "
@@ -174,13 +175,13 @@ def _check_combinations(config: Config, row: Algorithm) -> None:
             f"(loss.advantage_std = {row.advantage_std!r}). Set rollout.group_size to 2 or more"
         )
     pair = 2 * config.rollout.max_model_len
-    if row.advantages == "pairs" and config.update.token_budget < pair:
+    if row.estimator.makes_pairs and config.update.token_budget < pair:
         raise ConfigError(
             f"update.token_budget = {config.update.token_budget} cannot hold a pair of algorithm = "
             f"{row.name!r}: raise it to {pair}, twice rollout.max_model_len"
         )
     sources = parse_sources(config.reward.sources)
-    if row.advantages == "process" and not any(source.may_give_steps for source in sources):
+    if row.estimator.needs_steps and not any(source.may_give_steps for source in sources):
         raise ConfigError(
             f"algorithm = {row.name!r} learns from rewards of steps, and reward.sources = "
             f"{', '.join(config.reward.sources)} gives none: add process_model:DIR, or a function "

@@ -13,7 +13,7 @@ from typing import IO, Any, Protocol
 from warpo.engine import checkpoint
 from warpo.engine.checkpoint import Saved
 from warpo.engine.errors import ConfigError
-from warpo.engine.metrics import RunLog, Settings, plain
+from warpo.engine.metrics import Log, Settings, plain
 
 # What the states of a checkpoint depend on. The number of steps is free, as is what loss, update
 # and rewards read: the rows of metrics.jsonl after the step are then of the new settings.
@@ -54,7 +54,7 @@ def claim(config: RunSettings) -> Iterator[Saved | None]:
         yield saved
 
 
-def tell(config: RunSettings, saved: Saved | None, log: RunLog) -> None:
+def tell(config: RunSettings, saved: Saved | None, log: Log) -> None:
     """Say how the run begins, and each setting that is not that of the checkpoint."""
     if saved is None:
         if config.resume:

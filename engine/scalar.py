@@ -63,8 +63,8 @@ def token_scores(model: PreTrainedModel, batch: Batch, index: Tensor) -> Tensor:
     """Scores (K,) float32 at K of the tokens of a packed micro-batch.
 
     Args:
-        index: (K,) int64, places among the N tokens of the row; `batch.predictors` gives the value
-            of the state before each completion token.
+        index: (K,) int64, places among the N tokens of the row; `batch.logit_positions` gives the
+            value of the state before each trained token.
     """
     output = model.base_model(**inputs_of(model, batch))
     hidden = hidden_at(model, output.last_hidden_state, batch, index)

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import torch
 
 from warpo.engine.optimizer import update_metrics
+from warpo.engine.ranks import ONE_RANK, Ranks
 from warpo.engine.step import StepResult
+from warpo.engine.types import Metrics
 from warpo.kernels import ops
 
-Metrics = dict[str, float]
 
-
-def step_metrics(results: Sequence[StepResult]) -> Metrics:
+def step_metrics(results: Sequence[StepResult], ranks: Ranks = ONE_RANK) -> Metrics:
     """Losses, gradient norm and shares as means over the optimizer steps of a step; kl/ref_last is
     of the last one.
     """
@@ -33,11 +33,11 @@ def step_metrics(results: Sequence[StepResult]) -> Metrics:
     pretraining = [result.pretraining for result in results if result.pretraining is not None]
     if pretraining:
         metrics["loss/pretraining"] = torch.stack(pretraining).mean().item()
-    norms = [result.grad_norm for result in results if result.grad_norm is not None]
-    if norms:
-        metrics["grad_norm"] = torch.stack(norms).mean().item()
     updates = [result.update for result in results if result.update is not None]
-    return metrics | (update_metrics(updates) if updates else {})
+    if not updates:
+        return metrics
+    metrics["grad_norm"] = torch.stack([update.grad_norm for update in updates]).mean().item()
+    return metrics | update_metrics(ranks.gather(updates))
 
 
 def _policy(metrics: Metrics, updates: int) -> Metrics:

@@ -67,30 +67,28 @@ def discard_output() -> None:
     os.close(nowhere)
 
 
-def guarded(command: Callable[[], int], output_dir: Callable[[], str | None]) -> int:
-    """The exit status of `command`, and its failure as one line of standard error.
+def exit_status(error: BaseException, output_dir: Callable[[], str | None]) -> int:
+    """The exit status of a command that failed, after a line about it on standard error.
 
     A WarpoError is its message. Anything else is said with its place, and its traceback goes to
     output_dir/traceback.txt, or to a temporary file where there is no output_dir yet.
 
     Returns:
-        What `command` returns; 1 after a failure, 130 after an interrupt.
+        1 after a failure, 130 after an interrupt, 0 where nobody reads the output any more.
     """
-    try:
-        status = command()
-        sys.stdout.flush()
-        return status
-    except WarpoError as error:
+    if isinstance(error, WarpoError):
         print(f"warpo: {error}", file=sys.stderr)
-    except KeyboardInterrupt:
+        return 1
+    if isinstance(error, KeyboardInterrupt):
         print("warpo: interrupted", file=sys.stderr)
         return 130
-    except Exception as error:
-        if isinstance(error, BrokenPipeError) and _reader_has_gone():
-            discard_output()
-            return 0
-        kept = _keep_traceback(error, output_dir)
-        print(f"warpo: {redact(describe(error))}; traceback in {kept}", file=sys.stderr)
+    if not isinstance(error, Exception):
+        raise error
+    if isinstance(error, BrokenPipeError) and _reader_has_gone():
+        discard_output()
+        return 0
+    kept = _keep_traceback(error, output_dir)
+    print(f"warpo: {redact(describe(error))}; traceback in {kept}", file=sys.stderr)
     return 1
 
 

@@ -38,6 +38,7 @@ class Example:
 
     Attributes:
         prompt_ids: what all completions continue.
+        prompt_id: the same for rows of one prompt, and for no others.
         completions: one; chosen and rejected; best to worst; of kto that of the row, and one that
             belongs to another prompt.
         values: the margin of a pair, 1 or 0 for a verdict, a label for each step; else empty.
@@ -46,6 +47,7 @@ class Example:
     """
 
     prompt_ids: list[int]
+    prompt_id: int
     completions: list[list[int]]
     values: list[float]
     ends: list[int]
@@ -105,6 +107,7 @@ class Examples(Sequence[Example]):
         unrelated = [] if self._unrelated is None else [int(self._unrelated[index])]
         return Example(
             prompt_ids=self._prompts[index],
+            prompt_id=int(self.keys[index, 0]),
             completions=[self._completions[i] for i in [*own, *unrelated]],
             values=self._values[index],
             ends=self._ends[index],

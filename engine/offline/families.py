@@ -15,7 +15,8 @@ from warpo.engine.batch import Batch, pack, split_by_tokens
 from warpo.engine.offline import losses
 from warpo.engine.offline.config import LOSS_KEYS, OfflineConfig, given, resolve_preference
 from warpo.engine.offline.data import Example
-from warpo.engine.step import as_rollout
+from warpo.engine.ranks import Ranks
+from warpo.engine.types import TokenSequence
 from warpo.kernels import ops
 from warpo.kernels.preferences import PREFERENCES
 
@@ -48,7 +49,7 @@ class MicroBatch:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Family:
+class OfflineLoss:
     """What the loop needs to know of a row.
 
     Attributes:
@@ -59,62 +60,68 @@ class Family:
         normalise: whether the mean of these numbers is free, and made 0 at the end.
     """
 
-    gradients: Callable[[PreTrainedModel, Sequence[MicroBatch]], Tensor]
+    gradients: Callable[[PreTrainedModel, Sequence[MicroBatch], Ranks], Tensor]
     read: Callable[[Tensor], dict[str, float]]
     reference: bool = False
     scalar: bool = False
     normalise: bool = False
 
 
-def make_family(config: OfflineConfig) -> Family:
+def make_loss(config: OfflineConfig) -> OfflineLoss:
     """The family of `config.algorithm`, with the numbers of `config.loss`."""
     name, options = config.algorithm, given(config.loss, LOSS_KEYS[config.algorithm])
     if name in PREFERENCES:
         preference = resolve_preference(config)
-        return Family(
-            gradients=lambda model, micro: losses.preference_gradients(
-                model, [m.batch for m in micro], preference
+        return OfflineLoss(
+            gradients=lambda model, micro, ranks: losses.preference_gradients(
+                model, [m.batch for m in micro], preference, ranks=ranks
             ),
             read=lambda vector: _short(ops.preference_metrics(vector), "preference"),
             reference=preference.reference,
         )
     if name == "kto":
-        return Family(
-            gradients=lambda model, micro: losses.kto_gradients(
+        return OfflineLoss(
+            gradients=lambda model, micro, ranks: losses.kto_gradients(
                 model, [m.batch for m in micro], [m.unrelated for m in micro if m.unrelated],
-                [m.values.bool() for m in micro], **options,
+                [m.values.bool() for m in micro], ranks=ranks, **options,
             ),
             read=lambda vector: _short(ops.kto_metrics(vector), "kto"),
             reference=True,
         )  # fmt: skip
     if name == "bradley_terry":
-        return Family(
-            gradients=lambda model, micro: losses.pair_gradients(
-                model, [m.batch for m in micro], [m.values for m in micro], **options
+        return OfflineLoss(
+            gradients=lambda model, micro, ranks: losses.pair_gradients(
+                model, [m.batch for m in micro], [m.values for m in micro], ranks=ranks, **options
             ),
             read=lambda vector: _short(ops.reward_model_metrics(vector), "reward_model"),
             scalar=True,
             normalise=True,
         )
     if name == "k_wise":
-        return Family(
-            gradients=lambda model, micro: losses.ranking_gradients(
-                model, [m.batch for m in micro], [m.groups for m in micro], **options
+        return OfflineLoss(
+            gradients=lambda model, micro, ranks: losses.ranking_gradients(
+                model, [m.batch for m in micro], [m.groups for m in micro], ranks=ranks, **options
             ),
             read=lambda vector: _short(ops.reward_model_metrics(vector), "reward_model"),
             scalar=True,
             normalise=True,
         )
     if name == "process_reward":
-        return Family(
-            gradients=lambda model, micro: losses.step_gradients(
-                model, [m.batch for m in micro], [m.ends for m in micro], [m.values for m in micro]
+        return OfflineLoss(
+            gradients=lambda model, micro, ranks: losses.step_gradients(
+                model,
+                [m.batch for m in micro],
+                [m.ends for m in micro],
+                [m.values for m in micro],
+                ranks=ranks,
             ),
             read=_read_steps,
             scalar=True,
         )
-    return Family(
-        gradients=lambda model, micro: losses.supervised_gradients(model, [m.batch for m in micro]),
+    return OfflineLoss(
+        gradients=lambda model, micro, ranks: losses.supervised_gradients(
+            model, [m.batch for m in micro], ranks=ranks
+        ),
         read=lambda vector: {"loss": vector.item()},
     )
 
@@ -137,7 +144,7 @@ def _pack(examples: Sequence[Example], algorithm: str) -> MicroBatch:
         places = [(example, 0) for example in examples]
     batch = pack_sequences(places)
     ends = [
-        int(batch.slots[row, len(example.prompt_ids) + end])
+        int(batch.gather_index[row, len(example.prompt_ids) + end])
         for row, (example, _) in enumerate(places)
         for end in example.ends
     ]
@@ -160,7 +167,7 @@ def pack_sequences(places: Sequence[tuple[Example, int]]) -> Batch:
     """One packed batch of completions, each given by its example and its number there."""
     batch = pack(
         [
-            as_rollout([*example.prompt_ids, *example.completions[i]], len(example.prompt_ids))
+            TokenSequence.of(example.prompt_ids, example.completions[i], example.prompt_id)
             for example, i in places
         ]
     )

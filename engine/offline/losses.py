@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 
 from warpo.engine.batch import Batch
 from warpo.engine.model import token_logprobs
+from warpo.engine.ranks import ONE_RANK, Ranks
 from warpo.engine.scalar import token_scores
-from warpo.engine.step import score
+from warpo.engine.score import score
 from warpo.kernels import ops
 from warpo.kernels.preferences import Preference
 
@@ -25,7 +26,7 @@ STEP_METRICS = ("loss", "steps", "correct", "right", "right_score", "wrong", "wr
 
 
 def supervised_gradients(
-    model: nn.Module, batches: Sequence[Batch], *, coef: float = 1.0
+    model: nn.Module, batches: Sequence[Batch], *, coef: float = 1.0, ranks: Ranks = ONE_RANK
 ) -> Tensor:
     """loss = coef / M * sum over the M completion tokens of all batches of -logp.
 
@@ -35,17 +36,21 @@ def supervised_gradients(
     Returns:
         The loss, () float32 on the device.
     """
-    total = sum(batch.targets.numel() for batch in batches)
-    return torch.stack(
-        [
-            _backward(-coef / total * token_logprobs(model, batch, 1.0).logprobs.sum())
-            for batch in batches
-        ]
-    ).sum()
+    total = ranks.sum(sum(batch.num_trained for batch in batches))
+    losses = [
+        _backward(-coef / total * token_logprobs(model, batch, 1.0).logprobs.sum())
+        for batch in batches
+    ]
+    return torch.stack(ranks.gather(losses)).sum()
 
 
 def preference_gradients(
-    model: nn.Module, batches: Sequence[Batch], preference: Preference, temperature: float = 1.0
+    model: nn.Module,
+    batches: Sequence[Batch],
+    preference: Preference,
+    temperature: float = 1.0,
+    *,
+    ranks: Ranks = ONE_RANK,
 ) -> Tensor:
     """Loss of pairs, `ops.preference_loss`, as a mean over the pairs of all batches.
 
@@ -57,11 +62,11 @@ def preference_gradients(
     Returns:
         The vector of `ops.preference_loss`, summed over the batches.
     """
-    pairs = sum(batch.num_sequences // 2 for batch in batches)
+    pairs = ranks.sum(sum(batch.num_sequences // 2 for batch in batches))
     metrics = []
     for batch in batches:
         logprobs = token_logprobs(model, batch, temperature).logprobs
-        half, starts = batch.num_sequences // 2, batch.completion_cu_seqlens
+        half, starts = batch.num_sequences // 2, batch.cu_seqlens
         result = ops.preference_loss(
             logprobs, logprobs, batch.ref_logprobs, batch.ref_logprobs, loss=preference,
             chosen_cu_seqlens=starts[: half + 1], rejected_cu_seqlens=starts[half:],
@@ -69,7 +74,7 @@ def preference_gradients(
         )  # fmt: skip
         _backward(result.loss)
         metrics.append(result.metrics)
-    return torch.stack(metrics).sum(0)
+    return torch.stack(ranks.gather(metrics)).sum(0)
 
 
 def kto_gradients(
@@ -81,6 +86,7 @@ def kto_gradients(
     beta: float = 0.1,
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
+    ranks: Ranks = ONE_RANK,
 ) -> Tensor:
     """KTO, `ops.kto_loss`, as a mean over the examples of all batches.
 
@@ -93,19 +99,19 @@ def kto_gradients(
     Returns:
         The vector of `ops.kto_loss`, summed over the batches.
     """
-    examples = sum(batch.num_sequences for batch in batches)
+    examples = ranks.sum(sum(batch.num_sequences for batch in batches))
     ratios = [(score(model, batch, 1.0) - _reference(batch)).sum() for batch in unrelated]
-    kl = (torch.stack(ratios).sum() / examples).clamp(min=0)
+    kl = (ranks.sum(torch.stack(ratios).sum()) / examples).clamp(min=0)
     metrics = []
     for batch, labels in zip(batches, desirable, strict=True):
         result = ops.kto_loss(
             token_logprobs(model, batch, 1.0).logprobs, _reference(batch), labels, kl=kl,
             beta=beta, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight,
-            cu_seqlens=batch.completion_cu_seqlens, denominator=examples,
+            cu_seqlens=batch.cu_seqlens, denominator=examples,
         )  # fmt: skip
         _backward(result.loss)
         metrics.append(result.metrics)
-    return torch.stack(metrics).sum(0)
+    return torch.stack(ranks.gather(metrics)).sum(0)
 
 
 def pair_gradients(
@@ -114,6 +120,7 @@ def pair_gradients(
     margins: Sequence[Tensor],
     *,
     centering_coef: float = 0.0,
+    ranks: Ranks = ONE_RANK,
 ) -> Tensor:
     """Bradley-Terry, `ops.reward_model_loss`, as a mean over the pairs of all batches.
 
@@ -124,7 +131,7 @@ def pair_gradients(
     Returns:
         The vector of `ops.reward_model_loss` of all batches.
     """
-    pairs = sum(batch.num_sequences // 2 for batch in batches)
+    pairs = ranks.sum(sum(batch.num_sequences // 2 for batch in batches))
     metrics = []
     for batch, margin in zip(batches, margins, strict=True):
         chosen, rejected = sequence_scores(model, batch).chunk(2)
@@ -133,7 +140,7 @@ def pair_gradients(
         )
         _backward(result.loss)
         metrics.append(result.metrics)
-    return ops.merge_reward_model_metrics(metrics)
+    return ops.merge_reward_model_metrics(ranks.gather(metrics))
 
 
 def ranking_gradients(
@@ -142,6 +149,7 @@ def ranking_gradients(
     groups: Sequence[Tensor],
     *,
     centering_coef: float = 0.0,
+    ranks: Ranks = ONE_RANK,
 ) -> Tensor:
     """All pairs of each ranking, `ops.ranking_loss`, as a mean over the rankings of all batches.
 
@@ -152,7 +160,7 @@ def ranking_gradients(
     Returns:
         The vector of `ops.ranking_loss` of all batches.
     """
-    rankings = sum(starts.numel() - 1 for starts in groups)
+    rankings = ranks.sum(sum(starts.numel() - 1 for starts in groups))
     metrics = []
     for batch, starts in zip(batches, groups, strict=True):
         scores = sequence_scores(model, batch)
@@ -162,7 +170,7 @@ def ranking_gradients(
         )  # fmt: skip
         _backward(result.loss)
         metrics.append(result.metrics)
-    return ops.merge_reward_model_metrics(metrics)
+    return ops.merge_reward_model_metrics(ranks.gather(metrics))
 
 
 def step_gradients(
@@ -170,6 +178,8 @@ def step_gradients(
     batches: Sequence[Batch],
     ends: Sequence[Tensor],
     labels: Sequence[Tensor],
+    *,
+    ranks: Ranks = ONE_RANK,
 ) -> Tensor:
     """Cross-entropy of the score at the last token of each step, as a mean over all steps.
 
@@ -186,7 +196,7 @@ def step_gradients(
         (7,) float32 in the order of STEP_METRICS: the loss, and sums over steps. A step is right
         where its label is above 1/2, and correct where the sign of its score says the same.
     """
-    steps = sum(label.numel() for label in labels)
+    steps = ranks.sum(sum(label.numel() for label in labels))
     metrics = []
     for batch, index, label in zip(batches, ends, labels, strict=True):
         scores = token_scores(model, batch, index)
@@ -198,12 +208,12 @@ def step_gradients(
             ~right, given.where(~right, 0),
         )  # fmt: skip
         metrics.append(torch.stack([loss.detach(), *(value.float().sum() for value in sums)]))
-    return torch.stack(metrics).sum(0)
+    return torch.stack(ranks.gather(metrics)).sum(0)
 
 
 def sequence_scores(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Scores (B,) float32 at the last token of each sequence: rewards of its completion."""
-    return token_scores(model, batch, batch.slots[:, -1])
+    return token_scores(model, batch, batch.gather_index[:, -1])
 
 
 def _backward(loss: Tensor) -> Tensor:

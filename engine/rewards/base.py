@@ -10,10 +10,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-    from warpo.engine.batch import Completion
     from warpo.engine.config import Reward
-    from warpo.engine.data import Prompt
     from warpo.engine.rewards.scores import Scored
+    from warpo.engine.types import Completion, Prompt
 
 
 @runtime_checkable

@@ -7,12 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from warpo.engine.batch import Completion
-from warpo.engine.data import Prompt
 from warpo.engine.errors import RewardError
 from warpo.engine.rewards.base import RewardSource, SourceContext
-from warpo.engine.rewards.scores import Steps
 from warpo.engine.rewards.sources import Source, parse_sources
+from warpo.engine.types import Completion, Prompt, TokenSteps
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,7 +29,7 @@ class Rewards:
     """
 
     totals: list[float]
-    steps: list[Steps] | None
+    steps: list[TokenSteps] | None
     by_source: dict[str, list[float]]
     failed: int
     retries: int
@@ -62,11 +60,11 @@ class RewardSources:
         Raises:
             RewardError: a source failed, or two of them score steps.
         """
-        ids = [completion.token_ids for completion in completions]
+        ids = [completion.token_ids.tolist() for completion in completions]
         texts = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
         totals, by_source = [0.0] * len(ids), {}
         failed, retries, notes = 0, 0, []
-        steps: list[Steps] | None = None
+        steps: list[TokenSteps] | None = None
         for source, opened in self._opened:
             scored = opened.score(prompts, completions, texts)
             failed, retries = failed + len(scored.failed), retries + scored.retries
@@ -116,7 +114,7 @@ def _check_finite(totals: list[float]) -> None:
             )
 
 
-def _with_rest(steps: Steps, total: float, length: int) -> Steps:
+def _with_rest(steps: TokenSteps, total: float, length: int) -> TokenSteps:
     """The steps, the last of which makes their sum the total."""
     rest = total - sum(score for _, score in steps)
     if steps:

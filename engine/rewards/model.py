@@ -15,14 +15,14 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from warpo.engine.batch import Completion, Rollout, pack, split_by_tokens
-from warpo.engine.data import Prompt
+from warpo.engine.batch import order_by_length, pack
 from warpo.engine.errors import ConfigError, RewardError
 from warpo.engine.model_files import load_tokenizer, read_config
 from warpo.engine.rewards.base import SourceContext
-from warpo.engine.rewards.scores import Scored, Steps
+from warpo.engine.rewards.scores import Scored
 from warpo.engine.rewards.steps import separator_ends, token_indices
 from warpo.engine.scalar import load_scalar_model, token_scores
+from warpo.engine.types import Completion, Prompt, TokenSequence, TokenSteps
 
 
 class RewardModel:
@@ -54,7 +54,7 @@ class RewardModel:
         self, prompts: Sequence[Prompt], completions: Sequence[Completion], texts: Sequence[str]
     ) -> Scored:
         """The score at the last token of each prompt + completion."""
-        last = [[len(completion.token_ids) - 1] for completion in completions]
+        last = [[len(completion) - 1] for completion in completions]
         return Scored(scores=[row[0] for row in self._scores(prompts, completions, last)])
 
     def close(self) -> None:
@@ -69,25 +69,21 @@ class RewardModel:
         indices: Sequence[Sequence[int]],
     ) -> list[list[float]]:
         """Scores at the given tokens of each completion, in packed micro-batches."""
-        rollouts = [
-            Rollout(prompt_ids=prompt.token_ids, completion=completion)
+        sequences = [
+            TokenSequence.of(prompt.token_ids, completion.token_ids, prompt.prompt_id)
             for prompt, completion in zip(prompts, completions, strict=True)
         ]
-        scores: list[list[float]] = [[] for _ in rollouts]
-        # Neighbours of one length waste the least in attention, which pads within a micro-batch.
-        order = sorted(range(len(rollouts)), key=lambda i: rollouts[i].num_tokens)
-        rest = iter(order)
-        for micro in split_by_tokens([rollouts[i] for i in order], self._token_budget):
-            batch = pack(micro).to(self._device)
-            chosen = list(itertools.islice(rest, len(micro)))
+        scores: list[list[float]] = [[] for _ in sequences]
+        for rows in order_by_length(sequences, self._token_budget):
+            batch = pack([sequences[row] for row in rows]).to(self._device)
             places = [
-                batch.slots[row, len(prompts[i].token_ids) + index]
-                for row, i in enumerate(chosen)
-                for index in indices[i]
+                batch.gather_index[number, sequences[row].prompt_length + index]
+                for number, row in enumerate(rows)
+                for index in indices[row]
             ]
             found = iter(token_scores(self._model, batch, torch.stack(places)).tolist())
-            for i in chosen:
-                scores[i] = list(itertools.islice(found, len(indices[i])))
+            for row in rows:
+                scores[row] = list(itertools.islice(found, len(indices[row])))
         self._check_finite(scores)
         return scores
 
@@ -105,11 +101,11 @@ class ProcessRewardModel(RewardModel):
     ) -> Scored:
         """(token, score) of each step of each completion."""
         indices = [
-            self._step_tokens(completion.token_ids, text)
+            self._step_tokens(completion.token_ids.tolist(), text)
             for completion, text in zip(completions, texts, strict=True)
         ]
         scores = self._scores(prompts, completions, indices)
-        steps: list[Steps] = [
+        steps: list[TokenSteps] = [
             list(zip(*pair, strict=True)) for pair in zip(indices, scores, strict=True)
         ]
         return Scored(scores=steps)

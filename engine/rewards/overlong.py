@@ -10,8 +10,7 @@ from warpo.engine.rewards.base import SourceContext
 from warpo.engine.rewards.scores import Scored
 
 if TYPE_CHECKING:
-    from warpo.engine.batch import Completion
-    from warpo.engine.data import Prompt
+    from warpo.engine.types import Completion, Prompt
 
 
 class OverlongPenalty:
@@ -36,7 +35,7 @@ class OverlongPenalty:
         self, prompts: Sequence[Prompt], completions: Sequence[Completion], texts: Sequence[str]
     ) -> Scored:
         """By the tokens of each completion."""
-        lengths = [len(completion.token_ids) for completion in completions]
+        lengths = [len(completion) for completion in completions]
         limits = {"max_new_tokens": self._max_new_tokens, "cache": self._cache}
         return Scored(scores=[overlong_penalty(length, **limits) for length in lengths])
 

@@ -17,8 +17,7 @@ from warpo.engine.rewards.steps import token_indices
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from warpo.engine.batch import Completion
-    from warpo.engine.data import Prompt
+    from warpo.engine.types import Completion, Prompt, TokenSteps
 
 
 class TextScorer(Protocol):
@@ -47,7 +46,7 @@ class TextSource:
             return scored
         rows: list[Any] = scored.scores
         by_token = [
-            self._by_token(completion.token_ids, text, steps)
+            self._by_token(completion.token_ids.tolist(), text, steps)
             for completion, text, steps in zip(completions, texts, rows, strict=True)
         ]
         return replace(scored, scores=by_token)
@@ -56,7 +55,7 @@ class TextSource:
         """End the processes of the scorer."""
         self._scorer.close()
 
-    def _by_token(self, ids: list[int], text: str, steps: Steps) -> Steps:
+    def _by_token(self, ids: list[int], text: str, steps: Steps) -> TokenSteps:
         indices = token_indices(self._decode, ids, text, [end for end, _ in steps])
         return [(index, score) for index, (_, score) in zip(indices, steps, strict=True)]
 

@@ -9,8 +9,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from warpo.engine.batch import Completion
 from warpo.engine.errors import WeightMismatch
+from warpo.engine.types import Completion
 
 MAX_LAG = 0
 """Steps of the learner that the weights of a sample may be behind."""

@@ -6,9 +6,11 @@ import math
 import random
 from collections.abc import Sequence
 
-from warpo.engine.batch import Completion
+import numpy as np
+
 from warpo.engine.errors import TrainingError
 from warpo.engine.sampler.base import SamplingOptions
+from warpo.engine.types import Completion
 
 # vLLM raises a smaller temperature to 0.01 without an error, and the logprobs with it; a larger one
 # it refuses.
@@ -81,9 +83,10 @@ def prompt_seed(options: SamplingOptions, prompt: int) -> int:
 
 def check_logprobs(prompt: int, completion: Completion) -> Completion:
     """The completion, unless a logprob is NaN or infinite: the weights are, then, too."""
-    if not math.isfinite(sum(completion.logprobs)):
+    if not math.isfinite(completion.logprobs.sum(dtype=np.float64)):
+        first = completion.logprobs[:4].tolist()
         raise TrainingError(
-            f"a completion of prompt {prompt} has logprobs {completion.logprobs[:4]}...: version "
+            f"a completion of prompt {prompt} has logprobs {first}...: version "
             f"{completion.weight_version} of the weights is not finite, its activations overflow, "
             "or the sampler ran under autocast; lower update.lr, or check the model's own files"
         )

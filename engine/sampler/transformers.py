@@ -10,7 +10,6 @@ import transformers
 from torch import Tensor, nn
 
 from warpo.engine.architectures import plain_attention
-from warpo.engine.batch import Completion
 from warpo.engine.model import set_lm_head_dtype
 from warpo.engine.model_files import load_weights, read_config
 from warpo.engine.sampler.base import (
@@ -26,6 +25,7 @@ from warpo.engine.sampler.requests import (
     check_request,
     prompt_seed,
 )
+from warpo.engine.types import Completion
 
 
 def open_sampler(settings: SamplerSettings) -> ColocatedSampler:
@@ -156,9 +156,9 @@ class TransformersSampler:
         return torch.Generator(self._device).manual_seed(seed)
 
     def _completion(self, prompt: int, row: _Row) -> Completion:
-        completion = Completion(
-            token_ids=row.token_ids,
-            logprobs=row.logprobs,
+        completion = Completion.of(
+            row.token_ids,
+            row.logprobs,
             finished=row.finished,
             weight_version=self.weight_version,
         )

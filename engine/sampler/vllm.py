@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from warpo.engine.batch import Completion
 from warpo.engine.errors import SamplerError, WeightMismatch
 from warpo.engine.sampler.base import (
     ColocatedSampler,
@@ -34,6 +33,7 @@ from warpo.engine.sampler.vllm_internals import (
     is_cpu_build,
     torch_generators_kept,
 )
+from warpo.engine.types import Completion
 
 logger = logging.getLogger(__name__)
 
@@ -171,11 +171,9 @@ class VllmSampler:
         token_ids = list(sample.token_ids)
         if sample.finish_reason not in ("stop", "length"):
             raise RuntimeError(f"vLLM ended a completion with {sample.finish_reason!r}")
-        return Completion(
-            token_ids=token_ids,
-            logprobs=[
-                at[token].logprob for at, token in zip(sample.logprobs, token_ids, strict=True)
-            ],
+        return Completion.of(
+            token_ids,
+            [at[token].logprob for at, token in zip(sample.logprobs, token_ids, strict=True)],
             finished=sample.finish_reason == "stop",
             weight_version=self._version_of(sample),
         )

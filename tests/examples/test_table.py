@@ -9,7 +9,8 @@ import pytest
 
 from tests.examples.runs import EXAMPLES
 from warpo.engine import algorithms_table
-from warpo.engine.algorithms import ADVANTAGES, ALGORITHMS
+from warpo.engine.algorithms import ALGORITHMS
+from warpo.engine.estimators import ESTIMATORS
 from warpo.engine.cli import tree_of
 from warpo.engine.config_file import read_tree
 
@@ -37,7 +38,7 @@ def test_the_example_is_a_config_of_its_row(name, tmp_path, monkeypatch):
 def test_every_row_names_a_paper_models_and_what_it_estimates():
     for row in ALGORITHMS.values():
         assert row.title and row.url.startswith("https://") and row.models
-        assert row.loss or row.advantages in ADVANTAGES
+        assert row.loss or row.advantages in ESTIMATORS
 
 
 def test_warpo_algorithms_prints_every_row():
