@@ -72,7 +72,7 @@ def check_run(config: Config) -> None:
     Raises:
         ConfigError: one cannot be; it says which, why, and what to do.
     """
-    scalar = [s.target for s in parse_sources(config.reward.sources) if "model" in s.kind]
+    scalar = [s.checkpoint for s in parse_sources(config.reward.sources) if s.checkpoint]
     if resolve(config).has_critic and config.critic.model != "shared":
         scalar.append(config.model if config.critic.model == "policy" else config.critic.model)
     longest, cure = config.rollout.max_model_len, "lower rollout.max_model_len"

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,9 +25,11 @@ from warpo.engine.model_files import check_files, load_tokenizer
 from warpo.engine.offline.data import Examples, load_examples
 from warpo.engine.resolve import resolve
 from warpo.engine.resync import Resync
+from warpo.engine.rewards.base import SourceContext
 from warpo.engine.rewards.combine import RewardSources
 from warpo.engine.rewards.fields import check_fields
-from warpo.engine.sampler.base import Sampler
+from warpo.engine.sampler.base import ColocatedSampler, SamplerSettings
+from warpo.engine.sampler.kinds import SAMPLERS
 from warpo.engine.sync import WeightSync
 from warpo.engine.types import Completion
 
@@ -90,12 +92,8 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> Data:
 
 
 def _rewards(config: Config, data: Data, tokenizer: PreTrainedTokenizerBase) -> RewardSources:
-    rewards = RewardSources(
-        config.reward.sources,
-        deadline_s=config.reward.deadline_s,
-        on_error=config.reward.on_error,
-        workers=config.reward.workers,
-        memory_gib=config.reward.memory_gib,
+    context = SourceContext(
+        settings=config.reward,
         fields=data.prompts.fields,
         tokenizer=tokenizer,
         max_new_tokens=config.rollout.max_new_tokens,
@@ -103,6 +101,7 @@ def _rewards(config: Config, data: Data, tokenizer: PreTrainedTokenizerBase) -> 
         device=learner_device(config),
         token_budget=config.update.token_budget,
     )
+    rewards = RewardSources(context)
     if resolve(config).estimator.needs_steps:
         _check_steps(config, rewards, data.prompts[0])
     return rewards
@@ -174,17 +173,16 @@ def _held_out(
     return prompts, held_out[:limit]
 
 
-def _sampler(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Sampler:
-    options: dict[str, Any] = {
-        "dtype": config.sampler_dtype,
-        "lm_head_dtype": config.lm_head_dtype,
-        "max_model_len": config.rollout.max_model_len,
-        "eos_token_ids": eos_token_ids(model, tokenizer),
-    }
-    if config.sampler == "vllm":
-        from warpo.engine.sampler.vllm import VllmSampler
-
-        return VllmSampler(config.model, kv_cache_gib=config.rollout.kv_cache_gib, **options)
-    from warpo.engine.sampler.transformers import TransformersSampler
-
-    return TransformersSampler(config.model, device=learner_device(config), **options)
+def _sampler(
+    config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> ColocatedSampler:
+    settings = SamplerSettings(
+        model_path=config.model,
+        dtype=config.sampler_dtype,
+        lm_head_dtype=config.lm_head_dtype,
+        max_model_len=config.rollout.max_model_len,
+        eos_token_ids=eos_token_ids(model, tokenizer),
+        kv_cache_gib=config.rollout.kv_cache_gib,
+        device=learner_device(config),
+    )
+    return SAMPLERS[config.sampler].open(settings)

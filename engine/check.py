@@ -34,6 +34,7 @@ from warpo.engine.probe import relative
 from warpo.engine.report import Line, Report
 from warpo.engine.resolve import resolve
 from warpo.engine.sampler.base import Sampler, SamplingOptions
+from warpo.engine.sampler.kinds import SAMPLERS
 from warpo.engine.score import device_of, score
 from warpo.engine.step_rollouts import StepRollouts, step_rollouts
 from warpo.engine.terminal import OutputConsole
@@ -125,8 +126,9 @@ def _report_memory(report: Report, plan: MemoryPlan, meter: PeakMemory, config: 
             f"predicted {predicted / MIB:9.1f}  measured {measured / MIB:9.1f}  "
             f"difference {difference / MIB:+8.1f} ({difference / predicted:+.1%})"
         )
-        if name in ("sample", "publish") and config.sampler != "vllm":
-            report.say(f"        {name:16}  {text}, not judged: only vLLM's memory is planned")
+        if name in ("sample", "publish") and not SAMPLERS[config.sampler].has_kv_cache:
+            planned = " and ".join(kind.title for kind in SAMPLERS.values() if kind.has_kv_cache)
+            report.say(f"        {name:16}  {text}, not judged: only {planned}'s memory is planned")
             continue
         report.add(
             Line(

@@ -23,7 +23,12 @@ from warpo.engine.evaluate import (
 )
 from warpo.engine.loop import Run, due
 from warpo.engine.rewards.combine import RewardSources
-from warpo.engine.sampler.base import Interrupted, Sampler, SamplingOptions, check_versions
+from warpo.engine.sampler.base import (
+    ColocatedSampler,
+    Interrupted,
+    SamplingOptions,
+    check_versions,
+)
 from warpo.engine.step_rollouts import StepRollouts, spread, step_rollouts
 from warpo.engine.stream import PromptStream
 from warpo.engine.types import Completion, Metrics, Prompt, ReportProgress
@@ -81,7 +86,7 @@ class Rollouts:
         run: Run,
         algorithm: Algorithm,
         *,
-        sampler: Sampler,
+        sampler: ColocatedSampler,
         rewards: RewardSources,
         prompts: Prompts,
         eval_prompts: Sequence[Prompt],

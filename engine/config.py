@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -18,7 +18,9 @@ from pydantic.dataclasses import dataclass
 from warpo.engine.config_file import read_tree
 from warpo.engine.errors import ConfigError
 from warpo.engine.resolve import resolve
+from warpo.engine.rewards import kinds
 from warpo.engine.rewards.sources import parse_sources
+from warpo.engine.sampler.kinds import SAMPLERS
 
 Text = Annotated[str, Field(min_length=1)]
 FilePathOrEmpty = Annotated[str, Field(pattern=r"^[^\x00]*$"), AfterValidator(os.path.expanduser)]
@@ -38,6 +40,10 @@ Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Unit = Annotated[float, Field(ge=0, le=1)]
+if TYPE_CHECKING:
+    SamplerName = str
+else:
+    SamplerName = Literal[*SAMPLERS]
 LengthAdaptive = Annotated[str, Field(pattern=r"^length:\d*\.?\d+$")]
 
 # What rounding adds to a logprob at most, relative to logprobs beyond 1. Seen of random models of 4
@@ -65,13 +71,13 @@ class Data:
 class Reward:
     """What scores completions."""
 
-    sources: Texts
-    """One source or several, each "[WEIGHT * ]SOURCE"; the reward is their weighted sum. SOURCE:
-    module:function, called as function(completions, **fields) -> list of numbers, or of lists of
-    (characters up to the end of the step, score); the module is searched in the current directory
-    too. http://... or https://..., a server. math: math-verify against the data field answer.
-    model:DIR: a reward model. process_model:DIR: one that scores steps. overlong:N: falls from 0 to
-    -1 over the last N of rollout.max_new_tokens."""
+    sources: Annotated[
+        Texts,
+        Field(
+            description='One source or several, each "[WEIGHT * ]SOURCE"; the reward is their '
+            f"weighted sum. SOURCE: {kinds.HELP}"
+        ),
+    ]
     deadline_s: Annotated[float, Field(gt=0, le=86400)] = 30.0
     """Seconds that a call of a function or a server may take; a function is killed then, with all
     that it started. math: that one completion may take, at most 5; a call may take 10 times that
@@ -274,7 +280,7 @@ class Config:
     """Type of the learner's weights."""
     lm_head_dtype: Literal["same", "float32"] = "same"
     """Type in which learner and sampler compute logits. The head's weight stays in dtype."""
-    sampler: Literal["vllm", "transformers"] = "vllm"
+    sampler: SamplerName = "vllm"
     """Engine that samples."""
     resync: Literal["auto", "alias", "copy"] = "auto"
     """How the learner's weights become the sampler's. "alias": both are one memory, and nothing is
@@ -374,9 +380,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: a key is unknown, a value malformed, or the whole cannot run here.
     """
     config = read_tree(Config, Path(path), overrides)
-    if config.sampler == "vllm" and importlib.util.find_spec("vllm") is None:
+    sampler = SAMPLERS[config.sampler]
+    if sampler.package and importlib.util.find_spec(sampler.package) is None:
         raise ConfigError(
-            "sampler = 'vllm', but vLLM is not installed: install vllm, or pass "
-            "--sampler transformers"
+            f"sampler = {sampler.name!r}, but {sampler.title} is not installed: install "
+            f"{sampler.package}, or pass --sampler transformers"
         )
     return config

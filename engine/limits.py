@@ -11,7 +11,8 @@ from transformers import PretrainedConfig
 from warpo.engine.config import Config
 from warpo.engine.errors import ConfigError
 from warpo.engine.peak_memory import free_memory
-from warpo.engine.sampler.vllm_internals import CPU_BLOCK_SIZE, GPU_BLOCK_SIZE
+from warpo.engine.sampler.base import SamplerMemory
+from warpo.engine.sampler.kinds import SAMPLERS
 
 GIB = 2**30
 
@@ -36,8 +37,8 @@ def check_limits(config: Config, hf_config: PretrainedConfig, device: torch.devi
             f"rollout.top_k = {rollout.top_k} has no effect: {config.model} has {vocab_size} "
             "tokens; set it to 0 to draw from all"
         )
-    if config.sampler == "vllm":
-        _check_kv_cache(config, text, device)
+    if memory := SAMPLERS[config.sampler].plan(config, hf_config, device):
+        _check_kv_cache(config, text, memory)
 
 
 def check_free_memory(config: Config, device: torch.device) -> None:
@@ -47,7 +48,7 @@ def check_free_memory(config: Config, device: torch.device) -> None:
         ConfigError: it is larger than what is free.
     """
     free = free_memory(device) / GIB
-    if config.sampler == "vllm" and config.rollout.kv_cache_gib > free:
+    if SAMPLERS[config.sampler].has_kv_cache and config.rollout.kv_cache_gib > free:
         raise ConfigError(
             f"rollout.kv_cache_gib = {config.rollout.kv_cache_gib:g} is more than the {free:.1f} "
             f"GiB that {device} has free: lower it"
@@ -70,11 +71,9 @@ def max_positions(text_config: Any) -> int | None:
     return max(known)
 
 
-def _check_kv_cache(config: Config, text: Any, device: torch.device) -> None:
+def _check_kv_cache(config: Config, text: Any, memory: SamplerMemory) -> None:
     rollout = config.rollout
-    block = CPU_BLOCK_SIZE if device.type == "cpu" else GPU_BLOCK_SIZE
-    # vLLM keeps a block for itself.
-    tokens = (-(-rollout.max_model_len // block) + 1) * block
+    tokens = memory.cache_tokens(rollout.max_model_len)
     needed = tokens * kv_bytes_per_token(config.sampler_dtype, text) / GIB
     if rollout.kv_cache_gib < needed:
         raise ConfigError(

@@ -2,7 +2,7 @@
 
 Exact, from the shapes of the model: weights, gradients, optimizer state, KV cache. Activations come
 from one step of the training code itself, run on fake tensors, with every storage counted while it
-lives. vLLM's working memory is a formula (`_sampling_bytes`, `_probe_bytes`).
+lives. The sampler's working memory is a formula of its own, sampler/vllm_memory.py.
 
 The step that is planned for is the largest that the config and its data allow: completions of
 rollout.max_new_tokens, micro-batches that fill update.token_budget, and of the shortest and the
@@ -27,14 +27,14 @@ from transformers import (
     PreTrainedModel,
 )
 
-from warpo.engine.architectures import cache_width, shape_model, shapes_only
+from warpo.engine.architectures import shape_model, shapes_only
 from warpo.engine.batch import Batch
 from warpo.engine.config import Config
 from warpo.engine.model import set_lm_head_dtype
 from warpo.engine.model_files import read_config
 from warpo.engine.resolve import resolve
 from warpo.engine.rewards.sources import parse_sources
-from warpo.engine.sampler.vllm_internals import CPU_BLOCK_SIZE, GPU_BLOCK_SIZE
+from warpo.engine.sampler.kinds import SAMPLERS
 from warpo.engine.score import score
 from warpo.engine.step import accumulate_gradients
 from warpo.engine.step_rollouts import StepRollouts
@@ -43,15 +43,6 @@ from warpo.kernels.objectives import OBJECTIVES, Objective
 
 PHASES = ("load", "sample", "score", "update", "publish")
 MIB = 2**20
-
-# What vLLM takes together at most where it is not told, tokens and sequences, LLM_CLASS of
-# EngineArgs.get_batch_defaults; and the tokens of a block of its KV cache. On a CPU, on a GPU, and
-# on one of 70 GiB or more.
-_BATCH_LIMITS = {
-    "cpu": (4096, 256, CPU_BLOCK_SIZE),
-    "cuda": (8192, 256, GPU_BLOCK_SIZE),
-    "large cuda": (16384, 1024, GPU_BLOCK_SIZE),
-}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,6 +97,7 @@ def plan_memory(
     parameters = sum(p.numel() for p in model.parameters())
     weights = sum(p.nbytes for p in model.parameters())
     algorithm = resolve(config)
+    sampler = SAMPLERS[config.sampler].plan(config, hf_config, device)
     # Beside its trunk it has one weight a hidden unit.
     has_critic = algorithm.has_critic and config.critic.model != "shared"
     critic = _trunk_parameters(model) if has_critic else 0
@@ -115,7 +107,7 @@ def plan_memory(
         "reference weights": weights if algorithm.has_reference else 0,
         "reward models": _reward_parameters(config, device, fake) * _dtype(config.dtype).itemsize,
         "critic weights": critic * _dtype(config.dtype).itemsize,
-        "KV cache": int(config.rollout.kv_cache_gib * 2**30) if config.sampler == "vllm" else 0,
+        "KV cache": int(config.rollout.kv_cache_gib * 2**30) if sampler else 0,
         "optimizer state": optimizer_bytes(parameters + critic, config, device),
     }
     kept = sum(held.values())
@@ -138,12 +130,12 @@ def plan_memory(
         held={name: size for name, size in held.items() if size},
         phases={
             "load": before_training,
-            "sample": kept + _sampling_bytes(config, hf_config, max(prompt_lengths), device),
+            "sample": kept + (sampler.sampling_bytes(max(prompt_lengths)) if sampler else 0),
             "score": learning + _score_bytes(shape, model, fake),
             "update": learning + work[shape],
             "publish": (kept if device.type == "cuda" else learning)
-            + _probe_cache_bytes(config, hf_config, longest, device)
-            + max(_score_bytes(probe, model, fake), _probe_bytes(config, hf_config, longest)),
+            + (sampler.probe_cache_bytes(longest) if sampler else 0)
+            + max(_score_bytes(probe, model, fake), sampler.probe_bytes(longest) if sampler else 0),
         },
         shape=shape,
     )
@@ -210,9 +202,9 @@ def _reward_parameters(config: Config, device: torch.device, fake: FakeTensorMod
     """Of the reward models among reward.sources."""
     total = 0
     for source in parse_sources(config.reward.sources):
-        if source.kind in ("model", "process_model"):
+        if source.checkpoint:
             with fake:
-                model = shape_model(read_config(source.target), device, scalar=True)
+                model = shape_model(read_config(source.checkpoint), device, scalar=True)
             total += sum(parameter.numel() for parameter in model.parameters())
     return total
 
@@ -318,77 +310,3 @@ def _score_bytes(shape: Shape, model: PreTrainedModel, fake: FakeTensorMode) -> 
         return 0
     batch = _fake_batch(shape, model, fake)
     return _peak_bytes(lambda: score(model, batch, 1.0), model, fake)
-
-
-def _sampling_bytes(
-    config: Config, hf_config: PretrainedConfig, prompt_tokens: int, device: torch.device
-) -> int:
-    """vLLM's working memory, the larger of
-
-        decoding   S V (4 + 4 + 1): logits and logprobs in float32, and a byte for the rank of the
-                   sampled token; on a GPU S V (4 + 4 + 4 + 4), with probabilities and noise.
-                   S V bytes of logits in the sampler's own type more, where it is not float32
-        prefill    T (3 I + 3 H) in the sampler's type: both halves of the MLP's input and their
-                   product, hidden states, residual and the attention's output
-
-    for S sequences of vocabulary V and T tokens of width H and MLP width I that it takes together.
-    Of a prompt's further completions T counts the last, incomplete block of the KV cache alone.
-    """
-    if config.sampler != "vllm":
-        return 0
-    model = hf_config.get_text_config()
-    limit, sequences, block = _BATCH_LIMITS[_hardware(device)]
-    rollout, itemsize = config.rollout, _dtype(config.sampler_dtype).itemsize
-    sequences = min(sequences, rollout.prompts_per_step * rollout.group_size)
-    cached = (prompt_tokens - 1) // block * block
-    tokens = rollout.prompts_per_step * (
-        prompt_tokens + (rollout.group_size - 1) * (prompt_tokens - cached)
-    )
-    if device.type == "cpu":
-        limit = max(limit, rollout.max_model_len)  # it takes prompts whole
-    tokens = min(limit, tokens)
-    logits = 9 if device.type == "cpu" else 16
-    if itemsize != 4:
-        logits += itemsize
-    decoding = sequences * model.vocab_size * logits
-    prefill = tokens * 3 * (_mlp_width(model) + model.hidden_size) * itemsize
-    return max(decoding, prefill)
-
-
-def _mlp_width(model: PretrainedConfig) -> int:
-    """Of the widest layer."""
-    names = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "mlp_hidden_size")
-    widths = [width for name in names if (width := getattr(model, name, None))]
-    width = widths[0] if widths else 4 * model.hidden_size
-    return max(width) if isinstance(width, list | tuple) else int(width)
-
-
-def _probe_bytes(config: Config, hf_config: PretrainedConfig, tokens: int) -> int:
-    """vLLM's logprobs of a prompt, one prompt after the other: T V (4 + 4 + 4), its logits, its
-    logprobs, and those of the prompt before, which are still there.
-    """
-    if not config.probe.num_sequences or config.sampler != "vllm":
-        return 0
-    return 12 * tokens * hf_config.get_text_config().vocab_size
-
-
-def _probe_cache_bytes(
-    config: Config, hf_config: PretrainedConfig, tokens: int, device: torch.device
-) -> int:
-    """Of a released KV cache what the probe's sequences write: on a CPU only these pages come back.
-    A token takes the keys and values of all layers.
-    """
-    if config.sampler != "vllm" or device.type == "cuda":
-        return 0
-    blocks = config.probe.num_sequences * -(-tokens // CPU_BLOCK_SIZE)
-    itemsize = _dtype(config.sampler_dtype).itemsize
-    size = blocks * CPU_BLOCK_SIZE * cache_width(hf_config) * itemsize
-    return min(size, int(config.rollout.kv_cache_gib * 2**30))
-
-
-def _hardware(device: torch.device) -> str:
-    if device.type != "cuda":
-        return "cpu"
-    properties = torch.cuda.get_device_properties(device)
-    large = properties.total_memory >= 70 * 2**30 and "a100" not in properties.name.lower()
-    return "large cuda" if large else "cuda"

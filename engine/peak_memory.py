@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -22,7 +21,8 @@ from warpo.engine.model import load_model
 from warpo.engine.model_files import read_config
 from warpo.engine.optimizer import AdamW
 from warpo.engine.resync import Resync
-from warpo.engine.sampler.base import Sampler, SamplingOptions
+from warpo.engine.sampler.base import SamplerSettings, SamplingOptions
+from warpo.engine.sampler.kinds import SAMPLERS
 from warpo.engine.step import accumulate_gradients
 from warpo.kernels.objectives import OBJECTIVES
 
@@ -103,7 +103,11 @@ def rehearse(config: Config, device: torch.device) -> object:
     with tempfile.TemporaryDirectory() as folder:
         AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32).save_pretrained(folder)
         model = load_model(folder, config.dtype, device)
-        sampler = _rehearsal_sampler(config, folder)
+        settings = SamplerSettings(
+            model_path=folder, dtype=config.dtype, max_model_len=32, eos_token_ids=[1],
+            kv_cache_gib=1 / 64, device=device,
+        )  # fmt: skip
+        sampler = SAMPLERS[config.sampler].open(settings)
     shape = Shape(sequences=4, prompt_tokens=8, completion_tokens=8)
     batch = rollouts_of(shape, 64).batch(range(4))
     resync = Resync(sampler.load_weights, sampler.module, model, config.resync)
@@ -119,14 +123,3 @@ def rehearse(config: Config, device: torch.device) -> object:
         sampler.weights_changed(1)
         resync.verify()
     return model, sampler, optimizer
-
-
-def _rehearsal_sampler(config: Config, folder: str) -> Sampler:
-    options: dict[str, Any] = dict(dtype=config.dtype, max_model_len=32, eos_token_ids=[1])
-    if config.sampler == "vllm":
-        from warpo.engine.sampler.vllm import VllmSampler
-
-        return VllmSampler(folder, kv_cache_gib=1 / 64, **options)
-    from warpo.engine.sampler.transformers import TransformersSampler
-
-    return TransformersSampler(folder, **options)

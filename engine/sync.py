@@ -12,7 +12,7 @@ from warpo.engine.learner import Learner
 from warpo.engine.loop import Run
 from warpo.engine.probe import probe_weights
 from warpo.engine.resync import Resync
-from warpo.engine.sampler.base import Sampler
+from warpo.engine.sampler.base import ColocatedSampler
 from warpo.engine.types import Metrics
 
 
@@ -24,7 +24,7 @@ class WeightSync:
     """
 
     def __init__(
-        self, config: Config, run: Run, learner: Learner, sampler: Sampler, resync: Resync
+        self, config: Config, run: Run, learner: Learner, sampler: ColocatedSampler, resync: Resync
     ) -> None:
         self.resync = resync
         self._config, self._run, self._learner, self._sampler = config, run, learner, sampler

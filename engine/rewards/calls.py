@@ -40,15 +40,17 @@ class Call(NamedTuple):
         ]
 
 
-class Source(Protocol):
+class Callee(Protocol):
     """What can be called: each lane makes one call at a time and gives scores, or RewardError with
-    a message that begins with the name of the source."""
+    a message that begins with its name."""
 
     name: str
-    lanes: Sequence[Lane[Call]]
+
+    @property
+    def lanes(self) -> Sequence[Lane[Call]]: ...
 
     def close(self) -> None:
-        """End the processes of the source."""
+        """End its processes."""
 
 
 class _Threads(ThreadPoolExecutor):
@@ -98,7 +100,7 @@ async def share(
 
 
 class Calls:
-    """A source as a callable: completions and data fields in, scores out.
+    """A callee as a `TextScorer`.
 
     Args:
         on_error: what a failed call leads to. stop: a RewardError. retry: it is made again after
@@ -107,8 +109,8 @@ class Calls:
             no answer by then score 0.
     """
 
-    def __init__(self, source: Source, *, on_error: str, deadline_s: float) -> None:
-        self._source = source
+    def __init__(self, callee: Callee, *, on_error: str, deadline_s: float) -> None:
+        self._callee = callee
         self._on_error = on_error
         self._zero_s = ZERO_DEADLINES * deadline_s
         self._gives_steps = False
@@ -123,17 +125,17 @@ class Calls:
         try:
             parse_scores(scored.scores, completions)
         except RewardError as error:  # one call gave numbers, another steps
-            raise RewardError(f"{self._source.name} {error}") from None
+            raise RewardError(f"{self._callee.name} {error}") from None
         self._gives_steps = any(isinstance(entry, list) for entry in scored.scores)
         return scored
 
     def close(self) -> None:
-        """End the processes of the source."""
-        self._source.close()
+        """End the processes of the callee."""
+        self._callee.close()
 
     async def _score(self, call: Call) -> Scored:
-        calls = call.split(len(self._source.lanes))
-        results = await share(self._source.lanes, calls)
+        calls = call.split(len(self._callee.lanes))
+        results = await share(self._callee.lanes, calls)
         notes: list[str] = []
         retries = 0
         if self._on_error == "retry":
@@ -156,7 +158,7 @@ class Calls:
             notes += [f"{_brief(results[i])}; asked again after {pause_s:g} s" for i in failed]
             retries += len(failed)
             await asyncio.sleep(pause_s)
-            again = await share(self._source.lanes, [calls[i] for i in failed])
+            again = await share(self._callee.lanes, [calls[i] for i in failed])
             for i, result in zip(failed, again, strict=True):
                 results[i] = result
         return retries
@@ -165,7 +167,7 @@ class Calls:
         """The scores, with those of failed calls asked for one by one."""
         ones = [calls[i].split(len(calls[i].completions)) for i in _failed(results)]
         jobs = [one for of_one_call in ones if len(of_one_call) > 1 for one in of_one_call]
-        answers = iter(await share(self._source.lanes, jobs, self._zero_s))
+        answers = iter(await share(self._callee.lanes, jobs, self._zero_s))
         scores: list[Any] = []
         errors: dict[int, RewardError | None] = {}
         for call, result in zip(calls, results, strict=True):
@@ -187,7 +189,7 @@ class Calls:
         first, error = next(iter(errors.items()))
         why = _brief(error) if error else f"no answer within {self._zero_s:g} s"
         return [
-            f"{self._source.name}: {len(errors)} of {count} completions score 0; the first of "
+            f"{self._callee.name}: {len(errors)} of {count} completions score 0; the first of "
             f"them, completion {first}: {why}"
         ]
 

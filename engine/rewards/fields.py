@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import pkgutil
 from collections.abc import Callable, Sequence
 
-from warpo.engine.errors import DataError, RewardError
 from warpo.engine.json_lines import Row
-from warpo.engine.rewards.math import answer_text
+from warpo.engine.rewards.kinds import KINDS
 from warpo.engine.rewards.sources import parse_sources
 
 
@@ -16,30 +15,15 @@ def check_fields(sources: Sequence[str]) -> Callable[[Row], None]:
 
     Which fields there must be at all, `RewardSources` says: all rows have the same.
     """
-    kinds = {source.kind for source in parse_sources(sources)}
+    used = {source.kind.name for source in parse_sources(sources)}
+    checks: list[Callable[[Row], None]] = [
+        pkgutil.resolve_name(kind.row_check)
+        for name, kind in reversed(KINDS.items())
+        if name in used and kind.row_check
+    ]
 
     def check(row: Row) -> None:
-        if "math" in kinds and "answer" in row:
-            try:
-                answer_text(row["answer"])
-            except RewardError as error:
-                raise DataError(str(error)) from None
-        if "http" in kinds:
-            _check_json(row)
+        for check_row in checks:
+            check_row(row)
 
     return check
-
-
-def _check_json(row: Row) -> None:
-    try:
-        json.dumps(row, allow_nan=False)
-    except (TypeError, ValueError):
-        for name, value in row.items():
-            try:
-                json.dumps(value, allow_nan=False)
-            except (TypeError, ValueError):
-                raise DataError(
-                    f"reward server: the field {name!r:.60} is no JSON but {type(value).__name__}: "
-                    f"{value!r:.60}: write it as text in the data"
-                ) from None
-        raise

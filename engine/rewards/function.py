@@ -14,9 +14,24 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from warpo.engine.errors import RewardError
+from warpo.engine.rewards.base import RewardSource, SourceContext
 from warpo.engine.rewards.calls import Call, run
 from warpo.engine.rewards.scores import Steps, parse_scores
+from warpo.engine.rewards.texts import called
 from warpo.engine.rewards.worker import START_DEADLINE_S, Worker, WorkerFailure
+
+
+def open_source(target: str, context: SourceContext) -> RewardSource:
+    """`RewardFunction` as the config has it."""
+    settings = context.settings
+    function = RewardFunction(
+        target,
+        deadline_s=settings.deadline_s,
+        fields=context.fields,
+        workers=settings.workers,
+        memory_gib=settings.memory_gib,
+    )
+    return called(function, context)
 
 
 class RewardFunction:

@@ -39,10 +39,13 @@ from urllib.parse import unquote_plus
 
 import httpx
 
-from warpo.engine.errors import RewardError
+from warpo.engine.errors import DataError, RewardError
+from warpo.engine.json_lines import Row
 from warpo.engine.redact import redact
+from warpo.engine.rewards.base import RewardSource, SourceContext
 from warpo.engine.rewards.calls import Call
 from warpo.engine.rewards.scores import Steps, parse_scores, shown
+from warpo.engine.rewards.texts import called
 
 MAX_REPLY_BYTES = 64 << 20
 _MAX_ERROR_BYTES = 64 << 10
@@ -52,6 +55,31 @@ _RETRIED = {429, 500, 502, 503, 504}
 _MANY_COMPLETIONS = "raise reward.deadline_s, or make the server faster"
 # Shorter ones would be found in any text.
 _SECRET_LENGTH = 4
+
+
+def open_source(target: str, context: SourceContext) -> RewardSource:
+    """`RewardServer` as the config has it."""
+    settings = context.settings
+    server = RewardServer(
+        target, deadline_s=settings.deadline_s, fields=context.fields, workers=settings.workers
+    )
+    return called(server, context)
+
+
+def check_row(row: Row) -> None:
+    """Refuse a row that a request cannot hold."""
+    try:
+        json.dumps(row, allow_nan=False)
+    except (TypeError, ValueError):
+        for name, value in row.items():
+            try:
+                json.dumps(value, allow_nan=False)
+            except (TypeError, ValueError):
+                raise DataError(
+                    f"reward server: the field {name!r:.60} is no JSON but {type(value).__name__}: "
+                    f"{value!r:.60}: write it as text in the data"
+                ) from None
+        raise
 
 
 class RewardServer:

@@ -20,9 +20,12 @@ from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
-from warpo.engine.errors import RewardError
+from warpo.engine.errors import DataError, RewardError
+from warpo.engine.json_lines import Row
+from warpo.engine.rewards.base import RewardSource, SourceContext
 from warpo.engine.rewards.calls import run, share
 from warpo.engine.rewards.scores import Scored
+from warpo.engine.rewards.texts import TextSource
 from warpo.engine.rewards.worker import Worker, WorkerFailure
 
 # What math-verify itself allows for reading an answer, and for comparing two.
@@ -33,6 +36,21 @@ _CALL_ITEMS, _PER_ITEM_S = 10, 0.2
 # No answer fills this; a power does, and would take the machine's memory.
 _MEMORY_GIB = 4.0
 _MAX_WORKERS = 8
+
+
+def open_source(target: str, context: SourceContext) -> RewardSource:
+    """`MathAnswers` as the config has it."""
+    answers = MathAnswers(deadline_s=context.settings.deadline_s, fields=context.fields)
+    return TextSource(answers, context.tokenizer)
+
+
+def check_row(row: Row) -> None:
+    """Refuse a row whose answer is no text or number."""
+    if "answer" in row:
+        try:
+            answer_text(row["answer"])
+        except RewardError as error:
+            raise DataError(str(error)) from None
 
 
 class MathAnswers:

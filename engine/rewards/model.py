@@ -18,76 +18,48 @@ from transformers import PreTrainedTokenizerBase
 from warpo.engine.batch import order_by_length, pack
 from warpo.engine.errors import ConfigError, RewardError
 from warpo.engine.model_files import load_tokenizer, read_config
+from warpo.engine.rewards.base import SourceContext
+from warpo.engine.rewards.scores import Scored
 from warpo.engine.rewards.steps import separator_ends, token_indices
 from warpo.engine.scalar import load_scalar_model, token_scores
 from warpo.engine.types import Completion, Prompt, TokenSequence, TokenSteps
 
 
 class RewardModel:
-    """The checkpoint of a reward model in a directory, without gradient.
-
-    Args:
-        tokenizer: that of the policy.
-        token_budget: tokens of a micro-batch.
+    """The checkpoint of a reward model in a directory, without gradient: its score at the last
+    token of prompt + completion.
 
     Raises:
         ConfigError: the checkpoint is none of a classifier with one label, or was trained with
             another vocabulary than the policy's.
     """
 
-    def __init__(
-        self,
-        path: str,
-        *,
-        tokenizer: PreTrainedTokenizerBase,
-        dtype: str,
-        device: torch.device,
-        token_budget: int,
-    ) -> None:
+    def __init__(self, path: str, context: SourceContext) -> None:
         config = read_config(path)
         if not any("Classification" in name for name in config.architectures or ()):
             raise ConfigError(
                 f"{path} is no reward model but {', '.join(config.architectures or ['nothing'])}: "
                 "train one with algorithm: bradley_terry, k_wise or process_reward"
             )
-        _check_vocabulary(path, tokenizer)
+        _check_vocabulary(path, context.tokenizer)
         self._path = path
-        self._tokenizer = tokenizer
-        self._token_budget = token_budget
-        self._device = device
+        self._tokenizer = context.tokenizer
+        self._token_budget = context.token_budget
+        self._device = context.device
         self._separator = getattr(config, "step_separator", "\n")
-        self._model = load_scalar_model(path, dtype, device).requires_grad_(False).eval()
+        model = load_scalar_model(path, context.dtype, context.device)
+        self._model = model.requires_grad_(False).eval()
 
-    def totals(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[float]:
+    def score(
+        self, prompts: Sequence[Prompt], completions: Sequence[Completion], texts: Sequence[str]
+    ) -> Scored:
         """The score at the last token of each prompt + completion."""
         last = [[len(completion) - 1] for completion in completions]
-        return [scores[0] for scores in self._scores(prompts, completions, last)]
-
-    def steps(
-        self, prompts: Sequence[Prompt], completions: Sequence[Completion], texts: Sequence[str]
-    ) -> list[TokenSteps]:
-        """(token, score) of each step of each completion."""
-        indices = [
-            self._step_tokens(completion.token_ids.tolist(), text)
-            for completion, text in zip(completions, texts, strict=True)
-        ]
-        scores = self._scores(prompts, completions, indices)
-        return [list(zip(*pair, strict=True)) for pair in zip(indices, scores, strict=True)]
+        return Scored(scores=[row[0] for row in self._scores(prompts, completions, last)])
 
     def close(self) -> None:
         """Give the memory of the weights back."""
         del self._model
-
-    def _step_tokens(self, ids: list[int], text: str) -> list[int]:
-        if not self._separator:
-            special = set(self._tokenizer.all_special_ids)
-            return [i for i, token in enumerate(ids) if token not in special] or [len(ids) - 1]
-        ends = separator_ends(text, self._separator)
-        # Two separators in a token end one step.
-        return sorted(set(token_indices(self._decode, ids, text, ends)))
-
-    def _decode(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
     @torch.no_grad()
     def _scores(
@@ -119,6 +91,35 @@ class RewardModel:
         for i, row in enumerate(scores):
             if not all(map(math.isfinite, row)):
                 raise RewardError(f"reward model {self._path} gave {row} for completion {i}")
+
+
+class ProcessRewardModel(RewardModel):
+    """A reward model that scores each step of a completion, at the last token of its text."""
+
+    def score(
+        self, prompts: Sequence[Prompt], completions: Sequence[Completion], texts: Sequence[str]
+    ) -> Scored:
+        """(token, score) of each step of each completion."""
+        indices = [
+            self._step_tokens(completion.token_ids.tolist(), text)
+            for completion, text in zip(completions, texts, strict=True)
+        ]
+        scores = self._scores(prompts, completions, indices)
+        steps: list[TokenSteps] = [
+            list(zip(*pair, strict=True)) for pair in zip(indices, scores, strict=True)
+        ]
+        return Scored(scores=steps)
+
+    def _step_tokens(self, ids: list[int], text: str) -> list[int]:
+        if not self._separator:
+            special = set(self._tokenizer.all_special_ids)
+            return [i for i, token in enumerate(ids) if token not in special] or [len(ids) - 1]
+        ends = separator_ends(text, self._separator)
+        # Two separators in a token end one step.
+        return sorted(set(token_indices(self._decode, ids, text, ends)))
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
 
 def _check_vocabulary(path: str, tokenizer: PreTrainedTokenizerBase) -> None:

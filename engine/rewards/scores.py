@@ -12,7 +12,7 @@ from typing import Any
 from warpo.engine.errors import RewardError
 
 # (end, score) of each step. `end` is the number of characters of the completion up to the end of
-# the step.
+# the step; as a `RewardSource` gives it, the index of the token that the step ends with.
 Steps = list[tuple[int, float]]
 
 _shortened = reprlib.Repr()

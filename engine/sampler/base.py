@@ -1,11 +1,12 @@
-"""What the engine asks of a sampler."""
+"""What the engine asks of a sampler: to sample, to take weights, and to lend its KV cache."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from warpo.engine.errors import WeightMismatch
@@ -41,23 +42,15 @@ class SamplingOptions:
     top_p: float = 1.0
 
 
+@runtime_checkable
 class Sampler(Protocol):
-    """Prompts in, token ids and logprobs out.
+    """Prompts in, token ids and logprobs out: what sampling needs.
 
     Attributes:
-        module: the model that samples. Its parameters are read anew by every forward pass, so
-            whatever writes to them, in place, changes what is sampled.
-        weight_version: of the weights, as `weights_changed` was told.
+        weight_version: of the weights, as `WeightTarget.weights_changed` was told.
     """
 
     weight_version: int
-
-    @property
-    def module(self) -> nn.Module: ...
-
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> object:
-        """Copy named tensors, as a checkpoint has them, over the module's parameters."""
-        ...
 
     def generate(
         self,
@@ -79,6 +72,23 @@ class Sampler(Protocol):
         """
         ...
 
+
+@runtime_checkable
+class WeightTarget(Protocol):
+    """Where weights are published to.
+
+    Attributes:
+        module: the model that samples. Its parameters are read anew by every forward pass, so
+            whatever writes to them, in place, changes what is sampled.
+    """
+
+    @property
+    def module(self) -> nn.Module: ...
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> object:
+        """Copy named tensors, as a checkpoint has them, over the module's parameters."""
+        ...
+
     def weights_changed(self, version: int) -> None:
         """Forget what was computed with the weights before, and count the new ones."""
         ...
@@ -95,12 +105,64 @@ class Sampler(Protocol):
         """
         ...
 
+
+@runtime_checkable
+class KvCache(Protocol):
+    """Memory that sampler and learner take turns with."""
+
     def release_kv(self) -> None:
         """Give the KV cache's memory to the learner. The weights stay."""
         ...
 
     def resume_kv(self) -> None:
         """Take the memory back before sampling."""
+        ...
+
+
+class ColocatedSampler(Sampler, WeightTarget, KvCache, Protocol):
+    """A sampler in the learner's process, which is all three."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplerSettings:
+    """What a sampler is built of.
+
+    Attributes:
+        model_path: folder of a Hugging Face checkpoint.
+        dtype: float32 | bfloat16 | float16, of the sampler's weights.
+        lm_head_dtype: same | float32, in which logits are computed.
+        max_model_len: most tokens of a prompt and its completion together.
+        eos_token_ids: the ids that end a completion.
+        kv_cache_gib: memory of the KV cache, GiB, where it holds one between calls.
+        device: where it runs, where it may choose.
+    """
+
+    model_path: str
+    dtype: str
+    lm_head_dtype: str = "same"
+    max_model_len: int
+    eos_token_ids: Sequence[int]
+    kv_cache_gib: float
+    device: torch.device
+
+
+class SamplerMemory(Protocol):
+    """What a sampler with a KV cache will take on its device besides its weights and that cache."""
+
+    def cache_tokens(self, tokens: int) -> int:
+        """Tokens that the KV cache must hold for one sequence of this many."""
+        ...
+
+    def sampling_bytes(self, prompt_tokens: int) -> int:
+        """Working memory while it samples a step of prompts of this many tokens."""
+        ...
+
+    def probe_bytes(self, tokens: int) -> int:
+        """Working memory while it scores the probe's sequences of this many tokens."""
+        ...
+
+    def probe_cache_bytes(self, tokens: int) -> int:
+        """Of a released KV cache what the probe's sequences of this many tokens bring back."""
         ...
 
 

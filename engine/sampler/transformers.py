@@ -12,7 +12,12 @@ from torch import Tensor, nn
 from warpo.engine.architectures import plain_attention
 from warpo.engine.model import set_lm_head_dtype
 from warpo.engine.model_files import load_weights, read_config
-from warpo.engine.sampler.base import Interrupted, SamplingOptions
+from warpo.engine.sampler.base import (
+    ColocatedSampler,
+    Interrupted,
+    SamplerSettings,
+    SamplingOptions,
+)
 from warpo.engine.sampler.requests import (
     check_ids,
     check_lengths,
@@ -21,6 +26,18 @@ from warpo.engine.sampler.requests import (
     prompt_seed,
 )
 from warpo.engine.types import Completion
+
+
+def open_sampler(settings: SamplerSettings) -> ColocatedSampler:
+    """`TransformersSampler` as the config has it."""
+    return TransformersSampler(
+        settings.model_path,
+        dtype=settings.dtype,
+        lm_head_dtype=settings.lm_head_dtype,
+        max_model_len=settings.max_model_len,
+        eos_token_ids=settings.eos_token_ids,
+        device=settings.device,
+    )
 
 
 @dataclass(kw_only=True, slots=True)

@@ -13,7 +13,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from warpo.engine.errors import SamplerError, WeightMismatch
-from warpo.engine.sampler.base import Interrupted, SamplingOptions
+from warpo.engine.sampler.base import (
+    ColocatedSampler,
+    Interrupted,
+    SamplerSettings,
+    SamplingOptions,
+)
 from warpo.engine.sampler.requests import (
     check_ids,
     check_lengths,
@@ -31,6 +36,18 @@ from warpo.engine.sampler.vllm_internals import (
 from warpo.engine.types import Completion
 
 logger = logging.getLogger(__name__)
+
+
+def open_sampler(settings: SamplerSettings) -> ColocatedSampler:
+    """`VllmSampler` as the config has it."""
+    return VllmSampler(
+        settings.model_path,
+        dtype=settings.dtype,
+        lm_head_dtype=settings.lm_head_dtype,
+        max_model_len=settings.max_model_len,
+        kv_cache_gib=settings.kv_cache_gib,
+        eos_token_ids=settings.eos_token_ids,
+    )
 
 
 class VllmSampler:

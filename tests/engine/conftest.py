@@ -13,6 +13,7 @@ set_thread_waiting()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest  # noqa: E402
+import torch  # noqa: E402
 import transformers  # noqa: E402
 
 from tests.engine.models import (  # noqa: E402
@@ -22,9 +23,8 @@ from tests.engine.models import (  # noqa: E402
     new_learner,
 )
 from tests.engine.runs import make_folder  # noqa: E402
-from warpo.engine.sampler.base import Sampler  # noqa: E402
-from warpo.engine.sampler.transformers import TransformersSampler  # noqa: E402
-from warpo.engine.sampler.vllm import VllmSampler  # noqa: E402
+from warpo.engine.sampler.base import ColocatedSampler, SamplerSettings  # noqa: E402
+from warpo.engine.sampler.kinds import SAMPLERS  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -43,25 +43,23 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]
 
 
 @pytest.fixture(scope="session")
-def build(model_path: Callable[[str], str]) -> Callable[[str, str], Sampler]:
+def build(model_path: Callable[[str], str]) -> Callable[[str, str], ColocatedSampler]:
     """The one sampler of a kind for a model, holding the weights of `new_learner(name)`.
 
     Shared by all tests, since a test that publishes leaves other weights: they are put back.
     """
-    built: dict[tuple[str, str], Sampler] = {}
+    built: dict[tuple[str, str], ColocatedSampler] = {}
 
-    def sampler(kind: str, name: str) -> Sampler:
-        if kind == "vllm" and importlib.util.find_spec("vllm") is None:
-            pytest.skip("vllm is not installed")
+    def sampler(kind: str, name: str) -> ColocatedSampler:
+        package = SAMPLERS[kind].package
+        if package and importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
         if (kind, name) not in built:
-            options = dict(
-                dtype="float32", max_model_len=MAX_MODEL_LEN, eos_token_ids=EOS_TOKEN_IDS
-            )
-            built[kind, name] = (
-                VllmSampler(model_path(name), kv_cache_gib=1 / 32, **options)
-                if kind == "vllm"
-                else TransformersSampler(model_path(name), **options)
-            )
+            settings = SamplerSettings(
+                model_path=model_path(name), dtype="float32", max_model_len=MAX_MODEL_LEN,
+                eos_token_ids=EOS_TOKEN_IDS, kv_cache_gib=1 / 32, device=torch.device("cpu"),
+            )  # fmt: skip
+            built[kind, name] = SAMPLERS[kind].open(settings)
         else:
             connect(built[kind, name], new_learner(name), "copy")
         return built[kind, name]
@@ -69,13 +67,13 @@ def build(model_path: Callable[[str], str]) -> Callable[[str, str], Sampler]:
     return sampler
 
 
-@pytest.fixture(params=["vllm", "transformers"])
+@pytest.fixture(params=list(SAMPLERS))
 def kind(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
 @pytest.fixture
-def sampler(build: Callable[[str, str], Sampler], kind: str) -> Sampler:
+def sampler(build: Callable[[str, str], ColocatedSampler], kind: str) -> ColocatedSampler:
     return build(kind, "qwen2")
 
 

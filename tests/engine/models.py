@@ -11,7 +11,7 @@ import transformers
 from torch import nn
 
 from warpo.engine.resync import Resync
-from warpo.engine.sampler.base import Sampler
+from warpo.engine.sampler.base import ColocatedSampler
 from warpo.engine.step_rollouts import StepRollouts
 from warpo.engine.types import Completion, TokenSequence
 
@@ -76,7 +76,7 @@ def logprobs_of(
     return logprobs.gather(-1, torch.tensor(ids[start:])[:, None]).squeeze(-1)
 
 
-def publish(resync: Resync, sampler: Sampler) -> int:
+def publish(resync: Resync, sampler: ColocatedSampler) -> int:
     """One publish, as the engine does it; returns the bytes copied."""
     num_bytes = resync.publish()
     sampler.weights_changed(sampler.weight_version + 1)
@@ -84,7 +84,9 @@ def publish(resync: Resync, sampler: Sampler) -> int:
     return num_bytes
 
 
-def connect(sampler: Sampler, learner: nn.Module, mode: str = "auto", **options: object) -> Resync:
+def connect(
+    sampler: ColocatedSampler, learner: nn.Module, mode: str = "auto", **options: object
+) -> Resync:
     """The sampler with the learner's weights, published once."""
     resync = Resync(sampler.load_weights, sampler.module, learner, mode, **options)
     publish(resync, sampler)

@@ -19,9 +19,11 @@ import torch
 import transformers
 
 from tests.engine.runs import make_folder
+from warpo.engine.config import Reward
 from warpo.engine.errors import WarpoError
 from warpo.engine.model import eos_token_ids, load_model
 from warpo.engine.model_files import check_files, load_tokenizer, read_config
+from warpo.engine.rewards.base import SourceContext
 from warpo.engine.rewards.model import RewardModel
 from warpo.engine.sampler.transformers import TransformersSampler
 from warpo.engine.scalar import load_scalar_model
@@ -279,14 +281,11 @@ def test_a_damaged_reward_model_is_refused_in_one_line(
     if not (folder / "generation_config.json").exists():
         shutil.copy(whole / "generation_config.json", folder)
     damage(folder)
-    tokenizer = load_tokenizer(str(whole))
-    refused(
-        lambda path: RewardModel(
-            path, tokenizer=tokenizer, dtype="float32", device=CPU, token_budget=64
-        ),
-        folder,
-        message,
-    )
+    context = SourceContext(
+        settings=Reward(sources="math"), fields=[], tokenizer=load_tokenizer(str(whole)),
+        max_new_tokens=8, dtype="float32", device=CPU, token_budget=64,
+    )  # fmt: skip
+    refused(lambda path: RewardModel(path, context), folder, message)
 
 
 @pytest.mark.parametrize("name", TENSORS)

@@ -171,7 +171,7 @@ def test_the_deadline_kills(name):
 
 def test_the_call_after_a_kill_works_and_no_process_is_left():
     with opened("spin", 0.5) as reward:
-        (worker,) = reward._source.workers
+        (worker,) = reward._callee.workers
         pids = [worker.pid]
         with pytest.raises(RewardError, match="took longer"):
             reward(["slow"], {})
@@ -230,7 +230,7 @@ def test_a_function_that_cannot_serve_is_refused_at_once(spec, message):
 def test_ctrl_c_does_not_reach_the_worker():
     assert call("interrupt_me") == [1.0, 1.0]
     with opened("spin") as reward:
-        assert os.getpgid(reward._source.workers[0].pid) != os.getpgid(0)
+        assert os.getpgid(reward._callee.workers[0].pid) != os.getpgid(0)
 
 
 def test_an_engine_that_forgets_to_close_still_exits(directory):

@@ -2,6 +2,9 @@
 
 import http.server
 import json
+import pkgutil
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 
@@ -12,11 +15,13 @@ import transformers
 from tests.engine.models import CONFIGS
 from tests.engine.runs import train
 from warpo.engine.batch import Completion
-from warpo.engine.config import load_config
+from warpo.engine.config import Reward, load_config
 from warpo.engine.data import load_prompts
 from warpo.engine.errors import ConfigError, RewardError
 from warpo.engine.model_files import load_tokenizer
+from warpo.engine.rewards.base import RewardSource, SourceContext
 from warpo.engine.rewards.combine import RewardSources
+from warpo.engine.rewards.kinds import KINDS, read_kind
 from warpo.engine.rewards.overlong import overlong_penalty
 from warpo.engine.rewards.sources import parse_sources
 
@@ -46,6 +51,20 @@ def reward_model(folder):
     return write
 
 
+def context_of(folder, *sources, **options):
+    """With the tokenizer of the run in `folder`; `options` are of the context or its settings."""
+    given = dict(
+        fields=["prompt", "word"],
+        tokenizer=load_tokenizer(str(folder / "model")),
+        max_new_tokens=8,
+        dtype="float32",
+        device=torch.device("cpu"),
+        token_budget=24,
+    )
+    settings = {name: options.pop(name) for name in options.keys() - given}
+    return SourceContext(settings=Reward(sources=sources, **settings), **(given | options))
+
+
 @pytest.fixture
 def open_sources(folder):
     """RewardSources of the run in `folder`, closed after the test."""
@@ -53,19 +72,7 @@ def open_sources(folder):
     opened = []
 
     def build(*sources, **options):
-        given = dict(
-            deadline_s=30.0,
-            on_error="stop",
-            workers=1,
-            memory_gib=64.0,
-            fields=["prompt", "word"],
-            tokenizer=load_tokenizer(str(folder / "model")),
-            max_new_tokens=8,
-            dtype="float32",
-            device=torch.device("cpu"),
-            token_budget=24,
-        )
-        opened.append(RewardSources(sources, **(given | options)))
+        opened.append(RewardSources(context_of(folder, *sources, **options)))
         return opened[-1]
 
     yield build
@@ -96,7 +103,7 @@ def sampled(folder):
 
 def test_weights_kinds_and_names(tmp_path):
     def parsed(*texts):
-        return [(s.name, s.kind, s.target, s.weight) for s in parse_sources(texts)]
+        return [(s.name, s.kind.name, s.target, s.weight) for s in parse_sources(texts)]
 
     assert parsed(" a.b:c ", "0.5*math", "-2 * overlong:16") == [
         ("a.b:c", "function", "a.b:c", 1.0),
@@ -119,6 +126,47 @@ def test_weights_kinds_and_names(tmp_path):
         ("model", "model", directory, 3.0),
         ("process_model", "process_model", directory, 1.0),
     ]
+
+
+OF_EACH_KIND = {
+    "function": "some_scores:length",
+    "http": "http://localhost:1/x",
+    "math": "math",
+    "model": "model:rm",
+    "process_model": "process_model:rm",
+    "overlong": "overlong:4",
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_kind_opens_what_its_facts_say(folder, sampled, reward_model, name):
+    reward_model()
+    (folder / "some_scores.py").write_text(SCORES)
+    kind, target = read_kind(OF_EACH_KIND[name])
+    assert (kind, kind.prefix + target) == (KINDS[name], OF_EACH_KIND[name])
+    source = kind.open(target, context_of(folder, "math", fields=["prompt", "answer"]))
+    try:
+        assert isinstance(source, RewardSource)
+        # nobody serves that URL, and the verifier takes seconds to load
+        if name not in ("http", "math"):
+            (score,) = source.score([sampled[0][0]], [sampled[1][0]], ["t10 t11"]).scores
+            assert isinstance(score, list) == (kind.gives_steps == "always")
+    finally:
+        source.close()
+    if kind.row_check:
+        pkgutil.resolve_name(kind.row_check)({"prompt": "a", "answer": "4"})
+    assert kind.is_checkpoint == (folder / target / "config.json").is_file()
+
+
+def test_kinds_and_what_workers_import_load_no_models():
+    code = (
+        "import sys; import warpo.engine.rewards.sources; "
+        "assert not {'httpx', 'asyncio', 'pydantic'} & set(sys.modules); "
+        "import warpo.engine.rewards.function, warpo.engine.rewards.math; "
+        "print(sorted({'torch', 'transformers', 'httpx', 'pydantic'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,13 @@ import gc
 import importlib.util
 import math
 import mmap
+import pkgutil
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,11 +27,20 @@ from tests.engine.models import (
     connect,
     logprobs_of,
     new_learner,
+    random_completion,
 )
 from warpo.engine.batch import Completion
-from warpo.engine.errors import SamplerError
-from warpo.engine.sampler import vllm_internals
-from warpo.engine.sampler.base import Interrupted, Sampler, SamplingOptions
+from warpo.engine.errors import SamplerError, WeightMismatch
+from warpo.engine.sampler import base, vllm_internals
+from warpo.engine.sampler.base import (
+    Interrupted,
+    KvCache,
+    Sampler,
+    SamplingOptions,
+    WeightTarget,
+    check_versions,
+)
+from warpo.engine.sampler.kinds import SAMPLERS
 from warpo.engine.sampler.vllm import VllmSampler
 
 PROMPTS = [[7, 8, 9], [10, 11, 12, 13, 14, 15, 16], [20], [30, 31, 32, 33]]
@@ -51,6 +63,36 @@ def greedy(learner: torch.nn.Module, prompt: list[int], max_new_tokens: int) -> 
         if ids[-1] in EOS_TOKEN_IDS:
             break
     return ids[len(prompt) :]
+
+
+def test_a_sampler_is_what_its_facts_say(sampler: Sampler, kind: str) -> None:
+    for protocol in (Sampler, WeightTarget, KvCache):
+        assert isinstance(sampler, protocol)
+    for name in filter(None, (SAMPLERS[kind].opener, SAMPLERS[kind].memory)):
+        assert callable(pkgutil.resolve_name(name))
+    sampler.release_kv()
+    if SAMPLERS[kind].has_kv_cache:
+        with pytest.raises(RuntimeError, match="the KV cache is released"):
+            sampler.score([[2, 3]])
+    sampler.resume_kv()
+    assert len(sampler.score([[2, 3]])[0]) == 1
+
+
+@pytest.mark.parametrize("lag", [0, 2])
+def test_samples_of_older_weights_than_the_lag_are_refused(
+    monkeypatch: pytest.MonkeyPatch, lag: int
+) -> None:
+    monkeypatch.setattr(base, "MAX_LAG", lag)
+
+    def of(*versions: int) -> list[list[Completion]]:
+        rng = random.Random(0)
+        return [[replace(random_completion(rng, 2), weight_version=v) for v in versions]]
+
+    check_versions(of(*range(7 - lag, 8)), 8)
+    for versions in ([6 - lag, 7], [8]):
+        told = f"step 8 sampled with versions {versions} of the weights, and the learner has versi"
+        with pytest.raises(WeightMismatch, match=re.escape(told)):
+            check_versions(of(*versions), 8)
 
 
 def test_greedy_is_the_argmax_of_the_model(sampler: Sampler) -> None:
