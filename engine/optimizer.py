@@ -107,7 +107,11 @@ class AdamW(torch.optim.Optimizer):
         Raises:
             TrainingError: the norm is not finite. Nothing is stepped.
         """
-        parameters = [parameter for _, parameter, _ in self._parameters()]
+        parameters = []
+        for name, parameter, _ in self._parameters():
+            if parameter.grad is not None and parameter.grad.is_sparse:
+                raise ValueError(f"the gradient of {name} is sparse: build it with sparse=False")
+            parameters.append(parameter)
         self._ranks.sum_gradients(parameters)
         grad_norm = self._ranks.norm(gradient_norm(parameters))
         if not torch.isfinite(grad_norm):
@@ -127,8 +131,6 @@ class AdamW(torch.optim.Optimizer):
             total += parameter.numel()
             if parameter.grad is None:
                 fingerprints[name] = ops.fingerprint(parameter)
-            elif parameter.grad.is_sparse:
-                raise ValueError(f"the gradient of {name} is sparse: build it with sparse=False")
             else:
                 named.append((name, parameter))
                 groups.append(group)

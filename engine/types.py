@@ -65,6 +65,14 @@ class Completion:
     def __len__(self) -> int:
         return len(self.token_ids)
 
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Completion)
+            and (self.finished, self.weight_version) == (other.finished, other.weight_version)
+            and np.array_equal(self.token_ids, other.token_ids)
+            and np.array_equal(self.logprobs, other.logprobs)
+        )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class TokenSequence:

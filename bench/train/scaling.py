@@ -22,9 +22,12 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from warpo.bench.environment import aligned
+
+if TYPE_CHECKING:
+    from warpo.engine.step_rollouts import StepRollouts
 
 Row = dict[str, Any]
 BUDGET_S, QUICK_BUDGET_S, QUICK_POINTS = 0.5, 0.1, 3
@@ -110,38 +113,42 @@ def learner(vocabulary: int) -> Any:
     return model
 
 
-def rollouts_of(point: Point) -> list[Any]:
+def rollouts_of(point: Point) -> StepRollouts:
     """Rollouts of random tokens, each as probable as the others, with random advantages."""
+    import numpy as np
     import torch
 
-    from warpo.engine.batch import Completion, Rollout
+    from warpo.engine.step_rollouts import StepRollouts
+    from warpo.engine.types import TokenSequence
 
     rng = random.Random(0)
 
     def draw(count: int) -> list[int]:
         return [rng.randrange(point.vocabulary) for _ in range(count)]
 
-    found = []
-    for _ in range(point.prompts):
+    sequences, advantages = [], []
+    for number in range(point.prompts):
         prompt = draw(point.prompt_tokens)
         for _ in range(point.group_size):
-            completion = Completion(
-                token_ids=draw(point.new_tokens),
-                logprobs=[-math.log(point.vocabulary)] * point.new_tokens,
-                finished=True,
-                weight_version=0,
-            )
-            advantages = torch.full((point.new_tokens,), rng.gauss(0, 1))
-            found.append(Rollout(prompt_ids=prompt, completion=completion, advantages=advantages))
-    return found
+            sequences.append(TokenSequence.of(prompt, draw(point.new_tokens), number))
+            advantages.append(torch.full((point.new_tokens,), rng.gauss(0, 1)))
+    count = len(sequences)
+    return StepRollouts(
+        sequences=sequences,
+        group_ids=np.repeat(np.arange(point.prompts), point.group_size),
+        rewards=torch.zeros(count, dtype=torch.float64),
+        sampler_logprobs=torch.full((count * point.new_tokens,), -math.log(point.vocabulary)),
+        advantages=torch.cat(advantages),
+    )
 
 
 def step_of(point: Point, model: Any) -> Callable[[], object]:
     """The learner's step at this size."""
     from warpo.engine.algorithms import ALGORITHMS
     from warpo.engine.config import Update
-    from warpo.engine.optimizer import make_optimizer
-    from warpo.engine.step import accumulate_gradients, apply_gradients, make_minibatches
+    from warpo.engine.minibatches import make_minibatches
+    from warpo.engine.schedule import make_optimizer
+    from warpo.engine.step import accumulate_gradients
     from warpo.kernels.objectives import Objective
 
     update, rollouts, grpo = Update(), rollouts_of(point), ALGORITHMS["grpo"].objective
@@ -150,11 +157,12 @@ def step_of(point: Point, model: Any) -> Callable[[], object]:
     optimizer, _ = make_optimizer(list(model.named_parameters()), update)
 
     def step() -> None:
-        (batches,) = make_minibatches(rollouts, 1, update.token_budget, 0)
+        (minibatch,) = make_minibatches(rollouts, 1, update.token_budget, 0)
+        batches = [rollouts.batch(rows) for rows in minibatch]
         accumulate_gradients(
             model, batches, objective, temperature=1.0, max_new_tokens=point.new_tokens
         )
-        apply_gradients(optimizer, update.max_grad_norm)
+        optimizer.step(update.max_grad_norm)
 
     return step
 

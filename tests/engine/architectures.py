@@ -23,7 +23,7 @@ from warpo.engine.architectures import refusal
 from warpo.engine.attention import ATTENTION
 from warpo.engine.batch import pack
 from warpo.engine.model import attention_of, other_layers, prepare, token_logprobs
-from warpo.engine.step import as_rollout
+from warpo.engine.types import TokenSequence
 
 FILE = Path(__file__).parents[2] / "docs" / "architectures.md"
 TOLERANCE = 2e-5
@@ -96,7 +96,7 @@ def difference(model: PreTrainedModel) -> float:
     wanted = _alone(model)
     others = other_layers(model.config, type(model))
     model.set_attn_implementation("eager" if others else ATTENTION)
-    batch = pack([as_rollout(ids, prompt) for ids, prompt in sequences()])
+    batch = pack([TokenSequence.of(ids[:n], ids[n:], i) for i, (ids, n) in enumerate(sequences())])
     logprobs = token_logprobs(model, batch, 1.0).logprobs
     found = logprobs.detach(), _gradient(model, logprobs)
     model.set_attn_implementation("eager")

@@ -23,8 +23,8 @@ from warpo.engine.model import attention_of
 from warpo.engine.offline.config import OfflineConfig
 from warpo.engine.offline.train import run as run_offline
 from warpo.engine.sampler.transformers import TransformersSampler
-from warpo.engine.step import as_rollout
 from warpo.engine.train import run
+from warpo.engine.types import TokenSequence
 
 CPU = torch.device("cpu")
 
@@ -129,11 +129,15 @@ def test_a_type_without_a_classifier_is_refused_as_reward_model_alone():
 
 
 def one_call(**options):
-    batch = pack([as_rollout([1, 2, 3], 1)])
+    batch = pack([TokenSequence.scored([1, 2, 3])])
     heads = torch.ones(1, 2, 3, 4)
     module = torch.nn.Module()
     mask = Mask(transformers.masking_utils.causal_mask_function, None)
-    options = {"attention_mask": mask, "slots": batch.slots, "places": batch.places} | options
+    options = {
+        "attention_mask": mask,
+        "gather_index": batch.gather_index,
+        "scatter_index": batch.scatter_index,
+    } | options
     return packed_attention(module, heads, heads, heads, **options)
 
 
@@ -145,7 +149,7 @@ def one_call(**options):
         {"attention_mask": torch.ones(3, 3)},
         {"attention_mask": None},
         {"is_causal": False},
-        {"slots": None},
+        {"gather_index": None},
     ],
 )
 def test_no_option_of_an_attention_is_dropped(options):

@@ -12,14 +12,15 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from tests.engine.models import random_completion
+from tests.engine.models import random_completion, rollouts_of
 from tests.engine.runs import rows, train
-from warpo.engine.batch import Batch, Rollout, pack
+from warpo.engine.batch import Batch
 from warpo.engine.config import Config, load_config
 from warpo.engine.critic import Critic
 from warpo.engine.errors import TrainingError
 from warpo.engine.model import load_model
 from warpo.engine.step import accumulate_gradients
+from warpo.engine.step_rollouts import StepRollouts
 from warpo.engine.train import run
 from warpo.kernels.objectives import OBJECTIVES
 
@@ -42,37 +43,35 @@ def settings(path: str, **critic: Any) -> Config:
     )
 
 
-def rollouts(number: int = 7) -> list[Rollout]:
+def rollouts(number: int = 7) -> StepRollouts:
     """With values and returns near and far from each other, so that some are clipped."""
     rng, generator = random.Random(0), torch.Generator().manual_seed(0)
-    made = []
-    for i in range(number):
+    spreads = {"values": 0.3, "advantages": 1.0, "returns": 1.0}
+    columns: dict[str, list[Tensor]] = {name: [] for name in spreads}
+    completions = []
+    for _ in range(number):
         length = rng.randint(1, 9)
-        completion = random_completion(rng, length)
-        scores = {
-            name: torch.randn(length, generator=generator) * spread
-            for name, spread in (("values", 0.3), ("advantages", 1.0), ("returns", 1.0))
-        }
-        # two completions of each prompt
-        prompt = [5, 9 + i // 2, 31]
-        made.append(Rollout(prompt_ids=prompt, completion=completion, **scores))
-    return made
+        completions.append(random_completion(rng, length))
+        for name, spread in spreads.items():
+            columns[name].append(torch.randn(length, generator=generator) * spread)
+    # two completions of each prompt
+    prompts = [[5, 9 + i // 2, 31] for i in range(number)]
+    return rollouts_of(prompts, completions, **columns)
 
 
-def values_of(network: nn.Module, head: Tensor, made: list[Rollout]) -> Tensor:
+def values_of(network: nn.Module, head: Tensor, made: StepRollouts) -> Tensor:
     """(M,): the head's products with the hidden states before each token, each rollout alone."""
     parts = []
-    for rollout in made:
-        ids = torch.tensor([rollout.prompt_ids + rollout.completion.token_ids])
+    for sequence in made.sequences:
+        ids = torch.from_numpy(sequence.token_ids)[None]
         hidden = network(input_ids=ids).last_hidden_state[0]
-        parts.append(hidden[len(rollout.prompt_ids) - 1 : -1] @ head[0])
+        parts.append(hidden[sequence.prompt_length - 1 : -1] @ head[0])
     return torch.cat(parts)
 
 
-def clipped_loss(values: Tensor, made: list[Rollout]) -> Tensor:
+def clipped_loss(values: Tensor, made: StepRollouts) -> Tensor:
     """https://arxiv.org/abs/2005.12729 section 3, times 1/2, a mean over tokens."""
-    old = torch.cat([rollout.values for rollout in made]).double()
-    returns = torch.cat([rollout.returns for rollout in made]).double()
+    old, returns = made.values.double(), made.returns.double()
     near = torch.minimum(torch.maximum(values, old - CLIP_RANGE), old + CLIP_RANGE)
     worse = torch.maximum((values - returns) ** 2, (near - returns) ** 2)
     assert 0 < (worse > (values - returns) ** 2).sum() < len(values), "none or all are clipped"
@@ -89,8 +88,8 @@ def assert_gradients(found: dict[str, Tensor], expected: dict[str, Tensor]) -> N
         )
 
 
-def in_micro_batches(made: list[Rollout]) -> list[Batch]:
-    return [pack(made[:3]), pack(made[3:])]
+def in_micro_batches(made: StepRollouts) -> list[Batch]:
+    return [made.batch(range(3)), made.batch(range(3, len(made)))]
 
 
 @pytest.fixture
@@ -98,7 +97,7 @@ def own(model_path: Callable[[str], str]) -> Critic:
     """A network of its own, whose head has moved from 0."""
     path = model_path("qwen2")
     policy = load_model(path, "float32", CPU)
-    critic = Critic(settings(path, clip_range=CLIP_RANGE, lr=1e-3), policy, CPU)
+    critic = Critic(settings(path, clip_range=CLIP_RANGE, lr=1e-3), policy)
     with torch.random.fork_rng():
         torch.manual_seed(1)
         nn.init.normal_(critic._network.score.weight, std=0.05)
@@ -109,7 +108,7 @@ def own(model_path: Callable[[str], str]) -> Critic:
 def shared(model_path: Callable[[str], str]) -> tuple[nn.Module, Critic]:
     path = model_path("qwen2")
     policy = load_model(path, "float32", CPU)
-    critic = Critic(settings(path, model="shared", clip_range=CLIP_RANGE, coef=COEF), policy, CPU)
+    critic = Critic(settings(path, model="shared", clip_range=CLIP_RANGE, coef=COEF), policy)
     with torch.random.fork_rng():
         torch.manual_seed(1)
         nn.init.normal_(critic.value_head.weight, std=0.05)
@@ -177,12 +176,12 @@ def test_a_critic_starts_with_the_policy_and_values_of_0(model_path: Callable[[s
     path = model_path("qwen2")
     policy = load_model(path, "float32", CPU)
     for model in ("policy", "shared"):
-        critic = Critic(settings(path, model=model), policy, CPU)
-        batch = pack(rollouts())
+        critic = Critic(settings(path, model=model), policy)
+        batch = rollouts().batch(range(7))
         assert torch.equal(critic.values(batch, 1.0), torch.zeros(batch.targets.numel()))
         names = [name for name, _ in critic.named_parameters()]
         assert names == (["critic_head.weight"] if critic.is_shared else [])
-    trunk = Critic(settings(path), policy, CPU)._network.base_model.state_dict()
+    trunk = Critic(settings(path), policy)._network.base_model.state_dict()
     for name, weight in policy.base_model.state_dict().items():
         assert torch.equal(trunk[name], weight)
 
@@ -198,7 +197,7 @@ def test_values_approach_the_returns(own: Critic) -> None:
 
 
 def test_a_gradient_that_is_not_finite_names_the_critics_rate(own: Critic) -> None:
-    batch = pack(rollouts())
+    batch = rollouts().batch(range(7))
     batch.returns[0] = torch.nan
     before = [p.clone() for p in own._network.parameters()]
     with pytest.raises(TrainingError, match="the step was not taken. Lower critic.lr"):

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.engine.models import EOS_TOKEN_IDS, MAX_MODEL_LEN, connect, new_learner
+from tests.engine.models import EOS_TOKEN_IDS, MAX_MODEL_LEN, connect, new_learner, rollouts_of
 from tests.tolerance import CORRECTION_GRADIENT, LEARNER_COMPOSITION
 from warpo.engine import mismatch
-from warpo.engine.batch import Batch, Completion, Rollout, pack
 from warpo.engine.config import ROUNDING
 from warpo.engine.errors import ConfigError, WeightMismatch
 from warpo.engine.model import load_model, set_lm_head_dtype, token_logprobs
-from warpo.engine.probe import Probe, probe_weights
+from warpo.engine.probe import Probed, probe_weights
 from warpo.engine.sampler.base import Sampler
 from warpo.engine.sampler.transformers import TransformersSampler
 from warpo.engine.sampler.vllm import VllmSampler
-from warpo.engine.step import accumulate_gradients, score
+from warpo.engine.score import pack_scored, score
+from warpo.engine.step import accumulate_gradients
+from warpo.engine.step_rollouts import StepRollouts
+from warpo.engine.types import Completion
 from warpo.kernels import ops
 from warpo.kernels.objectives import OBJECTIVES
 
@@ -34,17 +37,19 @@ def token_ids(number: int, low: int, high: int, seed: int = 0) -> list[list[int]
     return [[rng.randrange(2, 60) for _ in range(rng.randint(low, high))] for _ in range(number)]
 
 
-def rollouts(number: int, seed: int = 0) -> list[Rollout]:
-    return [
-        Rollout(
-            prompt_ids=ids[:3],
-            completion=Completion(
-                token_ids=ids[3:], logprobs=[-3.0] * len(ids[3:]), finished=True, weight_version=1
-            ),
-            advantages=torch.full((len(ids) - 3,), (-1.0) ** i * (1 + i % 3)),
-        )
-        for i, ids in enumerate(token_ids(number, 5, 24, seed))
-    ]
+def rollouts(number: int, seed: int = 0) -> StepRollouts:
+    texts = token_ids(number, 5, 24, seed)
+    made = rollouts_of(
+        [ids[:3] for ids in texts],
+        [
+            Completion.of(ids[3:], [-3.0] * len(ids[3:]), finished=True, weight_version=1)
+            for ids in texts
+        ],
+        advantages=[
+            torch.full((len(ids) - 3,), (-1.0) ** i * (1 + i % 3)) for i, ids in enumerate(texts)
+        ],
+    )
+    return replace(made, probed=range(number))
 
 
 @pytest.fixture
@@ -55,7 +60,7 @@ def learner(model_path: Callable[[str], str]) -> nn.Module:
 def test_kernels_are_the_differences_of_the_probe() -> None:
     sampler = torch.tensor([-1.0, -2.0, -3.0, -4.0])
     difference = torch.tensor([0.0, 0.09, 0.10, -0.11])
-    found = mismatch.kernels(Probe(learner=sampler + difference, sampler=sampler))
+    found = mismatch.kernels(Probed(learner=sampler + difference, sampler=sampler))
     assert found == {
         "mismatch/kernels_mean": pytest.approx(0.075, abs=1e-6),
         "mismatch/kernels_max": pytest.approx(0.11, abs=1e-6),
@@ -93,49 +98,31 @@ def test_the_learner_depends_on_packing_by_no_more_than_attention_and_matrix_pro
 ) -> None:
     learner = load_model(model_path(name), "float32", CPU)
     sequences = token_ids(16, 5, 150)
-    packed = score(learner, pack_whole(sequences), 1.0)
-    found = mismatch.composition(learner, sequences, Probe(packed, packed))
+    packed = score(learner, pack_scored(learner, sequences), 1.0)
+    found = mismatch.composition(learner, sequences, Probed(packed, packed))
     worst = found["mismatch/composition_max"]
     print(f"{name}: packed against alone differ by up to {worst:.2e} nats")
     assert worst <= LEARNER_COMPOSITION
     for size in (2, 5):
         parts = [
-            score(learner, pack_whole(sequences[i : i + size]), 1.0)
+            score(learner, pack_scored(learner, sequences[i : i + size]), 1.0)
             for i in range(0, len(sequences), size)
         ]
         assert (torch.cat(parts) - packed).abs().max() <= LEARNER_COMPOSITION
 
 
-def pack_whole(sequences: list[list[int]]) -> Batch:
-    """Packed to score every token but the first of each sequence."""
-    return pack(
-        [
-            Rollout(
-                prompt_ids=ids[:1],
-                completion=Completion(
-                    token_ids=ids[1:],
-                    logprobs=[0.0] * (len(ids) - 1),
-                    finished=True,
-                    weight_version=0,
-                ),
-            )
-            for ids in sequences
-        ]
-    )
-
-
 def test_composition_names_the_largest_difference(learner: nn.Module) -> None:
     sequences = token_ids(3, 5, 9)
-    packed = score(learner, pack_whole(sequences), 1.0)
+    packed = score(learner, pack_scored(learner, sequences), 1.0)
     planted = packed.clone()
     planted[3] += 0.25
-    found = mismatch.composition(learner, sequences, Probe(planted, packed))
+    found = mismatch.composition(learner, sequences, Probed(planted, packed))
     assert found["mismatch/composition_max"] == pytest.approx(0.25, abs=1e-5)
 
 
 @pytest.mark.parametrize("updates", [1, 2, 3])
 def test_drift_is_from_the_first_update_to_the_last(learner: nn.Module, updates: int) -> None:
-    batch = pack(rollouts(3))
+    batch = rollouts(3).batch(range(3))
     before = score(learner, batch, 0.7)
     drift = mismatch.Drift(learner, rollouts(3), 0.7)
     for update in range(updates):
@@ -157,7 +144,7 @@ def test_drift_is_from_the_first_update_to_the_last(learner: nn.Module, updates:
 
 
 def test_without_a_probe_nothing_is_measured(learner: nn.Module) -> None:
-    drift = mismatch.Drift(learner, [], 1.0)
+    drift = mismatch.Drift(learner, replace(rollouts(3), probed=()), 1.0)
     drift.before_last_update()
     assert drift.metrics(truncated=True) == {}
     assert drift.sampling_difference == float("inf")
@@ -185,11 +172,11 @@ def test_a_correction_weighs_the_gradient_by_its_formula(
         correction=kind, correction_level=level, correction_low=0.6, correction_high=1.5
     )
     torch.manual_seed(0)
-    batch = pack(rollouts(8))
+    batch = rollouts(8).batch(range(8))
     batch.old_logprobs = score(learner, batch, 1.0) + 0.1 * torch.randn(batch.targets.numel())
     batch.sampler_logprobs = batch.old_logprobs - 0.3 * torch.randn(batch.targets.numel())
 
-    starts = batch.completion_cu_seqlens.tolist()
+    starts = batch.cu_seqlens.tolist()
     difference = (batch.old_logprobs - batch.sampler_logprobs).double()
     weight = corrected(difference, starts, correction)
     inside = (weight > 0.6) & (weight < 1.5)

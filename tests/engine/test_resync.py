@@ -38,7 +38,7 @@ def generation_error(sampler: Sampler, learner: nn.Module) -> float:
     """Largest difference between the sampler's logprobs of its completions and the learner's."""
     (group,) = sampler.generate([LONG_PROMPT], OPTIONS)
     return max(
-        (torch.tensor(c.logprobs) - logprobs_of(learner, LONG_PROMPT + c.token_ids, 100))
+        (torch.from_numpy(c.logprobs) - logprobs_of(learner, [*LONG_PROMPT, *c.token_ids], 100))
         .abs()
         .max()
         .item()

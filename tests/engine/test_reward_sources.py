@@ -14,7 +14,6 @@ import transformers
 
 from tests.engine.models import CONFIGS
 from tests.engine.runs import train
-from warpo.engine.batch import Completion
 from warpo.engine.config import Reward, load_config
 from warpo.engine.data import load_prompts
 from warpo.engine.errors import ConfigError, RewardError
@@ -24,6 +23,7 @@ from warpo.engine.rewards.combine import RewardSources
 from warpo.engine.rewards.kinds import KINDS, read_kind
 from warpo.engine.rewards.overlong import overlong_penalty
 from warpo.engine.rewards.sources import parse_sources
+from warpo.engine.types import Completion
 
 SCORES = """
 def length(completions): return [len(text) for text in completions]
@@ -81,9 +81,7 @@ def open_sources(folder):
 
 
 def completion(*ids):
-    return Completion(
-        token_ids=list(ids), logprobs=[0.0] * len(ids), finished=True, weight_version=0
-    )
+    return Completion.of(ids, [0.0] * len(ids), finished=True, weight_version=0)
 
 
 @pytest.fixture
@@ -255,7 +253,7 @@ def test_steps_of_a_function_end_at_tokens_and_count_in_the_total(open_sources, 
 
 def plain_scores(model, prompt, completion):
     """The score at each token of the completion, by one forward pass of plain transformers."""
-    ids = torch.tensor([prompt.token_ids + completion.token_ids])
+    ids = torch.tensor([[*prompt.token_ids, *completion.token_ids]])
     with torch.no_grad():
         scores = model.score(model.model(ids).last_hidden_state)[0, :, 0]
     return scores[len(prompt.token_ids) :].tolist()

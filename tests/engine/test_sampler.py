@@ -29,7 +29,6 @@ from tests.engine.models import (
     new_learner,
     random_completion,
 )
-from warpo.engine.batch import Completion
 from warpo.engine.errors import SamplerError, WeightMismatch
 from warpo.engine.sampler import base, vllm_internals
 from warpo.engine.sampler.base import (
@@ -42,6 +41,7 @@ from warpo.engine.sampler.base import (
 )
 from warpo.engine.sampler.kinds import SAMPLERS
 from warpo.engine.sampler.vllm import VllmSampler
+from warpo.engine.types import Completion
 
 PROMPTS = [[7, 8, 9], [10, 11, 12, 13, 14, 15, 16], [20], [30, 31, 32, 33]]
 
@@ -52,7 +52,7 @@ def options(**changes: object) -> SamplingOptions:
 
 
 def tokens(groups: list[list[Completion]]) -> list[list[list[int]]]:
-    return [[completion.token_ids for completion in group] for group in groups]
+    return [[completion.token_ids.tolist() for completion in group] for group in groups]
 
 
 @torch.no_grad()
@@ -100,10 +100,10 @@ def test_greedy_is_the_argmax_of_the_model(sampler: Sampler) -> None:
     groups = sampler.generate(PROMPTS, options(temperature=0, group_size=2))
     for prompt, group in zip(PROMPTS, groups, strict=True):
         expected = greedy(learner, prompt, 24)
-        assert [completion.token_ids for completion in group] == [expected, expected]
+        assert [completion.token_ids.tolist() for completion in group] == [expected, expected]
         reference = logprobs_of(learner, prompt + expected, len(prompt))
         torch.testing.assert_close(
-            torch.tensor(group[0].logprobs), reference, atol=LOGPROB_ATOL, rtol=0
+            torch.from_numpy(group[0].logprobs), reference, atol=LOGPROB_ATOL, rtol=0
         )
 
 
@@ -118,10 +118,10 @@ def test_logprobs_are_those_at_the_sampling_temperature(
     for prompt, group in zip(PROMPTS, groups, strict=True):
         for completion in group:
             reference = logprobs_of(
-                learner, prompt + completion.token_ids, len(prompt), temperature
+                learner, [*prompt, *completion.token_ids], len(prompt), temperature
             )
             torch.testing.assert_close(
-                torch.tensor(completion.logprobs), reference, atol=LOGPROB_ATOL, rtol=0
+                torch.from_numpy(completion.logprobs), reference, atol=LOGPROB_ATOL, rtol=0
             )
 
 
@@ -136,9 +136,9 @@ def test_a_step_of_more_prompt_tokens_than_vllm_takes_together(sampler: Sampler)
     groups = sampler.generate(prompts, options(group_size=2, max_new_tokens=4))
     for prompt, group in zip(prompts, groups, strict=True):
         for completion in group:
-            reference = logprobs_of(learner, prompt + completion.token_ids, len(prompt))
+            reference = logprobs_of(learner, [*prompt, *completion.token_ids], len(prompt))
             torch.testing.assert_close(
-                torch.tensor(completion.logprobs), reference, atol=LOGPROB_ATOL, rtol=0
+                torch.from_numpy(completion.logprobs), reference, atol=LOGPROB_ATOL, rtol=0
             )
     # Seeds decide alone: the same prompts draw the same tokens in a smaller step.
     few = sampler.generate(prompts[:2], options(group_size=2, max_new_tokens=4))
@@ -175,7 +175,7 @@ def test_truncated_draws_and_logprobs_are_those_of_the_kept_set(
     seen, worst = set(), 0.0
     for prompt, group in zip(PROMPTS, sampler.generate(PROMPTS, drawn), strict=True):
         for completion in group:
-            logits = learner(torch.tensor([prompt + completion.token_ids])).logits[0].detach()
+            logits = learner(torch.tensor([[*prompt, *completion.token_ids]])).logits[0].detach()
             for i, token in enumerate(completion.token_ids):
                 kept = truncated_logprobs(logits[len(prompt) - 1 + i], temperature, top_k, top_p)
                 assert token in kept, "a token outside the kept set was drawn"
@@ -213,7 +213,7 @@ def test_draws_do_not_depend_on_the_batch(sampler: Sampler) -> None:
 def test_no_two_completions_share_their_draws(sampler: Sampler) -> None:
     for seed in (11, 12):
         groups = sampler.generate([[7, 8, 9]] * 4, options(seed=seed, max_new_tokens=12))
-        completions = [tuple(c.token_ids) for group in groups for c in group]
+        completions = [tuple(c.token_ids.tolist()) for group in groups for c in group]
         if seed == 11:
             before = completions
     long = [c for c in before + completions if len(c) > 4]
@@ -287,9 +287,9 @@ def test_more_completions_than_one_batch(sampler: Sampler) -> None:
     assert [len(group) for group in groups] == [4] * 70
     learner = new_learner("qwen2")
     for prompt, group in list(zip(prompts, groups, strict=True))[::23]:
-        ids = prompt + group[3].token_ids
+        ids = [*prompt, *group[3].token_ids]
         torch.testing.assert_close(
-            torch.tensor(group[3].logprobs),
+            torch.from_numpy(group[3].logprobs),
             logprobs_of(learner, ids, len(prompt)),
             atol=LOGPROB_ATOL,
             rtol=0,

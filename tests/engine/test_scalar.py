@@ -7,7 +7,7 @@ import transformers
 from warpo.engine.batch import pack
 from warpo.engine.errors import ConfigError
 from warpo.engine.scalar import load_scalar_model, token_scores
-from warpo.engine.step import as_rollout
+from warpo.engine.types import TokenSequence
 
 SEQUENCES = [([3, 4, 5, 6, 7], 2), ([3, 4, 9], 2), ([8, 9, 10, 11], 1)]
 CPU = torch.device("cpu")
@@ -27,8 +27,8 @@ def save_classifier(folder, num_labels: int = 1):
 def test_packed_scores_equal_those_of_the_sequences_alone(tmp_path):
     plain = save_classifier(tmp_path)
     model = load_scalar_model(str(tmp_path), "float32", CPU)
-    batch = pack([as_rollout(*sequence) for sequence in SEQUENCES])
-    found = token_scores(model, batch, batch.predictors)
+    batch = pack([TokenSequence.of(ids[:n], ids[n:], ids[0]) for ids, n in SEQUENCES])
+    found = token_scores(model, batch, batch.logit_positions)
     wanted = []
     for ids, prompt in SEQUENCES:
         hidden = plain.model(torch.tensor([ids])).last_hidden_state[0, prompt - 1 : -1]
@@ -59,6 +59,6 @@ def test_the_bias_of_the_config_is_part_of_the_score(tmp_path, model_path):
     model = load_scalar_model(model_path("qwen2"), "float32", CPU)
     model.config.reward_bias = -0.75
     model.save_pretrained(tmp_path)
-    batch = pack([as_rollout(*sequence) for sequence in SEQUENCES])
+    batch = pack([TokenSequence.of(ids[:n], ids[n:], ids[0]) for ids, n in SEQUENCES])
     loaded = load_scalar_model(str(tmp_path), "float32", CPU)
-    assert (token_scores(loaded, batch, batch.predictors) == -0.75).all()
+    assert (token_scores(loaded, batch, batch.logit_positions) == -0.75).all()

@@ -65,18 +65,17 @@ def survey(model_type: str) -> str:
 
     from tests.engine.models import publish
     from tests.engine.tiny_models import tiny_config, tiny_model
-    from warpo.engine.batch import pack
     from warpo.engine.model import load_model, token_logprobs
     from warpo.engine.resync import Resync
     from warpo.engine.sampler.vllm import VllmSampler
-    from warpo.engine.step import as_rollout, score
+    from warpo.engine.score import pack_scored, score
 
     rng = random.Random(0)
     sequences = [[rng.randrange(3, 64) for _ in range(length)] for length in (20, 31, 9)]
-    batch = pack([as_rollout(ids, 1) for ids in sequences])
     with tempfile.TemporaryDirectory() as folder:
         tiny_model(tiny_config(model_type)).save_pretrained(folder)
         learner = load_model(folder, "float32", torch.device("cpu"))
+        batch = pack_scored(learner, sequences)
         sampler = VllmSampler(
             folder, dtype="float32", max_model_len=64, kv_cache_gib=1 / 32, eos_token_ids=[1]
         )

@@ -10,9 +10,9 @@ import pytest
 from tests.examples.runs import EXAMPLES
 from warpo.engine import algorithms_table
 from warpo.engine.algorithms import ALGORITHMS
-from warpo.engine.estimators import ESTIMATORS
 from warpo.engine.cli import tree_of
 from warpo.engine.config_file import read_tree
+from warpo.engine.estimators import ESTIMATORS
 
 NAMES = sorted(path.stem for path in EXAMPLES.glob("*.yaml"))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,8 @@ def test_each_form_becomes_completions_and_numbers(tmp_path, tokenizer):
 def test_chat_prompts_go_through_the_template(tmp_path, tokenizer):
     chat = {"prompt": [{"role": "user", "content": "1+2="}], "completion": "3"}
     plain = {"prompt": "1+2=", "completion": "3"}
-    assert load(tmp_path, tokenizer, "sft", chat) == load(tmp_path, tokenizer, "sft", plain)
+    (of_chat,), (of_text,) = (load(tmp_path, tokenizer, "sft", row) for row in (chat, plain))
+    assert of_chat == replace(of_text, prompt_id=of_chat.prompt_id)
 
 
 def test_kto_pairs_each_prompt_with_the_next_completion_of_another(tmp_path, tokenizer):

@@ -17,9 +17,10 @@ from warpo.engine.model import load_model
 from warpo.engine.offline import losses
 from warpo.engine.offline.config import LOSS_KEYS, OfflineConfig, OfflineData, OfflineLoss
 from warpo.engine.offline.data import Example
-from warpo.engine.offline.families import make_family, micro_batches
+from warpo.engine.offline.families import make_loss, micro_batches
+from warpo.engine.ranks import ONE_RANK
 from warpo.engine.scalar import load_scalar_model
-from warpo.engine.step import as_rollout
+from warpo.engine.types import TokenSequence
 from warpo.kernels.preferences import PREFERENCES
 
 CPU = torch.device("cpu")
@@ -53,6 +54,7 @@ def make_examples(algorithm: str) -> list[Example]:
         made.append(
             Example(
                 prompt_ids=ids(3),
+                prompt_id=number,
                 completions=completions,
                 values=values,
                 ends=ends,
@@ -184,8 +186,8 @@ def test_loss_and_gradient_are_those_of_the_paper(algorithm, split, model_path, 
     sizes = [example.num_tokens for example in examples]
     micro = micro_batches(examples, algorithm, max(sizes) if split else sum(sizes))
     assert (len(micro) > 2) == split
-    family = make_family(make_config(algorithm, path, **options))
-    metrics = family.read(family.gradients(model, micro))
+    loss = make_loss(make_config(algorithm, path, **options))
+    metrics = loss.read(loss.gradients(model, micro, ONE_RANK))
 
     exact = exact_model(algorithm, path)
     wanted = oracle(algorithm, exact, examples, options)
@@ -202,17 +204,17 @@ def test_without_gradients_the_metrics_are_the_same(algorithm, model_path, scala
     examples = make_examples(algorithm)
     if algorithm in SCALAR or algorithm == "sft":
         examples = [replace(example, ref_logprobs=()) for example in examples]
-    family = make_family(make_config(algorithm, path))
+    loss = make_loss(make_config(algorithm, path))
     micro = micro_batches(examples, algorithm, 1000)
     with torch.no_grad():
-        measured = family.gradients(model, micro)
+        measured = loss.gradients(model, micro, ONE_RANK)
     assert all(parameter.grad is None for parameter in model.parameters())
-    assert torch.equal(measured, family.gradients(model, micro))
+    assert torch.equal(measured, loss.gradients(model, micro, ONE_RANK))
 
 
 def test_dpo_of_a_pair_of_equals_is_log_2(model_path):
     model = load_model(model_path("qwen2"), "float32", CPU)
-    batch = pack([as_rollout([3, 4, 5, 6], 2)] * 2)
+    batch = pack([TokenSequence.of([3, 4], [5, 6], 0)] * 2)
     batch = replace(batch, ref_logprobs=torch.zeros(4))
     metrics = losses.preference_gradients(model, [batch], PREFERENCES["dpo"])
     assert metrics[0].item() == pytest.approx(math.log(2), abs=1e-7)
@@ -221,7 +223,7 @@ def test_dpo_of_a_pair_of_equals_is_log_2(model_path):
 
 
 def test_the_coefficient_scales_the_supervised_gradient(model_path):
-    batch = pack([as_rollout([3, 4, 5, 6], 2)])
+    batch = pack([TokenSequence.of([3, 4], [5, 6], 0)])
     norms = []
     for coef in (1.0, 0.25):
         model = load_model(model_path("qwen2"), "float32", CPU)

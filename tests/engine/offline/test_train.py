@@ -21,7 +21,7 @@ from warpo.engine.offline.config import LOSS_KEYS
 from warpo.engine.offline.data import load_examples
 from warpo.engine.offline.losses import sequence_scores
 from warpo.engine.scalar import load_scalar_model
-from warpo.engine.step import as_rollout
+from warpo.engine.types import TokenSequence
 
 SHORT = ["--steps", "15", "--evaluation.every_steps", "15", "--evaluation.max_examples", "100"]
 POLICY = ["--update.lr", "2e-4", "--update.warmup_steps", "2"]
@@ -185,7 +185,9 @@ def test_the_mean_reward_of_the_training_completions_is_zero(task, tmp_path, alg
         task / f"{data}.jsonl", tokenizer, algorithm, token_budget=1000, max_length=64
     )
     sequences = [(e.prompt_ids, ids) for e in examples for ids in e.completions]
-    batch = pack([as_rollout([*prompt, *ids], len(prompt)) for prompt, ids in sequences])
+    batch = pack(
+        [TokenSequence.of(prompt, ids, prompt_id=i) for i, (prompt, ids) in enumerate(sequences)]
+    )
     with torch.no_grad():
         scores = sequence_scores(model, batch)
     assert model.config.reward_bias != 0
