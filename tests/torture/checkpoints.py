@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from warpo.engine import checkpoint
 from warpo.engine.errors import WarpoError
-from warpo.engine.optimizer import make_optimizer
+from warpo.engine.schedule import make_optimizer
 
 NEWEST, OLDER = "step-000004", "step-000002"
 Damage = Callable[[Path, random.Random], None]
