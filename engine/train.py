@@ -35,8 +35,9 @@ def run(config: Config, ranks: Ranks = ONE_RANK) -> None:
                 build(config, run) as (rollouts, learner, weights),
                 _checkpoints(config, run, rollouts, learner) as checkpoints,
             ):
-                _prepare(config, run, rollouts, learner, checkpoints)
+                log.say(_describe(config, learner))
                 log.say(str(weights))
+                _prepare(config, run, rollouts, learner, checkpoints)
                 weights.publish(learner.step)
                 weights.verify(rollouts.probe_sequences)
                 _evaluate_anew(config, log, rollouts, learner)
@@ -55,6 +56,14 @@ def run(config: Config, ranks: Ranks = ONE_RANK) -> None:
         _report(Path(config.output_dir) / "metrics.jsonl", log)
 
 
+def _describe(config: Config, learner: Learner) -> str:
+    millions = sum(p.numel() for p in learner.model.parameters()) / 1e6
+    return (
+        f"{config.model}: {millions:.1f} M parameters, {config.dtype} on {learner.device}, "
+        f"sampled by {config.sampler}; {config.algorithm}: {', '.join(learner.algorithm.models)}"
+    )
+
+
 def _checkpoints(config: Config, run: Run, rollouts: Rollouts, learner: Learner) -> Checkpoints:
     contents = Contents(
         model=learner.model,
@@ -69,11 +78,6 @@ def _prepare(
     config: Config, run: Run, rollouts: Rollouts, learner: Learner, checkpoints: Checkpoints
 ) -> None:
     """Bring learner and reference to the state that the next step starts from."""
-    millions = sum(p.numel() for p in learner.model.parameters()) / 1e6
-    run.log.say(
-        f"{config.model}: {millions:.1f} M parameters, {config.dtype} on {learner.device}, "
-        f"sampled by {config.sampler}; {config.algorithm}: {', '.join(learner.algorithm.models)}"
-    )
     if run.saved:
         checkpoints.load()
         learner.reference.load(learner.model, learner.step)

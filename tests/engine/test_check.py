@@ -15,12 +15,12 @@ import torch
 import transformers
 
 from tests.engine.models import COMMON
-from warpo.engine import cli, step
-from warpo.engine.batch import Completion, Rollout
+from warpo.engine import cli, invariance, score, step
 from warpo.engine.config import load_config
 from warpo.engine.invariance import LAYOUTS, divergences, load_cut_model
 from warpo.engine.memory import PHASES, plan_memory
 from warpo.engine.optimizer import AdamW
+from warpo.engine.types import TokenSequence
 from warpo.kernels.objectives import OBJECTIVES
 
 CONFIG = """
@@ -86,7 +86,7 @@ def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module", params=["qwen2", "qwen2-untied"])
 def cut(request, model_path):
-    return load_cut_model(model_path(request.param), some_rollouts(), torch.device("cpu"))
+    return load_cut_model(model_path(request.param), some_sequences(), torch.device("cpu"))
 
 
 @pytest.fixture
@@ -95,32 +95,27 @@ def model(cut):
 
 
 @pytest.fixture
-def rollouts(cut):
+def sequences(cut):
     return cut[1]
 
 
-def some_rollouts() -> list[Rollout]:
+def some_sequences() -> list[TokenSequence]:
     rng = random.Random(0)
     return [
-        Rollout(
-            prompt_ids=[rng.randrange(64) for _ in range(prompt)],
-            completion=Completion(
-                token_ids=[rng.randrange(64) for _ in range(completion)],
-                logprobs=[-4.0] * completion,
-                finished=True,
-                weight_version=0,
-            ),
-            advantages=torch.zeros(completion),
+        TokenSequence.of(
+            [rng.randrange(64) for _ in range(prompt)],
+            [rng.randrange(64) for _ in range(completion)],
+            prompt_id=number,
         )
-        for prompt, completion in [(3, 9), (12, 4), (5, 17), (2, 1), (7, 12)]
+        for number, (prompt, completion) in enumerate([(3, 9), (12, 4), (5, 17), (2, 1), (7, 12)])
     ]
 
 
 OPTIONS = dict(temperature=0.7, max_new_tokens=17)
 
 
-def test_gradients_agree_between_layouts_for_every_objective(model, rollouts):
-    found = divergences(model, rollouts, OBJECTIVES, **OPTIONS)
+def test_gradients_agree_between_layouts_for_every_objective(model, sequences):
+    found = divergences(model, sequences, OBJECTIVES, **OPTIONS)
     assert len(found) == len(OBJECTIVES) * len(LAYOUTS)
     assert all(d.relative <= LAYOUTS[d.layout] for d in found), found
 
@@ -143,25 +138,27 @@ ORIGINAL = step.accumulate_gradients
 @pytest.mark.parametrize("fault", [per_micro_batch, mean_of_means])
 @pytest.mark.parametrize("objective", ["dapo", "grpo", "dr_grpo"])
 def test_a_denominator_that_depends_on_the_split_is_caught(
-    model, rollouts, monkeypatch, fault, objective
+    model, sequences, monkeypatch, fault, objective
 ):
-    monkeypatch.setattr(step, "accumulate_gradients", fault)
-    found = divergences(model, rollouts, {objective: OBJECTIVES[objective]}, **OPTIONS)
+    monkeypatch.setattr(invariance, "accumulate_gradients", fault)
+    found = divergences(model, sequences, {objective: OBJECTIVES[objective]}, **OPTIONS)
     split = [d.relative for d in found if d.layout != "alone"]
     # the mean of means of one sequence each is their mean
     harmless = fault is mean_of_means and objective != "dapo"
     assert min(split) > 1e-2 or (harmless and split[0] <= LAYOUTS["packed"] < split[1]), found
 
 
-def test_attention_across_rollouts_is_caught(model, rollouts, monkeypatch):
+def test_attention_across_rollouts_is_caught(model, sequences, monkeypatch):
     token_logprobs = step.token_logprobs
 
     def leaking(model, batch, temperature):
         whole = torch.arange(batch.input_ids.numel())
-        return token_logprobs(model, replace(batch, slots=whole[None], places=whole), temperature)
+        across = replace(batch, gather_index=whole[None], scatter_index=whole)
+        return token_logprobs(model, across, temperature)
 
-    monkeypatch.setattr(step, "token_logprobs", leaking)
-    found = divergences(model, rollouts, {"dapo": OBJECTIVES["dapo"]}, **OPTIONS)
+    for module in (step, score):
+        monkeypatch.setattr(module, "token_logprobs", leaking)
+    found = divergences(model, sequences, {"dapo": OBJECTIVES["dapo"]}, **OPTIONS)
     assert min(d.relative for d in found) > 1e-2, found
 
 

@@ -13,6 +13,8 @@ from warpo.engine.build import build
 from warpo.engine.config import load_config
 from warpo.engine.errors import ConfigError
 from warpo.engine.limits import kv_bytes_per_token, max_positions
+from warpo.engine.loop import Run
+from warpo.engine.metrics import NoLog
 from warpo.engine.sampler.base import SamplingOptions
 from warpo.engine.sampler.vllm import VllmSampler
 from warpo.engine.sampler.vllm_internals import CPU_BLOCK_SIZE
@@ -37,8 +39,9 @@ def test_a_setting_is_refused_before_weights_are_read(
         raise AssertionError("the weights were read")
 
     monkeypatch.setattr(building, "load_model", read)
-    with pytest.raises(ConfigError, match=message):
-        build(load_config(folder / "config.yaml", ["--sampler", "vllm", *overrides]))
+    config = load_config(folder / "config.yaml", ["--sampler", "vllm", *overrides])
+    with pytest.raises(ConfigError, match=message), build(config, Run(log=NoLog())):
+        pass
 
 
 @pytest.mark.slow

@@ -12,18 +12,22 @@ from transformers import AutoModelForCausalLM
 
 from tests.engine.runs import train
 from tests.engine.test_critic import rollouts
-from warpo.engine.batch import pack
-from warpo.engine.build import Parts, build
-from warpo.engine.config import Config, load_config
+from warpo.engine.build import build
+from warpo.engine.config import load_config
+from warpo.engine.learner import Learner
+from warpo.engine.loop import Run
+from warpo.engine.metrics import NoLog
 from warpo.engine.step import accumulate_gradients
-from warpo.engine.train import train_step
 
 COEF = 0.75
 
 
 @pytest.fixture
-def ptx(folder: Path) -> Iterator[tuple[Config, Parts]]:
-    """A run of ppo_ptx before its first step; 20 examples of one to five tokens and their end."""
+def ptx(folder: Path) -> Iterator[Learner]:
+    """That of a run of ppo_ptx before its first step.
+
+    It has 20 examples of one to five tokens and their end.
+    """
     lines = [
         {"prompt": f"t{9 + i} t8", "completion": " ".join(f"t{20 + j}" for j in range(1 + i % 5))}
         for i in range(20)
@@ -34,50 +38,49 @@ def ptx(folder: Path) -> Iterator[tuple[Config, Parts]]:
         *("--pretraining.data", "examples.jsonl", "--pretraining.coef", str(COEF)),
     ]
     config = load_config(folder / "config.yaml", words)
-    parts = build(config)
-    with parts.rewards:
-        yield config, parts
+    with build(config, Run(log=NoLog())) as (_, learner, _):
+        yield learner
 
 
 def test_the_gradient_is_that_of_the_policy_and_coef_times_the_supervised_one(
-    ptx: tuple[Config, Parts], folder: Path
+    ptx: Learner, folder: Path
 ) -> None:
-    config, parts = ptx
-    made = rollouts()
-    batches = [pack(made[:3]), pack(made[3:])]
-    names = [name for name, _ in parts.model.named_parameters()]
+    made, model = rollouts(), ptx.model
+    rows = range(len(made))
+    batches = [made.batch(rows[:3]), made.batch(rows[3:])]
+    names = [name for name, _ in model.named_parameters()]
 
     accumulate_gradients(
-        parts.model, batches, parts.algorithm.objective, temperature=1.0, max_new_tokens=6,
-        critic=parts.critic,
+        model, batches, ptx.algorithm.objective, temperature=1.0, max_new_tokens=6,
+        critic=ptx.critic,
     )  # fmt: skip
-    policy = {name: p.grad.double() for name, p in parts.model.named_parameters()}
-    parts.optimizer.zero_grad()
+    policy = {name: p.grad.double() for name, p in model.named_parameters()}
+    ptx.optimizer.zero_grad()
 
     # as many examples as rollouts, each alone, through plain transformers in float64
-    drawn = parts.pretraining_batches(config, len(made), step=1, update=0)
+    drawn = ptx.pretraining.batches(len(made), step=1, update=0)
     assert sum(batch.num_sequences for batch in drawn) == len(made)
     plain = AutoModelForCausalLM.from_pretrained(folder / "model").double()
     losses, count = [], 0
     for batch in drawn:
-        starts = batch.completion_cu_seqlens.tolist()
-        for i, slots in enumerate(batch.slots):
+        starts = batch.cu_seqlens.tolist()
+        for i, index in enumerate(batch.gather_index):
             length = starts[i + 1] - starts[i]
-            total = int(batch.position_ids[0, slots].max()) + 1
-            ids = batch.input_ids[0, slots][:total][None]
+            total = int(batch.position_ids[0, index].max()) + 1
+            ids = batch.input_ids[0, index][:total][None]
             logp = plain(ids).logits[0, -length - 1 : -1].log_softmax(-1)
             losses.append(-logp.gather(1, ids[0, -length:, None]).sum())
-            assert ids[0, -1] == parts.tokenizer.eos_token_id
+            assert ids[0, -1] == ptx.tokenizer.eos_token_id
             count += length
     loss = torch.stack(losses).sum() / count
     loss.backward()
     supervised = {name: p.grad for name, p in plain.named_parameters()}
 
     found = {}
-    parts.optimizer.register_step_pre_hook(
-        lambda *_: found.update({n: p.grad.clone() for n, p in parts.model.named_parameters()})
+    ptx.optimizer.register_step_pre_hook(
+        lambda *_: found.update({n: p.grad.clone() for n, p in model.named_parameters()})
     )
-    result = train_step(config, parts, batches, 1, 0)
+    result = ptx.train_step(batches, 1, 0)
     assert result.pretraining.item() == pytest.approx(COEF * loss.item(), rel=1e-5)
     largest = max(gradient.abs().max().item() for gradient in supervised.values())
     assert largest > 0
@@ -88,26 +91,25 @@ def test_the_gradient_is_that_of_the_policy_and_coef_times_the_supervised_one(
         )
 
 
-def test_examples_are_drawn_by_seed_step_and_update_alone(ptx: tuple[Config, Parts]) -> None:
-    config, parts = ptx
-
+def test_examples_are_drawn_by_seed_step_and_update_alone(ptx: Learner) -> None:
     def drawn(step: int, update: int) -> list[int]:
-        batches = parts.pretraining_batches(config, 6, step, update)
+        batches = ptx.pretraining.batches(6, step, update)
         return [token for batch in batches for token in batch.input_ids[0].tolist()]
 
     first = drawn(1, 0)
     assert first != drawn(1, 1) != drawn(2, 0)
     assert drawn(1, 0) == first
-    everything = parts.pretraining_batches(config, 100, 1, 0)
-    assert sum(batch.num_sequences for batch in everything) == len(parts.examples)
+    keys = ptx.pretraining.record.state_dict()["rows"]
+    everything = ptx.pretraining.batches(100, 1, 0)
+    assert sum(batch.num_sequences for batch in everything) == len(keys) == 20
     # a resumed run tells what became of them
-    saved = torch.cat([parts.examples.keys, torch.tensor([[1, 2]])])
-    parts.stateful["pretraining"].load_state_dict({"rows": saved})
-    (change,) = parts.changes
+    saved = torch.cat([keys, torch.tensor([[1, 2]])])
+    ptx.stateful["pretraining"].load_state_dict({"rows": saved})
+    change = ptx.pretraining_changes
     assert change.startswith("pretraining.data is not what the checkpoint was trained on: 1 rows")
 
 
-def test_a_run_tells_the_supervised_loss(ptx: tuple[Config, Parts], folder: Path) -> None:
+def test_a_run_tells_the_supervised_loss(ptx: Learner, folder: Path) -> None:
     del ptx
     words = ["--algorithm", "ppo_ptx", "--pretraining.data", "examples.jsonl", "--steps", "2"]
     words += ["--sampler", "transformers", "--evaluation.every_steps", "0", "--update.lr", "1e-2"]

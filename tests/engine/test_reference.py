@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from tests.engine.runs import rows, train
 from tests.torture.checkpoints import flip
-from warpo.engine import build
 from warpo.engine.config import load_config
 from warpo.engine.errors import CheckpointError, ConfigError
+from warpo.engine.reference import Reference
+from warpo.engine.resolve import resolve
 from warpo.engine.train import run
 
 # one optimizer step a step: until it, the policy is what the step began with
@@ -84,5 +85,5 @@ def test_references_are_in_the_order_of_their_steps(folder: Path) -> None:
     config = load_config(folder / "config.yaml", ["--sampler", "transformers"])
     for step in (1_000_000, 0, 999_999):
         (folder / f"out/reference/step-{step:06d}").mkdir(parents=True)
-    found = [path.name for path in build._saved_references(config)]
+    found = [path.name for path in Reference(config, resolve(config))._saved()]
     assert found == ["step-000000", "step-999999", "step-1000000"]

@@ -17,8 +17,8 @@ from tests.torture.checkpoints import make
 from warpo.engine import loop
 from warpo.engine.config import Checkpoint
 from warpo.engine.errors import ConfigError
-from warpo.engine.loop import Schedule, signals
-from warpo.engine.metrics import RunLog
+from warpo.engine.loop import Checkpoints, Contents, Progress, Run, signals
+from warpo.engine.metrics import NoLog, RunLog
 from warpo.engine.resume import changes, claim, is_complete, tell
 
 LOCK = """
@@ -43,6 +43,11 @@ class Settings:
     steps: int = 4
     seed: int = 0
     loss: dict[str, Any] = field(default_factory=lambda: {"kl_coef": 0.1})
+
+
+@dataclass(frozen=True)
+class SavedSettings(Settings):
+    checkpoint: Checkpoint = Checkpoint()
 
 
 @pytest.fixture
@@ -134,18 +139,31 @@ def test_changes_are_named_by_key() -> None:
     ]  # fmt: skip
 
 
-def test_a_checkpoint_is_due_by_steps_or_by_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [0.0]
+def test_a_checkpoint_is_due_by_steps_or_by_minutes(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, progress = [0.0], Progress()
     monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
-    schedule = Schedule(Checkpoint(), None)
-    assert [schedule.is_due(step, last=9) for step in (1, 5, 9)] == [False, False, True]
+
+    def checkpoints(**section: Any) -> Checkpoints:
+        config = SavedSettings(settings.output_dir, steps=9, checkpoint=Checkpoint(**section))
+        return Checkpoints(config, Run(log=NoLog()), progress, Contents(parts={}, check=bool))
+
+    def due(of: Checkpoints, *steps: int) -> list[bool]:
+        found = []
+        for progress.step in steps:
+            found.append(of.is_due())
+        return found
+
+    made = checkpoints()
+    assert made.saved is None and due(made, 1, 5, 9) == [False, False, True]
     now[0] = 30 * 60
-    assert schedule.is_due(1, last=9)
-    schedule.done(1)
-    assert schedule.saved == 1 and not schedule.is_due(2, last=9)
-    never = Schedule(Checkpoint(every_minutes=0, every_steps=2), None)
+    assert due(made, 1) == [True]
+    made.save()
+    assert made.saved == 1 and due(made, 2) == [False]
+    never = checkpoints(every_minutes=0, every_steps=2)
     now[0] = 1e9
-    assert [never.is_due(step, last=9) for step in (1, 2, 3)] == [False, True, False]
+    assert due(never, 1, 2, 3) == [False, True, False]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

@@ -14,11 +14,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.engine.runs import rows, train
-from warpo.engine.batch import Rollout
 from warpo.engine.build import build
 from warpo.engine.config import load_config
-from warpo.engine.metrics import RunLog
-from warpo.engine.rollouts import collect
+from warpo.engine.loop import Run
+from warpo.engine.metrics import NoLog
+from warpo.engine.step_rollouts import StepRollouts
 from warpo.engine.stream import PromptStream
 from warpo.engine.train import run
 
@@ -38,7 +38,7 @@ def low(completions):
     return [sum(s) / max(1, len(s)) for s in scores]
 """
 
-Collect = Callable[..., tuple[list[Rollout], dict[str, float], PromptStream]]
+Collect = Callable[..., tuple[StepRollouts, dict[str, float], PromptStream]]
 
 
 @pytest.fixture
@@ -48,32 +48,41 @@ def collected(folder: Path) -> Iterator[Collect]:
     number = count()
     with ExitStack() as stack:
 
-        def of(reward: str, *overrides: str) -> tuple[list[Rollout], dict[str, float], Any]:
+        def of(reward: str, *overrides: str) -> tuple[StepRollouts, dict[str, float], Any]:
             words = [
                 *("--sampler", "transformers", "--output_dir", f"out-{next(number)}"),
                 *("--reward.sources", f"some_rewards:{reward}", *overrides),
             ]  # fmt: skip
             config = load_config(folder / "config.yaml", words)
-            log = stack.enter_context(RunLog(config.output_dir, config))
-            parts = build(config)
-            stack.enter_context(parts.rewards)
-            parts.publish()
-            prompts = parts.stream._items
+            rollouts, _, weights = stack.enter_context(build(config, Run(log=NoLog())))
+            weights.publish(0)
+            prompts = rollouts.stream._items
             stream = PromptStream(
                 prompts, prompts.keys, config.rollout.prompts_per_step, config.seed
             )
-            rollouts, metrics = collect(config, parts, log, lambda: False, 1)
-            return rollouts, metrics, stream
+            return *rollouts.collect(1), stream
 
         yield of
 
 
-def prompts_of(rollouts: list[Rollout], group_size: int = 4) -> list[list[int]]:
+def prompt_of(rollouts: StepRollouts, row: int) -> list[int]:
+    sequence = rollouts.sequences[row]
+    return sequence.token_ids[: sequence.prompt_length].tolist()
+
+
+def prompts_of(rollouts: StepRollouts, group_size: int = 4) -> list[list[int]]:
     """One a group, after a look at all of it."""
-    groups = [rollouts[i : i + group_size] for i in range(0, len(rollouts), group_size)]
-    for group in groups:
-        assert all(rollout.prompt_ids == group[0].prompt_ids for rollout in group)
-    return [group[0].prompt_ids for group in groups]
+    prompts = [prompt_of(rollouts, row) for row in range(len(rollouts))]
+    groups = [prompts[i : i + group_size] for i in range(0, len(prompts), group_size)]
+    for number, group in enumerate(groups):
+        assert all(prompt == group[0] for prompt in group)
+        first = number * group_size
+        assert len(set(rollouts.group_ids[first : first + group_size].tolist())) == 1
+    return [group[0] for group in groups]
+
+
+def completions_of(rollouts: StepRollouts) -> list[list[int]]:
+    return [x.token_ids[x.prompt_length :].tolist() for x in rollouts.sequences]
 
 
 DAPO = ("--algorithm", "dapo", "--loss.kl_coef", "0")
@@ -87,7 +96,7 @@ def test_dynamic_sampling_draws_until_every_group_can_teach(collected: Collect) 
         expected += [p.token_ids for p in stream.next() if int(p.fields["word"]) % 2]
     assert draws > 1, "the first prompts are all odd: another seed"
     assert prompts_of(rollouts) == expected[:3]
-    assert [rollout.reward for rollout in rollouts] == [0.0, 1.0, 0.0, 1.0] * 3
+    assert rollouts.rewards.tolist() == [0.0, 1.0, 0.0, 1.0] * 3
     assert metrics["rollout/draws"] == draws
     assert metrics["rollout/kept_frac"] == pytest.approx(3 / (3 * draws))
     # of all that was drawn: a half of the completions of the odd, none of the others
@@ -126,9 +135,9 @@ def test_a_further_draw_of_the_same_prompt_samples_anew(collected: Collect) -> N
     first, once, _ = collected(reward, *DAPO, *one, "1")
     second, twice, _ = collected(reward, *DAPO, *one, "2")
     assert "rollout/draws" not in once and twice["rollout/draws"] == 2
-    texts = [[r.completion.token_ids for r in rollouts] for rollouts in (first, second)]
+    texts = [completions_of(rollouts) for rollouts in (first, second)]
     assert texts[0] != texts[1]
-    assert [r.reward for r in second] == [0.0, 1.0, 0.0, 1.0]
+    assert second.rewards.tolist() == [0.0, 1.0, 0.0, 1.0]
 
 
 def test_the_greedy_baseline_is_the_reward_of_the_most_probable_completion(
@@ -136,6 +145,7 @@ def test_the_greedy_baseline_is_the_reward_of_the_most_probable_completion(
 ) -> None:
     rollouts, _, _ = collected("low", "--algorithm", "remax")
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    found = rollouts.baseline_rewards.tolist()
     for prompt in prompts_of(rollouts):
         ids = list(prompt)
         for _ in range(6):
@@ -145,9 +155,9 @@ def test_the_greedy_baseline_is_the_reward_of_the_most_probable_completion(
                 break
         greedy = [token for token in ids[len(prompt) :] if token > 1]
         reward = sum(token < 30 for token in greedy) / max(1, len(greedy))
-        baselines = [r.baseline_reward for r in rollouts if r.prompt_ids == prompt]
+        baselines = [b for row, b in enumerate(found) if prompt_of(rollouts, row) == prompt]
         assert baselines == pytest.approx([reward] * 4)
-    assert len({r.baseline_reward for r in rollouts}) > 1, "all prompts are answered alike"
+    assert len(set(found)) > 1, "all prompts are answered alike"
 
 
 @pytest.mark.parametrize("name", ["dapo", "reinforce", "ppo_kl"])

@@ -12,7 +12,7 @@ import pytest
 import transformers
 
 from tests.engine.runs import rows, train
-from warpo.engine import train as loop
+from warpo.engine.collect import Rollouts
 from warpo.engine.config import load_config
 from warpo.engine.errors import RewardError, TrainingError
 from warpo.engine.sampler.transformers import TransformersSampler
@@ -187,14 +187,14 @@ def test_a_run_that_ends_within_an_evaluation_makes_up_for_it(folder, monkeypatc
     """At step 0, whose checkpoint is saved before it, and at step 2."""
     settings = ["--sampler", "transformers", "--steps", "3"]
     run(load_config(folder / "config.yaml", [*settings, "--output_dir", "whole"]))
-    generate = loop.generate
+    evaluate = Rollouts.evaluate
 
-    def interrupted(parts, *arguments):
-        if parts.step == at:
+    def interrupted(self, step):
+        if step == at:
             os.kill(os.getpid(), signal.SIGINT)
-        return generate(parts, *arguments)
+        return evaluate(self, step)
 
-    monkeypatch.setattr(loop, "generate", interrupted)
+    monkeypatch.setattr(Rollouts, "evaluate", interrupted)
     for at in (0, 2):
         with pytest.raises(KeyboardInterrupt):
             train(folder, *settings, "--resume")
