@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from warpo.engine.environment import set_thread_waiting
+from warpo.engine.run.process import set_thread_waiting
 
 SHAPE = dict(
     vocab_size=49152,
@@ -48,8 +48,8 @@ def measure_resync(sampler_dtype: str, shape: dict[str, Any]) -> list[dict[str, 
     import transformers
 
     from warpo.bench.timing import Call, measure, spread
-    from warpo.engine.resync import Resync
-    from warpo.engine.sampler.vllm import VllmSampler
+    from warpo.engine.rollout.sampler.vllm_sampler import VllmSampler
+    from warpo.engine.weights.resync import Resync
 
     transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:

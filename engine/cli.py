@@ -11,13 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from warpo.engine.algorithms import ALGORITHMS, Algorithm
-from warpo.engine.config import Config, load_config
-from warpo.engine.config_file import Key, keys, peek, read_tree, sections
-from warpo.engine.environment import keep_freed_memory, set_thread_waiting
+from warpo.engine.config.algorithms import ALGORITHMS, Algorithm
+from warpo.engine.config.file import Key, keys, peek, read_tree, sections
+from warpo.engine.config.policy import Config, load_config
+from warpo.engine.config.resolve import find
 from warpo.engine.errors import ConfigError
-from warpo.engine.resolve import find
-from warpo.engine.terminal import OutputConsole, exit_status
+from warpo.engine.run.process import keep_freed_memory, set_thread_waiting
+from warpo.engine.run.terminal import OutputConsole, exit_status
 
 USAGE = """\
 warpo: reinforcement-learning post-training of language models, sampler and learner in one process.
@@ -180,16 +180,21 @@ def _train(path: str, overrides: Sequence[str]) -> int:
     family, config = read_config(path, overrides)
     if family != "control":
         set_thread_waiting()
-    loop: Any = importlib.import_module(_LOOPS.get(family, "warpo.engine.offline.train"))
-    from warpo.engine.device import learner_device
+    loop: Any = importlib.import_module(
+        _TRAINERS.get(family, "warpo.engine.trainers.offline.train")
+    )
+    from warpo.engine.run.device import learner_device
 
     if family != "control" and learner_device(config).type == "cpu":
         keep_freed_memory()
-    loop.run(config)
+    trainer.run(config)
     return 0
 
 
-_LOOPS = {"policy": "warpo.engine.train", "control": "warpo.engine.control.train"}
+_TRAINERS = {
+    "policy": "warpo.engine.trainers.policy.train",
+    "control": "warpo.engine.trainers.control.train",
+}
 
 
 def read_config(path: str, overrides: Sequence[str]) -> tuple[str, Any]:
@@ -214,10 +219,10 @@ def tree_of(family: str) -> type:
     if family == "policy":
         return Config
     if family == "control":
-        from warpo.engine.control.config import ControlConfig
+        from warpo.engine.config.control import ControlConfig
 
         return ControlConfig
-    from warpo.engine.offline.config import OfflineConfig
+    from warpo.engine.config.offline import OfflineConfig
 
     return OfflineConfig
 
@@ -232,23 +237,23 @@ def _check(path: str, options: Sequence[str]) -> int:
         )
     config = load_config(path, overrides)
     set_thread_waiting()
-    from warpo.engine.check import run
+    from warpo.engine.preflight.check import run
 
     return 0 if run(config, plan_only="--plan-only" in options) else 1
 
 
 def _algorithms(name: str = "") -> int:
-    from warpo.engine import algorithms_table
+    from warpo.engine.config import table
 
     if name in ("-h", "--help"):
         print(USAGE)
     elif name == "--markdown":
-        print(algorithms_table.markdown())
+        print(table.markdown())
     elif name:
-        print(algorithms_table.describe(find(name)))
+        print(table.describe(find(name)))
     else:
         # Piped, there is no width to fit.
-        algorithms_table.print_table(OutputConsole(width=None if sys.stdout.isatty() else 200))
+        table.print_table(OutputConsole(width=None if sys.stdout.isatty() else 200))
     return 0
 
 

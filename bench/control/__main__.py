@@ -30,8 +30,8 @@ from matplotlib.figure import Figure
 from warpo.bench.control.side import SIDES
 from warpo.bench.environment import aligned, environment, processor
 from warpo.bench.progress import Progress, shown
-from warpo.engine.config_file import read_tree
-from warpo.engine.control.config import ControlConfig
+from warpo.engine.config.control import ControlConfig
+from warpo.engine.config.file import read_tree
 
 EXAMPLES = {"sac": "examples/sac.yaml", "ppo_gymnasium": "examples/ppo_gymnasium.yaml"}
 # Environment steps, and those between two evaluations.

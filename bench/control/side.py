@@ -14,16 +14,16 @@ from typing import Any
 import numpy as np
 
 from warpo.bench import peers
-from warpo.engine.config_file import read_tree
-from warpo.engine.control.config import ControlConfig
-from warpo.engine.control.environments import evaluate
-from warpo.engine.metrics import read_rows
+from warpo.engine.config.control import ControlConfig
+from warpo.engine.config.file import read_tree
+from warpo.engine.run.log import read_rows
+from warpo.engine.trainers.control.environments import evaluate
 
 Curve = list[tuple[int, float]]
 
 
 def warpo_curve(config: ControlConfig) -> Curve:
-    from warpo.engine.control.train import run
+    from warpo.engine.trainers.control.train import run
 
     run(config)
     rows = read_rows(Path(config.output_dir) / "metrics.jsonl")
@@ -109,7 +109,7 @@ def main() -> None:
     config = read_tree(ControlConfig, Path(config_path), overrides)
     if name != "warpo":
         peers.load("stable_baselines3", "PPO")  # its import is no part of the run
-    import warpo.engine.control.train  # noqa: F401
+    import warpo.engine.trainers.control.train  # noqa: F401
 
     start, cpu_start = time.perf_counter(), time.process_time()
     curve = SIDES[name](config)

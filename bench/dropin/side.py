@@ -16,7 +16,7 @@ from typing import Any
 from warpo.bench.dropin.case import DropIn
 from warpo.bench.progress import Progress, shown
 from warpo.bench.timing import measure, peak_bytes, spread
-from warpo.engine.environment import keep_freed_memory
+from warpo.engine.run.process import keep_freed_memory
 from warpo.kernels.integrations.patching import Library, wrap
 
 BUDGET_S, TURNS = 0.25, 3

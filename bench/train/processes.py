@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from warpo.bench.train import trl_side, warpo_side
 from warpo.bench.train.job import Job
-from warpo.engine.environment import set_thread_waiting
+from warpo.engine.run.process import set_thread_waiting
 
 # Prints the resident bytes of a process that has imported these modules and done nothing else.
 _IMPORT = """

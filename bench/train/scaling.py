@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from warpo.bench.environment import aligned
 
 if TYPE_CHECKING:
-    from warpo.engine.step_rollouts import StepRollouts
+    from warpo.engine.models.step_rollouts import StepRollouts
 
 Row = dict[str, Any]
 BUDGET_S, QUICK_BUDGET_S, QUICK_POINTS = 0.5, 0.1, 3
@@ -102,7 +102,7 @@ def learner(vocabulary: int) -> Any:
     import torch
     from transformers import AutoModelForCausalLM, Qwen2Config
 
-    from warpo.engine.model import ATTENTION, prepare
+    from warpo.engine.models.model import ATTENTION, prepare
 
     torch.manual_seed(0)
     config = Qwen2Config(vocab_size=vocabulary, tie_word_embeddings=True, **TRUNK)
@@ -118,7 +118,7 @@ def rollouts_of(point: Point) -> StepRollouts:
     import numpy as np
     import torch
 
-    from warpo.engine.step_rollouts import StepRollouts
+    from warpo.engine.models.step_rollouts import StepRollouts
     from warpo.engine.types import TokenSequence
 
     rng = random.Random(0)
@@ -144,14 +144,14 @@ def rollouts_of(point: Point) -> StepRollouts:
 
 def step_of(point: Point, model: Any) -> Callable[[], object]:
     """The learner's step at this size."""
-    from warpo.engine.algorithms import ALGORITHMS
-    from warpo.engine.config import Update
-    from warpo.engine.minibatches import make_minibatches
-    from warpo.engine.schedule import make_optimizer
-    from warpo.engine.step import accumulate_gradients
+    from warpo.engine.config.algorithms import ALGORITHMS
+    from warpo.engine.config.sections import UpdateSettings
+    from warpo.engine.learner.minibatches import make_minibatches
+    from warpo.engine.learner.schedule import make_optimizer
+    from warpo.engine.learner.step import accumulate_gradients
     from warpo.kernels.objectives import Objective
 
-    update, rollouts, grpo = Update(), rollouts_of(point), ALGORITHMS["grpo"].objective
+    update, rollouts, grpo = UpdateSettings(), rollouts_of(point), ALGORITHMS["grpo"].objective
     assert isinstance(grpo, Objective)
     objective = dataclasses.replace(grpo, kl_coef=0.0)
     optimizer, _ = make_optimizer(list(model.named_parameters()), update)

@@ -1,4 +1,4 @@
-"""The job on warpo: `warpo.engine.train.run`, as `warpo train` calls it, and its metrics.
+"""The job on warpo: what `warpo train` runs, and its metrics.
 
 python -m warpo.bench.train.warpo_side JOB.json RESULT.json
 """
@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, cast
 
 from warpo.bench.train.job import Clock, Job, read_job, versions
-from warpo.engine import config
-from warpo.engine.metrics import RunLog
+from warpo.engine.config.policy import policy as config
+from warpo.engine.run.log import RunLog
 
-IMPORTS = ("warpo.engine.train",)
+IMPORTS = ("warpo.engine.trainers.policy.train",)
 
 
 def config_of(job: Job, output_dir: str) -> config.Config:
@@ -45,7 +45,7 @@ def config_of(job: Job, output_dir: str) -> config.Config:
 
 def main() -> None:
     job, result = read_job(sys.argv[1]), Path(sys.argv[2])
-    from warpo.engine.train import run
+    from warpo.engine.trainers.policy.train import run
 
     clock, rows = Clock(), []
     clock.watch_learner()

@@ -16,9 +16,9 @@ from warpo.bench.train import plots, trl_side, warpo_side
 from warpo.bench.train.__main__ import expected_s, job_of, main, parse
 from warpo.bench.train.job import Clock, make, reward
 from warpo.bench.train.rows import goals_of, row_of, table_of
-from warpo.engine.data import load_prompts
-from warpo.engine.model import eos_token_ids
-from warpo.engine.model_files import load_tokenizer
+from warpo.engine.data.prompts import load_prompts
+from warpo.engine.models.files import load_tokenizer
+from warpo.engine.models.model import eos_token_ids
 
 ROOT = Path(__file__).parents[2]
 PEERS = ROOT / ".peers/trl/site-packages"

@@ -19,10 +19,10 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrain
 
 from tests.engine.tiny_models import MODEL_TYPES, tiny_config, tiny_model
 from tests.engine.vllm_survey import RECORD
-from warpo.engine.architectures import refusal
-from warpo.engine.attention import ATTENTION
-from warpo.engine.batch import pack
-from warpo.engine.model import attention_of, other_layers, prepare, token_logprobs
+from warpo.engine.models.architectures import refusal
+from warpo.engine.models.attention import ATTENTION
+from warpo.engine.models.batch import pack
+from warpo.engine.models.model import attention_of, other_layers, prepare, token_logprobs
 from warpo.engine.types import TokenSequence
 
 FILE = Path(__file__).parents[2] / "docs" / "architectures.md"
@@ -35,9 +35,9 @@ HEAD = """\
 
 What warpo does with each type of causal language model in transformers {version} (`model_type` in
 its `config.json`). `warpo train` and `warpo check` decide by properties of the config, the class
-and one forward pass of shapes, before weights are read (`engine/architectures.py`), so a model of a
-type below may still be refused for its own settings: rotary positions that depend on the row,
-quantised weights, a length beyond learned positions.
+and one forward pass of shapes, before weights are read (`engine/models/architectures.py`), so a
+model of a type below may still be refused for its own settings: rotary positions that depend on the
+row, quantised weights, a length beyond learned positions.
 
 Made by `python -m tests.engine.architectures`; a test holds this file against it.
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from warpo.engine.environment import set_thread_waiting
+from warpo.engine.run.process import set_thread_waiting
 
 set_thread_waiting()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -23,8 +23,12 @@ from tests.engine.models import (  # noqa: E402
     new_learner,
 )
 from tests.engine.runs import make_folder  # noqa: E402
-from warpo.engine.sampler.base import ColocatedSampler, SamplerSettings  # noqa: E402
-from warpo.engine.sampler.kinds import SAMPLERS  # noqa: E402
+from warpo.engine.config.samplers import SAMPLERS  # noqa: E402
+from warpo.engine.rollout.sampler.base import (  # noqa: E402
+    ColocatedSampler,
+    SamplerSettings,
+    open_sampler,
+)
 
 
 @pytest.fixture(scope="session")
@@ -59,7 +63,7 @@ def build(model_path: Callable[[str], str]) -> Callable[[str, str], ColocatedSam
                 model_path=model_path(name), dtype="float32", max_model_len=MAX_MODEL_LEN,
                 eos_token_ids=EOS_TOKEN_IDS, kv_cache_gib=1 / 32, device=torch.device("cpu"),
             )  # fmt: skip
-            built[kind, name] = SAMPLERS[kind].open(settings)
+            built[kind, name] = open_sampler(kind, settings)
         else:
             connect(built[kind, name], new_learner(name), "copy")
         return built[kind, name]

@@ -10,10 +10,10 @@ import torch
 import transformers
 from torch import nn
 
-from warpo.engine.resync import Resync
-from warpo.engine.sampler.base import ColocatedSampler
-from warpo.engine.step_rollouts import StepRollouts
+from warpo.engine.models.step_rollouts import StepRollouts
+from warpo.engine.rollout.sampler.base import ColocatedSampler
 from warpo.engine.types import Completion, TokenSequence
+from warpo.engine.weights.resync import Resync
 
 # Sampler against model, float32 forward passes batched and fused differently: 3e-6 was seen.
 LOGPROB_ATOL = 1e-4

@@ -9,8 +9,8 @@ import tokenizers
 import transformers
 
 from tests.engine.models import CONFIGS, new_learner
-from warpo.engine.config import load_config
-from warpo.engine.train import run
+from warpo.engine.config.policy import load_config
+from warpo.engine.trainers.policy.train import run
 
 CONFIG = """
 model: {folder}/model

@@ -13,11 +13,11 @@ import pytest
 import transformers
 
 from warpo.engine import arithmetic
-from warpo.engine.data import load_prompts
-from warpo.engine.model_files import load_tokenizer
-from warpo.engine.offline.data import load_examples
-from warpo.engine.rewards.calls import Call, run
-from warpo.engine.rewards.function import RewardFunction
+from warpo.engine.data.examples import load_examples
+from warpo.engine.data.prompts import load_prompts
+from warpo.engine.models.files import load_tokenizer
+from warpo.engine.rollout.rewards.calls import Call, run
+from warpo.engine.rollout.rewards.function import RewardFunction
 
 
 @pytest.fixture(scope="module")

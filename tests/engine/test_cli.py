@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from warpo.engine import cli
-from warpo.engine.config import Config, load_config
-from warpo.engine.config_file import keys
+from warpo.engine.config.file import keys
+from warpo.engine.config.policy import Config, load_config
 from warpo.engine.errors import DataError
-from warpo.engine.terminal import describe
+from warpo.engine.run.terminal import describe
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def stub_run(monkeypatch):
             run(config)
 
         module = types.SimpleNamespace(run=record)
-        monkeypatch.setitem(sys.modules, "warpo.engine.train", module)
+        monkeypatch.setitem(sys.modules, "warpo.engine.trainers.policy.train", module)
         return called
 
     return install

@@ -65,10 +65,10 @@ def survey(model_type: str) -> str:
 
     from tests.engine.models import publish
     from tests.engine.tiny_models import tiny_config, tiny_model
-    from warpo.engine.model import load_model, token_logprobs
-    from warpo.engine.resync import Resync
-    from warpo.engine.sampler.vllm import VllmSampler
-    from warpo.engine.score import pack_scored, score
+    from warpo.engine.models.model import load_model, token_logprobs
+    from warpo.engine.models.score import pack_scored, score
+    from warpo.engine.rollout.sampler.vllm_sampler import VllmSampler
+    from warpo.engine.weights.resync import Resync
 
     rng = random.Random(0)
     sequences = [[rng.randrange(3, 64) for _ in range(length)] for length in (20, 31, 9)]

@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from warpo.engine.metrics import read_rows
+from warpo.engine.run.log import read_rows
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 # A busy machine of 2 cores; alone on it the slowest takes a third.

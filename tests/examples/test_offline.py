@@ -12,8 +12,8 @@ import transformers
 
 from tests.examples.runs import prepare, train
 from warpo.engine import arithmetic
-from warpo.engine.algorithms import ALGORITHMS
-from warpo.engine.model_files import load_tokenizer
+from warpo.engine.config.algorithms import ALGORITHMS
+from warpo.engine.models.files import load_tokenizer
 
 POLICIES = [name for name, row in ALGORITHMS.items() if row.family == "preference"]
 # Held-out accuracy of pairs, of pairs of rankings, of steps.

@@ -5,7 +5,7 @@ careless pupil gets right to those that are stated here. Slow: about a minute ea
 import pytest
 
 from tests.examples.runs import evaluations, prepare, train
-from warpo.engine.algorithms import ALGORITHMS
+from warpo.engine.config.algorithms import ALGORITHMS
 
 STEPS = 12
 # Share of held-out sums that are right after so many steps: 0.95 and more was seen of each.

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from tests.examples.runs import EXAMPLES
-from warpo.engine import algorithms_table
-from warpo.engine.algorithms import ALGORITHMS
 from warpo.engine.cli import tree_of
-from warpo.engine.config_file import read_tree
-from warpo.engine.estimators import ESTIMATORS
+from warpo.engine.config.algorithms import ALGORITHMS
+from warpo.engine.config.estimators import ESTIMATORS
+from warpo.engine.config.file import read_tree
+from warpo.engine.config.policy import table as algorithms_table
 
 NAMES = sorted(path.stem for path in EXAMPLES.glob("*.yaml"))
 

@@ -20,9 +20,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from warpo.engine import checkpoint
 from warpo.engine.errors import WarpoError
-from warpo.engine.schedule import make_optimizer
+from warpo.engine.learner.schedule import make_optimizer
+from warpo.engine.run import checkpoint
 
 NEWEST, OLDER = "step-000004", "step-000002"
 Damage = Callable[[Path, random.Random], None]

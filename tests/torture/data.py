@@ -20,11 +20,11 @@ import pyarrow.parquet
 from transformers import PreTrainedTokenizerFast
 
 from tests.engine.tokenizers_of_others import LLAMA_3, byte_level
-from warpo.engine.data import load_prompts, split_prompts
+from warpo.engine.data.examples import load_examples
+from warpo.engine.data.prompts import load_prompts, split_prompts
+from warpo.engine.data.stream import PromptStream
 from warpo.engine.errors import WarpoError
-from warpo.engine.offline.data import load_examples
-from warpo.engine.rewards.fields import check_fields
-from warpo.engine.stream import PromptStream
+from warpo.engine.rollout.rewards.fields import check_fields
 
 Row = dict[str, Any]
 datasets.disable_progress_bars()

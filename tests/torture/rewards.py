@@ -22,9 +22,9 @@ from pathlib import Path
 from urllib.parse import quote, unquote
 
 from warpo.engine.errors import RewardError
-from warpo.engine.rewards.calls import Calls
-from warpo.engine.rewards.function import RewardFunction
-from warpo.engine.rewards.http import RewardServer
+from warpo.engine.rollout.rewards.calls import Calls
+from warpo.engine.rollout.rewards.function import RewardFunction
+from warpo.engine.rollout.rewards.server import RewardServer
 
 COMPLETIONS = ["ab", "cdé"]
 # Beside the deadline: the start of a worker and the end of its processes, on a busy machine.
@@ -446,8 +446,8 @@ def _wrong_call(call: Calls, place: str, name: str) -> str | None:
 
 _ENGINE = """\
 import sys
-from warpo.engine.rewards.calls import Calls
-from warpo.engine.rewards.function import RewardFunction
+from warpo.engine.rollout.rewards.calls import Calls
+from warpo.engine.rollout.rewards.function import RewardFunction
 function = RewardFunction(sys.argv[1], deadline_s=600, fields=[])
 call = Calls(function, on_error="stop", deadline_s=600)
 print(call(["ab", "cd"], {}), flush=True)

@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 
 from warpo.engine.cli import read_config
-from warpo.engine.config_file import keys
+from warpo.engine.config.file import keys
 from warpo.engine.errors import WarpoError
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
@@ -56,7 +56,7 @@ def _mutated(draw: random.Random, text: str) -> bytes:
 
 
 def _overrides(draw: random.Random) -> list[str]:
-    from warpo.engine.config import Config
+    from warpo.engine.config.policy import Config
 
     words = []
     for _ in range(draw.choice([0, 0, 1, 2])):

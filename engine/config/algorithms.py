@@ -1,0 +1,298 @@
+"""Every algorithm that `warpo train` runs, one row each.
+
+A row of the policy family is what it is made of: an estimator of advantages (estimators.py), an
+objective (kernels/objectives.py), where the KL penalty stands, and which models it needs. A config
+names the row and may change its numbers; `resolve` gives the row with these changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from warpo.engine.config.estimators import ESTIMATORS, Estimator
+from warpo.kernels.objectives import OBJECTIVES, Objective
+from warpo.kernels.preferences import PREFERENCES, Preference
+
+Std = Literal["sample", "population", "none"]
+Family = Literal["policy", "supervised", "preference", "reward model", "control"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Algorithm:
+    """One row.
+
+    Attributes:
+        family: what the row trains from, and with that the settings that there are.
+        title, url: the paper, with the equation.
+        trained, others: the models of a row that is not of the policy family.
+        loss: what such a row minimises, in words.
+        objective: of the policy, or the loss of pairs.
+        advantages: key of ESTIMATORS.
+        advantage_std: what divides the group's advantages.
+        reward_kl_coef: weight of the KL to the reference that is taken off the reward of each
+            token. The KL in the loss is the objective's.
+        reward_kl_estimator: of that KL.
+        previous_reference: the reference is the policy that the step began with.
+        kl_rule: how the coefficient of the KL follows kl_target: "proportional",
+            https://arxiv.org/abs/1909.08593 section 2.2, or "doubling",
+            https://arxiv.org/abs/1707.06347 section 4.
+        kl_target: nats a token; None: the coefficient is fixed.
+        reference_every_steps: the reference becomes the policy after every so many steps. 0: never.
+        gamma: discount of "gae".
+        gae_lambda: lambda of the advantages, and of the returns that the critic learns.
+            "length:ALPHA": 1 - 1 / (ALPHA x length of the completion), at least 0,
+            https://arxiv.org/abs/2504.05118.
+        max_draws: how often prompts are drawn until all groups of a step have unequal rewards. 1:
+            groups of equal rewards are kept.
+        pretraining_coef: weight of the supervised loss on pre-training data beside the policy's.
+        caution: what one should know before relying on the row.
+    """
+
+    name: str = ""
+    family: Family = "policy"
+    title: str
+    url: str
+    trained: str = "actor"
+    others: tuple[str, ...] = ()
+    loss: str = ""
+    objective: Objective | Preference | None = None
+    advantages: str = ""
+    advantage_std: Std = "none"
+    reward_kl_coef: float = 0.0
+    reward_kl_estimator: str = "k1"
+    previous_reference: bool = False
+    kl_rule: Literal["proportional", "doubling"] = "proportional"
+    kl_target: float | None = None
+    reference_every_steps: int = 0
+    gamma: float = 1.0
+    gae_lambda: tuple[float | str, float] = (0.95, 0.95)
+    max_draws: int = 1
+    pretraining_coef: float = 0.0
+    caution: str = ""
+
+    @property
+    def estimator(self) -> Estimator:
+        """The facts of its advantages; those of a row that has none are all False."""
+        return ESTIMATORS.get(self.advantages, Estimator(text=""))
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether the advantages need values of states."""
+        return self.estimator.needs_critic
+
+    @property
+    def kl_in_reward(self) -> bool:
+        """Whether the KL is taken off the rewards and not added to the loss."""
+        return self.estimator.shapes_rewards and not self.previous_reference
+
+    @property
+    def kl_coef(self) -> float:
+        """Weight of the KL, wherever it stands."""
+        if self.kl_in_reward:
+            return self.reward_kl_coef
+        return self.objective.kl_coef if isinstance(self.objective, Objective) else 0.0
+
+    @property
+    def kl_adapts_in_loss(self) -> bool:
+        """Whether the objective's kl_coef changes from step to step."""
+        return self.kl_target is not None and not self.kl_in_reward
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether a frozen model is held beside the policy."""
+        return self.kl_coef > 0 and not self.previous_reference
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The models that a run holds, the trained one first."""
+        if self.family != "policy":
+            return (self.trained, *self.others)
+        critic = ("critic",) if self.has_critic else ()
+        return ("actor", *critic, "reward", *(("reference",) if self.has_reference else ()))
+
+    def replace(self, **changes: Any) -> Algorithm:
+        """The same row with some fields changed."""
+        return replace(self, **changes)
+
+
+def _policy(
+    objective: str | Objective, advantages: str, title: str, url: str, **fields: Any
+) -> Algorithm:
+    if isinstance(objective, str):
+        objective = OBJECTIVES[objective]
+    return Algorithm(objective=objective, advantages=advantages, title=title, url=url, **fields)
+
+
+def _group(objective: str | Objective, title: str, url: str, **fields: Any) -> Algorithm:
+    return _policy(objective, "group", title, url, **{"advantage_std": "sample", **fields})
+
+
+def _preference(row: str, title: str, url: str, loss: str) -> Algorithm:
+    others = ("reference",) if PREFERENCES[row].reference else ()
+    return Algorithm(
+        family="preference", title=title, url=url, objective=PREFERENCES[row], others=others,
+        loss=loss,
+    )  # fmt: skip
+
+
+_GRPO = "https://arxiv.org/abs/2402.03300"
+_PPO = "https://arxiv.org/abs/1707.06347"
+_RLHF = "https://arxiv.org/abs/2203.02155"
+# beta of InstructGPT, appendix C.4
+_RLHF_KL = 0.02
+
+_ROWS: dict[str, Algorithm] = {
+    "reinforce": _policy(
+        "reinforce", "moving average", "REINFORCE, theorem 1; the baseline of its section 6",
+        "https://doi.org/10.1007/BF00992696",
+    ),
+    "rloo": _policy(
+        "rloo", "leave one out", "RLOO, eq. 8", "https://arxiv.org/abs/2402.14740",
+        reward_kl_coef=0.03,
+    ),
+    "reinforce_plus_plus": _policy(
+        "reinforce_plus_plus", "batch", "REINFORCE++", "https://arxiv.org/abs/2501.03262",
+        reward_kl_coef=0.01,
+    ),
+    "reinforce_plus_plus_baseline": _policy(
+        "reinforce_plus_plus_baseline", "group, batch", "REINFORCE++ with baseline",
+        "https://arxiv.org/abs/2501.03262",
+    ),
+    "remax": _policy(
+        "remax", "greedy", "ReMax, algorithm 1", "https://arxiv.org/abs/2310.10505",
+    ),
+    "gpg": _policy("gpg", "rescaled group", "GPG", "https://arxiv.org/abs/2504.02546"),
+    "off_policy_first_order": _policy(
+        "off_policy_first_order", "moving average", "first-order off-policy policy gradient",
+        "https://rail.eecs.berkeley.edu/deeprlcourse/",
+    ),
+    "off_policy_prefix": _policy(
+        "off_policy_prefix", "moving average", "off-policy policy gradient, ratios of the prefix",
+        "https://arxiv.org/abs/1205.4839",
+    ),
+    "ppo": _policy("ppo", "gae", "PPO, eq. 7, as in InstructGPT", _PPO, reward_kl_coef=_RLHF_KL),
+    "ppo_dual_clip": _policy(
+        "ppo_dual_clip", "gae", "dual-clip PPO, eq. 8", "https://arxiv.org/abs/1912.09729",
+        reward_kl_coef=_RLHF_KL,
+    ),
+    "ppo_kl": _policy(
+        "ppo_kl", "gae", "PPO with adaptive KL penalty, eq. 8", _PPO,
+        previous_reference=True, kl_rule="doubling", kl_target=0.01,
+    ),
+    "ppo_length_adaptive": _policy(
+        OBJECTIVES["ppo"].replace(clip_high=0.28), "gae", "length-adaptive GAE of VAPO",
+        "https://arxiv.org/abs/2504.05118", gae_lambda=("length:0.05", 1.0),
+    ),
+    "ppo_ptx": _policy(
+        "ppo", "gae", "PPO-ptx of InstructGPT, eq. 2", _RLHF,
+        reward_kl_coef=_RLHF_KL, pretraining_coef=27.8,
+    ),
+    "grpo": _group("grpo", "GRPO, eq. 3", _GRPO),
+    "grpo_token": _group(
+        OBJECTIVES["grpo"].replace(aggregation="token-mean"),
+        "GRPO, a mean over the tokens of the batch", _GRPO,
+    ),
+    "grpo_process": _policy(
+        "grpo", "process", "GRPO with process supervision, section 4.1.3", _GRPO,
+        advantage_std="sample",
+        caution=(
+            "as in the paper, a step's baseline is the mean over all steps of the group: where the "
+            "policy decides how many steps there are, the gradient is biased against long or short "
+            "completions"
+        ),
+    ),
+    "iterative_grpo": _group(
+        "grpo", "iterative GRPO, algorithm 1", _GRPO, reference_every_steps=50
+    ),
+    "dr_grpo": _group(
+        "dr_grpo", "Dr. GRPO, section 3.2", "https://arxiv.org/abs/2503.20783",
+        advantage_std="none",
+    ),
+    "dapo": _group("dapo", "DAPO, eq. 8 and 11", "https://arxiv.org/abs/2503.14476", max_draws=10),
+    "gspo": _group("gspo", "GSPO, eq. 5", "https://arxiv.org/abs/2507.18071"),
+    "cispo": _group("cispo", "CISPO, eq. 4", "https://arxiv.org/abs/2506.13585"),
+    "gmpo": _group("gmpo", "GMPO, eq. 4", "https://arxiv.org/abs/2507.20673"),
+    "sapo": _group("sapo", "SAPO, eq. 5", "https://arxiv.org/abs/2511.20347"),
+    "grpo_tis": _group(
+        "grpo_tis", "GRPO, truncated importance sampling",
+        "https://fengyao.notion.site/off-policy-rl",
+    ),
+    "grpo_mis": _group(
+        "grpo_mis", "GRPO, masked importance sampling", "https://richardli.xyz/rl-collapse"
+    ),
+    "grpo_icepop": _group("grpo_icepop", "GRPO with IcePop", "https://arxiv.org/abs/2510.18855"),
+    "iterative_dpo": Algorithm(
+        title="iterative reasoning preference optimisation, eq. 1",
+        url="https://arxiv.org/abs/2404.19733", objective=PREFERENCES["dpo_nll"],
+        advantages="pairs", previous_reference=True,
+    ),
+    "sft": Algorithm(
+        family="supervised", title="supervised fine-tuning, as step 1 of InstructGPT", url=_RLHF,
+        loss="-log pi of the completion, mean over tokens",
+    ),
+    "dpo": _preference(
+        "dpo", "DPO, eq. 7", "https://arxiv.org/abs/2305.18290",
+        "-log sigmoid of the difference of a pair's rewards",
+    ),
+    "ipo": _preference(
+        "ipo", "IPO, eq. 17", "https://arxiv.org/abs/2310.12036",
+        "squared distance of the difference from 1 / (2 beta)",
+    ),
+    "conservative_dpo": _preference(
+        "conservative_dpo", "conservative DPO", "https://ericmitchell.ai/cdpo.pdf",
+        "DPO, a share of the pairs being the wrong way round",
+    ),
+    "robust_dpo": _preference(
+        "robust_dpo", "robust DPO", "https://arxiv.org/abs/2403.00409",
+        "DPO, unbiased under such a share",
+    ),
+    "hinge": _preference(
+        "hinge", "the hinge loss of RSO", "https://arxiv.org/abs/2309.06657",
+        "max(0, 1 - difference of a pair's rewards)",
+    ),
+    "slic": _preference(
+        "slic", "SLiC-HF", "https://arxiv.org/abs/2305.10425",
+        "the same of log-likelihoods, without a reference",
+    ),
+    "simpo": _preference(
+        "simpo", "SimPO, eq. 6", "https://arxiv.org/abs/2405.14734",
+        "-log sigmoid of the difference of mean logprobs, less a margin",
+    ),
+    "orpo": _preference(
+        "orpo", "ORPO, eq. 6 and 7", "https://arxiv.org/abs/2403.07691",
+        "-log pi of the chosen, and -log sigmoid of the log odds ratio",
+    ),
+    "dpo_nll": _preference(
+        "dpo_nll", "DPO + NLL, eq. 1", "https://arxiv.org/abs/2404.19733",
+        "DPO, and -log pi of the chosen, mean over tokens",
+    ),
+    "kto": Algorithm(
+        family="preference", title="KTO, eq. 8", url="https://arxiv.org/abs/2402.01306",
+        others=("reference",), loss="of completions labelled good or bad",
+    ),
+    "bradley_terry": Algorithm(
+        family="reward model", title="reward model of pairs, as in Llama 2, eq. 2",
+        url="https://arxiv.org/abs/2307.09288", trained="reward model",
+        loss="-log sigmoid(chosen - rejected - margin)",
+    ),
+    "k_wise": Algorithm(
+        family="reward model", title="reward model of rankings, InstructGPT eq. 1", url=_RLHF,
+        trained="reward model", loss="Bradley-Terry over all pairs of a ranking",
+    ),
+    "process_reward": Algorithm(
+        family="reward model", title="process reward model", url="https://arxiv.org/abs/2305.20050",
+        trained="reward model", loss="cross-entropy of the label of each step",
+    ),
+    "sac": Algorithm(
+        family="control", title="soft actor-critic", url="https://arxiv.org/abs/1812.05905",
+        others=("two critics", "their Polyak averages"), loss="soft Q and soft policy improvement",
+    ),
+    "ppo_gymnasium": Algorithm(
+        family="control", title="PPO of N actors x T steps, algorithm 1", url=_PPO,
+        others=("critic",), objective=OBJECTIVES["ppo"], loss="clipped surrogate",
+    ),
+}  # fmt: skip
+
+ALGORITHMS: Mapping[str, Algorithm] = {name: row.replace(name=name) for name, row in _ROWS.items()}

@@ -1,0 +1,98 @@
+"""How far the learner moves from what was sampled within a step, by cause.
+
+With logprobs of a token in nats, over the probed rollouts of a step that begins with weights w0 and
+takes optimizer steps w0 -> w1 -> ... -> wn:
+
+    staleness    d = learner(w(n-1)) - learner(w0), at the sampling temperature, of the completions:
+                 how old the samples are when the last optimizer step uses them
+    sampling     d = recorded by the sampler while it drew - learner(w0), as above, and where that
+                 is small, of a completion of every prompt too: what decides whether the sampler's
+                 logprobs serve as old_logprobs
+    truncation   the same d, where top_k or top_p are on: -log of the mass that they kept, and the
+                 kernels' difference
+
+    mean = mean |d|,   max = max |d|
+
+but for truncation, whose mean is that of d itself: its sign is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from warpo.engine.models.batch import Batch, split_rows
+from warpo.engine.models.score import score
+from warpo.engine.models.step_rollouts import StepRollouts
+from warpo.engine.types import Metrics
+
+
+def mean_and_max(cause: str, difference: Tensor) -> Metrics:
+    """mismatch/<cause>_mean and mismatch/<cause>_max of a difference."""
+    distance = difference.abs()
+    return {
+        f"mismatch/{cause}_mean": distance.mean().item(),
+        f"mismatch/{cause}_max": distance.max().item(),
+    }
+
+
+class Drift:
+    """Staleness and truncation of one training step: the logprobs of some of its rollouts, by the
+    learner, before the first and before the last optimizer step.
+
+    Made before the first one. With one optimizer step w(n-1) is w0, and nothing more is scored.
+
+    Attributes:
+        sampling_difference: max |recorded by the sampler - learner(w0)|; inf with no rollouts.
+    """
+
+    def __init__(self, model: nn.Module, rollouts: StepRollouts, temperature: float) -> None:
+        self._model, self._temperature = model, temperature
+        self._rollouts = rollouts
+        self._batch = rollouts.batch(rollouts.probed) if rollouts.probed else None
+        self._first = self._last = self._score()
+        self.sampling_difference = float("inf")
+        if self._batch is not None:
+            self.sampling_difference = _largest(_sampled(self._batch) - self._first)
+
+    def widen(self, rows: Sequence[int], token_budget: int) -> None:
+        """Let further rollouts count in `sampling_difference`, in micro-batches."""
+        for micro in split_rows(self._rollouts.sequences, rows, token_budget):
+            batch = self._rollouts.batch(micro)
+            found = _sampled(batch) - score(self._model, batch, self._temperature)
+            self.sampling_difference = max(self.sampling_difference, _largest(found))
+
+    def _score(self) -> Tensor:
+        if self._batch is None:
+            return torch.empty(0)
+        return score(self._model, self._batch, self._temperature)
+
+    def before_last_update(self) -> None:
+        """To be called where there are several optimizer steps."""
+        self._last = self._score()
+
+    def metrics(self, *, truncated: bool) -> Metrics:
+        """mismatch/sampling_max, mismatch/staleness_{mean,max} and mismatch/truncation_mean.
+
+        Args:
+            truncated: the rollouts were drawn with top_k or top_p; 0 is reported where not.
+        """
+        if self._batch is None:
+            return {}
+        truncation = (_sampled(self._batch) - self._first).mean().item()
+        return {
+            "mismatch/sampling_max": self.sampling_difference,
+            "mismatch/truncation_mean": truncation if truncated else 0.0,
+            **mean_and_max("staleness", self._last - self._first),
+        }
+
+
+def _sampled(batch: Batch) -> Tensor:
+    assert batch.sampler_logprobs is not None
+    return batch.sampler_logprobs
+
+
+def _largest(difference: Tensor) -> float:
+    return difference.abs().nan_to_num(torch.inf).max().item()

@@ -1,0 +1,316 @@
+"""The policy with its optimizer, critic and reference, and what a step does to them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from warpo.engine.config.policy import Config
+from warpo.engine.config.resolve import resolve
+from warpo.engine.data.examples import Examples
+from warpo.engine.data.stream import RowRecord, draw_keys, ranks
+from warpo.engine.errors import TrainingError
+from warpo.engine.learner.advantages import AdaptiveState, estimate
+from warpo.engine.learner.critic import Critic
+from warpo.engine.learner.drift import Drift
+from warpo.engine.learner.losses import preference_gradients, supervised_gradients
+from warpo.engine.learner.minibatches import make_minibatches, one_of_each_group, tokens_scored
+from warpo.engine.learner.optimizer import WeightUpdate
+from warpo.engine.learner.pairs import pair_minibatches
+from warpo.engine.learner.reference import Reference
+from warpo.engine.learner.schedule import make_optimizer
+from warpo.engine.learner.step import StepResult, accumulate_gradients
+from warpo.engine.learner.step_metrics import step_metrics
+from warpo.engine.models.batch import Batch, order_by_length, pack, split_by_tokens
+from warpo.engine.models.score import device_of, loss_and_gradient, score
+from warpo.engine.models.step_rollouts import StepRollouts
+from warpo.engine.run.checkpoint import Stateful
+from warpo.engine.run.loop import Progress, Run, check_state
+from warpo.engine.types import Metrics, TokenSequence
+from warpo.kernels.objectives import Objective
+from warpo.kernels.preferences import Preference
+
+# Sampler logprobs within this of the learner's serve as old_logprobs: they move a ratio by 0.01 %.
+EQUAL_LOGPROBS = 1e-4
+
+
+class Pretraining:
+    """Supervised examples that are mixed into every optimizer step of the policy (ppo_ptx)."""
+
+    def __init__(self, config: Config, examples: Examples) -> None:
+        self.record = RowRecord("pretraining.data", examples.keys)
+        self._config, self._examples = config, examples
+
+    def batches(self, count: int, step: int, update: int) -> list[Batch]:
+        """Micro-batches of `count` examples, drawn by seed, step and update only."""
+        config = self._config
+        drawn = ranks(draw_keys(self._examples.keys), config.seed, step, update)
+        chosen = [self._examples[int(i)] for i in np.argsort(drawn, kind="stable")[:count]]
+        sequences = [TokenSequence.of(e.prompt_ids, e.completions[0], e.prompt_id) for e in chosen]
+        return [pack(micro) for micro in split_by_tokens(sequences, config.update.token_budget)]
+
+
+class Learner:
+    """The models that learn, and `update`, which lets them learn from the rollouts of a step.
+
+    Args:
+        model: the policy, whose parameters lie where they stay.
+        examples: of pretraining.data; None without.
+
+    Attributes:
+        progress: steps that are complete, and whether the weights are those of a step.
+        fingerprints: of the policy's weights by name, as the last optimizer step wrote them; None
+            before it.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        run: Run,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        examples: Examples | None = None,
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.algorithm = algorithm = resolve(config)
+        self._config, self._run = config, run
+        self.critic = Critic(config, model, run.ranks) if algorithm.has_critic else None
+        learned = [*model.named_parameters()]
+        learned += [] if self.critic is None else self.critic.named_parameters()
+        self.optimizer, self.schedule = make_optimizer(learned, config.update, ranks=run.ranks)
+        self.adaptive = AdaptiveState(algorithm.kl_coef, adapts=algorithm.kl_target is not None)
+        self.reference = Reference(config, algorithm)
+        self.pretraining = None if examples is None else Pretraining(config, examples)
+        self.progress = Progress()
+        self.progress.track(adaptive=self.adaptive)
+        self.fingerprints: dict[str, Tensor] | None = None
+
+    @property
+    def step(self) -> int:
+        """Steps whose update is complete."""
+        return self.progress.step
+
+    @property
+    def device(self) -> torch.device:
+        return device_of(self.model)
+
+    @property
+    def stateful(self) -> dict[str, Stateful]:
+        """What a checkpoint keeps beside the weights of the policy."""
+        parts: dict[str, Stateful] = {
+            "optimizer": self.optimizer,
+            "schedule": self.schedule,
+            "adaptive": self.adaptive,
+        }
+        if self.pretraining is not None:
+            parts["pretraining"] = self.pretraining.record
+        return parts if self.critic is None else parts | {"critic": self.critic}
+
+    @property
+    def pretraining_changes(self) -> str:
+        """How pretraining.data differ from those of the checkpoint that was loaded."""
+        return self.pretraining.record.changes if self.pretraining else ""
+
+    def update(self, rollouts: StepRollouts) -> Metrics:
+        """Score the rollouts, estimate their advantages, and take epochs x minibatches optimizer
+        steps on them; the step is complete then.
+
+        Raises:
+            TrainingError: a gradient is not finite.
+            KeyboardInterrupt: a stop was asked for before the first optimizer step.
+        """
+        config, log = self._config, self._run.log
+        rollouts = rollouts.to(self.device)
+        with log.phase("score"):
+            drift = Drift(self.model, rollouts, config.rollout.temperature)
+            metrics = self.score(rollouts, self._recompute_old(rollouts, drift))
+        with log.phase("advantages"):
+            estimated = estimate(self.algorithm, rollouts, self.adaptive)
+        self._run.raise_if_stopped()
+        with log.phase("update") as report:
+            minibatches = self._minibatches(rollouts)
+            results, updates = list[StepResult](), config.update.epochs * len(minibatches)
+            for update in range(updates):
+                if 0 < update == updates - 1:
+                    drift.before_last_update()
+                batches = minibatches[update % len(minibatches)]
+                results.append(self.train_step(batches, self.step + 1, update))
+                report(update + 1, updates)
+            metrics |= step_metrics(results, self._run.ranks)
+            metrics["lr"] = float(self.schedule.get_last_lr()[0])
+            metrics |= drift.metrics(truncated=config.rollout.truncated) | estimated
+        metrics |= self._adapt(metrics)
+        self.reference.renew(self.model, self.step + 1)
+        self.progress.complete()
+        return metrics
+
+    def score(self, rollouts: StepRollouts, recompute_old: bool) -> Metrics:
+        """Fill the columns of logprobs and values that the algorithm reads; returns what not
+        scoring saved.
+
+        old_logprobs/tokens_saved: tokens that the learner's extra forward pass would have read, in
+        a step that did without. Its seconds are the growth of perf/score_s in the same run with
+        probe.num_sequences = 0, where nothing shows that the sampler's logprobs serve.
+        """
+        temperature = self._config.rollout.temperature
+        token_budget = self._config.update.token_budget
+        if recompute_old or self.reference or self.critic is not None:
+            for rows in order_by_length(rollouts.sequences, token_budget):
+                batch = rollouts.batch(rows)
+                if self.reference:
+                    rollouts.fill("ref_logprobs", rows, self.reference.logprobs(batch))
+                if recompute_old:
+                    found = score(self.model, batch, temperature)
+                    rollouts.fill("old_logprobs", rows, found)
+                if self.critic is not None:
+                    rollouts.fill("values", rows, self.critic.values(batch, temperature))
+        saved = 0 if recompute_old else tokens_scored(rollouts.sequences, token_budget)
+        return {
+            "old_logprobs/recomputed": float(recompute_old),
+            "old_logprobs/tokens_saved": float(saved),
+        }
+
+    def train_step(self, batches: Sequence[Batch], step: int, update: int) -> StepResult:
+        """One optimizer step on packed micro-batches: of the critic, where it has a network of its
+        own, and of the policy, after the steps in which the critic learns alone.
+
+        Raises:
+            TrainingError: a gradient is not finite. That model's weights are those before.
+        """
+        config, critic = self._config, self.critic
+        # the critic may have taken its step when the policy's fails
+        with self._between_steps(untouched=update == 0 and critic is None):
+            result = StepResult()
+            if critic is not None and not critic.is_shared:
+                result = StepResult(values=critic.train_step(batches))
+                if step <= config.critic.warmup_steps:
+                    return result
+            result = self._accumulate(batches, step, update, result)
+            weight_update = self.optimizer.step(config.update.max_grad_norm)
+        self.schedule.step()
+        self._note(weight_update)
+        return result._replace(update=weight_update)
+
+    @contextmanager
+    def _between_steps(self, *, untouched: bool) -> Iterator[None]:
+        self.progress.whole = False
+        try:
+            yield
+        except TrainingError:
+            self.progress.whole = untouched
+            raise
+
+    def _accumulate(
+        self, batches: Sequence[Batch], step: int, update: int, result: StepResult
+    ) -> StepResult:
+        """Add the gradients of the policy's losses."""
+        algorithm, config, run_ranks = self.algorithm, self._config, self._run.ranks
+        if algorithm.previous_reference:
+            batches = [replace(batch, ref_logprobs=batch.old_logprobs) for batch in batches]
+        if isinstance(algorithm.objective, Preference):
+            pairs = preference_gradients(
+                self.model,
+                batches,
+                algorithm.objective,
+                config.rollout.temperature,
+                ranks=run_ranks,
+            )
+            result = result._replace(pairs=pairs)
+        elif algorithm.objective is not None:
+            shared = self.critic if self.critic is not None and self.critic.is_shared else None
+            policy, values = accumulate_gradients(
+                self.model,
+                batches,
+                algorithm.objective,
+                temperature=config.rollout.temperature,
+                max_new_tokens=config.rollout.max_new_tokens,
+                kl_coef=self.adaptive.kl_coef if algorithm.kl_adapts_in_loss else None,
+                critic=shared,
+                ranks=run_ranks,
+            )
+            result = result._replace(policy=policy)
+            result = result if values is None else result._replace(values=values)
+        if algorithm.pretraining_coef and self.pretraining is not None:
+            count = sum(batch.num_sequences for batch in batches)
+            drawn = self.pretraining.batches(count, step, update)
+            loss = supervised_gradients(
+                self.model,
+                [batch.to(self.device) for batch in drawn],
+                coef=algorithm.pretraining_coef,
+                ranks=run_ranks,
+            )
+            result = result._replace(pretraining=loss)
+        return result
+
+    def _note(self, update: WeightUpdate) -> None:
+        """Keep what an optimizer step says of the policy's weights, for the next publish."""
+        others = {name for name, _ in self.critic.named_parameters()} if self.critic else set()
+        self.fingerprints = {
+            name: value for name, value in update.fingerprints.items() if name not in others
+        }
+
+    def _minibatches(self, rollouts: StepRollouts) -> list[list[Batch]]:
+        make = pair_minibatches if self.algorithm.estimator.makes_pairs else make_minibatches
+        update, seed = self._config.update, self._config.seed + self.step + 1
+        return [
+            [rollouts.batch(rows) for rows in minibatch]
+            for minibatch in make(rollouts, update.minibatches, update.token_budget, seed)
+        ]
+
+    def _recompute_old(self, rollouts: StepRollouts, drift: Drift) -> bool:
+        """True if old_logprobs are the learner's; if not, those of the sampler serve.
+
+        They serve where nothing corrects for the sampler, every token can be drawn, and the learner
+        gives a completion of every prompt the same logprobs.
+        """
+        config, objective = self._config, self.algorithm.objective
+        correction = objective.correction if isinstance(objective, Objective) else None
+        if correction not in (None, "none"):
+            return True
+        truncated = config.rollout.truncated
+        if not truncated and drift.sampling_difference <= EQUAL_LOGPROBS:
+            drift.widen(one_of_each_group(rollouts), config.update.token_budget)
+        if not truncated and drift.sampling_difference <= EQUAL_LOGPROBS:
+            return False
+        if correction == "none":
+            why = (
+                "rollout.top_p or top_k truncate what is sampled"
+                if truncated
+                else "probe.num_sequences = 0"
+                if not config.probe.num_sequences
+                else f"a logprob is {drift.sampling_difference:.1e} from the sampler's"
+            )
+            self._run.log.say_once(
+                "loss.correction",
+                f"old_logprobs are the learner's, as {why}: the gradient does not correct for the "
+                "sampler, since loss.correction is none; truncate_token would",
+            )
+        return True
+
+    def _adapt(self, metrics: Metrics) -> Metrics:
+        """Move kl_coef after a step; returns its value before, and the KL that it weighs."""
+        if "kl/approx" not in metrics:
+            return {}
+        found = {
+            "kl/mean": metrics["kl/ref" if self.algorithm.kl_coef else "kl/approx"],
+            "kl/coef": self.adaptive.kl_coef,
+        }
+        # of the old policy where that is the reference: the first update finds none of it
+        own = "kl/ref_last" if self.algorithm.previous_reference else "kl/mean"
+        self.adaptive.adapt(self.algorithm, (metrics | found)[own])
+        return found
+
+    def check_state(self, sequences: Sequence[Sequence[int]]) -> None:
+        """Prove that training can go on from the weights: loss and gradient on texts are finite.
+
+        Raises:
+            TrainingError: they are not.
+        """
+        loss, grad_norm = loss_and_gradient(self.model, sequences).tolist()
+        check_state(self.step, loss, grad_norm, self._config.output_dir)

@@ -1,0 +1,106 @@
+"""The gradient of one optimizer step of the policy, micro-batch by micro-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from torch import Tensor, nn
+
+from warpo.engine.learner.optimizer import WeightUpdate
+from warpo.engine.models.batch import Batch
+from warpo.engine.models.model import token_logprobs, token_logprobs_and_values
+from warpo.engine.ranks import ONE_RANK, Ranks
+from warpo.kernels import ops
+from warpo.kernels.objectives import Objective
+
+if TYPE_CHECKING:
+    from warpo.engine.learner.critic import Critic
+
+
+class StepResult(NamedTuple):
+    """What an optimizer step reports, on the device; None where it has no such part.
+
+    Attributes:
+        policy: the vector of `ops.policy_loss`, summed over micro-batches.
+        pairs: that of `ops.preference_loss`.
+        values: that of `ops.value_loss`.
+        pretraining: the supervised loss, times its coefficient.
+        update: what the step did to the policy's weights.
+    """
+
+    policy: Tensor | None = None
+    pairs: Tensor | None = None
+    values: Tensor | None = None
+    pretraining: Tensor | None = None
+    update: WeightUpdate | None = None
+
+
+def denominator(
+    batches: Sequence[Batch], objective: Objective, max_new_tokens: int, ranks: Ranks = ONE_RANK
+) -> float:
+    """What the loss of an optimizer step is divided by, counted over all of its micro-batches."""
+    if objective.aggregation == "token-mean":
+        return ranks.sum(sum(batch.num_trained for batch in batches))
+    sequences = ranks.sum(sum(batch.num_sequences for batch in batches))
+    if objective.aggregation == "sequence-mean-token-sum-norm":
+        return sequences * max_new_tokens
+    return sequences
+
+
+def accumulate_gradients(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    objective: Objective,
+    *,
+    temperature: float,
+    max_new_tokens: int,
+    kl_coef: float | None = None,
+    critic: Critic | None = None,
+    ranks: Ranks = ONE_RANK,
+) -> tuple[Tensor, Tensor | None]:
+    """Add the gradient of one optimizer step to that of the parameters, micro-batch by micro-batch.
+
+    loss = sum over the micro-batches of sum_t w_t loss_t / denominator, where the denominator is
+    that of the whole step: loss and gradient do not depend on how the rollouts are split into
+    micro-batches.
+
+    Args:
+        kl_coef: instead of the objective's.
+        critic: one that shares the model's trunk: its loss is added, times its coef.
+
+    Returns:
+        The vector of `ops.policy_loss`, summed over the micro-batches; that of `ops.value_loss`.
+    """
+    total = denominator(batches, objective, max_new_tokens, ranks)
+    num_tokens = ranks.sum(sum(batch.num_trained for batch in batches))
+    metrics, value_metrics = [], []
+    for batch in batches:
+        if critic is None:
+            current = token_logprobs(model, batch, temperature)
+        else:
+            head = critic.value_head
+            current, values = token_logprobs_and_values(model, head, batch, temperature)
+        assert batch.advantages is not None
+        loss, batch_metrics = ops.policy_loss(
+            current.logprobs,
+            batch.old_logprobs,
+            batch.advantages,
+            objective,
+            cu_seqlens=batch.cu_seqlens,
+            ref_logprobs=batch.ref_logprobs,
+            sampler_logprobs=batch.sampler_logprobs,
+            # for the metrics alone it needs no gradient
+            entropy=current.entropy if objective.entropy_coef else current.entropy.detach(),
+            kl_coef=kl_coef,
+            denominator=total,
+        )
+        if critic is not None:
+            value_loss, batch_values = critic.loss(values, batch, num_tokens)
+            loss = loss + critic.coef * value_loss
+            value_metrics.append(batch_values)
+        loss.backward()
+        metrics.append(batch_metrics)
+    return ops.sum_metrics(ranks.gather(metrics)), (
+        ops.merge_value_metrics(ranks.gather(value_metrics)) if value_metrics else None
+    )

@@ -1,0 +1,141 @@
+"""The rollouts of a step in columns: what sampling, scoring and estimation know of each token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from warpo.engine.models.batch import Batch, cumulative_lengths, pack
+from warpo.engine.types import Completion, Prompt, TokenSequence, TokenSteps
+
+COLUMNS = ("sampler_logprobs", "old_logprobs", "ref_logprobs", "values", "advantages", "returns")
+
+
+@dataclass(kw_only=True, eq=False)
+class StepRollouts:
+    """B rollouts, whose M trained tokens stand one after the other in columns.
+
+    Scoring and estimation fill columns with `fill`; a micro-batch is `batch` of some of the rows.
+
+    Attributes:
+        sequences: B prompts with a completion.
+        group_ids: (B,) int64: rows of one number are compared with each other, and are neighbours.
+        rewards: (B,) float64, of whole completions.
+        step_rewards: of each completion, with process supervision; None without.
+        baseline_rewards: (B,) float64, of the greedy completion of the same prompt, where the
+            estimator asks for it.
+        sampler_logprobs: (M,) float32, as the sampler computed them.
+        old_logprobs: (M,) float32, of the policy that the step began with; None: those of the
+            sampler serve.
+        ref_logprobs, values, advantages, returns: (M,) float32, where there is such a model or
+            estimate.
+        probed: rows that sampler and learner are compared on.
+    """
+
+    sequences: list[TokenSequence]
+    group_ids: np.ndarray
+    rewards: Tensor
+    step_rewards: list[TokenSteps] | None = None
+    baseline_rewards: Tensor | None = None
+    sampler_logprobs: Tensor
+    old_logprobs: Tensor | None = None
+    ref_logprobs: Tensor | None = None
+    values: Tensor | None = None
+    advantages: Tensor | None = None
+    returns: Tensor | None = None
+    probed: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        self._starts = np.cumsum([0, *(sequence.num_trained for sequence in self.sequences)])
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    @property
+    def device(self) -> torch.device:
+        return self.sampler_logprobs.device
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(B,) int64, trained tokens of each."""
+        return np.diff(self._starts)
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        """(B + 1,) int32, where the tokens of each start, on the device of the columns."""
+        return cumulative_lengths(self.lengths.tolist()).to(self.device)
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all prompts and completions."""
+        return sum(sequence.num_tokens for sequence in self.sequences)
+
+    @property
+    def group_size(self) -> int:
+        """Rows of a group, the same for all."""
+        _, counts = np.unique(self.group_ids, return_counts=True)
+        assert (counts == counts[0]).all(), "groups differ in size"
+        return int(counts[0])
+
+    @property
+    def probed_tokens(self) -> list[list[int]]:
+        """Token ids of the probed sequences."""
+        return [self.sequences[row].token_ids.tolist() for row in self.probed]
+
+    def tokens_of(self, rows: Sequence[int]) -> Tensor:
+        """(m,) int64: places in the columns of the tokens of some rows, row by row."""
+        spans = [np.arange(self._starts[row], self._starts[row + 1]) for row in rows]
+        return torch.from_numpy(np.concatenate(spans)).to(self.device)
+
+    def batch(self, rows: Sequence[int]) -> Batch:
+        """One micro-batch of some rows, on the device of the columns."""
+        tokens = self.tokens_of(rows)
+        columns: dict[str, Any] = {
+            name: column[tokens] for name in COLUMNS if (column := getattr(self, name)) is not None
+        }
+        columns.setdefault("old_logprobs", columns["sampler_logprobs"])
+        packed = pack([self.sequences[row] for row in rows]).to(self.device)
+        return replace(packed, **columns)
+
+    def fill(self, name: str, rows: Sequence[int], values: Tensor) -> None:
+        """Write the tokens of some rows into a column, which is made where there is none."""
+        if getattr(self, name) is None:
+            setattr(self, name, torch.full_like(self.sampler_logprobs, torch.nan))
+        getattr(self, name)[self.tokens_of(rows)] = values
+
+    def to(self, device: torch.device | str) -> StepRollouts:
+        """The same rollouts with their columns on a device."""
+        moved: dict[str, Any] = {
+            name: column.to(device)
+            for name in COLUMNS
+            if (column := getattr(self, name)) is not None
+        }
+        return replace(self, **moved)
+
+
+def step_rollouts(
+    prompts: Sequence[Prompt], groups: Sequence[Sequence[Completion]], rewards: Sequence[float]
+) -> StepRollouts:
+    """Rollouts of prompts and the completions of each, with the rewards of all in their order."""
+    pairs = [(p, c) for p, group in zip(prompts, groups, strict=True) for c in group]
+    logprobs = [completion.logprobs for _, completion in pairs]
+    return StepRollouts(
+        sequences=[
+            TokenSequence.of(prompt.token_ids, completion.token_ids, prompt.prompt_id)
+            for prompt, completion in pairs
+        ],
+        group_ids=np.repeat(np.arange(len(groups)), [len(group) for group in groups]),
+        rewards=torch.tensor(rewards, dtype=torch.float64),
+        sampler_logprobs=torch.from_numpy(np.concatenate(logprobs)),
+    )
+
+
+def spread(count: int, number: int) -> list[int]:
+    """`number` of `count` rows, at equal distances."""
+    number = min(number, count)
+    return [i * count // number for i in range(number)]

@@ -1,0 +1,97 @@
+"""Settings of a run against its model and its machine, checked when the model's config is read and
+before its weights are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+
+from warpo.engine.config.policy import Config
+from warpo.engine.config.samplers import SAMPLERS
+from warpo.engine.errors import ConfigError
+from warpo.engine.rollout.sampler.base import SamplerMemory, plan_sampler_memory
+from warpo.engine.run.free_memory import free_memory
+
+GIB = 2**30
+
+
+def check_limits(config: Config, hf_config: PretrainedConfig, device: torch.device) -> None:
+    """Refuse what the model cannot do.
+
+    Raises:
+        ConfigError: max_model_len is beyond the model's positions, top_k keeps its whole
+            vocabulary, or the KV cache is smaller than a sequence.
+    """
+    rollout, text = config.rollout, hf_config.get_text_config()
+    positions = max_positions(text)
+    if positions is not None and rollout.max_model_len > positions:
+        raise ConfigError(
+            f"rollout.max_model_len = {rollout.max_model_len} is beyond the {positions} positions "
+            f"of {config.model}: lower it"
+        )
+    vocab_size = getattr(text, "vocab_size", None)
+    if vocab_size is not None and rollout.top_k >= vocab_size:
+        raise ConfigError(
+            f"rollout.top_k = {rollout.top_k} has no effect: {config.model} has {vocab_size} "
+            "tokens; set it to 0 to draw from all"
+        )
+    if memory := plan_sampler_memory(config, hf_config, device):
+        _check_kv_cache(config, text, memory)
+
+
+def check_free_memory(config: Config, device: torch.device) -> None:
+    """Refuse a KV cache that the machine cannot hold.
+
+    Raises:
+        ConfigError: it is larger than what is free.
+    """
+    free = free_memory(device) / GIB
+    if SAMPLERS[config.sampler].has_kv_cache and config.rollout.kv_cache_gib > free:
+        raise ConfigError(
+            f"rollout.kv_cache_gib = {config.rollout.kv_cache_gib:g} is more than the {free:.1f} "
+            f"GiB that {device} has free: lower it"
+        )
+
+
+def max_positions(text_config: Any) -> int | None:
+    """The positions that a model is made for; None where its config sets no limit."""
+    limits = [
+        getattr(text_config, name, None) for name in ("max_position_embeddings", "n_positions")
+    ]
+    known = [limit for limit in limits if isinstance(limit, int) and limit > 0]
+    if not known:
+        return None
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    factor = rope.get("factor") if isinstance(rope, dict) else None
+    if isinstance(factor, int | float):
+        original = rope.get("original_max_position_embeddings") or known[0]
+        known.append(int(factor * original))
+    return max(known)
+
+
+def _check_kv_cache(config: Config, text: Any, memory: SamplerMemory) -> None:
+    rollout = config.rollout
+    tokens = memory.cache_tokens(rollout.max_model_len)
+    needed = tokens * kv_bytes_per_token(config.sampler_dtype, text) / GIB
+    if rollout.kv_cache_gib < needed:
+        raise ConfigError(
+            f"rollout.kv_cache_gib = {rollout.kv_cache_gib:g} cannot hold one sequence of "
+            f"rollout.max_model_len = {rollout.max_model_len}, which takes {needed:.3g} GiB: raise "
+            "the one or lower the other"
+        )
+
+
+def kv_bytes_per_token(dtype: str, text: Any) -> int:
+    """Keys and values of all layers; 0 where some layers keep less."""
+    if getattr(text, "kv_lora_rank", None) or getattr(text, "sliding_window", None):
+        return 0
+    if any(kind != "full_attention" for kind in getattr(text, "layer_types", None) or ()):
+        return 0
+    try:
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        return int(2 * text.num_hidden_layers * heads * width) * (4 if dtype == "float32" else 2)
+    except (AttributeError, TypeError, ZeroDivisionError):
+        return 0  # not a model of attention layers

@@ -1,0 +1,320 @@
+"""What a config makes of a row: where each setting lands, and what is refused before a model is
+loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from warpo.engine.config.algorithms import ALGORITHMS, Algorithm
+from warpo.engine.config.policy import load_config
+from warpo.engine.config.resolve import find, resolve
+from warpo.engine.errors import ConfigError
+
+MINIMAL = """\
+model: some-org/some-model
+output_dir: runs/a
+steps: 3
+sampler: transformers
+data: {train: prompts.jsonl}
+reward: {sources: "rewards:exact"}
+"""
+ROWS = [name for name, row in ALGORITHMS.items() if row.family == "policy"]
+# what a row cannot run without
+NEEDS = {"ppo_ptx": ("--pretraining.data", "examples.jsonl")}
+
+Resolve = Callable[..., Algorithm]
+
+
+@pytest.fixture(scope="module")
+def resolved(tmp_path_factory: pytest.TempPathFactory) -> Resolve:
+    """The row of a config with these settings."""
+    path = tmp_path_factory.mktemp("configs") / "run.yaml"
+    path.write_text(MINIMAL)
+
+    def of(name: str, *overrides: str) -> Algorithm:
+        settings = ("--algorithm", name, *NEEDS.get(name, ()), *overrides)
+        return resolve(load_config(path, settings))
+
+    return of
+
+
+def changes(row: Algorithm, changed: Algorithm) -> dict[str, Any]:
+    """Fields that differ, those of the objective as objective.NAME."""
+
+    def flat(algorithm: Algorithm) -> dict[str, Any]:
+        fields = {f.name: getattr(algorithm, f.name) for f in dataclasses.fields(algorithm)}
+        objective = fields.pop("objective")
+        own = {f.name: getattr(objective, f.name) for f in dataclasses.fields(objective) if f.init}
+        return fields | {f"objective.{name}": value for name, value in own.items()}
+
+    before, after = flat(row), flat(changed)
+    assert before.keys() == after.keys()
+    return {name: after[name] for name in after if after[name] != before[name]}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_without_settings_a_row_is_itself(resolved: Resolve, name: str) -> None:
+    assert resolved(name) == ALGORITHMS[name]
+
+
+CRITIC = {"ppo", "ppo_dual_clip", "ppo_kl", "ppo_length_adaptive", "ppo_ptx"}
+NO_BOUNDS = {
+    "reinforce", "rloo", "remax", "gpg", "off_policy_first_order", "ppo_kl", "sapo",
+    "iterative_dpo",
+}  # fmt: skip
+KL_IN_REWARD = (CRITIC - {"ppo_kl"}) | {
+    "reinforce", "rloo", "remax", "reinforce_plus_plus", "off_policy_first_order",
+    "off_policy_prefix",
+}  # fmt: skip
+GROUP_STD = {
+    "grpo", "grpo_token", "grpo_process", "iterative_grpo", "dr_grpo", "dapo", "gspo", "cispo",
+    "gmpo", "sapo", "grpo_tis", "grpo_mis", "grpo_icepop",
+}  # fmt: skip
+REDRAWN = (GROUP_STD - {"grpo_process"}) | {"rloo", "gpg", "reinforce_plus_plus_baseline"}
+PAIRS = {"iterative_dpo"}
+EVERY = set(ROWS)
+
+KL = ("--loss.kl_coef", "0.625")
+
+# setting: (its words, rows that read it, the fields it changes)
+SETTINGS: dict[str, tuple[tuple[str, ...], set[str], dict[str, Any]]] = {
+    "loss.clip_range": (
+        ("--loss.clip_range", "0.11", "0.37"), EVERY - NO_BOUNDS,
+        {"objective.clip_low": 0.11, "objective.clip_high": 0.37},
+    ),
+    "loss.entropy_coef": (
+        ("--loss.entropy_coef", "0.5"), EVERY - PAIRS, {"objective.entropy_coef": 0.5}
+    ),
+    "loss.kl_target": (("--loss.kl_target", "0.33", *KL), EVERY - PAIRS, {"kl_target": 0.33}),
+    "loss.reference_every_steps": (
+        ("--loss.reference_every_steps", "7", *KL), EVERY - PAIRS - {"ppo_kl"},
+        {"reference_every_steps": 7},
+    ),
+    "loss.gamma": (("--loss.gamma", "0.97"), CRITIC, {"gamma": 0.97}),
+    "loss.gae_lambda": (
+        ("--loss.gae_lambda", "length:0.1", "0.5"), CRITIC, {"gae_lambda": ("length:0.1", 0.5)}
+    ),
+    "loss.advantage_std": (
+        ("--loss.advantage_std", "population"), GROUP_STD, {"advantage_std": "population"}
+    ),
+    "loss.correction": (
+        ("--loss.correction", "truncate_sequence", "--loss.correction_range", "0.3", "1.7"),
+        EVERY - PAIRS,
+        {
+            "objective.correction": "truncate", "objective.correction_level": "sequence",
+            "objective.correction_low": 0.3, "objective.correction_high": 1.7,
+        },
+    ),
+    "rollout.max_draws": (("--rollout.max_draws", "3"), REDRAWN, {"max_draws": 3}),
+    "pretraining.coef": (
+        ("--pretraining.coef", "0.5", "--pretraining.data", "examples.jsonl"), EVERY,
+        {"pretraining_coef": 0.5},
+    ),
+    "critic.lr": (("--critic.lr", "1e-3"), CRITIC, {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_setting_lands_in_its_field_or_is_refused(resolved: Resolve, name: str) -> None:
+    for setting, (words, readers, fields) in SETTINGS.items():
+        if name not in readers:
+            match = f"{setting} = .* no effect on algorithm = '{name}'"
+            with pytest.raises(ConfigError, match=match):
+                resolved(name, *words)
+            continue
+        row = resolved(name, *words)
+        for field, value in fields.items():
+            head, _, leaf = field.rpartition(".")
+            assert getattr(row.objective if head else row, leaf) == value, setting
+        # and nothing else
+        found = changes(resolved(name, *(KL if "--loss.kl_coef" in words else ())), row)
+        assert found.keys() <= fields.keys(), setting
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_kl_lands_in_the_reward_or_in_the_loss(resolved: Resolve, name: str) -> None:
+    if name in PAIRS:
+        assert changes(resolved(name), resolved(name, *KL)) == {"objective.beta": 0.625}
+        with pytest.raises(ConfigError, match="kl_estimator = 'k2' has no effect on algorithm"):
+            resolved(name, *KL, "--loss.kl_estimator", "k2")
+        return
+    row = resolved(name, *KL, "--loss.kl_estimator", "k2")
+    place = "reward_kl" if name in KL_IN_REWARD else "objective.kl"
+    expected = {f"{place}_coef": 0.625, f"{place}_estimator": "k2"}
+    found = changes(ALGORITHMS[name], row)
+    assert expected.items() >= found.items() and f"{place}_coef" in found
+    assert row.kl_coef == 0.625
+    assert row.has_reference == (name != "ppo_kl")
+    assert "reference" in row.models or name == "ppo_kl"
+    assert not resolved(name, "--loss.kl_coef", "0", *no_renewal(name)).has_reference
+
+
+def no_renewal(name: str) -> tuple[str, ...]:
+    """What goes with a coefficient of 0."""
+    if ALGORITHMS[name].reference_every_steps:
+        return ("--loss.reference_every_steps", "0")
+    return ("--loss.kl_target", "fixed") if ALGORITHMS[name].kl_target else ()
+
+
+def test_the_correction_is_that_of_the_row_unless_told(resolved: Resolve) -> None:
+    def corrected(name: str, *overrides: str) -> tuple[Any, ...]:
+        objective: Any = resolved(name, *overrides).objective
+        bounds = (objective.correction_low, objective.correction_high)
+        return objective.correction, objective.correction_level, bounds
+
+    assert corrected("grpo_icepop") == ("mask", "token", (0.5, 5.0))
+    assert corrected("grpo", "--loss.correction", "truncate_sequence") == (
+        *("truncate", "sequence"),
+        (0.0, 2.0),
+    )
+    told = ("--loss.correction", "mask_token", "--loss.correction_range")
+    assert corrected("grpo", *told, "0.5", "3") == ("mask", "token", (0.5, 3.0))
+    assert corrected("grpo", *told, "0.5,3") == ("mask", "token", (0.5, 3.0))
+    assert corrected("grpo", *told, "algorithm") == ("mask", "token", (0.0, 2.0))
+    icepop = ("--loss.correction_range", "0.8", "1.2")
+    assert corrected("grpo_icepop", *icepop) == ("mask", "token", (0.8, 1.2))
+    assert corrected("grpo_mis", "--loss.correction", "none")[0] == "none"
+
+
+def test_a_target_may_be_fixed(resolved: Resolve) -> None:
+    assert resolved("ppo_kl").kl_target == 0.01
+    assert resolved("ppo_kl", "--loss.kl_target", "fixed").kl_target is None
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "message"),
+    [
+        ("grop", [], r"'grop' is unknown, did you mean 'grpo'\? Known: reinforce, rloo, "),
+        ("dpo", [], r"algorithm = 'dpo' trains from given data or environments"),
+        ("ppo_gymnasium", [], r"algorithm = 'ppo_gymnasium' trains from given data or env"),
+        (
+            "ppo", ["--critic.model", "none"],
+            r"critic\.model = 'none', but algorithm = 'ppo' takes its advantages from a critic: "
+            r"set critic\.model to policy, shared or a directory, or choose .* reinforce_plus_plus",
+        ),
+        ("ppo", ["--critic.model", "./absent"], r"critic\.model: there is no directory ./absent"),
+        (
+            "ppo", ["--critic.model", "shared", "--critic.lr", "1e-3"],
+            r"critic\.lr = 0\.001 has no effect on critic\.model = 'shared': remove it$",
+        ),
+        (
+            "ppo", ["--critic.model", "shared", "--critic.warmup_steps", "1"],
+            r"critic\.warmup_steps = 1 has no effect on critic\.model = 'shared': remove it$",
+        ),
+        (
+            "ppo", ["--critic.coef", "0.1"],
+            r"critic\.coef = 0\.1 has no effect on critic\.model = 'policy': remove it$",
+        ),
+        (
+            "grpo", ["--critic.model", "shared"],
+            r"critic\.model = 'shared' has no effect on algorithm = 'grpo': remove it \(it has no",
+        ),
+        (
+            "ppo", ["--critic.warmup_steps", "3"],
+            r"critic\.warmup_steps = 3 leaves no step of steps = 3 to the policy",
+        ),
+        *(
+            (
+                name, ["--rollout.group_size", "1"],
+                rf"group_size = 1 is too small for algorithm = '{name}': its advantages compare "
+                r"the completions of a prompt.*Set rollout\.group_size to 2 or more",
+            )
+            for name in sorted((GROUP_STD | REDRAWN | PAIRS) - {"grpo_process"})
+        ),
+        (
+            "grpo", ["--rollout.group_size", "1"],
+            r"the standard deviation of one is 0 \(loss\.advantage_std = 'sample'\)",
+        ),
+        (
+            "ppo", ["--loss.gae_lambda", "length:0", "1"],
+            r"loss\.gae_lambda = length:0 1\.0: ALPHA must be above 0",
+        ),
+        (
+            "iterative_dpo", ["--rollout.max_model_len", "600", "--update.token_budget", "1000"],
+            r"budget = 1000 cannot hold a pair of algorithm = 'iterative_dpo': raise it to 1200",
+        ),
+        ("iterative_dpo", ["--loss.kl_coef", "0"], r"beta of algorithm = 'iterative_dpo': set it"),
+        ("dapo", ["--loss.kl_estimator", "k1"], r"no effect: .* is 0 in algorithm 'dapo'"),
+        (
+            "grpo", ["--loss.kl_coef", "0", "--loss.kl_estimator", "k1"],
+            r"kl_estimator = 'k1' has no effect: loss\.kl_coef is 0$",
+        ),
+        ("dapo", ["--loss.kl_target", "0.1"], r"kl_target = 0\.1 needs a loss\.kl_coef above 0"),
+        (
+            "iterative_grpo", ["--loss.kl_coef", "0"],
+            r"reference_every_steps = 50 has no effect on algorithm = 'iterative_grpo': it has no",
+        ),
+        (
+            "ppo_ptx", ["--pretraining.data", ""],
+            r"pretraining\.coef = 27\.8 of algorithm = 'ppo_ptx' needs pretraining\.data: give",
+        ),
+        (
+            "grpo", ["--pretraining.data", "a.jsonl"],
+            r"pretraining\.data has no effect on algorithm = 'grpo': set pretraining\.coef",
+        ),
+        (
+            "grpo", ["--loss.correction_range", "0.5", "2"],
+            r"range = 0\.5 2 has no effect: loss\.correction is none in algorithm 'grpo'",
+        ),
+        (
+            "grpo_tis", ["--loss.correction", "none", "--loss.correction_range", "0.5", "2"],
+            r"has no effect: loss\.correction is none$",
+        ),
+        (
+            "grpo", ["--loss.correction", "mask_token", "--loss.correction_range", "2", "0.5"],
+            r"2 0\.5: the lowest w must be below the highest",
+        ),
+        (
+            "grpo_process", ["--reward.sources", "math"],
+            r"algorithm = 'grpo_process' learns from rewards of steps, and reward\.sources = math "
+            r"gives none: add process_model:DIR, or a function or server",
+        ),
+    ],
+)  # fmt: skip
+def test_what_cannot_run_is_refused_with_row_setting_and_fix(
+    resolved: Resolve, name: str, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        resolved(name, *overrides)
+
+
+def test_what_may_give_steps_is_not_refused(resolved: Resolve, tmp_path: Path) -> None:
+    for sources in (
+        [f"process_model:{tmp_path}"],
+        ["rewards:steps"],
+        ["math", "0.5 * rewards:steps"],
+    ):
+        assert resolved("grpo_process", "--reward.sources", *sources).advantages == "process"
+
+
+def test_the_row_is_found_by_its_name() -> None:
+    assert all(find(name) is row and row.name == name for name, row in ALGORITHMS.items())
+
+
+def test_the_models_of_rlhf_are_four(resolved: Resolve) -> None:
+    assert resolved("ppo").models == ("actor", "critic", "reward", "reference")
+    assert resolved("ppo", "--loss.kl_coef", "0").models == ("actor", "critic", "reward")
+    assert resolved("grpo").models == ("actor", "reward", "reference")
+    assert resolved("dapo").models == ("actor", "reward")
+
+
+def test_a_refusal_comes_before_torch_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(MINIMAL + "algorithm: ppo\ncritic: {model: none}\n")
+    code = (
+        "import sys; from warpo.engine.cli import main; "
+        "assert main(['train', 'run.yaml']) == 1; "
+        "assert not {'torch', 'vllm', 'transformers'} & set(sys.modules), 'heavy import'"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert "but algorithm = 'ppo' takes its advantages from a critic" in result.stderr

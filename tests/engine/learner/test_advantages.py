@@ -1,0 +1,328 @@
+"""Estimators of advantages: every row of the table against the oracle of its paper."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.oracles import advantages as oracle
+from tests.oracles.advantages import Sampled, Tokens
+from tests.tolerance import SCAN_ABSOLUTE, SCAN_RELATIVE, assert_close
+from warpo.engine.config.algorithms import ALGORITHMS, Algorithm
+from warpo.engine.config.estimators import ESTIMATORS
+from warpo.engine.errors import RewardError
+from warpo.engine.learner.advantages import BASELINE_DECAY, AdaptiveState, estimate
+from warpo.engine.models.step_rollouts import StepRollouts
+from warpo.engine.types import TokenSequence
+from warpo.kernels import ops
+
+ROWS = [name for name, row in ALGORITHMS.items() if row.family == "policy"]
+BASELINE = 0.3
+
+# By estimator, what the paper says; a row's own numbers and the KL of `with_kl` come with it.
+ORACLES: dict[str, Callable[[Sampled, Algorithm], Tokens]] = {
+    "group": lambda s, row: oracle.grpo(s, row.advantage_std),
+    "rescaled group": lambda s, row: oracle.gpg(s),
+    "leave one out": lambda s, row: oracle.rloo(s, *kl_of(row)),
+    "moving average": lambda s, row: oracle.reinforce(s, *kl_of(row), BASELINE),
+    "greedy": lambda s, row: oracle.remax(s, *kl_of(row)),
+    "batch": lambda s, row: oracle.reinforce_plus_plus(s, *kl_of(row)),
+    "group, batch": lambda s, row: oracle.reinforce_plus_plus_baseline(s),
+    "process": lambda s, row: oracle.process(s, row.advantage_std),
+    "gae": lambda s, row: oracle.ppo(s, *kl_of(row), row.gamma, row.gae_lambda)[0],
+    "pairs": lambda s, row: oracle.grpo(s, row.advantage_std),
+}
+
+
+def kl_of(row: Algorithm) -> tuple[float, str]:
+    return (row.reward_kl_coef if row.kl_in_reward else 0.0), row.reward_kl_estimator
+
+
+def sample(
+    seed: int, *, groups: int = 3, group_size: int = 4, longest: int = 60, equal: int = 1
+) -> Sampled:
+    """Completions of 1 to `longest` tokens; the rewards of the first `equal` groups are equal."""
+    rng = np.random.default_rng(seed)
+    count = groups * group_size
+    # multiples of 1/8: means and deviations of equal rewards are exact
+    rewards = np.round(rng.normal(size=count) * 8) / 8
+    lengths = rng.integers(1, longest + 1, count)
+    steps = [
+        [(int(end), float(round(rng.normal() * 8) / 8))
+         for end in sorted(rng.choice(n, min(n, rng.integers(0, 4)), replace=False))]
+        for n in lengths
+    ]  # fmt: skip
+    for group in range(min(equal, groups)):
+        members = range(group * group_size, (group + 1) * group_size)
+        for i in members:
+            rewards[i] = rewards[members[0]]
+            steps[i] = [(end, 0.5) for end, _ in steps[i]]
+
+    def tokens(low: float, high: float) -> Tokens:
+        return [rng.uniform(low, high, n).astype(np.float32).astype(float) for n in lengths]
+
+    return Sampled(
+        rewards=rewards, group_size=group_size, logprobs=tokens(-3, 0), ref_logprobs=tokens(-3, 0),
+        values=tokens(-1, 1), steps=steps, greedy_rewards=rng.integers(0, 2, count).astype(float),
+    )  # fmt: skip
+
+
+def rollouts(s: Sampled, *, by_sampler: bool = False) -> StepRollouts:
+    """by_sampler: the logprobs are those of the sampler, and no learner's stand beside them."""
+
+    def column(parts: Tokens) -> torch.Tensor:
+        return torch.tensor(np.concatenate(parts), dtype=torch.float32)
+
+    logprobs = column(s.logprobs)
+    return StepRollouts(
+        sequences=[
+            TokenSequence.of([7, int(group)], [3] * n, int(group))
+            for group, n in zip(s.group_ids, s.lengths, strict=True)
+        ],
+        group_ids=np.asarray(s.group_ids),
+        rewards=torch.tensor(s.rewards),
+        step_rewards=s.steps,
+        baseline_rewards=torch.tensor(s.greedy_rewards),
+        sampler_logprobs=logprobs if by_sampler else torch.zeros_like(logprobs),
+        old_logprobs=None if by_sampler else logprobs,
+        ref_logprobs=column(s.ref_logprobs),
+        values=column(s.values),
+    )
+
+
+def by_row(rollouts: StepRollouts, name: str) -> tuple[torch.Tensor, ...]:
+    """A column in the parts of its rows."""
+    return getattr(rollouts, name).split(rollouts.lengths.tolist())
+
+
+def with_kl(name: str, **changes: object) -> Algorithm:
+    """The row with a KL that is seen, where the row takes it off the reward."""
+    row = ALGORITHMS[name]
+    return row.replace(**({"reward_kl_coef": 0.2} if row.kl_in_reward else {}), **changes)
+
+
+def estimated(
+    row: Algorithm, s: Sampled, state: AdaptiveState | None = None, **options: bool
+) -> tuple[StepRollouts, dict[str, float]]:
+    found = rollouts(s, **options)
+    return found, estimate(row, found, state or AdaptiveState(row.kl_coef, BASELINE))
+
+
+def compare(found: Sequence[torch.Tensor | None], expected: Tokens, what: str) -> None:
+    assert [len(x) for x in found] == [len(x) for x in expected]
+    together = torch.tensor(np.concatenate(expected))
+    assert_close(
+        torch.cat(list(found)), together, what=what,
+        relative=SCAN_RELATIVE, absolute=SCAN_ABSOLUTE * (1 + together.abs().max().item()),
+    )  # fmt: skip
+
+
+def test_every_estimator_has_a_row_and_an_oracle() -> None:
+    assert {ALGORITHMS[name].advantages for name in ROWS} == set(ESTIMATORS) == set(ORACLES)
+
+
+@pytest.mark.parametrize("name", ROWS)
+@settings(max_examples=15)
+@given(
+    st.integers(0, 10_000), st.integers(1, 4), st.integers(2, 5), st.integers(1, 60),
+    st.integers(0, 2), st.booleans(),
+)  # fmt: skip
+def test_advantages_are_those_of_the_paper(
+    name: str, seed: int, groups: int, group_size: int, longest: int, equal: int, by_sampler: bool
+) -> None:
+    s = sample(seed, groups=groups, group_size=group_size, longest=longest, equal=equal)
+    row = with_kl(name)
+    found, metrics = estimated(row, s, by_sampler=by_sampler)
+    expected = ORACLES[row.advantages](s, row)
+    compare(by_row(found, "advantages"), expected, name)
+    spread = np.concatenate(expected).std()
+    assert metrics["advantages/std"] == pytest.approx(spread, rel=1e-3, abs=1e-4)
+    assert (found.returns is not None) == row.has_critic
+
+
+@pytest.mark.parametrize("kl_estimator", ["k1", "k2", "k3"])
+@pytest.mark.parametrize(
+    "name", [name for name in ROWS if ALGORITHMS[name].kl_in_reward and name != "ppo_ptx"]
+)
+def test_the_kl_of_each_estimator_is_taken_off_the_reward_of_its_token(
+    name: str, kl_estimator: str
+) -> None:
+    s, row = sample(1), with_kl(name, reward_kl_estimator=kl_estimator)
+    found, metrics = estimated(row, s)
+    compare(by_row(found, "advantages"), ORACLES[row.advantages](s, row), name)
+    without, _ = estimated(row.replace(reward_kl_coef=0.0), s, AdaptiveState(0.0, BASELINE))
+    assert not torch.equal(found.advantages, without.advantages)
+    log_ratio = np.concatenate(s.logprobs) - np.concatenate(s.ref_logprobs)
+    assert metrics["kl/ref"] == pytest.approx(log_ratio.mean(), rel=1e-5)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.97])
+@pytest.mark.parametrize(
+    "gae_lambda", [(0.95, 0.95), (0.9, 1.0), (0.0, 1.0), ("length:0.05", 1.0), ("length:0.2", 0.9)]
+)
+def test_lambda_of_the_policy_and_of_the_critic_are_two(
+    gamma: float, gae_lambda: tuple[float | str, float]
+) -> None:
+    # lengths on both sides of 20, below which the length-adaptive lambda of alpha 0.05 is 0
+    s = sample(2, groups=4, longest=50)
+    assert min(s.lengths) < 20 < max(s.lengths)
+    row = with_kl("ppo", gamma=gamma, gae_lambda=gae_lambda)
+    found, _ = estimated(row, s)
+    advantages, returns = oracle.ppo(s, *kl_of(row), gamma, gae_lambda)
+    compare(by_row(found, "advantages"), advantages, "advantages")
+    compare(by_row(found, "returns"), returns, "returns")
+
+
+def test_completions_of_one_length_share_their_lambda_and_nothing_else() -> None:
+    """Length-adaptive, in another order: each completion keeps its own returns."""
+    s = sample(3, groups=2, group_size=6, longest=3)
+    found, _ = estimated(with_kl("ppo_length_adaptive"), s)
+    order = [5, 0, 11, 3, 2, 7, 8, 10, 1, 4, 9, 6]
+    row, again = with_kl("ppo_length_adaptive"), rollouts(s)
+    tokens = again.tokens_of(order)
+    columns = ("sampler_logprobs", "old_logprobs", "ref_logprobs", "values")
+    again = replace(
+        again,
+        sequences=[again.sequences[i] for i in order],
+        rewards=again.rewards[order],
+        **{name: getattr(again, name)[tokens] for name in columns},
+    )
+    estimate(row, again, AdaptiveState(row.kl_coef))
+    for place, i in enumerate(order):
+        assert torch.equal(by_row(again, "returns")[place], by_row(found, "returns")[i])
+        torch.testing.assert_close(
+            by_row(again, "advantages")[place], by_row(found, "advantages")[i]
+        )
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_step_in_which_all_rewards_are_equal_teaches_nothing_and_is_no_nan(name: str) -> None:
+    s = sample(4, equal=3)
+    s.rewards[:] = 1.0
+    s.greedy_rewards[:] = 1.0
+    for values in s.values:
+        values[:] = 1.0
+    row = ALGORITHMS[name]
+    row = row.replace(reward_kl_coef=0.0, gamma=1.0)
+    found, metrics = estimated(row, s, AdaptiveState(0.0, 1.0))
+    assert torch.equal(found.advantages, torch.zeros(found.advantages.shape))
+    if row.estimator.may_redraw:
+        assert metrics["reward/degenerate_frac"] == 1.0
+
+
+def test_the_share_of_groups_that_teach_nothing_is_told() -> None:
+    _, metrics = estimated(ALGORITHMS["grpo"], sample(5, groups=4, equal=1))
+    assert metrics["reward/degenerate_frac"] == 0.25
+    _, metrics = estimated(ALGORITHMS["grpo_process"], sample(5, groups=4, equal=1))
+    assert metrics["reward/degenerate_frac"] == 0.25
+
+
+def test_process_rewards_without_steps_are_refused_by_completion() -> None:
+    made = replace(rollouts(sample(6)), step_rewards=None)
+    with pytest.raises(RewardError, match="'grpo_process' .* completion 0 has one for the whole"):
+        estimate(ALGORITHMS["grpo_process"], made, AdaptiveState(0.0))
+
+
+def test_the_baseline_is_the_moving_average_of_earlier_steps() -> None:
+    row, state, expected = ALGORITHMS["reinforce"], AdaptiveState(0.0), None
+    for seed in range(4):
+        s = sample(seed)
+        mean = s.rewards.mean()
+        expected = mean if expected is None else expected
+        found, _ = estimated(row, s, state)
+        compare(by_row(found, "advantages"), oracle.reinforce(s, 0.0, "k1", expected), "step")
+        expected = BASELINE_DECAY * expected + (1 - BASELINE_DECAY) * mean
+        assert state.baseline == pytest.approx(expected)
+
+
+def test_the_coefficient_in_the_reward_is_that_of_the_state() -> None:
+    """Where it adapts, the row's is the first one only."""
+    s, row = sample(7), with_kl("ppo", kl_target=0.1)
+    found, _ = estimated(row, s, AdaptiveState(0.7))
+    expected, _ = oracle.ppo(s, 0.7, "k1", row.gamma, row.gae_lambda)
+    compare(by_row(found, "advantages"), expected, "advantages")
+
+
+@pytest.mark.parametrize(
+    ("kl", "factor"),
+    [(0.0, 0.98), (0.05, 0.98), (0.09, 0.99), (0.1, 1.0), (0.11, 1.01), (0.12, 1.02), (9.0, 1.02)],
+)
+def test_proportional_control(kl: float, factor: float) -> None:
+    """https://arxiv.org/abs/1909.08593 section 2.2: e = clip(KL / target - 1, -0.2, 0.2), beta <-
+    beta (1 + 0.1 e).
+    """
+    state = AdaptiveState(0.5)
+    state.adapt(ALGORITHMS["ppo"].replace(kl_target=0.1), kl)
+    assert state.kl_coef == pytest.approx(0.5 * factor)
+
+
+@pytest.mark.parametrize(
+    ("kl", "factor"), [(0.0, 0.5), (0.066, 0.5), (0.067, 1.0), (0.15, 1.0), (0.151, 2.0), (9, 2.0)]
+)
+def test_doubling_and_halving(kl: float, factor: float) -> None:
+    """https://arxiv.org/abs/1707.06347 section 4: d < target / 1.5 halves beta, d > 1.5 target
+    doubles it.
+    """
+    state = AdaptiveState(0.5)
+    state.adapt(ALGORITHMS["ppo_kl"].replace(kl_target=0.1), kl)
+    assert state.kl_coef == 0.5 * factor
+
+
+def test_a_coefficient_without_a_target_is_fixed() -> None:
+    state = AdaptiveState(0.5)
+    state.adapt(ALGORITHMS["ppo"], 100.0)
+    assert state.kl_coef == 0.5
+
+
+def test_the_state_goes_round() -> None:
+    state = AdaptiveState(0.5)
+    estimated(ALGORITHMS["reinforce"], sample(8), state)
+    state.adapt(ALGORITHMS["ppo_kl"], 100.0)
+    again = AdaptiveState(0.1)
+    again.load_state_dict(state.state_dict())
+    assert again == state and again.kl_coef == 1.0 and again.baseline is not None
+    # a fixed coefficient is the config's, also in a run that resumes
+    fixed = AdaptiveState(0.1, adapts=False)
+    fixed.load_state_dict(state.state_dict())
+    assert (fixed.kl_coef, fixed.baseline) == (0.1, state.baseline)
+    assert (
+        estimated(ALGORITHMS["reinforce"], sample(9), again)[1]
+        == (estimated(ALGORITHMS["reinforce"], sample(9), state)[1])
+    )
+
+
+def test_process_supervision_is_biased_where_the_policy_ends_the_steps() -> None:
+    """Which is what the row's caution says. Each step pays 0.5, and after it the policy goes on
+    with probability p = sigmoid(theta), for 5 steps at most: the gradient in theta is known
+    exactly, and the estimate is 0, as no step is above the mean of all.
+    """
+    generator = np.random.default_rng(0)
+    p, pay, most, groups, size = 0.574, 0.5, 5, 4000, 8
+    lengths = np.minimum(generator.geometric(1 - p, groups * size), most)
+    exact = sum(
+        p ** (n - 1)
+        * (1.0 if n == most else 1 - p)
+        * ((n - 1) * (1 - p) - (0.0 if n == most else p))
+        * (pay * n)
+        for n in range(1, most + 1)
+    )
+    offsets = torch.from_numpy(np.concatenate([[0], lengths.cumsum()]))
+    ends = torch.from_numpy(np.concatenate([np.arange(n) for n in lengths]))
+    total = int(lengths.sum())
+    advantages = ops.process_advantages(
+        torch.full((total,), pay),
+        offsets, ends, total, size, cu_seqlens=offsets.int(), std="none",
+    ).advantages.numpy()  # fmt: skip
+    last = np.zeros(total, bool)
+    last[offsets[1:].numpy() - 1] = True
+    at_most = np.concatenate([np.arange(1, n + 1) for n in lengths]) == most
+    score = np.where(at_most, 0.0, np.where(last, -p, 1 - p))  # d log pi of each decision
+    estimated = (score * advantages).sum() / (groups * size)
+    assert exact > 0.2 and abs(estimated) < 1e-6
+    assert ALGORITHMS["grpo_process"].caution
