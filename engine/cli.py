@@ -180,9 +180,8 @@ def _train(path: str, overrides: Sequence[str]) -> int:
     family, config = read_config(path, overrides)
     if family != "control":
         set_thread_waiting()
-    loop: Any = importlib.import_module(
-        _TRAINERS.get(family, "warpo.engine.trainers.offline.train")
-    )
+    module = _TRAINERS.get(family, "warpo.engine.trainers.offline.train")
+    trainer: Any = importlib.import_module(module)
     from warpo.engine.run.device import learner_device
 
     if family != "control" and learner_device(config).type == "cpu":

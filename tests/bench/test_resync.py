@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.engine.models import COMMON
+from tests.engine.random_models import COMMON
 from warpo.bench import resync
 from warpo.bench.train import plots
 

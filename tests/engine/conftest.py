@@ -16,7 +16,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
-from tests.engine.models import (  # noqa: E402
+from tests.engine.random_models import (  # noqa: E402
     EOS_TOKEN_IDS,
     MAX_MODEL_LEN,
     connect,

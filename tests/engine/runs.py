@@ -8,7 +8,7 @@ from pathlib import Path
 import tokenizers
 import transformers
 
-from tests.engine.models import CONFIGS, new_learner
+from tests.engine.random_models import CONFIGS, new_learner
 from warpo.engine.config.policy import load_config
 from warpo.engine.trainers.policy.train import run
 

@@ -63,7 +63,7 @@ def survey(model_type: str) -> str:
     """alias; copy and why; or what stands in the way, of a model that takes a step."""
     import torch
 
-    from tests.engine.models import publish
+    from tests.engine.random_models import publish
     from tests.engine.tiny_models import tiny_config, tiny_model
     from warpo.engine.models.model import load_model, token_logprobs
     from warpo.engine.models.score import pack_scored, score

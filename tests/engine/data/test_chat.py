@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.engine.data.test_rows import write_dataset, write_parquet
-from tests.engine.models import new_learner
+from tests.engine.random_models import new_learner
 from tests.engine.tokenizers_of_others import (
     CHATML,
     GEMMA,

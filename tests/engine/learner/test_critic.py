@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from tests.engine.models import random_completion, rollouts_of
+from tests.engine.random_models import random_completion, rollouts_of
 from tests.engine.runs import rows, train
 from warpo.engine.config.policy import Config, load_config
 from warpo.engine.errors import TrainingError

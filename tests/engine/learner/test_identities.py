@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.engine.models import rollouts_of
+from tests.engine.random_models import rollouts_of
 from warpo.engine.config.algorithms import ALGORITHMS, Algorithm
 from warpo.engine.learner.advantages import AdaptiveState, estimate
 from warpo.engine.learner.step import accumulate_gradients

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.engine.models import rollouts_of
+from tests.engine.random_models import rollouts_of
 from tests.engine.runs import rows, train
 from warpo.engine.config.policy import load_config
 from warpo.engine.learner.pairs import make_pairs, pair_minibatches

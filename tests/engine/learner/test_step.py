@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.engine.models import new_learner, random_completion, rollouts_of
+from tests.engine.random_models import new_learner, random_completion, rollouts_of
 from warpo.engine.errors import TrainingError
 from warpo.engine.learner.minibatches import make_minibatches
 from warpo.engine.learner.optimizer import AdamW

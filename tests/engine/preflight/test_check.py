@@ -14,7 +14,7 @@ import tokenizers
 import torch
 import transformers
 
-from tests.engine.models import COMMON
+from tests.engine.random_models import COMMON
 from warpo.engine import cli
 from warpo.engine.config.policy import load_config
 from warpo.engine.learner.learner import step

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.engine.models import (
+from tests.engine.random_models import (
     EOS_TOKEN_IDS,
     LOGPROB_ATOL,
     MAX_MODEL_LEN,

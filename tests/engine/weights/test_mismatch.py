@@ -11,7 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.engine.models import EOS_TOKEN_IDS, MAX_MODEL_LEN, connect, new_learner, rollouts_of
+from tests.engine.random_models import (
+    EOS_TOKEN_IDS,
+    MAX_MODEL_LEN,
+    connect,
+    new_learner,
+    rollouts_of,
+)
 from tests.tolerance import CORRECTION_GRADIENT, LEARNER_COMPOSITION
 from warpo.engine.config.sections import ROUNDING
 from warpo.engine.errors import ConfigError, WeightMismatch

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tests.engine.models import connect
+from tests.engine.random_models import connect
 from warpo.engine.config.sections import ROUNDING
 from warpo.engine.errors import TrainingError, WeightMismatch
 from warpo.engine.models.model import load_model

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.engine.models import (
+from tests.engine.random_models import (
     CONFIGS,
     LOGPROB_ATOL,
     connect,

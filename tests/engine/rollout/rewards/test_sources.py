@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from tests.engine.models import CONFIGS
+from tests.engine.random_models import CONFIGS
 from tests.engine.runs import train
 from warpo.engine.config.policy import load_config
 from warpo.engine.config.reward_kinds import KINDS, read_kind

@@ -22,7 +22,7 @@ from warpo.engine.run import checkpoint
 from warpo.engine.run.log import read_rows
 from warpo.engine.trainers.control import train
 
-EXAMPLES = Path(__file__).parents[3] / "examples"
+EXAMPLES = Path(__file__).parents[4] / "examples"
 ALGORITHMS = ("sac", "ppo_gymnasium")
 
 

@@ -10,7 +10,7 @@ from warpo.engine.config.file import read_tree
 from warpo.engine.config.offline import OfflineConfig
 from warpo.engine.trainers.offline.train import run
 
-EXAMPLES = Path(__file__).parents[3] / "examples"
+EXAMPLES = Path(__file__).parents[4] / "examples"
 NUM_EXAMPLES = 512
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import transformers
 
-from tests.engine.models import COMMON
+from tests.engine.random_models import COMMON
 from warpo.engine.config.policy import load_config
 from warpo.engine.errors import ConfigError
 from warpo.engine.rollout.sampler.base import SamplingOptions

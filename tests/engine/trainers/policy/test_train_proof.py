@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.engine.models import new_learner
+from tests.engine.random_models import new_learner
 from tests.engine.runs import train
 from warpo.engine.errors import WeightMismatch
 from warpo.engine.rollout.sampler.hf_sampler import TransformersSampler
