@@ -60,14 +60,15 @@ torture: $(VENV)/built
 # on a CUDA machine alone.
 test-integrations: $(VENV)/built peers
 	status=0; \
-	for library in $(PEERS); do \
-	    PYTHONPATH=$(CURDIR)/bench/stand_ins:$(CURDIR)/.peers/$$library/site-packages \
-	    $(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile $(PYTEST_FLAGS) tests/integrations/test_$$library*.py || status=1; \
-	done; exit $$status
+	$(foreach library,$(PEERS), \
+	    PYTHONPATH=$(CURDIR)/bench/stand_ins:$(CURDIR)/.peers/$(library)/site-packages \
+	    $(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile $(PYTEST_FLAGS) \
+	    $(wildcard tests/integrations/$(library) tests/integrations/test_$(library).py) || status=1;) \
+	exit $$status
 
 test-upstream: $(VENV)/built peers
-	$(BIN)/python tests/integrations/upstream.py verl
-	$(BIN)/python tests/integrations/upstream.py openrlhf
+	$(BIN)/python -m tests.integrations.upstream verl
+	$(BIN)/python -m tests.integrations.upstream openrlhf
 
 # Each library in a folder of its own, since their pins exclude one another; without dependencies,
 # which would bring another torch. site-packages: dill, by which `datasets` makes fingerprints, pickles
