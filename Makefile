@@ -31,7 +31,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
 train: $(VENV)/built
 	rm -rf runs/arithmetic
-	$(BIN)/python -m warpo.engine.arithmetic runs/arithmetic --seed $(SEED)
+	$(BIN)/python examples/arithmetic.py runs/arithmetic --seed $(SEED)
 	$(BIN)/warpo train examples/sft.yaml --seed $(SEED)
 	$(BIN)/warpo train examples/grpo.yaml --seed $(SEED)
 
@@ -104,7 +104,7 @@ lint: $(VENV)/built
 types: $(VENV)/built
 	mkdir -p .typing/warpo
 	for folder in kernels engine bench; do ln -sfn ../../$$folder .typing/warpo/$$folder; done
-	MYPYPATH=.typing $(BIN)/mypy --namespace-packages --explicit-package-bases -p warpo.kernels -p warpo.engine -p warpo.bench
+	MYPYPATH=.typing $(BIN)/mypy --namespace-packages --explicit-package-bases -p warpo.kernels -p warpo.engine -p warpo.bench -m examples.arithmetic
 
 clean:
 	rm -rf build .typing runs kernels/*.so *.egg-info

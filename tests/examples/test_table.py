@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.examples.runs import EXAMPLES
+from tests.examples.configs import EXAMPLES
 from warpo.engine import algorithms_table
 from warpo.engine.algorithms import ADVANTAGES, ALGORITHMS
 from warpo.engine.cli import tree_of

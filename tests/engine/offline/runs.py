@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from warpo.engine import arithmetic
+from examples import arithmetic
 from warpo.engine.config_file import read_tree
 from warpo.engine.offline.config import OfflineConfig
 from warpo.engine.offline.train import run

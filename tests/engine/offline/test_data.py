@@ -9,7 +9,7 @@ import pytest
 import tokenizers
 import transformers
 
-from warpo.engine import arithmetic
+from examples import arithmetic
 from warpo.engine.errors import DataError
 from warpo.engine.offline.data import Example, load_examples
 

@@ -11,10 +11,10 @@ more, for the pupil forgets more carries than not. A reward that checks the sum 
 Held-out problems occur neither in the demonstrations nor in the prompts that are learned from, not
 even with the two numbers exchanged.
 
-    python -m warpo.engine.arithmetic DIR --seed 0
+    python examples/arithmetic.py DIR --seed 0
 
 writes the model and its tokenizer to DIR/model, and JSONL files beside it. The reward function is
-warpo.engine.arithmetic:reward.
+examples.arithmetic:reward.
 """
 
 from __future__ import annotations
@@ -265,7 +265,7 @@ def _write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m warpo.engine.arithmetic",
+        prog="python examples/arithmetic.py",
         description="Make a small Qwen2 model with random weights, and the data to teach it the "
         "addition of two-digit numbers: DIR/model, DIR/warm_start.jsonl (demonstrations with "
         "mistakes), DIR/train.jsonl (prompts) and DIR/eval.jsonl (held-out prompts); also "

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import transformers
 
-from warpo.engine import arithmetic
+from examples import arithmetic
+from tests.examples.configs import EXAMPLES
 from warpo.engine.data import load_prompts
 from warpo.engine.model_files import load_tokenizer
 from warpo.engine.offline.data import load_examples
@@ -137,9 +138,10 @@ def test_reward_of_a_batch_is_in_order_and_ignores_further_fields() -> None:
         arithmetic.reward(["5121", "0000"], ["125"])
 
 
-def test_reward_serves_in_the_worker_process(folder: Path) -> None:
+def test_reward_serves_in_the_worker_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(EXAMPLES.parent)
     columns = {"prompt": ["57+68=", "57+68="], "answer": ["125", "125"]}
-    function = RewardFunction("warpo.engine.arithmetic:reward", deadline_s=30, fields=list(columns))
+    function = RewardFunction("examples.arithmetic:reward", deadline_s=30, fields=list(columns))
     with closing(function):
         call = Call(["5121", "5010"], columns)
         assert run(function.lanes[0](call)) == [1.0, 0.0]
@@ -147,10 +149,16 @@ def test_reward_serves_in_the_worker_process(folder: Path) -> None:
 
 def test_import_leaves_torch_and_transformers_alone() -> None:
     code = (
-        "import sys, warpo.engine.arithmetic\n"
+        "import sys, examples.arithmetic\n"
         "print([name for name in ('torch', 'transformers', 'tokenizers') if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=EXAMPLES.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert done.stdout == "[]\n"
 
 
