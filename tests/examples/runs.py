@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from tests.examples.configs import EXAMPLES
+from tests.examples.configs import EXAMPLES, config_of
 from warpo.engine.metrics import read_rows
 
 # A busy machine of 2 cores; alone on it the slowest takes a third.
@@ -23,14 +23,15 @@ def prepare(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def train(folder: Path, name: str, *overrides: str) -> list[dict]:
-    """Run examples/<name>.yaml in a folder; its rows of metrics."""
+def train(folder: Path, algorithm: str, *overrides: str) -> list[dict]:
+    """Run an algorithm in a folder; its rows of metrics."""
     start = time.monotonic()
-    command = [sys.executable, "-m", "warpo.engine.cli", "train", str(EXAMPLES / f"{name}.yaml")]
-    result = subprocess.run([*command, *overrides], cwd=folder, capture_output=True, text=True)
+    path, words = config_of(algorithm)
+    command = [sys.executable, "-m", "warpo.engine.cli", "train", str(path), *words, *overrides]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
     assert time.monotonic() - start < SECONDS, result.stdout[-2000:]
-    (metrics,) = (folder / "runs").glob(f"**/{name}/metrics.jsonl")
+    (metrics,) = (folder / "runs").glob(f"**/{algorithm}/metrics.jsonl")
     return read_rows(metrics)
 
 
