@@ -59,31 +59,42 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="what there is to time")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument(
-        "--shapes", default="quick", metavar="PRESET|FILE",
+        "--shapes",
+        default="quick",
+        metavar="PRESET|FILE",
         help=f"{', '.join(shapes.PRESETS)}, or a YAML file (default quick)",
-    )  # fmt: skip
+    )
     dtypes = ["float32", "bfloat16", "float16"]
     parser.add_argument("--dtype", nargs="+", choices=dtypes, help="default: by operation")
     parser.add_argument("--mode", nargs="+", choices=MODES, help="default fwd and fwd+bwd")
     parser.add_argument(
-        "--providers", nargs="+", metavar="NAME",
+        "--providers",
+        nargs="+",
+        metavar="NAME",
         help="these alone: cpu, triton, cuda, eager, compile, trl, ...",
-    )  # fmt: skip
+    )
     parser.add_argument("--quick", action="store_true", help="short timings")
     parser.add_argument(
-        "--compile", action="store_true",
+        "--compile",
+        action="store_true",
         help="torch.compile too, which takes seconds a case; with short timings only for the last "
         "dtype and mode of each operation",
-    )  # fmt: skip
+    )
     parser.add_argument("--cold", action="store_true", help="flush the caches before each run")
     parser.add_argument(
-        "--peers", type=Path, default=Path(".peers"), metavar="DIR",
+        "--peers",
+        type=Path,
+        default=Path(".peers"),
+        metavar="DIR",
         help="where `make peers` has put other libraries (default .peers)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--out", type=Path, default=Path("bench/results/latest"), metavar="DIR",
+        "--out",
+        type=Path,
+        default=Path("bench/results/latest"),
+        metavar="DIR",
         help="for rows, plots and page (default bench/results/latest)",
-    )  # fmt: skip
+    )
     args = parser.parse_args(words)
     unknown = [name for name in args.operations if name not in OPERATIONS]
     if unknown:

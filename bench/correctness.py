@@ -80,6 +80,10 @@ def exact_of(operation: Operation, inputs: Inputs, mode: str) -> Exact:
         incoming = cotangents(outputs)
         gradients = torch.autograd.grad(outputs, [exact[name] for name in leaves], incoming)
     return Exact(
-        inputs=inputs, leaves=leaves, mask=inputs[operation.mask] if operation.mask else None,
-        results=results, incoming=incoming, gradients=gradients,
-    )  # fmt: skip
+        inputs=inputs,
+        leaves=leaves,
+        mask=inputs[operation.mask] if operation.mask else None,
+        results=results,
+        incoming=incoming,
+        gradients=gradients,
+    )

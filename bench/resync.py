@@ -116,11 +116,14 @@ def table_of(rows: list[dict[str, Any]]) -> str:
     lines = [["provider", "sampler", "ms", "p20 to p80", "x flat copy"]]
     lines += [
         [
-            row["provider"], row["sampler_dtype"], f"{row['ms']:.4g}",
-            f"{row['p20_ms']:.4g} to {row['p80_ms']:.4g}", f"{row['x_flat_copy']:.3g}",
+            row["provider"],
+            row["sampler_dtype"],
+            f"{row['ms']:.4g}",
+            f"{row['p20_ms']:.4g} to {row['p80_ms']:.4g}",
+            f"{row['x_flat_copy']:.3g}",
         ]
         for row in rows
-    ]  # fmt: skip
+    ]
     return aligned(lines, 2)
 
 

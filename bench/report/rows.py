@@ -76,12 +76,20 @@ def summary(rows: Sequence[Row]) -> list[Row]:
         }
         if other is not None:
             ratios["other"] = other["ms"] / mine["ms"]
-        found.append({
-            "operation": operation, "size": sizes, "dtype": dtype, "mode": mode,
-            "ms": mine["ms"], "share": mine["share_of_limit"], "limit": mine["limit"],
-            "backend": mine["provider"], "ratios": ratios,
-            "other": other["provider"] if other is not None else "",
-        })  # fmt: skip
+        found.append(
+            {
+                "operation": operation,
+                "size": sizes,
+                "dtype": dtype,
+                "mode": mode,
+                "ms": mine["ms"],
+                "share": mine["share_of_limit"],
+                "limit": mine["limit"],
+                "backend": mine["provider"],
+                "ratios": ratios,
+                "other": other["provider"] if other is not None else "",
+            }
+        )
     return found
 
 
@@ -109,11 +117,13 @@ def figures(rows: Sequence[Row]) -> list[tuple[str, str]]:
     ):
         ratios = [entry["ratios"][name] for entry in entries if name in entry["ratios"]]
         if ratios:
-            found.append((
-                f"{statistics.geometric_mean(ratios):.1f}x",
-                f"{text}: geometric mean of {len(ratios)} cases, "
-                f"{min(ratios):.1f}x to {max(ratios):.0f}x",
-            ))  # fmt: skip
+            found.append(
+                (
+                    f"{statistics.geometric_mean(ratios):.1f}x",
+                    f"{text}: geometric mean of {len(ratios)} cases, "
+                    f"{min(ratios):.1f}x to {max(ratios):.0f}x",
+                )
+            )
     if entries:
         share = statistics.median(entry["share"] for entry in entries)
         found.append((f"{share:.0%}", "of what this machine can do at most: median of all cases"))

@@ -11,8 +11,16 @@ from warpo.bench.train.job import Job
 
 Row = dict[str, Any]
 PHASES = (
-    "sample", "reward", "score", "forward", "backward", "optimizer", "publish", "probe", "other"
-)  # fmt: skip
+    "sample",
+    "reward",
+    "score",
+    "forward",
+    "backward",
+    "optimizer",
+    "publish",
+    "probe",
+    "other",
+)
 # Of the same model and tokens: a step may take this share of the time of TRL's, and its peak is to
 # be lower by so many copies of the weights.
 TIME_GOAL, WEIGHTS_GOAL = 0.5, 1.0
@@ -89,13 +97,26 @@ def _goals(mine: Row, other: Row) -> list[Row]:
     goals = []
     for figure, key in (("time", "step_s"), ("CPU time", "step_cpu_s")):
         share = mine[key] / other[key]
-        goals.append(common | {"figure": f"share of the step's {figure}", "goal": f"<= {TIME_GOAL}",
-                               "reached": share, "met": share <= TIME_GOAL})  # fmt: skip
+        goals.append(
+            common
+            | {
+                "figure": f"share of the step's {figure}",
+                "goal": f"<= {TIME_GOAL}",
+                "reached": share,
+                "met": share <= TIME_GOAL,
+            }
+        )
     peak = "peak_above_imports_bytes"
     copies = (other[peak] - mine[peak]) / mine["weight_bytes"]
-    goals.append(common | {"figure": "copies of the weights less at the peak",
-                           "goal": f">= {WEIGHTS_GOAL}", "reached": copies,
-                           "met": copies >= WEIGHTS_GOAL})  # fmt: skip
+    goals.append(
+        common
+        | {
+            "figure": "copies of the weights less at the peak",
+            "goal": f">= {WEIGHTS_GOAL}",
+            "reached": copies,
+            "met": copies >= WEIGHTS_GOAL,
+        }
+    )
     return goals
 
 
@@ -113,8 +134,12 @@ def _columns(rows: Sequence[Row]) -> str:
     for phase in PHASES:
         lines.append([f"{phase} ms", *(f"{ms * row['phases_s'][phase]:.1f}" for row in rows)])
     lines.append(["step ms", *(f"{ms * row['step_s']:.0f}" for row in rows)])
-    lines.append(["  p20 to p80", *(f"{ms * row['step_p20_s']:.0f} to {ms * row['step_p80_s']:.0f}"
-                                    for row in rows)])  # fmt: skip
+    lines.append(
+        [
+            "  p20 to p80",
+            *(f"{ms * row['step_p20_s']:.0f} to {ms * row['step_p80_s']:.0f}" for row in rows),
+        ]
+    )
     lines.append(["  CPU ms", *(f"{ms * row['step_cpu_s']:.0f}" for row in rows)])
     lines.append(["tokens/s", *(f"{row['tokens_per_s']:.0f}" for row in rows)])
     held = (f"{mib * row['resident_above_imports_bytes']:.0f}" for row in rows)
@@ -130,6 +155,15 @@ def _columns(rows: Sequence[Row]) -> str:
 def goals_table(goals: Sequence[Row]) -> str:
     lines = [["model", "sampler", "figure", "against", "goal", "reached", ""]]
     for goal in goals:
-        lines.append([goal["model"], goal["sampler"], goal["figure"], goal["against"], goal["goal"],
-                      f"{goal['reached']:.2f}", "met" if goal["met"] else "missed"])  # fmt: skip
+        lines.append(
+            [
+                goal["model"],
+                goal["sampler"],
+                goal["figure"],
+                goal["against"],
+                goal["goal"],
+                f"{goal['reached']:.2f}",
+                "met" if goal["met"] else "missed",
+            ]
+        )
     return aligned(lines, 4)

@@ -187,18 +187,34 @@ def measure_axis(axis: str, quick: bool) -> list[Row]:
 
 def table_of(rows: Sequence[Row]) -> str:
     """A line for each size, and the exponents of each axis in its first line."""
-    lines = [["learner's step against", "size", "tokens", "ms", "p20 to p80", "peak MB",
-              "ms ~ size^", "MB ~ size^"]]  # fmt: skip
+    lines = [
+        [
+            "learner's step against",
+            "size",
+            "tokens",
+            "ms",
+            "p20 to p80",
+            "peak MB",
+            "ms ~ size^",
+            "MB ~ size^",
+        ]
+    ]
     seen: set[str] = set()
     for row in rows:
         first = row["axis"] not in seen
         seen.add(row["axis"])
         fits = [exponent(row[name]) if first else "" for name in ("time_fit", "memory_fit")]
-        lines.append([
-            GROWS[row["axis"]] if first else "", str(row["size"]), str(row["tokens"]),
-            f"{row['ms']:.1f}", f"{row['p20_ms']:.1f} to {row['p80_ms']:.1f}",
-            f"{row['peak_bytes'] / 1e6:.1f}", *fits,
-        ])  # fmt: skip
+        lines.append(
+            [
+                GROWS[row["axis"]] if first else "",
+                str(row["size"]),
+                str(row["tokens"]),
+                f"{row['ms']:.1f}",
+                f"{row['p20_ms']:.1f} to {row['p80_ms']:.1f}",
+                f"{row['peak_bytes'] / 1e6:.1f}",
+                *fits,
+            ]
+        )
     return aligned(lines, 1)
 
 

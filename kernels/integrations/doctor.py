@@ -80,8 +80,11 @@ def _library(name: str) -> list[str]:
         lines.append(f"    {function:{width}}  {state:13}  {operations}")
         if function in patched:
             lines.append(f"    {'':{width}}  {replacement.calls}")
-    return [*lines, f"    Tensors on cpu go to the backend {_backend('cpu')}, on cuda to "
-            f"{_backend('cuda')}; what these do not do stays with {name}."]  # fmt: skip
+    return [
+        *lines,
+        f"    Tensors on cpu go to the backend {_backend('cpu')}, on cuda to "
+        f"{_backend('cuda')}; what these do not do stays with {name}.",
+    ]
 
 
 def _backend(device: str) -> str:

@@ -35,11 +35,13 @@ def make(
     logprobs, old, ref = (x.to(dtype) for x in (logprobs, old, ref))
     logprobs.requires_grad_(backward)
     inputs = trl_inputs(
-        torch.randn(shape[0], generator=generator), mask, ref_per_token_logps=ref,
+        torch.randn(shape[0], generator=generator),
+        mask,
+        ref_per_token_logps=ref,
         num_items_in_batch=mask.sum(),
         importance_sampling_ratio=0.5 + torch.rand(shape, generator=generator),
         old_logps=(old * mask).sum(1, dtype=torch.float32),
-    )  # fmt: skip
+    )
     on_policy = settings.get("on_policy", False)
     inputs |= {} if on_policy else {"old_per_token_logps": old}
     trainer = trl_trainer(name, forward=(logprobs, ref.neg(), None), **settings)
@@ -67,9 +69,13 @@ def cases() -> list[DropIn]:
 
 
 def _case(
-    name: str, label: str, settings: dict[str, Any], shape: tuple[int, int], dtype: torch.dtype,
+    name: str,
+    label: str,
+    settings: dict[str, Any],
+    shape: tuple[int, int],
+    dtype: torch.dtype,
     mode: str,
-) -> DropIn:  # fmt: skip
+) -> DropIn:
     size = f"{shape[0]} x {shape[1]} {str(dtype).removeprefix('torch.')}"
     return DropIn(
         function=f"{name}._compute_loss",

@@ -35,20 +35,33 @@ def _make(shape: tuple[int, int], loss_type: str, mode: str) -> Callable:
 
     answers, steps = shape
     trainer = SimpleNamespace(
-        model=SimpleNamespace(training=True), accelerator=Accelerator(cpu=True), beta=0.1,
-        loss_types=[loss_type], loss_weights=[1.0], label_smoothing=0.0, use_weighting=False,
-        f_divergence_type="reverse_kl", ld_alpha=None, aux_loss_enabled=False, _tp_size=1,
-        precompute_ref_logps=True, _metrics={"train": defaultdict(list)}, _total_train_tokens=0,
-    )  # fmt: skip
+        model=SimpleNamespace(training=True),
+        accelerator=Accelerator(cpu=True),
+        beta=0.1,
+        loss_types=[loss_type],
+        loss_weights=[1.0],
+        label_smoothing=0.0,
+        use_weighting=False,
+        f_divergence_type="reverse_kl",
+        ld_alpha=None,
+        aux_loss_enabled=False,
+        _tp_size=1,
+        precompute_ref_logps=True,
+        _metrics={"train": defaultdict(list)},
+        _total_train_tokens=0,
+    )
     mask = (torch.arange(steps + 1) >= steps // 4).long().expand(answers, -1)
     logprobs = -torch.rand(shape) * mask[:, 1:]
     logprobs.requires_grad_(mode != "forward")
     refs = logprobs.detach().sum(1) + torch.randn(answers)
     chosen, rejected = refs.chunk(2)
     inputs = {
-        "input_ids": torch.zeros_like(mask), "attention_mask": torch.ones_like(mask),
-        "completion_mask": mask, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected,
-    }  # fmt: skip
+        "input_ids": torch.zeros_like(mask),
+        "attention_mask": torch.ones_like(mask),
+        "completion_mask": mask,
+        "ref_chosen_logps": chosen,
+        "ref_rejected_logps": rejected,
+    }
     fields = {"entropy": torch.rand(shape) * mask[:, 1:], "mean_logits": -logprobs.detach()}
 
     def model(**_: object) -> object:

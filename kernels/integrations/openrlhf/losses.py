@@ -94,7 +94,12 @@ def value_loss(
     flags = as_flags(action_mask)
     scale = normaliser(flags, self.token_level_loss, dp_size, batch_num_tokens, global_batch_size)
     loss = ops.value_loss(
-        values, old_values, returns, mask=flags, clip_range=clip_range,
-        aggregation=scale.aggregation, denominator=scale.denominator,
-    ).loss  # fmt: skip
+        values,
+        old_values,
+        returns,
+        mask=flags,
+        clip_range=clip_range,
+        aggregation=scale.aggregation,
+        denominator=scale.denominator,
+    ).loss
     return loss.to(scale.dtype(values, old_values, returns, action_mask))

@@ -74,18 +74,29 @@ def policy_loss(
     flags = as_flags(action_mask)
     scale = normaliser(flags, self.token_level_loss, dp_size, batch_num_tokens, global_batch_size)
     objective = _objective(
-        self.policy_loss_type, self.clip_eps_low, self.clip_eps_high, self.dual_clip,
-        self.token_level_loss, *_correction(self),
-    )  # fmt: skip
+        self.policy_loss_type,
+        self.clip_eps_low,
+        self.clip_eps_high,
+        self.dual_clip,
+        self.token_level_loss,
+        *_correction(self),
+    )
     gspo = self.policy_loss_type == "gspo"
     sampler = Sampler()
     if rollout is not None and not gspo:
         sampler = _sampler(self, old_log_probs, rollout, flags)
     loss, metrics = ops.policy_loss(
-        log_probs, rollout if gspo and corrects else old_log_probs, advantages, objective,
-        mask=flags, ref_logprobs=old_log_probs, sampler_logprobs=sampler.logprobs,
-        entropy=sampler.gap, kl_coef=_nought(log_probs.device), denominator=scale.denominator,
-    )  # fmt: skip
+        log_probs,
+        rollout if gspo and corrects else old_log_probs,
+        advantages,
+        objective,
+        mask=flags,
+        ref_logprobs=old_log_probs,
+        sampler_logprobs=sampler.logprobs,
+        entropy=sampler.gap,
+        kl_coef=_nought(log_probs.device),
+        denominator=scale.denominator,
+    )
     tokens = metrics[_TOKENS]
     return (
         loss.to(scale.dtype(log_probs, old_log_probs, advantages, action_mask, rollout)),

@@ -56,9 +56,11 @@ def forward(
     capped = final_logit_softcapping is not None
     cap = (final_logit_softcapping or 0.0) / logit_scale
     head = LinearHead(
-        *_rounded(dtype, hidden, weight, bias), cap, torch.ones_like(targets, dtype=torch.bool),
+        *_rounded(dtype, hidden, weight, bias),
+        cap,
+        torch.ones_like(targets, dtype=torch.bool),
         *_chunking(hidden, cap),
-    )  # fmt: skip
+    )
     logprobs, entropy, stats, constants = _score(head, targets, temperature / logit_scale, outputs)
     log_z = (stats[:, 0].double() * logit_scale / temperature + stats[:, 1]).float()
     ctx.set_materialize_grads(False)
@@ -104,15 +106,24 @@ def backward(
     scale = ctx.kernel_args["logit_scale"]
     cap = ctx.kernel_args["softcap"] / scale if ctx.kernel_args["HAS_SOFTCAP"] else 0.0
     head = LinearHead(
-        *_rounded(dtype, hidden, weight, bias), cap, valid, *_chunking(hidden, cap),
-        gradient_buffer=bool(cap), float32_gradients={hidden.dtype, weight.dtype} != {dtype},
-    )  # fmt: skip
+        *_rounded(dtype, hidden, weight, bias),
+        cap,
+        valid,
+        *_chunking(hidden, cap),
+        gradient_buffer=bool(cap),
+        float32_gradients={hidden.dtype, weight.dtype} != {dtype},
+    )
     wanted = list(ctx.needs_input_grad[:3])
     head.start_gradients(wanted)
     _differentiate(
-        head, targets, 1 / (ctx.kernel_args["inv_t"] * scale),
-        None if grad_entropy is None else entropy, stats, grad_logprobs, grad_entropy,
-    )  # fmt: skip
+        head,
+        targets,
+        1 / (ctx.kernel_args["inv_t"] * scale),
+        None if grad_entropy is None else entropy,
+        stats,
+        grad_logprobs,
+        grad_entropy,
+    )
     likes = zip(head.gradients(), (hidden, weight, bias), strict=True)
     gradients = (None if g is None else g.view(x.shape).to(x.dtype) for g, x in likes)
     return (*gradients, *(None,) * 6)

@@ -45,11 +45,26 @@ AGGREGATIONS = {
 }
 # Divided by the tokens of all micro-batches of a step.
 BY_STEP = ("dapo", "cispo")
+# Of the inputs those that may be absent.
+OPTIONAL = (
+    "old_per_token_logps",
+    REF,
+    "sampling_per_token_logps",
+    "importance_sampling_ratio",
+)
 # Of images, as the model takes them.
 IMAGES = (
-    "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes",
-    "num_tiles", "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids",
-)  # fmt: skip
+    "pixel_values",
+    "image_grid_thw",
+    "num_images",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "num_tiles",
+    "image_sizes",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "image_position_ids",
+)
 
 
 class AfterForward:
@@ -76,9 +91,7 @@ def grpo_loss(original: Callable, self: Any, model: Any, inputs: dict[str, Any])
     # of completions of one token TRL's metrics are means over sequences, masked ones included
     require(ids.shape[1] > 1, "completions of one token")
     objective = objective_of(self)
-    given = [inputs.get(name) for name in (
-        "old_per_token_logps", REF, "sampling_per_token_logps", "importance_sampling_ratio"
-    )]  # fmt: skip
+    given = [inputs.get(name) for name in OPTIONAL]
     mask = _mask(inputs)
     logprobs, entropy, aux_loss = forward = _forward(self, model, inputs)
     _check(self, model, inputs, forward, given)
@@ -87,10 +100,15 @@ def grpo_loss(original: Callable, self: Any, model: Any, inputs: dict[str, Any])
     keep = _entropy_mask(self, batch)
     denominator, ref = _denominator(self, inputs, batch), given[1]
     loss, metrics = ops.policy_loss(
-        logprobs, batch.old_logprobs, _weighted_advantages(self, inputs, batch, keep),
-        objective, mask=batch.mask, ref_logprobs=ref if objective.kl_coef else None,
-        entropy=entropy, denominator=denominator,
-    )  # fmt: skip
+        logprobs,
+        batch.old_logprobs,
+        _weighted_advantages(self, inputs, batch, keep),
+        objective,
+        mask=batch.mask,
+        ref_logprobs=ref if objective.kl_coef else None,
+        entropy=entropy,
+        denominator=denominator,
+    )
     if self.beta != 0.0 and self.args.use_bias_correction_kl:
         kl, metrics[METRICS.index("kl")] = _corrected_kl(self, batch, inputs[REF], denominator)
         loss = loss + self.beta * kl
@@ -166,9 +184,12 @@ def _objective(loss_type: str, level: str, beta: float, *numbers: Any) -> Object
         options = {"surrogate": "soft_gate", "tau_positive": numbers[0], "tau_negative": numbers[1]}
     try:
         return Objective(
-            ratio_level=level, kl_coef=beta, aggregation=AGGREGATIONS[loss_type],
-            log_ratio_limit=LOG_RATIO_LIMIT, **options,
-        )  # fmt: skip
+            ratio_level=level,
+            kl_coef=beta,
+            aggregation=AGGREGATIONS[loss_type],
+            log_ratio_limit=LOG_RATIO_LIMIT,
+            **options,
+        )
     except ValueError:
         raise PassOn("a bound or coefficient that no kernel has") from None
 

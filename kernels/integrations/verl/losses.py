@@ -125,9 +125,15 @@ def _policy_loss(name: str, mode: str = "token-mean") -> Callable[[Callable], Ca
             rollout_is_weights: Tensor | None = None,
         ) -> Result:
             return _evaluate(
-                loss, old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config,
+                loss,
+                old_log_prob,
+                log_prob,
+                advantages,
+                response_mask,
+                loss_agg_mode,
+                config,
                 rollout_is_weights,
-            )  # fmt: skip
+            )
 
         replacement.__doc__ = loss.__doc__
         return library.replaces(_MODULE, name, "policy_loss")(replacement)
@@ -233,9 +239,15 @@ def compute_policy_loss_reinforce(
 ) -> Result:
     """The policy gradient, weighed for samples of another policy."""
     return _evaluate(
-        _reinforce, rollout_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config,
+        _reinforce,
+        rollout_log_prob,
+        log_prob,
+        advantages,
+        response_mask,
+        loss_agg_mode,
+        config,
         rollout_is_weights,
-    )  # fmt: skip
+    )
 
 
 def _reinforce(call: Call) -> Result:

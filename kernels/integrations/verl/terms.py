@@ -23,9 +23,15 @@ from warpo.kernels.integrations.verl.aggregation import aggregation, flags_of, r
 _MODULE = "verl.trainer.ppo.core_algos"
 # "+": with the gradient of k2
 _ESTIMATORS = {
-    "low_var_kl": "k3", "k3": "k3", "low_var_kl+": "k3", "k3+": "k3", "mse+": "k2", "k2+": "k2",
-    "kl+": "k1", "k1+": "k1",
-}  # fmt: skip
+    "low_var_kl": "k3",
+    "k3": "k3",
+    "low_var_kl+": "k3",
+    "k3+": "k3",
+    "mse+": "k2",
+    "k2+": "k2",
+    "kl+": "k1",
+    "k1+": "k1",
+}
 # what verl clamps k3 to, with no gradient beyond
 _K3_LIMIT = 10.0
 
@@ -77,9 +83,14 @@ def compute_value_loss(
         mask, loss_agg_mode, dp_size, batch_num_tokens, global_batch_size, loss_scale_factor
     )
     loss, metrics = ops.value_loss(
-        vpreds, values, returns, mask=mask, clip_range=cliprange_value, aggregation=found[0],
+        vpreds,
+        values,
+        returns,
+        mask=mask,
+        clip_range=cliprange_value,
+        aggregation=found[0],
         denominator=found[1],
-    )  # fmt: skip
+    )
     clipped = metrics[_CLIPPED] / metrics[_TOKENS].clamp(min=1)
     return loss.to(result_dtype(loss_agg_mode, response_mask, vpreds, returns, values)), clipped
 

@@ -103,9 +103,17 @@ def test_compute_approx_kl(shape, dtype, layout, estimator, gradient, spread, se
             return original(*args)
 
     compare(
-        original, ours, logp, base, old if gradient == "weighted" else None, estimator,
-        gradient != "legacy", differentiable=[0, 1], scale=10.0, exact_original=exact,
-    )  # fmt: skip
+        original,
+        ours,
+        logp,
+        base,
+        old if gradient == "weighted" else None,
+        estimator,
+        gradient != "legacy",
+        differentiable=[0, 1],
+        scale=10.0,
+        exact_original=exact,
+    )
 
 
 def test_an_unknown_estimator_is_the_librarys_error():
@@ -129,10 +137,13 @@ def test_language_model_loss(shape, dtype, layout, ignores, seed):
         ("log_probs_from_logits", (), (torch.randn(2, 3, 5).double(), torch.zeros(2, 3).long())),
         ("compute_entropy", (), (torch.randn(2, 3, 5).double(),)),
         ("compute_approx_kl", (), (torch.randn(2, 3).double(), torch.randn(2, 3))),
-        ("GPTLMLoss.forward", (loss.GPTLMLoss(),),
-         (torch.randn(2, 3, 5).double(), torch.zeros(2, 3).long())),
+        (
+            "GPTLMLoss.forward",
+            (loss.GPTLMLoss(),),
+            (torch.randn(2, 3, 5).double(), torch.zeros(2, 3).long()),
+        ),
     ],
-)  # fmt: skip
+)
 def test_passed_through(name, bound, arguments):
     calls = []
 

@@ -26,11 +26,13 @@ from warpo.kernels.integrations import openrlhf  # noqa: E402
 
 SHAPES = st.tuples(st.integers(1, 4), st.integers(1, 9))
 # dp_size, batch_num_tokens and global_batch_size, as its trainers pass them, or none of them
-COUNTS = st.sampled_from([
-    {},
-    {"dp_size": 2, "batch_num_tokens": 13.0, "global_batch_size": 5},
-    {"batch_num_tokens": torch.tensor(17.0), "global_batch_size": torch.tensor(7.0)},
-])  # fmt: skip
+COUNTS = st.sampled_from(
+    [
+        {},
+        {"dp_size": 2, "batch_num_tokens": 13.0, "global_batch_size": 5},
+        {"batch_num_tokens": torch.tensor(17.0), "global_batch_size": torch.tensor(7.0)},
+    ]
+)
 
 
 def tensors(count, shape, dtype, layout, seed, spread=1.0):
@@ -39,8 +41,9 @@ def tensors(count, shape, dtype, layout, seed, spread=1.0):
     return [laid_out(x.to(dtype), layout) for x in values], generator
 
 
-@given(SHAPES, DTYPES, LAYOUTS, MASK_DTYPES, st.booleans(), st.sampled_from([0.2, 1.0]), COUNTS,
-       SEEDS)  # fmt: skip
+@given(
+    SHAPES, DTYPES, LAYOUTS, MASK_DTYPES, st.booleans(), st.sampled_from([0.2, 1.0]), COUNTS, SEEDS
+)
 def test_value_loss(shape, dtype, layout, mask_dtype, token_level, clip, counts, seed):
     (values, old, returns), generator = tensors(3, shape, dtype, layout, seed)
     mask = mask_of(shape, generator, some_empty=True).to(mask_dtype)
@@ -62,11 +65,15 @@ CORRECTIONS = [
     {"is_correction_level": "token", "is_correction_threshold": BAND, "is_correction_mode": "clip"},
     {"is_correction_level": "seq", "is_correction_threshold": BAND},
     *(
-        {"is_correction_level": level, "is_correction_gating": gating,
-         "is_correction_threshold": BOUND}
-        for level in ("token", "seq") for gating in ("tv", "binary_kl")
+        {
+            "is_correction_level": level,
+            "is_correction_gating": gating,
+            "is_correction_threshold": BOUND,
+        }
+        for level in ("token", "seq")
+        for gating in ("tv", "binary_kl")
     ),
-]  # fmt: skip
+]
 
 
 @given(
@@ -88,9 +95,17 @@ def test_policy_loss(shape, dtype, layout, mask_dtype, objective, correction, co
     mask = mask_of(shape, generator, some_empty=True).to(mask_dtype)
     original, ours = pair("PolicyLoss.forward", losses.PolicyLoss(**objective, **correction))
     compare(
-        without_none(original), without_none(ours), logp, old, advantages, mask, rollout,
-        differentiable=[0], scale=4.0, **counts,
-    )  # fmt: skip
+        without_none(original),
+        without_none(ours),
+        logp,
+        old,
+        advantages,
+        mask,
+        rollout,
+        differentiable=[0],
+        scale=4.0,
+        **counts,
+    )
 
 
 @pytest.mark.parametrize("name", ["PolicyLoss.forward", "ValueLoss.forward"])
@@ -130,8 +145,9 @@ def test_no_valid_token(token_level):
 
 
 @pytest.mark.parametrize("options", [*OBJECTIVES[:4], CORRECTIONS[1], CORRECTIONS[3]])
-@pytest.mark.parametrize("counts", [{}, {"dp_size": 2, "batch_num_tokens": 13.0,
-                                         "global_batch_size": 5}])  # fmt: skip
+@pytest.mark.parametrize(
+    "counts", [{}, {"dp_size": 2, "batch_num_tokens": 13.0, "global_batch_size": 5}]
+)
 def test_metrics_without_a_valid_token_are_the_librarys(options, counts):
     original, ours = pair("PolicyLoss.forward", losses.PolicyLoss(**options))
     arguments = [*torch.randn(3, 2, 3), torch.zeros(2, 3, dtype=torch.int64), torch.randn(2, 3)]
@@ -152,9 +168,13 @@ def test_what_a_step_of_the_actor_calls_by_default_is_served():
     )
     with openrlhf.patch():
         logprobs, output = actor.Actor.forward(
-            policy, sequences, mask, torch.ones_like(sequences), return_output=True,
+            policy,
+            sequences,
+            mask,
+            torch.ones_like(sequences),
+            return_output=True,
             return_entropy=True,
-        )  # fmt: skip
+        )
         old = logprobs.detach() + 0.1
         info = get_loss_batch_info(SimpleNamespace(dp_group=None), mask)
         loss, *_ = losses.PolicyLoss()(logprobs, old, torch.randn(2, 4), mask, **info)
@@ -175,30 +195,24 @@ class Output(dict):
 
 
 WEIGHTS = [torch.tensor([[1, 0.5, 1], [1, 0.25, 0]]), torch.tensor([[1, 2, 1], [1, 1, 0]])]
+VALUE, POLICY = losses.ValueLoss(0.2), losses.PolicyLoss()
+TRAINED = torch.randn(2, 3, requires_grad=True)
+ONES = torch.ones(2, 3)
 REFUSED = [
     ("ValueLoss.forward", [losses.ValueLoss()], list(torch.randn(3, 2, 3))),
-    ("ValueLoss.forward", [losses.ValueLoss(0.2)], list(torch.randn(3, 6))),
-    ("ValueLoss.forward", [losses.ValueLoss(0.2)],
-     [*torch.randn(3, 2, 3).double(), torch.ones(2, 3)]),
-    ("ValueLoss.forward", [losses.ValueLoss(0.2)], [*torch.randn(3, 2, 3), torch.ones(1, 3)]),
-    ("ValueLoss.forward", [losses.ValueLoss(0.2)],
-     [*torch.randn(3, 2, 3), torch.ones(2, 3), 1, torch.tensor(6)]),
-    ("ValueLoss.forward", [losses.ValueLoss(0.2)],
-     [torch.randn(2, 3), torch.randn(2, 3, requires_grad=True), torch.randn(2, 3)]),
-    ("PolicyLoss.forward", [losses.PolicyLoss()],
-     [torch.randn(2, 3), torch.randn(2, 3), torch.randn(2, 1), torch.ones(2, 3)]),
-    ("PolicyLoss.forward", [losses.PolicyLoss(clip_eps_low=1.5)],
-     [torch.randn(2, 3), torch.randn(2, 3), torch.randn(2, 3), torch.ones(2, 3)]),
-    ("PolicyLoss.forward", [losses.PolicyLoss()],
-     [torch.randn(2, 3), torch.randn(2, 3, requires_grad=True), torch.randn(2, 3),
-      torch.ones(2, 3)]),
-    *((name, [module], [*torch.randn(3, 2, 3), mask])
-      for name, module in (("ValueLoss.forward", losses.ValueLoss(0.2)),
-                           ("PolicyLoss.forward", losses.PolicyLoss()))
-      for mask in WEIGHTS),
+    ("ValueLoss.forward", [VALUE], list(torch.randn(3, 6))),
+    ("ValueLoss.forward", [VALUE], [*torch.randn(3, 2, 3).double(), ONES]),
+    ("ValueLoss.forward", [VALUE], [*torch.randn(3, 2, 3), torch.ones(1, 3)]),
+    ("ValueLoss.forward", [VALUE], [*torch.randn(3, 2, 3), ONES, 1, torch.tensor(6)]),
+    ("ValueLoss.forward", [VALUE], [torch.randn(2, 3), TRAINED, torch.randn(2, 3)]),
+    ("PolicyLoss.forward", [POLICY], [*torch.randn(2, 2, 3), torch.randn(2, 1), ONES]),
+    ("PolicyLoss.forward", [losses.PolicyLoss(clip_eps_low=1.5)], [*torch.randn(3, 2, 3), ONES]),
+    ("PolicyLoss.forward", [POLICY], [torch.randn(2, 3), TRAINED, torch.randn(2, 3), ONES]),
+    *(("ValueLoss.forward", [VALUE], [*torch.randn(3, 2, 3), mask]) for mask in WEIGHTS),
+    *(("PolicyLoss.forward", [POLICY], [*torch.randn(3, 2, 3), mask]) for mask in WEIGHTS),
     ("DPOLoss.forward", [losses.DPOLoss(0.1)], [torch.randn(2).double()] + [torch.randn(2)] * 3),
     ("LogExpLoss.forward", [losses.LogExpLoss()], [torch.randn(2).double(), torch.randn(2)]),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("name", "bound", "arguments"), REFUSED)
@@ -213,8 +227,10 @@ def test_passed_through(name, bound, arguments):
         assert found is wanted is None or torch.equal(found, wanted)
 
 
-@pytest.mark.parametrize("module", [losses.PolicyLoss(policy_loss_type="gspo"),
-                                    losses.PolicyLoss(is_correction_level="token")])  # fmt: skip
+@pytest.mark.parametrize(
+    "module",
+    [losses.PolicyLoss(policy_loss_type="gspo"), losses.PolicyLoss(is_correction_level="token")],
+)
 def test_what_the_library_refuses(module):
     """A mask, or logprobs of the sampler, that are not given."""
     _, ours = pair("PolicyLoss.forward", module)
@@ -228,8 +244,15 @@ def test_log_exp_loss(pairs, dtype, with_margin, spread, seed):
     chosen, rejected, margin = (spread * torch.randn(3, pairs, generator=generator)).to(dtype)
     original, ours = pair("LogExpLoss.forward", losses.LogExpLoss())
     if spread == 1.0:
-        compare(original, ours, chosen, rejected, margin if with_margin else None,
-                differentiable=[0, 1], scale=4.0)  # fmt: skip
+        compare(
+            original,
+            ours,
+            chosen,
+            rejected,
+            margin if with_margin else None,
+            differentiable=[0, 1],
+            scale=4.0,
+        )
     wanted = torch.logaddexp(rejected.double() - chosen.double(), torch.zeros(()).double()).mean()
     found = ours(chosen, rejected).double()
     assert abs(found - wanted) <= (1e-6 if dtype == torch.float32 else 2e-2) * wanted.clamp(min=1)

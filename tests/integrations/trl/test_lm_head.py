@@ -61,10 +61,16 @@ def test_fused_head(sizes, dtype, with_bias, temperature, softcap, scale, output
     differentiable = [0, 1, 2] if with_bias else [0, 1]
     # a gradient sums products of both signs, of logits' gradients up to 10 and of the other factor
     gradient_scale = 20.0 if dtype == torch.float32 else 0.0
+    numbers = (temperature, 32, softcap, scale, outputs)
     compare(
-        function_of(False, False), function_of(*halves), *arguments, temperature, 32, softcap,
-        scale, outputs, differentiable=differentiable, scale=40.0, gradient_scale=gradient_scale,
-    )  # fmt: skip
+        function_of(False, False),
+        function_of(*halves),
+        *arguments,
+        *numbers,
+        differentiable=differentiable,
+        scale=40.0,
+        gradient_scale=gradient_scale,
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -125,12 +131,16 @@ def test_autocast(halves, states, weights, softcap, with_bias):
         return [logp.gather(-1, targets[:, None])[:, 0], entropy]
 
     # 1 of 256 of the terms of a gradient, which are products with rounded gradients of logits
+    numbers = (0.7, 32, softcap, 1.0, ("entropy",))
     compare(
-        run(function_of(False, False)), run(function_of(*halves)), hidden, weight, bias, targets,
-        0.7, 32, softcap, 1.0, ("entropy",), differentiable=differentiable, scale=40.0,
+        run(function_of(False, False)),
+        run(function_of(*halves)),
+        *(hidden, weight, bias, targets, *numbers),
+        differentiable=differentiable,
+        scale=40.0,
         gradient_scale=2e4 if torch.float32 in (states, weights) or with_bias else 20.0,
         exact_original=exact,
-    )  # fmt: skip
+    )
 
 
 def test_what_is_left_to_trl():
@@ -148,9 +158,12 @@ def test_what_is_left_to_trl():
 def test_a_model_with_a_fused_head():
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
         num_attention_heads=2,
-    )  # fmt: skip
+    )
     model = LlamaForCausalLM(config)
     add_fused_lm_head(model, temperature=0.8, outputs=("log_probs", *OPTIONAL_OUTPUTS))
     ids = torch.randint(0, 50, (3, 7))

@@ -44,10 +44,15 @@ entropy_bonus = st.sampled_from(
         {},
         {"_entropy_bonus_enabled": True, "entropy_coef": 0.1},
         {"_entropy_bonus_enabled": True, "entropy_coef": 0.1, "use_adaptive_entropy": True},
-        {"_entropy_bonus_enabled": True, "entropy_coef": 0.1, "use_adaptive_entropy": True,
-         "_last_world_entropy": 0.1, "entropy_target": 9.0},
+        {
+            "_entropy_bonus_enabled": True,
+            "entropy_coef": 0.1,
+            "use_adaptive_entropy": True,
+            "_last_world_entropy": 0.1,
+            "entropy_target": 9.0,
+        },
     ]
-)  # fmt: skip
+)
 shapes = st.fixed_dictionaries(
     {
         "rows": st.integers(1, 5),
@@ -156,10 +161,16 @@ def grpo_loss(original):
 
 @settings(max_examples=400)
 @given(
-    options=settings_of_grpo, bonus=entropy_bonus, shape=shapes, has_old=st.booleans(),
-    has_sampling=st.booleans(), has_tools=st.booleans(), wide=st.booleans(),
-    ratio_of_sequence=st.booleans(), poison=st.sampled_from([None, math.nan, math.inf]),
-)  # fmt: skip
+    options=settings_of_grpo,
+    bonus=entropy_bonus,
+    shape=shapes,
+    has_old=st.booleans(),
+    has_sampling=st.booleans(),
+    has_tools=st.booleans(),
+    wide=st.booleans(),
+    ratio_of_sequence=st.booleans(),
+    poison=st.sampled_from([None, math.nan, math.inf]),
+)
 def test_grpo(
     options, bonus, shape, has_old, has_sampling, has_tools, wide, ratio_of_sequence, poison
 ):
@@ -182,14 +193,21 @@ def test_grpo(
 
 
 @given(
-    shape=shapes, low=st.sampled_from([0.2, 1.0]), high=st.sampled_from([0.2, 5.0]),
-    aux=st.booleans(), training=st.booleans(),
-)  # fmt: skip
+    shape=shapes,
+    low=st.sampled_from([0.2, 1.0]),
+    high=st.sampled_from([0.2, 5.0]),
+    aux=st.booleans(),
+    training=st.booleans(),
+)
 def test_rloo(shape, low, high, aux, training):
     tensors = make(**shape)
     tensors["old"] = (tensors["old"] * tensors["mask"]).sum(1)
-    options = {"epsilon_low": low, "epsilon_high": high, "aux_loss_enabled": aux,
-               "training": training}  # fmt: skip
+    options = {
+        "epsilon_low": low,
+        "epsilon_high": high,
+        "aux_loss_enabled": aux,
+        "training": training,
+    }
     compare_losses("RLOOTrainer", options, {"old_logps": "old"}, tensors)
 
 
@@ -203,10 +221,19 @@ def state(**settings):
 
 @pytest.mark.parametrize(
     "options",
-    [{"delta": 1.2}, {"delta": 0.5}, {"epsilon_low": 1.5}, {"loss_type": "cispo"},
-     {"loss_type": "sapo", "sapo_temperature_pos": 100.0}, {"loss_type": "other"},
-     {"loss_type": "vespo"}, {"importance_sampling_level": "prefix"}, {"mask": 0.5}, {"mask": 2}],
-)  # fmt: skip
+    [
+        {"delta": 1.2},
+        {"delta": 0.5},
+        {"epsilon_low": 1.5},
+        {"loss_type": "cispo"},
+        {"loss_type": "sapo", "sapo_temperature_pos": 100.0},
+        {"loss_type": "other"},
+        {"loss_type": "vespo"},
+        {"importance_sampling_level": "prefix"},
+        {"mask": 0.5},
+        {"mask": 2},
+    ],
+)
 def test_settings_that_are_passed_on(options):
     weight = options.pop("mask", None)
     trainer, inputs = state(**options)

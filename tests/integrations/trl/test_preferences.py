@@ -29,9 +29,14 @@ def trainer(tmp_path_factory):
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
     )
     config = LlamaConfig(
-        vocab_size=len(vocabulary), hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-        num_attention_heads=2, pad_token_id=0, eos_token_id=1,
-    )  # fmt: skip
+        vocab_size=len(vocabulary),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        pad_token_id=0,
+        eos_token_id=1,
+    )
     pairs = [
         {
             "prompt": " ".join(WORDS[i : i + 3]),
@@ -41,16 +46,26 @@ def trainer(tmp_path_factory):
         for i in range(12)
     ]
     arguments = DPOConfig(
-        output_dir=str(tmp_path_factory.mktemp("dpo")), per_device_train_batch_size=4, max_steps=3,
-        report_to=[], use_cpu=True, bf16=False, logging_steps=1, save_strategy="no",
-        learning_rate=1e-2, disable_tqdm=True,
-    )  # fmt: skip
+        output_dir=str(tmp_path_factory.mktemp("dpo")),
+        per_device_train_batch_size=4,
+        max_steps=3,
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        logging_steps=1,
+        save_strategy="no",
+        learning_rate=1e-2,
+        disable_tqdm=True,
+    )
     data = Dataset.from_list(pairs)
     model = LlamaForCausalLM(config)
     made = DPOTrainer(
-        model, LlamaForCausalLM(config), arguments, train_dataset=data,
+        model,
+        LlamaForCausalLM(config),
+        arguments,
+        train_dataset=data,
         processing_class=fast,
-    )  # fmt: skip
+    )
     made.inputs = made._prepare_inputs(next(iter(made.get_train_dataloader())))
     return made
 

@@ -11,13 +11,26 @@ from warpo.bench.train.job import Clock, Job, make  # noqa: E402
 from warpo.kernels.integrations import trl  # noqa: E402
 
 
+def job_of(folder, steps, warm_up):
+    return Job(
+        folder=str(folder),
+        model="tiny",
+        steps=steps,
+        warm_up=warm_up,
+        prompts_per_step=2,
+        group_size=4,
+        prompt_tokens=8,
+        new_tokens=12,
+        lr=1e-3,
+        kv_cache_gib=0.0,
+        sampler="transformers",
+    )
+
+
 def test_autocast_as_by_default_is_served(tmp_path, monkeypatch):
     """TRL trains float32 weights under bfloat16: no call is passed on."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    job = Job(
-        folder=str(tmp_path), model="tiny", steps=3, warm_up=1, prompts_per_step=2, group_size=4,
-        prompt_tokens=8, new_tokens=12, lr=1e-3, kv_cache_gib=0.0, sampler="transformers",
-    )  # fmt: skip
+    job = job_of(tmp_path, steps=3, warm_up=1)
     make(job)
     theirs, ours = (
         train(job, str(tmp_path / str(patched)), patched, Clock(), bf16=True)
@@ -35,10 +48,7 @@ def test_autocast_as_by_default_is_served(tmp_path, monkeypatch):
 
 def test_twenty_steps_log_the_same(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    job = Job(
-        folder=str(tmp_path), model="tiny", steps=18, warm_up=2, prompts_per_step=2, group_size=4,
-        prompt_tokens=8, new_tokens=12, lr=1e-3, kv_cache_gib=0.0, sampler="transformers",
-    )  # fmt: skip
+    job = job_of(tmp_path, steps=18, warm_up=2)
     make(job)
     theirs = train(job, str(tmp_path / "theirs"), False, Clock())
     calls = []

@@ -25,10 +25,14 @@ HERE = Path(__file__).parent
 SELECTED = {
     "verl": ["tests/trainer", "tests/plugin", "tests/test_protocol_on_cpu.py"],
     "openrlhf": ["tests"],
-    "trl": ["tests/test_utils.py", "tests/test_grpo_trainer.py", "tests/test_rloo_trainer.py",
-            "tests/test_dpo_trainer.py"],
+    "trl": [
+        "tests/test_utils.py",
+        "tests/test_grpo_trainer.py",
+        "tests/test_rloo_trainer.py",
+        "tests/test_dpo_trainer.py",
+    ],
     "torchrl": ["test/objectives/test_values.py"],
-}  # fmt: skip
+}
 PASSED, SECONDS = "passed", 300
 
 
@@ -50,8 +54,8 @@ def fetch(library: str, peers: Path) -> Path:
     )
     source = folder / "source"
     if not source.exists():
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary",
-                   library, "--no-build-isolation", "--dest", folder, requirement]  # fmt: skip
+        options = f"-m pip download --quiet --no-deps --no-binary {library} --no-build-isolation"
+        command = [sys.executable, *options.split(), "--dest", folder, requirement]
         subprocess.run(command, check=True)
         with tarfile.open(next(folder.glob(f"{library}-*.tar.gz"))) as archive:
             # the tests alone, so that they import the library that is installed
@@ -76,11 +80,9 @@ def outcomes(library: str, source: Path, overlay: Path, patched: bool) -> dict[s
     }
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
-        command = [
-            sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "patch_plugin",
-            "-o", "addopts=", f"--timeout={SECONDS}", "--junitxml", report, "--rootdir", source,
-            "--continue-on-collection-errors", *SELECTED[library],
-        ]  # fmt: skip
+        options = f"-q -p no:cacheprovider -p patch_plugin -o addopts= --timeout={SECONDS}"
+        places = ["--junitxml", report, "--rootdir", source, "--continue-on-collection-errors"]
+        command = [sys.executable, "-m", "pytest", *options.split(), *places, *SELECTED[library]]
         with Path(folder, "log").open("w") as log:
             subprocess.run(
                 command, cwd=source, env=os.environ | variables, stdout=log, stderr=log, check=False

@@ -16,9 +16,12 @@ from warpo.kernels.integrations.patching import wrap  # noqa: E402
 from warpo.kernels.integrations.verl import library  # noqa: E402
 
 MODES = (
-    "token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm",
+    "token-mean",
+    "token-sum",
+    "seq-mean-token-sum",
+    "seq-mean-token-sum-norm",
     "seq-mean-token-mean",
-)  # fmt: skip
+)
 # of the micro-batch alone, and of a global batch
 BATCH_INFO = (
     {},
@@ -31,9 +34,13 @@ LOSSES = ("vanilla", "gspo", "sapo", "cispo", "dro", "reinforce")
 def actor_config(batch_info=(), dro_beta=0.1, **fields):
     loss = PolicyLossConfig(dro_beta=dro_beta)
     return ActorConfig(
-        strategy="fsdp", rollout_n=8, ppo_micro_batch_size_per_gpu=1, policy_loss=loss,
-        global_batch_info=dict(batch_info), **fields,
-    )  # fmt: skip
+        strategy="fsdp",
+        rollout_n=8,
+        ppo_micro_batch_size_per_gpu=1,
+        policy_loss=loss,
+        global_batch_info=dict(batch_info),
+        **fields,
+    )
 
 
 @functools.cache  # to patch takes longer than to compute
@@ -102,9 +109,16 @@ def test_policy_losses(name, batch, mode, config):
     # the largest terms of the sum: log_prob itself, or a ratio
     scale = float((advantages * mask).abs().max() * (10 + log_prob.abs().max()) * 4) * mask.numel()
     compare(
-        original, ours, *arguments, mode, differentiable=[1], valid=mask.bool(), scale=scale,
-        config=config, rollout_is_weights=weights,
-    )  # fmt: skip
+        original,
+        ours,
+        *arguments,
+        mode,
+        differentiable=[1],
+        valid=mask.bool(),
+        scale=scale,
+        config=config,
+        rollout_is_weights=weights,
+    )
 
 
 @settings(max_examples=60)
@@ -113,9 +127,15 @@ def test_agg_loss(batch, mode, info):
     _, log_prob, _, mask, _ = batch
     scale = float(log_prob.abs().max()) * mask.numel()
     compare(
-        *both("agg_loss"), log_prob, mask, mode, differentiable=[0], valid=mask.bool(),
-        scale=scale, **info,
-    )  # fmt: skip
+        *both("agg_loss"),
+        log_prob,
+        mask,
+        mode,
+        differentiable=[0],
+        valid=mask.bool(),
+        scale=scale,
+        **info,
+    )
 
 
 @settings(max_examples=60)
@@ -132,9 +152,18 @@ def test_compute_value_loss(batch, cliprange, mode, info):
     assume(not ((log_prob == old + cliprange) | (log_prob == old - cliprange)).any())
     scale = float((log_prob.float() - returns.float()).square().max()) * mask.numel()
     compare(
-        *both("compute_value_loss"), log_prob, returns, old, mask, cliprange, mode,
-        differentiable=[0], valid=mask.bool(), scale=scale, **info,
-    )  # fmt: skip
+        *both("compute_value_loss"),
+        log_prob,
+        returns,
+        old,
+        mask,
+        cliprange,
+        mode,
+        differentiable=[0],
+        valid=mask.bool(),
+        scale=scale,
+        **info,
+    )
 
 
 @pytest.mark.parametrize(
@@ -246,9 +275,14 @@ def test_what_a_step_of_the_actor_calls_by_default_is_served(monkeypatch):
     old, log_prob, advantages = tokens(2, 5)
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 0, 1, 1, 1]])
     data = Data(
-        dp_size=1, batch_num_tokens=7, global_batch_size=2, response_mask=mask, old_log_probs=old,
-        advantages=advantages, ref_log_prob=old + 0.1,
-    )  # fmt: skip
+        dp_size=1,
+        batch_num_tokens=7,
+        global_batch_size=2,
+        response_mask=mask,
+        old_log_probs=old,
+        advantages=advantages,
+        ref_log_prob=old + 0.1,
+    )
     output = {"log_probs": log_prob.requires_grad_(), "entropy": log_prob.detach().square()}
     with library.patch():
         loss, _ = losses.ppo_loss(actor_config(use_kl_loss=True), output, data)
