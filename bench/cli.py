@@ -109,7 +109,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 
 
 def points_of(args: argparse.Namespace) -> list[Point]:
-    """What is to be timed.
+    """List the points to time.
 
     Raises:
         ValueError: nothing, by a provider that there is not, or the file of shapes is wrong.
@@ -220,7 +220,7 @@ def libraries_of(
 
 
 def described(args: argparse.Namespace, plan: Plan, words: Sequence[str]) -> dict[str, Any]:
-    """What a reader needs to judge and repeat a row."""
+    """The facts by which a reader judges and repeats a row."""
     name = torch.cuda.get_device_name() if args.device == "cuda" else processor()
     found = environment(["warpo", "bench", *words], name)
     return found | {

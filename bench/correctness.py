@@ -1,4 +1,4 @@
-"""Whether a provider computes the operation: its results and gradients beside those in float64."""
+"""Check of a provider: its results and gradients against those in float64."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -45,7 +45,7 @@ def use(folder: Path) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Of those that are installed."""
+    """Versions of the peers that are installed."""
     found = {}
     for name in PEERS:
         try:
@@ -151,7 +151,7 @@ class _OneProcess:
 
 
 def trl_inputs(advantages: Tensor, mask: Tensor, **others: Any) -> dict[str, Any]:
-    """What TRL hands to `_compute_loss` beside the model: completions without prompts."""
+    """Inputs of TRL's `_compute_loss` next to the model: completions without prompts."""
     ids = torch.zeros(mask.shape, dtype=torch.int64, device=mask.device)
     return {
         "prompt_ids": ids[:, :0],

@@ -81,7 +81,7 @@ def table_of(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def summary_of(rows: Sequence[dict[str, Any]]) -> str:
-    """One line a function: how many times as fast, over its sizes and dtypes."""
+    """One line per function: the speed-up, over its sizes and dtypes."""
     modes = ("forward", "forward + backward")
     found: dict[tuple[str, str], dict[str, list[float]]] = {}
     for row in rows:

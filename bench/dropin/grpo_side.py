@@ -75,7 +75,7 @@ def counting_losses(calls: list[int]) -> contextlib.AbstractContextManager:
 def train(
     job: Job, output_dir: str, patched: bool, clock: Clock, **settings: Any
 ) -> list[dict[str, float]]:
-    """What the trainer logs at each step.
+    """Train, and return the trainer's log of each step.
 
     Args:
         patched: with all replacements of `warpo.kernels.integrations.trl`.

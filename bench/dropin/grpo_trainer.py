@@ -31,7 +31,7 @@ MODULE = ("-W", "ignore", "-m", "warpo.bench.dropin.grpo_side")
 
 
 def measure(job: Job, rounds: int, peers: Path, bf16: bool) -> dict[str, list[dict]]:
-    """What each side reports, a round."""
+    """Run the sides in turns; the reports of each, one per round."""
     folder = Path(job.folder)
     job.write(folder / "job.json")
     answers: dict[str, list[dict]] = {name: [] for name in SIDES}
@@ -93,7 +93,7 @@ def table_of(rows: Sequence[dict]) -> str:
 
 
 def agreement(rows: Sequence[dict]) -> str:
-    """How far the losses of the two sides are apart."""
+    """Describe how far the losses of the two sides are apart."""
     apart = [abs(a - b) for a, b in zip(*(row["losses"] for row in rows), strict=True)]
     largest = max(abs(loss) for loss in rows[0]["losses"])
     return (

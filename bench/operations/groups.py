@@ -10,7 +10,7 @@ from warpo.bench.operation import Inputs, Operation, Provider, Sizes, Work, firs
 from warpo.bench.operations.scans import tokens
 from warpo.kernels import ops, reference
 
-STEPS = 4  # of an answer, whose rewards are normalised together
+STEPS = 4  # of a completion, whose rewards are normalised together
 
 
 def _make(device: str, dtype: torch.dtype, sizes: Sizes) -> Inputs:
@@ -43,21 +43,21 @@ def _verl(name: str) -> Provider:
 
 
 def _process(device: str, dtype: torch.dtype, sizes: Sizes) -> Inputs:
-    """Answers of 256 tokens with rewards at the ends of four steps."""
-    answers = sizes["prompts"] * sizes["group"]
+    """Completions of 256 tokens with rewards at the ends of four steps."""
+    completions = sizes["prompts"] * sizes["group"]
     ends = torch.arange(1, STEPS + 1, dtype=torch.int32, device=device) * 64 - 1
     return {
-        "step_rewards": torch.randn(answers * STEPS, device=device),
-        "step_offsets": torch.arange(answers + 1, dtype=torch.int32, device=device) * STEPS,
-        "step_ends": ends.repeat(answers),
+        "step_rewards": torch.randn(completions * STEPS, device=device),
+        "step_offsets": torch.arange(completions + 1, dtype=torch.int32, device=device) * STEPS,
+        "step_ends": ends.repeat(completions),
         "group": sizes["group"],
         "prompts": sizes["prompts"],
     }
 
 
 def _exact_process(inputs: Inputs) -> Tensor:
-    answers = inputs["prompts"] * inputs["group"]
-    ids = torch.arange(answers, device=inputs["step_rewards"].device) // inputs["group"]
+    completions = inputs["prompts"] * inputs["group"]
+    ids = torch.arange(completions, device=inputs["step_rewards"].device) // inputs["group"]
     return reference.process_advantages(
         inputs["step_rewards"],
         inputs["step_offsets"],
@@ -129,7 +129,7 @@ OPERATIONS = (
         ),
         eager=None,
         exact=_exact_process,
-        # of an answer read four rewards and ends (4 bytes each), write 256 advantages (4)
+        # of a completion read four rewards and ends (4 bytes each), write 256 advantages (4)
         work=lambda sizes, itemsize, mode: Work(
             read=32 * sizes["prompts"] * sizes["group"],
             written=1024 * sizes["prompts"] * sizes["group"],

@@ -15,8 +15,8 @@ def _kto(inputs: Inputs) -> Tensor:
     return (1 - torch.sigmoid(0.1 * signs * (rewards - 0.5))).mean()
 
 
-def _answers(device: str, dtype: torch.dtype, sizes: Sizes) -> Inputs:
-    """Logprobs of chosen and rejected answers under two policies, nine tenths of their tokens."""
+def _completions(device: str, dtype: torch.dtype, sizes: Sizes) -> Inputs:
+    """Logprobs of chosen and rejected completions under two policies, 9/10 of their tokens."""
     shape = (sizes["pairs"], sizes["steps"])
     found: Inputs = {}
     for name in ("chosen", "rejected"):
@@ -61,12 +61,12 @@ def _exact_dpo(inputs: Inputs) -> Tensor:
 
 
 def _pairs(device: str, dtype: torch.dtype, sizes: Sizes) -> Inputs:
-    """Scores of chosen and rejected answers."""
+    """Scores of chosen and rejected completions."""
     return {name: torch.randn(sizes["pairs"], device=device) for name in ("chosen", "rejected")}
 
 
 def _ranked(device: str, dtype: torch.dtype, sizes: Sizes) -> Inputs:
-    """Groups of answers with scores and ranks."""
+    """Groups of completions with scores and ranks."""
     prompts, group = sizes["prompts"], sizes["group"]
     return {
         "scores": torch.randn(prompts, group, device=device),
@@ -121,12 +121,12 @@ OPERATIONS = (
         sizes=("pairs", "steps"),
         tiny={"pairs": 2, "steps": 4},
         part=first_rows(4),
-        make=_answers,
+        make=_completions,
         leaves=("chosen", "rejected"),
         ours=_ours_dpo,
         eager=_dpo,
         exact=_exact_dpo,
-        # of both answers read two logprobs (4 bytes each) and mask (1); write the gradient (4)
+        # of both completions read two logprobs (4 bytes each) and mask (1); write the gradient (4)
         work=lambda sizes, itemsize, mode: Work(
             read=18 * sizes["pairs"] * sizes["steps"],
             written=0 if mode == "fwd" else 8 * sizes["pairs"] * sizes["steps"],

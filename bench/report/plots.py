@@ -146,7 +146,7 @@ def _bars(rows: Sequence[Row], kinds: Sequence[tuple[str, str]]) -> bytes:
 
 
 def overview(rows: Sequence[Row]) -> bytes | None:
-    """How many times as fast warpo is as each of the others, one line an operation: the largest
+    """Speed-up of warpo over each of the others, one line per operation: the largest
     size of each, in the dtype and mode that do the most.
     """
     last: dict[str, Row] = {}
@@ -169,9 +169,7 @@ def overview(rows: Sequence[Row]) -> bytes | None:
         for y, entry in enumerate(entries):
             axes.hlines(y, 1, max(entry["ratios"].values()), color="#bbbbbb", linewidth=1)
         axes.axvline(1, color="k", linewidth=1)
-        axes.set(
-            xscale="log", xlabel="warpo is so many times as fast", ylim=(-0.7, len(entries) - 0.3)
-        )
+        axes.set(xscale="log", xlabel="speed-up of warpo", ylim=(-0.7, len(entries) - 0.3))
         axes.set_yticks(
             range(len(entries)),
             [f"{e['operation']} {'forward' if e['mode'] == 'fwd' else e['mode']}" for e in entries],

@@ -69,7 +69,7 @@ def details(rows: Sequence[Row]) -> str:
 
 
 def cases(rows: Sequence[Row]) -> str:
-    """One line a case: warpo's time, how many times as fast it is, its share of the limit."""
+    """One line a case: warpo's time, its speed-up, its share of the limit."""
     lines = [CASES]
     for entry in summary(rows):
         lines.append(

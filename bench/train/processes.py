@@ -93,7 +93,7 @@ def imports_bytes(modules: tuple[str, ...], peers: Path | None) -> int:
 
 
 class Runs:
-    """What each side has reported of one job, its steps joined over the rounds.
+    """Reports of each side on one job, its steps joined over the rounds.
 
     Attributes:
         answers: of the sides that ran.

@@ -21,13 +21,13 @@ PHASES = (
     "probe",
     "other",
 )
-# Of the same model and tokens: a step may take this share of the time of TRL's, and its peak is to
-# be lower by so many copies of the weights.
+# Of the same model and tokens: a step may take TIME_GOAL of the time of TRL's, and its peak is to
+# be lower by WEIGHTS_GOAL copies of the weights.
 TIME_GOAL, WEIGHTS_GOAL = 0.5, 1.0
 
 
 def job_row(job: Job, name: str) -> Row:
-    """What a row says of its job, whether it ran or not."""
+    """Fields of a row that describe its job, whether it ran or not."""
     return {
         "trainer": name,
         "model": job.model,
@@ -81,7 +81,7 @@ def groups(rows: Sequence[Row]) -> list[list[Row]]:
 
 
 def goals_of(rows: Sequence[Row]) -> list[Row]:
-    """What warpo is held to in one job, against each run of TRL, and what it reached.
+    """Goals of warpo in one job against each run of TRL, and the figures reached.
 
     Time by the clock and of the processor: the latter leaves out what neighbours take.
     """

@@ -1,4 +1,4 @@
-"""How the time and the memory of the learner's step grow with tokens, vocabulary and group size.
+"""Growth of the learner's step in time and memory with tokens, vocabulary and group size.
 
     python -m warpo.bench.train.scaling AXIS RESULT.json [--quick]
 
@@ -42,7 +42,7 @@ class Point:
 
     @property
     def tokens(self) -> int:
-        """What the learner reads: each prompt once, for all of its completions."""
+        """Tokens that the learner reads: each prompt once, for all of its completions."""
         return self.prompts * (self.prompt_tokens + self.group_size * self.new_tokens)
 
 

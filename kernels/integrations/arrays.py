@@ -354,7 +354,7 @@ def _check_minibatch(**tensors: Tensor) -> None:
 
 
 def is_readable(array: np.ndarray) -> bool:
-    """Whether its strides are multiples of the element, not negative."""
+    """True if its strides are multiples of the element, not negative."""
     return array.flags.aligned and min(array.strides, default=0) >= 0
 
 

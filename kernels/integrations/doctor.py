@@ -1,4 +1,4 @@
-"""What is installed, what can be replaced or is, by which backend, and the calls served so far.
+"""Report of backends, of installed libraries, and of replaced functions with the calls they served.
 
 warpo doctor                                                 # in a process of its own
 from warpo.kernels.integrations import doctor; print(doctor.report())        # in yours

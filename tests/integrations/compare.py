@@ -1,4 +1,4 @@
-"""Whether a replacement gives what the library's own function gives."""
+"""Comparison of a replacement with the library's own function."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -111,7 +111,7 @@ SHAPE = (2, 5, 1)
 
 
 def inputs(**changes):
-    """Of vec_generalized_advantage_estimate and the loop of its name, in their order."""
+    """Arguments of vec_generalized_advantage_estimate and the loop of its name, in their order."""
     generator = torch.Generator().manual_seed(0)
     value, next_value, reward = (torch.randn(SHAPE, generator=generator) for _ in range(3))
     done = torch.zeros(SHAPE, dtype=torch.bool)

@@ -61,7 +61,7 @@ class Position:
 
 
 class Run:
-    """What a run keeps."""
+    """State that a run keeps."""
 
     def __init__(self, dtype: torch.dtype, seed: int = 0) -> None:
         self.model = model_of(dtype, seed)

@@ -110,7 +110,7 @@ def _attack_dataset(rng: random.Random, form: str, rows: list[Row], path: Path) 
 
 
 def _judge(form: str, path: Path, content: bytes | None) -> str | None:
-    """What was wrong with loading the file; it stays where something was."""
+    """Load the file and return the fault found, if any; the file stays then."""
     try:
         problem = _load(form, path, content)
     except WarpoError as error:

@@ -9,7 +9,7 @@ import torch
 
 from warpo.bench.dropin.case import DropIn
 
-# answers, chosen and rejected ones together, and tokens of each
+# completions, chosen and rejected ones together, and tokens of each
 SHAPES = ((8, 64), (256, 2048))
 
 
@@ -28,12 +28,12 @@ def cases() -> list[DropIn]:
 
 
 def _make(shape: tuple[int, int], loss_type: str, mode: str) -> Callable:
-    """The trainer without its model, which answers with the same log-probabilities each time."""
+    """The trainer without its model, which returns the same log-probabilities each time."""
     from accelerate import Accelerator
 
     from trl.trainer.utils import FusedCausalLMOutput
 
-    answers, steps = shape
+    completions, steps = shape
     trainer = SimpleNamespace(
         model=SimpleNamespace(training=True),
         accelerator=Accelerator(cpu=True),
@@ -50,10 +50,10 @@ def _make(shape: tuple[int, int], loss_type: str, mode: str) -> Callable:
         _metrics={"train": defaultdict(list)},
         _total_train_tokens=0,
     )
-    mask = (torch.arange(steps + 1) >= steps // 4).long().expand(answers, -1)
+    mask = (torch.arange(steps + 1) >= steps // 4).long().expand(completions, -1)
     logprobs = -torch.rand(shape) * mask[:, 1:]
     logprobs.requires_grad_(mode != "forward")
-    refs = logprobs.detach().sum(1) + torch.randn(answers)
+    refs = logprobs.detach().sum(1) + torch.randn(completions)
     chosen, rejected = refs.chunk(2)
     inputs = {
         "input_ids": torch.zeros_like(mask),

@@ -1,5 +1,5 @@
-"""verl's advantages: tokens for the scans, and answers of prompts for the groups, which verl names
-by strings.
+"""verl's advantages: tokens for the scans, and completions of prompts for the groups, which
+verl names by strings.
 """
 
 import uuid
@@ -12,7 +12,7 @@ import torch
 from warpo.bench.dropin.case import DropIn
 
 TOKENS = ((8, 64), (256, 2048), (512, 4096))
-ANSWERS = ((4, 8, 64), (64, 16, 16), (64, 16, 1024))
+COMPLETIONS = ((4, 8, 64), (64, 16, 16), (64, 16, 1024))
 SCANS = (
     "masked_whiten",
     "compute_gae_advantage_return",
@@ -31,7 +31,7 @@ GROUPS = (
 
 def cases() -> list[DropIn]:
     scans = [_scan(name, shape) for name in SCANS for shape in TOKENS]
-    return scans + [_group(name, shape) for name in GROUPS for shape in ANSWERS]
+    return scans + [_group(name, shape) for name in GROUPS for shape in COMPLETIONS]
 
 
 def _tokens(rows: int, steps: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -55,13 +55,13 @@ def _scan(name: str, shape: tuple[int, int]) -> DropIn:
 
 
 def _group(name: str, shape: tuple[int, int, int]) -> DropIn:
-    prompts, answers, steps = shape
+    prompts, completions, steps = shape
 
     def make() -> Callable[[Callable], object]:
-        rewards, _, mask = _tokens(prompts * answers, steps)
+        rewards, _, mask = _tokens(prompts * completions, steps)
         names = [str(uuid.uuid5(uuid.NAMESPACE_OID, str(i))) for i in range(prompts)]
-        index = np.repeat(np.array(names, dtype=object), answers)
+        index = np.repeat(np.array(names, dtype=object), completions)
         return lambda function: function(rewards, mask, index)
 
-    size = f"{prompts} prompts x {answers}, {steps} tokens, float32"
+    size = f"{prompts} prompts x {completions}, {steps} tokens, float32"
     return DropIn(function=name, size=size, mode="forward", make=make)

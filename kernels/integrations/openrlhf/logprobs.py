@@ -1,4 +1,4 @@
-"""What OpenRLHF computes from logits: log probabilities, entropy, the loss of a language model."""
+"""OpenRLHF's functions of logits: log probabilities, entropy, the loss of a language model."""
 
 from collections.abc import Callable
 from typing import Any

@@ -27,7 +27,7 @@ from warpo.kernels.integrations.serving import (
 
 
 class Normaliser(NamedTuple):
-    """How the losses of tokens become one.
+    """Reduction of the losses of tokens to one.
 
     Attributes:
         aggregation, denominator: of our operations.
@@ -39,7 +39,7 @@ class Normaliser(NamedTuple):
     in_float32: bool
 
     def dtype(self, first: Tensor, *others: Tensor | None) -> torch.dtype:
-        """Of a loss that is made of these tensors."""
+        """Type of a loss that is made of these tensors."""
         return torch.float32 if self.in_float32 else promoted(first, *others)
 
 

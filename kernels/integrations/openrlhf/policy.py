@@ -34,7 +34,7 @@ _CORRECTED = ops.METRICS.index("corrected")
 _LOG_RATIO_LIMIT = {"ppo": 20.0, "gspo": 80.0}
 # Above e^-20, the least weight that the kernel makes of an infinite logprob of the sampler.
 _NO_WEIGHT = 1e-8
-# Below so many tokens the forward pass alone gains nothing.
+# With fewer tokens the forward pass alone gains nothing.
 _FEW_TOKENS = 2**16
 
 
@@ -65,7 +65,7 @@ def policy_loss(
     batch_num_tokens: float | None = None,
     global_batch_size: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Differs: as all losses of tokens (`openrlhf_losses`). An infinite logprob of the old policy
+    """Differs: as all losses of tokens (`openrlhf.losses`). An infinite logprob of the old policy
     at a valid token gives NaN. Log ratios of GSPO are cut at +-80, those of the correction at +-20.
     """
     corrects = self.is_correction_level != "off"
@@ -129,7 +129,7 @@ def _check(
 
 
 def _by_the_kernel(self: Any) -> bool:
-    """Whether the correction is that of single tokens by their ratio."""
+    """True if the correction is that of single tokens by their ratio."""
     return self.is_correction_level == "token" and self.is_correction_gating == "ratio"
 
 
@@ -192,7 +192,7 @@ def _sampler(self: Any, old: Tensor, rollout: Tensor, flags: Tensor | None) -> S
 def _outside(
     self: Any, old: Tensor, rollout: Tensor, gap: Tensor, flags: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """Which tokens, or sequences, are outside the bounds, and the share of sequences that are.
+    """Tokens, or sequences, that are outside the bounds, and the share of sequences that are.
 
     What is bounded is, of a token, the binary KL or the total variation of (p, 1 - p) and
     (q, 1 - q), or the ratio; of a sequence the mean over its tokens, of the log ratio.

@@ -143,7 +143,7 @@ def _check(
 def _rounded(
     dtype: torch.dtype, hidden: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What the products are of: hidden as (1, tokens, H), weight and bias."""
+    """Factors of the products: hidden as (1, tokens, H), weight and bias."""
     return (
         hidden.to(dtype).contiguous()[None],
         weight.to(dtype),

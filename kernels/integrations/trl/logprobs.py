@@ -1,5 +1,5 @@
 """TRL's log-probabilities and entropies of logits, at their one place in `trl.trainer.utils` and
-in the two trainers that sum them over answers.
+in the two trainers that sum them over completions.
 
 An index outside the vocabulary gives NaN, where TRL raises on a CPU. Several indices a row are left
 to TRL.
@@ -96,5 +96,5 @@ def _require_rows(logits: Tensor) -> None:
 
 
 def _result_dtype(logits: Tensor) -> torch.dtype:
-    """That of the logits; TRL's own kernel, which it takes on CUDA alone, gives float32."""
+    """Type of the logits; TRL's own kernel, which it takes only on CUDA, gives float32."""
     return logits.dtype if logits.device.type == "cpu" else torch.float32

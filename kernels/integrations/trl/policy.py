@@ -320,7 +320,7 @@ def _corrected_kl(
 
 
 def _entropy_bonus(trainer: Any, batch: Batch, keep: Tensor | None, policy_loss: Tensor) -> Tensor:
-    """What the bonus takes off the loss. Logs, and where the coefficient adapts, adapts it."""
+    """Loss that the bonus takes off. Logs it and, where the coefficient adapts, adapts that."""
     active = batch.mask if keep is None else batch.mask & keep
     total = torch.where(active, batch.entropy, 0.0).sum(dtype=torch.float32)
     tokens = active.sum()

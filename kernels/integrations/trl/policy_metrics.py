@@ -1,4 +1,4 @@
-"""What TRL logs of the policy losses: the shares of clipped tokens, the KL, the entropy."""
+"""TRL's metrics of the policy losses: the shares of clipped tokens, the KL, the entropy."""
 
 import math
 from typing import Any, NamedTuple
@@ -34,7 +34,7 @@ class Batch(NamedTuple):
 
 
 def beyond(log_ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
-    """Where a bound, the lower one if the advantage is below 0, else the upper, takes the gradient.
+    """Tokens whose gradient a bound takes: the lower if the advantage is below 0, else the upper.
 
     Args:
         log_ratio: is overwritten.
@@ -49,12 +49,12 @@ def log_bounds(low: float, high: float) -> tuple[float, float]:
 
 
 def _one_each(trainer: Any, batch: Batch) -> bool:
-    """Whether a sequence has one ratio and one advantage, and so is clipped or is not."""
+    """True if a sequence has one ratio and one advantage, and so is clipped or is not."""
     return trainer.importance_sampling_level == "sequence" and batch.advantages.shape[1] == 1
 
 
 def _clipped(trainer: Any, batch: Batch) -> list[Tensor]:
-    """Of each sequence, how often a bound is active, (B,): once a token, or once where the sequence
+    """Count how often a bound is active in each sequence, (B,): per token, or once if the sequence
     has one ratio and one advantage. With it, where there are two bounds, what tells them apart: the
     advantage of the sequence, or how often it is the lower one. Nothing where the ratio is 1, which
     is between all bounds.

@@ -1,4 +1,4 @@
-"""TRL's losses of preference pairs: `DPOTrainer`, and the sums of log-probabilities over answers of
+"""TRL's losses of preference pairs: `DPOTrainer`, and sums of log-probabilities over completions of
 CPO and ORPO.
 
 Left to TRL, as their losses of a handful of numbers stand amid methods of hundreds of lines: KTO,
@@ -36,7 +36,7 @@ def dpo_loss(original: Callable, self: Any, model: Any, inputs: Any, return_outp
     )
     # virtual tokens of a learnt prompt come first
     steps = completion_mask.shape[1] - 1
-    # (2, B): the chosen answers, then the rejected ones
+    # (2, B): the chosen completions, then the rejected ones
     logps = outputs.log_probs[:, -steps:].sum(1).view(2, -1)
     if self.precompute_ref_logps:
         refs = torch.stack([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
@@ -86,7 +86,7 @@ def _preference(loss_type: str, beta: float, label_smoothing: float) -> ops.Pref
 def _log(
     trainer: Any, inputs: Any, outputs: Any, steps: int, rewards: Tensor, logps: Tensor
 ) -> None:
-    """TRL's metrics. Its per-token outputs are 0 outside answers."""
+    """TRL's metrics. Its per-token outputs are 0 outside completions."""
     mode = "train" if trainer.model.training else "eval"
     sides = (2, rewards.shape[1], steps)
     counts = inputs["completion_mask"][:, 1:].view(sides).sum((1, 2))
@@ -137,7 +137,7 @@ def cpo_logps(
     """Differs: the labels of an encoder-decoder stay as they were, where TRL writes zeros to them,
     and what stands in ignored rows, NaN or inf, is not read.
     """
-    return _answer_logps(logits, labels, average_log_prob, is_encoder_decoder)
+    return _completion_logps(logits, labels, average_log_prob, is_encoder_decoder)
 
 
 @library.replaces(
@@ -151,10 +151,10 @@ def orpo_logps(
     is_encoder_decoder: bool = False,
 ) -> Tensor:
     """Differs: what stands in ignored rows, NaN or inf, is not read."""
-    return _answer_logps(logits, labels, average_log_prob, is_encoder_decoder)
+    return _completion_logps(logits, labels, average_log_prob, is_encoder_decoder)
 
 
-def _answer_logps(
+def _completion_logps(
     logits: Tensor, labels: Tensor, average_log_prob: bool, is_encoder_decoder: bool
 ) -> Tensor:
     require_served(logits)

@@ -1,8 +1,8 @@
-"""Advantages of verl: its reverse scan over tokens, and its loops over the answers to a prompt.
+"""Advantages of verl: its reverse scan over tokens, and its loops over the completions of a prompt.
 
 `compute_gdpo_outcome_advantage` calls two functions that are replaced, and is not replaced itself.
 Not replaced either: the optimal token baselines, which weigh every step on its own,
-`compute_grpo_passk_outcome_advantage`, which needs the two best answers, and
+`compute_grpo_passk_outcome_advantage`, which needs the two best completions, and
 `compute_remax_outcome_advantage`, which is a sum or two of PyTorch already.
 """
 
@@ -198,7 +198,7 @@ def compute_gpg_outcome_advantage(
     config: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """As verl's, which computes alpha: answers over those whose score is not 0."""
+    """As verl's, which computes alpha: completions over those whose score is not 0."""
     groups = _groups(token_level_rewards, response_mask, index)
     scores = groups.scores
     scale = scores.numel() / scores.count_nonzero().clamp(min=1) / f_norm
@@ -206,13 +206,13 @@ def compute_gpg_outcome_advantage(
 
 
 class _Groups(NamedTuple):
-    """Answers by prompt.
+    """Completions by prompt.
 
     Attributes:
         scores: (B,) float32 sums of the rewards of the tokens.
         ids: (B,) int64, numbers of the prompts from 0.
         layout: as `ops.group_advantages` takes it.
-        alone: (B,) bool: the only answer to its prompt; None if there is none such.
+        alone: (B,) bool: the only completion of its prompt; None if there is none such.
     """
 
     scores: Tensor
@@ -243,7 +243,7 @@ def _groups(rewards: Tensor, mask: Tensor, index: Any) -> _Groups:
     require(rewards.dim() == 2 and rewards.shape[0] > 0, "rewards that are not [B, T]")
     require(mask.dim() == 2 and mask.shape[0] == rewards.shape[0], "a mask of another shape")
     of_rows = isinstance(index, np.ndarray) and index.shape == rewards.shape[:1]
-    require(of_rows, "an index that is not a NumPy array of one per answer")
+    require(of_rows, "an index that is not a NumPy array of one per completion")
     require_served(rewards)
     require_constant(rewards)
     numbers: dict[Any, int] = {}
@@ -263,7 +263,7 @@ def _groups(rewards: Tensor, mask: Tensor, index: Any) -> _Groups:
 
 
 def _is_plain(index: np.ndarray) -> bool:
-    """Whether ids are the same for `as_torch_index` of verl where they are equal: it takes strings
+    """True if ids are the same for `as_torch_index` of verl where they are equal: it takes strings
     of digits and floats as integers.
     """
     names = index.tolist()
@@ -272,7 +272,7 @@ def _is_plain(index: np.ndarray) -> bool:
 
 
 def _spread(advantages: Tensor, mask: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Each answer's to all of its tokens; verl gives the same tensor as returns.
+    """Give each completion's advantage to all of its tokens; verl gives the same tensor as returns.
 
     Args:
         dtype: that verl's advantages have before they are multiplied with the mask.

@@ -72,7 +72,7 @@ def flags_of(mask: Any, like: Tensor) -> Tensor:
 
 
 def result_dtype(mode: str, *tensors: Tensor | None) -> torch.dtype:
-    """Of verl's result from these tensors, the mask among them."""
+    """Type of verl's result from these tensors, the mask among them."""
     if mode.startswith("seq"):
         return torch.float32  # it weighs the sequences in float32
     found: torch.dtype | None = None

@@ -1,4 +1,4 @@
-"""What else the losses of verl are made of: `agg_loss`, `kl_penalty` and `compute_value_loss`.
+"""Further parts of verl's losses: `agg_loss`, `kl_penalty` and `compute_value_loss`.
 
 Left to verl: the estimators "kl", "k1", "mse" and "k2", which are one to three operations, and
 "abs"; `kl_penalty_forward`, which `kl_penalty` alone calls.

@@ -1,4 +1,4 @@
-"""What the tests of OpenRLHF's replacements share: the two functions, and inputs."""
+"""Shared by the tests of OpenRLHF's replacements: the two functions, and inputs."""
 
 import functools
 from collections.abc import Callable

@@ -55,7 +55,7 @@ def test_log_probs_of_impossible_tokens():
 
 @pytest.mark.parametrize("name", ["log_probs_from_logits"])
 def test_the_callers_logits_are_divided(name):
-    """What is computed from them afterwards is of the policy at the temperature."""
+    """Later uses of the logits are of the policy at the temperature."""
     weights = torch.randn(2, 5, 11, requires_grad=True)
     labels = torch.randint(0, 11, (2, 5))
     found = []

@@ -110,7 +110,7 @@ def test_policy_loss(shape, dtype, layout, mask_dtype, objective, correction, co
 
 @pytest.mark.parametrize("name", ["PolicyLoss.forward", "ValueLoss.forward"])
 def test_masked_slots_do_not_spread(name):
-    """Where the library's result is NaN."""
+    """The replacement has a number where the library's result is NaN."""
     module = {
         "PolicyLoss.forward": [losses.PolicyLoss()],
         "ValueLoss.forward": [losses.ValueLoss(0.2)],
@@ -188,7 +188,7 @@ def test_what_a_step_of_the_actor_calls_by_default_is_served():
 
 
 class Output(dict):
-    """Of a model of transformers."""
+    """Output of a model of transformers."""
 
     __getattr__ = dict.__getitem__
     __setattr__ = dict.__setitem__

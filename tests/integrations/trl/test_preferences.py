@@ -150,7 +150,7 @@ def test_dpo_trainer_trains_the_same(trainer):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("average_log_prob", [False, True])
 @pytest.mark.parametrize("is_encoder_decoder", [False, True])
-def test_log_probabilities_of_answers(trainer_class, dtype, average_log_prob, is_encoder_decoder):
+def test_logprobs_of_completions(trainer_class, dtype, average_log_prob, is_encoder_decoder):
     logits = (4 * torch.randn(3, 6, 33)).to(dtype)
     labels = torch.randint(0, 33, (3, 6)).masked_fill(torch.arange(6) < 3, -100)
     original = trainer_class.get_batch_logps

@@ -53,8 +53,8 @@ def tokens(draw, masks=NUMBERS):
 
 
 @st.composite
-def answers(draw, sizes=SIZES):
-    """Rewards and mask of the answers to some prompts, and the names of these in verl's array."""
+def completions(draw, sizes=SIZES):
+    """Rewards and mask of completions, and the names of their prompts in verl's array."""
     counts = draw(st.lists(sizes, min_size=1, max_size=6))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     prompts = np.repeat(np.arange(len(counts)), counts)
@@ -111,7 +111,7 @@ GROUPS = [
 
 @pytest.mark.parametrize("name", GROUPS)
 @settings(max_examples=40)
-@given(case=answers(), epsilon=st.sampled_from([1e-6, 1e-3]), by_std=st.booleans())
+@given(case=completions(), epsilon=st.sampled_from([1e-6, 1e-3]), by_std=st.booleans())
 def test_groups(name, case, epsilon, by_std):
     original, ours = both(name)
     options = {"epsilon": epsilon, "config": OmegaConf.create({})}
@@ -125,7 +125,7 @@ def test_groups(name, case, epsilon, by_std):
 
 
 @settings(max_examples=40)
-@given(answers(sizes=st.integers(2, 5)))
+@given(completions(sizes=st.integers(2, 5)))
 def test_gdpo_runs_on_what_is_replaced(case):
     rewards, mask, index = case
     original = core_algos.compute_gdpo_outcome_advantage

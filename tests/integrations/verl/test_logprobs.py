@@ -37,8 +37,8 @@ def laid_out(x: torch.Tensor, layout: str) -> torch.Tensor:
 
 
 def scales(dtype: torch.dtype) -> dict[str, float]:
-    """Of float32 logits and of the logarithms of their probabilities; more than one rounding of a
-    shorter dtype is none of ours.
+    """Scales of float32 logits and of their logprobs; more than one rounding of a shorter dtype is
+    not ours.
     """
     if dtype != torch.float32:
         return {"scale": 0.0}

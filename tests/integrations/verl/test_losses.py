@@ -216,7 +216,7 @@ def test_without_a_valid_token_a_loss_is_0(mode):
 
 
 def left_to_verl(name, *arguments, **keywords):
-    """Whether the replacement returns what the original does, unchanged."""
+    """True if the replacement returns what the original does, unchanged."""
     result = object()
 
     def original(*got, **got_keywords):
