@@ -31,7 +31,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
 train: $(VENV)/built
 	rm -rf runs/arithmetic
-	$(BIN)/python -m warpo.engine.arithmetic runs/arithmetic --seed $(SEED)
+	$(BIN)/python examples/arithmetic.py runs/arithmetic --seed $(SEED)
 	$(BIN)/warpo train examples/sft.yaml --seed $(SEED)
 	$(BIN)/warpo train examples/grpo.yaml --seed $(SEED)
 
@@ -60,14 +60,15 @@ torture: $(VENV)/built
 # on a CUDA machine alone.
 test-integrations: $(VENV)/built peers
 	status=0; \
-	for library in $(PEERS); do \
-	    PYTHONPATH=$(CURDIR)/bench/stand_ins:$(CURDIR)/.peers/$$library/site-packages \
-	    $(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile $(PYTEST_FLAGS) tests/integrations/test_$$library*.py || status=1; \
-	done; exit $$status
+	$(foreach library,$(PEERS), \
+	    PYTHONPATH=$(CURDIR)/bench/stand_ins:$(CURDIR)/.peers/$(library)/site-packages \
+	    $(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile $(PYTEST_FLAGS) \
+	    $(wildcard tests/integrations/$(library) tests/integrations/test_$(library).py) || status=1;) \
+	exit $$status
 
 test-upstream: $(VENV)/built peers
-	$(BIN)/python tests/integrations/upstream.py verl
-	$(BIN)/python tests/integrations/upstream.py openrlhf
+	$(BIN)/python -m tests.integrations.upstream verl
+	$(BIN)/python -m tests.integrations.upstream openrlhf
 
 # Each library in a folder of its own, since their pins exclude one another; without dependencies,
 # which would bring another torch. site-packages: dill, by which `datasets` makes fingerprints, pickles
@@ -103,7 +104,7 @@ lint: $(VENV)/built
 types: $(VENV)/built
 	mkdir -p .typing/warpo
 	for folder in kernels engine bench; do ln -sfn ../../$$folder .typing/warpo/$$folder; done
-	MYPYPATH=.typing $(BIN)/mypy --namespace-packages --explicit-package-bases -p warpo.kernels -p warpo.engine -p warpo.bench
+	MYPYPATH=.typing $(BIN)/mypy --namespace-packages --explicit-package-bases -p warpo.kernels -p warpo.engine -p warpo.bench -m examples.arithmetic
 
 clean:
 	rm -rf build .typing runs kernels/*.so *.egg-info

@@ -59,31 +59,42 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="what there is to time")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument(
-        "--shapes", default="quick", metavar="PRESET|FILE",
+        "--shapes",
+        default="quick",
+        metavar="PRESET|FILE",
         help=f"{', '.join(shapes.PRESETS)}, or a YAML file (default quick)",
-    )  # fmt: skip
+    )
     dtypes = ["float32", "bfloat16", "float16"]
     parser.add_argument("--dtype", nargs="+", choices=dtypes, help="default: by operation")
     parser.add_argument("--mode", nargs="+", choices=MODES, help="default fwd and fwd+bwd")
     parser.add_argument(
-        "--providers", nargs="+", metavar="NAME",
+        "--providers",
+        nargs="+",
+        metavar="NAME",
         help="these alone: cpu, triton, cuda, eager, compile, trl, ...",
-    )  # fmt: skip
+    )
     parser.add_argument("--quick", action="store_true", help="short timings")
     parser.add_argument(
-        "--compile", action="store_true",
+        "--compile",
+        action="store_true",
         help="torch.compile too, which takes seconds a case; with short timings only for the last "
         "dtype and mode of each operation",
-    )  # fmt: skip
+    )
     parser.add_argument("--cold", action="store_true", help="flush the caches before each run")
     parser.add_argument(
-        "--peers", type=Path, default=Path(".peers"), metavar="DIR",
+        "--peers",
+        type=Path,
+        default=Path(".peers"),
+        metavar="DIR",
         help="where `make peers` has put other libraries (default .peers)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--out", type=Path, default=Path("bench/results/latest"), metavar="DIR",
+        "--out",
+        type=Path,
+        default=Path("bench/results/latest"),
+        metavar="DIR",
         help="for rows, plots and page (default bench/results/latest)",
-    )  # fmt: skip
+    )
     args = parser.parse_args(words)
     unknown = [name for name in args.operations if name not in OPERATIONS]
     if unknown:
@@ -98,7 +109,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 
 
 def points_of(args: argparse.Namespace) -> list[Point]:
-    """What is to be timed.
+    """List the points to time.
 
     Raises:
         ValueError: nothing, by a provider that there is not, or the file of shapes is wrong.
@@ -209,7 +220,7 @@ def libraries_of(
 
 
 def described(args: argparse.Namespace, plan: Plan, words: Sequence[str]) -> dict[str, Any]:
-    """What a reader needs to judge and repeat a row."""
+    """The facts by which a reader judges and repeats a row."""
     name = torch.cuda.get_device_name() if args.device == "cuda" else processor()
     found = environment(["warpo", "bench", *words], name)
     return found | {

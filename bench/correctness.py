@@ -1,4 +1,4 @@
-"""Whether a provider computes the operation: its results and gradients beside those in float64."""
+"""Check of a provider: its results and gradients against those in float64."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -80,6 +80,10 @@ def exact_of(operation: Operation, inputs: Inputs, mode: str) -> Exact:
         incoming = cotangents(outputs)
         gradients = torch.autograd.grad(outputs, [exact[name] for name in leaves], incoming)
     return Exact(
-        inputs=inputs, leaves=leaves, mask=inputs[operation.mask] if operation.mask else None,
-        results=results, incoming=incoming, gradients=gradients,
-    )  # fmt: skip
+        inputs=inputs,
+        leaves=leaves,
+        mask=inputs[operation.mask] if operation.mask else None,
+        results=results,
+        incoming=incoming,
+        gradients=gradients,
+    )

@@ -1,4 +1,4 @@
-"""What a reader needs to judge and repeat a run, and how its results are printed."""
+"""The facts by which a reader judges and repeats a run, and the layout of printed tables."""
 
 import datetime
 import platform
@@ -11,7 +11,7 @@ import torch
 
 
 def environment(command: Sequence[str], machine: str) -> dict[str, str | int]:
-    """What every row of a run says: its command, machine, versions, commit and date."""
+    """Fields of every row of a run: its command, machine, versions, commit and date."""
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     ).stdout.strip()

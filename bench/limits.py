@@ -1,4 +1,4 @@
-"""What this machine can do at most, measured in the same run as what is compared with it."""
+"""Peak rates of this machine, measured in the same run as the rows compared with them."""
 
 import math
 import statistics
@@ -19,7 +19,7 @@ _EXP = {"cpu": (16, 1 << 17), "cuda": (1 << 12, 1 << 15)}
 
 
 def limits(device: str, budget_s: float, cold: bool = False) -> dict[str, float]:
-    """Of a device, in units a second.
+    """Measure the rates of a device, in units per second.
 
     read_NMiB, copy_NMiB    bytes, of a sum of float32 and of a copy, which counts both directions,
                             over a working set of N MiB
@@ -69,7 +69,7 @@ def _name(traffic: str, size: int) -> str:
 
 
 def bound(work: Work, dtype: str, found: Mapping[str, float]) -> tuple[str, float]:
-    """What limits the work, and the milliseconds that it takes at least."""
+    """Name of the limit of the work, and the least milliseconds that it takes."""
     traffic = "copy" if work.written else "read"
     moved = work.read + work.written
     matrix = "matrix_float32" if dtype == "float32" else "matrix_bfloat16"

@@ -1,4 +1,4 @@
-"""What the suite knows of one operation: its inputs, who computes it, and the least work that it
+"""One operation as the suite sees it: its inputs, its providers, and the least work that it
 takes.
 """
 
@@ -124,7 +124,7 @@ def copied(inputs: Inputs) -> Inputs:
 
 
 def results_of(returned: Any) -> list[Tensor]:
-    """What a function returned, as a list of tensors."""
+    """Results of a function as a list of tensors."""
     if isinstance(returned, Tensor):
         return [returned]
     return [result for result in returned if isinstance(result, Tensor)]

@@ -20,9 +20,17 @@ from torch import Tensor
 from warpo.bench.operation import Missing
 
 PEERS = (
-    "triton", "trl", "verl", "openrlhf", "torchrl", "liger-kernel", "flash-attn", "quack-kernels",
-    "pufferlib", "numba",
-)  # fmt: skip
+    "triton",
+    "trl",
+    "verl",
+    "openrlhf",
+    "torchrl",
+    "liger-kernel",
+    "flash-attn",
+    "quack-kernels",
+    "pufferlib",
+    "numba",
+)
 
 # Of packages that other libraries import and that install on a CUDA machine alone.
 STAND_INS = Path(__file__).parent / "stand_ins"
@@ -37,7 +45,7 @@ def use(folder: Path) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Of those that are installed."""
+    """Versions of the peers that are installed."""
     found = {}
     for name in PEERS:
         try:
@@ -66,6 +74,44 @@ def load(module: str, name: str) -> Any:
         logging.disable(logging.NOTSET)
 
 
+_TRL_ARGS: dict[str, Any] = dict(
+    use_bias_correction_kl=False,
+    delta=None,
+    sapo_temperature_pos=1.0,
+    sapo_temperature_neg=1.05,
+    vespo_k_pos=2.0,
+    vespo_lambda_pos=3.0,
+    vespo_k_neg=3.0,
+    vespo_lambda_neg=2.0,
+    steps_per_generation=1,
+    entropy_target=0.2,
+    entropy_coef_delta=0.01,
+    entropy_coef_max=1.0,
+    entropy_coef_min=0.0,
+)
+_TRL_STATE: dict[str, Any] = dict(
+    loss_type="grpo",
+    importance_sampling_level="token",
+    beta=0.0,
+    epsilon_low=0.2,
+    epsilon_high=0.2,
+    use_vllm=False,
+    vllm_importance_sampling_correction=True,
+    top_entropy_quantile=1.0,
+    off_policy_mask_threshold=None,
+    max_completion_length=256,
+    current_gradient_accumulation_steps=1,
+    aux_loss_enabled=False,
+    router_aux_loss_coef=0.001,
+    _entropy_bonus_enabled=False,
+    use_adaptive_entropy=False,
+    entropy_coef=0.0,
+    _last_world_entropy=float("inf"),
+    _entropy_window_stats=None,
+    training=True,
+)
+
+
 def trl_trainer(name: str, **settings: Any) -> Any:
     """A trainer of TRL with what its `_compute_loss` reads: no model, data or other processes.
 
@@ -76,22 +122,8 @@ def trl_trainer(name: str, **settings: Any) -> Any:
     """
     trainer_class = load("trl", name)
     trainer = trainer_class.__new__(trainer_class)
-    args: dict[str, Any] = dict(
-        use_bias_correction_kl=False, delta=None, sapo_temperature_pos=1.0,
-        sapo_temperature_neg=1.05, vespo_k_pos=2.0, vespo_lambda_pos=3.0, vespo_k_neg=3.0,
-        vespo_lambda_neg=2.0, steps_per_generation=1, entropy_target=0.2, entropy_coef_delta=0.01,
-        entropy_coef_max=1.0, entropy_coef_min=0.0,
-    )  # fmt: skip
-    attributes: dict[str, Any] = dict(
-        loss_type="grpo", importance_sampling_level="token", beta=0.0, epsilon_low=0.2,
-        epsilon_high=0.2, use_vllm=False, vllm_importance_sampling_correction=True,
-        top_entropy_quantile=1.0, off_policy_mask_threshold=None, max_completion_length=256,
-        current_gradient_accumulation_steps=1, aux_loss_enabled=False, router_aux_loss_coef=0.001,
-        _entropy_bonus_enabled=False, use_adaptive_entropy=False, entropy_coef=0.0,
-        _last_world_entropy=float("inf"), _entropy_window_stats=None, training=True,
-    ) | settings  # fmt: skip
-    for key in args.keys() & settings:
-        args[key] = attributes.pop(key)
+    args = {name: settings.pop(name, value) for name, value in _TRL_ARGS.items()}
+    attributes = _TRL_STATE | settings
     vars(trainer).update(attributes)
     trainer.args = types.SimpleNamespace(**args)
     trainer.model = types.SimpleNamespace(training=attributes.pop("training"))
@@ -119,12 +151,16 @@ class _OneProcess:
 
 
 def trl_inputs(advantages: Tensor, mask: Tensor, **others: Any) -> dict[str, Any]:
-    """What TRL hands to `_compute_loss` beside the model: completions without prompts."""
+    """Inputs of TRL's `_compute_loss` next to the model: completions without prompts."""
     ids = torch.zeros(mask.shape, dtype=torch.int64, device=mask.device)
     return {
-        "prompt_ids": ids[:, :0], "prompt_mask": mask[:, :0], "completion_ids": ids,
-        "completion_mask": mask, "advantages": advantages, **others,
-    }  # fmt: skip
+        "prompt_ids": ids[:, :0],
+        "prompt_mask": mask[:, :0],
+        "completion_ids": ids,
+        "completion_mask": mask,
+        "advantages": advantages,
+        **others,
+    }
 
 
 def trl_grpo_loss(beta: float) -> Callable[..., Tensor]:

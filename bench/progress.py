@@ -1,4 +1,4 @@
-"""What runs, and how long is left."""
+"""Progress: the name of the running part, and an estimate of the time left."""
 
 from __future__ import annotations
 

@@ -31,8 +31,8 @@ SHAPE = dict(
     num_key_value_heads=3,
     tie_word_embeddings=True,
 )
-# One publish by packed copy is held to: at most so many times one flat copy, and at least so many
-# times as fast as the loader called for each tensor.
+# Bounds of one publish by packed copy: at most FLAT_COPY_TIMES one flat copy, and at least
+# PER_TENSOR_TIMES as fast as the loader called for each tensor.
 FLAT_COPY_TIMES, PER_TENSOR_TIMES = 2.0, 5.0
 BUDGET_S = 1.5  # for each provider
 
@@ -116,11 +116,14 @@ def table_of(rows: list[dict[str, Any]]) -> str:
     lines = [["provider", "sampler", "ms", "p20 to p80", "x flat copy"]]
     lines += [
         [
-            row["provider"], row["sampler_dtype"], f"{row['ms']:.4g}",
-            f"{row['p20_ms']:.4g} to {row['p80_ms']:.4g}", f"{row['x_flat_copy']:.3g}",
+            row["provider"],
+            row["sampler_dtype"],
+            f"{row['ms']:.4g}",
+            f"{row['p20_ms']:.4g} to {row['p80_ms']:.4g}",
+            f"{row['x_flat_copy']:.3g}",
         ]
         for row in rows
-    ]  # fmt: skip
+    ]
     return aligned(lines, 2)
 
 

@@ -31,7 +31,7 @@ GRAPH_BELOW_MS = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """How a suite is run.
+    """Settings of the run of a suite.
 
     Attributes:
         limits: of `limits.limits`.
@@ -158,7 +158,7 @@ def _host_us(function: Callable, point: Point, plan: Plan) -> float:
 
 
 def call_of(function: Callable, inputs: Inputs, leaves: tuple[str, ...], mode: str) -> Call:
-    """What is timed: the function on these inputs in this mode."""
+    """The call to time: the function on these inputs in this mode."""
     if mode == "fwd":
         plain = inputs | {name: inputs[name].detach() for name in leaves}
 

@@ -1,4 +1,4 @@
-"""How calls are timed, and how their memory is counted."""
+"""Timing of calls, and the peak of their memory."""
 
 import contextlib
 import itertools

@@ -78,7 +78,8 @@ Settings:
 OTHER_HELP = """\
 usage: warpo train CONFIG.yaml [--key value | --section.key value ...]
 
-Settings of algorithm: {algorithm}. A config to begin with is examples/{algorithm}.yaml.
+Settings of algorithm: {algorithm}. A config to begin with:
+{example}
 """
 
 DOCTOR_HELP = """\
@@ -273,13 +274,16 @@ def _doctor(libraries: Sequence[str]) -> int:
 def _help(names: Sequence[str]) -> int:
     row = find(names[0]) if names else ALGORITHMS[Config.algorithm]
     tree = tree_of(row.family)
-    print(train_help() if tree is Config else settings_help(tree, row.name))
+    print(train_help() if tree is Config else settings_help(tree, row))
     return 0
 
 
-def settings_help(tree: type, algorithm: str) -> str:
+def settings_help(tree: type, row: Algorithm) -> str:
     """Every setting of a tree."""
-    return "\n".join([OTHER_HELP.format(algorithm=algorithm), *_settings(tree)])
+    from warpo.engine.config.table import example_of
+
+    head = OTHER_HELP.format(algorithm=row.name, example=example_of(row))
+    return "\n".join([head, *_settings(tree)])
 
 
 def train_help() -> str:

@@ -55,6 +55,7 @@ def test_imports_run_one_way():
     for folder, allowed in ALLOWED.items():
         for path in (ROOT / folder).rglob("*.py"):
             for name in imports(path):
+                assert name.split(".")[0] not in ("examples", "tests"), f"{path} imports {name}"
                 if name.split(".")[0] == "warpo":
                     other = (name.split(".") + [""])[1]
                     assert other in allowed or not other, f"{path} imports {name}"

@@ -52,16 +52,22 @@ def measure(args: argparse.Namespace, algorithm: str, name: str, seed: int) -> d
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder, "result.json")
         overrides = {
-            "output_dir": f"{folder}/run", "steps": steps, "seed": seed,
-            "evaluation.every_steps": min(every, steps), "evaluation.episodes": args.episodes,
-        }  # fmt: skip
+            "output_dir": f"{folder}/run",
+            "steps": steps,
+            "seed": seed,
+            "evaluation.every_steps": min(every, steps),
+            "evaluation.episodes": args.episodes,
+        }
         flags = [text for key, value in overrides.items() for text in (f"--{key}", str(value))]
+        words = [name, EXAMPLES[algorithm], str(result), *flags]
         done = subprocess.run(
-            [sys.executable, "-m", "warpo.bench.control.side", name, EXAMPLES[algorithm],
-             str(result), *flags],
+            [sys.executable, "-m", "warpo.bench.control.side", *words],
             env=os.environ | {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
-        )  # fmt: skip
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
         if done.returncode:
             end = "".join(done.stdout.splitlines(keepends=True)[-12:])
             raise RuntimeError(
@@ -107,18 +113,25 @@ def goals_of(found: dict[tuple[str, str], dict[str, Any]]) -> list[dict[str, Any
         mine, theirs = (found.get((algorithm, name)) for name in SIDES)
         if mine and theirs:
             goal = theirs["return"] - max(mine["return_std"], theirs["return_std"])
-            goals.append({"algorithm": algorithm, "goal": goal, "reached": mine["return"],
-                          "met": mine["return"] >= goal})  # fmt: skip
+            goals.append(
+                {
+                    "algorithm": algorithm,
+                    "goal": goal,
+                    "reached": mine["return"],
+                    "met": mine["return"] >= goal,
+                }
+            )
     return goals
 
 
 def table_of(found: dict[tuple[str, str], dict[str, Any]], goals: Sequence[dict]) -> str:
-    lines = [["algorithm", "environment", "trainer", "seeds", "return", "mean of curve", "s",
-              "CPU s"]]  # fmt: skip
+    lines = [
+        ["algorithm", "environment", "trainer", "seeds", "return", "mean of curve", "s", "CPU s"]
+    ]
     for (algorithm, trainer), row in found.items():
-        lines.append([algorithm, row["environment"], trainer, str(row["seeds"]),
-                      *(f"{row[name]:.1f} +- {row[f'{name}_std']:.1f}"
-                        for name in ("return", "curve_mean", "run_s", "cpu_s"))])  # fmt: skip
+        name = [algorithm, row["environment"], trainer, str(row["seeds"])]
+        figures = ("return", "curve_mean", "run_s", "cpu_s")
+        lines.append([*name, *(f"{row[x]:.1f} +- {row[f'{x}_std']:.1f}" for x in figures)])
     verdicts = [
         f"{goal['algorithm']}: return >= {goal['goal']:.1f}: {goal['reached']:.1f}, "
         + ("met" if goal["met"] else "missed")
@@ -131,8 +144,9 @@ def plot(rows: Sequence[dict], path: Path) -> None:
     """Each seed faintly, and the mean of the trainer."""
     algorithms = list(dict.fromkeys(row["algorithm"] for row in rows))
     figure = Figure(figsize=(7 * len(algorithms), 4.5), dpi=100, layout="constrained")
-    for axes, algorithm in zip(figure.subplots(1, len(algorithms), squeeze=False).flat, algorithms,
-                               strict=True):  # fmt: skip
+    for axes, algorithm in zip(
+        figure.subplots(1, len(algorithms), squeeze=False).flat, algorithms, strict=True
+    ):
         mine = [row for row in rows if row["algorithm"] == algorithm]
         for name, color in COLORS.items():
             curves = [row["curve"] for row in mine if row["trainer"] == name]

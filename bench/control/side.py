@@ -45,26 +45,38 @@ def stable_baselines3_curve(config: ControlConfig) -> Curve:
 def _sac(config: ControlConfig, env: Any, common: dict[str, Any]) -> Any:
     sac = config.sac
     return peers.load("stable_baselines3", "SAC")(
-        "MlpPolicy", env, **common,
-        buffer_size=sac.buffer_size, learning_starts=sac.learning_starts,
-        batch_size=sac.batch_size, tau=sac.polyak, gradient_steps=sac.updates_per_step,
+        "MlpPolicy",
+        env,
+        **common,
+        buffer_size=sac.buffer_size,
+        learning_starts=sac.learning_starts,
+        batch_size=sac.batch_size,
+        tau=sac.polyak,
+        gradient_steps=sac.updates_per_step,
         ent_coef="auto" if sac.temperature == "learned" else sac.temperature,
         target_entropy=sac.target_entropy,
         policy_kwargs={"net_arch": [sac.hidden_size] * sac.hidden_layers},
-    )  # fmt: skip
+    )
 
 
 def _ppo(config: ControlConfig, env: Any, common: dict[str, Any]) -> Any:
     ppo, layers = config.ppo, [config.ppo.hidden_size] * config.ppo.hidden_layers
     return peers.load("stable_baselines3", "PPO")(
-        "MlpPolicy", env, **common,
-        n_steps=ppo.rollout_steps, batch_size=ppo.minibatch_size, n_epochs=ppo.epochs,
-        gae_lambda=ppo.gae_lambda, clip_range=ppo.clip_range,
+        "MlpPolicy",
+        env,
+        **common,
+        n_steps=ppo.rollout_steps,
+        batch_size=ppo.minibatch_size,
+        n_epochs=ppo.epochs,
+        gae_lambda=ppo.gae_lambda,
+        clip_range=ppo.clip_range,
         clip_range_vf=None if ppo.value_clip_range == "none" else ppo.value_clip_range,
-        normalize_advantage=ppo.normalize_advantages, ent_coef=ppo.entropy_coef,
+        normalize_advantage=ppo.normalize_advantages,
+        ent_coef=ppo.entropy_coef,
         vf_coef=ppo.value_coef / 2,  # of the squared error, not of half of it
-        max_grad_norm=ppo.max_grad_norm, policy_kwargs={"net_arch": {"pi": layers, "vf": layers}},
-    )  # fmt: skip
+        max_grad_norm=ppo.max_grad_norm,
+        policy_kwargs={"net_arch": {"pi": layers, "vf": layers}},
+    )
 
 
 def _evaluation(config: ControlConfig, curve: Curve) -> Any:
@@ -91,8 +103,10 @@ def _evaluation(config: ControlConfig, curve: Curve) -> Any:
             self.last = self.num_timesteps
             returns = evaluate(
                 lambda observation: self.model.predict(observation, deterministic=True)[0],
-                config.environment, episodes=config.evaluation.episodes, seed=config.seed,
-            )  # fmt: skip
+                config.environment,
+                episodes=config.evaluation.episodes,
+                seed=config.seed,
+            )
             curve.append((self.num_timesteps, float(np.mean(returns))))
 
     return Evaluation()

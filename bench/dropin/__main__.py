@@ -49,31 +49,49 @@ def measured(library: str, peers: Path, only: str) -> list[dict[str, Any]]:
 
 def table_of(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as aligned text."""
-    lines = [["library", "function", "size", "mode", "library ms", "warpo ms", "x", "peak MB",
-              "warpo MB"]]  # fmt: skip
+    lines = [
+        [
+            "library",
+            "function",
+            "size",
+            "mode",
+            "library ms",
+            "warpo ms",
+            "x",
+            "peak MB",
+            "warpo MB",
+        ]
+    ]
     for row in rows:
         line = [row["library"], row["function"], row["size"], row["mode"]]
         if "problem" in row:
             lines.append([*line, row["problem"][:60], "", "", "", ""])
             continue
-        lines.append([
-            *line, f"{row['library_ms']:.4g}", f"{row['warpo_ms']:.4g}",
-            f"{row['times_as_fast']:.2f}", f"{row['library_peak_bytes'] / 1e6:.1f}",
-            f"{row['warpo_peak_bytes'] / 1e6:.1f}",
-        ])  # fmt: skip
+        lines.append(
+            [
+                *line,
+                f"{row['library_ms']:.4g}",
+                f"{row['warpo_ms']:.4g}",
+                f"{row['times_as_fast']:.2f}",
+                f"{row['library_peak_bytes'] / 1e6:.1f}",
+                f"{row['warpo_peak_bytes'] / 1e6:.1f}",
+            ]
+        )
     return aligned(lines, 4)
 
 
 def summary_of(rows: Sequence[dict[str, Any]]) -> str:
-    """One line a function: how many times as fast, over its sizes and dtypes."""
+    """One line per function: the speed-up, over its sizes and dtypes."""
     modes = ("forward", "forward + backward")
     found: dict[tuple[str, str], dict[str, list[float]]] = {}
     for row in rows:
         if "problem" not in row:
             ratios = found.setdefault((row["library"], row["function"]), {m: [] for m in modes})
             ratios[row["mode"]].append(row["times_as_fast"])
-    lines = [["| library", "| function", "| x forward", "| x forward + backward |"],
-             ["|---", "|---", "|---", "|---|"]]  # fmt: skip
+    lines = [
+        ["| library", "| function", "| x forward", "| x forward + backward |"],
+        ["|---", "|---", "|---", "|---|"],
+    ]
     for (library, function), ratios in found.items():
         cells = [_range(ratios[mode]) for mode in modes]
         lines.append([f"| {library}", f"| `{function}`", f"| {cells[0]}", f"| {cells[1]} |"])
@@ -90,9 +108,10 @@ def _range(ratios: Sequence[float]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """`warpo bench dropin ARGV`; see its --help for the exit status."""
     parser = argparse.ArgumentParser(
-        prog="warpo bench dropin", description=__doc__,
+        prog="warpo bench dropin",
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     parser.add_argument("libraries", nargs="*", metavar="LIBRARY", help=", ".join(CHOICES))
     parser.add_argument(
         "--only", default="", metavar="TEXT", help="functions with TEXT in the name"

@@ -72,15 +72,17 @@ def cases() -> list[DropIn]:
         )
         for steps, envs in SIZES
         for kind in ("NumPy", "torch")
-    ]  # fmt: skip
+    ]
     losses = [
         DropIn(
-            function=function, size=f"{size}, float32", mode="forward + backward",
+            function=function,
+            size=f"{size}, float32",
+            mode="forward + backward",
             make=_make_loss(size),
         )
         for function in ("policy_loss", "value_loss")
         for size in MINIBATCHES
-    ]  # fmt: skip
+    ]
     return gae + losses
 
 

@@ -27,13 +27,25 @@ def trainer_of(job: Job, output_dir: str, callback: Any, **settings: Any) -> Any
     from trl import GRPOConfig, GRPOTrainer
 
     config: dict[str, Any] = dict(
-        output_dir=output_dir, max_steps=job.steps + job.warm_up, seed=job.seed,
-        per_device_train_batch_size=job.completions, num_generations=job.group_size,
-        max_completion_length=job.new_tokens, learning_rate=job.lr, lr_scheduler_type="constant",
-        loss_type="dapo", beta=0.04, num_iterations=2, use_cpu=True,
-        bf16=False, gradient_checkpointing=False, save_strategy="no", report_to="none",
-        logging_steps=1, disable_tqdm=True,
-    )  # fmt: skip
+        output_dir=output_dir,
+        max_steps=job.steps + job.warm_up,
+        seed=job.seed,
+        per_device_train_batch_size=job.completions,
+        num_generations=job.group_size,
+        max_completion_length=job.new_tokens,
+        learning_rate=job.lr,
+        lr_scheduler_type="constant",
+        loss_type="dapo",
+        beta=0.04,
+        num_iterations=2,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        save_strategy="no",
+        report_to="none",
+        logging_steps=1,
+        disable_tqdm=True,
+    )
     return GRPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(job.model_path, dtype=torch.float32),
         reward_funcs=reward,
@@ -63,7 +75,7 @@ def counting_losses(calls: list[int]) -> contextlib.AbstractContextManager:
 def train(
     job: Job, output_dir: str, patched: bool, clock: Clock, **settings: Any
 ) -> list[dict[str, float]]:
-    """What the trainer logs at each step.
+    """Train, and return the trainer's log of each step.
 
     Args:
         patched: with all replacements of `warpo.kernels.integrations.trl`.

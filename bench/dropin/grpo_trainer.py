@@ -27,10 +27,11 @@ from warpo.bench.train.processes import child
 
 SIDES = {"TRL": [], "TRL with warpo": ["--patch"]}
 PHASES = ("sample", "forward", "backward", "other")
+MODULE = ("-W", "ignore", "-m", "warpo.bench.dropin.grpo_side")
 
 
 def measure(job: Job, rounds: int, peers: Path, bf16: bool) -> dict[str, list[dict]]:
-    """What each side reports, a round."""
+    """Run the sides in turns; the reports of each, one per round."""
     folder = Path(job.folder)
     job.write(folder / "job.json")
     answers: dict[str, list[dict]] = {name: [] for name in SIDES}
@@ -38,12 +39,9 @@ def measure(job: Job, rounds: int, peers: Path, bf16: bool) -> dict[str, list[di
         for index, (name, arguments) in enumerate(SIDES.items()):
             print(f"{name}, round {number + 1} of {rounds}", file=sys.stderr, flush=True)
             result = folder / f"{index}-{number}.json"
-            module = "warpo.bench.dropin.grpo_side"
-            child(
-                ["-W", "ignore", "-m", module, str(folder / "job.json"), str(result), *arguments,
-                 *(["--bf16"] if bf16 else [])],
-                peers, result.with_suffix(".log"), tuned=False,
-            )  # fmt: skip
+            options = [*arguments, *(["--bf16"] if bf16 else [])]
+            words = [str(folder / "job.json"), str(result), *options]
+            child([*MODULE, *words], peers, result.with_suffix(".log"), tuned=False)
             answers[name].append(json.loads(result.read_text()))
     return answers
 
@@ -95,7 +93,7 @@ def table_of(rows: Sequence[dict]) -> str:
 
 
 def agreement(rows: Sequence[dict]) -> str:
-    """How far the losses of the two sides are apart."""
+    """Describe how far the losses of the two sides are apart."""
     apart = [abs(a - b) for a, b in zip(*(row["losses"] for row in rows), strict=True)]
     largest = max(abs(loss) for loss in rows[0]["losses"])
     return (
@@ -137,11 +135,19 @@ def main() -> None:
     common = environment(["python", "-m", "warpo.bench.dropin.grpo_trainer", *words], processor())
     with tempfile.TemporaryDirectory() as folder:
         job = Job(
-            folder=folder, model=args.model, steps=args.steps, warm_up=args.warm_up,
-            prompts_per_step=args.prompts, group_size=args.group_size,
-            prompt_tokens=args.prompt_tokens, new_tokens=args.new_tokens, lr=args.lr,
-            kv_cache_gib=0.0, seed=args.seed, sampler="transformers",
-        )  # fmt: skip
+            folder=folder,
+            model=args.model,
+            steps=args.steps,
+            warm_up=args.warm_up,
+            prompts_per_step=args.prompts,
+            group_size=args.group_size,
+            prompt_tokens=args.prompt_tokens,
+            new_tokens=args.new_tokens,
+            lr=args.lr,
+            kv_cache_gib=0.0,
+            seed=args.seed,
+            sampler="transformers",
+        )
         make(job)
         answers = measure(job, args.rounds, args.peers.absolute(), args.bf16)
     rows = [row_of(job, name, answers[name]) for name in SIDES]

@@ -14,10 +14,12 @@ def cases() -> list[DropIn]:
     return [
         DropIn(
             function="RolloutBuffer.compute_returns_and_advantage",
-            size=f"{steps} x {envs}, float32", mode="forward", make=_make(steps, envs),
+            size=f"{steps} x {envs}, float32",
+            mode="forward",
+            make=_make(steps, envs),
         )
         for steps, envs in SIZES
-    ]  # fmt: skip
+    ]
 
 
 def _make(steps: int, envs: int) -> Callable[[], Callable[[Callable], object]]:

@@ -14,12 +14,14 @@ GAMMA, LAMBDA = 0.99, 0.95
 def cases() -> list[DropIn]:
     return [
         DropIn(
-            function=function, size=f"{rows} x {steps}, float32", mode="forward",
+            function=function,
+            size=f"{rows} x {steps}, float32",
+            mode="forward",
             make=_make(function, rows, steps),
         )
         for function in library.names()
         for rows, steps in SIZES
-    ]  # fmt: skip
+    ]
 
 
 def _make(name: str, rows: int, steps: int) -> Callable[[], Callable[[Callable], object]]:

@@ -1,4 +1,4 @@
-"""What is timed: the operations of `warpo.kernels.ops`, by name."""
+"""The operations of `warpo.kernels.ops` that are timed, by name."""
 
 from warpo.bench.operation import Operation
 from warpo.bench.operations import (

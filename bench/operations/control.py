@@ -70,15 +70,26 @@ OPERATIONS = (
         part=first_rows(64),
         make=_targets,
         ours=lambda inputs, backend: ops.soft_q_targets(
-            inputs["rewards"], inputs["terminated"], inputs["next_q1"], inputs["next_q2"],
-            inputs["next_logprobs"], alpha=inputs["alpha"], gamma=0.99, backend=backend,
+            inputs["rewards"],
+            inputs["terminated"],
+            inputs["next_q1"],
+            inputs["next_q2"],
+            inputs["next_logprobs"],
+            alpha=inputs["alpha"],
+            gamma=0.99,
+            backend=backend,
         ),
         eager=_eager_targets,
         exact=lambda inputs: reference.soft_q_targets(
-            inputs["rewards"], inputs["terminated"], inputs["next_q1"], inputs["next_q2"],
-            inputs["next_logprobs"], inputs["alpha"], 0.99,
+            inputs["rewards"],
+            inputs["terminated"],
+            inputs["next_q1"],
+            inputs["next_q2"],
+            inputs["next_logprobs"],
+            inputs["alpha"],
+            0.99,
         ),
         # read four floats and a flag, write a float
         work=lambda sizes, itemsize, mode: Work(read=17 * sizes["rows"], written=4 * sizes["rows"]),
     ),
-)  # fmt: skip
+)

@@ -10,7 +10,7 @@ from warpo.bench.operation import Inputs, Operation, Provider, Sizes, Work, firs
 from warpo.bench.operations.scans import tokens
 from warpo.kernels import ops, reference
 
-STEPS = 4  # of an answer, whose rewards are normalised together
+STEPS = 4  # of a completion, whose rewards are normalised together
 
 
 def _make(device: str, dtype: torch.dtype, sizes: Sizes) -> Inputs:
@@ -43,25 +43,29 @@ def _verl(name: str) -> Provider:
 
 
 def _process(device: str, dtype: torch.dtype, sizes: Sizes) -> Inputs:
-    """Answers of 256 tokens with rewards at the ends of four steps."""
-    answers = sizes["prompts"] * sizes["group"]
+    """Completions of 256 tokens with rewards at the ends of four steps."""
+    completions = sizes["prompts"] * sizes["group"]
+    ends = torch.arange(1, STEPS + 1, dtype=torch.int32, device=device) * 64 - 1
     return {
-        "step_rewards": torch.randn(answers * STEPS, device=device),
-        "step_offsets": torch.arange(answers + 1, dtype=torch.int32, device=device) * STEPS,
-        "step_ends": torch.arange(1, STEPS + 1, dtype=torch.int32, device=device).repeat(answers)
-        * 64 - 1,
+        "step_rewards": torch.randn(completions * STEPS, device=device),
+        "step_offsets": torch.arange(completions + 1, dtype=torch.int32, device=device) * STEPS,
+        "step_ends": ends.repeat(completions),
         "group": sizes["group"],
         "prompts": sizes["prompts"],
-    }  # fmt: skip
+    }
 
 
 def _exact_process(inputs: Inputs) -> Tensor:
-    answers = inputs["prompts"] * inputs["group"]
-    ids = torch.arange(answers, device=inputs["step_rewards"].device) // inputs["group"]
+    completions = inputs["prompts"] * inputs["group"]
+    ids = torch.arange(completions, device=inputs["step_rewards"].device) // inputs["group"]
     return reference.process_advantages(
-        inputs["step_rewards"], inputs["step_offsets"], inputs["step_ends"], 64 * STEPS, ids,
+        inputs["step_rewards"],
+        inputs["step_offsets"],
+        inputs["step_ends"],
+        64 * STEPS,
+        ids,
         inputs["prompts"],
-    )[0]  # fmt: skip
+    )[0]
 
 
 def _exact_whiten(inputs: Inputs) -> Tensor:
@@ -88,9 +92,11 @@ OPERATIONS = (
         tiny={"prompts": 2, "group": 2},
         part=first_rows(4),
         make=_make,
-        ours=lambda inputs, backend: ops.group_advantages(
-            inputs["rewards"].view(-1), inputs["rewards"].shape[1], backend=backend
-        ).advantages,
+        ours=lambda inputs, backend: (
+            ops.group_advantages(
+                inputs["rewards"].view(-1), inputs["rewards"].shape[1], backend=backend
+            ).advantages
+        ),
         eager=_eager,
         exact=lambda inputs: reference.group_advantages(
             inputs["rewards"].view(-1), _ids(inputs["rewards"]), len(inputs["rewards"])
@@ -111,13 +117,19 @@ OPERATIONS = (
         tiny={"prompts": 2, "group": 2},
         part=lambda inputs: inputs,
         make=_process,
-        ours=lambda inputs, backend: ops.process_advantages(
-            inputs["step_rewards"], inputs["step_offsets"], inputs["step_ends"], 64 * STEPS,
-            inputs["group"], backend=backend,
-        ).advantages,
+        ours=lambda inputs, backend: (
+            ops.process_advantages(
+                inputs["step_rewards"],
+                inputs["step_offsets"],
+                inputs["step_ends"],
+                64 * STEPS,
+                inputs["group"],
+                backend=backend,
+            ).advantages
+        ),
         eager=None,
         exact=_exact_process,
-        # of an answer read four rewards and ends (4 bytes each), write 256 advantages (4)
+        # of a completion read four rewards and ends (4 bytes each), write 256 advantages (4)
         work=lambda sizes, itemsize, mode: Work(
             read=32 * sizes["prompts"] * sizes["group"],
             written=1024 * sizes["prompts"] * sizes["group"],
@@ -130,9 +142,7 @@ OPERATIONS = (
         part=first_rows(4),
         mask="mask",
         make=tokens,
-        ours=lambda inputs, backend: ops.whiten(
-            inputs["values"], inputs["mask"], backend=backend
-        ),
+        ours=lambda inputs, backend: ops.whiten(inputs["values"], inputs["mask"], backend=backend),
         eager=_eager_whiten,
         exact=_exact_whiten,
         others={"verl": Provider(load=_verl_whiten)},
@@ -142,4 +152,4 @@ OPERATIONS = (
             written=4 * sizes["sequences"] * sizes["steps"],
         ),
     ),
-)  # fmt: skip
+)

@@ -110,9 +110,12 @@ def _eager_kept(inputs: Inputs) -> Tensor:
 
 def _exact_kept(inputs: Inputs) -> Tensor:
     return reference.kept_set_logprobs(
-        inputs["hidden"], inputs["weight"], inputs["targets"], inputs["kept_ids"].view(-1),
+        inputs["hidden"],
+        inputs["weight"],
+        inputs["targets"],
+        inputs["kept_ids"].view(-1),
         _kept_offsets(inputs),
-    )  # fmt: skip
+    )
 
 
 def _from_logits(device: str, dtype: torch.dtype, sizes: Sizes) -> Inputs:
@@ -140,16 +143,24 @@ def _corner(inputs: Inputs) -> Inputs:
 
 def _one_read(inputs: Inputs, backend: str | None) -> Tensor:
     return ops.policy_loss_from_logits(
-        inputs["logits"], inputs["targets"], inputs["advantages"], "grpo",
-        old_logprobs=inputs["old_logprobs"], ref_logprobs=inputs["ref_logprobs"], backend=backend,
-    ).loss  # fmt: skip
+        inputs["logits"],
+        inputs["targets"],
+        inputs["advantages"],
+        "grpo",
+        old_logprobs=inputs["old_logprobs"],
+        ref_logprobs=inputs["ref_logprobs"],
+        backend=backend,
+    ).loss
 
 
 def _two_reads(inputs: Inputs) -> Tensor:
     return ops.policy_loss(
-        ops.logprobs(inputs["logits"], inputs["targets"]), inputs["old_logprobs"],
-        inputs["advantages"], "grpo", ref_logprobs=inputs["ref_logprobs"],
-    ).loss  # fmt: skip
+        ops.logprobs(inputs["logits"], inputs["targets"]),
+        inputs["old_logprobs"],
+        inputs["advantages"],
+        "grpo",
+        ref_logprobs=inputs["ref_logprobs"],
+    ).loss
 
 
 def _eager_from_logits(inputs: Inputs) -> Tensor:
@@ -168,9 +179,14 @@ def _exact_loss(logp: Tensor, inputs: Inputs, **packed: Any) -> Tensor:
     count = torch.tensor(float(len(logp)), dtype=logp.dtype, device=logp.device)
     objective = ops.OBJECTIVES["grpo" if logp.dim() == 2 else "dapo"]
     return reference.policy_loss(
-        logp, inputs["old_logprobs"], advantages, objective, count,
-        ref=inputs["ref_logprobs"] if logp.dim() == 2 else None, **packed,
-    )[0]  # fmt: skip
+        logp,
+        inputs["old_logprobs"],
+        advantages,
+        objective,
+        count,
+        ref=inputs["ref_logprobs"] if logp.dim() == 2 else None,
+        **packed,
+    )[0]
 
 
 def _one_sequence(inputs: Inputs) -> Tensor:
@@ -228,11 +244,18 @@ OPERATIONS = (
         **_HEAD,
         make=_hidden,
         part=_rows(4),
-        ours=lambda inputs, backend: ops.policy_loss_from_hidden(
-            inputs["hidden"], inputs["weight"], inputs["targets"], inputs["advantages"], "dapo",
-            old_logprobs=inputs["old_logprobs"], cu_seqlens=_one_sequence(inputs),
-            backend=backend,
-        ).loss,
+        ours=lambda inputs, backend: (
+            ops.policy_loss_from_hidden(
+                inputs["hidden"],
+                inputs["weight"],
+                inputs["targets"],
+                inputs["advantages"],
+                "dapo",
+                old_logprobs=inputs["old_logprobs"],
+                cu_seqlens=_one_sequence(inputs),
+                backend=backend,
+            ).loss
+        ),
         eager=_eager_from_hidden,
         exact=lambda inputs: _exact_loss(
             _exact_linear(inputs), inputs, cu_seqlens=_one_sequence(inputs)
@@ -246,8 +269,12 @@ OPERATIONS = (
         make=_hidden,
         part=_rows(4),
         ours=lambda inputs, backend: ops.kept_set_logprobs(
-            inputs["hidden"], inputs["weight"], inputs["targets"], inputs["kept_ids"].view(-1),
-            _kept_offsets(inputs), backend=backend,
+            inputs["hidden"],
+            inputs["weight"],
+            inputs["targets"],
+            inputs["kept_ids"].view(-1),
+            _kept_offsets(inputs),
+            backend=backend,
         ),
         eager=_eager_kept,
         exact=_exact_kept,
@@ -258,4 +285,4 @@ OPERATIONS = (
             flops=2 * sizes["tokens"] * KEPT * sizes["hidden"] * (1 if mode == "fwd" else 3),
         ),
     ),
-)  # fmt: skip
+)

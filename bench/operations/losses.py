@@ -69,17 +69,25 @@ def grpo(inputs: Inputs) -> Tensor:
 def _exact_grpo(inputs: Inputs) -> Tensor:
     logp = inputs["logprobs"]
     return reference.policy_loss(
-        logp, inputs["old_logprobs"], inputs["advantages"][:, None].expand_as(logp),
-        ops.OBJECTIVES["grpo"], count_of(logp), mask=inputs["mask"], ref=inputs["ref_logprobs"],
-    )[0]  # fmt: skip
+        logp,
+        inputs["old_logprobs"],
+        inputs["advantages"][:, None].expand_as(logp),
+        ops.OBJECTIVES["grpo"],
+        count_of(logp),
+        mask=inputs["mask"],
+        ref=inputs["ref_logprobs"],
+    )[0]
 
 
 def _trl() -> Any:
     function = peers.trl_grpo_loss(beta=0.04)
     return lambda inputs: function(
-        inputs["logprobs"], inputs["old_logprobs"], inputs["ref_logprobs"], inputs["advantages"],
+        inputs["logprobs"],
+        inputs["old_logprobs"],
+        inputs["ref_logprobs"],
+        inputs["advantages"],
         inputs["mask"].long(),
-    )  # fmt: skip
+    )
 
 
 def _value(inputs: Inputs) -> Tensor:
@@ -92,9 +100,13 @@ def _value(inputs: Inputs) -> Tensor:
 def _exact_value(inputs: Inputs) -> Tensor:
     count = inputs["mask"].sum().to(inputs["values"].dtype)
     return reference.value_loss(
-        inputs["values"], inputs["old_values"], inputs["returns"], count, mask=inputs["mask"],
+        inputs["values"],
+        inputs["old_values"],
+        inputs["returns"],
+        count,
+        mask=inputs["mask"],
         clip_range=0.2,
-    )[0]  # fmt: skip
+    )[0]
 
 
 def _mean(inputs: Inputs) -> Tensor:
@@ -113,10 +125,17 @@ OPERATIONS = (
         **TOKENS,
         make=tokens,
         leaves=("logprobs",),
-        ours=lambda inputs, backend: ops.policy_loss(
-            inputs["logprobs"], inputs["old_logprobs"], inputs["advantages"], "grpo",
-            mask=inputs["mask"], ref_logprobs=inputs["ref_logprobs"], backend=backend,
-        ).loss,
+        ours=lambda inputs, backend: (
+            ops.policy_loss(
+                inputs["logprobs"],
+                inputs["old_logprobs"],
+                inputs["advantages"],
+                "grpo",
+                mask=inputs["mask"],
+                ref_logprobs=inputs["ref_logprobs"],
+                backend=backend,
+            ).loss
+        ),
         eager=grpo,
         exact=_exact_grpo,
         others={"trl": Provider(load=_trl)},
@@ -128,10 +147,16 @@ OPERATIONS = (
         **TOKENS,
         make=tokens,
         leaves=("values",),
-        ours=lambda inputs, backend: ops.value_loss(
-            inputs["values"], inputs["old_values"], inputs["returns"], mask=inputs["mask"],
-            clip_range=0.2, backend=backend,
-        ).loss,
+        ours=lambda inputs, backend: (
+            ops.value_loss(
+                inputs["values"],
+                inputs["old_values"],
+                inputs["returns"],
+                mask=inputs["mask"],
+                clip_range=0.2,
+                backend=backend,
+            ).loss
+        ),
         eager=_value,
         exact=_exact_value,
         # read values, old values, returns (4 bytes each) and mask (1); write the gradient (4)
@@ -167,4 +192,4 @@ OPERATIONS = (
         # read both logprobs, write the value; backward: read them and a gradient, write one
         work=of_tokens((8, 4), (12, 4)),
     ),
-)  # fmt: skip
+)

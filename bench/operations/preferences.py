@@ -15,8 +15,8 @@ def _kto(inputs: Inputs) -> Tensor:
     return (1 - torch.sigmoid(0.1 * signs * (rewards - 0.5))).mean()
 
 
-def _answers(device: str, dtype: torch.dtype, sizes: Sizes) -> Inputs:
-    """Logprobs of chosen and rejected answers under two policies, nine tenths of their tokens."""
+def _completions(device: str, dtype: torch.dtype, sizes: Sizes) -> Inputs:
+    """Logprobs of chosen and rejected completions under two policies, 9/10 of their tokens."""
     shape = (sizes["pairs"], sizes["steps"])
     found: Inputs = {}
     for name in ("chosen", "rejected"):
@@ -37,27 +37,36 @@ def _dpo(inputs: Inputs) -> Tensor:
 
 def _ours_dpo(inputs: Inputs, backend: str) -> Tensor:
     return ops.preference_loss(
-        inputs["chosen"], inputs["rejected"], inputs["ref_chosen"], inputs["ref_rejected"],
-        loss="dpo", chosen_mask=inputs["chosen_mask"], rejected_mask=inputs["rejected_mask"],
+        inputs["chosen"],
+        inputs["rejected"],
+        inputs["ref_chosen"],
+        inputs["ref_rejected"],
+        loss="dpo",
+        chosen_mask=inputs["chosen_mask"],
+        rejected_mask=inputs["rejected_mask"],
         backend=backend,
-    ).loss  # fmt: skip
+    ).loss
 
 
 def _exact_dpo(inputs: Inputs) -> Tensor:
     return reference.preference_loss(
-        inputs["chosen"], inputs["rejected"], inputs["ref_chosen"], inputs["ref_rejected"],
-        count_of(inputs["chosen"]), chosen_mask=inputs["chosen_mask"],
+        inputs["chosen"],
+        inputs["rejected"],
+        inputs["ref_chosen"],
+        inputs["ref_rejected"],
+        count_of(inputs["chosen"]),
+        chosen_mask=inputs["chosen_mask"],
         rejected_mask=inputs["rejected_mask"],
-    )[0]  # fmt: skip
+    )[0]
 
 
 def _pairs(device: str, dtype: torch.dtype, sizes: Sizes) -> Inputs:
-    """Scores of chosen and rejected answers."""
+    """Scores of chosen and rejected completions."""
     return {name: torch.randn(sizes["pairs"], device=device) for name in ("chosen", "rejected")}
 
 
 def _ranked(device: str, dtype: torch.dtype, sizes: Sizes) -> Inputs:
-    """Groups of answers with scores and ranks."""
+    """Groups of completions with scores and ranks."""
     prompts, group = sizes["prompts"], sizes["group"]
     return {
         "scores": torch.randn(prompts, group, device=device),
@@ -85,15 +94,24 @@ OPERATIONS = (
         **TOKENS,
         make=tokens,
         leaves=("logprobs",),
-        ours=lambda inputs, backend: ops.kto_loss(
-            inputs["logprobs"], inputs["ref_logprobs"], inputs["desirable"], kl=0.5,
-            mask=inputs["mask"], backend=backend,
-        ).loss,
+        ours=lambda inputs, backend: (
+            ops.kto_loss(
+                inputs["logprobs"],
+                inputs["ref_logprobs"],
+                inputs["desirable"],
+                kl=0.5,
+                mask=inputs["mask"],
+                backend=backend,
+            ).loss
+        ),
         eager=_kto,
         exact=lambda inputs: reference.kto_loss(
-            inputs["logprobs"], inputs["ref_logprobs"], inputs["desirable"],
+            inputs["logprobs"],
+            inputs["ref_logprobs"],
+            inputs["desirable"],
             torch.tensor(0.5, dtype=inputs["logprobs"].dtype, device=inputs["logprobs"].device),
-            count_of(inputs["logprobs"]), mask=inputs["mask"],
+            count_of(inputs["logprobs"]),
+            mask=inputs["mask"],
         )[0],
         # read two logprobs (4 bytes each) and mask (1); write the gradient (4)
         work=of_tokens((9, 0), (9, 4)),
@@ -103,12 +121,12 @@ OPERATIONS = (
         sizes=("pairs", "steps"),
         tiny={"pairs": 2, "steps": 4},
         part=first_rows(4),
-        make=_answers,
+        make=_completions,
         leaves=("chosen", "rejected"),
         ours=_ours_dpo,
         eager=_dpo,
         exact=_exact_dpo,
-        # of both answers read two logprobs (4 bytes each) and mask (1); write the gradient (4)
+        # of both completions read two logprobs (4 bytes each) and mask (1); write the gradient (4)
         work=lambda sizes, itemsize, mode: Work(
             read=18 * sizes["pairs"] * sizes["steps"],
             written=0 if mode == "fwd" else 8 * sizes["pairs"] * sizes["steps"],
@@ -121,16 +139,17 @@ OPERATIONS = (
         part=first_rows(64),
         make=_pairs,
         leaves=("chosen", "rejected"),
-        ours=lambda inputs, backend: ops.reward_model_loss(
-            inputs["chosen"], inputs["rejected"], backend=backend
-        ).loss,
+        ours=lambda inputs, backend: (
+            ops.reward_model_loss(inputs["chosen"], inputs["rejected"], backend=backend).loss
+        ),
         eager=lambda inputs: -functional.logsigmoid(inputs["chosen"] - inputs["rejected"]).mean(),
         exact=lambda inputs: reference.reward_model_loss(
             inputs["chosen"], inputs["rejected"], count_of(inputs["chosen"])
         )[0],
         # read two scores of a pair, write two gradients (4 bytes each); two exponentials
         work=lambda sizes, itemsize, mode: Work(
-            read=8 * sizes["pairs"], written=0 if mode == "fwd" else 8 * sizes["pairs"],
+            read=8 * sizes["pairs"],
+            written=0 if mode == "fwd" else 8 * sizes["pairs"],
             exps=2 * sizes["pairs"],
         ),
     ),
@@ -141,12 +160,19 @@ OPERATIONS = (
         part=first_rows(4),
         make=_ranked,
         leaves=("scores",),
-        ours=lambda inputs, backend: ops.ranking_loss(
-            inputs["scores"].view(-1), inputs["ranks"].view(-1), _offsets(inputs), backend=backend
-        ).loss,
+        ours=lambda inputs, backend: (
+            ops.ranking_loss(
+                inputs["scores"].view(-1),
+                inputs["ranks"].view(-1),
+                _offsets(inputs),
+                backend=backend,
+            ).loss
+        ),
         eager=_ranking,
         exact=lambda inputs: reference.ranking_loss(
-            inputs["scores"].view(-1), inputs["ranks"].view(-1), _offsets(inputs),
+            inputs["scores"].view(-1),
+            inputs["ranks"].view(-1),
+            _offsets(inputs),
             count_of(inputs["scores"]),
         )[0],
         # read scores (4 bytes) and ranks (8), write the gradient (4); one exponential a pair
@@ -156,4 +182,4 @@ OPERATIONS = (
             exps=sizes["prompts"] * sizes["group"] * (sizes["group"] - 1) // 2,
         ),
     ),
-)  # fmt: skip
+)

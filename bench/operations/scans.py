@@ -145,9 +145,16 @@ def _pufferlib() -> Callable:
         values = inputs["longer_values"]
         advantages, ratio = torch.zeros_like(values), torch.ones_like(values)
         torch.ops.pufferlib.compute_puff_advantage(
-            values, inputs["late_rewards"], inputs["late_ends"], ratio, advantages, GAMMA, LAMBDA,
-            1.0, 1.0,
-        )  # fmt: skip
+            values,
+            inputs["late_rewards"],
+            inputs["late_ends"],
+            ratio,
+            advantages,
+            GAMMA,
+            LAMBDA,
+            1.0,
+            1.0,
+        )
         return advantages[:, :-1]
 
     return call
@@ -174,8 +181,12 @@ OPERATIONS = (
         make=tokens,
         mask="mask",
         ours=lambda inputs, backend: ops.gae(
-            inputs["rewards"], inputs["values"], gamma=GAMMA, gae_lambda=LAMBDA,
-            mask=inputs["mask"], backend=backend,
+            inputs["rewards"],
+            inputs["values"],
+            gamma=GAMMA,
+            gae_lambda=LAMBDA,
+            mask=inputs["mask"],
+            backend=backend,
         ),
         eager=_loop,
         exact=lambda inputs: reference.gae(
@@ -191,8 +202,13 @@ OPERATIONS = (
         make=tokens,
         mask="mask",
         ours=lambda inputs, backend: ops.gae(
-            inputs["rewards"], inputs["values"], gamma=GAMMA, gae_lambda=LAMBDA,
-            mask=inputs["mask"], whiten=True, backend=backend,
+            inputs["rewards"],
+            inputs["values"],
+            gamma=GAMMA,
+            gae_lambda=LAMBDA,
+            mask=inputs["mask"],
+            whiten=True,
+            backend=backend,
         ),
         eager=None,
         exact=_whitened,
@@ -205,8 +221,12 @@ OPERATIONS = (
         **_SIZES,
         make=environments,
         ours=lambda inputs, backend: ops.gae(
-            inputs["rewards"], inputs["values"], gamma=GAMMA, gae_lambda=LAMBDA,
-            terminated=inputs["terminated"], backend=backend,
+            inputs["rewards"],
+            inputs["values"],
+            gamma=GAMMA,
+            gae_lambda=LAMBDA,
+            terminated=inputs["terminated"],
+            backend=backend,
         ),
         eager=_environment_loop,
         exact=lambda inputs: reference.gae(
@@ -225,14 +245,26 @@ OPERATIONS = (
         make=tokens,
         mask="mask",
         ours=lambda inputs, backend: ops.shaped_gae(
-            inputs["logprobs"], inputs["old_logprobs"], inputs["values"], gamma=1.0,
-            gae_lambda=LAMBDA, kl_coef=0.05, terminal_rewards=inputs["terminal_rewards"],
-            mask=inputs["mask"], backend=backend,
+            inputs["logprobs"],
+            inputs["old_logprobs"],
+            inputs["values"],
+            gamma=1.0,
+            gae_lambda=LAMBDA,
+            kl_coef=0.05,
+            terminal_rewards=inputs["terminal_rewards"],
+            mask=inputs["mask"],
+            backend=backend,
         ),
         eager=None,
         exact=lambda inputs: reference.shaped_gae(
-            inputs["logprobs"], inputs["old_logprobs"], inputs["values"], 1.0, LAMBDA, 0.05,
-            terminal_rewards=inputs["terminal_rewards"], mask=inputs["mask"],
+            inputs["logprobs"],
+            inputs["old_logprobs"],
+            inputs["values"],
+            1.0,
+            LAMBDA,
+            0.05,
+            terminal_rewards=inputs["terminal_rewards"],
+            mask=inputs["mask"],
         )[:2],
         # read two logprobs, values (4 bytes each) and mask (1), write advantages and returns
         work=_moves(13, 8),
@@ -258,8 +290,12 @@ OPERATIONS = (
         make=tokens,
         mask="mask",
         ours=lambda inputs, backend: ops.lambda_returns(
-            inputs["rewards"], inputs["values"], gamma=GAMMA, gae_lambda=LAMBDA,
-            mask=inputs["mask"], backend=backend,
+            inputs["rewards"],
+            inputs["values"],
+            gamma=GAMMA,
+            gae_lambda=LAMBDA,
+            mask=inputs["mask"],
+            backend=backend,
         ),
         eager=lambda inputs: _loop(inputs)[1],
         exact=lambda inputs: reference.lambda_returns(
@@ -274,15 +310,24 @@ OPERATIONS = (
         make=tokens,
         mask="mask",
         ours=lambda inputs, backend: ops.vtrace(
-            inputs["logprobs"], inputs["old_logprobs"], inputs["rewards"], inputs["values"],
-            gamma=GAMMA, mask=inputs["mask"], backend=backend,
+            inputs["logprobs"],
+            inputs["old_logprobs"],
+            inputs["rewards"],
+            inputs["values"],
+            gamma=GAMMA,
+            mask=inputs["mask"],
+            backend=backend,
         ),
         eager=None,
         exact=lambda inputs: reference.vtrace(
-            inputs["logprobs"], inputs["old_logprobs"], inputs["rewards"], inputs["values"],
-            GAMMA, mask=inputs["mask"],
+            inputs["logprobs"],
+            inputs["old_logprobs"],
+            inputs["rewards"],
+            inputs["values"],
+            GAMMA,
+            mask=inputs["mask"],
         ),
         # read two logprobs, rewards, values (4 bytes each) and mask (1), write two (4 each)
         work=_moves(17, 8),
     ),
-)  # fmt: skip
+)

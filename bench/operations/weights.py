@@ -63,11 +63,20 @@ def _eager(inputs: Inputs) -> Tensor:
     """The step of torch.optim.AdamW, fused, and the copy to the sampler where it has its own."""
     weights = _weights(inputs)
     torch._fused_adamw_(
-        [weights], [inputs["grad"].float()], [inputs["exp_avg"]], [inputs["exp_avg_sq"]], [],
-        [torch.tensor(float(_NUMBERS["step"]))], lr=_NUMBERS["lr"], beta1=_NUMBERS["beta1"],
-        beta2=_NUMBERS["beta2"], weight_decay=_NUMBERS["weight_decay"], eps=_NUMBERS["eps"],
-        amsgrad=False, maximize=False,
-    )  # fmt: skip
+        [weights],
+        [inputs["grad"].float()],
+        [inputs["exp_avg"]],
+        [inputs["exp_avg_sq"]],
+        [],
+        [torch.tensor(float(_NUMBERS["step"]))],
+        lr=_NUMBERS["lr"],
+        beta1=_NUMBERS["beta1"],
+        beta2=_NUMBERS["beta2"],
+        weight_decay=_NUMBERS["weight_decay"],
+        eps=_NUMBERS["eps"],
+        amsgrad=False,
+        maximize=False,
+    )
     if inputs["master"] is not None:
         inputs["published"].copy_(weights)
     return weights

@@ -39,19 +39,27 @@ def write(rows: Sequence[Row], out: Path) -> str:
         found = plots.operation(mine)
         for kind, png in found.items():
             keep(f"{slug}{kind}", png)
-        sections.append({
-            "name": operation, "slug": slug, "rows": [_cells(row, mine) for row in shown(mine)],
-            "pictures": [pictures[f"{slug}{kind}"] for kind in found],
-        })  # fmt: skip
+        sections.append(
+            {
+                "name": operation,
+                "slug": slug,
+                "rows": [_cells(row, mine) for row in shown(mine)],
+                "pictures": [pictures[f"{slug}{kind}"] for kind in found],
+            }
+        )
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True
     )
     page = environment.get_template("page.html").render(
-        overview=pictures.get("overview"), sections=sections, tiles=figures(rows),
-        summary=[_summary_cells(entry) for entry in summary(rows)], run=rows[0],
-        limits=_limits(rows[0]["limits"]), problems=problems(rows),
+        overview=pictures.get("overview"),
+        sections=sections,
+        tiles=figures(rows),
+        summary=[_summary_cells(entry) for entry in summary(rows)],
+        run=rows[0],
+        limits=_limits(rows[0]["limits"]),
+        problems=problems(rows),
         cold=any(row.get("cache") == "cold" for row in rows),
-    )  # fmt: skip
+    )
     (out / "index.html").write_text(page, encoding="utf-8")
     return f"rows {out / 'bench.jsonl'}, plots {out / '*.png'}, page {out / 'index.html'}"
 
@@ -81,8 +89,12 @@ def _cells(row: Row, rows: Sequence[Row]) -> dict[str, str]:
 
 
 def _limits(limits: dict[str, float]) -> list[tuple[str, str]]:
-    units = {"read": "GB/s read", "copy": "GB/s copied", "exp": "billion exponentials a second",
-             "matrix": "GFLOP/s"}  # fmt: skip
+    units = {
+        "read": "GB/s read",
+        "copy": "GB/s copied",
+        "exp": "billion exponentials a second",
+        "matrix": "GFLOP/s",
+    }
     found = []
     for name, value in limits.items():
         kind, _, detail = name.partition("_")

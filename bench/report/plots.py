@@ -15,16 +15,31 @@ from warpo.bench.report.rows import WARPO, Row, elements, size, summary, timed  
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; warpo's backends in blue and green
 COLORS = {
-    "cpu": "#0072B2", "triton": "#009E73", "cuda": "#0072B2", "eager": "#E69F00",
-    "compile": "#D55E00", "trl": "#CC79A7", "verl": "#7A5195", "torchrl": "#8C564B",
-    "openrlhf": "#56B4E9", "liger": "#666666", "flash-attn": "#999933", "quack": "#332288",
+    "cpu": "#0072B2",
+    "triton": "#009E73",
+    "cuda": "#0072B2",
+    "eager": "#E69F00",
+    "compile": "#D55E00",
+    "trl": "#CC79A7",
+    "verl": "#7A5195",
+    "torchrl": "#8C564B",
+    "openrlhf": "#56B4E9",
+    "liger": "#666666",
+    "flash-attn": "#999933",
+    "quack": "#332288",
     "warpo, in place": "#4C9BCF",
-}  # fmt: skip
+}
 _REST = ("#444444", "#888888", "#AA7733", "#77AA33")
 NAMES = {"eager": "PyTorch", "compile": "torch.compile", "cpu": "warpo", "other": "other library"}
 _PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
-_STYLE: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
-          "axes.grid": True, "grid.alpha": 0.25, "figure.dpi": 130}  # fmt: skip
+_STYLE: Any = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "figure.dpi": 130,
+}
 
 
 def operation(rows: Sequence[Row]) -> dict[str, bytes]:
@@ -50,10 +65,13 @@ def _curves(rows: Sequence[Row]) -> bytes:
             mine = sorted((r for r in rows if r["provider"] == name), key=elements)
             x = [elements(row) for row in mine]
             style: dict[str, Any] = {
-                "color": _color(name, number), "marker": "o", "markersize": 4,
-                "linewidth": 2.0 if name in WARPO else 1.2, "label": NAMES.get(name, name),
+                "color": _color(name, number),
+                "marker": "o",
+                "markersize": 4,
+                "linewidth": 2.0 if name in WARPO else 1.2,
+                "label": NAMES.get(name, name),
                 "clip_on": False,
-            }  # fmt: skip
+            }
             left.errorbar(x, [row["ms"] for row in mine], yerr=_spread(mine), capsize=2, **style)
             right.plot(x, [100 * row["share_of_limit"] for row in mine], **style)
         limits = sorted({(elements(row), row["limit_ms"]) for row in rows})
@@ -107,9 +125,11 @@ def _bars(rows: Sequence[Row], kinds: Sequence[tuple[str, str]]) -> bytes:
             labels.append((y, f"{dtype}, {mode}"))
             places = range(y + 1, y + 1 + len(block))
             axes.barh(
-                places, [row["ms"] for row in block], xerr=_spread(block),
+                places,
+                [row["ms"] for row in block],
+                xerr=_spread(block),
                 color=[_color(row["provider"], n) for n, row in enumerate(block)],
-            )  # fmt: skip
+            )
             axes.vlines(block[0]["limit_ms"], y + 0.4, places[-1] + 0.6, color="k", linewidth=1.5)
             names = [str(NAMES.get(row["provider"], row["provider"])) for row in block]
             labels += zip(places, names, strict=True)
@@ -126,7 +146,7 @@ def _bars(rows: Sequence[Row], kinds: Sequence[tuple[str, str]]) -> bytes:
 
 
 def overview(rows: Sequence[Row]) -> bytes | None:
-    """How many times as fast warpo is as each of the others, one line an operation: the largest
+    """Speed-up of warpo over each of the others, one line per operation: the largest
     size of each, in the dtype and mode that do the most.
     """
     last: dict[str, Row] = {}
@@ -149,14 +169,20 @@ def overview(rows: Sequence[Row]) -> bytes | None:
         for y, entry in enumerate(entries):
             axes.hlines(y, 1, max(entry["ratios"].values()), color="#bbbbbb", linewidth=1)
         axes.axvline(1, color="k", linewidth=1)
-        axes.set(xscale="log", xlabel="warpo is so many times as fast",
-                 ylim=(-0.7, len(entries) - 0.3))  # fmt: skip
-        axes.set_yticks(range(len(entries)), [
-            f"{e['operation']} {'forward' if e['mode'] == 'fwd' else e['mode']}" for e in entries
-        ])  # fmt: skip
+        axes.set(xscale="log", xlabel="speed-up of warpo", ylim=(-0.7, len(entries) - 0.3))
+        axes.set_yticks(
+            range(len(entries)),
+            [f"{e['operation']} {'forward' if e['mode'] == 'fwd' else e['mode']}" for e in entries],
+        )
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
-        axes.legend(fontsize=8, frameon=False, loc="upper center", ncols=3,
-                    bbox_to_anchor=(0.4, 1.0 + 0.4 / len(entries)), borderaxespad=0)  # fmt: skip
+        axes.legend(
+            fontsize=8,
+            frameon=False,
+            loc="upper center",
+            ncols=3,
+            bbox_to_anchor=(0.4, 1.0 + 0.4 / len(entries)),
+            borderaxespad=0,
+        )
         return _png(figure)
 
 

@@ -1,4 +1,4 @@
-"""What table, plots and page ask of the rows."""
+"""Selections and summaries of the rows, for table, plots and page."""
 
 import math
 import statistics
@@ -21,7 +21,7 @@ def elements(row: Row) -> int:
 
 
 def key(row: Row) -> tuple[str, str, str, str]:
-    """What rows share that are compared with each other."""
+    """Key that rows compared with each other share."""
     return row["operation"], size(row), row["dtype"], row["mode"]
 
 
@@ -43,7 +43,7 @@ def groups(rows: Sequence[Row]) -> dict[tuple[str, str, str, str], dict[str, Row
 
 
 def is_ours(provider: str) -> bool:
-    """Whether it is a backend of warpo, or warpo used in another way."""
+    """True for a backend of warpo, or warpo used in another way."""
     return provider in WARPO or provider.startswith("warpo")
 
 
@@ -60,8 +60,8 @@ def best_other(providers: dict[str, Row]) -> Row | None:
 
 
 def summary(rows: Sequence[Row]) -> list[Row]:
-    """One entry for each operation, size, dtype and mode: warpo's time, how many times as fast it
-    is as each of the others, and its share of the limit.
+    """One entry for each operation, size, dtype and mode: warpo's time, its speed-up over
+    each of the others, and its share of the limit.
     """
     found = []
     for (operation, sizes, dtype, mode), providers in groups(rows).items():
@@ -76,12 +76,20 @@ def summary(rows: Sequence[Row]) -> list[Row]:
         }
         if other is not None:
             ratios["other"] = other["ms"] / mine["ms"]
-        found.append({
-            "operation": operation, "size": sizes, "dtype": dtype, "mode": mode,
-            "ms": mine["ms"], "share": mine["share_of_limit"], "limit": mine["limit"],
-            "backend": mine["provider"], "ratios": ratios,
-            "other": other["provider"] if other is not None else "",
-        })  # fmt: skip
+        found.append(
+            {
+                "operation": operation,
+                "size": sizes,
+                "dtype": dtype,
+                "mode": mode,
+                "ms": mine["ms"],
+                "share": mine["share_of_limit"],
+                "limit": mine["limit"],
+                "backend": mine["provider"],
+                "ratios": ratios,
+                "other": other["provider"] if other is not None else "",
+            }
+        )
     return found
 
 
@@ -109,11 +117,13 @@ def figures(rows: Sequence[Row]) -> list[tuple[str, str]]:
     ):
         ratios = [entry["ratios"][name] for entry in entries if name in entry["ratios"]]
         if ratios:
-            found.append((
-                f"{statistics.geometric_mean(ratios):.1f}x",
-                f"{text}: geometric mean of {len(ratios)} cases, "
-                f"{min(ratios):.1f}x to {max(ratios):.0f}x",
-            ))  # fmt: skip
+            found.append(
+                (
+                    f"{statistics.geometric_mean(ratios):.1f}x",
+                    f"{text}: geometric mean of {len(ratios)} cases, "
+                    f"{min(ratios):.1f}x to {max(ratios):.0f}x",
+                )
+            )
     if entries:
         share = statistics.median(entry["share"] for entry in entries)
         found.append((f"{share:.0%}", "of what this machine can do at most: median of all cases"))

@@ -15,10 +15,30 @@ from warpo.bench.report.rows import (
     summary,
 )
 
-DETAILS = ["operation", "size", "dtype", "mode", "provider", "ms", "p20 to p80", "x eager",
-           "of limit", "peak MB", "host us"]  # fmt: skip
-CASES = ["operation", "size", "dtype", "mode", "warpo, ms", "x PyTorch", "x torch.compile",
-         "x best other", "of limit"]  # fmt: skip
+DETAILS = [
+    "operation",
+    "size",
+    "dtype",
+    "mode",
+    "provider",
+    "ms",
+    "p20 to p80",
+    "x eager",
+    "of limit",
+    "peak MB",
+    "host us",
+]
+CASES = [
+    "operation",
+    "size",
+    "dtype",
+    "mode",
+    "warpo, ms",
+    "x PyTorch",
+    "x torch.compile",
+    "x best other",
+    "of limit",
+]
 
 
 def details(rows: Sequence[Row]) -> str:
@@ -31,12 +51,17 @@ def details(rows: Sequence[Row]) -> str:
             lines.append([*line, "no time", *[""] * (len(DETAILS) - len(line) - 1)])
             continue
         base = eager.get(key(row))
-        lines.append([
-            *line, f"{row['ms']:.4g}", f"{row['p20_ms']:.4g} to {row['p80_ms']:.4g}",
-            f"{base / row['ms']:.1f}" if base else "",
-            share_of_limit(row["share_of_limit"], row["limit"]),
-            f"{row['peak_bytes'] / 1e6:.1f}", f"{row['host_us']:.0f}" if "host_us" in row else "",
-        ])  # fmt: skip
+        lines.append(
+            [
+                *line,
+                f"{row['ms']:.4g}",
+                f"{row['p20_ms']:.4g} to {row['p80_ms']:.4g}",
+                f"{base / row['ms']:.1f}" if base else "",
+                share_of_limit(row["share_of_limit"], row["limit"]),
+                f"{row['peak_bytes'] / 1e6:.1f}",
+                f"{row['host_us']:.0f}" if "host_us" in row else "",
+            ]
+        )
     notes = [f"{reason} ({', '.join(where)})" for reason, where in problems(shown(rows)).items()]
     absent = sorted({row["provider"] for row in rows} - {row["provider"] for row in shown(rows)})
     notes += [f"not installed: {', '.join(absent)}"] if absent else []
@@ -44,14 +69,17 @@ def details(rows: Sequence[Row]) -> str:
 
 
 def cases(rows: Sequence[Row]) -> str:
-    """One line a case: warpo's time, how many times as fast it is, its share of the limit."""
+    """One line a case: warpo's time, its speed-up, its share of the limit."""
     lines = [CASES]
     for entry in summary(rows):
-        lines.append([
-            *(entry[name] for name in ("operation", "size", "dtype", "mode")), f"{entry['ms']:.3g}",
-            *(against(entry, name) for name in ("eager", "compile", "other")),
-            share_of_limit(entry["share"], entry["limit"]),
-        ])  # fmt: skip
+        lines.append(
+            [
+                *(entry[name] for name in ("operation", "size", "dtype", "mode")),
+                f"{entry['ms']:.3g}",
+                *(against(entry, name) for name in ("eager", "compile", "other")),
+                share_of_limit(entry["share"], entry["limit"]),
+            ]
+        )
     filled = [i for i in range(len(CASES)) if any(line[i] for line in lines[1:])]
     return aligned([[line[i] for i in filled] for line in lines], 4) if filled else ""
 

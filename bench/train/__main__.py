@@ -60,9 +60,10 @@ interrupted. TRL is installed by `make peers`.
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="warpo bench train", description=DESCRIPTION,
+        prog="warpo bench train",
+        description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     add = parser.add_argument
     add("--quick", action="store_true", help="the tiny model, 2 steps, short curves")
     add("--models", nargs="+", choices=MODELS, default=["tiny", "20m"], help="default tiny 20m")
@@ -79,12 +80,24 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of weights, prompts and draws (default 0)")
     for part in ("steps", "sync", "scaling"):
         add(f"--no-{part}", action="store_true", help=f"leave out {part}")
-    add("--peers", type=Path, default=Path(".peers/trl/site-packages"), metavar="DIR",
-        help="where TRL is installed (default .peers/trl/site-packages)")  # fmt: skip
+    add(
+        "--peers",
+        type=Path,
+        default=Path(".peers/trl/site-packages"),
+        metavar="DIR",
+        help="where TRL is installed (default .peers/trl/site-packages)",
+    )
     add("--out", type=Path, default=Path("bench/results/latest"), metavar="DIR")
     args = parser.parse_args(argv)
-    least = {"warm_up": 1, "rounds": 1, "steps": 0, "prompts": 0, "group_size": 2,
-             "prompt_tokens": 1, "new_tokens": 1}  # fmt: skip
+    least = {
+        "warm_up": 1,
+        "rounds": 1,
+        "steps": 0,
+        "prompts": 0,
+        "group_size": 2,
+        "prompt_tokens": 1,
+        "new_tokens": 1,
+    }
     for name, bound in least.items():
         if getattr(args, name) < bound:
             option = f"--{name.replace('_', '-')}"

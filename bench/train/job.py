@@ -236,7 +236,7 @@ class Clock:
         self.peak_bytes = memory_bytes("VmHWM")
 
     def answer(self, warm_up: int, **figures: Any) -> dict[str, Any]:
-        """What a side reports: its steps without those that warm up, its memory and `figures`."""
+        """Report of a side: its steps without those that warm up, its memory and `figures`."""
         return {
             "steps": self.steps[warm_up - 1 :],
             "resident_bytes": self.resident_bytes,

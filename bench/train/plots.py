@@ -18,13 +18,25 @@ from warpo.bench.train.scaling import GROWS, exponent  # noqa: E402
 
 # Okabe and Ito's colours, which the colour-blind can tell apart
 COLORS = {
-    "sample": "#0072B2", "reward": "#F0E442", "score": "#CC79A7", "forward": "#E69F00",
-    "backward": "#D55E00", "optimizer": "#009E73", "publish": "#000000", "probe": "#56B4E9",
+    "sample": "#0072B2",
+    "reward": "#F0E442",
+    "score": "#CC79A7",
+    "forward": "#E69F00",
+    "backward": "#D55E00",
+    "optimizer": "#009E73",
+    "publish": "#000000",
+    "probe": "#56B4E9",
     "other": "#999999",
-}  # fmt: skip
-_STYLE: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
-          "axes.grid": True, "axes.axisbelow": True,
-          "grid.alpha": 0.25, "savefig.dpi": 200}  # fmt: skip
+}
+_STYLE: Any = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.alpha": 0.25,
+    "savefig.dpi": 200,
+}
 WIDTH = 4.4  # inches: as wide as a phone's screen, letters of 9 points keep their size
 
 
@@ -36,15 +48,19 @@ def steps(rows: Sequence[Row], path: Path) -> bool:
     heights = [0.55 + 0.5 * len(panel) for panel in panels]
     with pyplot.rc_context(_STYLE):
         figure, axes = pyplot.subplots(
-            len(panels), figsize=(WIDTH, 0.9 + sum(heights)), squeeze=False, layout="constrained",
+            len(panels),
+            figsize=(WIDTH, 0.9 + sum(heights)),
+            squeeze=False,
+            layout="constrained",
             height_ratios=heights,
-        )  # fmt: skip
+        )
         for panel, place in zip(panels, axes[:, 0], strict=True):
             _bars(panel, place)
         axes[-1, 0].set_xlabel("seconds of a step (medians), by phase")
         handles, labels = axes[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False,
-                      fontsize=8)  # fmt: skip
+        figure.legend(
+            handles, labels, loc="outside upper center", ncols=3, frameon=False, fontsize=8
+        )
         _save(figure, path)
     return True
 
@@ -61,8 +77,13 @@ def _bars(rows: Sequence[Row], axes: Any) -> None:
         left = [a + b for a, b in zip(left, seconds, strict=True)]
     for y, (row, end) in enumerate(zip(rows, left, strict=True)):
         above = row["peak_above_imports_bytes"] / 2**20
-        axes.text(end, y, f" {row['tokens_per_s']:.0f} tokens/s\n peak {above:.0f} MiB",
-                  va="center", fontsize=7.5)  # fmt: skip
+        axes.text(
+            end,
+            y,
+            f" {row['tokens_per_s']:.0f} tokens/s\n peak {above:.0f} MiB",
+            va="center",
+            fontsize=7.5,
+        )
     axes.set_xlim(0, 1.42 * max(left))
     axes.set_yticks(range(len(rows)), [row["trainer"] for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
@@ -70,8 +91,9 @@ def _bars(rows: Sequence[Row], axes: Any) -> None:
     millions = first["weight_bytes"] / 4e6
     axes.set_title(
         f"{millions:.1f} M weights, {first['completions']} completions by {first['sampler']}",
-        loc="left", fontsize=9,
-    )  # fmt: skip
+        loc="left",
+        fontsize=9,
+    )
 
 
 def scaling(rows: Sequence[Row], path: Path) -> bool:
@@ -109,8 +131,10 @@ def _curve(rows: Sequence[Row], key: str, fit: str, name: str, color: str, axes:
     values = [row[key] / unit for row in rows]
     spread = None
     if key == "ms":
-        spread = [[row["ms"] - row["p20_ms"] for row in rows],
-                  [row["p80_ms"] - row["ms"] for row in rows]]  # fmt: skip
+        spread = [
+            [row["ms"] - row["p20_ms"] for row in rows],
+            [row["p80_ms"] - row["ms"] for row in rows],
+        ]
     axes.errorbar(sizes, values, yerr=spread, color=color, fmt="o", markersize=4, capsize=2)
 
 
@@ -125,9 +149,13 @@ def sync(rows: Sequence[Row], path: Path) -> bool:
     heights = [0.5 + 0.38 * len(panel) for panel in panels]
     with pyplot.rc_context(_STYLE):
         figure, axes = pyplot.subplots(
-            len(panels), figsize=(WIDTH, 0.4 + sum(heights)), squeeze=False, layout="constrained",
-            height_ratios=heights, sharex=True,
-        )  # fmt: skip
+            len(panels),
+            figsize=(WIDTH, 0.4 + sum(heights)),
+            squeeze=False,
+            layout="constrained",
+            height_ratios=heights,
+            sharex=True,
+        )
         for panel, place in zip(panels, axes[:, 0], strict=True):
             _sync_bars(sorted(panel, key=lambda row: -row["ms"]), place)
         axes[0, 0].set_xlim(0, 1.15 * max(row["ms"] for row in rows))

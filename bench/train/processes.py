@@ -68,8 +68,12 @@ def child(arguments: Sequence[str], peers: Path | None, log: Path, tuned: bool =
     with log.open("a", encoding="utf-8") as file:
         done = subprocess.run(
             [sys.executable, *arguments],
-            env=variables, stdout=subprocess.PIPE, stderr=file, text=True, check=False,
-        )  # fmt: skip
+            env=variables,
+            stdout=subprocess.PIPE,
+            stderr=file,
+            text=True,
+            check=False,
+        )
         file.write(done.stdout)
     if done.returncode:
         end = "".join(log.read_text(errors="replace").splitlines(keepends=True)[-12:])
@@ -89,7 +93,7 @@ def imports_bytes(modules: tuple[str, ...], peers: Path | None) -> int:
 
 
 class Runs:
-    """What each side has reported of one job, its steps joined over the rounds.
+    """Reports of each side on one job, its steps joined over the rounds.
 
     Attributes:
         answers: of the sides that ran.
@@ -126,8 +130,10 @@ class Runs:
         result = folder / f"{name.replace(' ', '-')}-{number}.json"
         child(
             ["-m", side.module, str(job_path), str(result), *side.arguments],
-            peers, result.with_suffix(".log"), side.tuned,
-        )  # fmt: skip
+            peers,
+            result.with_suffix(".log"),
+            side.tuned,
+        )
         answer = json.loads(result.read_text())
         if name in self.answers:
             self.answers[name]["steps"] += answer["steps"]

@@ -11,15 +11,23 @@ from warpo.bench.train.job import Job
 
 Row = dict[str, Any]
 PHASES = (
-    "sample", "reward", "score", "forward", "backward", "optimizer", "publish", "probe", "other"
-)  # fmt: skip
-# Of the same model and tokens: a step may take this share of the time of TRL's, and its peak is to
-# be lower by so many copies of the weights.
+    "sample",
+    "reward",
+    "score",
+    "forward",
+    "backward",
+    "optimizer",
+    "publish",
+    "probe",
+    "other",
+)
+# Of the same model and tokens: a step may take TIME_GOAL of the time of TRL's, and its peak is to
+# be lower by WEIGHTS_GOAL copies of the weights.
 TIME_GOAL, WEIGHTS_GOAL = 0.5, 1.0
 
 
 def job_row(job: Job, name: str) -> Row:
-    """What a row says of its job, whether it ran or not."""
+    """Fields of a row that describe its job, whether it ran or not."""
     return {
         "trainer": name,
         "model": job.model,
@@ -73,7 +81,7 @@ def groups(rows: Sequence[Row]) -> list[list[Row]]:
 
 
 def goals_of(rows: Sequence[Row]) -> list[Row]:
-    """What warpo is held to in one job, against each run of TRL, and what it reached.
+    """Goals of warpo in one job against each run of TRL, and the figures reached.
 
     Time by the clock and of the processor: the latter leaves out what neighbours take.
     """
@@ -89,13 +97,26 @@ def _goals(mine: Row, other: Row) -> list[Row]:
     goals = []
     for figure, key in (("time", "step_s"), ("CPU time", "step_cpu_s")):
         share = mine[key] / other[key]
-        goals.append(common | {"figure": f"share of the step's {figure}", "goal": f"<= {TIME_GOAL}",
-                               "reached": share, "met": share <= TIME_GOAL})  # fmt: skip
+        goals.append(
+            common
+            | {
+                "figure": f"share of the step's {figure}",
+                "goal": f"<= {TIME_GOAL}",
+                "reached": share,
+                "met": share <= TIME_GOAL,
+            }
+        )
     peak = "peak_above_imports_bytes"
     copies = (other[peak] - mine[peak]) / mine["weight_bytes"]
-    goals.append(common | {"figure": "copies of the weights less at the peak",
-                           "goal": f">= {WEIGHTS_GOAL}", "reached": copies,
-                           "met": copies >= WEIGHTS_GOAL})  # fmt: skip
+    goals.append(
+        common
+        | {
+            "figure": "copies of the weights less at the peak",
+            "goal": f">= {WEIGHTS_GOAL}",
+            "reached": copies,
+            "met": copies >= WEIGHTS_GOAL,
+        }
+    )
     return goals
 
 
@@ -113,8 +134,12 @@ def _columns(rows: Sequence[Row]) -> str:
     for phase in PHASES:
         lines.append([f"{phase} ms", *(f"{ms * row['phases_s'][phase]:.1f}" for row in rows)])
     lines.append(["step ms", *(f"{ms * row['step_s']:.0f}" for row in rows)])
-    lines.append(["  p20 to p80", *(f"{ms * row['step_p20_s']:.0f} to {ms * row['step_p80_s']:.0f}"
-                                    for row in rows)])  # fmt: skip
+    lines.append(
+        [
+            "  p20 to p80",
+            *(f"{ms * row['step_p20_s']:.0f} to {ms * row['step_p80_s']:.0f}" for row in rows),
+        ]
+    )
     lines.append(["  CPU ms", *(f"{ms * row['step_cpu_s']:.0f}" for row in rows)])
     lines.append(["tokens/s", *(f"{row['tokens_per_s']:.0f}" for row in rows)])
     held = (f"{mib * row['resident_above_imports_bytes']:.0f}" for row in rows)
@@ -130,6 +155,15 @@ def _columns(rows: Sequence[Row]) -> str:
 def goals_table(goals: Sequence[Row]) -> str:
     lines = [["model", "sampler", "figure", "against", "goal", "reached", ""]]
     for goal in goals:
-        lines.append([goal["model"], goal["sampler"], goal["figure"], goal["against"], goal["goal"],
-                      f"{goal['reached']:.2f}", "met" if goal["met"] else "missed"])  # fmt: skip
+        lines.append(
+            [
+                goal["model"],
+                goal["sampler"],
+                goal["figure"],
+                goal["against"],
+                goal["goal"],
+                f"{goal['reached']:.2f}",
+                "met" if goal["met"] else "missed",
+            ]
+        )
     return aligned(lines, 4)

@@ -1,4 +1,4 @@
-"""How the time and the memory of the learner's step grow with tokens, vocabulary and group size.
+"""Growth of the learner's step in time and memory with tokens, vocabulary and group size.
 
     python -m warpo.bench.train.scaling AXIS RESULT.json [--quick]
 
@@ -45,7 +45,7 @@ class Point:
 
     @property
     def tokens(self) -> int:
-        """What the learner reads: each prompt once, for all of its completions."""
+        """Tokens that the learner reads: each prompt once, for all of its completions."""
         return self.prompts * (self.prompt_tokens + self.group_size * self.new_tokens)
 
 
@@ -195,18 +195,34 @@ def measure_axis(axis: str, quick: bool) -> list[Row]:
 
 def table_of(rows: Sequence[Row]) -> str:
     """A line for each size, and the exponents of each axis in its first line."""
-    lines = [["learner's step against", "size", "tokens", "ms", "p20 to p80", "peak MB",
-              "ms ~ size^", "MB ~ size^"]]  # fmt: skip
+    lines = [
+        [
+            "learner's step against",
+            "size",
+            "tokens",
+            "ms",
+            "p20 to p80",
+            "peak MB",
+            "ms ~ size^",
+            "MB ~ size^",
+        ]
+    ]
     seen: set[str] = set()
     for row in rows:
         first = row["axis"] not in seen
         seen.add(row["axis"])
         fits = [exponent(row[name]) if first else "" for name in ("time_fit", "memory_fit")]
-        lines.append([
-            GROWS[row["axis"]] if first else "", str(row["size"]), str(row["tokens"]),
-            f"{row['ms']:.1f}", f"{row['p20_ms']:.1f} to {row['p80_ms']:.1f}",
-            f"{row['peak_bytes'] / 1e6:.1f}", *fits,
-        ])  # fmt: skip
+        lines.append(
+            [
+                GROWS[row["axis"]] if first else "",
+                str(row["size"]),
+                str(row["tokens"]),
+                f"{row['ms']:.1f}",
+                f"{row['p20_ms']:.1f} to {row['p80_ms']:.1f}",
+                f"{row['peak_bytes'] / 1e6:.1f}",
+                *fits,
+            ]
+        )
     return aligned(lines, 1)
 
 

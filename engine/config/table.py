@@ -21,6 +21,18 @@ _FAMILIES = {
     "reward model": "reward models, which then reward a policy",
     "control": "gymnasium environments",
 }
+# The algorithms that have a file in examples/.
+EXAMPLES = (
+    "sft",
+    "dpo",
+    "bradley_terry",
+    "grpo",
+    "dapo",
+    "ppo",
+    "ppo_ptx",
+    "sac",
+    "ppo_gymnasium",
+)
 _COLUMNS = ("config line", "advantages or loss", "models", "paper")
 
 
@@ -74,7 +86,16 @@ def describe(row: Algorithm) -> str:
     if settings:
         lines += ["", "  settings, and their values where a config does not name them:"]
         lines += [f"    {name:28}{value}" for name, value in settings.items()]
-    return "\n".join([*lines, "", f"  a config to begin with: examples/{row.name}.yaml"])
+    return "\n".join([*lines, "", f"  a config to begin with: {example_of(row)}"])
+
+
+def example_of(row: Algorithm) -> str:
+    """The config to begin with: a file of examples/, and the line to change in it."""
+    if row.name in EXAMPLES:
+        return f"examples/{row.name}.yaml"
+    policy = "ppo" if "critic" in row.models else "grpo"
+    nearest = {"preference": "dpo", "reward model": "bradley_terry"}.get(row.family, policy)
+    return f"examples/{nearest}.yaml, with algorithm: {row.name}"
 
 
 def _settings(row: Algorithm) -> dict[str, str]:

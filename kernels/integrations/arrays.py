@@ -183,8 +183,9 @@ def _gae_numpy(
     gae_lambda: float,
     dtype: np.dtype,
 ) -> Gae:
-    found = np.empty((2, *rewards.shape), np.float32)
-    gae_into(found[0], found[1], rewards, values, dones, next_value, next_done, gamma, gae_lambda)
+    advantages, returns = found = np.empty((2, *rewards.shape), np.float32)
+    given = (rewards, values, dones, next_value, next_done)
+    gae_into(advantages, returns, *given, gamma=gamma, gae_lambda=gae_lambda)
     return Gae(*found.astype(dtype, copy=False))
 
 
@@ -208,9 +209,14 @@ def gae_into(
     if not rewards.size:
         return
     arrays = (
-        _floats(rewards), _floats(values), _flags(dones), _floats(next_value.reshape(-1)),
-        _flags(next_done.reshape(-1)), advantages, returns,
-    )  # fmt: skip
+        _floats(rewards),
+        _floats(values),
+        _flags(dones),
+        _floats(next_value.reshape(-1)),
+        _flags(next_done.reshape(-1)),
+        advantages,
+        returns,
+    )
     r, v, d, last_v, last_d, a, g = map(_view, arrays)
     dispatch.load("cpu").gae_forward(
         next_value.size, len(rewards), None, r, None, v, last_v, None, None, d, None, last_d,
@@ -230,10 +236,15 @@ def _gae_tensors(
 ) -> Gae:
     next_value = next_value if next_value.dtype in FLOATS else next_value.float()
     found = ops.gae(
-        *map(_two_dimensional, (rewards, values)), gamma=gamma, gae_lambda=gae_lambda, time_dim=0,
-        terminated=_two_dimensional(dones), last_values=next_value.reshape(-1),
-        last_terminated=next_done.reshape(-1), done_convention="starts_at_t",
-    )  # fmt: skip
+        *map(_two_dimensional, (rewards, values)),
+        gamma=gamma,
+        gae_lambda=gae_lambda,
+        time_dim=0,
+        terminated=_two_dimensional(dones),
+        last_values=next_value.reshape(-1),
+        last_terminated=next_done.reshape(-1),
+        done_convention="starts_at_t",
+    )
     return Gae(*(x.to(dtype).reshape(rewards.shape) for x in found))
 
 
@@ -343,7 +354,7 @@ def _check_minibatch(**tensors: Tensor) -> None:
 
 
 def is_readable(array: np.ndarray) -> bool:
-    """Whether its strides are multiples of the element, not negative."""
+    """True if its strides are multiples of the element, not negative."""
     return array.flags.aligned and min(array.strides, default=0) >= 0
 
 

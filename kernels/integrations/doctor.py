@@ -1,4 +1,4 @@
-"""What is installed, what can be replaced or is, by which backend, and the calls served so far.
+"""Report of backends, of installed libraries, and of replaced functions with the calls they served.
 
 warpo doctor                                                 # in a process of its own
 from warpo.kernels.integrations import doctor; print(doctor.report())        # in yours
@@ -80,8 +80,11 @@ def _library(name: str) -> list[str]:
         lines.append(f"    {function:{width}}  {state:13}  {operations}")
         if function in patched:
             lines.append(f"    {'':{width}}  {replacement.calls}")
-    return [*lines, f"    Tensors on cpu go to the backend {_backend('cpu')}, on cuda to "
-            f"{_backend('cuda')}; what these do not do stays with {name}."]  # fmt: skip
+    return [
+        *lines,
+        f"    Tensors on cpu go to the backend {_backend('cpu')}, on cuda to "
+        f"{_backend('cuda')}; what these do not do stays with {name}.",
+    ]
 
 
 def _backend(device: str) -> str:

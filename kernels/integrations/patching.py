@@ -1,4 +1,4 @@
-"""How functions of another library are replaced by ones that run on our kernels, and put back.
+"""Replacement of another library's functions by ones that run on our kernels, and its undoing.
 
 A replacement takes the arguments of the function that it replaces, with that function before them.
 Where the kernels do not do what is asked for it raises `PassOn`, and the library's function is
@@ -61,7 +61,7 @@ class Replacement:
         return functools.reduce(getattr, classes, importlib.import_module(self.module))
 
     def current(self) -> Any:
-        """What the library holds now: its own function, or ours."""
+        """The function that the library holds: its own, or ours."""
         return vars(self.owner())[self.name.rpartition(".")[2]]
 
 
@@ -125,7 +125,7 @@ class Library:
             return None
 
     def requirement(self) -> str:
-        """What pip is asked for."""
+        """Requirement to give to pip."""
         return f"{self.name}=={self.tested[-1]}"
 
     def patch(
@@ -178,7 +178,7 @@ class Library:
         )
 
     def report(self) -> str:
-        """How many calls each replaced function has served in this process, how many it has passed
+        """Count the calls that each replaced function has served in this process and has passed
         on to the library, and why.
         """
         lines = [f"{self.name} {self.version()}: {len(self.patched())} functions replaced"]
@@ -350,7 +350,7 @@ def is_ours(function: Any) -> bool:
 
 
 def original_of(function: Any) -> Any:
-    """What one of ours replaced."""
+    """The function that one of ours replaced."""
     return function.__dict__["__warpo__"]
 
 

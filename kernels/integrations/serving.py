@@ -1,4 +1,4 @@
-"""Which calls of a library's functions our kernels serve, and which go on to the library.
+"""Choice of the calls that our kernels serve; the others go on to the library.
 
 A replacement asks for what it needs by `require` and its kin, and the first thing that is not so
 passes the call on, for a reason that is counted.
@@ -30,7 +30,7 @@ class PassOn(Exception):
 
 @dataclass
 class Calls:
-    """How often a replacement was called, not counting code that torch.compile compiled.
+    """Calls of a replacement, not counting code that torch.compile compiled.
 
     Attributes:
         served: calls that ran on our kernels.
@@ -113,7 +113,7 @@ def named(dtype: torch.dtype) -> str:
 
 
 def promoted(first: Tensor, *others: Tensor | None) -> torch.dtype:
-    """What PyTorch computes in where it combines these tensors, None standing for no argument."""
+    """Type in which PyTorch combines these tensors, None standing for no argument."""
     dtype = first.dtype
     for x in others:
         if x is not None and x.dtype != dtype:

@@ -44,9 +44,16 @@ def compute_returns_and_advantage(
     starts, dones = _flags(self.episode_starts), _flags(dones)
     last, returns = last_values.detach().float().cpu().numpy(), np.empty(shape, np.float32)
     arrays.gae_into(
-        self.advantages, returns, self.rewards, self.values, starts, last, dones, self.gamma,
-        self.gae_lambda,
-    )  # fmt: skip
+        self.advantages,
+        returns,
+        self.rewards,
+        self.values,
+        dones=starts,
+        next_value=last,
+        next_done=dones,
+        gamma=self.gamma,
+        gae_lambda=self.gae_lambda,
+    )
     self.returns = returns
 
 

@@ -89,9 +89,14 @@ def td1_return_estimate(
     if terminated is None:
         return _scan(reward, numbers[0], time_dim, terminated=done, last=next_state_value)
     return _scan(
-        reward, numbers[0], time_dim,
-        terminated=terminated, truncated=done, final=next_state_value, last=next_state_value,
-    )  # fmt: skip
+        reward,
+        numbers[0],
+        time_dim,
+        terminated=terminated,
+        truncated=done,
+        final=next_state_value,
+        last=next_state_value,
+    )
 
 
 @library.replaces(FUNCTIONAL, "td_lambda_return_estimate", "discounted_returns")
@@ -163,9 +168,16 @@ def vtrace_advantage_estimate(
     new, old, rewards = (_rows(x, time_dim) for x in (log_pi, log_mu, deltas))
     nothing = deltas.new_zeros(()).expand(new.shape)
     traces, _ = ops.vtrace(
-        new, old, rewards, nothing, gamma=numbers[0], rho_max=bounds[0], c_max=bounds[1],
-        terminated=_rows(done, time_dim), log_ratio_limit=_LOG_RATIO_LIMIT,
-    )  # fmt: skip
+        new,
+        old,
+        rewards,
+        nothing,
+        gamma=numbers[0],
+        rho_max=bounds[0],
+        c_max=bounds[1],
+        terminated=_rows(done, time_dim),
+        log_ratio_limit=_LOG_RATIO_LIMIT,
+    )
     targets = _as_given(traces, reward.shape, time_dim).add_(state_value)
     steps = reward.shape[time_dim]
     after = torch.cat(

@@ -7,8 +7,13 @@ from warpo.bench import cli, shapes
 from warpo.bench.operations import OPERATIONS
 from warpo.engine.cli import main
 
-RATES = {"read_64MiB": 1e10, "copy_64MiB": 1e10, "exp": 1e9,
-         "matrix_float32": 1e11, "matrix_bfloat16": 1e11}  # fmt: skip
+RATES = {
+    "read_64MiB": 1e10,
+    "copy_64MiB": 1e10,
+    "exp": 1e9,
+    "matrix_float32": 1e11,
+    "matrix_bfloat16": 1e11,
+}
 
 
 @pytest.fixture(autouse=True)

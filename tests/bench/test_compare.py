@@ -6,9 +6,12 @@ import pytest
 from warpo.bench.cli import main
 
 COMMON = {
-    "machine": "a", "threads": 2, "date": "2026-01-01", "commit": "abc",
+    "machine": "a",
+    "threads": 2,
+    "date": "2026-01-01",
+    "commit": "abc",
     "limits": {"copy": 1e10},
-}  # fmt: skip
+}
 
 
 def run(folder, *times, provider="cpu", **changes):
@@ -16,8 +19,13 @@ def run(folder, *times, provider="cpu", **changes):
     folder.mkdir()
     with (folder / "bench.jsonl").open("w") as file:
         for number, ms in enumerate(times):
-            row = {"operation": "gae", "sizes": {"sequences": number + 1}, "dtype": "float32",
-                   "mode": "fwd", "provider": provider}  # fmt: skip
+            row = {
+                "operation": "gae",
+                "sizes": {"sequences": number + 1},
+                "dtype": "float32",
+                "mode": "fwd",
+                "provider": provider,
+            }
             if isinstance(ms, str):
                 row["problem"] = ms
             else:

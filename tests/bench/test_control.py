@@ -16,10 +16,16 @@ PEERS = ROOT / ".peers/stable_baselines3/site-packages"
 
 def row(trainer, seed, value, seconds=2.0):
     return {
-        "trainer": trainer, "algorithm": "sac", "environment": "Pendulum-v1", "seed": seed,
-        "return": value, "curve_mean": value - 100, "run_s": seconds, "cpu_s": seconds / 2,
+        "trainer": trainer,
+        "algorithm": "sac",
+        "environment": "Pendulum-v1",
+        "seed": seed,
+        "return": value,
+        "curve_mean": value - 100,
+        "run_s": seconds,
+        "cpu_s": seconds / 2,
         "curve": [[1000, value - 200], [2000, value]],
-    }  # fmt: skip
+    }
 
 
 def test_the_goal_is_the_mean_return_of_the_other_less_the_larger_spread():
@@ -65,8 +71,9 @@ def test_both_trainers_run_the_same_steps(tmp_path):
     runs = [(row["algorithm"], row["trainer"], row["steps"]) for row in rows]
     assert runs == [
         (algorithm, trainer, 1024)
-        for algorithm in ("sac", "ppo_gymnasium") for trainer in ("warpo", "stable-baselines3")
-    ]  # fmt: skip
+        for algorithm in ("sac", "ppo_gymnasium")
+        for trainer in ("warpo", "stable-baselines3")
+    ]
     for row in rows:
         assert row["run_s"] > row["cpu_s"] / 2 > 0 and row["threads"] == 1
         assert {"gymnasium", "stable-baselines3", "machine", "date", "commit"} <= row.keys()

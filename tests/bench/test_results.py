@@ -8,9 +8,10 @@ import pytest
 
 RESULTS = Path(__file__).parents[2] / "bench/results"
 FILES = sorted(
-    path for path in RESULTS.rglob("*.jsonl")
+    path
+    for path in RESULTS.rglob("*.jsonl")
     if path.parent.name != "latest" and not path.name.startswith("metrics")
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(RESULTS)))

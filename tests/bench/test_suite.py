@@ -11,11 +11,25 @@ from warpo.bench.suite import Plan, Point, rows_of
 from warpo.bench.timing import measure
 
 SMALL = {
-    "tokens": 8, "vocabulary": 300, "hidden": 16, "sequences": 5, "steps": 12, "prompts": 6,
-    "group": 4, "pairs": 70, "rows": 70, "columns": 3, "parameters": 3000,
-}  # fmt: skip
-RATES = {"read_64MiB": 1e10, "copy_64MiB": 1e10, "exp": 1e9,
-         "matrix_float32": 1e11, "matrix_bfloat16": 1e11}  # fmt: skip
+    "tokens": 8,
+    "vocabulary": 300,
+    "hidden": 16,
+    "sequences": 5,
+    "steps": 12,
+    "prompts": 6,
+    "group": 4,
+    "pairs": 70,
+    "rows": 70,
+    "columns": 3,
+    "parameters": 3000,
+}
+RATES = {
+    "read_64MiB": 1e10,
+    "copy_64MiB": 1e10,
+    "exp": 1e9,
+    "matrix_float32": 1e11,
+    "matrix_bfloat16": 1e11,
+}
 
 
 def sizes_of(operation):
@@ -124,10 +138,12 @@ def test_what_writes_to_its_inputs_gets_its_own():
 
     alone = dataclasses.replace(operation, make=make, compiles=False)
     sizes = sizes_of(operation)
-    rows = list(rows_of(
-        Point(operation=alone, sizes=sizes, dtype=torch.float32, mode="fwd+bwd"),
-        plan(wanted=lambda point, name: name in ("cpu", "warpo, in place")),
-    ))  # fmt: skip
+    rows = list(
+        rows_of(
+            Point(operation=alone, sizes=sizes, dtype=torch.float32, mode="fwd+bwd"),
+            plan(wanted=lambda point, name: name in ("cpu", "warpo, in place")),
+        )
+    )
     assert all("ms" in row for row in rows) and len(rows) == 2
     if inputs["logits"].shape == (sizes["tokens"], sizes["vocabulary"]):
         assert torch.equal(inputs["logits"], inputs["before"])

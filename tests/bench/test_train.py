@@ -60,18 +60,23 @@ def test_a_step_is_the_sum_of_its_phases():
 def row(name: str, seconds: float, held: int, peak: int, sampler: str = "vllm") -> dict:
     answer = {
         "steps": [{"step": seconds, "cpu": 1.0, "sample": seconds / 2}] * 3,
-        "peaks": [peak], "resident_bytes": held, "imports_bytes": 100,
-        "completion_tokens": 4096.0, "reward": 0.5, "versions": {"torch": "2"},
-    }  # fmt: skip
+        "peaks": [peak],
+        "resident_bytes": held,
+        "imports_bytes": 100,
+        "completion_tokens": 4096.0,
+        "reward": 0.5,
+        "versions": {"torch": "2"},
+    }
     job = job_of(parse([]), "tiny", sampler, "nowhere")
     return row_of(job, name, answer, weight_bytes=50)
 
 
 def test_goals_compare_with_each_run_of_trl():
     rows = [
-        row("warpo", 1.0, 200, 300), row("trl", 4.0, 240, 340),
+        row("warpo", 1.0, 200, 300),
+        row("trl", 4.0, 240, 340),
         row("trl tuned", 1.6, 260, 360),
-    ]  # fmt: skip
+    ]
     goals = goals_of(rows)
     by_trainer = {name: [g for g in goals if g["against"] == name] for name in ("trl", "trl tuned")}
     reached = {name: [g["reached"] for g in found] for name, found in by_trainer.items()}
@@ -119,10 +124,14 @@ def test_every_part_has_an_expected_time():
 def test_an_interrupt_keeps_what_was_measured(tmp_path, monkeypatch):
     def measure(runs, sides, rounds, started):
         runs.answers["warpo"] = {
-            "steps": [{"step": 1.0, "cpu": 1.0, "sample": 1.0}], "peaks": [300],
-            "resident_bytes": 200, "imports_bytes": 100, "completion_tokens": 1.0,
-            "reward": 0.5, "versions": {},
-        }  # fmt: skip
+            "steps": [{"step": 1.0, "cpu": 1.0, "sample": 1.0}],
+            "peaks": [300],
+            "resident_bytes": 200,
+            "imports_bytes": 100,
+            "completion_tokens": 1.0,
+            "reward": 0.5,
+            "versions": {},
+        }
         raise KeyboardInterrupt
 
     monkeypatch.setattr(command.Runs, "measure", measure)

@@ -7,32 +7,31 @@ import sys
 import time
 from pathlib import Path
 
+from tests.examples.configs import EXAMPLES, config_of
 from warpo.engine.run.log import read_rows
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 # A busy machine of 2 cores; alone on it the slowest takes a third.
 SECONDS = 300
 
 
 def prepare(folder: Path, seed: int = 0) -> Path:
     """The arithmetic task and the checkpoint of sft.yaml, where the other examples start."""
-    python = [sys.executable, "-m"]
-    subprocess.run(
-        [*python, "warpo.engine.arithmetic", "runs/arithmetic", "--seed", str(seed)],
-        cwd=folder, check=True, capture_output=True,
-    )  # fmt: skip
+    (folder / "examples").symlink_to(EXAMPLES)
+    make = [sys.executable, "examples/arithmetic.py", "runs/arithmetic", "--seed", str(seed)]
+    subprocess.run(make, cwd=folder, check=True, capture_output=True)
     train(folder, "sft", "--evaluation.every_steps", "0")
     return folder
 
 
-def train(folder: Path, name: str, *overrides: str) -> list[dict]:
-    """Run examples/<name>.yaml in a folder; its rows of metrics."""
+def train(folder: Path, algorithm: str, *overrides: str) -> list[dict]:
+    """Run an algorithm in a folder; its rows of metrics."""
     start = time.monotonic()
-    command = [sys.executable, "-m", "warpo.engine.cli", "train", str(EXAMPLES / f"{name}.yaml")]
-    result = subprocess.run([*command, *overrides], cwd=folder, capture_output=True, text=True)
+    path, words = config_of(algorithm)
+    command = [sys.executable, "-m", "warpo.engine.cli", "train", str(path), *words, *overrides]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
     assert time.monotonic() - start < SECONDS, result.stdout[-2000:]
-    (metrics,) = (folder / "runs").glob(f"**/{name}/metrics.jsonl")
+    (metrics,) = (folder / "runs").glob(f"**/{algorithm}/metrics.jsonl")
     return read_rows(metrics)
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 import transformers
 
+from examples import arithmetic
 from tests.examples.runs import prepare, train
-from warpo.engine import arithmetic
 from warpo.engine.config.algorithms import ALGORITHMS
 from warpo.engine.models.files import load_tokenizer
 

@@ -12,8 +12,8 @@ STEPS = 12
 ACCURACY = 0.85
 # Where the reward is no 1 or 0 for the sum, the metric that is.
 RIGHT = {
-    "ppo_ptx": "eval/warpo.engine.arithmetic:reward",
-    "dapo": "eval/warpo.engine.arithmetic:reward",
+    "ppo_ptx": "eval/examples.arithmetic:reward",
+    "dapo": "eval/examples.arithmetic:reward",
 }
 POLICY = [name for name, row in ALGORITHMS.items() if row.family == "policy"]
 

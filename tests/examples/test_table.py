@@ -1,38 +1,67 @@
 """The table of algorithms, its examples and the README agree."""
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.examples.runs import EXAMPLES
+from tests.examples.configs import EXAMPLES, config_of
 from warpo.engine.cli import tree_of
+from warpo.engine.config import table
 from warpo.engine.config.algorithms import ALGORITHMS
 from warpo.engine.config.estimators import ESTIMATORS
 from warpo.engine.config.file import read_tree
-from warpo.engine.config.policy import table as algorithms_table
 
-NAMES = sorted(path.stem for path in EXAMPLES.glob("*.yaml"))
-
-
-def test_each_row_has_its_example():
-    assert sorted(ALGORITHMS) == NAMES
+FILES = sorted(path.stem for path in EXAMPLES.glob("*.yaml"))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_example_is_a_config_of_its_row(name, tmp_path, monkeypatch):
+@pytest.fixture(autouse=True)
+def models(tmp_path, monkeypatch):
+    """Directories of the names that the examples give to their models."""
     monkeypatch.chdir(tmp_path)
+    for name in ("model", "sft/checkpoints/step-000300", "bradley_terry/checkpoints/step-000150"):
+        Path("runs/arithmetic", name).mkdir(parents=True)
+
+
+def test_the_table_knows_the_files():
+    assert sorted(table.EXAMPLES) == FILES
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_file_names_its_algorithm_and_paper(name):
     text = (EXAMPLES / f"{name}.yaml").read_text()
-    for model in re.findall(r"runs/arithmetic/(?:model|\w+/checkpoints/step-\d+)", text):
-        Path(model).mkdir(parents=True, exist_ok=True)
     assert re.search(rf"^algorithm: {name}\b", text, re.MULTILINE)
     assert ALGORITHMS[name].url in text
     assert len(text.splitlines()) <= 55
-    config = read_tree(tree_of(ALGORITHMS[name].family), EXAMPLES / f"{name}.yaml", [])
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_the_example_is_a_config_of_its_row(name):
+    config = read_tree(tree_of(ALGORITHMS[name].family), *config_of(name))
     assert config.algorithm == name and config.output_dir.startswith("runs/")
     assert config.output_dir.endswith(f"/{name}")
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_the_row_begins_with_the_file_that_the_table_names(name):
+    file, _, line = table.example_of(ALGORITHMS[name]).partition(", with ")
+    overrides = ["--algorithm", line.removeprefix("algorithm: ")] if line else []
+    config = read_tree(tree_of(ALGORITHMS[name].family), EXAMPLES.parent / file, overrides)
+    assert config.algorithm == name
+
+
+def test_the_commands_of_the_readme_are_configs():
+    readme = (EXAMPLES.parent / "README.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"^ +warpo train (examples/.*)$", readme, re.MULTILINE)
+    assert len(commands) >= 7
+    for command in commands:
+        file, *overrides = shlex.split(command, comments=True)
+        name = overrides[overrides.index("--algorithm") + 1]
+        config = read_tree(tree_of(ALGORITHMS[name].family), EXAMPLES.parent / file, overrides)
+        assert config.algorithm == name
 
 
 def test_every_row_names_a_paper_models_and_what_it_estimates():
@@ -58,4 +87,4 @@ def test_warpo_algorithms_prints_every_row():
 
 def test_the_readme_has_the_table():
     readme = (EXAMPLES.parent / "README.md").read_text()
-    assert algorithms_table.markdown() in readme, "paste `warpo algorithms --markdown`"
+    assert table.markdown() in readme, "paste `warpo algorithms --markdown`"

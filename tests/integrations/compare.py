@@ -1,4 +1,4 @@
-"""Whether a replacement gives what the library's own function gives."""
+"""Comparison of a replacement with the library's own function."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -43,8 +43,14 @@ def compare(
         wanted, actual = wanted.detach(), actual.detach()
         assert actual.shape == wanted.shape, f"{name}: {actual.shape} for {wanted.shape}"
         assert actual.dtype == wanted.dtype, f"{name}: {actual.dtype} for {wanted.dtype}"
-        _assert_as_near(name, actual, wanted, torch.as_tensor(exact[name]).detach(), valid,
-                        scale if name.startswith("result") else gradient_scale)  # fmt: skip
+        _assert_as_near(
+            name,
+            actual,
+            wanted,
+            torch.as_tensor(exact[name]).detach(),
+            valid,
+            scale if name.startswith("result") else gradient_scale,
+        )
 
 
 def _run(

@@ -66,8 +66,9 @@ def test_gae_of_numpy(rollout, gamma, gae_lambda):
         np.testing.assert_array_equal(given_array, copy)
 
 
-REAL = ["?", "i1", "u1", "<i2", ">i2", "<u2", ">u2", "<i4", ">i4", "u4", "i8", "u8", "<f2", ">f2",
-        "<f4", ">f4", "<f8", ">f8"]  # fmt: skip
+REAL = ["?", "i1", "u1"]
+REAL += [order + kind for kind in ("i2", "u2", "i4", "f2", "f4", "f8") for order in "<>"]
+REAL += ["u4", "i8", "u8"]
 FOREIGN = ["O", "c8", "M8[s]", "m8[s]", "U3", [("r", "f4"), ("v", "f4")]]
 FOREIGN += ["g"] if np.dtype("g").itemsize > 8 else []
 
@@ -77,9 +78,12 @@ def rollout_of(steps=6, envs=3):
     rewards, values = rng.normal(size=(2, steps, envs)).astype(np.float32)
     dones, next_done = rng.random((steps, envs)) < 0.2, np.array([True, False, False])[:envs]
     return dict(
-        rewards=np.round(3 * rewards.clip(0)), values=values, dones=dones,
-        next_value=np.float32([0.5, 1.0, 2.0])[:envs], next_done=next_done,
-    )  # fmt: skip
+        rewards=np.round(3 * rewards.clip(0)),
+        values=values,
+        dones=dones,
+        next_value=np.float32([0.5, 1.0, 2.0])[:envs],
+        next_done=next_done,
+    )
 
 
 def assert_exact(found, inputs):

@@ -170,9 +170,19 @@ def test_tensors_that_the_kernels_take():
 
 
 @pytest.mark.parametrize(
-    "dtype", [torch.bool, torch.uint8, torch.int8, torch.int32, torch.int64, torch.bfloat16,
-              torch.float16, torch.float32, torch.float64],
-)  # fmt: skip
+    "dtype",
+    [
+        torch.bool,
+        torch.uint8,
+        torch.int8,
+        torch.int32,
+        torch.int64,
+        torch.bfloat16,
+        torch.float16,
+        torch.float32,
+        torch.float64,
+    ],
+)
 def test_masks_are_flags_or_passed_on(dtype):
     mask = torch.tensor([[0, 1, 1], [1, 0, 0]]).to(dtype)
     for layout in (mask, mask.t(), mask[:, ::2], mask[:, :0]):

@@ -19,9 +19,12 @@ LOOPS = ("generalized_advantage_estimate", "td1_return_estimate", "td_lambda_ret
 VECTORISED = ("vec_generalized_advantage_estimate", "vec_td_lambda_return_estimate", "reward2go")
 # served through a function that they call
 CALLERS = (
-    "vec_td1_return_estimate", "td1_advantage_estimate", "vec_td1_advantage_estimate",
-    "td_lambda_advantage_estimate", "vec_td_lambda_advantage_estimate",
-)  # fmt: skip
+    "vec_td1_return_estimate",
+    "td1_advantage_estimate",
+    "vec_td1_advantage_estimate",
+    "td_lambda_advantage_estimate",
+    "vec_td_lambda_advantage_estimate",
+)
 SCANS = (*LOOPS, *VECTORISED, *CALLERS)
 
 
@@ -95,24 +98,33 @@ def test_scans(keywords, name):
 def test_vtrace(keywords, rho_thresh, c_thresh):
     original = functional.vtrace_advantage_estimate
     compare(
-        original, ours("vtrace_advantage_estimate"), scale=10.0,
-        rho_thresh=rho_thresh, c_thresh=c_thresh, **only_known(original, keywords),
-    )  # fmt: skip
+        original,
+        ours("vtrace_advantage_estimate"),
+        scale=10.0,
+        rho_thresh=rho_thresh,
+        c_thresh=c_thresh,
+        **only_known(original, keywords),
+    )
 
 
 SHAPE = (2, 5, 1)
 
 
 def inputs(**changes):
-    """Of vec_generalized_advantage_estimate and the loop of its name, in their order."""
+    """Arguments of vec_generalized_advantage_estimate and the loop of its name, in their order."""
     generator = torch.Generator().manual_seed(0)
     value, next_value, reward = (torch.randn(SHAPE, generator=generator) for _ in range(3))
     done = torch.zeros(SHAPE, dtype=torch.bool)
     done[0, 2] = True
     found = {
-        "gamma": 0.9, "lmbda": 0.8, "state_value": value, "next_state_value": next_value,
-        "reward": reward, "done": done, "terminated": done.clone(),
-    }  # fmt: skip
+        "gamma": 0.9,
+        "lmbda": 0.8,
+        "state_value": value,
+        "next_state_value": next_value,
+        "reward": reward,
+        "done": done,
+        "terminated": done.clone(),
+    }
     return found | changes
 
 
@@ -128,10 +140,14 @@ def inputs(**changes):
         {"reward": torch.zeros(2, 4, 1)},
         {"done": torch.zeros(SHAPE, dtype=torch.uint8)},
         {"time_dim": 3},
-        {name: torch.zeros(1, dtype=torch.bool) if name in ("done", "terminated") else torch.ones(1)
-         for name in ("state_value", "next_state_value", "reward", "done", "terminated")},
+        {
+            name: torch.zeros(1, dtype=torch.bool)
+            if name in ("done", "terminated")
+            else torch.ones(1)
+            for name in ("state_value", "next_state_value", "reward", "done", "terminated")
+        },
     ],
-)  # fmt: skip
+)
 def test_what_is_not_served_goes_to_the_library_as_it_came(changes):
     passed = []
 
@@ -173,9 +189,7 @@ def test_under_vmap_the_library_is_called():
         return torch.vmap(lambda value: function(0.9, value, reward, done))(torch.ones(3, *SHAPE))
 
     name = "td1_return_estimate"
-    torch.testing.assert_close(
-        call(ours(name)), call(getattr(functional, name)), rtol=0, atol=0
-    )  # fmt: skip
+    torch.testing.assert_close(call(ours(name)), call(getattr(functional, name)), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", ["generalized_advantage_estimate", "td_lambda_return_estimate"])
@@ -237,9 +251,11 @@ def test_estimators(estimator, options):
     torch.manual_seed(0)
     done = torch.rand(3, 7, 1) < 0.2
     after = {
-        "obs": torch.randn(3, 7, 4), "reward": torch.randn(3, 7, 1), "done": done,
+        "obs": torch.randn(3, 7, 4),
+        "reward": torch.randn(3, 7, 1),
+        "done": done,
         "terminated": done & (torch.rand(3, 7, 1) < 0.5),
-    }  # fmt: skip
+    }
     data = TensorDict({"obs": torch.randn(3, 7, 4), "next": after}, [3, 7], names=[None, "time"])
     net = TensorDictModule(torch.nn.Linear(4, 1), in_keys=["obs"], out_keys=["state_value"])
     module = getattr(value, estimator)(gamma=0.99, value_network=net, **options)

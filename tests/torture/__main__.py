@@ -24,12 +24,13 @@ from tests.torture.campaigns import CAMPAIGNS, run
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        "python -m tests.torture", description=__doc__,
+        "python -m tests.torture",
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="\n".join(
             f"  {one.name:12} {one.attacks:5} attacks: {one.about}" for one in CAMPAIGNS.values()
         ),
-    )  # fmt: skip
+    )
     parser.add_argument("campaigns", nargs="*", choices=[[], *CAMPAIGNS], metavar="CAMPAIGN")
     parser.add_argument("--attacks", type=int, help="of each campaign")
     parser.add_argument("--seed", type=int, default=0, help="of the first attack")

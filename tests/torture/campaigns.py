@@ -58,7 +58,7 @@ def survive(name: str, seed: int) -> str | None:
 
 
 def run(name: str, seeds: Sequence[int], jobs: int, report: Callable[[], None]) -> dict[int, str]:
-    """What was not survived, by seed; `report` is called after each attack."""
+    """Failures by seed; `report` is called after each attack."""
     failed: dict[int, str] = {}
     unknown = []
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:

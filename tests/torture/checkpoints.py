@@ -37,9 +37,13 @@ class Settings:
 def model_of(dtype: torch.dtype, seed: int = 0) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=1,
-    )  # fmt: skip
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
     return LlamaForCausalLM(config).to(dtype)
 
 
@@ -57,7 +61,7 @@ class Position:
 
 
 class Run:
-    """What a run keeps."""
+    """State that a run keeps."""
 
     def __init__(self, dtype: torch.dtype, seed: int = 0) -> None:
         self.model = model_of(dtype, seed)
@@ -90,17 +94,25 @@ def make(folder: Path, dtype: torch.dtype = torch.float32) -> None:
         run.learn()
         if step % 2 == 0:
             checkpoint.save(
-                folder, step=step, model=run.model, tokenizer=None, parts=run.parts, keep=0,
+                folder,
+                step=step,
+                model=run.model,
+                tokenizer=None,
+                parts=run.parts,
+                keep=0,
                 settings={"steps": 4, "seed": 0},
-            )  # fmt: skip
+            )
 
 
 def same(a: Any, b: Any) -> bool:
     if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
         return (
-            isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)
-            and a.dtype == b.dtype and a.shape == b.shape and a.equal(b)
-        )  # fmt: skip
+            isinstance(a, torch.Tensor)
+            and isinstance(b, torch.Tensor)
+            and a.dtype == b.dtype
+            and a.shape == b.shape
+            and a.equal(b)
+        )
     if isinstance(a, dict):
         return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
     if isinstance(a, list | tuple):
@@ -198,10 +210,22 @@ def _emptied(path: Path) -> None:
 
 FILES = ("model.safetensors", "trainer.pt", "config.json", "manifest.json")
 SHAPES = (
-    None, 5, "text", [], {}, [1, 2], (), {"step": 4}, {"parts": {}}, {"random": {}}, True, 1.5,
-    {"step": 4, "parts": None, "random": None}, {"step": "4", "parts": {}, "random": {}},
+    None,
+    5,
+    "text",
+    [],
+    {},
+    [1, 2],
+    (),
+    {"step": 4},
+    {"parts": {}},
+    {"random": {}},
+    True,
+    1.5,
+    {"step": 4, "parts": None, "random": None},
+    {"step": "4", "parts": {}, "random": {}},
     torch.zeros(3),
-)  # fmt: skip
+)
 
 
 def one(change: Callable[[torch.Tensor], Any]) -> Damage:

@@ -52,19 +52,25 @@ PIECES = (
 FORMS: dict[str, Callable[[random.Random, int], Row]] = {
     "prompts": lambda rng, i: {"prompt": f"{i}+{i}=", "answer": str(2 * i)},
     "chats": lambda rng, i: {
-        "prompt": [{"role": "user", "content": f"{i}?"}], "answer": rng.choice([i, str(i), 0.5]),
+        "prompt": [{"role": "user", "content": f"{i}?"}],
+        "answer": rng.choice([i, str(i), 0.5]),
     },
     "sft": lambda rng, i: {"prompt": f"{i}+{i}=", "completion": str(2 * i)},
     "dpo": lambda rng, i: {"prompt": f"{i}+{i}=", "chosen": str(2 * i), "rejected": "no"},
     "bradley_terry": lambda rng, i: {
-        "prompt": f"{i}=", "chosen": "a", "rejected": "b", "margin": 0.5,
+        "prompt": f"{i}=",
+        "chosen": "a",
+        "rejected": "b",
+        "margin": 0.5,
     },
     "kto": lambda rng, i: {"prompt": f"{i}", "completion": "a", "label": rng.random() < 0.5},
     "k_wise": lambda rng, i: {"prompt": f"{i}", "completions": ["a", "b"]},
     "process_reward": lambda rng, i: {
-        "prompt": f"{i}", "steps": ["a\n", "b"], "labels": [1.0, 0.0],
+        "prompt": f"{i}",
+        "steps": ["a\n", "b"],
+        "labels": [1.0, 0.0],
     },
-}  # fmt: skip
+}
 
 
 def attack(seed: int, folder: Path) -> str | None:
@@ -84,8 +90,9 @@ def attack(seed: int, folder: Path) -> str | None:
         return None  # Arrow has no such table
     content = path.read_bytes()
     if kind == "gzip":
-        path.write_bytes(_damage(rng, gzip.compress(content)) if rng.random() < 0.5 else
-                         gzip.compress(content))  # fmt: skip
+        path.write_bytes(
+            _damage(rng, gzip.compress(content)) if rng.random() < 0.5 else gzip.compress(content)
+        )
     elif kind == "parquet" and rng.random() < 0.7:
         path.write_bytes(_damage(rng, content))
     return _judge(form, path, content if kind == "jsonl" else None)
@@ -103,7 +110,7 @@ def _attack_dataset(rng: random.Random, form: str, rows: list[Row], path: Path) 
 
 
 def _judge(form: str, path: Path, content: bytes | None) -> str | None:
-    """What was wrong with loading the file; it stays where something was."""
+    """Load the file and return the fault found, if any; the file stays then."""
     try:
         problem = _load(form, path, content)
     except WarpoError as error:
@@ -196,9 +203,11 @@ def _parquet(rng: random.Random, rows: list[Row], path: Path) -> bytes:
         name = rng.choice([table.column_names[place], "extra", table.column_names[0]])
         table = table.set_column(place, name, _column(rng, table.num_rows))
     pyarrow.parquet.write_table(
-        table, path, compression=rng.choice(["none", "snappy", "zstd"]),
+        table,
+        path,
+        compression=rng.choice(["none", "snappy", "zstd"]),
         write_page_checksum=rng.random() < 0.5,
-    )  # fmt: skip
+    )
     return path.read_bytes()
 
 

@@ -105,7 +105,7 @@ def attack(seed: int, folder: Path) -> str | None:
 
 
 def difference(whole: Path, other: Path, twice: bool) -> str | None:
-    """What is not the same in two ended runs.
+    """Name the differences of two ended runs.
 
     Args:
         twice: a second Ctrl-C has ended the process at once, so that the row of the step which it

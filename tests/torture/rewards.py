@@ -463,8 +463,11 @@ def check_killed_engine(folder: Path, name: str) -> str | None:
     with marked() as mark:
         engine = subprocess.Popen(
             [sys.executable, "-c", _ENGINE, spec],
-            cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            cwd=folder,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         deadline = time.monotonic() + 60
         while not called.exists() and engine.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import random
+import re
 from pathlib import Path
 
+from tests.examples.configs import config_of
 from warpo.engine.cli import read_config
+from warpo.engine.config.algorithms import ALGORITHMS
 from warpo.engine.config.file import keys
 from warpo.engine.errors import WarpoError
 
-EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
 VALUES = (
     "", "~", "null", "true", "-1", "0", "1", "017", "1:30", "1e400", "-0.0", ".nan", ".inf", "0x1F",
     "2026-02-30", "9" * 400, "9" * 5000, "1e-320", "[]", "[[]]", "[1, [2]]", "{}", "{a: {b: c}}",
@@ -24,8 +26,12 @@ def attack(seed: int, folder: Path) -> str | None:
     """None where the config is read or refused in words, else what went wrong."""
     draw = random.Random(seed)
     path = folder / "run.yaml"
-    path.write_bytes(_mutated(draw, draw.choice(EXAMPLES).read_text()))
-    overrides = _overrides(draw)
+    algorithm = draw.choice(list(ALGORITHMS))
+    file, words = config_of(algorithm)
+    text = re.sub("(?m)^algorithm: .*", f"algorithm: {algorithm}", file.read_text())
+    path.write_bytes(_mutated(draw, text))
+    # without --algorithm, so that the line of the file decides
+    overrides = [*words[2:], *_overrides(draw)]
     try:
         read_config(str(path), overrides)
     except WarpoError as error:

@@ -10,7 +10,7 @@ import pytest
 import tokenizers
 import transformers
 
-from warpo.engine import arithmetic
+from examples import arithmetic
 from warpo.engine.data.examples import Example, load_examples
 from warpo.engine.errors import DataError
 

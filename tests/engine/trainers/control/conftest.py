@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.engine.control import worlds
+from tests.engine.trainers.control import worlds
 from warpo.engine.config.control import ControlConfig
 
 worlds.register()

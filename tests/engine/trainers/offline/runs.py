@@ -1,16 +1,16 @@
-"""The arithmetic task with few examples, and runs of the configs in examples/ on it."""
+"""The arithmetic task with few examples, and runs of the examples on it."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-from warpo.engine import arithmetic
+from examples import arithmetic
+from tests.examples.configs import config_of
 from warpo.engine.config.file import read_tree
 from warpo.engine.config.offline import OfflineConfig
 from warpo.engine.trainers.offline.train import run
 
-EXAMPLES = Path(__file__).parents[4] / "examples"
 NUM_EXAMPLES = 512
 
 
@@ -22,19 +22,23 @@ def make_task(folder: Path) -> Path:
     return folder
 
 
-def read_example(name: str, folder: Path, out: Path, *overrides: str) -> OfflineConfig:
-    """examples/<name>.yaml with its paths moved from runs/arithmetic to `folder`."""
-    text = (EXAMPLES / f"{name}.yaml").read_text()
-    text = text.replace("runs/arithmetic/sft/checkpoints/step-000300", str(folder / "start"))
-    text = text.replace(f"output_dir: runs/arithmetic/{name}", f"output_dir: {out}")
-    path = out.with_suffix(".yaml")
-    path.write_text(text.replace("runs/arithmetic", str(folder)))
-    return read_tree(OfflineConfig, path, overrides)
+def read_example(algorithm: str, folder: Path, out: Path, *overrides: str) -> OfflineConfig:
+    """The example's config with its paths moved from runs/arithmetic to `folder`."""
+
+    def moved(text: str) -> str:
+        text = text.replace("runs/arithmetic/sft/checkpoints/step-000300", str(folder / "start"))
+        return text.replace("runs/arithmetic", str(folder))
+
+    path, words = config_of(algorithm)
+    copy = out.with_suffix(".yaml")
+    copy.write_text(moved(path.read_text()))
+    words = [*map(moved, words), "--output_dir", str(out)]
+    return read_tree(OfflineConfig, copy, [*words, *overrides])
 
 
-def train(name: str, folder: Path, out: Path, *overrides: str) -> list[dict]:
+def train(algorithm: str, folder: Path, out: Path, *overrides: str) -> list[dict]:
     """Run an example in this process; its rows without timings."""
-    run(read_example(name, folder, out, *overrides))
+    run(read_example(algorithm, folder, out, *overrides))
     return rows(out)
 
 
