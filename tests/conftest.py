@@ -4,8 +4,19 @@ import os
 if os.environ.get("WARPO_TEST_DEVICE", "cpu") == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Before torch loads: workers share the cores, and threads that wait would starve those that work.
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
+from collections import Counter  # noqa: E402
+
+import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
 settings.register_profile("warpo", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("warpo")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with the most slow tests first, so that the last of them leaves no worker idle."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
