@@ -8,6 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 from collections import Counter  # noqa: E402
+from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
@@ -17,6 +18,9 @@ settings.load_profile("warpo")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with the most slow tests first, so that the last of them leaves no worker idle."""
-    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: -slow[item.path])
+    """The longest files first, so that the last of them leaves no worker idle."""
+    minutes: Counter[Path] = Counter()
+    for item in items:
+        slow = item.get_closest_marker("slow")
+        minutes[item.path] += slow.kwargs.get("minutes", 0) if slow else 0
+    items.sort(key=lambda item: -minutes[item.path])
