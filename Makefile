@@ -35,8 +35,9 @@ train: $(VENV)/built
 	$(BIN)/warpo train examples/sft.yaml --seed $(SEED)
 	$(BIN)/warpo train examples/grpo.yaml --seed $(SEED)
 
+# Files in the order of tests/conftest.py, not those with most tests first.
 test: $(VENV)/built
-	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_FLAGS)
 
 bench: $(VENV)/built peers
 	$(BIN)/warpo bench --compile --out $(OUT)

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from warpo.bench.train.job import Clock, Job, read_job, versions
-from warpo.engine.config.policy import policy as config
+from warpo.engine.config import policy as config
+from warpo.engine.config import sections
 from warpo.engine.run.log import RunLog
 
 IMPORTS = ("warpo.engine.trainers.policy.train",)
@@ -26,9 +27,9 @@ def config_of(job: Job, output_dir: str) -> config.Config:
         seed=job.seed,
         device="cpu",
         sampler=cast(Any, job.sampler),
-        data=config.Data(train=job.prompts_path),
-        reward=config.Reward(sources=("warpo.bench.train.job:reward",)),
-        rollout=config.Rollout(
+        data=sections.DataSettings(train=job.prompts_path),
+        reward=sections.RewardSettings(sources=("warpo.bench.train.job:reward",)),
+        rollout=sections.RolloutSettings(
             prompts_per_step=job.prompts_per_step,
             group_size=job.group_size,
             max_new_tokens=job.new_tokens,
@@ -36,8 +37,8 @@ def config_of(job: Job, output_dir: str) -> config.Config:
             kv_cache_gib=job.kv_cache_gib,
         ),
         algorithm="grpo",
-        loss=config.Loss(kl_coef=0.0),
-        update=config.Update(
+        loss=sections.LossSettings(kl_coef=0.0),
+        update=sections.UpdateSettings(
             lr=job.lr, token_budget=max(16384, job.completions * job.max_model_len)
         ),
     )

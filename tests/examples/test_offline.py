@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from examples import arithmetic
-from tests.examples.runs import prepare, train
+from tests.examples.runs import train
 from warpo.engine.config.algorithms import ALGORITHMS
 from warpo.engine.models.files import load_tokenizer
 
@@ -21,8 +21,8 @@ REWARD_MODELS = {"bradley_terry": 0.85, "k_wise": 0.75, "process_reward": 0.85}
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return prepare(tmp_path_factory.mktemp("offline"))
+def folder(prepared):
+    return prepared("offline")
 
 
 def greedy_accuracy(folder, name: str, steps: int) -> float:
@@ -39,7 +39,7 @@ def greedy_accuracy(folder, name: str, steps: int) -> float:
     return sum(arithmetic.reward(texts, [row["answer"] for row in rows])) / len(rows)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=0.3)
 @pytest.mark.parametrize("name", POLICIES)
 def test_the_example_raises_held_out_accuracy(folder, name):
     assert greedy_accuracy(folder, "sft", 300) < 0.4
@@ -48,7 +48,7 @@ def test_the_example_raises_held_out_accuracy(folder, name):
     assert rows[-1]["eval/margin"] > rows[0]["eval/margin"]
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=0.3)
 @pytest.mark.parametrize("name", REWARD_MODELS)
 def test_the_example_tells_right_from_wrong(folder, name):
     rows = train(folder, name)

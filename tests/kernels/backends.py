@@ -4,6 +4,7 @@ On the CPU: the C++ kernels, and Triton's under its interpreter. With WARPO_TEST
 and CUDA on the GPU.
 """
 
+import importlib.util
 import os
 
 import pytest
@@ -13,6 +14,11 @@ from torch import Tensor
 DEVICE = os.environ.get("WARPO_TEST_DEVICE", "cpu")
 BACKENDS = ("cpu", "triton") if DEVICE == "cpu" else ("triton", "cuda")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
+    from tests.kernels import interpreter
+
+    interpreter.speed_up()
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 # For tests that keep Triton's interpreter busy for seconds.

@@ -30,7 +30,7 @@ def chosen(**environment: str) -> str:
     return python(code, **environment)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=0.5)
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="only x86-64 has several")
 @pytest.mark.parametrize("level", LEVELS)
 def test_every_instruction_set_passes_the_tests_of_the_kernels(level):

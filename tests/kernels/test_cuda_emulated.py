@@ -37,6 +37,8 @@ KERNEL_FLAGS = [
 # An operation with CUDA kernels, whose tests are in the file of the same name.
 OPERATIONS = sorted(path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
 OPERATIONS += ["contract", "offsets"]
+# A process for each part: half of an operation's time is that of imports and collection.
+PARTS = [OPERATIONS[start::4] for start in range(4)]
 # Of the tests of an operation, those that run a kernel for its values: registration and tracing are
 # the same as for the CPU kernels.
 SELECTION = "cpu and not opcheck and not compiles and not host_cost"
@@ -67,12 +69,15 @@ def emulated(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_the_tests_of_the_operation_pass(emulated, operation):
+@pytest.mark.slow(minutes=1)
+@pytest.mark.parametrize("operations", PARTS, ids=" ".join)
+def test_the_tests_of_the_operations_pass(emulated, operations):
     order = os.environ.get("WARPO_EMULATOR_ORDER", "random")
-    tests = [f"tests/kernels/test_{operation}.py"]
-    builds.run_tests(emulated, tests, SELECTION, WARPO_EMULATOR_ORDER=order, OMP_NUM_THREADS="1")
+    tests = [f"tests/kernels/test_{operation}.py" for operation in operations]
+    environment = {"WARPO_EMULATOR_ORDER": order, "OMP_NUM_THREADS": "1"}
+    # -v: with the name of each file that has tests of the selection
+    said = builds.run_tests(emulated, [*tests, "-v"], SELECTION, **environment)
+    assert all(test in said for test in tests), said
 
 
 @pytest.fixture(scope="session")

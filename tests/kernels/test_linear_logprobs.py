@@ -380,7 +380,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="the peak of the process is that of the CPU kernels")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_8192_tokens_of_a_vocabulary_of_151936_take_64_mb(dtype):
     code = MEMORY.replace("DTYPE", dtype)
     result = subprocess.run(

@@ -66,6 +66,7 @@ def sanitized() -> Path:
     return folder
 
 
+@pytest.mark.slow(minutes=5)
 @pytest.mark.timeout(1200)  # with the build, 5 minutes beside another job
 def test_the_tests_of_the_kernels_pass(sanitized):
     paths = sorted((builds.ROOT / "tests" / "kernels").glob("test_*.py"))

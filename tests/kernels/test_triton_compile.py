@@ -6,6 +6,7 @@ would run. `python -m tests.kernels.test_triton_compile` prints a table of all k
 """
 
 import ast
+import functools
 import importlib.util
 import json
 import os
@@ -16,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
@@ -132,46 +132,45 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def compile_all() -> dict[int, dict]:
-    """A worker process for each architecture, two at a time."""
+@functools.cache
+def compile_for(arch: int) -> dict:
+    """What a worker process finds for an architecture."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-
-    def run(arch: int) -> dict:
-        worker = subprocess.run(
-            [sys.executable, "-m", "tests.kernels.test_triton_compile", str(arch)],
-            env=environment,
-            cwd=TRITON.parents[1],
-            capture_output=True,
-            text=True,
-        )
-        if worker.returncode:
-            raise RuntimeError(f"compiling for sm_{arch} failed:\n{worker.stderr[-6000:]}")
-        return json.loads(worker.stdout.splitlines()[-1])
-
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(ARCHITECTURES, pool.map(run, ARCHITECTURES), strict=True))
+    worker = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.test_triton_compile", str(arch)],
+        env=environment,
+        cwd=TRITON.parents[1],
+        capture_output=True,
+        text=True,
+    )
+    if worker.returncode:
+        raise RuntimeError(f"compiling for sm_{arch} failed:\n{worker.stderr[-6000:]}")
+    found = json.loads(worker.stdout.splitlines()[-1])
+    print(table(found["rows"]))
+    return found
 
 
-@pytest.fixture(scope="module")
-def compiled() -> dict[int, dict]:
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed")
-    results = compile_all()
-    for result in results.values():
-        print(table(result["rows"]))
-    return results
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed"
+)
+# The H200's, which also has every variant, takes half of the time.
+each_architecture = pytest.mark.parametrize(
+    "arch", [90, *(pytest.param(arch, marks=pytest.mark.slow) for arch in (80, 100))]
+)
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_nothing_spills(compiled, arch):
-    rows = compiled[arch]["rows"]
+@needs_triton
+@each_architecture
+def test_nothing_spills(arch):
+    rows = compile_for(arch)["rows"]
     assert {row["kernel"] for row in rows} == {name for name, _ in _kernels()}
     assert not [row for row in rows if row["spilled_bytes"]]
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_logits_move_16_bytes_at_a_time(compiled, arch):
-    rows = compiled[arch]["rows"]
+@needs_triton
+@each_architecture
+def test_logits_move_16_bytes_at_a_time(arch):
+    rows = compile_for(arch)["rows"]
     aligned = [row for row in rows if " aligned" in row["configuration"]]
     forward = [row for row in aligned if row["kernel"] == "logprobs_fwd"]
     backward = [row for row in aligned if row["kernel"] == "logprobs_bwd"]
@@ -200,14 +199,16 @@ def test_row_offsets_are_64_bits_wide():
     assert len(strides) > 50 and set(strides) == {"tl.int64"}
 
 
-def test_sizes_and_scalars_do_not_recompile(compiled):
-    assert compiled[90]["recompiled"] == []
+@needs_triton
+def test_sizes_and_scalars_do_not_recompile():
+    assert compile_for(90)["recompiled"] == []
     # another dtype does, so a second compilation would have been seen
-    assert set(compiled[90]["control"]) == {"_logprobs_fwd_kernel", "_logprobs_bwd_kernel"}
+    assert set(compile_for(90)["control"]) == {"_logprobs_fwd_kernel", "_logprobs_bwd_kernel"}
 
 
 if __name__ == "__main__":
     if len(sys.argv) == 2:
         print(json.dumps(_compile(int(sys.argv[1]))))
     else:
-        print("\n".join(table(result["rows"]) for result in compile_all().values()))
+        for arch in ARCHITECTURES:
+            compile_for(arch)

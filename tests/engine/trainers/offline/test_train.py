@@ -42,6 +42,9 @@ REACHED = {
     # 0.003 to 0.011 with six seeds
     "process_reward": (0.75, 0.002),
 }
+# One of each kind of data, with a reference and without. The others differ by their loss alone,
+# whose value and gradient test_losses compares with the paper's.
+FAST = ("dpo", "simpo", "kto", "bradley_terry", "k_wise", "process_reward")
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +73,10 @@ def test_sft_learns_and_leaves_a_model_that_transformers_loads(task):
     assert written.endswith("<eos>")
 
 
-@pytest.mark.parametrize("algorithm", REACHED)
+@pytest.mark.parametrize(
+    "algorithm",
+    [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in REACHED],
+)
 def test_every_row_reaches_its_accuracy_and_margin(task, tmp_path, algorithm):
     policy = algorithm not in ("bradley_terry", "k_wise", "process_reward")
     found = train(algorithm, task, tmp_path / "out", *SHORT, *(POLICY if policy else []))

@@ -5,7 +5,7 @@ import pytest
 from tests.examples.runs import evaluations, prepare, train
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=2)
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_grpo_on_vllm_raises_held_out_accuracy_by_40_points_to_above_85_percent(tmp_path, seed):
     rows = train(prepare(tmp_path, seed), "grpo", "--seed", str(seed))
