@@ -5,16 +5,19 @@ from __future__ import annotations
 import pkgutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
 
-from warpo.engine.config.policy import Config
 from warpo.engine.config.samplers import SAMPLERS
 from warpo.engine.errors import WeightMismatch
 from warpo.engine.types import Completion
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from warpo.engine.config.policy import Config
 
 MAX_LAG = 0
 """Steps of the learner that the weights of a sample may be behind."""

@@ -18,9 +18,10 @@ from tests.engine.tokenizers_of_others import (
     byte_level,
     sentencepiece,
 )
+from warpo.engine.data import chat
 from warpo.engine.data.chat import end_of_turn
 from warpo.engine.data.examples import load_examples
-from warpo.engine.data.prompts import chat, load_prompts
+from warpo.engine.data.prompts import load_prompts
 from warpo.engine.errors import DataError
 from warpo.engine.models.model import eos_token_ids
 

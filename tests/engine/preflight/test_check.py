@@ -17,7 +17,7 @@ import transformers
 from tests.engine.random_models import COMMON
 from warpo.engine import cli
 from warpo.engine.config.policy import load_config
-from warpo.engine.learner.learner import step
+from warpo.engine.learner import step
 from warpo.engine.learner.optimizer import AdamW
 from warpo.engine.models import score
 from warpo.engine.preflight import invariance

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from warpo.engine.preflight import peak_memory
+from warpo.engine.run import free_memory
 from warpo.engine.run.free_memory import free_in_cgroups
 
 GIB = 2**30
@@ -81,8 +81,8 @@ def test_the_plan_counts_what_the_container_leaves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cpu = torch.device("cpu")
-    machine = peak_memory.free_memory(cpu)
-    monkeypatch.setattr(peak_memory, "free_in_cgroups", lambda: 123)
-    assert peak_memory.free_memory(cpu) == 123 < machine
-    monkeypatch.setattr(peak_memory, "free_in_cgroups", lambda: None)
-    assert peak_memory.free_memory(cpu) > 123
+    machine = free_memory.free_memory(cpu)
+    monkeypatch.setattr(free_memory, "free_in_cgroups", lambda: 123)
+    assert free_memory.free_memory(cpu) == 123 < machine
+    monkeypatch.setattr(free_memory, "free_in_cgroups", lambda: None)
+    assert free_memory.free_memory(cpu) > 123

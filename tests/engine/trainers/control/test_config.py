@@ -10,7 +10,7 @@ from warpo.engine.errors import ConfigError
 from warpo.engine.trainers.control.environments import spaces_of
 from warpo.engine.trainers.control.train import run
 
-EXAMPLES = Path(__file__).parents[3] / "examples"
+EXAMPLES = Path(__file__).parents[4] / "examples"
 
 
 def test_every_key_has_a_text_and_there_are_at_most_60():
