@@ -36,6 +36,11 @@ class Run:
     saved: Saved | None = None
     ranks: Ranks = ONE_RANK
 
+    def say_resumed(self) -> None:
+        """Tell where the run goes on, once all of it is loaded."""
+        if self.saved is not None:
+            self.log.say(f"resumed after step {self.saved.step} from {self.saved.path}")
+
     def raise_if_stopped(self) -> None:
         """Raise KeyboardInterrupt where a stop was asked for."""
         if self.stop():
@@ -166,7 +171,6 @@ class Checkpoints:
         if saved is not None:
             model, parts = self._contents.model, self._contents.parts
             self._progress.step = checkpoint.load(saved, model=model, parts=parts)
-            self._run.log.say(f"resumed after step {self._progress.step} from {saved.path}")
 
     def is_due(self) -> bool:
         """True after the last step and wherever checkpoint.every_steps or every_minutes say."""

@@ -81,6 +81,7 @@ def run(config: ControlConfig) -> None:
                     f"{config.environment}: {config.num_envs} environments, {config.algorithm}"
                 )
                 checkpoints.load()
+                run.say_resumed()
                 while state.step < config.steps:
                     _iterate(state, run.log, checkpoints)
                     if run.stop():

@@ -19,9 +19,9 @@ from warpo.engine.models.batch import split_by_tokens
 from warpo.engine.models.score import device_of
 from warpo.engine.run.checkpoint import Stateful
 from warpo.engine.run.loop import Progress, Run, check_state, due
-from warpo.engine.trainers.offline.families import (
+from warpo.engine.trainers.offline.objectives import (
     MicroBatch,
-    OfflineLoss,
+    OfflineObjective,
     every_completion,
     micro_batches,
     pack_sequences,
@@ -42,7 +42,7 @@ class OfflineLearner:
         self,
         config: OfflineConfig,
         run: Run,
-        loss: OfflineLoss,
+        objective: OfflineObjective,
         *,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
@@ -50,7 +50,7 @@ class OfflineLearner:
         examples: Sequence[Example],
         eval_examples: Sequence[Example],
     ) -> None:
-        self.model, self.tokenizer, self.loss = model, tokenizer, loss
+        self.model, self.tokenizer, self.objective = model, tokenizer, objective
         self.examples, self.stream = examples, stream
         self._config, self._run, self._eval_examples = config, run, list(eval_examples)
         self.optimizer, self.schedule = make_optimizer(
@@ -93,7 +93,7 @@ class OfflineLearner:
         self.progress.complete()
         self._recent = examples
         tokens = self._run.ranks.sum(sum(example.num_tokens for example in examples))
-        return _named("train", self.loss.read(vector)) | {
+        return _named("train", self.objective.read(vector)) | {
             "grad_norm": update.grad_norm.item(),
             "lr": lr,
             "epoch": self.stream.epoch,
@@ -119,7 +119,7 @@ class OfflineLearner:
                 vector = self._gradients(self._eval_examples)
             finally:
                 asked.remove()
-        return _named("eval", self.loss.read(vector))
+        return _named("eval", self.objective.read(vector))
 
     def finish(self) -> None:
         """Prove before a save that training can go on from the weights: loss and gradient are
@@ -130,11 +130,11 @@ class OfflineLearner:
             TrainingError: they are not.
         """
         if self._recent:
-            loss = self.loss.read(self._gradients(self._recent, at_most=1))
+            loss = self.objective.read(self._gradients(self._recent, at_most=1))
             norm = gradient_norm(self.model.parameters()).item()
             self.optimizer.zero_grad(set_to_none=True)
             check_state(self.step, loss["loss"], norm, self._config.output_dir)
-        if self.loss.normalise and self.step == self._config.steps:
+        if self.objective.normalise and self.step == self._config.steps:
             self._normalise()
 
     def _gradients(self, examples: Sequence[Example], at_most: int | None = None) -> Tensor:
@@ -142,7 +142,7 @@ class OfflineLearner:
         budget, device = self._config.update.token_budget, device_of(self.model)
         micro: list[MicroBatch] = micro_batches(examples, self._config.algorithm, budget)
         chosen = [part.to(device) for part in micro[:at_most]]
-        return self.loss.gradients(self.model, chosen, self._run.ranks)
+        return self.objective.gradients(self.model, chosen, self._run.ranks)
 
     @torch.no_grad()
     def _normalise(self) -> None:

@@ -25,8 +25,12 @@ from warpo.engine.run.device import learner_device
 from warpo.engine.run.log import Column, Log, read_rows
 from warpo.engine.run.loop import Checkpoints, Contents, Run, open_run
 from warpo.engine.run.resume import is_complete
-from warpo.engine.trainers.offline.families import every_completion, make_loss, pack_sequences
 from warpo.engine.trainers.offline.learner import OfflineLearner
+from warpo.engine.trainers.offline.objectives import (
+    every_completion,
+    make_objective,
+    pack_sequences,
+)
 
 SHOWN_ROWS = 30
 COLUMNS = (
@@ -96,16 +100,16 @@ def run(config: OfflineConfig, ranks: Ranks = ONE_RANK) -> None:
 def build(config: OfflineConfig, run: Run) -> OfflineLearner:
     """Data, model and optimizer, in the order of what can fail fastest."""
     torch.manual_seed(config.seed)
-    device, loss = learner_device(config), make_loss(config)
+    device, objective = learner_device(config), make_objective(config)
     with run.log.phase("load"):
         check_files(config.model)
         tokenizer = load_tokenizer(config.model)
-        data = _load_data(config, tokenizer, scalar=loss.scalar)
-        load = load_scalar_model if loss.scalar else load_model
+        data = _load_data(config, tokenizer, scalar=objective.scalar)
+        load = load_scalar_model if objective.scalar else load_model
         model = load(config.model, config.dtype, device)
-    if loss.scalar:
+    if objective.scalar:
         _describe_scalar(config, model, tokenizer)
-    if loss.reference:
+    if objective.reference:
         # The model is still the reference, so none has to be held beside it.
         count = len(data.examples)
         both = _with_reference(config, run, model, [*data.examples, *data.eval_examples])
@@ -113,7 +117,7 @@ def build(config: OfflineConfig, run: Run) -> OfflineLearner:
     return OfflineLearner(
         config,
         run,
-        loss,
+        objective,
         model=model,
         tokenizer=tokenizer,
         stream=PromptStream(data.examples, data.keys, config.batch_size, config.seed),
@@ -208,6 +212,7 @@ def _prepare(
     )
     if run.saved:
         checkpoints.load()
+        run.say_resumed()
         if learner.stream.changes:
             log.say(learner.stream.changes)
     else:

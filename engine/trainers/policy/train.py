@@ -81,6 +81,7 @@ def _prepare(
     if run.saved:
         checkpoints.load()
         learner.reference.load(learner.model, learner.step)
+        run.say_resumed()
         for change in (rollouts.stream.changes, learner.pretraining_changes):
             if change:
                 run.log.say(change)

@@ -19,7 +19,7 @@ from warpo.engine.models.batch import pack
 from warpo.engine.models.model import load_model
 from warpo.engine.models.scalar import load_scalar_model
 from warpo.engine.ranks import ONE_RANK
-from warpo.engine.trainers.offline.families import make_loss, micro_batches
+from warpo.engine.trainers.offline.objectives import make_objective, micro_batches
 from warpo.engine.types import TokenSequence
 from warpo.kernels.preferences import PREFERENCES
 
@@ -186,7 +186,7 @@ def test_loss_and_gradient_are_those_of_the_paper(algorithm, split, model_path, 
     sizes = [example.num_tokens for example in examples]
     micro = micro_batches(examples, algorithm, max(sizes) if split else sum(sizes))
     assert (len(micro) > 2) == split
-    loss = make_loss(make_config(algorithm, path, **options))
+    loss = make_objective(make_config(algorithm, path, **options))
     metrics = loss.read(loss.gradients(model, micro, ONE_RANK))
 
     exact = exact_model(algorithm, path)
@@ -204,7 +204,7 @@ def test_without_gradients_the_metrics_are_the_same(algorithm, model_path, scala
     examples = make_examples(algorithm)
     if algorithm in SCALAR or algorithm == "sft":
         examples = [replace(example, ref_logprobs=()) for example in examples]
-    loss = make_loss(make_config(algorithm, path))
+    loss = make_objective(make_config(algorithm, path))
     micro = micro_batches(examples, algorithm, 1000)
     with torch.no_grad():
         measured = loss.gradients(model, micro, ONE_RANK)

@@ -49,8 +49,8 @@ class MicroBatch:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class OfflineLoss:
-    """What the loop needs to know of a row.
+class OfflineObjective:
+    """The loss of an algorithm, and what the loop needs to know of it.
 
     Attributes:
         gradients: adds the gradient of an optimizer step; returns a vector of metrics.
@@ -67,12 +67,12 @@ class OfflineLoss:
     normalise: bool = False
 
 
-def make_loss(config: OfflineConfig) -> OfflineLoss:
-    """The family of `config.algorithm`, with the numbers of `config.loss`."""
+def make_objective(config: OfflineConfig) -> OfflineObjective:
+    """The objective of `config.algorithm`, with the numbers of `config.loss`."""
     name, options = config.algorithm, given(config.loss, LOSS_KEYS[config.algorithm])
     if name in PREFERENCES:
         preference = resolve_preference(config)
-        return OfflineLoss(
+        return OfflineObjective(
             gradients=lambda model, micro, ranks: losses.preference_gradients(
                 model, [m.batch for m in micro], preference, ranks=ranks
             ),
@@ -80,7 +80,7 @@ def make_loss(config: OfflineConfig) -> OfflineLoss:
             reference=preference.reference,
         )
     if name == "kto":
-        return OfflineLoss(
+        return OfflineObjective(
             gradients=lambda model, micro, ranks: losses.kto_gradients(
                 model, [m.batch for m in micro], [m.unrelated for m in micro if m.unrelated],
                 [m.values.bool() for m in micro], ranks=ranks, **options,
@@ -89,7 +89,7 @@ def make_loss(config: OfflineConfig) -> OfflineLoss:
             reference=True,
         )  # fmt: skip
     if name == "bradley_terry":
-        return OfflineLoss(
+        return OfflineObjective(
             gradients=lambda model, micro, ranks: losses.pair_gradients(
                 model, [m.batch for m in micro], [m.values for m in micro], ranks=ranks, **options
             ),
@@ -98,7 +98,7 @@ def make_loss(config: OfflineConfig) -> OfflineLoss:
             normalise=True,
         )
     if name == "k_wise":
-        return OfflineLoss(
+        return OfflineObjective(
             gradients=lambda model, micro, ranks: losses.ranking_gradients(
                 model, [m.batch for m in micro], [m.groups for m in micro], ranks=ranks, **options
             ),
@@ -107,7 +107,7 @@ def make_loss(config: OfflineConfig) -> OfflineLoss:
             normalise=True,
         )
     if name == "process_reward":
-        return OfflineLoss(
+        return OfflineObjective(
             gradients=lambda model, micro, ranks: losses.step_gradients(
                 model,
                 [m.batch for m in micro],
@@ -118,7 +118,7 @@ def make_loss(config: OfflineConfig) -> OfflineLoss:
             read=_read_steps,
             scalar=True,
         )
-    return OfflineLoss(
+    return OfflineObjective(
         gradients=lambda model, micro, ranks: losses.supervised_gradients(
             model, [m.batch for m in micro], ranks=ranks
         ),
