@@ -1,6 +1,7 @@
 """The rules of the tree that no tool checks."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -124,6 +125,12 @@ def test_only_the_trainers_and_what_tries_a_run_build_one():
     for room_name in ("rollout", "learner", "weights"):
         for path in (ROOT / "engine" / room_name).rglob("*.py"):
             assert not any(".trainers." in name for name in imports(path)), path
+
+
+def test_the_page_of_the_engine_names_every_file():
+    text = (ROOT / "docs/engine.md").read_text()
+    for path in python_files(ROOT / "engine"):
+        assert re.search(rf"\b{path.stem}\b", text), path
 
 
 def engine_imports() -> dict[str, set[str]]:

@@ -18,7 +18,7 @@ from warpo.engine.trainers.control.networks import ActorCritic, Adam
 from warpo.kernels import ops
 
 
-class Rollout:
+class RolloutBuffer:
     """T steps of N environments, (T, N, ...)."""
 
     def __init__(self, steps: int, envs: int, observation: int, action: tuple[int, ...]) -> None:
@@ -74,7 +74,7 @@ class PpoLearner:
         )
         self._device = device
         action = () if self._discrete else (spaces.action,)
-        self._rollout = Rollout(ppo.rollout_steps, config.num_envs, spaces.observation, action)
+        self._rollout = RolloutBuffer(ppo.rollout_steps, config.num_envs, spaces.observation, action)
 
     @property
     def stateful(self) -> dict[str, Any]:
