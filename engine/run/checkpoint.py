@@ -124,9 +124,8 @@ def rehearse(
         CheckpointError: it cannot.
         ConfigError: a weight of the model is not finite.
     """
-    for name, weight in model.named_parameters():
-        if not torch.isfinite(weight).all():
-            raise ConfigError(f"model: its weight {name} is not finite, so it cannot be trained")
+    if name := first_not_finite(model.named_parameters()):
+        raise ConfigError(f"model: its weight {name} is not finite, so it cannot be trained")
     state = sum(p.numel() * (8 if p.dtype == torch.float32 else 12) for p in parameters)
     folder = _root(output_dir) / ".step-rehearsal"
     try:
@@ -315,12 +314,19 @@ def _check_finite(
     output_dir: str | Path, step: int, model: PreTrainedModel | None, parts: Mapping[str, Any]
 ) -> None:
     named = [] if model is None else list(model.named_parameters())
-    for name, tensor in [*named, *manifest.tensors_in(parts, "state of the run")]:
+    if name := first_not_finite([*named, *manifest.tensors_in(parts, "state of the run")]):
+        raise TrainingError(
+            f"step {step} is not saved, since {name} is not finite: the run has diverged. "
+            f"{last_good(output_dir)}"
+        )
+
+
+def first_not_finite(named: Iterable[tuple[str, Tensor]]) -> str | None:
+    """The name of the first tensor that holds a NaN or an infinity."""
+    for name, tensor in named:
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise TrainingError(
-                f"step {step} is not saved, since {name} is not finite: the run has diverged. "
-                f"{last_good(output_dir)}"
-            )
+            return name
+    return None
 
 
 def last_good(output_dir: str | Path) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from warpo.engine.errors import TrainingError, WeightMismatch
 from warpo.engine.models.score import pack_scored, score
 from warpo.engine.rollout.sampler.base import Sampler
+from warpo.engine.run.checkpoint import first_not_finite
 
 # Rounding scatters around 0, other weights move every token: the mean may be this share of the
 # largest difference.
@@ -65,18 +66,10 @@ def probe_weights(
     return probed
 
 
-def first_not_finite(model: nn.Module) -> str | None:
-    """The name of the first parameter that holds a NaN or an infinity."""
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            return name
-    return None
-
-
 def _check_finite(model: nn.Module, logprobs: Tensor) -> None:
     if torch.isfinite(logprobs).all():
         return
-    name = first_not_finite(model)
+    name = first_not_finite(model.named_parameters())
     if name is not None:
         raise TrainingError(
             f"the model's weights are not finite: {name} holds NaN or infinity. Lower update.lr, "

@@ -74,7 +74,9 @@ class PpoLearner:
         )
         self._device = device
         action = () if self._discrete else (spaces.action,)
-        self._rollout = RolloutBuffer(ppo.rollout_steps, config.num_envs, spaces.observation, action)
+        self._rollout = RolloutBuffer(
+            ppo.rollout_steps, config.num_envs, spaces.observation, action
+        )
 
     @property
     def stateful(self) -> dict[str, Any]:
