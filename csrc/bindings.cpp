@@ -1,6 +1,6 @@
-// Names only: each operation takes the fields of its struct (kernels.h) in order, in one tuple.
-// Compiled twice: for _cpu, and with WARPO_CUDA for _cuda, whose operations take device and stream
-// at the end.
+// Names only: each operation takes one tuple, the fields of its struct (kernels.h) in order, where
+// a struct within it is a tuple too. Compiled twice: for _cpu, and with WARPO_CUDA for _cuda, whose
+// operations take device and stream at the end.
 #include <pybind11/pybind11.h>
 
 #include <string>
@@ -68,7 +68,8 @@ constexpr size_t count_fields() {
 // Reads a tuple from left to right into whatever type is asked for.
 class Reader {
 public:
-    Reader(const char* operation, py::handle tuple) : operation_(operation), tuple_(tuple.ptr()) {}
+    Reader(const char* operation, py::handle tuple, bool nested)
+        : operation_(operation), tuple_(tuple.ptr()), nested_(nested) {}
 
     template <class T>
     T read() {
@@ -82,8 +83,21 @@ public:
             return static_cast<T>(PyFloat_AsDouble(next()));
         else if constexpr (std::is_integral_v<T>)
             return static_cast<T>(PyLong_AsLongLong(next()));
+        else if (nested_)
+            return read_tuple<T>();
         else
             return fields<T>(std::make_index_sequence<count_fields<T>()>());
+    }
+
+    template <class T>
+    T read_tuple() {
+        PyObject* const source = next();
+        if (!PyTuple_Check(source))
+            fail("argument " + std::to_string(position_) + " must be a tuple");
+        Reader reader(operation_, source, true);
+        const T found = reader.fields<T>(std::make_index_sequence<count_fields<T>()>());
+        reader.finish();
+        return found;
     }
 
     void finish() const {
@@ -137,17 +151,32 @@ private:
 
     const char* operation_;
     PyObject* tuple_;
+    bool nested_;
     Py_ssize_t position_ = 0;
 };
 
 template <class Result, class... Arguments>
-void define(py::module_& m, const char* name, Result (*operation)(Arguments...)) {
-    m.def(name, [name, operation](py::args tuple) {
-        Reader reader(name, tuple);
+void define_function(py::module_& m, const char* name, Result (*function)(Arguments...)) {
+    m.def(name, [name, function](py::args tuple) {
+        Reader reader(name, tuple, false);
         std::tuple<std::decay_t<Arguments>...> arguments{reader.read<std::decay_t<Arguments>>()...};
         reader.finish();
         py::gil_scoped_release unlocked;
-        return std::apply(operation, arguments);
+        return std::apply(function, arguments);
+    });
+}
+
+template <class Arguments, class... Stream>
+void define(py::module_& m, const char* name, void (*operation)(const Arguments&, Stream...)) {
+    m.def(name, [name, operation](py::args given) {
+        const bool one = given.size() == 1 + 2 * sizeof...(Stream);
+        Reader reader(name, given, false);
+        std::tuple<Arguments, Stream...> arguments{
+            one ? reader.read_tuple<Arguments>() : reader.read<Arguments>(),
+            reader.read<Stream>()...};
+        reader.finish();
+        py::gil_scoped_release unlocked;
+        std::apply(operation, arguments);
     });
 }
 
@@ -157,9 +186,9 @@ PYBIND11_MODULE(WARPO_MODULE, m) {
     m.def("read_tensors", &read_tensors);
 #ifndef WARPO_CUDA
     m.def("instruction_set", &library::instruction_set);
-    define(m, "first_and_last", &first_and_last);
-    define(m, "first_malformed", &first_malformed);
-    define(m, "first_malformed_end", &first_malformed_end);
+    define_function(m, "first_and_last", &first_and_last);
+    define_function(m, "first_malformed", &first_malformed);
+    define_function(m, "first_malformed_end", &first_malformed_end);
 #endif
 #define WARPO_DEFINE(operation, Arguments) define(m, #operation, library::operation);
     WARPO_OPERATIONS(WARPO_DEFINE)

@@ -49,7 +49,7 @@ from torch import Tensor
 from warpo.kernels import dispatch, reference
 from warpo.kernels.checks import FLOATS, check_no_grad, check_own_memory, check_tensor
 from warpo.kernels.fingerprint import PARTIALS, rows_of
-from warpo.kernels.registration import Operator
+from warpo.kernels.positional import PositionalOperator as Operator
 
 FLOAT32 = FLOATS[:1]
 MOMENTS = FLOATS[:2]
@@ -235,7 +235,7 @@ def _update(
     counts, updates = _fake_update(grad)
     if published.numel() == 0:
         return counts.zero_(), updates.zero_()
-    dispatch.load(backend).adamw_publish(
+    dispatch.load_positional(backend).adamw_publish(
         *published.shape, grad, master, exp_avg, exp_avg_sq, published, decay, grad_weight,
         beta2, square_weight, step_size, root_scale, eps, grad_scale, grad_scale_factor,
         seed is not None, seed or 0, step, counts.new_empty(2 * PARTIALS),

@@ -25,7 +25,7 @@ from warpo.kernels import dispatch, reference
 from warpo.kernels.checks import FLOATS, check_mask, check_no_grad, check_tensor
 from warpo.kernels.objectives import AGGREGATIONS
 from warpo.kernels.offsets import check_values
-from warpo.kernels.registration import Operator
+from warpo.kernels.positional import PositionalOperator as Operator
 from warpo.kernels.sequences import as_denominator, check_aggregation, check_sequences
 
 # Rows of the workspace at least: kMinAggregateParts in csrc/arguments/aggregate.h.
@@ -116,7 +116,7 @@ def _forward(
     check_values("cu_seqlens", cu_seqlens, values.shape[-1])
     sequences = _sequences(values, cu_seqlens)
     result, weights = _allocate(values, sequences)
-    dispatch.load(backend).aggregate_forward(
+    dispatch.load_positional(backend).aggregate_forward(
         sequences, values.shape[-1], cu_seqlens, values, mask, aggregation, denominator, number,
         weights, result,
     )  # fmt: skip
@@ -148,7 +148,7 @@ def _backward(
     grad_values = weights.new_empty(shape, dtype=dtype)
     if sequences == 0:
         return grad_values.zero_()
-    dispatch.load(backend).aggregate_backward(
+    dispatch.load_positional(backend).aggregate_backward(
         sequences, shape[-1], cu_seqlens, mask, weights, grad, grad_values
     )
     return grad_values

@@ -31,7 +31,7 @@ from warpo.kernels.checks import (
     check_tensor,
 )
 from warpo.kernels.objectives import KL_ESTIMATORS, KL_GRADIENTS
-from warpo.kernels.registration import Operator
+from warpo.kernels.positional import PositionalOperator as Operator
 from warpo.kernels.sequences import empty_float32
 
 _CODES = {name: 1 + code for code, name in enumerate(KL_ESTIMATORS)}
@@ -136,7 +136,7 @@ def _forward(
     backend: str,
 ) -> Tensor:
     kl = empty_float32(logprobs)
-    dispatch.load(backend).approx_kl_forward(
+    dispatch.load_positional(backend).approx_kl_forward(
         *_rows(logprobs), logprobs, ref_logprobs, mask, estimator, limit, kl
     )
     return kl
@@ -161,7 +161,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     """Those gradients that are wanted, the others empty."""
     grad_logprobs, grad_ref = _allocate(logprobs, ref_logprobs, of_logprobs, of_ref)
-    dispatch.load(backend).approx_kl_backward(
+    dispatch.load_positional(backend).approx_kl_backward(
         *_rows(logprobs), logprobs, ref_logprobs, weight, mask, estimator, straight_through, limit,
         grad_kl, grad_logprobs if of_logprobs else None, grad_ref if of_ref else None,
     )  # fmt: skip

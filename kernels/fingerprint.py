@@ -18,7 +18,7 @@ from torch import Tensor
 
 from warpo.kernels import dispatch, reference
 from warpo.kernels.checks import FLOATS, as_rows, check_tensor
-from warpo.kernels.registration import Operator
+from warpo.kernels.positional import PositionalOperator as Operator
 
 # csrc/math/tiles.h: partial results at most
 PARTIALS = 1024
@@ -70,7 +70,7 @@ def _forward(rows: Tensor, backend: str) -> Tensor:
         return rows.new_zeros((), dtype=torch.int64)
     result = rows.new_empty((), dtype=torch.int64)
     partials = rows.new_empty(PARTIALS, dtype=torch.int64)
-    dispatch.load(backend).fingerprint(*rows.shape, rows, partials, result)
+    dispatch.load_positional(backend).fingerprint(*rows.shape, rows, partials, result)
     return result
 
 

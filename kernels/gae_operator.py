@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from warpo.kernels import dispatch
-from warpo.kernels.registration import Operator
+from warpo.kernels.positional import PositionalOperator as Operator
 from warpo.kernels.scan import empty_like, is_empty, nothing_like, sizes
 
 
@@ -34,7 +34,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     advantages, returns = _allocate(rewards, returns_only)
     if not is_empty(rewards, cu_seqlens, advantages, returns):
-        dispatch.load(backend).gae_forward(
+        dispatch.load_positional(backend).gae_forward(
             *sizes(rewards, cu_seqlens), cu_seqlens, rewards, None, values, last_values,
             final_values, mask, terminated, truncated, last_terminated, last_truncated,
             gamma, gae_lambda, mask_mode, starts_at_t,
@@ -73,7 +73,7 @@ def _backward(
     if not is_empty(rewards, cu_seqlens, *gradients):
         of_rewards, of_values, of_last, of_final = gradients
         final = of_final if has_final_values else None
-        dispatch.load(backend).gae_backward(
+        dispatch.load_positional(backend).gae_backward(
             *sizes(rewards, cu_seqlens), cu_seqlens, None, None, None, None, final, mask,
             terminated, truncated, last_terminated, last_truncated,
             gamma, gae_lambda, mask_mode, starts_at_t, None, None,

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from warpo.kernels import dispatch, reference
 from warpo.kernels.checks import FLOATS, check_mask, check_number, check_tensor
-from warpo.kernels.registration import Operator
+from warpo.kernels.positional import PositionalOperator as Operator
 
 # in the order of the enumeration in csrc/arguments/group_advantages.h
 STD_MODES = ("none", "sample", "population", "leave_one_out")
@@ -177,7 +177,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     advantages, mean, std, degenerate = _allocate(rewards, num_groups)
     if num_groups:
-        dispatch.load(backend).group_advantages_forward(
+        dispatch.load_positional(backend).group_advantages_forward(
             num_groups, rewards, group_size, order, offsets, std_mode, leave_one_out, eps,
             advantages, mean, std, degenerate,
         )  # fmt: skip
@@ -213,7 +213,7 @@ def _backward(
 ) -> Tensor:
     grad_rewards = rewards.new_zeros(rewards.shape, dtype=torch.float32)
     if mean.numel():
-        dispatch.load(backend).group_advantages_backward(
+        dispatch.load_positional(backend).group_advantages_backward(
             mean.numel(), rewards, group_size, order, offsets, std_mode, leave_one_out, eps,
             None, mean, std, None, grad_advantages, grad_rewards,
         )  # fmt: skip

@@ -24,7 +24,7 @@ from warpo.kernels import dispatch, reference
 from warpo.kernels.checks import check_tensor
 from warpo.kernels.linear_head import check_head
 from warpo.kernels.offsets import check_values
-from warpo.kernels.registration import Operator
+from warpo.kernels.positional import PositionalOperator as Operator
 
 INTEGERS = (torch.int32, torch.int64)
 
@@ -113,7 +113,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_values("kept_offsets", kept_offsets, kept_ids.shape[0], "kept ids")
     logp, kept_logits, stats = _allocate(hidden, kept_ids)
-    dispatch.load(backend).kept_set_logprobs_forward(
+    dispatch.load_positional(backend).kept_set_logprobs_forward(
         hidden.shape[0], *weight.shape, kept_ids.shape[0], hidden, weight, bias, targets, kept_ids,
         kept_offsets, temperature, token_temperature, logp, kept_logits, stats,
     )  # fmt: skip
@@ -152,7 +152,7 @@ def _backward(
     """Gradients of hidden, weight and bias; empty ones for those that are not wanted."""
     check_values("kept_offsets", kept_offsets, kept_ids.shape[0], "kept ids")
     grad_hidden, grad_weight, grad_bias = _allocate_gradients(hidden, weight, bias, wanted)
-    kernels, grad_logits = dispatch.load(backend), torch.zeros_like(kept_logits)
+    kernels, grad_logits = dispatch.load_positional(backend), torch.zeros_like(kept_logits)
     kernels.kept_set_logprobs_backward(
         hidden.shape[0], *weight.shape, kept_ids.shape[0], hidden, weight, bias, targets, kept_ids,
         kept_offsets, temperature, token_temperature, None, kept_logits, stats, grad_logprobs,

@@ -28,7 +28,7 @@ from warpo.kernels.checks import (
     check_tensor,
 )
 from warpo.kernels.offsets import check_values, is_malformed, valid_tokens
-from warpo.kernels.registration import Operator
+from warpo.kernels.positional import PositionalOperator as Operator
 from warpo.kernels.sequences import as_denominator, check_sequences, scaled, spread_packed
 from warpo.kernels.symbolic import as_scalar
 
@@ -220,7 +220,7 @@ def _forward(
     if cu_seqlens is not None:
         gradient.zero_()  # of tokens that belong to no answer
     examples = desirable.shape[0]
-    dispatch.load(backend).kto_loss(
+    dispatch.load_positional(backend).kto_loss(
         examples, logprobs.shape[1], cu_seqlens,
         *spread_packed(examples, cu_seqlens, logprobs, ref_logprobs, mask),
         gradient if with_gradient else None, desirable, kl, beta, desirable_weight,

@@ -242,7 +242,7 @@ def own_product(b: Tensor) -> Callable[..., None] | None:
     """Ours of a matrix in float32 or the dtype of b with b: of processors that have it."""
     if not b.is_cpu or b.dtype not in OWN_PRODUCTS:
         return None
-    return getattr(dispatch.load("cpu"), OWN_PRODUCTS[b.dtype], None)
+    return getattr(dispatch.load_positional("cpu"), OWN_PRODUCTS[b.dtype], None)
 
 
 def _multiply(out: Tensor, a: Tensor, b: Tensor, addend: Tensor | None = None) -> None:

@@ -23,7 +23,8 @@ from torch.distributed import ProcessGroup
 from warpo.kernels import dispatch, reference
 from warpo.kernels.linear_head import LinearHead, check_chunking, check_head, valid_tokens
 from warpo.kernels.logprobs import LogprobsAndEntropy, workspace
-from warpo.kernels.registration import Operator, keeps_graph
+from warpo.kernels.positional import PositionalOperator as Operator
+from warpo.kernels.registration import keeps_graph
 from warpo.kernels.vocab_parallel import check_group, resolve_group, split_backward, split_forward
 
 
@@ -214,7 +215,7 @@ def _forward(
     )
     if head.count == 0:
         return torch.zeros_like(logp), torch.zeros_like(entropy), stats, cache
-    kernels, group = dispatch.load(backend), resolve_group(group_name)
+    kernels, group = dispatch.load_positional(backend), resolve_group(group_name)
     tokens = [head.compact(x) for x in (targets, token_temperature, mask)]
     buffer = cache if cache_logits else head.new_buffer()
     for start, stop in head.chunks():
@@ -298,7 +299,7 @@ def linear_logprobs_backward(
         hidden, weight, bias, softcap, valid, num_valid, workspace_bytes, float32_logits, apart,
         kept=cache is not None,
     )  # fmt: skip
-    kernels, group = dispatch.load(backend), resolve_group(group_name)
+    kernels, group = dispatch.load_positional(backend), resolve_group(group_name)
     head.start_gradients(wanted, group)
     tokens = [
         head.compact(x)

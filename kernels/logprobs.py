@@ -32,7 +32,8 @@ from warpo.kernels.checks import (
     check_tensor,
     check_unspent,
 )
-from warpo.kernels.registration import Operator, check_first_order
+from warpo.kernels.positional import PositionalOperator as Operator
+from warpo.kernels.registration import check_first_order
 from warpo.kernels.vocab_parallel import VocabParallelLogprobs, check_group
 
 # Up to so many tokens, a vocabulary past one block is given to several: fewer rows than twice the
@@ -151,7 +152,12 @@ def _run(
     if process_group is not None:
         check_group(process_group)
         logp, entropy = VocabParallelLogprobs.apply(
-            logits, targets, options, inplace_backward, dispatch.load(name), process_group
+            logits,
+            targets,
+            options,
+            inplace_backward,
+            dispatch.load_positional(name),
+            process_group,
         )
         return logp.view(shape), entropy.view(shape)
     logp, entropy, _ = _operator(logits, targets, *options, with_entropy, inplace_backward, name)
@@ -197,7 +203,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     logp, entropy, stats = _allocate(logits, with_entropy)
     if logp.numel():
-        dispatch.load(backend).logprobs_forward(
+        dispatch.load_positional(backend).logprobs_forward(
             *logits.shape, logits, targets, temperature, token_temperature, mask, ignore_index,
             logp, entropy if with_entropy else None, stats, workspace(logits),
         )  # fmt: skip
@@ -242,7 +248,7 @@ def _backward(
 ) -> Tensor:
     grad_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
     if grad_logits.numel():
-        dispatch.load(backend).logprobs_backward(
+        dispatch.load_positional(backend).logprobs_backward(
             *logits.shape, logits, targets, temperature, token_temperature, mask, ignore_index,
             None, entropy, stats, None,
             grad_logprobs, grad_entropy, grad_logits,
@@ -280,7 +286,7 @@ def _differentiate(ctx, grad_logprobs, grad_entropy, _grad_stats):
         ctx.spent = True
         with torch.no_grad():
             grad_logits = logits.detach()
-            dispatch.load(ctx.backend).logprobs_backward(
+            dispatch.load_positional(ctx.backend).logprobs_backward(
                 *logits.shape, *arguments, None, entropy, stats, None, grad_logprobs, grad_entropy,
                 grad_logits,
             )  # fmt: skip

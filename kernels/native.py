@@ -1,8 +1,8 @@
 """The compiled backends `_cpu` and `_cuda`: tensors to pointers.
 
-An operation of a backend takes the fields of its struct in csrc/arguments, in their order: sizes,
-tensors, numbers, and None for an absent optional. Arguments are checked and outputs allocated by
-the caller. The Triton backend has the same functions with the same arguments.
+An operation of a backend takes the named tuple of its struct in csrc/arguments, see `_arguments`:
+sizes, tensors, numbers, and None for an absent optional. Arguments are checked and outputs
+allocated by the caller. The Triton backend has the same functions with the same arguments.
 """
 
 from collections.abc import Callable
@@ -36,21 +36,37 @@ _NUMBERS = frozenset((int, float, bool, type(None)))
 
 
 def _field(x: Any) -> Any:
-    return _view(x) if isinstance(x, Tensor) else x
+    if isinstance(x, Tensor):
+        return _view(x)
+    return _views(x) if isinstance(x, tuple) else x
+
+
+def _views(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple([x if type(x) in _NUMBERS else _field(x) for x in arguments])
 
 
 def _of_views(function: Callable[..., None]) -> Callable[..., None]:
     def call(*arguments: Any) -> None:
-        function(*[x if type(x) in _NUMBERS else _field(x) for x in arguments])
+        function(*_views(arguments))
 
     return call
+
+
+def _first_tensor(arguments: tuple[Any, ...]) -> Tensor | None:
+    for x in arguments:
+        found = _first_tensor(x) if isinstance(x, tuple) else x
+        if isinstance(found, Tensor):
+            return found
+    return None
 
 
 def _on_stream(function: Callable[..., None]) -> Callable[..., None]:
     """With device and current stream of the first tensor at the end."""
 
     def call(*arguments: Any) -> None:
-        device = next(x for x in arguments if isinstance(x, Tensor)).get_device()
+        tensor = _first_tensor(arguments)
+        assert tensor is not None
+        device = tensor.get_device()
         function(*arguments, device, torch._C._cuda_getCurrentRawStream(device))
 
     return call

@@ -23,8 +23,8 @@ from torch import Tensor
 from warpo.kernels import dispatch, reference
 from warpo.kernels.checks import FLOATS, as_rows, check_mask, check_no_grad, check_tensor
 from warpo.kernels.offsets import check_values
+from warpo.kernels.positional import PositionalOperator as Operator
 from warpo.kernels.preferences import LINKS, Preference, get_preference
-from warpo.kernels.registration import Operator
 from warpo.kernels.sequences import as_denominator, check_sequences, scaled, spread_packed
 
 PREFERENCE_METRICS = (
@@ -248,7 +248,7 @@ def _forward(
         rows = spread_packed(pairs, cu_seqlens, logprobs, ref, mask)
         sides += [logprobs.shape[1], cu_seqlens, *rows, gradient if with_gradient else None]
     partials = chosen.new_empty((pairs, len(PREFERENCE_METRICS)), dtype=torch.float32)
-    dispatch.load(backend).preference_loss(
+    dispatch.load_positional(backend).preference_loss(
         pairs, *sides, link, length_normalise, odds, beta, margin, positive_weight,
         negative_weight, nll_coef, denominator, partials, loss, metrics,
     )  # fmt: skip

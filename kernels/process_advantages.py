@@ -24,7 +24,7 @@ from warpo.kernels.checks import (
 )
 from warpo.kernels.group_advantages import groups_of, members_of
 from warpo.kernels.offsets import check_step_ends, check_values
-from warpo.kernels.registration import Operator
+from warpo.kernels.positional import PositionalOperator as Operator
 
 INDICES = (torch.int32, torch.int64)
 # in the order of the enumeration in csrc/arguments/group_advantages.h
@@ -209,7 +209,7 @@ def _forward(
     num_outputs = step_offsets.numel() - 1
     _check_values(step_rewards, step_offsets, step_ends, num_tokens, cu_seqlens)
     if num_outputs:
-        dispatch.load(backend).process_advantages(
+        dispatch.load_positional(backend).process_advantages(
             num_outputs, num_groups, step_rewards.numel(), num_tokens, cu_seqlens, step_rewards,
             step_offsets, step_ends, group_size, group_ids, order, offsets, std_mode, eps, *results,
         )  # fmt: skip

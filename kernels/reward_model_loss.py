@@ -29,7 +29,7 @@ from warpo.kernels.checks import (
     check_tensor,
 )
 from warpo.kernels.offsets import check_offsets, check_values
-from warpo.kernels.registration import Operator
+from warpo.kernels.positional import PositionalOperator as Operator
 from warpo.kernels.sequences import as_denominator, merge_moments, scaled
 
 REWARD_METRICS = ("loss", "pairs", "correct", "margin", "scores", "score_mean", "score_m2")
@@ -213,7 +213,7 @@ def _forward_pairs(
     loss, metrics, partials = _allocate(denominator, _count_blocks(pairs))
     # where none are wanted, in place of a tensor of no elements, which takes 0.8 us
     gradients = denominator.new_empty(2, pairs) if with_gradient else partials
-    dispatch.load(backend).reward_model_loss(
+    dispatch.load_positional(backend).reward_model_loss(
         pairs, chosen_scores, rejected_scores, margins, mask, centering_coef, denominator,
         *(gradients.unbind() if with_gradient else (None, None)), partials, loss, metrics,
     )  # fmt: skip
@@ -274,7 +274,7 @@ def _forward_groups(
     loss, metrics, partials = _allocate(denominator, groups)
     # zeros: of scores that belong to no group
     gradient = denominator.new_zeros(scores.shape[0] if with_gradient else 0)
-    dispatch.load(backend).ranking_loss(
+    dispatch.load_positional(backend).ranking_loss(
         groups, scores.numel(), scores, ranks, mask, cu_groups, centering_coef, denominator,
         gradient if with_gradient else None, partials, loss, metrics,
     )  # fmt: skip

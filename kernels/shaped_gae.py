@@ -19,7 +19,7 @@ from torch import Tensor
 from warpo.kernels import dispatch, reference, scan
 from warpo.kernels.checks import FLOATS, check_no_grad, check_tensor
 from warpo.kernels.objectives import KL_ESTIMATORS
-from warpo.kernels.registration import Operator
+from warpo.kernels.positional import PositionalOperator as Operator
 from warpo.kernels.scan import Steps, empty_like, is_empty, nothing_like, sizes
 
 
@@ -159,7 +159,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     advantages, returns, shaped = _allocate(logprobs, return_rewards)
     if not is_empty(logprobs, cu_seqlens, advantages, returns, shaped):
-        dispatch.load(backend).shaped_gae(
+        dispatch.load_positional(backend).shaped_gae(
             *sizes(logprobs, cu_seqlens), cu_seqlens, rewards, terminal_rewards, values,
             last_values, None, mask, None, None, None, None, gamma, gae_lambda, mask_mode, False,
             advantages, returns, logprobs, ref_logprobs, kl, kl_coef, adaptive_kl_coef,

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from warpo.kernels import dispatch, reference
 from warpo.kernels.checks import FLOATS, check_no_grad, check_number, check_tensor
-from warpo.kernels.registration import Operator
+from warpo.kernels.positional import PositionalOperator as Operator
 
 
 class SquashedGaussian(NamedTuple):
@@ -93,7 +93,7 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     actions, logprobs = _allocate(mean)
-    dispatch.load(backend).squashed_gaussian_forward(
+    dispatch.load_positional(backend).squashed_gaussian_forward(
         *mean.shape, mean, log_std, noise, log_std_min, log_std_max, actions, logprobs
     )
     return actions, logprobs
@@ -122,7 +122,7 @@ def _backward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     grad_mean, grad_log_std = _empty(mean), _empty(mean)
-    dispatch.load(backend).squashed_gaussian_backward(
+    dispatch.load_positional(backend).squashed_gaussian_backward(
         *mean.shape, mean, log_std, noise, log_std_min, log_std_max, None, None,
         grad_actions, grad_logprobs, grad_mean, grad_log_std,
     )  # fmt: skip

@@ -32,7 +32,7 @@ from warpo.kernels.checks import (
     check_tensor,
 )
 from warpo.kernels.offsets import check_values
-from warpo.kernels.registration import Operator
+from warpo.kernels.positional import PositionalOperator as Operator
 from warpo.kernels.sequences import (
     check_sequences,
     count_denominator,
@@ -216,7 +216,7 @@ def _forward(
     sequences = values.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     partials = denominator.new_empty(sequences, len(VALUE_METRICS))
     rows = spread_packed(sequences, cu_seqlens, values, old_values, returns, mask)
-    dispatch.load(backend).value_loss(
+    dispatch.load_positional(backend).value_loss(
         sequences, values.shape[1], cu_seqlens, *rows, sequence_mean, clip_range, huber_delta,
         denominator, gradient if with_gradient else None, partials, loss, metrics,
     )  # fmt: skip

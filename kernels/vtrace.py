@@ -18,7 +18,7 @@ from torch import Tensor
 
 from warpo.kernels import dispatch, reference, scan
 from warpo.kernels.checks import FLOATS, check_number, check_tensor
-from warpo.kernels.registration import Operator
+from warpo.kernels.positional import PositionalOperator as Operator
 from warpo.kernels.scan import Steps, empty_like, is_empty, sizes
 
 
@@ -144,7 +144,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     returns, advantages = empty_like(logprobs), empty_like(logprobs)
     if not is_empty(logprobs, cu_seqlens, returns, advantages):
-        dispatch.load(backend).vtrace(
+        dispatch.load_positional(backend).vtrace(
             *sizes(logprobs, cu_seqlens), cu_seqlens, rewards, None, values, last_values,
             final_values, mask, terminated, truncated, last_terminated, last_truncated,
             gamma, gae_lambda, mask_mode, starts_at_t, advantages, returns,

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from warpo.kernels import dispatch, reference
 from warpo.kernels.checks import FLOATS, check_mask, check_no_grad, check_number, check_tensor
-from warpo.kernels.registration import Operator
+from warpo.kernels.positional import PositionalOperator as Operator
 
 # csrc/math/tiles.h: partial results at most, and three numbers each
 PARTIALS = (1024, 3)
@@ -110,7 +110,7 @@ def _forward(
     whitened, stats = _empty(x), x.new_empty(3, dtype=torch.float32)
     if x.numel():
         partials = x.new_empty(PARTIALS, dtype=torch.float32)
-        dispatch.load(backend).whiten_forward(
+        dispatch.load_positional(backend).whiten_forward(
             *x.shape, x, mask, shift_mean, eps, partials, stats, whitened
         )
     return whitened, stats
@@ -131,7 +131,7 @@ def _backward(
     grad_x = _empty(x)
     if x.numel():
         partials = x.new_empty(PARTIALS, dtype=torch.float32)
-        dispatch.load(backend).whiten_backward(
+        dispatch.load_positional(backend).whiten_backward(
             *x.shape, x, mask, shift_mean, 0.0, partials, stats, None, grad_whitened, grad_x
         )
     return grad_x

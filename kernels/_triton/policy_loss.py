@@ -10,8 +10,8 @@ import math
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
+from warpo.kernels._arguments.policy_loss import MIN_PARTIALS, PolicyLossArguments
 from warpo.kernels._triton.launch import kernel, strided
 from warpo.kernels._triton.policy_terms import (
     GEOMETRIC,
@@ -28,16 +28,16 @@ from warpo.kernels._triton.policy_terms import (
 )
 from warpo.kernels._triton.sequences import bounds as bounds_of
 from warpo.kernels._triton.sequences import inverse_or_zero, poison_if, valid_tokens, weighted
+from warpo.kernels.policy_metrics import METRICS
 
 BLOCK = 256
 WARPS = 4
-REDUCE_BLOCK, MIN_PARTIALS = 128, 512
+REDUCE_BLOCK = 128
 
 INF = tl.constexpr(float("inf"))
-# rows of the metrics vector, `kernels.policy_loss.METRICS`
-NUM_METRICS = tl.constexpr(16)
-RATIO_MIN = tl.constexpr(8)
-RATIO_MAX = tl.constexpr(9)
+NUM_METRICS = tl.constexpr(len(METRICS))
+RATIO_MIN = tl.constexpr(METRICS.index("ratio_min"))
+RATIO_MAX = tl.constexpr(METRICS.index("ratio_max"))
 
 
 @triton.jit
@@ -325,66 +325,65 @@ def _log(bound: float) -> float:
     return math.log(bound) if bound > 0 else -math.inf
 
 
-def policy_loss(
-    sequences: int,
-    steps: int,
-    cu_seqlens: Tensor | None,
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    ref_logprobs: Tensor | None,
-    sampler_logprobs: Tensor | None,
-    entropy: Tensor | None,
-    mask: Tensor | None,
-    ratio_level: int,
-    surrogate: int,
-    ratio_low: float,
-    ratio_high: float,
-    dual_clip: float,
-    tau_positive: float,
-    tau_negative: float,
-    correction: int,
-    correction_sequence: bool,
-    correction_low: float,
-    correction_high: float,
-    kl: int,
-    kl_straight_through: bool,
-    kl_coef: float,
-    adaptive_kl_coef: Tensor | None,
-    entropy_coef: float,
-    log_ratio_limit: float,
-    sequence_mean: bool,
-    denominator: Tensor,
-    grad_logprobs: Tensor | None,
-    grad_entropy: Tensor | None,
-    partials: Tensor,
-    loss: Tensor,
-    metrics: Tensor,
-) -> None:
-    """The fields of `PolicyLoss`."""
-    if surrogate == GEOMETRIC.value:
-        ratio_low, ratio_high = _log(ratio_low), _log(ratio_high)
-    parts = 1
+def _count_parts(a: PolicyLossArguments) -> int:
+    """Programs per sequence."""
     # the sums up to a token are made in the order of the tokens
-    if sequences and ratio_level != PREFIX_RATIO.value:
-        parts = max(1, min(MIN_PARTIALS // sequences, triton.cdiv(steps, BLOCK)))
-    with torch.cuda.device_of(logprobs):
-        if sequences:
-            _policy_loss_kernel[(sequences * parts,)](
-                *strided(logprobs), *strided(old_logprobs), *strided(advantages),
-                *strided(ref_logprobs), *strided(sampler_logprobs), *strided(entropy),
-                *strided(mask), cu_seqlens, steps, parts,
-                float(ratio_low), float(ratio_high), float(dual_clip),
-                float(tau_positive), float(tau_negative),
-                float(correction_low), float(correction_high),
-                float(kl_coef), adaptive_kl_coef, float(entropy_coef), float(log_ratio_limit),
-                denominator, grad_logprobs, grad_entropy, partials,
-                RATIO_LEVEL=ratio_level, SURROGATE=surrogate, CORRECTION=correction,
-                CORRECTION_SEQUENCE=correction_sequence, KL=kl,
-                STRAIGHT_THROUGH=kl_straight_through, SEQUENCE_MEAN=sequence_mean,
-                BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=True,
-            )  # fmt: skip
+    if a.sequences == 0 or a.objective.ratio_level == PREFIX_RATIO.value:
+        return 1
+    return max(1, min(MIN_PARTIALS // a.sequences, triton.cdiv(a.steps, BLOCK)))
+
+
+def policy_loss(a: PolicyLossArguments) -> None:
+    o, parts = a.objective, _count_parts(a)
+    bounds = (o.ratio_low, o.ratio_high)
+    if o.surrogate == GEOMETRIC.value:
+        bounds = (_log(o.ratio_low), _log(o.ratio_high))
+    per_token = (
+        a.logprobs,
+        a.old_logprobs,
+        a.advantages,
+        a.ref_logprobs,
+        a.sampler_logprobs,
+        a.entropy,
+        a.mask,
+    )
+    numbers = [*bounds, o.dual_clip, o.tau_positive, o.tau_negative]
+    numbers += [o.correction_low, o.correction_high, a.kl_coef]
+    with torch.cuda.device_of(a.logprobs):
+        if a.sequences:
+            _policy_loss_kernel[(a.sequences * parts,)](
+                *[part for tensor in per_token for part in strided(tensor)],
+                a.cu_seqlens,
+                a.steps,
+                parts,
+                *map(float, numbers),
+                a.adaptive_kl_coef,
+                float(o.entropy_coef),
+                float(o.log_ratio_limit),
+                a.denominator,
+                a.grad_logprobs,
+                a.grad_entropy,
+                a.partials,
+                RATIO_LEVEL=o.ratio_level,
+                SURROGATE=o.surrogate,
+                CORRECTION=o.correction,
+                CORRECTION_SEQUENCE=o.correction_sequence,
+                KL=a.kl,
+                STRAIGHT_THROUGH=o.kl_straight_through,
+                SEQUENCE_MEAN=o.sequence_mean,
+                BLOCK=BLOCK,
+                num_warps=WARPS,
+                enable_fp_fusion=True,
+            )
         _reduce_kernel[(1,)](
-            partials, sequences * parts, float(kl_coef), adaptive_kl_coef, float(entropy_coef),
-            loss, metrics, BLOCK=REDUCE_BLOCK, num_warps=4, enable_fp_fusion=True,
-        )  # fmt: skip
+            a.partials,
+            a.sequences * parts,
+            float(a.kl_coef),
+            a.adaptive_kl_coef,
+            float(o.entropy_coef),
+            a.loss,
+            a.metrics,
+            BLOCK=REDUCE_BLOCK,
+            num_warps=4,
+            enable_fp_fusion=True,
+        )

@@ -5,8 +5,11 @@ a program a token, two loops over its row.
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
+from warpo.kernels._arguments.policy_loss_from_logits import (
+    PolicyLossFromLogitsArguments,
+    ScaleGradientArguments,
+)
 from warpo.kernels._triton.launch import kernel, strided
 from warpo.kernels._triton.logprobs import (
     BLOCK,
@@ -191,78 +194,71 @@ def _scale_gradient_kernel(
         tl.store(row_ptr + columns, x * factor, mask=columns < vocab)
 
 
-def policy_loss_from_logits(
-    rows: int,
-    steps: int,
-    vocab: int,
-    logits: Tensor,
-    targets: Tensor,
-    temperature: float,
-    token_temperature: Tensor | None,
-    mask: Tensor | None,
-    ignore_index: int,
-    logprobs: Tensor,
-    entropy: Tensor,
-    _stats: None,
-    _partials: None,
-    sequences: int,
-    cu_seqlens: Tensor | None,
-    old_logprobs: Tensor | None,
-    advantages: Tensor,
-    ref_logprobs: Tensor | None,
-    sampler_logprobs: Tensor | None,
-    valid_tokens: Tensor | None,
-    surrogate: int,
-    ratio_low: float,
-    ratio_high: float,
-    dual_clip: float,
-    tau_positive: float,
-    tau_negative: float,
-    correction: int,
-    correction_low: float,
-    correction_high: float,
-    kl: int,
-    kl_straight_through: bool,
-    kl_coef: float,
-    adaptive_kl_coef: Tensor | None,
-    entropy_coef: float,
-    log_ratio_limit: float,
-    denominator: Tensor,
-    grad_logits: Tensor,
-) -> None:
-    """The fields of `PolicyLossFromLogits`."""
-    if rows * steps == 0:
+def policy_loss_from_logits(a: PolicyLossFromLogitsArguments) -> None:
+    forward, o = a.forward, a.objective
+    tokens, vocab = forward.rows * forward.steps, forward.vocab
+    if tokens == 0:
         return
-    width = _load_width(logits, grad_logits)
+    width = _load_width(forward.logits, a.grad_logits)
     lanes = 32 * WARPS
-    with torch.cuda.device_of(logits):
-        _policy_loss_from_logits_kernel[(rows * steps,)](
-            *_rows(logits, width), vocab, *strided(targets), float(temperature),
-            *strided(token_temperature), *strided(mask), ignore_index, steps,
-            *strided(logprobs), *strided(entropy), cu_seqlens, sequences,
-            *strided(old_logprobs), *strided(advantages), *strided(ref_logprobs),
-            *strided(sampler_logprobs), *strided(valid_tokens),
-            float(ratio_low), float(ratio_high), float(dual_clip),
-            float(tau_positive), float(tau_negative),
-            float(correction_low), float(correction_high),
-            float(kl_coef), adaptive_kl_coef, float(entropy_coef), float(log_ratio_limit),
-            denominator, *_rows(grad_logits, width),
+    constants = (
+        a.old_logprobs,
+        a.advantages,
+        a.ref_logprobs,
+        a.sampler_logprobs,
+        a.valid_tokens,
+    )
+    numbers = [o.ratio_low, o.ratio_high, o.dual_clip, o.tau_positive, o.tau_negative]
+    numbers += [o.correction_low, o.correction_high, a.kl_coef]
+    with torch.cuda.device_of(forward.logits):
+        _policy_loss_from_logits_kernel[(tokens,)](
+            *_rows(forward.logits, width),
+            vocab,
+            *strided(forward.targets),
+            float(forward.temperature),
+            *strided(forward.token_temperature),
+            *strided(forward.mask),
+            forward.ignore_index,
+            forward.steps,
+            *strided(forward.logprobs),
+            *strided(forward.entropy),
+            a.cu_seqlens,
+            a.sequences,
+            *[part for tensor in constants for part in strided(tensor)],
+            *map(float, numbers),
+            a.adaptive_kl_coef,
+            float(o.entropy_coef),
+            float(o.log_ratio_limit),
+            a.denominator,
+            *_rows(a.grad_logits, width),
             triton.cdiv(vocab, ROW_BLOCK * CHUNKS) * ROW_BLOCK,
-            SURROGATE=surrogate, CORRECTION=correction, KL=kl,
-            STRAIGHT_THROUGH=kl_straight_through, ENTROPY_GRADIENT=entropy_coef != 0,
-            REPEAT=ROW_BLOCK // (lanes * width), LANES=lanes, WIDTH=width,
-            num_warps=WARPS, enable_fp_fusion=True,
-        )  # fmt: skip
+            SURROGATE=o.surrogate,
+            CORRECTION=o.correction,
+            KL=a.kl,
+            STRAIGHT_THROUGH=o.kl_straight_through,
+            ENTROPY_GRADIENT=o.entropy_coef != 0,
+            REPEAT=ROW_BLOCK // (lanes * width),
+            LANES=lanes,
+            WIDTH=width,
+            num_warps=WARPS,
+            enable_fp_fusion=True,
+        )
 
 
-def scale_gradient(rows: int, steps: int, vocab: int, gradient: Tensor, factor: Tensor) -> None:
-    """The fields of `ScaleGradient`."""
-    units = rows * steps * triton.cdiv(vocab, BLOCK)
+def scale_gradient(a: ScaleGradientArguments) -> None:
+    units = a.rows * a.steps * triton.cdiv(a.vocab, BLOCK)
     if units == 0:
         return
-    width = _load_width(gradient)
-    with torch.cuda.device_of(gradient):
+    width = _load_width(a.gradient)
+    with torch.cuda.device_of(a.gradient):
         _scale_gradient_kernel[(min(units, SCALE_PROGRAMS),)](
-            *_rows(gradient, width), vocab, steps, units, factor,
-            BLOCK=BLOCK, WIDTH=width, num_warps=4, enable_fp_fusion=True,
-        )  # fmt: skip
+            *_rows(a.gradient, width),
+            a.vocab,
+            a.steps,
+            units,
+            a.factor,
+            BLOCK=BLOCK,
+            WIDTH=width,
+            num_warps=4,
+            enable_fp_fusion=True,
+        )

@@ -212,7 +212,7 @@ def gae_into(
         _flags(next_done.reshape(-1)), advantages, returns,
     )  # fmt: skip
     r, v, d, last_v, last_d, a, g = map(_view, arrays)
-    dispatch.load("cpu").gae_forward(
+    dispatch.load_positional("cpu").gae_forward(
         next_value.size, len(rewards), None, r, None, v, last_v, None, None, d, None, last_d,
         None, gamma, gae_lambda, 0, True, a, g,
     )  # fmt: skip

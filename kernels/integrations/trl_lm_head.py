@@ -155,7 +155,7 @@ def _differentiate(
     grad_entropy: Tensor | None,
 ) -> None:
     """Add the gradients of all chunks up in the head."""
-    kernels = dispatch.load(dispatch.choose(targets, None))
+    kernels = dispatch.load_positional(dispatch.choose(targets, None))
     tokens = [head.compact(x) for x in (targets, entropy, grad_logprobs, grad_entropy)]
     buffer = head.new_buffer()
     grad_buffer = head.new_buffer() if head.softcap else buffer
@@ -219,7 +219,7 @@ def _softmax(
     part: slice,
     stats: Tensor,
 ) -> None:
-    dispatch.load(dispatch.choose(logits, None)).logprobs_forward(
+    dispatch.load_positional(dispatch.choose(logits, None)).logprobs_forward(
         *logits.shape, logits, targets, temperature, None, None, NONE_IGNORED, logp,
         None if entropy is None else entropy[:, part], stats, workspace(logits),
     )  # fmt: skip

@@ -9,10 +9,12 @@ from tests.kernels.backends import (
     each_backend_slow_triton,
     examples,
 )
+from tests.kernels.opcheck import opcheck
 from tests.kernels.policy_loss_cases import LEVELS, cases, exact_loss, near_a_bound
 from tests.tolerance import ROUNDING, SUM_RELATIVE, assert_close
 from warpo.kernels import ops
 from warpo.kernels.objectives import OBJECTIVES, Objective
+from warpo.kernels.policy_loss import PolicyLossInputs, _operator
 
 
 @each_backend
@@ -365,13 +367,34 @@ def test_opcheck(backend, packed):
         starts = torch.tensor([0, 4, 10], dtype=torch.int32, device=DEVICE)
     tensors = [x.clone().requires_grad_(i < 2) for i, x in enumerate(tensors)]
     one = torch.tensor(1.0, device=DEVICE)
-    objective = Objective(correction="truncate", surrogate="dual_clip")
-    torch.library.opcheck(
-        torch.ops.warpo.policy_loss.default,
-        (*tensors, mask, starts, *objective.ratio_arguments, 3, True, 0.1, one if packed else None,
-         0.2, 20.0, not packed, one, True, not packed, backend),
-        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
-    )  # fmt: skip
+    objective = Objective(
+        correction="truncate",
+        surrogate="dual_clip",
+        kl_gradient="k2",
+        entropy_coef=0.2,
+        aggregation="token-mean" if packed else "sequence-mean-token-mean",
+    )
+    logp, entropy, old, advantages, ref, sampler = tensors
+    inputs = PolicyLossInputs(
+        logprobs=logp,
+        entropy=entropy,
+        old_logprobs=old,
+        advantages=advantages,
+        ref_logprobs=ref,
+        sampler_logprobs=sampler,
+        mask=mask,
+        cu_seqlens=starts,
+        objective=objective.arguments,
+        kl=3,
+        kl_coef=0.1,
+        adaptive_kl_coef=one if packed else None,
+        denominator=one,
+        with_gradient=True,
+        with_entropy_gradient=not packed,
+        backend=backend,
+    )
+    utils = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    opcheck(_operator, inputs, test_utils=utils)
 
 
 @pytest.mark.parametrize("backend", BACKENDS[:1])

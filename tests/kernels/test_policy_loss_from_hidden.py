@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.kernels.backends import BACKENDS, DEVICE, dtypes, each_backend, examples
+from tests.kernels.opcheck import opcheck
 from tests.tolerance import SUM_RELATIVE, assert_close, head_gradient
 from warpo.kernels import linear_head, ops, reference
 
@@ -238,15 +239,14 @@ def test_runs_are_bit_equal_and_a_graph_can_be_walked_twice(backend):
 def test_opcheck(backend, monkeypatch):
     from warpo.kernels import policy_loss_from_hidden as module
 
-    seen = []
-    operator = module._operator
-    monkeypatch.setattr(module, "_operator", lambda *x: seen.append(x) or operator(*x))
+    seen, operator = [], module._operator
+    monkeypatch.setattr(module, "_operator", lambda x: seen.append(x) or operator(x))
     leaves, rest = problem(9, False, True, False)
+    inputs = (leaves["hidden"], leaves["weight"])
     ops.policy_loss_from_hidden(
-        leaves["hidden"], leaves["weight"], objective="grpo", bias=leaves["bias"], backend=backend,
-        **rest,
-    )  # fmt: skip
-    torch.library.opcheck(torch.ops.warpo.policy_loss_from_hidden.default, seen[0])
+        *inputs, objective="grpo", bias=leaves["bias"], backend=backend, **rest
+    )
+    opcheck(operator, seen[0])
 
 
 @pytest.mark.parametrize("backend", BACKENDS[:1])

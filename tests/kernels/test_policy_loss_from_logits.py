@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.kernels.backends import BACKENDS, DEVICE, dtypes, each_backend, examples, strided
+from tests.kernels.opcheck import opcheck
 from tests.kernels.policy_loss_cases import exact_loss, near_a_bound, objectives
 from tests.tolerance import (
     GRADIENT_ABSOLUTE,
@@ -19,6 +20,7 @@ from tests.tolerance import (
 )
 from warpo.kernels import ops, reference
 from warpo.kernels.objectives import OBJECTIVES, Objective
+from warpo.kernels.policy_loss_from_logits import PolicyLossFromLogitsInputs, _operator
 
 
 @st.composite
@@ -334,17 +336,35 @@ def test_row_offsets_pass_two_to_the_31(backend):
 @pytest.mark.parametrize("backend", BACKENDS[:1])
 def test_opcheck(backend):
     given = arguments(rows=2, vocab=20)
-    one = torch.tensor(1.0, device=DEVICE)
-    valid = torch.rand(2, 4, device=DEVICE) < 0.7
-    advantages = torch.randn(2, 4, device=DEVICE)
-    objective = Objective(correction="truncate", surrogate="dual_clip")
-    torch.library.opcheck(
-        torch.ops.warpo.policy_loss_from_logits.default,
-        (given["logits"].requires_grad_(), given["targets"], 0.8, None, valid, -100, None,
-         given["old_logprobs"], advantages, given["ref_logprobs"], given["sampler_logprobs"],
-         *objective.ratio_arguments, 3, True, 0.1, None, 0.2, 20.0, True, one, False, backend),
-        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
-    )  # fmt: skip
+    objective = Objective(
+        correction="truncate",
+        surrogate="dual_clip",
+        kl_gradient="k2",
+        entropy_coef=0.2,
+        aggregation="sequence-mean-token-mean",
+    )
+    inputs = PolicyLossFromLogitsInputs(
+        logits=given["logits"].requires_grad_(),
+        targets=given["targets"],
+        temperature=0.8,
+        token_temperature=None,
+        valid=torch.rand(2, 4, device=DEVICE) < 0.7,
+        ignore_index=-100,
+        cu_seqlens=None,
+        old_logprobs=given["old_logprobs"],
+        advantages=torch.randn(2, 4, device=DEVICE),
+        ref_logprobs=given["ref_logprobs"],
+        sampler_logprobs=given["sampler_logprobs"],
+        objective=objective.arguments,
+        kl=3,
+        kl_coef=0.1,
+        adaptive_kl_coef=None,
+        denominator=torch.tensor(1.0, device=DEVICE),
+        inplace=False,
+        backend=backend,
+    )
+    utils = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    opcheck(_operator, inputs, test_utils=utils)
 
 
 @pytest.mark.parametrize("backend", BACKENDS[:1])

@@ -5,9 +5,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.kernels.backends import BACKENDS, DEVICE, dtypes, each_backend, examples, strided
+from tests.kernels.opcheck import opcheck
 from tests.oracles import soft_q_targets as oracle
 from tests.tolerance import SQUASHED_RELATIVE, assert_close
 from warpo.kernels import ops, reference
+from warpo.kernels.soft_q_targets import SoftQTargetsInputs, _operator
 
 
 @st.composite
@@ -93,11 +95,18 @@ def test_a_nan_of_a_transition_that_goes_on_stays_in_it(backend, which):
 def test_opcheck(backend):
     rewards, *after = torch.randn(4, 5, device=DEVICE)
     ends = torch.tensor([True, False] * 2 + [False], device=DEVICE)
-    torch.library.opcheck(
-        torch.ops.warpo.soft_q_targets.default,
-        (rewards, ends, *after, torch.tensor(0.2, device=DEVICE), 0.9, backend),
-        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    inputs = SoftQTargetsInputs(
+        rewards=rewards,
+        terminated=ends,
+        next_q1=after[0],
+        next_q2=after[1],
+        next_logprobs=after[2],
+        alpha=torch.tensor(0.2, device=DEVICE),
+        gamma=0.9,
+        backend=backend,
     )
+    utils = ("test_schema", "test_autograd_registration", "test_faketensor")
+    opcheck(_operator, inputs, test_utils=utils)
 
 
 X, ENDS = torch.zeros(3), torch.zeros(3, dtype=torch.bool)
