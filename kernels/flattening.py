@@ -4,6 +4,9 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
+TUPLE_CLASSES: list[Any] = []
+"""Of every operator; a compiled backend makes their calls cheap."""
+
 
 class Fields:
     """The fields of the named tuple that a function takes; those of tuples within it in place.
@@ -16,6 +19,7 @@ class Fields:
         signature = inspect.signature(function)
         (parameter,) = signature.parameters.values()
         self.tuple_class: Any = parameter.annotation
+        TUPLE_CLASSES.append(self.tuple_class)
         self._returns = signature.return_annotation
         self._blocks: list[tuple[int, Any]] = []
         self.parameters: list[inspect.Parameter] = []

@@ -5,12 +5,16 @@ sizes, tensors, numbers, and None for an absent optional. Arguments are checked 
 allocated by the caller. The Triton backend has the same functions with the same arguments.
 """
 
+import inspect
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from warpo.kernels._arguments.backend import Backend
+from warpo.kernels.flattening import TUPLE_CLASSES
 
 DTYPE_CODES = {
     torch.float32: 0,
@@ -80,6 +84,8 @@ class Native:
         # takes 3 us less
         api = getattr(Tensor, "__dlpack_c_exchange_api__", None)
         reads = api is not None and module.read_tensors(Tensor, api)
+        for tuple_class in (*TUPLE_CLASSES, *_arguments()):
+            module.call_in_place(tuple_class)
         on_cuda = module.__name__.endswith("_cuda")
         for name, function in vars(module).items():
             if callable(function) and not name.startswith("_") and name not in _HELPERS:
@@ -87,4 +93,12 @@ class Native:
                 setattr(self, name, _on_stream(function) if on_cuda else function)
 
 
-_HELPERS = ("instruction_set", "read_tensors")
+def _arguments() -> set[Any]:
+    """The classes of the tuples that operations take, and of the tuples within those."""
+    taken = [inspect.get_annotations(x) for x in vars(Backend).values() if callable(x)]
+    classes = {x["arguments"] for x in taken if "arguments" in x}
+    inner = {kind for x in classes for kind in inspect.get_annotations(x).values()}
+    return classes | {kind for kind in inner if hasattr(kind, "_fields")}
+
+
+_HELPERS = ("instruction_set", "read_tensors", "call_in_place")

@@ -29,6 +29,7 @@ from torch import Tensor
 from warpo.kernels import dispatch, reference
 from warpo.kernels._arguments.policy_loss import (
     MIN_PARTIALS,
+    KlPenaltyArguments,
     ObjectiveArguments,
     PolicyLossArguments,
 )
@@ -57,9 +58,7 @@ class PolicyLossInputs(NamedTuple):
     mask: Tensor | None
     cu_seqlens: Tensor | None
     objective: ObjectiveArguments
-    kl: int
-    kl_coef: float
-    adaptive_kl_coef: Tensor | None
+    kl_penalty: KlPenaltyArguments
     denominator: Tensor
     with_gradient: bool
     with_entropy_gradient: bool
@@ -149,7 +148,7 @@ def policy_loss(
         sampler_logprobs,
         entropy,
     )
-    kl, kl_coef, adaptive_kl_coef = kl_term(kl_coef, objective, ref_logprobs, logprobs)
+    term = kl_penalty(kl_coef, objective, ref_logprobs, logprobs)
     check_correction(objective, sampler_logprobs)
     if objective.entropy_coef != 0 and entropy is None:
         raise ValueError(
@@ -161,8 +160,6 @@ def policy_loss(
     name = dispatch.choose(logprobs, backend)
     if name == "reference":
         check_values("cu_seqlens", cu_seqlens, logprobs.numel())
-        if adaptive_kl_coef is not None:
-            kl_coef = adaptive_kl_coef
         loss, metrics = reference.policy_loss(
             logprobs.float(),
             old_logprobs.float(),
@@ -171,8 +168,8 @@ def policy_loss(
             denominator,
             mask=mask,
             cu_seqlens=cu_seqlens,
-            kl_coef=kl_coef,
-            ref=None if kl == 0 or ref_logprobs is None else ref_logprobs.float(),
+            kl_coef=term.kl_coef if term.adaptive_kl_coef is None else term.adaptive_kl_coef,
+            ref=None if term.kl == 0 or ref_logprobs is None else ref_logprobs.float(),
             sampler=None if sampler_logprobs is None else sampler_logprobs.float(),
             entropy=None if entropy is None else entropy.float(),
         )
@@ -183,14 +180,12 @@ def policy_loss(
         entropy=entropy,
         old_logprobs=old_logprobs,
         advantages=advantages,
-        ref_logprobs=ref_logprobs if kl else None,
+        ref_logprobs=ref_logprobs if term.kl else None,
         sampler_logprobs=sampler_logprobs if objective.correction != "none" else None,
         mask=mask,
         cu_seqlens=cu_seqlens,
         objective=objective.arguments,
-        kl=kl,
-        kl_coef=kl_coef,
-        adaptive_kl_coef=adaptive_kl_coef,
+        kl_penalty=term,
         denominator=denominator,
         with_gradient=recording and logprobs.requires_grad,
         with_entropy_gradient=recording and objective.entropy_coef != 0 and _requires_grad(entropy),
@@ -250,13 +245,12 @@ def check_correction(objective: Objective, sampler_logprobs: Tensor | None) -> N
         )
 
 
-def kl_term(
+def kl_penalty(
     kl_coef: float | Tensor | None,
     objective: Objective,
     ref_logprobs: Tensor | None,
     logprobs: Tensor,
-) -> tuple[int, float, Tensor | None]:
-    """Code of the estimator, 0 for none; the coefficient, and the tensor that replaces it."""
+) -> KlPenaltyArguments:
     adaptive = None
     if kl_coef is None:
         kl_coef = objective.kl_coef
@@ -267,11 +261,15 @@ def kl_term(
     elif not kl_coef >= 0:
         raise ValueError(f"kl_coef must be >= 0, got {kl_coef}")
     if adaptive is None and kl_coef == 0:
-        return 0, 0.0, None
+        return KlPenaltyArguments(kl=0, kl_coef=0.0, adaptive_kl_coef=None)
     if ref_logprobs is None:
         value = "a tensor" if adaptive is not None else kl_coef
         raise ValueError(f"kl_coef = {value} needs ref_logprobs; or set kl_coef to 0")
-    return 1 + KL_ESTIMATORS.index(objective.kl_estimator), kl_coef, adaptive
+    return KlPenaltyArguments(
+        kl=1 + KL_ESTIMATORS.index(objective.kl_estimator),
+        kl_coef=kl_coef,
+        adaptive_kl_coef=adaptive,
+    )
 
 
 def _per_token(advantages: Tensor, logprobs: Tensor, cu_seqlens: Tensor | None) -> Tensor:
@@ -304,6 +302,7 @@ def launch_policy_loss(inputs: PolicyLossInputs) -> tuple[Tensor, Tensor, Tensor
     grad_logprobs, grad_entropy = gradients if both else (gradients, gradients)
     arguments = PolicyLossArguments(
         objective=inputs.objective,
+        kl_penalty=inputs.kl_penalty,
         sequences=sequences,
         steps=steps,
         cu_seqlens=cu_seqlens,
@@ -314,9 +313,6 @@ def launch_policy_loss(inputs: PolicyLossInputs) -> tuple[Tensor, Tensor, Tensor
         sampler_logprobs=inputs.sampler_logprobs,
         entropy=inputs.entropy,
         mask=inputs.mask,
-        kl=inputs.kl,
-        kl_coef=inputs.kl_coef,
-        adaptive_kl_coef=inputs.adaptive_kl_coef,
         denominator=denominator,
         grad_logprobs=grad_logprobs if inputs.with_gradient else None,
         grad_entropy=grad_entropy if inputs.with_entropy_gradient else None,

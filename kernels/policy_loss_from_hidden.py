@@ -16,14 +16,14 @@ from torch import Tensor
 
 from warpo.kernels import dispatch
 from warpo.kernels._arguments.logprobs import LogprobsArguments
-from warpo.kernels._arguments.policy_loss import ObjectiveArguments
+from warpo.kernels._arguments.policy_loss import KlPenaltyArguments, ObjectiveArguments
 from warpo.kernels._arguments.policy_loss_from_logits import PolicyLossFromLogitsArguments
 from warpo.kernels.linear_head import LinearHead, check_chunking, check_head, valid_tokens
 from warpo.kernels.linear_logprobs import linear_logprobs_and_entropy
 from warpo.kernels.logprobs import workspace
 from warpo.kernels.objectives import Objective, get_objective
 from warpo.kernels.offsets import in_a_sequence
-from warpo.kernels.policy_loss import check_correction, check_tokens, kl_term, policy_loss
+from warpo.kernels.policy_loss import check_correction, check_tokens, kl_penalty, policy_loss
 from warpo.kernels.policy_loss_from_logits import count_reads, loss_of_logprobs, scale_gradient
 from warpo.kernels.policy_metrics import METRICS
 from warpo.kernels.registration import Operator, keeps_graph
@@ -48,9 +48,7 @@ class PolicyLossFromHiddenInputs(NamedTuple):
     ref_logprobs: Tensor | None
     sampler_logprobs: Tensor | None
     objective: ObjectiveArguments
-    kl: int
-    kl_coef: float
-    adaptive_kl_coef: Tensor | None
+    kl_penalty: KlPenaltyArguments
     denominator: Tensor
     wanted: list[bool]
     backend: str
@@ -128,7 +126,7 @@ def policy_loss_from_hidden(
     num_sequences = check_tokens(
         stand_in, old, advantages, mask, cu_seqlens, ref_logprobs, sampler_logprobs, None
     )
-    kl, kl_number, adaptive_kl_coef = kl_term(kl_coef, objective, ref_logprobs, stand_in)
+    term = kl_penalty(kl_coef, objective, ref_logprobs, stand_in)
     check_correction(objective, sampler_logprobs)
     valid = valid_tokens(targets, mask, ignore_index).view(targets.shape)
     if cu_seqlens is not None:
@@ -189,12 +187,10 @@ def policy_loss_from_hidden(
         cu_seqlens=cu_seqlens,
         old_logprobs=old_logprobs,
         advantages=advantages,
-        ref_logprobs=ref_logprobs if kl else None,
+        ref_logprobs=ref_logprobs if term.kl else None,
         sampler_logprobs=sampler_logprobs if objective.correction != "none" else None,
         objective=objective.arguments,
-        kl=kl,
-        kl_coef=kl_number,
-        adaptive_kl_coef=adaptive_kl_coef,
+        kl_penalty=term,
         denominator=denominator,
         wanted=wanted,
         backend=name,
@@ -317,6 +313,7 @@ def _arguments(
 ) -> PolicyLossFromLogitsArguments:
     return PolicyLossFromLogitsArguments(
         objective=inputs.objective,
+        kl_penalty=inputs.kl_penalty,
         forward=forward,
         sequences=1,
         cu_seqlens=None,
@@ -325,9 +322,6 @@ def _arguments(
         ref_logprobs=tokens.ref_logprobs,
         sampler_logprobs=tokens.sampler_logprobs,
         valid_tokens=tokens.valid_tokens,
-        kl=inputs.kl,
-        kl_coef=inputs.kl_coef,
-        adaptive_kl_coef=inputs.adaptive_kl_coef,
         denominator=inputs.denominator,
         grad_logits=grad_logits,
     )

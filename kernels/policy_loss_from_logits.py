@@ -26,7 +26,7 @@ from torch import Tensor
 
 from warpo.kernels import dispatch
 from warpo.kernels._arguments.logprobs import LogprobsArguments
-from warpo.kernels._arguments.policy_loss import ObjectiveArguments
+from warpo.kernels._arguments.policy_loss import KlPenaltyArguments, ObjectiveArguments
 from warpo.kernels._arguments.policy_loss_from_logits import (
     PolicyLossFromLogitsArguments,
     ScaleGradientArguments,
@@ -39,7 +39,7 @@ from warpo.kernels.policy_loss import (
     PolicyLossInputs,
     check_correction,
     check_tokens,
-    kl_term,
+    kl_penalty,
     launch_policy_loss,
     policy_loss,
 )
@@ -66,9 +66,7 @@ class PolicyLossFromLogitsInputs(NamedTuple):
     ref_logprobs: Tensor | None
     sampler_logprobs: Tensor | None
     objective: ObjectiveArguments
-    kl: int
-    kl_coef: float
-    adaptive_kl_coef: Tensor | None
+    kl_penalty: KlPenaltyArguments
     denominator: Tensor
     inplace: bool
     backend: str
@@ -145,7 +143,7 @@ def policy_loss_from_logits(
     num_sequences = check_tokens(
         like, old, advantages, mask, cu_seqlens, ref_logprobs, sampler_logprobs, None
     )
-    kl, kl_number, adaptive_kl_coef = kl_term(kl_coef, objective, ref_logprobs, like)
+    term = kl_penalty(kl_coef, objective, ref_logprobs, like)
     check_correction(objective, sampler_logprobs)
     valid = targets != ignore_index
     if mask is not None:
@@ -200,12 +198,10 @@ def policy_loss_from_logits(
         cu_seqlens=cu_seqlens,
         old_logprobs=old_logprobs,
         advantages=advantages,
-        ref_logprobs=ref_logprobs if kl else None,
+        ref_logprobs=ref_logprobs if term.kl else None,
         sampler_logprobs=sampler_logprobs if objective.correction != "none" else None,
         objective=objective.arguments,
-        kl=kl,
-        kl_coef=kl_number,
-        adaptive_kl_coef=adaptive_kl_coef,
+        kl_penalty=term,
         denominator=denominator,
         inplace=inplace,
         backend=name,
@@ -254,6 +250,7 @@ def _forward(
         )
         arguments = PolicyLossFromLogitsArguments(
             objective=inputs.objective,
+            kl_penalty=inputs.kl_penalty,
             forward=forward,
             sequences=valid.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1,
             cu_seqlens=cu_seqlens,
@@ -262,9 +259,6 @@ def _forward(
             ref_logprobs=_rows(inputs.ref_logprobs),
             sampler_logprobs=_rows(inputs.sampler_logprobs),
             valid_tokens=_rows(valid_tokens),
-            kl=inputs.kl,
-            kl_coef=inputs.kl_coef,
-            adaptive_kl_coef=inputs.adaptive_kl_coef,
             denominator=inputs.denominator,
             grad_logits=logits if inputs.inplace else gradient,
         )
@@ -294,9 +288,7 @@ def loss_of_logprobs(inputs: Any, logp: Tensor, entropy: Tensor) -> tuple[Tensor
         mask=inputs.valid,
         cu_seqlens=inputs.cu_seqlens,
         objective=inputs.objective,
-        kl=inputs.kl,
-        kl_coef=inputs.kl_coef,
-        adaptive_kl_coef=inputs.adaptive_kl_coef,
+        kl_penalty=inputs.kl_penalty,
         denominator=inputs.denominator,
         with_gradient=False,
         with_entropy_gradient=False,

@@ -77,7 +77,13 @@ struct Objective {
     bool sequence_mean;     // weight = 1 / (valid tokens of the sequence * denominator)
 };
 
-struct PolicyLoss : Objective {
+struct KlPenalty {
+    int kl;  // of Kl
+    float kl_coef;
+    const float* adaptive_kl_coef;  // (), optional: in place of kl_coef
+};
+
+struct PolicyLoss : Objective, KlPenalty {
     int64_t sequences, steps;   // steps: length of a row; with cu_seqlens: total tokens
     const int32_t* cu_seqlens;  // (sequences + 1), or nullptr
     View logprobs, old_logprobs, advantages;  // float
@@ -85,9 +91,6 @@ struct PolicyLoss : Objective {
     View sampler_logprobs;                    // float; absent unless correction != kNoCorrection
     View entropy;                             // float, optional
     View mask;                                // uint8, optional
-    int kl;
-    float kl_coef;
-    const float* adaptive_kl_coef;        // (), optional: in place of kl_coef
     const float* denominator;             // one float on the device; 0 gives loss 0 and gradients 0
     float *grad_logprobs, *grad_entropy;  // contiguous (rows * steps), float32; nullptr: not wanted
     float* partials;  // (max(sequences, kMinPartials), kNumMetrics) float32 workspace

@@ -26,8 +26,15 @@ class ObjectiveArguments(NamedTuple):
     sequence_mean: bool
 
 
+class KlPenaltyArguments(NamedTuple):
+    kl: int
+    kl_coef: float
+    adaptive_kl_coef: Tensor | None
+
+
 class PolicyLossArguments(NamedTuple):
     objective: ObjectiveArguments
+    kl_penalty: KlPenaltyArguments
     sequences: int
     steps: int
     cu_seqlens: Tensor | None
@@ -38,9 +45,6 @@ class PolicyLossArguments(NamedTuple):
     sampler_logprobs: Tensor | None
     entropy: Tensor | None
     mask: Tensor | None
-    kl: int
-    kl_coef: float
-    adaptive_kl_coef: Tensor | None
     denominator: Tensor
     grad_logprobs: Tensor | None
     grad_entropy: Tensor | None

@@ -5,11 +5,12 @@ from typing import NamedTuple
 from torch import Tensor
 
 from warpo.kernels._arguments.logprobs import LogprobsArguments
-from warpo.kernels._arguments.policy_loss import ObjectiveArguments
+from warpo.kernels._arguments.policy_loss import KlPenaltyArguments, ObjectiveArguments
 
 
 class PolicyLossFromLogitsArguments(NamedTuple):
     objective: ObjectiveArguments
+    kl_penalty: KlPenaltyArguments
     forward: LogprobsArguments
     sequences: int
     cu_seqlens: Tensor | None
@@ -18,9 +19,6 @@ class PolicyLossFromLogitsArguments(NamedTuple):
     ref_logprobs: Tensor | None
     sampler_logprobs: Tensor | None
     valid_tokens: Tensor | None
-    kl: int
-    kl_coef: float
-    adaptive_kl_coef: Tensor | None
     denominator: Tensor
     grad_logits: Tensor
 

@@ -334,7 +334,7 @@ def _count_parts(a: PolicyLossArguments) -> int:
 
 
 def policy_loss(a: PolicyLossArguments) -> None:
-    o, parts = a.objective, _count_parts(a)
+    o, term, parts = a.objective, a.kl_penalty, _count_parts(a)
     bounds = (o.ratio_low, o.ratio_high)
     if o.surrogate == GEOMETRIC.value:
         bounds = (_log(o.ratio_low), _log(o.ratio_high))
@@ -348,7 +348,7 @@ def policy_loss(a: PolicyLossArguments) -> None:
         a.mask,
     )
     numbers = [*bounds, o.dual_clip, o.tau_positive, o.tau_negative]
-    numbers += [o.correction_low, o.correction_high, a.kl_coef]
+    numbers += [o.correction_low, o.correction_high, term.kl_coef]
     with torch.cuda.device_of(a.logprobs):
         if a.sequences:
             _policy_loss_kernel[(a.sequences * parts,)](
@@ -357,7 +357,7 @@ def policy_loss(a: PolicyLossArguments) -> None:
                 a.steps,
                 parts,
                 *map(float, numbers),
-                a.adaptive_kl_coef,
+                term.adaptive_kl_coef,
                 float(o.entropy_coef),
                 float(o.log_ratio_limit),
                 a.denominator,
@@ -368,7 +368,7 @@ def policy_loss(a: PolicyLossArguments) -> None:
                 SURROGATE=o.surrogate,
                 CORRECTION=o.correction,
                 CORRECTION_SEQUENCE=o.correction_sequence,
-                KL=a.kl,
+                KL=term.kl,
                 STRAIGHT_THROUGH=o.kl_straight_through,
                 SEQUENCE_MEAN=o.sequence_mean,
                 BLOCK=BLOCK,
@@ -378,8 +378,8 @@ def policy_loss(a: PolicyLossArguments) -> None:
         _reduce_kernel[(1,)](
             a.partials,
             a.sequences * parts,
-            float(a.kl_coef),
-            a.adaptive_kl_coef,
+            float(term.kl_coef),
+            term.adaptive_kl_coef,
             float(o.entropy_coef),
             a.loss,
             a.metrics,

@@ -195,7 +195,7 @@ def _scale_gradient_kernel(
 
 
 def policy_loss_from_logits(a: PolicyLossFromLogitsArguments) -> None:
-    forward, o = a.forward, a.objective
+    forward, o, term = a.forward, a.objective, a.kl_penalty
     tokens, vocab = forward.rows * forward.steps, forward.vocab
     if tokens == 0:
         return
@@ -209,7 +209,7 @@ def policy_loss_from_logits(a: PolicyLossFromLogitsArguments) -> None:
         a.valid_tokens,
     )
     numbers = [o.ratio_low, o.ratio_high, o.dual_clip, o.tau_positive, o.tau_negative]
-    numbers += [o.correction_low, o.correction_high, a.kl_coef]
+    numbers += [o.correction_low, o.correction_high, term.kl_coef]
     with torch.cuda.device_of(forward.logits):
         _policy_loss_from_logits_kernel[(tokens,)](
             *_rows(forward.logits, width),
@@ -226,7 +226,7 @@ def policy_loss_from_logits(a: PolicyLossFromLogitsArguments) -> None:
             a.sequences,
             *[part for tensor in constants for part in strided(tensor)],
             *map(float, numbers),
-            a.adaptive_kl_coef,
+            term.adaptive_kl_coef,
             float(o.entropy_coef),
             float(o.log_ratio_limit),
             a.denominator,
@@ -234,7 +234,7 @@ def policy_loss_from_logits(a: PolicyLossFromLogitsArguments) -> None:
             triton.cdiv(vocab, ROW_BLOCK * CHUNKS) * ROW_BLOCK,
             SURROGATE=o.surrogate,
             CORRECTION=o.correction,
-            KL=a.kl,
+            KL=term.kl,
             STRAIGHT_THROUGH=o.kl_straight_through,
             ENTROPY_GRADIENT=o.entropy_coef != 0,
             REPEAT=ROW_BLOCK // (lanes * width),

@@ -29,8 +29,8 @@ KINDS = {"int64_t": int, "int": int, "float": float, "bool": bool, "View": Tenso
 def read_structs(header: str) -> dict[str, list[tuple[str, str]]]:
     """Name and type of every field of every struct; a pointer is a View."""
     structs = {}
-    for name, base, body in re.findall(r"struct (\w+)(?: : (\w+))? \{\n(.*?)\n\};", header, re.S):
-        fields = [(base.lower(), base)] if base else []
+    for name, bases, body in re.findall(r"struct (\w+)(?: : (.*?))? \{\n(.*?)\n\};", header, re.S):
+        fields = [(re.sub(r"\B[A-Z]", r"_\g<0>", x).lower(), x) for x in re.findall(r"\w+", bases)]
         for statement in re.sub(r"//.*", "", body).split(";")[:-1]:
             kind, names = re.fullmatch(r"(?:const )?(\w+)(\W.*)", statement.strip(), re.S).groups()
             for field in names.split(","):
@@ -101,7 +101,7 @@ def test_the_protocol_and_the_stubs_have_every_operation():
     for name, struct in operations().items():
         taken = inspect.get_annotations(getattr(backends.Backend, name))["arguments"]
         assert taken.__name__ == f"{struct}Arguments", name
-    helpers = {"read_tensors"}
+    helpers = {"read_tensors", "call_in_place"}
     of_the_cpu = {"instruction_set", "first_and_last", "first_malformed", "first_malformed_end"}
     of_the_cpu |= {"float32_product", "bfloat16_product"}
     for module, others in (("_cpu", helpers | of_the_cpu), ("_cuda", helpers)):

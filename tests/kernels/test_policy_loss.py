@@ -13,6 +13,7 @@ from tests.kernels.opcheck import opcheck
 from tests.kernels.policy_loss_cases import LEVELS, cases, exact_loss, near_a_bound
 from tests.tolerance import ROUNDING, SUM_RELATIVE, assert_close
 from warpo.kernels import ops
+from warpo.kernels._arguments.policy_loss import KlPenaltyArguments
 from warpo.kernels.objectives import OBJECTIVES, Objective
 from warpo.kernels.policy_loss import PolicyLossInputs, _operator
 
@@ -385,9 +386,7 @@ def test_opcheck(backend, packed):
         mask=mask,
         cu_seqlens=starts,
         objective=objective.arguments,
-        kl=3,
-        kl_coef=0.1,
-        adaptive_kl_coef=one if packed else None,
+        kl_penalty=KlPenaltyArguments(kl=3, kl_coef=0.1, adaptive_kl_coef=one if packed else None),
         denominator=one,
         with_gradient=True,
         with_entropy_gradient=not packed,

@@ -19,6 +19,7 @@ from tests.tolerance import (
     assert_close,
 )
 from warpo.kernels import ops, reference
+from warpo.kernels._arguments.policy_loss import KlPenaltyArguments
 from warpo.kernels.objectives import OBJECTIVES, Objective
 from warpo.kernels.policy_loss_from_logits import PolicyLossFromLogitsInputs, _operator
 
@@ -356,9 +357,7 @@ def test_opcheck(backend):
         ref_logprobs=given["ref_logprobs"],
         sampler_logprobs=given["sampler_logprobs"],
         objective=objective.arguments,
-        kl=3,
-        kl_coef=0.1,
-        adaptive_kl_coef=None,
+        kl_penalty=KlPenaltyArguments(kl=3, kl_coef=0.1, adaptive_kl_coef=None),
         denominator=torch.tensor(1.0, device=DEVICE),
         inplace=False,
         backend=backend,

@@ -9,6 +9,7 @@ import torch
 from tests.kernels.launches import flags
 from warpo.kernels._arguments.policy_loss import (
     MIN_PARTIALS,
+    KlPenaltyArguments,
     ObjectiveArguments,
     PolicyLossArguments,
 )
@@ -61,6 +62,9 @@ def policy_loss(case: Case, rows: int = 4, steps: int = 100, clip: float = 0.2) 
     scalar, gradient = torch.empty(()), torch.empty(rows, steps)
     arguments = PolicyLossArguments(
         objective=case.objective(clip),
+        kl_penalty=KlPenaltyArguments(
+            kl=case.kl, kl_coef=clip / 2, adaptive_kl_coef=scalar if case.extras else None
+        ),
         sequences=rows,
         steps=steps,
         cu_seqlens=torch.zeros(rows + 1, dtype=torch.int32) if case.packed else None,
@@ -71,9 +75,6 @@ def policy_loss(case: Case, rows: int = 4, steps: int = 100, clip: float = 0.2) 
         sampler_logprobs=token if case.correction else None,
         entropy=token if case.extras else None,
         mask=flags(token, case.mean),
-        kl=case.kl,
-        kl_coef=clip / 2,
-        adaptive_kl_coef=scalar if case.extras else None,
         denominator=scalar,
         grad_logprobs=gradient,
         grad_entropy=gradient if case.extras else None,

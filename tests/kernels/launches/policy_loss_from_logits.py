@@ -7,7 +7,7 @@ import torch
 
 from tests.kernels.launches.logprobs import ALIGNED_VOCAB, ODD_VOCAB
 from warpo.kernels._arguments.logprobs import LogprobsArguments
-from warpo.kernels._arguments.policy_loss import ObjectiveArguments
+from warpo.kernels._arguments.policy_loss import KlPenaltyArguments, ObjectiveArguments
 from warpo.kernels._arguments.policy_loss_from_logits import (
     PolicyLossFromLogitsArguments,
     ScaleGradientArguments,
@@ -63,6 +63,9 @@ def policy_loss_from_logits(
     )
     arguments = PolicyLossFromLogitsArguments(
         objective=objective,
+        kl_penalty=KlPenaltyArguments(
+            kl=3 * full, kl_coef=number, adaptive_kl_coef=scalar if full else None
+        ),
         forward=forward,
         sequences=2,
         cu_seqlens=torch.zeros(3, dtype=torch.int32) if full else None,
@@ -71,9 +74,6 @@ def policy_loss_from_logits(
         ref_logprobs=optional,
         sampler_logprobs=optional,
         valid_tokens=optional,
-        kl=3 * full,
-        kl_coef=number,
-        adaptive_kl_coef=scalar if full else None,
         denominator=scalar,
         grad_logits=torch.empty_like(logits),
     )
