@@ -4,6 +4,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+# kMinAggregateParts: rows of the workspace at least
+MIN_PARTS = 512
+
 
 class AggregateArguments(NamedTuple):
     sequences: int

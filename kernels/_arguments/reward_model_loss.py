@@ -4,6 +4,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+# kPairsPerBlock: each has a row of partials
+PAIRS_PER_BLOCK = 256
+
 
 class RewardModelLossArguments(NamedTuple):
     pairs: int

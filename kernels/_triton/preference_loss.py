@@ -7,8 +7,12 @@ The formulas are those of `csrc/math/preference_loss.h`.
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
+from warpo.kernels._arguments.preference_loss import (
+    AnswersArguments,
+    KtoLossArguments,
+    PreferenceLossArguments,
+)
 from warpo.kernels._triton.launch import kernel, strided
 from warpo.kernels._triton.logistic import expm1, log1mexp, log_sigmoid
 from warpo.kernels._triton.sequences import (
@@ -212,74 +216,50 @@ def _kto_loss_kernel(
     tl.store(partials_ptr + 6, tl.where(bad, logp, 0.0))
 
 
-def preference_loss(
-    pairs: int,
-    chosen_steps: int,
-    chosen_cu_seqlens: Tensor | None,
-    chosen_logprobs: Tensor,
-    ref_chosen_logprobs: Tensor | None,
-    chosen_mask: Tensor | None,
-    grad_chosen: Tensor | None,
-    rejected_steps: int,
-    rejected_cu_seqlens: Tensor | None,
-    rejected_logprobs: Tensor,
-    ref_rejected_logprobs: Tensor | None,
-    rejected_mask: Tensor | None,
-    grad_rejected: Tensor | None,
-    link: int,
-    length_normalise: bool,
-    odds: bool,
-    beta: float,
-    margin: float,
-    positive_weight: float,
-    negative_weight: float,
-    nll_coef: float,
-    denominator: Tensor,
-    partials: Tensor,
-    loss: Tensor,
-    metrics: Tensor,
-) -> None:
-    """The fields of `PreferenceLoss`."""
-    with torch.cuda.device_of(chosen_logprobs):
-        if pairs:
-            _preference_loss_kernel[(pairs,)](
-                chosen_steps, chosen_cu_seqlens, *strided(chosen_logprobs),
-                *strided(ref_chosen_logprobs), *strided(chosen_mask), grad_chosen,
-                rejected_steps, rejected_cu_seqlens, *strided(rejected_logprobs),
-                *strided(ref_rejected_logprobs), *strided(rejected_mask), grad_rejected,
-                float(beta), float(margin), float(positive_weight), float(negative_weight),
-                float(nll_coef), denominator, partials,
-                LINK=link, LENGTH_NORMALISE=length_normalise, ODDS=odds, BLOCK=BLOCK,
-                num_warps=WARPS, enable_fp_fusion=True,
-            )  # fmt: skip
-        merge_partials(partials, pairs, loss, metrics, 0, metrics.shape[0])
+def _answers(a: AnswersArguments) -> tuple:
+    """Steps, offsets and tensors as kernel arguments."""
+    tensors = (*strided(a.logprobs), *strided(a.ref_logprobs), *strided(a.mask))
+    return (a.steps, a.cu_seqlens, *tensors, a.grad_logprobs)
 
 
-def kto_loss(
-    examples: int,
-    steps: int,
-    cu_seqlens: Tensor | None,
-    logprobs: Tensor,
-    ref_logprobs: Tensor,
-    mask: Tensor | None,
-    grad_logprobs: Tensor | None,
-    desirable: Tensor,
-    kl: Tensor,
-    beta: float,
-    desirable_weight: float,
-    undesirable_weight: float,
-    denominator: Tensor,
-    partials: Tensor,
-    loss: Tensor,
-    metrics: Tensor,
-) -> None:
-    """The fields of `KtoLoss`."""
-    with torch.cuda.device_of(logprobs):
-        if examples:
-            _kto_loss_kernel[(examples,)](
-                steps, cu_seqlens, *strided(logprobs), *strided(ref_logprobs), *strided(mask),
-                grad_logprobs, desirable, desirable.stride(0), kl,
-                float(beta), float(desirable_weight), float(undesirable_weight), denominator,
-                partials, BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=True,
-            )  # fmt: skip
-        merge_partials(partials, examples, loss, metrics, 0, metrics.shape[0])
+def preference_loss(a: PreferenceLossArguments) -> None:
+    with torch.cuda.device_of(a.loss):
+        if a.pairs:
+            _preference_loss_kernel[(a.pairs,)](
+                *_answers(a.chosen),
+                *_answers(a.rejected),
+                float(a.beta),
+                float(a.margin),
+                float(a.positive_weight),
+                float(a.negative_weight),
+                float(a.nll_coef),
+                a.denominator,
+                a.partials,
+                LINK=a.link,
+                LENGTH_NORMALISE=a.length_normalise,
+                ODDS=a.odds,
+                BLOCK=BLOCK,
+                num_warps=WARPS,
+                enable_fp_fusion=True,
+            )
+        merge_partials(a.partials, a.pairs, a.loss, a.metrics, 0, a.metrics.shape[0])
+
+
+def kto_loss(a: KtoLossArguments) -> None:
+    with torch.cuda.device_of(a.loss):
+        if a.examples:
+            _kto_loss_kernel[(a.examples,)](
+                *_answers(a.answers),
+                a.desirable,
+                a.desirable.stride(0),
+                a.kl,
+                float(a.beta),
+                float(a.desirable_weight),
+                float(a.undesirable_weight),
+                a.denominator,
+                a.partials,
+                BLOCK=BLOCK,
+                num_warps=WARPS,
+                enable_fp_fusion=True,
+            )
+        merge_partials(a.partials, a.examples, a.loss, a.metrics, 0, a.metrics.shape[0])

@@ -7,8 +7,11 @@ The formulas are those of `csrc/math/squashed_gaussian.h`.
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
+from warpo.kernels._arguments.squashed_gaussian import (
+    SquashedGaussianArguments,
+    SquashedGaussianBackwardArguments,
+)
 from warpo.kernels._triton.launch import kernel, strided
 from warpo.kernels._triton.logistic import LN_2, expm1, log1p
 
@@ -96,51 +99,42 @@ def _squashed_gaussian_bwd_kernel(
         tl.store(grad_log_std_ptr + at * columns + column, grad_s, mask=inside)
 
 
-def squashed_gaussian_forward(
-    rows: int,
-    columns: int,
-    mean: Tensor,
-    log_std: Tensor,
-    noise: Tensor,
-    log_std_min: float,
-    log_std_max: float,
-    actions: Tensor,
-    logprobs: Tensor,
-) -> None:
-    """The fields of `SquashedGaussian`."""
-    if rows == 0:
+def squashed_gaussian_forward(a: SquashedGaussianArguments) -> None:
+    if a.rows == 0:
         return
-    with torch.cuda.device_of(mean):
-        _squashed_gaussian_fwd_kernel[(triton.cdiv(rows, ROWS),)](
-            rows, columns, *strided(mean), *strided(log_std), *strided(noise),
-            float(log_std_min), float(log_std_max), actions, logprobs,
-            ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS, enable_fp_fusion=True,
-        )  # fmt: skip
+    with torch.cuda.device_of(a.mean):
+        _squashed_gaussian_fwd_kernel[(triton.cdiv(a.rows, ROWS),)](
+            *_inputs(a),
+            a.actions,
+            a.logprobs,
+            ROWS=ROWS,
+            COLUMNS=COLUMNS,
+            num_warps=WARPS,
+            enable_fp_fusion=True,
+        )
 
 
-def squashed_gaussian_backward(
-    rows: int,
-    columns: int,
-    mean: Tensor,
-    log_std: Tensor,
-    noise: Tensor,
-    log_std_min: float,
-    log_std_max: float,
-    _actions: None,
-    _logprobs: None,
-    grad_actions: Tensor | None,
-    grad_logprobs: Tensor | None,
-    grad_mean: Tensor,
-    grad_log_std: Tensor,
-) -> None:
-    """The fields of `SquashedGaussianBackward`."""
+def _inputs(a: SquashedGaussianArguments) -> tuple:
+    """The parameters that both kernels begin with."""
+    tensors = (*strided(a.mean), *strided(a.log_std), *strided(a.noise))
+    return (a.rows, a.columns, *tensors, float(a.log_std_min), float(a.log_std_max))
+
+
+def squashed_gaussian_backward(a: SquashedGaussianBackwardArguments) -> None:
+    rows = a.forward.rows
     if rows == 0:
         return
-    _, _, grad_logprobs_stride = strided(grad_logprobs)
-    with torch.cuda.device_of(mean):
+    _, _, grad_logprobs_stride = strided(a.grad_logprobs)
+    with torch.cuda.device_of(a.grad_mean):
         _squashed_gaussian_bwd_kernel[(triton.cdiv(rows, ROWS),)](
-            rows, columns, *strided(mean), *strided(log_std), *strided(noise),
-            float(log_std_min), float(log_std_max), *strided(grad_actions),
-            grad_logprobs, grad_logprobs_stride, grad_mean, grad_log_std,
-            ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS, enable_fp_fusion=True,
-        )  # fmt: skip
+            *_inputs(a.forward),
+            *strided(a.grad_actions),
+            a.grad_logprobs,
+            grad_logprobs_stride,
+            a.grad_mean,
+            a.grad_log_std,
+            ROWS=ROWS,
+            COLUMNS=COLUMNS,
+            num_warps=WARPS,
+            enable_fp_fusion=True,
+        )

@@ -18,7 +18,9 @@ from torch import Tensor
 
 from warpo.kernels import objectives
 from warpo.kernels._arguments import backend as backends
+from warpo.kernels._arguments.aggregate import MIN_PARTS
 from warpo.kernels._arguments.policy_loss import MIN_PARTIALS, ObjectiveArguments
+from warpo.kernels._arguments.reward_model_loss import PAIRS_PER_BLOCK
 from warpo.kernels.policy_metrics import METRICS
 
 ROOT = Path(__file__).parents[2]
@@ -130,11 +132,23 @@ def calls(path: Path) -> Iterator[ast.Call]:
 
 
 # those that are not converted yet
-POSITIONAL = set(operations()) - {
-    "policy_loss",
-    "policy_loss_from_logits",
-    "scale_gradient",
-    "soft_q_targets",
+POSITIONAL = {
+    "adamw_publish",
+    "fingerprint",
+    "gae_backward",
+    "gae_forward",
+    "group_advantages_backward",
+    "group_advantages_forward",
+    "kept_set_logprobs_backward",
+    "kept_set_logprobs_forward",
+    "kept_set_weight_gradient",
+    "logprobs_backward",
+    "logprobs_forward",
+    "process_advantages",
+    "shaped_gae",
+    "vtrace",
+    "whiten_backward",
+    "whiten_forward",
 }
 
 
@@ -192,5 +206,9 @@ def test_enumerations_have_as_many_members(enumeration, prefix, names):
 
 
 def test_constants_are_those_of_csrc():
-    header = HEADERS["policy_loss"].read_text()
-    assert f"kMinPartials = {MIN_PARTIALS};" in header
+    for header, constant in (
+        ("policy_loss", f"kMinPartials = {MIN_PARTIALS};"),
+        ("aggregate", f"kMinAggregateParts = {MIN_PARTS};"),
+        ("reward_model_loss", f"kPairsPerBlock = {PAIRS_PER_BLOCK};"),
+    ):
+        assert constant in HEADERS[header].read_text()

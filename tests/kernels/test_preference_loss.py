@@ -4,10 +4,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.kernels.backends import BACKENDS, DEVICE, dtypes, each_backend, examples
+from tests.kernels.opcheck import opcheck
 from tests.kernels.preference_cases import answers, lists_of, magnitude
 from tests.oracles import preference_loss as oracle
 from tests.tolerance import ROUNDING, SUM_RELATIVE, assert_close
 from warpo.kernels import ops, reference
+from warpo.kernels.kto_loss import KtoLossInputs
+from warpo.kernels.kto_loss import _operator as kto_operator
+from warpo.kernels.preference_loss import AnswersInputs, PreferenceLossInputs, _operator
 from warpo.kernels.preferences import PREFERENCES, Preference
 
 
@@ -315,31 +319,38 @@ def test_opcheck(backend):
     leaves = [x.requires_grad_() for x in (chosen, rejected)]
     one, checks = torch.tensor(3.0, device=DEVICE), ("test_schema", "test_faketensor")
     checks += ("test_aot_dispatch_dynamic",)
-    torch.library.opcheck(
-        torch.ops.warpo.preference_loss.default,
-        (*leaves, *refs, *masks, None, None, 0, True, False, 0.1, 0.0, 0.9, 0.1, 1.0, one, True,
-         backend),
-        test_utils=checks,
-    )  # fmt: skip
-    desirable = torch.tensor([True, False], device=DEVICE)
-    torch.library.opcheck(
-        torch.ops.warpo.kto_loss.default,
-        (
-            chosen,
-            refs[0],
-            desirable,
-            masks[0],
-            None,
-            one.clone(),
-            0.1,
-            1.0,
-            1.0,
-            one,
-            True,
-            backend,
-        ),
-        test_utils=checks,
+    answers = [AnswersInputs(x, mask, None) for x, mask in zip(refs, masks, strict=True)]
+    inputs = PreferenceLossInputs(
+        chosen_logprobs=leaves[0],
+        rejected_logprobs=leaves[1],
+        chosen=answers[0],
+        rejected=answers[1],
+        link=0,
+        length_normalise=True,
+        odds=False,
+        beta=0.1,
+        margin=0.0,
+        positive_weight=0.9,
+        negative_weight=0.1,
+        nll_coef=1.0,
+        denominator=one,
+        with_gradient=True,
+        backend=backend,
     )
+    opcheck(_operator, inputs, test_utils=checks)
+    kto = KtoLossInputs(
+        logprobs=chosen,
+        answers=answers[0],
+        desirable=torch.tensor([True, False], device=DEVICE),
+        kl=one.clone(),
+        beta=0.1,
+        desirable_weight=1.0,
+        undesirable_weight=1.0,
+        denominator=one,
+        with_gradient=True,
+        backend=backend,
+    )
+    opcheck(kto_operator, kto, test_utils=checks)
 
 
 @pytest.mark.parametrize("backend", BACKENDS[:1])

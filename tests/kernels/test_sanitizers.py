@@ -77,8 +77,11 @@ def test_a_read_past_a_tensor_ends_the_process(sanitized):
     code = """
 import torch
 from warpo.kernels import dispatch
+from warpo.kernels._arguments.approx_kl import ApproxKlArguments
 short, row = torch.zeros(1, 8), torch.zeros(1, 9)
-dispatch.load("cpu").approx_kl_forward(1, 9, short, row, None, 3, 10.0, row)
+tensors = {"logprobs": short, "ref_logprobs": row, "mask": None, "kl": row}
+arguments = ApproxKlArguments(rows=1, columns=9, estimator=3, limit=10.0, **tensors)
+dispatch.load("cpu").approx_kl_forward(arguments)
 """
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True,
