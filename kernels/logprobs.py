@@ -40,6 +40,9 @@ from warpo.kernels.vocab_parallel import VocabParallelLogprobs, check_group
 # multiprocessors of the largest GPUs would leave them idle. It changes no bit of the results.
 SPLIT_TOKENS, SPLIT_VOCAB, CHUNKS = 256, 4096, 8
 
+# an ignore_index that no target has, where what is ignored is masked already
+NO_INDEX = -(2**63)
+
 
 class LogprobsAndEntropy(NamedTuple):
     logprobs: Tensor

@@ -32,7 +32,7 @@ from warpo.kernels._arguments.policy_loss_from_logits import (
     ScaleGradientArguments,
 )
 from warpo.kernels.checks import as_rows
-from warpo.kernels.logprobs import check_inplace, check_logits, logprobs_and_entropy
+from warpo.kernels.logprobs import NO_INDEX, check_inplace, check_logits, logprobs_and_entropy
 from warpo.kernels.objectives import Objective, get_objective
 from warpo.kernels.offsets import in_a_sequence
 from warpo.kernels.policy_loss import (
@@ -59,7 +59,6 @@ class PolicyLossFromLogitsInputs(NamedTuple):
     temperature: float
     token_temperature: Tensor | None
     valid: Tensor
-    ignore_index: int
     cu_seqlens: Tensor | None
     old_logprobs: Tensor | None
     advantages: Tensor
@@ -194,7 +193,6 @@ def policy_loss_from_logits(
         temperature=temperature,
         token_temperature=token_temperature,
         valid=valid,
-        ignore_index=ignore_index,
         cu_seqlens=cu_seqlens,
         old_logprobs=old_logprobs,
         advantages=advantages,
@@ -230,7 +228,7 @@ def _forward(
     token_advantages, valid_tokens = of_sequences(
         inputs.advantages, valid, cu_seqlens, inputs.objective.sequence_mean
     )
-    _, _, logp, entropy, gradient = _allocate(inputs)
+    logp, entropy, gradient = _allocate(inputs)
     if logits.numel():
         rows, steps, vocab = logits.shape
         forward = LogprobsArguments(
@@ -242,7 +240,7 @@ def _forward(
             temperature=inputs.temperature,
             token_temperature=inputs.token_temperature,
             mask=_rows(valid),
-            ignore_index=inputs.ignore_index,
+            ignore_index=NO_INDEX,
             logprobs=logp,
             entropy=entropy,
             stats=None,
@@ -298,18 +296,23 @@ def loss_of_logprobs(inputs: Any, logp: Tensor, entropy: Tensor) -> tuple[Tensor
     return loss, metrics
 
 
-def _allocate(
+def _allocate(inputs: PolicyLossFromLogitsInputs) -> tuple[Tensor, Tensor, Tensor]:
+    """logprobs, entropy and the gradient."""
+    rows, steps, vocab = inputs.logits.shape
+    float32 = inputs.denominator  # new tensors from it take half the time of those with a dtype
+    return (
+        float32.new_empty(rows, steps),
+        float32.new_empty(rows, steps),
+        inputs.logits.new_empty((0, 0, vocab) if inputs.inplace else inputs.logits.shape),
+    )
+
+
+def _fake_forward(
     inputs: PolicyLossFromLogitsInputs,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    logits = inputs.logits
-    rows, steps, vocab = logits.shape
-    return (
-        logits.new_empty((), dtype=torch.float32),
-        logits.new_empty((len(METRICS),), dtype=torch.float32),
-        logits.new_empty((rows, steps), dtype=torch.float32),
-        logits.new_empty((rows, steps), dtype=torch.float32),
-        logits.new_empty((0, 0, vocab) if inputs.inplace else logits.shape),
-    )
+    denominator = inputs.denominator
+    metrics = denominator.new_empty(len(METRICS))
+    return (torch.empty_like(denominator), metrics, *_allocate(inputs))
 
 
 def _save(ctx: Any, inputs: PolicyLossFromLogitsInputs, output: tuple[Tensor, ...]) -> None:
@@ -356,7 +359,7 @@ def scale_gradient(gradient: Tensor, factor: Tensor, backend: str) -> None:
 _operator = Operator(
     "policy_loss_from_logits",
     _forward,
-    _allocate,
+    _fake_forward,
     _save,
     _differentiate,
     differentiable=1,

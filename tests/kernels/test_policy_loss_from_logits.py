@@ -350,7 +350,6 @@ def test_opcheck(backend):
         temperature=0.8,
         token_temperature=None,
         valid=torch.rand(2, 4, device=DEVICE) < 0.7,
-        ignore_index=-100,
         cu_seqlens=None,
         old_logprobs=given["old_logprobs"],
         advantages=torch.randn(2, 4, device=DEVICE),
