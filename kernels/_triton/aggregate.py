@@ -60,11 +60,19 @@ def _weights(mask_ptr, token, stride, end):
 
 @kernel()
 def _sum_kernel(
-    values_ptr, values_stride_b: tl.int64, values_stride_t: tl.int64,
-    mask_ptr, mask_stride_b: tl.int64, mask_stride_t: tl.int64,
-    cu_seqlens_ptr, sequences: tl.int64, parts: tl.int64, steps: tl.int64, weights_ptr,
+    values_ptr,
+    values_stride_b: tl.int64,
+    values_stride_t: tl.int64,
+    mask_ptr,
+    mask_stride_b: tl.int64,
+    mask_stride_t: tl.int64,
+    cu_seqlens_ptr,
+    sequences: tl.int64,
+    parts: tl.int64,
+    steps: tl.int64,
+    weights_ptr,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     sequence, first, begin, end, _, malformed = _part_of(sequences, parts, steps, cu_seqlens_ptr)
     values_ptr += sequence * values_stride_b + first * values_stride_t
     if mask_ptr is not None:
@@ -82,10 +90,17 @@ def _sum_kernel(
 
 @kernel()
 def _reduce_kernel(
-    sequences: tl.int64, parts: tl.int64, denominator_ptr, number: tl.float32,
-    weights_ptr, result_ptr, AGGREGATION: tl.constexpr, BLOCK: tl.constexpr,
-    SEQUENCES: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
+    sequences: tl.int64,
+    parts: tl.int64,
+    denominator_ptr,
+    number: tl.float32,
+    weights_ptr,
+    result_ptr,
+    AGGREGATION: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SEQUENCES: tl.constexpr,
+    PARTS: tl.constexpr,
+):
     partials_ptr = weights_ptr + sequences
     counts = tl.zeros([BLOCK], tl.float32)
     for start in range(0, sequences * parts, BLOCK):
@@ -128,10 +143,18 @@ def _zero(ptr, begin, end, BLOCK: tl.constexpr):
 
 @kernel()
 def _gradient_kernel(
-    mask_ptr, mask_stride_b: tl.int64, mask_stride_t: tl.int64, cu_seqlens_ptr,
-    sequences: tl.int64, parts: tl.int64, steps: tl.int64, weights_ptr, grad_ptr, grad_values_ptr,
+    mask_ptr,
+    mask_stride_b: tl.int64,
+    mask_stride_t: tl.int64,
+    cu_seqlens_ptr,
+    sequences: tl.int64,
+    parts: tl.int64,
+    steps: tl.int64,
+    weights_ptr,
+    grad_ptr,
+    grad_values_ptr,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     sequence, first, begin, end, out, malformed = _part_of(sequences, parts, steps, cu_seqlens_ptr)
     value = poison_if(malformed, tl.load(weights_ptr + sequence) * tl.load(grad_ptr))
     if cu_seqlens_ptr is not None:

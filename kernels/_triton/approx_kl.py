@@ -52,12 +52,22 @@ def _load(ptr, row, column, stride_b, stride_t, keep):
 
 @kernel()
 def _approx_kl_fwd_kernel(
-    rows: tl.int64, columns: tl.int64,
-    logp_ptr, logp_stride_b: tl.int64, logp_stride_t: tl.int64,
-    ref_ptr, ref_stride_b: tl.int64, ref_stride_t: tl.int64,
-    mask_ptr, mask_stride_b: tl.int64, mask_stride_t: tl.int64,
-    limit: tl.float32, kl_ptr, ESTIMATOR: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    rows: tl.int64,
+    columns: tl.int64,
+    logp_ptr,
+    logp_stride_b: tl.int64,
+    logp_stride_t: tl.int64,
+    ref_ptr,
+    ref_stride_b: tl.int64,
+    ref_stride_t: tl.int64,
+    mask_ptr,
+    mask_stride_b: tl.int64,
+    mask_stride_t: tl.int64,
+    limit: tl.float32,
+    kl_ptr,
+    ESTIMATOR: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     index, row, column, inside, keep = _own_tokens(
         rows, columns, mask_ptr, mask_stride_b, mask_stride_t, BLOCK
     )
@@ -69,15 +79,30 @@ def _approx_kl_fwd_kernel(
 
 @kernel()
 def _approx_kl_bwd_kernel(
-    rows: tl.int64, columns: tl.int64,
-    logp_ptr, logp_stride_b: tl.int64, logp_stride_t: tl.int64,
-    ref_ptr, ref_stride_b: tl.int64, ref_stride_t: tl.int64,
-    weight_ptr, weight_stride_b: tl.int64, weight_stride_t: tl.int64,
-    mask_ptr, mask_stride_b: tl.int64, mask_stride_t: tl.int64,
-    grad_ptr, grad_stride_b: tl.int64, grad_stride_t: tl.int64,
-    limit: tl.float32, grad_logprobs_ptr, grad_ref_ptr,
-    ESTIMATOR: tl.constexpr, STRAIGHT_THROUGH: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    rows: tl.int64,
+    columns: tl.int64,
+    logp_ptr,
+    logp_stride_b: tl.int64,
+    logp_stride_t: tl.int64,
+    ref_ptr,
+    ref_stride_b: tl.int64,
+    ref_stride_t: tl.int64,
+    weight_ptr,
+    weight_stride_b: tl.int64,
+    weight_stride_t: tl.int64,
+    mask_ptr,
+    mask_stride_b: tl.int64,
+    mask_stride_t: tl.int64,
+    grad_ptr,
+    grad_stride_b: tl.int64,
+    grad_stride_t: tl.int64,
+    limit: tl.float32,
+    grad_logprobs_ptr,
+    grad_ref_ptr,
+    ESTIMATOR: tl.constexpr,
+    STRAIGHT_THROUGH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     index, row, column, inside, keep = _own_tokens(
         rows, columns, mask_ptr, mask_stride_b, mask_stride_t, BLOCK
     )

@@ -42,16 +42,30 @@ SCALE_PROGRAMS = 2048
 def _fill(row_ptr, vocab, value, BLOCK: tl.constexpr):
     columns = tl.arange(0, BLOCK)
     for start in range(0, vocab, BLOCK):
-        tl.store(row_ptr + start + columns, tl.full([BLOCK], 0.0, tl.float32) + value,
-                 mask=start + columns < vocab)  # fmt: skip
+        tl.store(
+            row_ptr + start + columns,
+            tl.full([BLOCK], 0.0, tl.float32) + value,
+            mask=start + columns < vocab,
+        )
 
 
 @triton.jit
 def _by_logp(
-    logp, old, advantage, ref, sampler, kl_coef, bounds, correction_bounds, limit,
-    HAS_OLD: tl.constexpr, SURROGATE: tl.constexpr, CORRECTION: tl.constexpr, KL: tl.constexpr,
+    logp,
+    old,
+    advantage,
+    ref,
+    sampler,
+    kl_coef,
+    bounds,
+    correction_bounds,
+    limit,
+    HAS_OLD: tl.constexpr,
+    SURROGATE: tl.constexpr,
+    CORRECTION: tl.constexpr,
+    KL: tl.constexpr,
     STRAIGHT_THROUGH: tl.constexpr,
-):  # fmt: skip
+):
     """Derivative of the loss of one token in its logp, before the weight; blocks of one."""
     log_ratio = logp - old if HAS_OLD else tl.zeros_like(logp)
     ratio = exp(clamp(log_ratio, -limit, limit))
@@ -70,31 +84,70 @@ def _by_logp(
 
 @kernel("logits_ptr", "grad_logits_ptr")
 def _policy_loss_from_logits_kernel(
-    logits_ptr, logits_stride_b: tl.int64, logits_stride_t: tl.int64, vocab: tl.int32,
-    targets_ptr, targets_stride_b: tl.int64, targets_stride_t: tl.int64,
+    logits_ptr,
+    logits_stride_b: tl.int64,
+    logits_stride_t: tl.int64,
+    vocab: tl.int32,
+    targets_ptr,
+    targets_stride_b: tl.int64,
+    targets_stride_t: tl.int64,
     temperature: tl.float32,
-    temperature_ptr, temperature_stride_b: tl.int64, temperature_stride_t: tl.int64,
-    mask_ptr, mask_stride_b: tl.int64, mask_stride_t: tl.int64,
-    ignore_index: tl.int64, steps: tl.int64,
-    logprobs_ptr, logprobs_stride_b: tl.int64, logprobs_stride_t: tl.int64,
-    entropy_ptr, entropy_stride_b: tl.int64, entropy_stride_t: tl.int64,
-    cu_seqlens_ptr, sequences: tl.int64,
-    old_ptr, old_stride_b: tl.int64, old_stride_t: tl.int64,
-    advantages_ptr, advantages_stride_b: tl.int64, advantages_stride_t: tl.int64,
-    ref_ptr, ref_stride_b: tl.int64, ref_stride_t: tl.int64,
-    sampler_ptr, sampler_stride_b: tl.int64, sampler_stride_t: tl.int64,
-    valid_tokens_ptr, valid_tokens_stride_b: tl.int64, valid_tokens_stride_t: tl.int64,
-    ratio_low: tl.float32, ratio_high: tl.float32, dual_clip: tl.float32,
-    tau_positive: tl.float32, tau_negative: tl.float32,
-    correction_low: tl.float32, correction_high: tl.float32,
-    kl_coef: tl.float32, adaptive_kl_coef_ptr, entropy_coef: tl.float32, limit: tl.float32,
+    temperature_ptr,
+    temperature_stride_b: tl.int64,
+    temperature_stride_t: tl.int64,
+    mask_ptr,
+    mask_stride_b: tl.int64,
+    mask_stride_t: tl.int64,
+    ignore_index: tl.int64,
+    steps: tl.int64,
+    logprobs_ptr,
+    logprobs_stride_b: tl.int64,
+    logprobs_stride_t: tl.int64,
+    entropy_ptr,
+    entropy_stride_b: tl.int64,
+    entropy_stride_t: tl.int64,
+    cu_seqlens_ptr,
+    sequences: tl.int64,
+    old_ptr,
+    old_stride_b: tl.int64,
+    old_stride_t: tl.int64,
+    advantages_ptr,
+    advantages_stride_b: tl.int64,
+    advantages_stride_t: tl.int64,
+    ref_ptr,
+    ref_stride_b: tl.int64,
+    ref_stride_t: tl.int64,
+    sampler_ptr,
+    sampler_stride_b: tl.int64,
+    sampler_stride_t: tl.int64,
+    valid_tokens_ptr,
+    valid_tokens_stride_b: tl.int64,
+    valid_tokens_stride_t: tl.int64,
+    ratio_low: tl.float32,
+    ratio_high: tl.float32,
+    dual_clip: tl.float32,
+    tau_positive: tl.float32,
+    tau_negative: tl.float32,
+    correction_low: tl.float32,
+    correction_high: tl.float32,
+    kl_coef: tl.float32,
+    adaptive_kl_coef_ptr,
+    entropy_coef: tl.float32,
+    limit: tl.float32,
     denominator_ptr,
-    grad_logits_ptr, grad_logits_stride_b: tl.int64, grad_logits_stride_t: tl.int64,
+    grad_logits_ptr,
+    grad_logits_stride_b: tl.int64,
+    grad_logits_stride_t: tl.int64,
     columns_of_a_chunk: tl.int32,
-    SURROGATE: tl.constexpr, CORRECTION: tl.constexpr, KL: tl.constexpr,
-    STRAIGHT_THROUGH: tl.constexpr, ENTROPY_GRADIENT: tl.constexpr,
-    REPEAT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
+    SURROGATE: tl.constexpr,
+    CORRECTION: tl.constexpr,
+    KL: tl.constexpr,
+    STRAIGHT_THROUGH: tl.constexpr,
+    ENTROPY_GRADIENT: tl.constexpr,
+    REPEAT: tl.constexpr,
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     BLOCK: tl.constexpr = REPEAT * LANES * WIDTH
     token = tl.program_id(0).to(tl.int64)
     b, t = token // steps, token % steps
@@ -147,11 +200,21 @@ def _policy_loss_from_logits_kernel(
     if valid_tokens_ptr is not None:
         weight /= tl.load(valid_tokens_ptr + b * valid_tokens_stride_b + t * valid_tokens_stride_t)
     by_logp = _by_logp(
-        logp, old, advantage, ref, sampler, kl_coef,
+        logp,
+        old,
+        advantage,
+        ref,
+        sampler,
+        kl_coef,
         (ratio_low, ratio_high, dual_clip, tau_positive, tau_negative),
-        (correction_low, correction_high), limit, old_ptr is not None, SURROGATE, CORRECTION, KL,
+        (correction_low, correction_high),
+        limit,
+        old_ptr is not None,
+        SURROGATE,
+        CORRECTION,
+        KL,
         STRAIGHT_THROUGH,
-    )  # fmt: skip
+    )
     by_logp = weighted(weight, tl.sum(by_logp))
     by_entropy = weighted(-weight, entropy_coef)
     if log_sum == log_sum and by_logp == 0 and by_entropy == 0:
@@ -177,9 +240,16 @@ def _policy_loss_from_logits_kernel(
 
 @kernel("gradient_ptr")
 def _scale_gradient_kernel(
-    gradient_ptr, gradient_stride_b: tl.int64, gradient_stride_t: tl.int64, vocab: tl.int32,
-    steps: tl.int64, units: tl.int64, factor_ptr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
+    gradient_ptr,
+    gradient_stride_b: tl.int64,
+    gradient_stride_t: tl.int64,
+    vocab: tl.int32,
+    steps: tl.int64,
+    units: tl.int64,
+    factor_ptr,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     factor = tl.load(factor_ptr)
     # a grid of fixed size: where the factor is 1 it ends at once
     if factor == 1.0:

@@ -36,10 +36,20 @@ SQUARE = tl.constexpr(2)
 
 @triton.jit
 def _sum_answer(
-    answer, steps, cu_seqlens_ptr, logp_ptr, logp_stride_b, logp_stride_t,
-    ref_ptr, ref_stride_b, ref_stride_t, mask_ptr, mask_stride_b, mask_stride_t,
+    answer,
+    steps,
+    cu_seqlens_ptr,
+    logp_ptr,
+    logp_stride_b,
+    logp_stride_t,
+    ref_ptr,
+    ref_stride_b,
+    ref_stride_t,
+    mask_ptr,
+    mask_stride_b,
+    mask_stride_t,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     """Valid tokens, sum of logp, sum of logp - ref, and whether the answer is malformed."""
     first, length, _, malformed = bounds(answer, tl.num_programs(0), steps, cu_seqlens_ptr)
     logp_ptr += answer * logp_stride_b + first * logp_stride_t
@@ -64,9 +74,16 @@ def _sum_answer(
 
 @triton.jit
 def _store_gradient(
-    answer, steps, cu_seqlens_ptr, mask_ptr, mask_stride_b, mask_stride_t, grad_ptr, gradient,
+    answer,
+    steps,
+    cu_seqlens_ptr,
+    mask_ptr,
+    mask_stride_b,
+    mask_stride_t,
+    grad_ptr,
+    gradient,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     """All valid tokens of an answer have the same gradient."""
     first, length, grad_start, _ = bounds(answer, tl.num_programs(0), steps, cu_seqlens_ptr)
     grad_ptr += grad_start
@@ -88,9 +105,14 @@ def _log_odds(x):
 
 @triton.jit
 def _link_loss(
-    difference, beta, margin, positive_weight, negative_weight,
-    LINK: tl.constexpr, ODDS: tl.constexpr,
-):  # fmt: skip
+    difference,
+    beta,
+    margin,
+    positive_weight,
+    negative_weight,
+    LINK: tl.constexpr,
+    ODDS: tl.constexpr,
+):
     """Value and derivative."""
     if LINK == SQUARE:
         error = difference - margin
@@ -113,30 +135,73 @@ def _link_loss(
 
 @kernel()
 def _preference_loss_kernel(
-    chosen_steps: tl.int64, chosen_cu_ptr,
-    chosen_ptr, chosen_stride_b: tl.int64, chosen_stride_t: tl.int64,
-    chosen_ref_ptr, chosen_ref_stride_b: tl.int64, chosen_ref_stride_t: tl.int64,
-    chosen_mask_ptr, chosen_mask_stride_b: tl.int64, chosen_mask_stride_t: tl.int64,
-    grad_chosen_ptr, rejected_steps: tl.int64, rejected_cu_ptr,
-    rejected_ptr, rejected_stride_b: tl.int64, rejected_stride_t: tl.int64,
-    rejected_ref_ptr, rejected_ref_stride_b: tl.int64, rejected_ref_stride_t: tl.int64,
-    rejected_mask_ptr, rejected_mask_stride_b: tl.int64, rejected_mask_stride_t: tl.int64,
+    chosen_steps: tl.int64,
+    chosen_cu_ptr,
+    chosen_ptr,
+    chosen_stride_b: tl.int64,
+    chosen_stride_t: tl.int64,
+    chosen_ref_ptr,
+    chosen_ref_stride_b: tl.int64,
+    chosen_ref_stride_t: tl.int64,
+    chosen_mask_ptr,
+    chosen_mask_stride_b: tl.int64,
+    chosen_mask_stride_t: tl.int64,
+    grad_chosen_ptr,
+    rejected_steps: tl.int64,
+    rejected_cu_ptr,
+    rejected_ptr,
+    rejected_stride_b: tl.int64,
+    rejected_stride_t: tl.int64,
+    rejected_ref_ptr,
+    rejected_ref_stride_b: tl.int64,
+    rejected_ref_stride_t: tl.int64,
+    rejected_mask_ptr,
+    rejected_mask_stride_b: tl.int64,
+    rejected_mask_stride_t: tl.int64,
     grad_rejected_ptr,
-    beta: tl.float32, margin: tl.float32, positive_weight: tl.float32,
-    negative_weight: tl.float32, nll_coef: tl.float32, denominator_ptr, partials_ptr,
-    LINK: tl.constexpr, LENGTH_NORMALISE: tl.constexpr, ODDS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    beta: tl.float32,
+    margin: tl.float32,
+    positive_weight: tl.float32,
+    negative_weight: tl.float32,
+    nll_coef: tl.float32,
+    denominator_ptr,
+    partials_ptr,
+    LINK: tl.constexpr,
+    LENGTH_NORMALISE: tl.constexpr,
+    ODDS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     pair = tl.program_id(0).to(tl.int64)
     n, logp, x, chosen_malformed = _sum_answer(
-        pair, chosen_steps, chosen_cu_ptr, chosen_ptr, chosen_stride_b, chosen_stride_t,
-        chosen_ref_ptr, chosen_ref_stride_b, chosen_ref_stride_t,
-        chosen_mask_ptr, chosen_mask_stride_b, chosen_mask_stride_t, BLOCK,
-    )  # fmt: skip
+        pair,
+        chosen_steps,
+        chosen_cu_ptr,
+        chosen_ptr,
+        chosen_stride_b,
+        chosen_stride_t,
+        chosen_ref_ptr,
+        chosen_ref_stride_b,
+        chosen_ref_stride_t,
+        chosen_mask_ptr,
+        chosen_mask_stride_b,
+        chosen_mask_stride_t,
+        BLOCK,
+    )
     m, other_logp, y, rejected_malformed = _sum_answer(
-        pair, rejected_steps, rejected_cu_ptr, rejected_ptr, rejected_stride_b, rejected_stride_t,
-        rejected_ref_ptr, rejected_ref_stride_b, rejected_ref_stride_t,
-        rejected_mask_ptr, rejected_mask_stride_b, rejected_mask_stride_t, BLOCK,
-    )  # fmt: skip
+        pair,
+        rejected_steps,
+        rejected_cu_ptr,
+        rejected_ptr,
+        rejected_stride_b,
+        rejected_stride_t,
+        rejected_ref_ptr,
+        rejected_ref_stride_b,
+        rejected_ref_stride_t,
+        rejected_mask_ptr,
+        rejected_mask_stride_b,
+        rejected_mask_stride_t,
+        BLOCK,
+    )
     counts = (n > 0) & (m > 0)
     chosen_share, rejected_share = 1.0, 1.0
     if LENGTH_NORMALISE:
@@ -157,16 +222,28 @@ def _preference_loss_kernel(
     if grad_chosen_ptr is not None:
         gradient = slope * better_slope * chosen_share - nll_coef * inverse_or_zero(n)
         _store_gradient(
-            pair, chosen_steps, chosen_cu_ptr, chosen_mask_ptr, chosen_mask_stride_b,
-            chosen_mask_stride_t, grad_chosen_ptr,
-            weighted(weight, tl.where(counts, gradient, 0.0)), BLOCK,
-        )  # fmt: skip
+            pair,
+            chosen_steps,
+            chosen_cu_ptr,
+            chosen_mask_ptr,
+            chosen_mask_stride_b,
+            chosen_mask_stride_t,
+            grad_chosen_ptr,
+            weighted(weight, tl.where(counts, gradient, 0.0)),
+            BLOCK,
+        )
         gradient = -slope * worse_slope * rejected_share
         _store_gradient(
-            pair, rejected_steps, rejected_cu_ptr, rejected_mask_ptr, rejected_mask_stride_b,
-            rejected_mask_stride_t, grad_rejected_ptr,
-            weighted(weight, tl.where(counts, gradient, 0.0)), BLOCK,
-        )  # fmt: skip
+            pair,
+            rejected_steps,
+            rejected_cu_ptr,
+            rejected_mask_ptr,
+            rejected_mask_stride_b,
+            rejected_mask_stride_t,
+            grad_rejected_ptr,
+            weighted(weight, tl.where(counts, gradient, 0.0)),
+            BLOCK,
+        )
     partials_ptr += pair * NUM_METRICS
     tl.store(partials_ptr, weighted(weight, tl.where(counts, loss, 0.0)))
     tl.store(partials_ptr + 1, tl.where(counts, 1.0, 0.0))
@@ -180,18 +257,44 @@ def _preference_loss_kernel(
 
 @kernel()
 def _kto_loss_kernel(
-    steps: tl.int64, cu_seqlens_ptr, logp_ptr, logp_stride_b: tl.int64, logp_stride_t: tl.int64,
-    ref_ptr, ref_stride_b: tl.int64, ref_stride_t: tl.int64,
-    mask_ptr, mask_stride_b: tl.int64, mask_stride_t: tl.int64, grad_ptr,
-    desirable_ptr, desirable_stride: tl.int64, kl_ptr,
-    beta: tl.float32, desirable_weight: tl.float32, undesirable_weight: tl.float32,
-    denominator_ptr, partials_ptr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    steps: tl.int64,
+    cu_seqlens_ptr,
+    logp_ptr,
+    logp_stride_b: tl.int64,
+    logp_stride_t: tl.int64,
+    ref_ptr,
+    ref_stride_b: tl.int64,
+    ref_stride_t: tl.int64,
+    mask_ptr,
+    mask_stride_b: tl.int64,
+    mask_stride_t: tl.int64,
+    grad_ptr,
+    desirable_ptr,
+    desirable_stride: tl.int64,
+    kl_ptr,
+    beta: tl.float32,
+    desirable_weight: tl.float32,
+    undesirable_weight: tl.float32,
+    denominator_ptr,
+    partials_ptr,
+    BLOCK: tl.constexpr,
+):
     example = tl.program_id(0).to(tl.int64)
     count, logp, ratio, malformed = _sum_answer(
-        example, steps, cu_seqlens_ptr, logp_ptr, logp_stride_b, logp_stride_t,
-        ref_ptr, ref_stride_b, ref_stride_t, mask_ptr, mask_stride_b, mask_stride_t, BLOCK,
-    )  # fmt: skip
+        example,
+        steps,
+        cu_seqlens_ptr,
+        logp_ptr,
+        logp_stride_b,
+        logp_stride_t,
+        ref_ptr,
+        ref_stride_b,
+        ref_stride_t,
+        mask_ptr,
+        mask_stride_b,
+        mask_stride_t,
+        BLOCK,
+    )
     desirable = tl.load(desirable_ptr + example * desirable_stride) != 0
     good, bad = (count > 0) & desirable, (count > 0) & ~desirable
     slope = tl.where(desirable, beta, -beta)
@@ -203,9 +306,16 @@ def _kto_loss_kernel(
     if grad_ptr is not None:
         gradient = weighted(-weight, tl.where(count > 0, loss * slope * right, 0.0))
         _store_gradient(
-            example, steps, cu_seqlens_ptr, mask_ptr, mask_stride_b, mask_stride_t, grad_ptr,
-            gradient, BLOCK,
-        )  # fmt: skip
+            example,
+            steps,
+            cu_seqlens_ptr,
+            mask_ptr,
+            mask_stride_b,
+            mask_stride_t,
+            grad_ptr,
+            gradient,
+            BLOCK,
+        )
     partials_ptr += example * NUM_KTO_METRICS
     tl.store(partials_ptr, weighted(weight, tl.where(count > 0, loss, 0.0)))
     tl.store(partials_ptr + 1, tl.where(good, 1.0, 0.0))

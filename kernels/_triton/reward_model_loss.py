@@ -63,11 +63,22 @@ def _store_partial(ptr, loss, pairs, correct, margin, scores, mean, m2):
 
 @kernel()
 def _reward_model_loss_kernel(
-    chosen_ptr, chosen_stride: tl.int64, rejected_ptr, rejected_stride: tl.int64,
-    margins_ptr, margins_stride: tl.int64, mask_ptr, mask_stride: tl.int64, pairs: tl.int64,
-    centering_coef: tl.float32, denominator_ptr, grad_chosen_ptr, grad_rejected_ptr, partials_ptr,
+    chosen_ptr,
+    chosen_stride: tl.int64,
+    rejected_ptr,
+    rejected_stride: tl.int64,
+    margins_ptr,
+    margins_stride: tl.int64,
+    mask_ptr,
+    mask_stride: tl.int64,
+    pairs: tl.int64,
+    centering_coef: tl.float32,
+    denominator_ptr,
+    grad_chosen_ptr,
+    grad_rejected_ptr,
+    partials_ptr,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     block = tl.program_id(0).to(tl.int64)
     pair = block * BLOCK + tl.arange(0, BLOCK)
     keep = _valid(mask_ptr, pair, mask_stride, pair < pairs)
@@ -87,19 +98,33 @@ def _reward_model_loss_kernel(
     mean = tl.sum(better + worse) * inverse_or_zero(2.0 * count)
     above, below = better - mean, worse - mean
     _store_partial(
-        partials_ptr + block * NUM_METRICS, weighted(weight, tl.sum(tl.where(keep, loss, 0.0))),
+        partials_ptr + block * NUM_METRICS,
+        weighted(weight, tl.sum(tl.where(keep, loss, 0.0))),
         count,
-        tl.sum(tl.where(better > worse, 1.0, 0.0)), tl.sum(better - worse), 2.0 * count, mean,
+        tl.sum(tl.where(better > worse, 1.0, 0.0)),
+        tl.sum(better - worse),
+        2.0 * count,
+        mean,
         tl.sum(tl.where(keep, above * above + below * below, 0.0)),
-    )  # fmt: skip
+    )
 
 
 @kernel()
 def _ranking_loss_kernel(
-    scores_ptr, scores_stride: tl.int64, ranks_ptr, ranks_stride: tl.int64,
-    mask_ptr, mask_stride: tl.int64, cu_groups_ptr, num_scores: tl.int64,
-    centering_coef: tl.float32, denominator_ptr, grad_ptr, partials_ptr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    scores_ptr,
+    scores_stride: tl.int64,
+    ranks_ptr,
+    ranks_stride: tl.int64,
+    mask_ptr,
+    mask_stride: tl.int64,
+    cu_groups_ptr,
+    num_scores: tl.int64,
+    centering_coef: tl.float32,
+    denominator_ptr,
+    grad_ptr,
+    partials_ptr,
+    BLOCK: tl.constexpr,
+):
     group = tl.program_id(0).to(tl.int64)
     groups = tl.num_programs(0)
     first, end, malformed = extent(cu_groups_ptr, 1, groups, group, num_scores, group < groups)
@@ -151,9 +176,15 @@ def _ranking_loss_kernel(
         centred = _load(scores_ptr, first + member, scores_stride, keep) - mean
         m2 += tl.where(keep, centred * centred, 0.0)
     _store_partial(
-        partials_ptr + group * NUM_METRICS, weighted(weight, tl.sum(losses)), tl.sum(pairs),
-        tl.sum(correct), tl.sum(margins), count, mean, tl.sum(m2),
-    )  # fmt: skip
+        partials_ptr + group * NUM_METRICS,
+        weighted(weight, tl.sum(losses)),
+        tl.sum(pairs),
+        tl.sum(correct),
+        tl.sum(margins),
+        count,
+        mean,
+        tl.sum(m2),
+    )
 
 
 def _vector(tensor: Tensor | None) -> tuple[Tensor | None, int]:

@@ -40,13 +40,24 @@ def _sample(mean, log_std, noise, low, high):
 
 @kernel()
 def _squashed_gaussian_fwd_kernel(
-    rows: tl.int64, columns: tl.int64,
-    mean_ptr, mean_stride_b: tl.int64, mean_stride_a: tl.int64,
-    log_std_ptr, log_std_stride_b: tl.int64, log_std_stride_a: tl.int64,
-    noise_ptr, noise_stride_b: tl.int64, noise_stride_a: tl.int64,
-    low: tl.float32, high: tl.float32, actions_ptr, logprobs_ptr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+    rows: tl.int64,
+    columns: tl.int64,
+    mean_ptr,
+    mean_stride_b: tl.int64,
+    mean_stride_a: tl.int64,
+    log_std_ptr,
+    log_std_stride_b: tl.int64,
+    log_std_stride_a: tl.int64,
+    noise_ptr,
+    noise_stride_b: tl.int64,
+    noise_stride_a: tl.int64,
+    low: tl.float32,
+    high: tl.float32,
+    actions_ptr,
+    logprobs_ptr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     sums = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in range(0, columns, COLUMNS):
@@ -66,15 +77,29 @@ def _squashed_gaussian_fwd_kernel(
 
 @kernel()
 def _squashed_gaussian_bwd_kernel(
-    rows: tl.int64, columns: tl.int64,
-    mean_ptr, mean_stride_b: tl.int64, mean_stride_a: tl.int64,
-    log_std_ptr, log_std_stride_b: tl.int64, log_std_stride_a: tl.int64,
-    noise_ptr, noise_stride_b: tl.int64, noise_stride_a: tl.int64,
-    low: tl.float32, high: tl.float32,
-    grad_actions_ptr, grad_actions_stride_b: tl.int64, grad_actions_stride_a: tl.int64,
-    grad_logprobs_ptr, grad_logprobs_stride: tl.int64, grad_mean_ptr, grad_log_std_ptr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+    rows: tl.int64,
+    columns: tl.int64,
+    mean_ptr,
+    mean_stride_b: tl.int64,
+    mean_stride_a: tl.int64,
+    log_std_ptr,
+    log_std_stride_b: tl.int64,
+    log_std_stride_a: tl.int64,
+    noise_ptr,
+    noise_stride_b: tl.int64,
+    noise_stride_a: tl.int64,
+    low: tl.float32,
+    high: tl.float32,
+    grad_actions_ptr,
+    grad_actions_stride_b: tl.int64,
+    grad_actions_stride_a: tl.int64,
+    grad_logprobs_ptr,
+    grad_logprobs_stride: tl.int64,
+    grad_mean_ptr,
+    grad_log_std_ptr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     of_row = tl.zeros([ROWS], tl.float32)
     if grad_logprobs_ptr is not None:
@@ -90,9 +115,20 @@ def _squashed_gaussian_bwd_kernel(
         grad_u = of_row[:, None] * 2.0 * action
         if grad_actions_ptr is not None:
             half = 1.0 / (1.0 + e)
-            grad_u += 4.0 * e * half * half * _load(
-                grad_actions_ptr, grad_actions_stride_b, grad_actions_stride_a, at, column, inside
-            )  # fmt: skip
+            grad_u += (
+                4.0
+                * e
+                * half
+                * half
+                * _load(
+                    grad_actions_ptr,
+                    grad_actions_stride_b,
+                    grad_actions_stride_a,
+                    at,
+                    column,
+                    inside,
+                )
+            )
         clamped = ~((log_std >= low) & (log_std <= high))
         grad_s = tl.where(clamped, 0.0, grad_u * spread - of_row[:, None])
         tl.store(grad_mean_ptr + at * columns + column, grad_u, mask=inside)

@@ -52,14 +52,28 @@ def _clipped_value_loss(value, old, target, clip_range, delta):
 
 @kernel()
 def _value_loss_kernel(
-    values_ptr, values_stride_b: tl.int64, values_stride_t: tl.int64,
-    old_ptr, old_stride_b: tl.int64, old_stride_t: tl.int64,
-    returns_ptr, returns_stride_b: tl.int64, returns_stride_t: tl.int64,
-    mask_ptr, mask_stride_b: tl.int64, mask_stride_t: tl.int64,
-    cu_seqlens_ptr, steps: tl.int64, clip_range: tl.float32, delta: tl.float32,
-    denominator_ptr, grad_ptr, partials_ptr,
-    SEQUENCE_MEAN: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    values_ptr,
+    values_stride_b: tl.int64,
+    values_stride_t: tl.int64,
+    old_ptr,
+    old_stride_b: tl.int64,
+    old_stride_t: tl.int64,
+    returns_ptr,
+    returns_stride_b: tl.int64,
+    returns_stride_t: tl.int64,
+    mask_ptr,
+    mask_stride_b: tl.int64,
+    mask_stride_t: tl.int64,
+    cu_seqlens_ptr,
+    steps: tl.int64,
+    clip_range: tl.float32,
+    delta: tl.float32,
+    denominator_ptr,
+    grad_ptr,
+    partials_ptr,
+    SEQUENCE_MEAN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     sequence = tl.program_id(0).to(tl.int64)
     first, length, grad_start, malformed = bounds(
         sequence, tl.num_programs(0), steps, cu_seqlens_ptr
