@@ -207,9 +207,12 @@ def test_promise_6_determinism(operation, backend):
         alone = {n: x[:1] if n in operation.batched else x for n, x in tensors.items()}
         results, gradients = run(operation, alone, backend)
         assert_same(
-            (results, gradients), ([x[: len(y)] for x, y in zip(first[0], results, strict=True)],
-                                   [x[: len(y)] for x, y in zip(first[1], gradients, strict=True)]),
-        )  # fmt: skip
+            (results, gradients),
+            (
+                [x[: len(y)] for x, y in zip(first[0], results, strict=True)],
+                [x[: len(y)] for x, y in zip(first[1], gradients, strict=True)],
+            ),
+        )
 
 
 @cells(7)

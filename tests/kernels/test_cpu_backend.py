@@ -40,10 +40,23 @@ def test_every_instruction_set_passes_the_tests_of_the_kernels(level):
     if level == chosen():
         return  # the tests in this process run on it
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-k", "float64 and cpu", "tests/kernels",
-         "--ignore", "tests/kernels/test_cuda_emulated.py", "-p", "no:cacheprovider"],
-        env=os.environ | {"WARPO_ISA": level}, capture_output=True, text=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-k",
+            "float64 and cpu",
+            "tests/kernels",
+            "--ignore",
+            "tests/kernels/test_cuda_emulated.py",
+            "-p",
+            "no:cacheprovider",
+        ],
+        env=os.environ | {"WARPO_ISA": level},
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0, result.stdout[-3000:]
     assert " passed" in result.stdout
 
@@ -52,8 +65,10 @@ def test_an_unknown_instruction_set_is_refused():
     code = "import torch; from warpo.kernels import _cpu; _cpu.instruction_set()"
     result = subprocess.run(
         [sys.executable, "-c", code],
-        env=os.environ | {"WARPO_ISA": "avx1024"}, capture_output=True, text=True,
-    )  # fmt: skip
+        env=os.environ | {"WARPO_ISA": "avx1024"},
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode != 0 and "avx1024" in result.stderr
 
 

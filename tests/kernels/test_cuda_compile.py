@@ -48,9 +48,16 @@ def compiled(tmp_path_factory):
         cubin = folder / f"{source.stem}.cubin"
         if not cubin.exists():
             _run(
-                NVCC, "-O3", "-std=c++17", "-arch=sm_90", "-cubin", f"-I{ROOT / 'csrc'}",
-                "-o", cubin, source,
-            )  # fmt: skip
+                NVCC,
+                "-O3",
+                "-std=c++17",
+                "-arch=sm_90",
+                "-cubin",
+                f"-I{ROOT / 'csrc'}",
+                "-o",
+                cubin,
+                source,
+            )
         return cubin
 
     return compile_once
@@ -101,4 +108,4 @@ def test_without_a_gpu_the_library_imports_and_a_call_says_what_is_missing():
     with pytest.raises(RuntimeError, match="group_advantages: .*CUDA (driver|device).*CPU"):
         library.group_advantages_forward(
             1, rewards, 1, None, None, 0, False, 1e-6, None, None, None, None, 0, 0
-        )  # fmt: skip
+        )

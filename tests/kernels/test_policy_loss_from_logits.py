@@ -114,8 +114,9 @@ def test_loss_metrics_and_gradient_equal_float64(backend):
         tokens_64 = max(1.0, metrics_64[ops.METRICS.index("tokens")].item())
         absolute = 30 * tokens_64 * (SUM_RELATIVE + LOGPROB_ABSOLUTE * spread)
         for name, actual, exact in (
-            ("loss", result.loss, loss_64), ("metrics", result.metrics, metrics_64),
-        ):  # fmt: skip
+            ("loss", result.loss, loss_64),
+            ("metrics", result.metrics, metrics_64),
+        ):
             assert_close(
                 actual, exact, relative=SUM_RELATIVE * spread, absolute=absolute, what=name
             )
@@ -123,9 +124,12 @@ def test_loss_metrics_and_gradient_equal_float64(backend):
         # p (log p + H) cancels, and an error of logp is one of the coefficient
         absolute = (GRADIENT_RELATIVE * size + GRADIENT_ABSOLUTE) * spread
         assert_close(
-            logits.grad, 0.5 * gradient_64, what="gradient",
-            relative=GRADIENT_RELATIVE * spread, absolute=absolute,
-        )  # fmt: skip
+            logits.grad,
+            0.5 * gradient_64,
+            what="gradient",
+            relative=GRADIENT_RELATIVE * spread,
+            absolute=absolute,
+        )
 
     check()
 
@@ -139,9 +143,12 @@ def arguments(rows: int = 3, steps: int = 4, vocab: int = 50) -> dict:
     names = ("old_logprobs", "ref_logprobs", "sampler_logprobs")
     near = {name: logp + 0.1 * torch.randn_like(logp) for name in names}
     return {
-        "logits": logits, "targets": targets, "advantages": torch.randn(rows, device=DEVICE),
-        "denominator": 5.0, **near,
-    }  # fmt: skip
+        "logits": logits,
+        "targets": targets,
+        "advantages": torch.randn(rows, device=DEVICE),
+        "denominator": 5.0,
+        **near,
+    }
 
 
 @each_backend
@@ -182,14 +189,22 @@ def test_one_read_equals_two(backend, name, on_policy):
     logits = given.pop("logits").requires_grad_()
     logp, entropy = ops.logprobs_and_entropy(logits, given.pop("targets"), backend=backend)
     loss, metrics = ops.policy_loss(
-        logp, given.pop("old_logprobs"), given.pop("advantages"), objective, entropy=entropy,
-        backend=backend, **given,
-    )  # fmt: skip
+        logp,
+        given.pop("old_logprobs"),
+        given.pop("advantages"),
+        objective,
+        entropy=entropy,
+        backend=backend,
+        **given,
+    )
     loss.backward()
     for actual, composed in (
-        (result.loss, loss), (result.metrics, metrics), (gradient, logits.grad),
-        (result.logprobs, logp), (result.entropy, entropy),
-    ):  # fmt: skip
+        (result.loss, loss),
+        (result.metrics, metrics),
+        (gradient, logits.grad),
+        (result.logprobs, logp),
+        (result.entropy, entropy),
+    ):
         torch.testing.assert_close(actual, composed.detach(), rtol=2e-5, atol=2e-6)
 
 

@@ -70,16 +70,22 @@ def test_loss_gradients_and_metrics_equal_float64(backend):
             loss, loss_64, what="loss", relative=SUM_RELATIVE, absolute=5 * rounding * square
         )
         assert_close(
-            metrics[1:], metrics_64[1:], what="metrics", relative=SUM_RELATIVE,
+            metrics[1:],
+            metrics_64[1:],
+            what="metrics",
+            relative=SUM_RELATIVE,
             absolute=5 * rounding,
-        )  # fmt: skip
+        )
         (loss * 0.5).backward()
         gradients = torch.autograd.grad(loss_64 * 0.5, exact)
         for name, mine, wanted in zip(("chosen", "rejected"), tensors, gradients, strict=False):
             assert_close(
-                mine.grad, wanted, what=name, relative=SUM_RELATIVE + rounding,
+                mine.grad,
+                wanted,
+                what=name,
+                relative=SUM_RELATIVE + rounding,
                 absolute=2 * rounding * row.beta + 1e-6 + ROUNDING[mine.dtype] * 1e-4,
-            )  # fmt: skip
+            )
 
     check()
 
@@ -157,9 +163,15 @@ def test_micro_batches_add_up(backend, name):
 
     def loss_of(rows):
         return ops.preference_loss(
-            chosen[rows], rejected[rows], ref[rows], ref[rows], loss=name, chosen_mask=mask[rows],
-            denominator=30.0, backend=backend,
-        )  # fmt: skip
+            chosen[rows],
+            rejected[rows],
+            ref[rows],
+            ref[rows],
+            loss=name,
+            chosen_mask=mask[rows],
+            denominator=30.0,
+            backend=backend,
+        )
 
     whole = loss_of(slice(0, 6))
     (gradient,) = torch.autograd.grad(whole.loss, chosen)
@@ -179,13 +191,23 @@ def test_one_forward_pass_over_both_sides(backend):
     starts = torch.tensor([0, 5, 6, 9, 13], dtype=torch.int32, device=DEVICE)
     padded, packed = logprobs.clone().requires_grad_(), logprobs[mask].requires_grad_()
     ops.preference_loss(
-        padded[:2], padded[2:], ref[:2], ref[2:], chosen_mask=mask[:2], rejected_mask=mask[2:],
+        padded[:2],
+        padded[2:],
+        ref[:2],
+        ref[2:],
+        chosen_mask=mask[:2],
+        rejected_mask=mask[2:],
         backend=backend,
-    ).loss.backward()  # fmt: skip
+    ).loss.backward()
     ops.preference_loss(
-        packed, packed, ref[mask], ref[mask], chosen_cu_seqlens=starts[:3],
-        rejected_cu_seqlens=starts[2:], backend=backend,
-    ).loss.backward()  # fmt: skip
+        packed,
+        packed,
+        ref[mask],
+        ref[mask],
+        chosen_cu_seqlens=starts[:3],
+        rejected_cu_seqlens=starts[2:],
+        backend=backend,
+    ).loss.backward()
     assert (packed.grad != 0).all() and torch.equal(padded.grad[mask], packed.grad)
 
 
@@ -246,9 +268,15 @@ def exact_kto_loss(side, desirable, options, denominator):
         for x in (options.pop("kl"), denominator)
     )
     loss, metrics = reference.kto_loss(
-        exact, side["ref_logprobs"].double(), desirable, kl, scale, mask=side["mask"],
-        cu_seqlens=side["cu_seqlens"], **options,
-    )  # fmt: skip
+        exact,
+        side["ref_logprobs"].double(),
+        desirable,
+        kl,
+        scale,
+        mask=side["mask"],
+        cu_seqlens=side["cu_seqlens"],
+        **options,
+    )
     return exact, loss, metrics
 
 
@@ -261,9 +289,15 @@ def test_kto_loss_gradient_and_metrics_equal_float64(backend):
         exact, loss_64, metrics_64 = exact_kto_loss(*case)
         leaf = side["logprobs"].detach().requires_grad_()
         loss, metrics = ops.kto_loss(
-            leaf, side["ref_logprobs"], desirable, mask=side["mask"],
-            cu_seqlens=side["cu_seqlens"], denominator=denominator, backend=backend, **options,
-        )  # fmt: skip
+            leaf,
+            side["ref_logprobs"],
+            desirable,
+            mask=side["mask"],
+            cu_seqlens=side["cu_seqlens"],
+            denominator=denominator,
+            backend=backend,
+            **options,
+        )
         rounding = 3e-7 * (1 + magnitude(side))
         assert_close(loss, loss_64, what="loss", relative=SUM_RELATIVE, absolute=5 * rounding)
         assert_close(
@@ -272,9 +306,12 @@ def test_kto_loss_gradient_and_metrics_equal_float64(backend):
         (loss * 0.5).backward()
         (wanted,) = torch.autograd.grad(loss_64 * 0.5, exact)
         assert_close(
-            leaf.grad, wanted, what="gradient", relative=SUM_RELATIVE,
+            leaf.grad,
+            wanted,
+            what="gradient",
+            relative=SUM_RELATIVE,
             absolute=2 * rounding * options["beta"] + 1e-7 + ROUNDING[leaf.dtype] * 1e-4,
-        )  # fmt: skip
+        )
 
     check()
 
