@@ -14,7 +14,7 @@ import functools
 import importlib
 import importlib.util
 import os
-from typing import Any, Literal, cast, overload
+from typing import Literal, cast, overload
 
 from torch import Tensor
 
@@ -97,7 +97,3 @@ def load(name: str) -> Backend:
     from warpo.kernels.native import Native
 
     return cast(Backend, Native(importlib.import_module(f"warpo.kernels._{name}")))
-
-
-# until each operation takes a named tuple
-load_positional: Any = load

@@ -41,7 +41,7 @@ def check_values(name: str, offsets: Tensor | None, bound: int, elements: str = 
         return True
     if not _on_host(offsets):
         return False
-    place = dispatch.load_positional("cpu").first_malformed(offsets.numel(), bound, offsets)
+    place = dispatch.load("cpu").first_malformed(offsets.numel(), bound, offsets)
     if place < 0:
         return True
     offset = int(offsets[place])
@@ -66,7 +66,7 @@ def check_step_ends(
     """
     if not _on_host(step_ends):
         return
-    step = dispatch.load_positional("cpu").first_malformed_end(
+    step = dispatch.load("cpu").first_malformed_end(
         step_offsets.numel() - 1, num_tokens, cu_seqlens, step_offsets, step_ends
     )
     if step < 0:
@@ -86,7 +86,7 @@ def first_and_last(offsets: Tensor) -> tuple[int, int] | None:
     """The tokens from the first sequence to the last; None where the host cannot look at them."""
     if torch.compiler.is_compiling() or type(offsets) is not Tensor or not _on_host(offsets):
         return None
-    return dispatch.load_positional("cpu").first_and_last(offsets.numel(), offsets)
+    return dispatch.load("cpu").first_and_last(offsets.numel(), offsets)
 
 
 def is_malformed(offsets: Tensor, bound: int) -> Tensor:

@@ -20,7 +20,7 @@ from warpo.kernels._arguments.policy_loss import KlPenaltyArguments, ObjectiveAr
 from warpo.kernels._arguments.policy_loss_from_logits import PolicyLossFromLogitsArguments
 from warpo.kernels.linear_head import LinearHead, check_chunking, check_head, valid_tokens
 from warpo.kernels.linear_logprobs import linear_logprobs_and_entropy
-from warpo.kernels.logprobs import NO_INDEX, workspace
+from warpo.kernels.logprobs_operator import NO_INDEX, workspace
 from warpo.kernels.objectives import Objective, get_objective
 from warpo.kernels.offsets import in_a_sequence
 from warpo.kernels.policy_loss import check_correction, check_tokens, kl_penalty, policy_loss

@@ -32,7 +32,8 @@ from warpo.kernels._arguments.policy_loss_from_logits import (
     ScaleGradientArguments,
 )
 from warpo.kernels.checks import as_rows
-from warpo.kernels.logprobs import NO_INDEX, check_inplace, check_logits, logprobs_and_entropy
+from warpo.kernels.logprobs import check_inplace, check_logits, logprobs_and_entropy
+from warpo.kernels.logprobs_operator import NO_INDEX
 from warpo.kernels.objectives import Objective, get_objective
 from warpo.kernels.offsets import in_a_sequence
 from warpo.kernels.policy_loss import (

@@ -11,9 +11,8 @@ from warpo.kernels._arguments.policy_loss_from_logits import (
     ScaleGradientArguments,
 )
 from warpo.kernels._triton.launch import kernel, strided
-from warpo.kernels._triton.logprobs import (
-    BLOCK,
-    CHUNKS,
+from warpo.kernels._triton.logprobs import BLOCK, CHUNKS
+from warpo.kernels._triton.online_softmax import (
     FLOOR,
     LN_2,
     LOG2_E,

@@ -4,10 +4,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.kernels.backends import BACKENDS, DEVICE, DTYPES, dtypes, each_backend, examples, strided
+from tests.kernels.opcheck import opcheck
 from tests.oracles.adamw import adamw as oracle
 from tests.oracles.adamw import random_bits, round_at_random
 from tests.tolerance import ADAMW_ABSOLUTE, ADAMW_RELATIVE, SUM_RELATIVE, assert_close
 from warpo.kernels import ops, reference
+from warpo.kernels.adamw_publish import AdamwPublishInputs, _operator
 
 HYPER = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1}
 
@@ -310,19 +312,30 @@ def test_a_parameter_can_be_published_without_grad_mode(backend):
 
 @each_backend
 def test_opcheck(backend):
-    vectors = [torch.randn(150, device=DEVICE).abs() for _ in range(4)]
-    published = torch.randn(3, 60, device=DEVICE)[:, :50]
-    torch.library.opcheck(
-        torch.ops.warpo.adamw_publish.default,
-        (*vectors, published, 1.0, 0.1, 0.9, 0.1, 1e-3, 1.0, 1e-8, 1.0, None, None, 1, backend),
-        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    grad, master, exp_avg, exp_avg_sq = (torch.randn(150, device=DEVICE).abs() for _ in range(4))
+    inputs = AdamwPublishInputs(
+        grad=grad,
+        master=master,
+        exp_avg=exp_avg,
+        exp_avg_sq=exp_avg_sq,
+        published=torch.randn(3, 60, device=DEVICE)[:, :50],
+        decay=1.0,
+        grad_weight=0.1,
+        beta2=0.9,
+        square_weight=0.1,
+        step_size=1e-3,
+        root_scale=1.0,
+        eps=1e-8,
+        grad_scale=1.0,
+        grad_scale_factor=None,
+        seed=None,
+        step=1,
+        backend=backend,
     )
-    torch.library.opcheck(
-        torch.ops.warpo.adamw_publish.default,
-        (vectors[0], None, *vectors[1:3], published, 1.0, 0.1, 0.9, 0.1, 1e-3, 1.0, 1e-8, 1.0, None,
-         None, 1, backend),
-        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
-    )  # fmt: skip
+    utils = ("test_schema", "test_autograd_registration", "test_faketensor")
+    opcheck(_operator, inputs, test_utils=utils)
+    own = inputs._replace(master=None, exp_avg=master, exp_avg_sq=exp_avg)
+    opcheck(_operator, own, test_utils=utils)
 
 
 @pytest.mark.parametrize("backend", BACKENDS[:1])

@@ -131,27 +131,6 @@ def calls(path: Path) -> Iterator[ast.Call]:
             yield node
 
 
-# those that are not converted yet
-POSITIONAL = {
-    "adamw_publish",
-    "fingerprint",
-    "gae_backward",
-    "gae_forward",
-    "group_advantages_backward",
-    "group_advantages_forward",
-    "kept_set_logprobs_backward",
-    "kept_set_logprobs_forward",
-    "kept_set_weight_gradient",
-    "logprobs_backward",
-    "logprobs_forward",
-    "process_advantages",
-    "shaped_gae",
-    "vtrace",
-    "whiten_backward",
-    "whiten_forward",
-}
-
-
 def test_backends_are_called_with_one_tuple():
     folders = ("kernels", "kernels/integrations", "tests/kernels/launches")
     paths = [path for folder in folders for path in (ROOT / folder).glob("*.py")]
@@ -159,13 +138,13 @@ def test_backends_are_called_with_one_tuple():
     for path in paths:
         for call in calls(path):
             owner = ast.unparse(call.func.value)
-            if owner in ("ops", "reference") or call.func.attr in POSITIONAL:
+            if owner in ("ops", "reference"):
                 continue
             if call.func.attr in operations():
                 found.add(call.func.attr)
                 assert len(call.args) == 1 and not call.keywords, ast.unparse(call)
                 assert not isinstance(call.args[0], ast.Starred), ast.unparse(call)
-    assert found == set(operations()) - POSITIONAL
+    assert found == set(operations())
 
 
 WRONG = """

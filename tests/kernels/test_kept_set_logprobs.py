@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.kernels.backends import BACKENDS, DEVICE, dtypes, each_backend, examples, strided
+from tests.kernels.opcheck import opcheck
 from tests.oracles import kept_set_logprobs as oracle
 from tests.tolerance import (
     GRADIENT_RELATIVE,
@@ -15,6 +16,7 @@ from tests.tolerance import (
     assert_close,
 )
 from warpo.kernels import ops, reference
+from warpo.kernels.kept_set_logprobs import KeptSetLogprobsInputs, _operator
 
 
 def kept_sets(
@@ -237,10 +239,18 @@ def test_opcheck(backend):
     *leaves, targets, ids, offsets = problem(tokens=5)
     warm = torch.full((5,), 0.8, device=DEVICE)
     for bias, temperature in ((None, None), (leaves[2], warm)):
-        torch.library.opcheck(
-            torch.ops.warpo.kept_set_logprobs.default,
-            (*leaves[:2], bias, targets, ids, offsets, 0.9, temperature, backend),
+        inputs = KeptSetLogprobsInputs(
+            hidden=leaves[0],
+            weight=leaves[1],
+            bias=bias,
+            targets=targets,
+            kept_ids=ids,
+            kept_offsets=offsets,
+            temperature=0.9,
+            token_temperature=temperature,
+            backend=backend,
         )
+        opcheck(_operator, inputs)
 
 
 @pytest.mark.parametrize("backend", BACKENDS[:1])

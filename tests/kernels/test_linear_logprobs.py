@@ -17,6 +17,7 @@ from tests.kernels.backends import (
     each_backend_slow_triton,
     examples,
 )
+from tests.kernels.opcheck import opcheck
 from tests.oracles import linear_logprobs as oracle
 from tests.tolerance import (
     GRADIENT_RELATIVE,
@@ -29,6 +30,7 @@ from tests.tolerance import (
 )
 from warpo.bench.timing import peak_bytes
 from warpo.kernels import linear_head, ops, reference
+from warpo.kernels.linear_logprobs_operator import LinearLogprobsInputs, linear_logprobs_operator
 
 WORKER = Path(__file__).with_name("linear_logprobs_worker.py")
 
@@ -401,11 +403,25 @@ def test_opcheck(backend, cache):
     # of logits that are kept, those of masked tokens are not written
     cases = [(None, None, bias)] if cache else [(None, None, None), (warm, mask, bias)]
     for temperature, flags, offset in cases:
-        torch.library.opcheck(
-            torch.ops.warpo.linear_logprobs.default,
-            (hidden, weight, offset, targets, 0.9, temperature, flags, -100, 3.0, -1, 2000, True,
-             True, cache, backend, ""),
-        )  # fmt: skip
+        inputs = LinearLogprobsInputs(
+            hidden=hidden,
+            weight=weight,
+            bias=offset,
+            targets=targets,
+            temperature=0.9,
+            token_temperature=temperature,
+            mask=flags,
+            ignore_index=-100,
+            softcap=3.0,
+            num_valid=-1,
+            workspace_bytes=2000,
+            float32_logits=True,
+            with_entropy=True,
+            cache_logits=cache,
+            backend=backend,
+            group_name="",
+        )
+        opcheck(linear_logprobs_operator, inputs)
 
 
 @pytest.mark.parametrize("backend", BACKENDS[:1])

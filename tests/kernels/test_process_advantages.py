@@ -4,9 +4,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.kernels.backends import BACKENDS, DEVICE, dtypes, each_backend, examples, strided
+from tests.kernels.opcheck import opcheck
 from tests.oracles.process_advantages import process_advantages as oracle
 from tests.tolerance import SUM_RELATIVE, assert_close
 from warpo.kernels import ops, reference
+from warpo.kernels.process_advantages import ProcessAdvantagesInputs, _operator
 
 
 @st.composite
@@ -204,11 +206,23 @@ ENDS = torch.arange(6)
 @each_backend
 def test_opcheck(backend):
     rewards, offsets, ends = REWARDS.to(DEVICE), OFFSETS.to(DEVICE), ENDS.to(DEVICE)
-    torch.library.opcheck(
-        torch.ops.warpo.process_advantages.default,
-        (rewards, offsets, ends, 8, None, 2, 1, None, None, None, 1, 1e-6, backend),
-        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    inputs = ProcessAdvantagesInputs(
+        step_rewards=rewards,
+        step_offsets=offsets,
+        step_ends=ends,
+        num_tokens=8,
+        cu_seqlens=None,
+        group_size=2,
+        num_groups=1,
+        group_ids=None,
+        order=None,
+        offsets=None,
+        std_mode=1,
+        eps=1e-6,
+        backend=backend,
     )
+    utils = ("test_schema", "test_autograd_registration", "test_faketensor")
+    opcheck(_operator, inputs, test_utils=utils)
 
 
 @pytest.mark.parametrize("backend", BACKENDS[:1])

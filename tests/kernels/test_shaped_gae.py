@@ -10,9 +10,12 @@ from tests.kernels.backends import (
     each_backend_slow_triton,
     examples,
 )
+from tests.kernels.opcheck import opcheck
 from tests.kernels.scans import assert_scan_close, every_case, on_rows, scan_cases
 from tests.oracles import shaped_gae as oracle
 from warpo.kernels import ops, reference
+from warpo.kernels.scan import Steps, as_inputs
+from warpo.kernels.shaped_gae import ShapedGaeInputs, _operator
 
 RESULTS = ("advantages", "returns", "rewards")
 PER_STEP = ("logprobs", "ref_logprobs", "values", "rewards")
@@ -141,12 +144,23 @@ def test_opcheck(backend):
     tensors = torch.randn(3, 3, 9, device=DEVICE)
     flags = torch.rand(3, 9, device=DEVICE) < 0.7
     column, coef = torch.randn(3, 1, device=DEVICE), torch.tensor(0.1, device=DEVICE)
-    for given_rewards in (True, False):
-        torch.library.opcheck(
-            torch.ops.warpo.shaped_gae.default,
-            (*tensors[:2], None, column, tensors[2], column, flags, None, coef,
-             0.9, 0.9, 2, 1, 0.0, 20.0, given_rewards, backend),
-        )  # fmt: skip
+    for return_rewards in (True, False):
+        inputs = ShapedGaeInputs(
+            logprobs=tensors[0],
+            ref_logprobs=tensors[1],
+            rewards=None,
+            terminal_rewards=column,
+            values=tensors[2],
+            last_values=column,
+            steps=as_inputs(Steps(mask=flags, mask_mode="compact"), 0.9, 0.9),
+            adaptive_kl_coef=coef,
+            kl=1,
+            kl_coef=0.0,
+            log_ratio_limit=20.0,
+            return_rewards=return_rewards,
+            backend=backend,
+        )
+        opcheck(_operator, inputs)
 
 
 @pytest.mark.parametrize("backend", BACKENDS[:1])
