@@ -102,8 +102,7 @@ constexpr size_t count_fields() {
 // Reads a tuple from left to right into whatever type is asked for.
 class Reader {
 public:
-    Reader(const char* operation, py::handle tuple, bool nested)
-        : operation_(operation), tuple_(tuple.ptr()), nested_(nested) {}
+    Reader(const char* operation, py::handle tuple) : operation_(operation), tuple_(tuple.ptr()) {}
 
     template <class T>
     T read() {
@@ -117,21 +116,8 @@ public:
             return static_cast<T>(PyFloat_AsDouble(next()));
         else if constexpr (std::is_integral_v<T>)
             return static_cast<T>(PyLong_AsLongLong(next()));
-        else if (nested_)
-            return read_tuple<T>();
         else
-            return fields<T>(std::make_index_sequence<count_fields<T>()>());
-    }
-
-    template <class T>
-    T read_tuple() {
-        PyObject* const source = next();
-        if (!PyTuple_Check(source))
-            fail("argument " + std::to_string(position_) + " must be a tuple");
-        Reader reader(operation_, source, true);
-        const T found = reader.fields<T>(std::make_index_sequence<count_fields<T>()>());
-        reader.finish();
-        return found;
+            return read_tuple<T>();
     }
 
     void finish() const {
@@ -152,6 +138,17 @@ private:
     template <class T, size_t... I>
     T fields(std::index_sequence<I...>) {
         return T{((void)I, Field{*this})...};
+    }
+
+    template <class T>
+    T read_tuple() {
+        PyObject* const source = next();
+        if (!PyTuple_Check(source))
+            fail("argument " + std::to_string(position_) + " must be a tuple");
+        Reader reader(operation_, source);
+        const T found = reader.fields<T>(std::make_index_sequence<count_fields<T>()>());
+        reader.finish();
+        return found;
     }
 
     PyObject* next() {
@@ -185,14 +182,13 @@ private:
 
     const char* operation_;
     PyObject* tuple_;
-    bool nested_;
     Py_ssize_t position_ = 0;
 };
 
 template <class Result, class... Arguments>
 void define_function(py::module_& m, const char* name, Result (*function)(Arguments...)) {
     m.def(name, [name, function](py::args tuple) {
-        Reader reader(name, tuple, false);
+        Reader reader(name, tuple);
         std::tuple<std::decay_t<Arguments>...> arguments{reader.read<std::decay_t<Arguments>>()...};
         reader.finish();
         py::gil_scoped_release unlocked;
@@ -203,11 +199,9 @@ void define_function(py::module_& m, const char* name, Result (*function)(Argume
 template <class Arguments, class... Stream>
 void define(py::module_& m, const char* name, void (*operation)(const Arguments&, Stream...)) {
     m.def(name, [name, operation](py::args given) {
-        const bool one = given.size() == 1 + 2 * sizeof...(Stream);
-        Reader reader(name, given, false);
+        Reader reader(name, given);
         std::tuple<Arguments, Stream...> arguments{
-            one ? reader.read_tuple<Arguments>() : reader.read<Arguments>(),
-            reader.read<Stream>()...};
+            reader.read<Arguments>(), Stream{reader.read<int>(), reader.read<void*>()}...};
         reader.finish();
         py::gil_scoped_release unlocked;
         std::apply(operation, arguments);

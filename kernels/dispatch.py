@@ -90,7 +90,7 @@ def load(name: str) -> Backend:
             raise RuntimeError("backend 'triton' needs the package triton: pip install triton")
         from warpo.kernels import _triton
 
-        return cast(Backend, _triton)
+        return _triton
     if importlib.util.find_spec(f"warpo.kernels._{name}") is None:
         cure = "with nvcc on the PATH" if name == "cuda" else "with a C++ compiler"
         raise RuntimeError(f"backend {name!r} is not built: run `pip install -e .` {cure}")
