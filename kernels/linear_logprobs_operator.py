@@ -56,7 +56,7 @@ class _Tokens(NamedTuple):
     grad_entropy: Tensor | None = None
 
     def part(self, start: int, stop: int) -> "_Tokens":
-        return _Tokens._make(None if x is None else x[:, start:stop] for x in self)
+        return _Tokens._make([None if x is None else x[:, start:stop] for x in self])
 
 
 def _head(inputs: LinearLogprobsInputs, *, kept: bool, gradient_buffer: bool = False) -> LinearHead:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from warpo.kernels._arguments.backend import Backend
+from warpo.kernels._arguments.backend import Backend, CpuBackend
 from warpo.kernels.flattening import TUPLE_CLASSES
 
 DTYPE_CODES = {
@@ -95,7 +95,8 @@ class Native:
 
 def _arguments() -> set[Any]:
     """The classes of the tuples that operations take, and of the tuples within those."""
-    taken = [inspect.get_annotations(x) for x in vars(Backend).values() if callable(x)]
+    members = (*vars(Backend).values(), *vars(CpuBackend).values())
+    taken = [inspect.get_annotations(x) for x in members if callable(x)]
     classes = {x["arguments"] for x in taken if "arguments" in x}
     inner = {kind for x in classes for kind in inspect.get_annotations(x).values()}
     return classes | {kind for kind in inner if hasattr(kind, "_fields")}

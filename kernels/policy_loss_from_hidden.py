@@ -239,7 +239,7 @@ class _Tokens(NamedTuple):
     entropy: Tensor
 
     def part(self, start: int, stop: int) -> "_Tokens":
-        return _Tokens._make(None if x is None else x[:, start:stop] for x in self)
+        return _Tokens._make([None if x is None else x[:, start:stop] for x in self])
 
 
 def _compact(head: LinearHead, inputs: PolicyLossFromHiddenInputs) -> _Tokens:
