@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from warpo.kernels import dispatch
-from warpo.kernels._arguments.gae import GaeBackwardArguments
+from warpo.kernels._arguments.gae import GaeBackwardArguments, ScanArguments
 from warpo.kernels.registration import Operator
 from warpo.kernels.scan import (
     NUM_TENSORS,
-    ScanInputs,
     empty_like,
     gae_arguments,
     is_empty,
@@ -29,7 +28,7 @@ class GaeInputs(NamedTuple):
     values: Tensor | None
     last_values: Tensor | None
     final_values: Tensor | None
-    steps: ScanInputs
+    steps: ScanArguments
     returns_only: bool
     backend: str
 
@@ -38,7 +37,7 @@ class GaeBackwardInputs(NamedTuple):
     """rewards: for their shape and layout."""
 
     rewards: Tensor
-    steps: ScanInputs
+    steps: ScanArguments
     has_values: bool
     has_final_values: bool
     grad_advantages: Tensor | None
@@ -124,7 +123,7 @@ def _differentiate(
     _, of_values, _, of_final = ctx.dtypes
     inputs = GaeBackwardInputs(
         rewards=rewards,
-        steps=ScanInputs(*tensors, *ctx.numbers),
+        steps=ScanArguments(*tensors, *ctx.numbers),
         has_values=of_values is not None,
         has_final_values=of_final is not None,
         grad_advantages=grad_advantages,

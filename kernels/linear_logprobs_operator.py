@@ -79,7 +79,10 @@ def _arguments(
     tokens: _Tokens,
     logits: Tensor,
     *,
+    logprobs: Tensor | None = None,
+    entropy: Tensor | None = None,
     stats: Tensor | None = None,
+    partials: Tensor | None = None,
 ) -> LogprobsArguments:
     rows, steps, vocab = logits.shape
     return LogprobsArguments(
@@ -92,10 +95,10 @@ def _arguments(
         token_temperature=tokens.token_temperature,
         mask=tokens.mask,
         ignore_index=inputs.ignore_index,
-        logprobs=None,
-        entropy=tokens.entropy,
+        logprobs=logprobs,
+        entropy=entropy,
         stats=stats,
-        partials=None,
+        partials=partials,
     )
 
 
@@ -115,15 +118,18 @@ def _forward(inputs: LinearLogprobsInputs) -> tuple[Tensor, Tensor, Tensor, Tens
     for start, stop in head.chunks():
         out = buffer[start:stop] if inputs.cache_logits else buffer
         logits = head.logits(start, stop, out)[None]
-        arguments = _arguments(inputs, every.part(start, stop), logits)
+        tokens = every.part(start, stop)
         results = (logp[None, start:stop], entropy[None, start:stop], stats[None, start:stop])
         if group is not None:
-            whole = split_forward(arguments, kernels, group)
+            whole = split_forward(_arguments(inputs, tokens, logits), kernels, group)
             for result, computed in zip(results, whole, strict=True):
                 if result.numel():
                     result.copy_(computed)
             continue
-        arguments = arguments._replace(
+        arguments = _arguments(
+            inputs,
+            tokens,
+            logits,
             logprobs=results[0],
             entropy=results[1] if inputs.with_entropy else None,
             stats=results[2],
@@ -173,7 +179,7 @@ def _backward(inputs: LinearLogprobsBackwardInputs) -> tuple[Tensor, Tensor, Ten
         grad_logits = logits if overwrites else grad_buffer[: stop - start]
         tokens, stats = every.part(start, stop), inputs.stats[None, start:stop]
         arguments = LogprobsBackwardArguments(
-            forward=_arguments(given, tokens, logits[None], stats=stats),
+            forward=_arguments(given, tokens, logits[None], entropy=tokens.entropy, stats=stats),
             grad_logprobs=tokens.grad_logprobs,
             grad_entropy=tokens.grad_entropy,
             grad_logits=grad_logits[None],

@@ -272,12 +272,14 @@ def _chunks(head: LinearHead, inputs: PolicyLossFromHiddenInputs) -> tuple[Tenso
     for start, stop in head.chunks():
         tokens = every.part(start, stop)
         logits = head.logits(start, stop, buffer)
-        forward = _logprobs_arguments(inputs, tokens, logits[None])
         if not wanted:
             stats = logits.new_empty((1, stop - start, 2), dtype=torch.float32)
-            forward = forward._replace(stats=stats, partials=workspace(logits[None]))
-            kernels.logprobs_forward(forward)
+            partials = workspace(logits[None])
+            kernels.logprobs_forward(
+                _logprobs_arguments(inputs, tokens, logits[None], stats, partials)
+            )
             continue
+        forward = _logprobs_arguments(inputs, tokens, logits[None])
         grad_logits = grad_buffer[: stop - start]
         kernels.policy_loss_from_logits(_arguments(inputs, tokens, forward, grad_logits[None]))
         head.add_gradients(start, stop, logits, grad_logits)
@@ -285,7 +287,11 @@ def _chunks(head: LinearHead, inputs: PolicyLossFromHiddenInputs) -> tuple[Tenso
 
 
 def _logprobs_arguments(
-    inputs: PolicyLossFromHiddenInputs, tokens: _Tokens, logits: Tensor
+    inputs: PolicyLossFromHiddenInputs,
+    tokens: _Tokens,
+    logits: Tensor,
+    stats: Tensor | None = None,
+    partials: Tensor | None = None,
 ) -> LogprobsArguments:
     rows, steps, vocab = logits.shape
     return LogprobsArguments(
@@ -300,8 +306,8 @@ def _logprobs_arguments(
         ignore_index=NO_INDEX,
         logprobs=tokens.logprobs,
         entropy=tokens.entropy,
-        stats=None,
-        partials=None,
+        stats=stats,
+        partials=partials,
     )
 
 

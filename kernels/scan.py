@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from warpo.kernels._arguments.gae import GaeArguments
+from warpo.kernels._arguments.gae import GaeArguments, ScanArguments
 from warpo.kernels.checks import FLOATS, check_mask, check_no_grad, check_number, check_tensor
 from warpo.kernels.offsets import check_offsets, check_values
 
@@ -36,23 +36,7 @@ class Steps(NamedTuple):
     time_dim: int = -1
 
 
-class ScanInputs(NamedTuple):
-    """What the operators take of `Steps`, per step as rows and per row as a column: the tensors,
-    then the numbers.
-    """
-
-    mask: Tensor | None
-    terminated: Tensor | None
-    truncated: Tensor | None
-    last_terminated: Tensor | None
-    last_truncated: Tensor | None
-    cu_seqlens: Tensor | None
-    gamma: float
-    gae_lambda: float
-    mask_mode: int
-    starts_at_t: bool
-
-
+# of `ScanArguments`, which begin with them
 NUM_TENSORS = 6
 
 
@@ -151,9 +135,9 @@ def as_given(steps: Steps, *results: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.t() for x in results) if steps.time_dim == 0 else results
 
 
-def as_inputs(steps: Steps, gamma: float, gae_lambda: float) -> ScanInputs:
+def as_inputs(steps: Steps, gamma: float, gae_lambda: float) -> ScanArguments:
     mask, terminated, truncated = as_rows(steps, steps.mask, steps.terminated, steps.truncated)
-    return ScanInputs(
+    return ScanArguments(
         mask=mask,
         terminated=terminated,
         truncated=truncated,
@@ -173,7 +157,7 @@ def as_column(per_row: Tensor | None) -> Tensor | None:
 
 def gae_arguments(
     first: Tensor,
-    steps: ScanInputs,
+    steps: ScanArguments,
     *,
     rewards: Tensor | None = None,
     terminal_rewards: Tensor | None = None,
@@ -186,23 +170,14 @@ def gae_arguments(
     """The tensors of one backend call, whose sizes are those of `first`."""
     num_rows, num_steps = sizes(first, steps.cu_seqlens)
     return GaeArguments(
+        scan=steps,
         rows=num_rows,
         steps=num_steps,
-        cu_seqlens=steps.cu_seqlens,
         rewards=rewards,
         terminal_rewards=terminal_rewards,
         values=values,
         last_values=last_values,
         final_values=final_values,
-        mask=steps.mask,
-        terminated=steps.terminated,
-        truncated=steps.truncated,
-        last_terminated=steps.last_terminated,
-        last_truncated=steps.last_truncated,
-        gamma=steps.gamma,
-        gae_lambda=steps.gae_lambda,
-        mask_mode=steps.mask_mode,
-        starts_at_t=steps.starts_at_t,
         advantages=advantages,
         returns=returns,
     )

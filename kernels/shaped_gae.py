@@ -17,12 +17,11 @@ import torch
 from torch import Tensor
 
 from warpo.kernels import dispatch, reference, scan
-from warpo.kernels._arguments.gae import ShapedGaeArguments
+from warpo.kernels._arguments.gae import ScanArguments, ShapedGaeArguments
 from warpo.kernels.checks import FLOATS, check_no_grad, check_tensor
 from warpo.kernels.objectives import KL_ESTIMATORS
 from warpo.kernels.registration import Operator
 from warpo.kernels.scan import (
-    ScanInputs,
     Steps,
     empty_like,
     gae_arguments,
@@ -39,7 +38,7 @@ class ShapedGaeInputs(NamedTuple):
     terminal_rewards: Tensor | None
     values: Tensor
     last_values: Tensor | None
-    steps: ScanInputs
+    steps: ScanArguments
     adaptive_kl_coef: Tensor | None
     kl: int
     kl_coef: float

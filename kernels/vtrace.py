@@ -17,10 +17,10 @@ from typing import NamedTuple
 from torch import Tensor
 
 from warpo.kernels import dispatch, reference, scan
-from warpo.kernels._arguments.gae import VtraceArguments
+from warpo.kernels._arguments.gae import ScanArguments, VtraceArguments
 from warpo.kernels.checks import FLOATS, check_number, check_tensor
 from warpo.kernels.registration import Operator
-from warpo.kernels.scan import ScanInputs, Steps, empty_like, gae_arguments, is_empty
+from warpo.kernels.scan import Steps, empty_like, gae_arguments, is_empty
 
 
 class VtraceInputs(NamedTuple):
@@ -30,7 +30,7 @@ class VtraceInputs(NamedTuple):
     values: Tensor
     last_values: Tensor | None
     final_values: Tensor | None
-    steps: ScanInputs
+    steps: ScanArguments
     rho_max: float
     c_max: float
     pg_rho_max: float

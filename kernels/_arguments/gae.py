@@ -5,24 +5,28 @@ from typing import NamedTuple
 from torch import Tensor
 
 
-class GaeArguments(NamedTuple):
-    rows: int
-    steps: int
-    cu_seqlens: Tensor | None
-    rewards: Tensor | None
-    terminal_rewards: Tensor | None
-    values: Tensor | None
-    last_values: Tensor | None
-    final_values: Tensor | None
+class ScanArguments(NamedTuple):
     mask: Tensor | None
     terminated: Tensor | None
     truncated: Tensor | None
     last_terminated: Tensor | None
     last_truncated: Tensor | None
+    cu_seqlens: Tensor | None
     gamma: float
     gae_lambda: float
     mask_mode: int
     starts_at_t: bool
+
+
+class GaeArguments(NamedTuple):
+    scan: ScanArguments
+    rows: int
+    steps: int
+    rewards: Tensor | None
+    terminal_rewards: Tensor | None
+    values: Tensor | None
+    last_values: Tensor | None
+    final_values: Tensor | None
     advantages: Tensor | None
     returns: Tensor | None
 

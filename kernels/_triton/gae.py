@@ -315,13 +315,13 @@ def gae_backward(a: GaeBackwardArguments) -> None:
         return
     gradients = (a.grad_rewards, a.grad_values, a.grad_advantages, a.grad_returns)
     per_step = (*gradients, a.grad_final_values)
-    programs, tile = choose_tile(f, *per_step, f.mask, f.terminated, f.truncated)
+    programs, tile = choose_tile(f, *per_step, f.scan.mask, f.scan.terminated, f.scan.truncated)
     with torch.cuda.device_of(next(x for x in per_step if x is not None)):
         _gae_bwd_kernel[(programs,)](
-            f.cu_seqlens,
+            f.scan.cu_seqlens,
             *flags_and_ends(f),
-            float(f.gamma),
-            float(f.gae_lambda),
+            float(f.scan.gamma),
+            float(f.scan.gae_lambda),
             f.rows,
             f.steps,
             *strided(a.grad_advantages),
@@ -330,8 +330,8 @@ def gae_backward(a: GaeBackwardArguments) -> None:
             *strided(a.grad_values),
             *column(a.grad_last_values),
             *strided(a.grad_final_values),
-            MASK_MODE=f.mask_mode,
-            STARTS_AT_T=f.starts_at_t,
+            MASK_MODE=f.scan.mask_mode,
+            STARTS_AT_T=f.scan.starts_at_t,
             **tile,
             enable_fp_fusion=True,
         )

@@ -333,21 +333,21 @@ def reverse_scan(
     if a.rows * a.steps == 0:
         return
     results = (a.advantages, a.returns)
-    given = (a.rewards, a.values, a.final_values, a.mask, a.terminated, a.truncated)
+    given = (a.rewards, a.values, a.final_values, a.scan.mask, a.scan.terminated, a.scan.truncated)
     policies = (logprobs, other_logprobs, shaped_rewards)
     long_rows = LONG_ROWS if logprobs is None or kl else LONG_ROWS_RATIOS
     programs, tile = choose_tile(a, *results, *given, *policies, long_rows=long_rows)
     with torch.cuda.device_of(a.returns if a.advantages is None else a.advantages):
         _reverse_scan_kernel[(programs,)](
-            a.cu_seqlens,
+            a.scan.cu_seqlens,
             *strided(a.rewards),
             *column(a.terminal_rewards),
             *strided(a.values),
             *column(a.last_values),
             *strided(a.final_values),
             *flags_and_ends(a),
-            float(a.gamma),
-            float(a.gae_lambda),
+            float(a.scan.gamma),
+            float(a.scan.gae_lambda),
             a.rows,
             a.steps,
             *strided(a.advantages),
@@ -359,8 +359,8 @@ def reverse_scan(
             adaptive_kl_coef,
             *strided(shaped_rewards),
             *map(float, ratio_bounds),
-            MASK_MODE=a.mask_mode,
-            STARTS_AT_T=a.starts_at_t,
+            MASK_MODE=a.scan.mask_mode,
+            STARTS_AT_T=a.scan.starts_at_t,
             KL=kl,
             **tile,
             enable_fp_fusion=True,

@@ -197,7 +197,7 @@ def choose_tile(
     """Number of programs and the tile, by which dimension of the first tensor is dense."""
     present = [x for x in per_step if x is not None]
     time_axis, block_b, block_t, warps = 1, *long_rows
-    if a.cu_seqlens is None:
+    if a.scan.cu_seqlens is None:
         stride_row, stride_step = present[0].stride()
         # equal strides are those of one column [T, 1]
         if stride_row <= stride_step:
@@ -219,9 +219,9 @@ def choose_tile(
 def flags_and_ends(a: GaeArguments) -> tuple:
     """Arguments of the kernels."""
     return (
-        *strided(a.mask),
-        *strided(a.terminated),
-        *strided(a.truncated),
-        *column(a.last_terminated),
-        *column(a.last_truncated),
+        *strided(a.scan.mask),
+        *strided(a.scan.terminated),
+        *strided(a.scan.truncated),
+        *column(a.scan.last_terminated),
+        *column(a.scan.last_truncated),
     )

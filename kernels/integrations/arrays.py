@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from warpo.kernels import dispatch, ops, scan
-from warpo.kernels._arguments.gae import GaeArguments
+from warpo.kernels._arguments.gae import GaeArguments, ScanArguments
 from warpo.kernels.checks import FLAGS, FLOATS
 from warpo.kernels.native import DTYPE_CODES
 from warpo.kernels.objectives import Objective
@@ -213,24 +213,27 @@ def gae_into(
         _flags(next_done.reshape(-1)), advantages, returns,
     )  # fmt: skip
     r, v, d, last_v, last_d, a, g = map(_view, arrays)
-    arguments = GaeArguments(
-        rows=next_value.size,
-        steps=len(rewards),
-        cu_seqlens=None,
-        rewards=r,
-        terminal_rewards=None,
-        values=v,
-        last_values=last_v,
-        final_values=None,
+    scan = ScanArguments(
         mask=None,
         terminated=d,
         truncated=None,
         last_terminated=last_d,
         last_truncated=None,
+        cu_seqlens=None,
         gamma=gamma,
         gae_lambda=gae_lambda,
         mask_mode=0,
         starts_at_t=True,
+    )
+    arguments = GaeArguments(
+        scan=scan,
+        rows=next_value.size,
+        steps=len(rewards),
+        rewards=r,
+        terminal_rewards=None,
+        values=v,
+        last_values=last_v,
+        final_values=None,
         advantages=a,
         returns=g,
     )

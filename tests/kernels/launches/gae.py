@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.kernels.launches import flags
-from warpo.kernels._arguments.gae import GaeArguments, GaeBackwardArguments
+from warpo.kernels._arguments.gae import GaeArguments, GaeBackwardArguments, ScanArguments
 
 Launch = tuple[str, Callable[[], None]]
 CARRY, COMPACT = 0, 2
@@ -29,9 +29,11 @@ def gae_arguments(
     rows: int, steps: int, cu_seqlens: Tensor | None, token: Tensor, **others: Any
 ) -> GaeArguments:
     """With advantages and returns; whatever else is not among the others is absent."""
-    given = dict.fromkeys(GaeArguments._fields) | others
+    given = dict.fromkeys((*ScanArguments._fields, *GaeArguments._fields)) | others
     given |= {"rows": rows, "steps": steps, "cu_seqlens": cu_seqlens}
-    return GaeArguments(**given | {"advantages": token, "returns": token})
+    given |= {"advantages": token, "returns": token}
+    scan = ScanArguments(**{name: given.pop(name) for name in ScanArguments._fields})
+    return GaeArguments(**given | {"scan": scan})
 
 
 def gae(
