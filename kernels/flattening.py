@@ -26,6 +26,7 @@ class Fields:
         for name, annotation in inspect.get_annotations(self.tuple_class).items():
             if hasattr(annotation, "_fields"):
                 self._blocks.append((len(self.parameters), annotation))
+                TUPLE_CLASSES.append(annotation)
                 inner = inspect.get_annotations(annotation)
                 fields = [(f"{name}_{own}", kind) for own, kind in inner.items()]
             else:

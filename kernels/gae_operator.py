@@ -130,10 +130,11 @@ def _differentiate(
         grad_returns=grad_returns,
         backend=ctx.backend,
     )
-    return tuple(
+    cast = [
         None if dtype is None else gradient.to(dtype)
         for gradient, dtype in zip(_backward_operator(inputs), ctx.dtypes, strict=True)
-    )
+    ]
+    return tuple(cast)
 
 
 gae_operator = Operator("gae", _forward, _allocate, _save, _differentiate, differentiable=4)

@@ -287,7 +287,7 @@ def _differentiate(ctx: Any, grad_logprobs: Tensor | None, *_: object) -> tuple[
         wanted=wanted,
     )
     gradients = _backward_operator(inputs)
-    return tuple(g if want else None for g, want in zip(gradients, wanted, strict=True))
+    return tuple([g if want else None for g, want in zip(gradients, wanted, strict=True)])
 
 
 _operator = Operator(

@@ -14,13 +14,15 @@ from warpo.kernels.vocab_parallel import resolve_group, split_backward, split_fo
 
 
 class LinearLogprobsInputs(NamedTuple):
+    """The tensors, then the rest."""
+
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
     targets: Tensor
-    temperature: float
     token_temperature: Tensor | None
     mask: Tensor | None
+    temperature: float
     ignore_index: int
     softcap: float
     num_valid: int
@@ -30,6 +32,9 @@ class LinearLogprobsInputs(NamedTuple):
     cache_logits: bool
     backend: str
     group_name: str
+
+
+NUM_TENSORS = 6
 
 
 class LinearLogprobsBackwardInputs(NamedTuple):
@@ -56,6 +61,8 @@ class _Tokens(NamedTuple):
     grad_entropy: Tensor | None = None
 
     def part(self, start: int, stop: int) -> "_Tokens":
+        if stop - start == self.targets.shape[1]:
+            return self
         return _Tokens._make([None if x is None else x[:, start:stop] for x in self])
 
 
@@ -209,23 +216,16 @@ def _fake_backward(inputs: LinearLogprobsBackwardInputs) -> tuple[Tensor, ...]:
 _backward_operator = Operator("linear_logprobs_backward", _backward, _fake_backward)
 
 
-def _save(ctx: Any, inputs: Any, output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: LinearLogprobsInputs, output: tuple[Tensor, ...]) -> None:
     _, entropy, stats, cache = output
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(
-        inputs.hidden,
-        inputs.weight,
-        inputs.bias,
-        inputs.targets,
-        inputs.token_temperature,
-        inputs.mask,
+        *inputs[:NUM_TENSORS],
         entropy if inputs.with_entropy else None,
         stats,
         cache if inputs.cache_logits else None,
     )
-    ctx.inputs = inputs._replace(
-        hidden=None, weight=None, bias=None, targets=None, token_temperature=None, mask=None
-    )
+    ctx.rest = inputs[NUM_TENSORS:]
 
 
 def _differentiate(
@@ -235,18 +235,15 @@ def _differentiate(
     *_: object,
     overwrites: bool = False,
 ) -> tuple[Tensor | None, ...]:
-    hidden, weight, bias, targets, warm, mask, entropy, stats, cache = ctx.saved_tensors
+    *tensors, entropy, stats, cache = ctx.saved_tensors
     if entropy is None:
         grad_entropy = None  # of the empty tensor that stands for it
     if grad_logprobs is None and grad_entropy is None:
         return (None, None, None)
     wanted = list(ctx.needs_input_grad[:3])
-    forward = ctx.inputs._replace(
-        hidden=hidden, weight=weight, bias=bias, targets=targets, token_temperature=warm, mask=mask
-    )
     inputs = LinearLogprobsBackwardInputs(
         stats=stats,
-        forward=forward,
+        forward=LinearLogprobsInputs(*tensors, *ctx.rest),
         entropy=entropy,
         cache=cache,
         grad_logprobs=grad_logprobs,
@@ -255,7 +252,7 @@ def _differentiate(
         overwrites=overwrites,
     )
     gradients = _backward(inputs) if overwrites else _backward_operator(inputs)
-    return tuple(g if want else None for g, want in zip(gradients, wanted, strict=True))
+    return tuple([g if want else None for g, want in zip(gradients, wanted, strict=True)])
 
 
 def _differentiate_eager(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
