@@ -53,9 +53,12 @@ def test_values_equal_torch_adamw_in_float64(backend):
         weights, grads, published, hyper = case
         exact = torch.nn.Parameter(weights.double())
         optimizer = torch.optim.AdamW(
-            [exact], lr=hyper["lr"], betas=(hyper["beta1"], hyper["beta2"]), eps=hyper["eps"],
+            [exact],
+            lr=hyper["lr"],
+            betas=(hyper["beta1"], hyper["beta2"]),
+            eps=hyper["eps"],
             weight_decay=hyper["weight_decay"],
-        )  # fmt: skip
+        )
         state = state_of(weights, flat)
         scale = 1.0 if clip is None else torch.tensor(clip, device=DEVICE)
         for step, grad in enumerate(grads, start=1):
@@ -117,9 +120,13 @@ def test_rounding_is_to_nearest_with_ties_to_even(backend, dtype):
     state = [master.clone(), torch.zeros_like(master), torch.zeros_like(master)]
     published = torch.zeros_like(master, dtype=dtype)
     ops.adamw_publish(
-        torch.zeros_like(master), *state, published, **(HYPER | {"lr": 0.0}), step=1,
+        torch.zeros_like(master),
+        *state,
+        published,
+        **(HYPER | {"lr": 0.0}),
+        step=1,
         backend=backend,
-    )  # fmt: skip
+    )
     assert torch.equal(state[0], master)
     assert torch.equal(bits(published), bits(master.to(dtype)))
 
@@ -392,7 +399,13 @@ W = torch.zeros(2, 3)
 )
 def test_bad_arguments_are_named(changed, message):
     arguments = {
-        "grad": W, "master": W, "exp_avg": W, "exp_avg_sq": W, "published": W, "step": 1, **HYPER
-    }  # fmt: skip
+        "grad": W,
+        "master": W,
+        "exp_avg": W,
+        "exp_avg_sq": W,
+        "published": W,
+        "step": 1,
+        **HYPER,
+    }
     with pytest.raises(ValueError, match=message):
         ops.adamw_publish(**(arguments | changed))

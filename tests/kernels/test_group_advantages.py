@@ -113,9 +113,12 @@ def test_leave_one_out_std_equals_the_oracle(backend, leave_one_out):
     )
     wanted = [leave_one_out_std(row.double().cpu().numpy(), leave_one_out) for row in rewards]
     assert_close(
-        result.advantages, torch.tensor(wanted).flatten(), relative=SUM_RELATIVE, absolute=1e-7,
+        result.advantages,
+        torch.tensor(wanted).flatten(),
+        relative=SUM_RELATIVE,
+        absolute=1e-7,
         what="advantages",
-    )  # fmt: skip
+    )
     if leave_one_out:
         assert result.advantages[0] == 1 and result.advantages[11] == -rewards[2, 0]
     assert torch.allclose(result.std, rewards.std(1))

@@ -89,15 +89,21 @@ def test_values_and_gradients_equal_float64(backend):
         spread = 1 + min(size, 200.0) / 10
         for name, actual, exact in (("logp", logp, logp_64), ("entropy", entropy, entropy_64)):
             assert_close(
-                actual, exact, what=name,
-                relative=LOGPROB_RELATIVE * spread, absolute=LOGPROB_ABSOLUTE * spread,
-            )  # fmt: skip
+                actual,
+                exact,
+                what=name,
+                relative=LOGPROB_RELATIVE * spread,
+                absolute=LOGPROB_ABSOLUTE * spread,
+            )
         torch.autograd.backward([logp, entropy], grads)
         # h p (log p + H) cancels: relative to its larger part
         assert_close(
-            logits.grad, grad_64, what="gradient",
-            relative=GRADIENT_RELATIVE * spread, absolute=GRADIENT_ABSOLUTE * spread * 30,
-        )  # fmt: skip
+            logits.grad,
+            grad_64,
+            what="gradient",
+            relative=GRADIENT_RELATIVE * spread,
+            absolute=GRADIENT_ABSOLUTE * spread * 30,
+        )
 
     check()
 
@@ -240,9 +246,12 @@ def test_infinities_in_masked_slots_are_not_read(backend):
     for value in (torch.inf, -torch.inf, torch.nan):
         leaf = logits.masked_fill(~mask[..., None], value).requires_grad_()
         result = ops.logprobs_and_entropy(
-            leaf, targets, mask=mask, temperature=temperature.masked_fill(~mask, value),
+            leaf,
+            targets,
+            mask=mask,
+            temperature=temperature.masked_fill(~mask, value),
             backend=backend,
-        )  # fmt: skip
+        )
         (result.logprobs + result.entropy).sum().backward()
         for x in (*result, leaf.grad.abs().sum(-1)):
             assert (x[~mask] == 0).all() and x[mask].isfinite().all()
@@ -384,10 +393,13 @@ LOGITS, TARGETS = torch.zeros(2, 5), torch.zeros(2, dtype=torch.int64)
         ((LOGITS, TARGETS), {"backend": "metal"}, "must be one of reference, cpu, triton, cuda"),
         ((LOGITS, TARGETS), {"backend": "cuda"}, "backend 'cuda' got tensors on 'cpu'"),
         ((LOGITS[:1].expand(2, 5), TARGETS), {"inplace_backward": True}, "must not overlap"),
-        ((LOGITS[None, :, None].expand(2, 2, 2, 5).transpose(0, 1), TARGETS.expand(2, 2, 2)), {},
-         "cannot be viewed as rows"),
+        (
+            (LOGITS[None, :, None].expand(2, 2, 2, 5).transpose(0, 1), TARGETS.expand(2, 2, 2)),
+            {},
+            "cannot be viewed as rows",
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_arguments_are_named(arguments, options, message):
     with pytest.raises(ValueError, match=message):
         ops.logprobs(*arguments, **options)
