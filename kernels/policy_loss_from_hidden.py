@@ -239,6 +239,8 @@ class _Tokens(NamedTuple):
     entropy: Tensor
 
     def part(self, start: int, stop: int) -> "_Tokens":
+        if stop - start == self.targets.shape[1]:
+            return self
         return _Tokens._make([None if x is None else x[:, start:stop] for x in self])
 
 
