@@ -153,7 +153,7 @@ if find_nvcc():
 setup(
     packages=list(packages()),
     package_dir=packages(),
-    package_data={"warpo.bench.report": ["page.html"]},
+    package_data={"warpo.bench.report": ["page.html"], "warpo.kernels": ["*.pyi"]},
     ext_modules=extensions,
     cmdclass={"build_ext": Build},
     zip_safe=False,

@@ -47,12 +47,33 @@ import torch
 from torch import Tensor
 
 from warpo.kernels import dispatch, reference
+from warpo.kernels._arguments.adamw_publish import AdamwPublishArguments
 from warpo.kernels.checks import FLOATS, check_no_grad, check_own_memory, check_tensor
 from warpo.kernels.fingerprint import PARTIALS, rows_of
 from warpo.kernels.registration import Operator
 
 FLOAT32 = FLOATS[:1]
 MOMENTS = FLOATS[:2]
+
+
+class AdamwPublishInputs(NamedTuple):
+    grad: Tensor
+    master: Tensor | None
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    published: Tensor
+    decay: float
+    grad_weight: float
+    beta2: float
+    square_weight: float
+    step_size: float
+    root_scale: float
+    eps: float
+    grad_scale: float
+    grad_scale_factor: Tensor | None
+    seed: int | None
+    step: int
+    backend: str
 
 
 class AdamwPublish(NamedTuple):
@@ -128,18 +149,41 @@ def adamw_publish(
     if name == "reference":
         return AdamwPublish(
             *reference.adamw_publish(
-                grad, master, exp_avg, exp_avg_sq, published, lr=lr, beta1=beta1, beta2=beta2,
-                eps=eps, weight_decay=weight_decay, step=step, grad_scale=grad_scale,
+                grad,
+                master,
+                exp_avg,
+                exp_avg_sq,
+                published,
+                lr=lr,
+                beta1=beta1,
+                beta2=beta2,
+                eps=eps,
+                weight_decay=weight_decay,
+                step=step,
+                grad_scale=grad_scale,
                 seed=seed,
             )
-        )  # fmt: skip
-    is_number = not isinstance(grad_scale, Tensor)
-    counts, updates = _operator(
-        grad, master, exp_avg, exp_avg_sq, rows,
-        1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2, lr / (1 - beta1**step),
-        1 / math.sqrt(1 - beta2**step), eps, grad_scale if is_number else 1.0,
-        None if is_number else grad_scale, seed, step, name,
-    )  # fmt: skip
+        )
+    inputs = AdamwPublishInputs(
+        grad=grad,
+        master=master,
+        exp_avg=exp_avg,
+        exp_avg_sq=exp_avg_sq,
+        published=rows,
+        decay=1 - lr * weight_decay,
+        grad_weight=1 - beta1,
+        beta2=beta2,
+        square_weight=1 - beta2,
+        step_size=lr / (1 - beta1**step),
+        root_scale=1 / math.sqrt(1 - beta2**step),
+        eps=eps,
+        grad_scale=1.0 if isinstance(grad_scale, Tensor) else grad_scale,
+        grad_scale_factor=grad_scale if isinstance(grad_scale, Tensor) else None,
+        seed=seed,
+        step=step,
+        backend=name,
+    )
+    counts, updates = _operator(inputs)
     return AdamwPublish(*counts.unbind(), *updates.unbind())
 
 
@@ -213,44 +257,48 @@ def _check_numbers(
         raise ValueError(f"step must be >= 1, the number of this step, got {step}")
 
 
-def _update(
-    grad: Tensor,
-    master: Tensor | None,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    published: Tensor,
-    decay: float,
-    grad_weight: float,
-    beta2: float,
-    square_weight: float,
-    step_size: float,
-    root_scale: float,
-    eps: float,
-    grad_scale: float,
-    grad_scale_factor: Tensor | None,
-    seed: int | None,
-    step: int,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    counts, updates = _fake_update(grad)
-    if published.numel() == 0:
+def _update(inputs: AdamwPublishInputs) -> tuple[Tensor, Tensor]:
+    counts, updates = _allocate(inputs)
+    if inputs.published.numel() == 0:
         return counts.zero_(), updates.zero_()
-    dispatch.load(backend).adamw_publish(
-        *published.shape, grad, master, exp_avg, exp_avg_sq, published, decay, grad_weight,
-        beta2, square_weight, step_size, root_scale, eps, grad_scale, grad_scale_factor,
-        seed is not None, seed or 0, step, counts.new_empty(2 * PARTIALS),
-        updates.new_empty(2 * PARTIALS), counts, updates,
-    )  # fmt: skip
+    rows, columns = inputs.published.shape
+    arguments = AdamwPublishArguments(
+        rows=rows,
+        columns=columns,
+        grad=inputs.grad,
+        master=inputs.master,
+        exp_avg=inputs.exp_avg,
+        exp_avg_sq=inputs.exp_avg_sq,
+        published=inputs.published,
+        decay=inputs.decay,
+        grad_weight=inputs.grad_weight,
+        beta2=inputs.beta2,
+        square_weight=inputs.square_weight,
+        step_size=inputs.step_size,
+        root_scale=inputs.root_scale,
+        eps=inputs.eps,
+        grad_scale=inputs.grad_scale,
+        grad_scale_factor=inputs.grad_scale_factor,
+        stochastic=inputs.seed is not None,
+        seed=inputs.seed or 0,
+        step=inputs.step,
+        partial_counts=counts.new_empty(2 * PARTIALS),
+        partial_updates=updates.new_empty(2 * PARTIALS),
+        counts=counts,
+        updates=updates,
+    )
+    dispatch.load(inputs.backend).adamw_publish(arguments)
     return counts, updates
 
 
-def _fake_update(grad, *_):
+def _allocate(inputs: AdamwPublishInputs) -> tuple[Tensor, Tensor]:
+    grad = inputs.grad
     return grad.new_empty(2, dtype=torch.int64), grad.new_empty(2, dtype=torch.float32)
 
 
 _operator = Operator(
     "adamw_publish",
     _update,
-    _fake_update,
+    _allocate,
     mutates=("master", "exp_avg", "exp_avg_sq", "published"),
 )

@@ -16,21 +16,34 @@ section 3.2.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from warpo.kernels import dispatch, reference
+from warpo.kernels._arguments.aggregate import (
+    MIN_PARTS,
+    AggregateArguments,
+    AggregateBackwardArguments,
+)
 from warpo.kernels.checks import FLOATS, check_mask, check_no_grad, check_tensor
 from warpo.kernels.objectives import AGGREGATIONS
 from warpo.kernels.offsets import check_values
 from warpo.kernels.registration import Operator
 from warpo.kernels.sequences import as_denominator, check_aggregation, check_sequences
 
-# Rows of the workspace at least: kMinAggregateParts in csrc/arguments/aggregate.h.
-MIN_PARTS = 512
 _CODES = {name: code for code, name in enumerate(AGGREGATIONS)}
+
+
+class AggregateInputs(NamedTuple):
+    values: Tensor
+    mask: Tensor | None
+    cu_seqlens: Tensor | None
+    aggregation: int
+    denominator: Tensor | None
+    number: float
+    backend: str
 
 
 def aggregate(
@@ -82,10 +95,22 @@ def aggregate(
     if name == "reference":
         check_values("cu_seqlens", cu_seqlens, values.numel())
         return reference.aggregate(
-            values.float(), aggregation, mask=mask, cu_seqlens=cu_seqlens,
+            values.float(),
+            aggregation,
+            mask=mask,
+            cu_seqlens=cu_seqlens,
             denominator=denominator if number < 0 else values.new_full((), number).float(),
-        )  # fmt: skip
-    return _operator(values, mask, cu_seqlens, _CODES[aggregation], denominator, number, name)
+        )
+    inputs = AggregateInputs(
+        values=values,
+        mask=mask,
+        cu_seqlens=cu_seqlens,
+        aggregation=_CODES[aggregation],
+        denominator=denominator,
+        number=number,
+        backend=name,
+    )
+    return _operator(inputs)
 
 
 def _check_weights(mask: Tensor | None, values: Tensor) -> None:
@@ -99,80 +124,96 @@ def _check_weights(mask: Tensor | None, values: Tensor) -> None:
         check_mask("mask", mask, values.shape, values)
 
 
-def _sequences(values: Tensor, cu_seqlens: Tensor | None) -> int:
-    return values.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+def _sequences(shape: Sequence[int], cu_seqlens: Tensor | None) -> int:
+    return shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
-def _forward(
-    values: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    aggregation: int,
-    denominator: Tensor | None,
-    number: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+class _BackwardInputs(NamedTuple):
+    weights: Tensor
+    mask: Tensor | None
+    cu_seqlens: Tensor | None
+    grad: Tensor
+    shape: Sequence[int]
+    dtype: torch.dtype
+    backend: str
+
+
+def _forward(inputs: AggregateInputs) -> tuple[Tensor, Tensor]:
     """The result, and the weight of a valid token of each sequence, with the workspace behind."""
+    values, cu_seqlens = inputs.values, inputs.cu_seqlens
     check_values("cu_seqlens", cu_seqlens, values.shape[-1])
-    sequences = _sequences(values, cu_seqlens)
-    result, weights = _allocate(values, sequences)
-    dispatch.load(backend).aggregate_forward(
-        sequences, values.shape[-1], cu_seqlens, values, mask, aggregation, denominator, number,
-        weights, result,
-    )  # fmt: skip
+    result, weights = _allocate(inputs)
+    arguments = AggregateArguments(
+        sequences=_sequences(values.shape, cu_seqlens),
+        steps=values.shape[-1],
+        cu_seqlens=cu_seqlens,
+        values=values,
+        mask=inputs.mask,
+        aggregation=inputs.aggregation,
+        denominator=inputs.denominator,
+        number=inputs.number,
+        weights=weights,
+        result=result,
+    )
+    dispatch.load(inputs.backend).aggregate_forward(arguments)
     return result, weights
 
 
-def _allocate(values: Tensor, sequences: int) -> tuple[Tensor, Tensor]:
+def _allocate(inputs: AggregateInputs) -> tuple[Tensor, Tensor]:
+    values = inputs.values
+    sequences = _sequences(values.shape, inputs.cu_seqlens)
     return (
         values.new_empty((), dtype=torch.float32),
         values.new_empty(sequences + 2 * max(sequences, MIN_PARTS), dtype=torch.float32),
     )
 
 
-def _fake_forward(values, _mask, cu_seqlens, *_):
-    return _allocate(values, _sequences(values, cu_seqlens))
-
-
-def _backward(
-    weights: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    grad: Tensor,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    backend: str,
-) -> Tensor:
-    check_values("cu_seqlens", cu_seqlens, shape[-1])
-    sequences = shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    grad_values = weights.new_empty(shape, dtype=dtype)
+def _backward(inputs: _BackwardInputs) -> Tensor:
+    steps, cu_seqlens = inputs.shape[-1], inputs.cu_seqlens
+    check_values("cu_seqlens", cu_seqlens, steps)
+    sequences = _sequences(inputs.shape, cu_seqlens)
+    grad_values = _allocate_gradient(inputs)
     if sequences == 0:
         return grad_values.zero_()
-    dispatch.load(backend).aggregate_backward(
-        sequences, shape[-1], cu_seqlens, mask, weights, grad, grad_values
+    arguments = AggregateBackwardArguments(
+        sequences=sequences,
+        steps=steps,
+        cu_seqlens=cu_seqlens,
+        mask=inputs.mask,
+        weights=inputs.weights,
+        grad=inputs.grad,
+        grad_values=grad_values,
     )
+    dispatch.load(inputs.backend).aggregate_backward(arguments)
     return grad_values
 
 
-def _fake_backward(weights, _mask, _cu_seqlens, _grad, shape, dtype, _backend):
-    return weights.new_empty(shape, dtype=dtype)
+def _allocate_gradient(inputs: _BackwardInputs) -> Tensor:
+    return inputs.weights.new_empty(inputs.shape, dtype=inputs.dtype)
 
 
-_backward_operator = Operator("aggregate_backward", _backward, _fake_backward)
+_backward_operator = Operator("aggregate_backward", _backward, _allocate_gradient)
 
 
-def _save(ctx: Any, inputs: Any, output: Any) -> None:
-    values, mask, cu_seqlens = inputs[:3]
-    ctx.layout = (values.shape, values.dtype, inputs[-1])
-    ctx.save_for_backward(mask, cu_seqlens, output[1])
+def _save(ctx: Any, inputs: AggregateInputs, output: tuple[Tensor, Tensor]) -> None:
+    ctx.shape, ctx.dtype, ctx.backend = inputs.values.shape, inputs.values.dtype, inputs.backend
+    ctx.save_for_backward(inputs.mask, inputs.cu_seqlens, output[1])
 
 
-def _differentiate(ctx: Any, grad: Tensor, *_: Any) -> Any:
+def _differentiate(ctx: Any, grad: Tensor, *_: object) -> tuple[Tensor]:
     mask, cu_seqlens, weights = ctx.saved_tensors
-    gradient = _backward_operator(weights, mask, cu_seqlens, grad, *ctx.layout)
-    return (gradient, None, None, None, None, None, None)
+    inputs = _BackwardInputs(
+        weights=weights,
+        mask=mask,
+        cu_seqlens=cu_seqlens,
+        grad=grad,
+        shape=ctx.shape,
+        dtype=ctx.dtype,
+        backend=ctx.backend,
+    )
+    return (_backward_operator(inputs),)
 
 
 _operator = Operator(
-    "aggregate", _forward, _fake_forward, _save, _differentiate, differentiable=1, returned=1
+    "aggregate", _forward, _allocate, _save, _differentiate, differentiable=1, returned=1
 )

@@ -16,12 +16,13 @@ Source: http://joschu.net/blog/kl-approx.html.
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from warpo.kernels import dispatch, reference
+from warpo.kernels._arguments.approx_kl import ApproxKlArguments, ApproxKlBackwardArguments
 from warpo.kernels.checks import (
     FLOATS,
     as_rows,
@@ -35,6 +36,17 @@ from warpo.kernels.registration import Operator
 from warpo.kernels.sequences import empty_float32
 
 _CODES = {name: 1 + code for code, name in enumerate(KL_ESTIMATORS)}
+
+
+class ApproxKlInputs(NamedTuple):
+    logprobs: Tensor
+    ref_logprobs: Tensor
+    weight: Tensor | None
+    mask: Tensor | None
+    estimator: int
+    straight_through: bool
+    limit: float
+    backend: str
 
 
 def approx_kl(
@@ -80,19 +92,27 @@ def approx_kl(
     name = dispatch.choose(logprobs, backend)
     if name == "reference":
         return reference.approx_kl(
-            logprobs.float(), ref_logprobs.float(), estimator, gradient=gradient, limit=limit,
-            weight=None if weight is None else weight.float(), mask=mask,
-        )  # fmt: skip
-    options = (_CODES[estimator], gradient == "k2", float(limit), name)
-    if logprobs.dim() in (1, 2):
-        return _operator(logprobs, ref_logprobs, weight, mask, *options)
-    return _operator(
-        as_rows("logprobs", logprobs),
-        as_rows("ref_logprobs", ref_logprobs),
-        None if weight is None else as_rows("weight", weight),
-        None if mask is None else as_rows("mask", mask),
-        *options,
-    ).view(logprobs.shape)
+            logprobs.float(),
+            ref_logprobs.float(),
+            estimator,
+            gradient=gradient,
+            limit=limit,
+            weight=None if weight is None else weight.float(),
+            mask=mask,
+        )
+
+    inputs = ApproxKlInputs(
+        logprobs=_as_rows("logprobs", logprobs),
+        ref_logprobs=_as_rows("ref_logprobs", ref_logprobs),
+        weight=None if weight is None else _as_rows("weight", weight),
+        mask=None if mask is None else _as_rows("mask", mask),
+        estimator=_CODES[estimator],
+        straight_through=gradient == "k2",
+        limit=float(limit),
+        backend=name,
+    )
+    kl = _operator(inputs)
+    return kl if kl.shape == logprobs.shape else kl.view(logprobs.shape)
 
 
 def _check(
@@ -120,60 +140,77 @@ def _check_options(estimator: str, gradient: str, limit: float, weight: Tensor |
         raise ValueError(f"limit must be > 0, got {limit}")
 
 
+def _as_rows(name: str, tensor: Tensor) -> Tensor:
+    """One or two dimensions; the former is one row for the kernels."""
+    return tensor if tensor.dim() in (1, 2) else as_rows(name, tensor)
+
+
 def _rows(logprobs: Tensor) -> tuple[int, int]:
     shape = logprobs.shape
     return (shape[0], shape[1]) if len(shape) == 2 else (1, shape[0])
 
 
-def _forward(
-    logprobs: Tensor,
-    ref_logprobs: Tensor,
-    weight: Tensor | None,
-    mask: Tensor | None,
-    estimator: int,
-    straight_through: bool,
-    limit: float,
-    backend: str,
-) -> Tensor:
-    kl = empty_float32(logprobs)
-    dispatch.load(backend).approx_kl_forward(
-        *_rows(logprobs), logprobs, ref_logprobs, mask, estimator, limit, kl
+class _BackwardInputs(NamedTuple):
+    logprobs: Tensor
+    ref_logprobs: Tensor
+    weight: Tensor | None
+    mask: Tensor | None
+    grad_kl: Tensor
+    of_logprobs: bool
+    of_ref: bool
+    estimator: int
+    straight_through: bool
+    limit: float
+    backend: str
+
+
+def _forward(inputs: ApproxKlInputs) -> Tensor:
+    kl = _allocate(inputs)
+    rows, columns = _rows(kl)
+    arguments = ApproxKlArguments(
+        rows=rows,
+        columns=columns,
+        logprobs=inputs.logprobs,
+        ref_logprobs=inputs.ref_logprobs,
+        mask=inputs.mask,
+        estimator=inputs.estimator,
+        limit=inputs.limit,
+        kl=kl,
     )
+    dispatch.load(inputs.backend).approx_kl_forward(arguments)
     return kl
 
 
-def _fake_forward(logprobs, *_):
-    return empty_float32(logprobs)
+def _allocate(inputs: ApproxKlInputs) -> Tensor:
+    return empty_float32(inputs.logprobs)
 
 
-def _backward(
-    logprobs: Tensor,
-    ref_logprobs: Tensor,
-    weight: Tensor | None,
-    mask: Tensor | None,
-    grad_kl: Tensor,
-    of_logprobs: bool,
-    of_ref: bool,
-    estimator: int,
-    straight_through: bool,
-    limit: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+def _backward(inputs: _BackwardInputs) -> tuple[Tensor, Tensor]:
     """Those gradients that are wanted, the others empty."""
-    grad_logprobs, grad_ref = _allocate(logprobs, ref_logprobs, of_logprobs, of_ref)
-    dispatch.load(backend).approx_kl_backward(
-        *_rows(logprobs), logprobs, ref_logprobs, weight, mask, estimator, straight_through, limit,
-        grad_kl, grad_logprobs if of_logprobs else None, grad_ref if of_ref else None,
-    )  # fmt: skip
+    grad_logprobs, grad_ref = _allocate_gradients(inputs)
+    rows, columns = _rows(inputs.logprobs)
+    arguments = ApproxKlBackwardArguments(
+        rows=rows,
+        columns=columns,
+        logprobs=inputs.logprobs,
+        ref_logprobs=inputs.ref_logprobs,
+        weight=inputs.weight,
+        mask=inputs.mask,
+        estimator=inputs.estimator,
+        straight_through=inputs.straight_through,
+        limit=inputs.limit,
+        grad_kl=inputs.grad_kl,
+        grad_logprobs=grad_logprobs if inputs.of_logprobs else None,
+        grad_ref=grad_ref if inputs.of_ref else None,
+    )
+    dispatch.load(inputs.backend).approx_kl_backward(arguments)
     return grad_logprobs, grad_ref
 
 
-def _allocate(
-    logprobs: Tensor, ref_logprobs: Tensor, of_logprobs: bool, of_ref: bool
-) -> tuple[Tensor, Tensor]:
+def _allocate_gradients(inputs: _BackwardInputs) -> tuple[Tensor, Tensor]:
     return (
-        _empty_like(logprobs, of_logprobs),
-        _empty_like(ref_logprobs, of_ref),
+        _empty_like(inputs.logprobs, inputs.of_logprobs),
+        _empty_like(inputs.ref_logprobs, inputs.of_ref),
     )
 
 
@@ -183,25 +220,33 @@ def _empty_like(x: Tensor, wanted: bool) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _fake_backward(logprobs, ref_logprobs, *arguments):
-    return _allocate(logprobs, ref_logprobs, *arguments[3:5])
+_backward_operator = Operator("approx_kl_backward", _backward, _allocate_gradients)
 
 
-_backward_operator = Operator("approx_kl_backward", _backward, _fake_backward)
+def _save(ctx: Any, inputs: ApproxKlInputs, output: Tensor) -> None:
+    ctx.estimator, ctx.straight_through = inputs.estimator, inputs.straight_through
+    ctx.limit, ctx.backend = inputs.limit, inputs.backend
+    ctx.save_for_backward(inputs.logprobs, inputs.ref_logprobs, inputs.weight, inputs.mask)
 
 
-def _save(ctx: Any, inputs: Any, output: Any) -> None:
-    ctx.options = inputs[4:]
-    ctx.save_for_backward(*inputs[:4])
-
-
-def _differentiate(ctx: Any, grad_kl: Tensor) -> Any:
+def _differentiate(ctx: Any, grad_kl: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    logprobs, ref_logprobs, weight, mask = ctx.saved_tensors
     of_logprobs, of_ref, *_ = ctx.needs_input_grad
-    grad_logprobs, grad_ref = _backward_operator(
-        *ctx.saved_tensors, grad_kl, of_logprobs, of_ref, *ctx.options
+    inputs = _BackwardInputs(
+        logprobs=logprobs,
+        ref_logprobs=ref_logprobs,
+        weight=weight,
+        mask=mask,
+        grad_kl=grad_kl,
+        of_logprobs=of_logprobs,
+        of_ref=of_ref,
+        estimator=ctx.estimator,
+        straight_through=ctx.straight_through,
+        limit=ctx.limit,
+        backend=ctx.backend,
     )
-    gradients = (grad_logprobs if of_logprobs else None, grad_ref if of_ref else None)
-    return (*gradients, None, None, None, None, None, None)
+    grad_logprobs, grad_ref = _backward_operator(inputs)
+    return (grad_logprobs if of_logprobs else None, grad_ref if of_ref else None)
 
 
-_operator = Operator("approx_kl", _forward, _fake_forward, _save, _differentiate, differentiable=2)
+_operator = Operator("approx_kl", _forward, _allocate, _save, _differentiate, differentiable=2)

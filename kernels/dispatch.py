@@ -14,9 +14,11 @@ import functools
 import importlib
 import importlib.util
 import os
-from typing import Any
+from typing import Literal, cast, overload
 
 from torch import Tensor
+
+from warpo.kernels._arguments.backend import Backend, CpuBackend
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 DEVICES = ("cpu", "cuda")
@@ -71,9 +73,13 @@ def default(device: str) -> str:
     )
 
 
+@overload
+def load(name: Literal["cpu"]) -> CpuBackend: ...
+@overload
+def load(name: str) -> Backend: ...
 @functools.cache
-def load(name: str) -> Any:
-    """The backend itself: its operations take the arguments that `native` describes.
+def load(name: str) -> Backend:
+    """The backend itself.
 
     Raises:
         RuntimeError: it is not built or its package is not installed; the message says how to get
@@ -82,10 +88,12 @@ def load(name: str) -> Any:
     if name == "triton":
         if importlib.util.find_spec("triton") is None:
             raise RuntimeError("backend 'triton' needs the package triton: pip install triton")
-        return importlib.import_module("warpo.kernels._triton")
+        from warpo.kernels import _triton
+
+        return _triton
     if importlib.util.find_spec(f"warpo.kernels._{name}") is None:
         cure = "with nvcc on the PATH" if name == "cuda" else "with a C++ compiler"
         raise RuntimeError(f"backend {name!r} is not built: run `pip install -e .` {cure}")
     from warpo.kernels.native import Native
 
-    return Native(importlib.import_module(f"warpo.kernels._{name}"))
+    return cast(Backend, Native(importlib.import_module(f"warpo.kernels._{name}")))

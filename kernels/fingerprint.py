@@ -13,15 +13,23 @@ Source: mix is that of SplitMix64, Steele, Lea, Flood, "Fast splittable pseudora
 generators", https://doi.org/10.1145/2660193.2660195 figure 16.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from warpo.kernels import dispatch, reference
+from warpo.kernels._arguments.fingerprint import FingerprintArguments
 from warpo.kernels.checks import FLOATS, as_rows, check_tensor
 from warpo.kernels.registration import Operator
 
 # csrc/math/tiles.h: partial results at most
 PARTIALS = 1024
+
+
+class FingerprintInputs(NamedTuple):
+    rows: Tensor
+    backend: str
 
 
 def fingerprint(tensor: Tensor, *, backend: str | None = None) -> Tensor:
@@ -45,7 +53,7 @@ def fingerprint(tensor: Tensor, *, backend: str | None = None) -> Tensor:
     name = dispatch.choose(tensor, backend)
     if name == "reference":
         return reference.fingerprint(rows)
-    return _operator(rows, name)
+    return _operator(FingerprintInputs(rows=rows, backend=name))
 
 
 def rows_of(name: str, tensor: Tensor) -> Tensor:
@@ -65,17 +73,25 @@ def rows_of(name: str, tensor: Tensor) -> Tensor:
     return rows
 
 
-def _forward(rows: Tensor, backend: str) -> Tensor:
+def _forward(inputs: FingerprintInputs) -> Tensor:
+    rows = inputs.rows
     if rows.numel() == 0:
         return rows.new_zeros((), dtype=torch.int64)
+    count, columns = rows.shape
     result = rows.new_empty((), dtype=torch.int64)
-    partials = rows.new_empty(PARTIALS, dtype=torch.int64)
-    dispatch.load(backend).fingerprint(*rows.shape, rows, partials, result)
+    arguments = FingerprintArguments(
+        rows=count,
+        columns=columns,
+        tensor=rows,
+        partials=rows.new_empty(PARTIALS, dtype=torch.int64),
+        fingerprint=result,
+    )
+    dispatch.load(inputs.backend).fingerprint(arguments)
     return result
 
 
-def _fake_forward(rows: Tensor, backend: str) -> Tensor:
-    return rows.new_empty((), dtype=torch.int64)
+def _allocate(inputs: FingerprintInputs) -> Tensor:
+    return inputs.rows.new_empty((), dtype=torch.int64)
 
 
-_operator = Operator("fingerprint", _forward, _fake_forward)
+_operator = Operator("fingerprint", _forward, _allocate)

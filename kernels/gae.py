@@ -17,7 +17,7 @@ from torch import Tensor
 
 from warpo.kernels import dispatch, reference, scan
 from warpo.kernels.checks import FLOATS, check_tensor
-from warpo.kernels.gae_operator import gae_operator
+from warpo.kernels.gae_operator import GaeInputs, gae_operator
 from warpo.kernels.offsets import valid_tokens
 from warpo.kernels.scan import Steps
 from warpo.kernels.whiten import whiten as whitened
@@ -95,9 +95,18 @@ def gae(
     with whiten one float32 a step.
     """
     steps = Steps(
-        mask, mask_mode, cu_seqlens, terminated, truncated, last_values, final_values,
-        done_convention, last_terminated, last_truncated, time_dim,
-    )  # fmt: skip
+        mask=mask,
+        mask_mode=mask_mode,
+        cu_seqlens=cu_seqlens,
+        terminated=terminated,
+        truncated=truncated,
+        last_values=last_values,
+        final_values=final_values,
+        done_convention=done_convention,
+        last_terminated=last_terminated,
+        last_truncated=last_truncated,
+        time_dim=time_dim,
+    )
     scan.check_steps("rewards", rewards, steps)
     scan.check_truncated(steps)
     scan.check_discount("gamma", gamma)
@@ -110,11 +119,17 @@ def gae(
             rewards.float(), values.float(), gamma, gae_lambda, **options
         )
     else:
-        advantages, returns = gae_operator(
-            *scan.as_rows(steps, rewards, values), *scan.operands(steps), gamma, gae_lambda,
-            scan.MASK_MODES.index(mask_mode), done_convention == "starts_at_t", False, name,
-        )  # fmt: skip
-        advantages, returns = scan.as_given(steps, advantages, returns)
+        in_rows = scan.as_rows(steps, rewards, values, final_values)
+        inputs = GaeInputs(
+            rewards=in_rows[0],
+            values=in_rows[1],
+            last_values=scan.as_column(last_values),
+            final_values=in_rows[2],
+            steps=scan.as_inputs(steps, gamma, gae_lambda),
+            returns_only=False,
+            backend=name,
+        )
+        advantages, returns = scan.as_given(steps, *gae_operator(inputs))
     if whiten:
         valid = valid_tokens(mask, cu_seqlens, rewards.numel())
         advantages = whitened(advantages, valid, eps=1e-8, backend=backend)

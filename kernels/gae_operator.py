@@ -6,127 +6,135 @@ It is linear in rewards and values, so the backward pass, the adjoint of the sam
 forward in time, reads neither.
 """
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
 from warpo.kernels import dispatch
+from warpo.kernels._arguments.gae import GaeBackwardArguments, ScanArguments
 from warpo.kernels.registration import Operator
-from warpo.kernels.scan import empty_like, is_empty, nothing_like, sizes
+from warpo.kernels.scan import (
+    NUM_TENSORS,
+    empty_like,
+    gae_arguments,
+    is_empty,
+    nothing_like,
+)
 
 
-def _forward(
-    rewards: Tensor,
-    values: Tensor | None,
-    last_values: Tensor | None,
-    final_values: Tensor | None,
-    mask: Tensor | None,
-    terminated: Tensor | None,
-    truncated: Tensor | None,
-    last_terminated: Tensor | None,
-    last_truncated: Tensor | None,
-    cu_seqlens: Tensor | None,
-    gamma: float,
-    gae_lambda: float,
-    mask_mode: int,
-    starts_at_t: bool,
-    returns_only: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    advantages, returns = _allocate(rewards, returns_only)
-    if not is_empty(rewards, cu_seqlens, advantages, returns):
-        dispatch.load(backend).gae_forward(
-            *sizes(rewards, cu_seqlens), cu_seqlens, rewards, None, values, last_values,
-            final_values, mask, terminated, truncated, last_terminated, last_truncated,
-            gamma, gae_lambda, mask_mode, starts_at_t,
-            None if returns_only else advantages, returns,
-        )  # fmt: skip
+class GaeInputs(NamedTuple):
+    rewards: Tensor
+    values: Tensor | None
+    last_values: Tensor | None
+    final_values: Tensor | None
+    steps: ScanArguments
+    returns_only: bool
+    backend: str
+
+
+class GaeBackwardInputs(NamedTuple):
+    """rewards: for their shape and layout."""
+
+    rewards: Tensor
+    steps: ScanArguments
+    has_values: bool
+    has_final_values: bool
+    grad_advantages: Tensor | None
+    grad_returns: Tensor | None
+    backend: str
+
+
+def _forward(inputs: GaeInputs) -> tuple[Tensor, Tensor]:
+    advantages, returns = _allocate(inputs)
+    rewards, steps = inputs.rewards, inputs.steps
+    if not is_empty(rewards, steps.cu_seqlens, advantages, returns):
+        arguments = gae_arguments(
+            rewards,
+            steps,
+            rewards=rewards,
+            values=inputs.values,
+            last_values=inputs.last_values,
+            final_values=inputs.final_values,
+            advantages=None if inputs.returns_only else advantages,
+            returns=returns,
+        )
+        dispatch.load(inputs.backend).gae_forward(arguments)
     return advantages, returns
 
 
-def _allocate(rewards: Tensor, returns_only: bool) -> tuple[Tensor, Tensor]:
-    return nothing_like(rewards) if returns_only else empty_like(rewards), empty_like(rewards)
+def _allocate(inputs: GaeInputs) -> tuple[Tensor, Tensor]:
+    rewards = inputs.rewards
+    advantages = nothing_like(rewards) if inputs.returns_only else empty_like(rewards)
+    return advantages, empty_like(rewards)
 
 
-def _fake_forward(rewards, *others):
-    return _allocate(rewards, others[13])
-
-
-def _backward(
-    rewards: Tensor,
-    mask: Tensor | None,
-    terminated: Tensor | None,
-    truncated: Tensor | None,
-    last_terminated: Tensor | None,
-    last_truncated: Tensor | None,
-    cu_seqlens: Tensor | None,
-    gamma: float,
-    gae_lambda: float,
-    mask_mode: int,
-    starts_at_t: bool,
-    has_values: bool,
-    has_final_values: bool,
-    grad_advantages: Tensor | None,
-    grad_returns: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    gradients = _allocate_gradients(rewards, cu_seqlens, has_values, has_final_values)
-    if not is_empty(rewards, cu_seqlens, *gradients):
+def _backward(inputs: GaeBackwardInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    gradients = _allocate_gradients(inputs)
+    rewards, steps = inputs.rewards, inputs.steps
+    if not is_empty(rewards, steps.cu_seqlens, *gradients):
         of_rewards, of_values, of_last, of_final = gradients
-        final = of_final if has_final_values else None
-        dispatch.load(backend).gae_backward(
-            *sizes(rewards, cu_seqlens), cu_seqlens, None, None, None, None, final, mask,
-            terminated, truncated, last_terminated, last_truncated,
-            gamma, gae_lambda, mask_mode, starts_at_t, None, None,
-            grad_advantages, grad_returns,
-            of_rewards, of_values if has_values else None, of_last, final,
-        )  # fmt: skip
+        final = of_final if inputs.has_final_values else None
+        arguments = GaeBackwardArguments(
+            forward=gae_arguments(rewards, steps, final_values=final),
+            grad_advantages=inputs.grad_advantages,
+            grad_returns=inputs.grad_returns,
+            grad_rewards=of_rewards,
+            grad_values=of_values if inputs.has_values else None,
+            grad_last_values=of_last,
+            grad_final_values=final,
+        )
+        dispatch.load(inputs.backend).gae_backward(arguments)
     return gradients
 
 
-def _allocate_gradients(
-    rewards: Tensor, cu_seqlens: Tensor | None, has_values: bool, has_final_values: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _allocate_gradients(inputs: GaeBackwardInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of rewards, values, last_values and final_values; empty for those not given."""
+    rewards, cu_seqlens = inputs.rewards, inputs.steps.cu_seqlens
     rows = rewards.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return (
         empty_like(rewards),
-        empty_like(rewards) if has_values else nothing_like(rewards),
+        empty_like(rewards) if inputs.has_values else nothing_like(rewards),
         rewards.new_zeros((rows, 1), dtype=torch.float32),
-        empty_like(rewards) if has_final_values else nothing_like(rewards),
+        empty_like(rewards) if inputs.has_final_values else nothing_like(rewards),
     )
 
 
-def _fake_backward(rewards, *others):
-    return _allocate_gradients(rewards, others[5], *others[10:12])
+_backward_operator = Operator("gae_backward", _backward, _allocate_gradients)
 
 
-_backward_operator = Operator("gae_backward", _backward, _fake_backward)
-
-
-def _save(ctx, inputs, output) -> None:
-    ctx.options = inputs[10:14]
-    ctx.returns_only, ctx.backend = inputs[14:]
-    ctx.dtypes = [None if x is None else x.dtype for x in inputs[:4]]
+def _save(ctx: Any, inputs: GaeInputs, output: tuple[Tensor, Tensor]) -> None:
+    ctx.returns_only, ctx.backend = inputs.returns_only, inputs.backend
+    given = (inputs.rewards, inputs.values, inputs.last_values, inputs.final_values)
+    ctx.dtypes = [None if x is None else x.dtype for x in given]
+    ctx.numbers = inputs.steps[NUM_TENSORS:]
     ctx.set_materialize_grads(False)
-    # rewards are saved for their shape and layout
-    ctx.save_for_backward(inputs[0], *inputs[4:10])
+    ctx.save_for_backward(inputs.rewards, *inputs.steps[:NUM_TENSORS])
 
 
-def _differentiate(ctx, grad_advantages, grad_returns):
+def _differentiate(
+    ctx: Any, grad_advantages: Tensor | None, grad_returns: Tensor | None
+) -> tuple[Tensor | None, ...]:
     if ctx.returns_only:
         grad_advantages = None  # of the empty tensor that stands for them
     if grad_advantages is None and grad_returns is None:
-        return (None,) * 16
-    has_values, has_final_values = ctx.dtypes[1] is not None, ctx.dtypes[3] is not None
-    gradients = _backward_operator(
-        *ctx.saved_tensors, *ctx.options, has_values, has_final_values,
-        grad_advantages, grad_returns, ctx.backend,
-    )  # fmt: skip
+        return (None, None, None, None)
+    rewards, *tensors = ctx.saved_tensors
+    _, of_values, _, of_final = ctx.dtypes
+    inputs = GaeBackwardInputs(
+        rewards=rewards,
+        steps=ScanArguments(*tensors, *ctx.numbers),
+        has_values=of_values is not None,
+        has_final_values=of_final is not None,
+        grad_advantages=grad_advantages,
+        grad_returns=grad_returns,
+        backend=ctx.backend,
+    )
     cast = [
         None if dtype is None else gradient.to(dtype)
-        for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
+        for gradient, dtype in zip(_backward_operator(inputs), ctx.dtypes, strict=True)
     ]
-    return (*cast, *(None,) * 12)
+    return tuple(cast)
 
 
-gae_operator = Operator("gae", _forward, _fake_forward, _save, _differentiate)
+gae_operator = Operator("gae", _forward, _allocate, _save, _differentiate, differentiable=4)

@@ -19,17 +19,47 @@ https://arxiv.org/abs/2503.20783; leave-one-out, RLOO, https://arxiv.org/abs/240
 its std, `use_leave_one_out_baseline` of NeMo RL, https://github.com/NVIDIA-NeMo/RL.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from warpo.kernels import dispatch, reference
+from warpo.kernels._arguments.group_advantages import (
+    GroupAdvantagesArguments,
+    GroupAdvantagesBackwardArguments,
+)
 from warpo.kernels.checks import FLOATS, check_mask, check_number, check_tensor
 from warpo.kernels.registration import Operator
 
 # in the order of the enumeration in csrc/arguments/group_advantages.h
 STD_MODES = ("none", "sample", "population", "leave_one_out")
+
+
+class GroupAdvantagesInputs(NamedTuple):
+    rewards: Tensor
+    group_size: int
+    num_groups: int
+    order: Tensor | None
+    offsets: Tensor | None
+    std_mode: int
+    leave_one_out: bool
+    eps: float
+    backend: str
+
+
+class GroupAdvantagesBackwardInputs(NamedTuple):
+    rewards: Tensor
+    group_size: int
+    order: Tensor | None
+    offsets: Tensor | None
+    std_mode: int
+    leave_one_out: bool
+    eps: float
+    mean: Tensor
+    std: Tensor
+    grad_advantages: Tensor
+    backend: str
 
 
 class GroupAdvantages(NamedTuple):
@@ -93,19 +123,18 @@ def group_advantages(
     if mask is not None:
         group_ids = groups_of(rewards.numel(), group_size, group_ids, mask, rewards.device)
     order, offsets = (None, None) if group_ids is None else members_of(group_ids, groups)
-    return GroupAdvantages(
-        *_operator(
-            rewards,
-            group_size or 0,
-            groups,
-            order,
-            offsets,
-            STD_MODES.index(std),
-            leave_one_out,
-            eps,
-            name,
-        )
+    inputs = GroupAdvantagesInputs(
+        rewards=rewards,
+        group_size=group_size or 0,
+        num_groups=groups,
+        order=order,
+        offsets=offsets,
+        std_mode=STD_MODES.index(std),
+        leave_one_out=leave_one_out,
+        eps=eps,
+        backend=name,
     )
+    return GroupAdvantages(*_operator(inputs))
 
 
 def groups_of(
@@ -164,95 +193,107 @@ def _check(
     raise ValueError("give either group_size or group_ids with num_groups")
 
 
-def _forward(
-    rewards: Tensor,
-    group_size: int,
-    num_groups: int,
-    order: Tensor | None,
-    offsets: Tensor | None,
-    std_mode: int,
-    leave_one_out: bool,
-    eps: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    advantages, mean, std, degenerate = _allocate(rewards, num_groups)
-    if num_groups:
-        dispatch.load(backend).group_advantages_forward(
-            num_groups, rewards, group_size, order, offsets, std_mode, leave_one_out, eps,
-            advantages, mean, std, degenerate,
-        )  # fmt: skip
+def _forward(inputs: GroupAdvantagesInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    advantages, mean, std, degenerate = _allocate(inputs)
+    if inputs.num_groups:
+        arguments = GroupAdvantagesArguments(
+            groups=inputs.num_groups,
+            rewards=inputs.rewards,
+            group_size=inputs.group_size,
+            order=inputs.order,
+            offsets=inputs.offsets,
+            std_mode=inputs.std_mode,
+            leave_one_out=inputs.leave_one_out,
+            eps=inputs.eps,
+            advantages=advantages,
+            mean=mean,
+            std=std,
+            degenerate=degenerate,
+        )
+        dispatch.load(inputs.backend).group_advantages_forward(arguments)
     return advantages, mean, std, degenerate
 
 
-def _allocate(rewards: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _allocate(inputs: GroupAdvantagesInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rewards, groups = inputs.rewards, inputs.num_groups
     # zeros: an answer whose group id is out of range belongs to no group
     return (
         rewards.new_zeros(rewards.shape, dtype=torch.float32),
-        rewards.new_empty((num_groups,), dtype=torch.float32),
-        rewards.new_empty((num_groups,), dtype=torch.float32),
+        rewards.new_empty((groups,), dtype=torch.float32),
+        rewards.new_empty((groups,), dtype=torch.float32),
         rewards.new_zeros((), dtype=torch.int32),
     )
 
 
-def _fake_forward(rewards, group_size, num_groups, *_):
-    return _allocate(rewards, num_groups)
-
-
-def _backward(
-    rewards: Tensor,
-    group_size: int,
-    order: Tensor | None,
-    offsets: Tensor | None,
-    std_mode: int,
-    leave_one_out: bool,
-    eps: float,
-    mean: Tensor,
-    std: Tensor,
-    grad_advantages: Tensor,
-    backend: str,
-) -> Tensor:
+def _backward(inputs: GroupAdvantagesBackwardInputs) -> Tensor:
+    rewards, mean = inputs.rewards, inputs.mean
     grad_rewards = rewards.new_zeros(rewards.shape, dtype=torch.float32)
     if mean.numel():
-        dispatch.load(backend).group_advantages_backward(
-            mean.numel(), rewards, group_size, order, offsets, std_mode, leave_one_out, eps,
-            None, mean, std, None, grad_advantages, grad_rewards,
-        )  # fmt: skip
+        forward = GroupAdvantagesArguments(
+            groups=mean.numel(),
+            rewards=rewards,
+            group_size=inputs.group_size,
+            order=inputs.order,
+            offsets=inputs.offsets,
+            std_mode=inputs.std_mode,
+            leave_one_out=inputs.leave_one_out,
+            eps=inputs.eps,
+            advantages=None,
+            mean=mean,
+            std=inputs.std,
+            degenerate=None,
+        )
+        arguments = GroupAdvantagesBackwardArguments(
+            forward=forward, grad_advantages=inputs.grad_advantages, grad_rewards=grad_rewards
+        )
+        dispatch.load(inputs.backend).group_advantages_backward(arguments)
     return grad_rewards
 
 
-def _fake_backward(rewards, *_):
-    return rewards.new_empty(rewards.shape, dtype=torch.float32)
+def _fake_backward(inputs: GroupAdvantagesBackwardInputs) -> Tensor:
+    return inputs.rewards.new_empty(inputs.rewards.shape, dtype=torch.float32)
 
 
 _backward_operator = Operator("group_advantages_backward", _backward, _fake_backward)
 
 
-def _save(ctx, inputs, output) -> None:
-    rewards, ctx.group_size, _, order, offsets, *ctx.options, ctx.backend = inputs
+def _save(ctx: Any, inputs: GroupAdvantagesInputs, output: tuple[Tensor, ...]) -> None:
+    ctx.group_size, ctx.backend = inputs.group_size, inputs.backend
+    ctx.std_mode, ctx.leave_one_out, ctx.eps = inputs.std_mode, inputs.leave_one_out, inputs.eps
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(rewards, order, offsets, *output[1:3])
+    ctx.save_for_backward(inputs.rewards, inputs.order, inputs.offsets, *output[1:3])
 
 
-def _differentiate(ctx, grad_advantages, grad_mean, grad_std, _grad_degenerate):
+def _differentiate(
+    ctx: Any,
+    grad_advantages: Tensor | None,
+    grad_mean: Tensor | None,
+    grad_std: Tensor | None,
+    _grad_degenerate: None,
+) -> tuple[Tensor | None]:
     if grad_mean is not None or grad_std is not None:
         raise RuntimeError(
             "mean and std of group_advantages are not differentiable; its advantages are"
         )
     if grad_advantages is None:
-        return (None,) * 9
+        return (None,)
     rewards, order, offsets, mean, std = ctx.saved_tensors
-    grad_rewards = _backward_operator(
-        rewards,
-        ctx.group_size,
-        order,
-        offsets,
-        *ctx.options,
-        mean,
-        std,
-        grad_advantages,
-        ctx.backend,
+    inputs = GroupAdvantagesBackwardInputs(
+        rewards=rewards,
+        group_size=ctx.group_size,
+        order=order,
+        offsets=offsets,
+        std_mode=ctx.std_mode,
+        leave_one_out=ctx.leave_one_out,
+        eps=ctx.eps,
+        mean=mean,
+        std=std,
+        grad_advantages=grad_advantages,
+        backend=ctx.backend,
     )
-    return (grad_rewards.to(rewards.dtype), *(None,) * 8)
+    return (_backward_operator(inputs).to(rewards.dtype),)
 
 
-_operator = Operator("group_advantages", _forward, _fake_forward, _save, _differentiate)
+_operator = Operator(
+    "group_advantages", _forward, _allocate, _save, _differentiate, differentiable=1
+)

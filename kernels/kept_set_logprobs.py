@@ -17,16 +17,43 @@ of the weight are gathered, the rest of the vocabulary is not read. The sum for 
 the entries sorted by id, in float32 and in a fixed order.
 """
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
 from warpo.kernels import dispatch, reference
+from warpo.kernels._arguments.kept_set_logprobs import (
+    KeptSetLogprobsArguments,
+    KeptSetLogprobsBackwardArguments,
+    KeptSetWeightGradientArguments,
+)
 from warpo.kernels.checks import check_tensor
 from warpo.kernels.linear_head import check_head
 from warpo.kernels.offsets import check_values
 from warpo.kernels.registration import Operator
 
 INTEGERS = (torch.int32, torch.int64)
+
+
+class KeptSetLogprobsInputs(NamedTuple):
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    targets: Tensor
+    kept_ids: Tensor
+    kept_offsets: Tensor
+    temperature: float
+    token_temperature: Tensor | None
+    backend: str
+
+
+class KeptSetLogprobsBackwardInputs(NamedTuple):
+    stats: Tensor
+    forward: KeptSetLogprobsInputs
+    kept_logits: Tensor
+    grad_logprobs: Tensor
+    wanted: list[bool]
 
 
 def kept_set_logprobs(
@@ -76,14 +103,29 @@ def kept_set_logprobs(
     if name == "reference":
         check_values("kept_offsets", kept_offsets, kept_ids.shape[0], "kept ids")
         return reference.kept_set_logprobs(
-            hidden.float(), weight.float(), targets, kept_ids, kept_offsets, temperature,
+            hidden.float(),
+            weight.float(),
+            targets,
+            kept_ids,
+            kept_offsets,
+            temperature,
             bias=None if bias is None else bias.float(),
-        )  # fmt: skip
+        )
     token_temperature = None
     if isinstance(temperature, Tensor):
         token_temperature, temperature = temperature, 1.0
-    arguments = (hidden, weight, bias, targets, kept_ids, kept_offsets)
-    return _operator(*arguments, temperature, token_temperature, name)[0]
+    inputs = KeptSetLogprobsInputs(
+        hidden=hidden,
+        weight=weight,
+        bias=bias,
+        targets=targets,
+        kept_ids=kept_ids,
+        kept_offsets=kept_offsets,
+        temperature=temperature,
+        token_temperature=token_temperature,
+        backend=name,
+    )
+    return _operator(inputs)[0]
 
 
 def _check_kept(hidden: Tensor, kept_ids: Tensor, kept_offsets: Tensor) -> None:
@@ -100,116 +142,154 @@ def _check_kept(hidden: Tensor, kept_ids: Tensor, kept_offsets: Tensor) -> None:
             )
 
 
-def _forward(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    kept_ids: Tensor,
-    kept_offsets: Tensor,
-    temperature: float,
-    token_temperature: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    check_values("kept_offsets", kept_offsets, kept_ids.shape[0], "kept ids")
-    logp, kept_logits, stats = _allocate(hidden, kept_ids)
-    dispatch.load(backend).kept_set_logprobs_forward(
-        hidden.shape[0], *weight.shape, kept_ids.shape[0], hidden, weight, bias, targets, kept_ids,
-        kept_offsets, temperature, token_temperature, logp, kept_logits, stats,
-    )  # fmt: skip
+def _forward(inputs: KeptSetLogprobsInputs) -> tuple[Tensor, Tensor, Tensor]:
+    check_values("kept_offsets", inputs.kept_offsets, inputs.kept_ids.shape[0], "kept ids")
+    logp, kept_logits, stats = _allocate(inputs)
+    arguments = _arguments(inputs, logp, kept_logits, stats)
+    dispatch.load(inputs.backend).kept_set_logprobs_forward(arguments)
     return logp, kept_logits, stats
 
 
-def _allocate(hidden: Tensor, kept_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    tokens = hidden.shape[0]
+def _arguments(
+    inputs: KeptSetLogprobsInputs, logprobs: Tensor | None, kept_logits: Tensor, stats: Tensor
+) -> KeptSetLogprobsArguments:
+    vocab, hidden_size = inputs.weight.shape
+    return KeptSetLogprobsArguments(
+        tokens=inputs.hidden.shape[0],
+        vocab=vocab,
+        hidden_size=hidden_size,
+        num_kept=inputs.kept_ids.shape[0],
+        hidden=inputs.hidden,
+        weight=inputs.weight,
+        bias=inputs.bias,
+        targets=inputs.targets,
+        kept_ids=inputs.kept_ids,
+        kept_offsets=inputs.kept_offsets,
+        temperature=inputs.temperature,
+        token_temperature=inputs.token_temperature,
+        logprobs=logprobs,
+        kept_logits=kept_logits,
+        stats=stats,
+    )
+
+
+def _allocate(inputs: KeptSetLogprobsInputs) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, tokens = inputs.hidden, inputs.hidden.shape[0]
     return (
         hidden.new_empty((tokens,), dtype=torch.float32),
         # zeros: entries that no token has
-        hidden.new_zeros((kept_ids.shape[0],), dtype=torch.float32),
+        hidden.new_zeros((inputs.kept_ids.shape[0],), dtype=torch.float32),
         hidden.new_empty((tokens, 2), dtype=torch.float32),
     )
 
 
-def _fake_forward(hidden, weight, bias, targets, kept_ids, *_):
-    return _allocate(hidden, kept_ids)
-
-
-def _backward(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    kept_ids: Tensor,
-    kept_offsets: Tensor,
-    temperature: float,
-    token_temperature: Tensor | None,
-    kept_logits: Tensor,
-    stats: Tensor,
-    grad_logprobs: Tensor,
-    wanted: list[bool],
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(inputs: KeptSetLogprobsBackwardInputs) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias; empty ones for those that are not wanted."""
-    check_values("kept_offsets", kept_offsets, kept_ids.shape[0], "kept ids")
-    grad_hidden, grad_weight, grad_bias = _allocate_gradients(hidden, weight, bias, wanted)
-    kernels, grad_logits = dispatch.load(backend), torch.zeros_like(kept_logits)
-    kernels.kept_set_logprobs_backward(
-        hidden.shape[0], *weight.shape, kept_ids.shape[0], hidden, weight, bias, targets, kept_ids,
-        kept_offsets, temperature, token_temperature, None, kept_logits, stats, grad_logprobs,
-        grad_hidden if wanted[0] else None, grad_logits,
-    )  # fmt: skip
+    given, wanted = inputs.forward, inputs.wanted
+    check_values("kept_offsets", given.kept_offsets, given.kept_ids.shape[0], "kept ids")
+    grad_hidden, grad_weight, grad_bias = _allocate_gradients(inputs)
+    kernels, grad_logits = dispatch.load(given.backend), torch.zeros_like(inputs.kept_logits)
+    arguments = KeptSetLogprobsBackwardArguments(
+        forward=_arguments(given, None, inputs.kept_logits, inputs.stats),
+        grad_logprobs=inputs.grad_logprobs,
+        grad_hidden=grad_hidden if wanted[0] else None,
+        grad_logits=grad_logits,
+    )
+    kernels.kept_set_logprobs_backward(arguments)
     if wanted[1] or wanted[2]:
-        ids, order = kept_ids.sort(stable=True)
-        bounds = torch.arange(weight.shape[0] + 1, device=ids.device, dtype=ids.dtype)
-        tokens = torch.searchsorted(kept_offsets.long(), order, right=True) - 1
-        tokens = tokens.clamp_(0, hidden.shape[0] - 1)  # of entries that no token has
         sums = torch.empty_like(grad_bias, dtype=torch.float32)
-        kernels.kept_set_weight_gradient(
-            *weight.shape, hidden, order, tokens, torch.searchsorted(ids, bounds), grad_logits,
-            grad_weight if wanted[1] else None, sums if wanted[2] else None,
-        )  # fmt: skip
+        weight_arguments = _weight_arguments(
+            given, grad_logits, grad_weight if wanted[1] else None, sums if wanted[2] else None
+        )
+        kernels.kept_set_weight_gradient(weight_arguments)
         if wanted[2]:
             grad_bias.copy_(sums)
     return grad_hidden, grad_weight, grad_bias
 
 
-def _allocate_gradients(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: list[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    def like(tensor: Tensor | None, want: bool) -> Tensor:
-        if tensor is None or not want:
-            return hidden.new_empty((0,))
-        return tensor.new_empty(tensor.shape)
-
-    return like(hidden, wanted[0]), like(weight, wanted[1]), like(bias, wanted[2])
-
-
-def _fake_backward(hidden, weight, bias, *arguments):
-    return _allocate_gradients(hidden, weight, bias, arguments[-2])
-
-
-_backward_operator = Operator("kept_set_logprobs_backward", _backward, _fake_backward)
-
-
-def _save(ctx, inputs, output) -> None:
-    hidden, weight, bias, targets, kept_ids, kept_offsets = inputs[:6]
-    ctx.temperature, token_temperature, ctx.backend = inputs[6:]
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(
-        hidden, weight, bias, targets, kept_ids, kept_offsets, token_temperature, *output[1:]
+def _weight_arguments(
+    given: KeptSetLogprobsInputs,
+    grad_logits: Tensor,
+    grad_weight: Tensor | None,
+    grad_bias: Tensor | None,
+) -> KeptSetWeightGradientArguments:
+    """The entries in the order of their ids, and where those of each id begin."""
+    vocab, hidden_size = given.weight.shape
+    ids, order = given.kept_ids.sort(stable=True)
+    bounds = torch.arange(vocab + 1, device=ids.device, dtype=ids.dtype)
+    tokens = torch.searchsorted(given.kept_offsets.long(), order, right=True) - 1
+    return KeptSetWeightGradientArguments(
+        vocab=vocab,
+        hidden_size=hidden_size,
+        hidden=given.hidden,
+        order=order,
+        tokens=tokens.clamp_(0, given.hidden.shape[0] - 1),  # of entries that no token has
+        offsets=torch.searchsorted(ids, bounds),
+        grad_logits=grad_logits,
+        grad_weight=grad_weight,
+        grad_bias=grad_bias,
     )
 
 
-def _differentiate(ctx, grad_logprobs, _grad_kept_logits, _grad_stats):
+def _allocate_gradients(inputs: KeptSetLogprobsBackwardInputs) -> tuple[Tensor, Tensor, Tensor]:
+    given = inputs.forward
+
+    def like(tensor: Tensor | None, want: bool) -> Tensor:
+        if tensor is None or not want:
+            return given.hidden.new_empty((0,))
+        return tensor.new_empty(tensor.shape)
+
+    of_hidden, of_weight, of_bias = inputs.wanted
+    return like(given.hidden, of_hidden), like(given.weight, of_weight), like(given.bias, of_bias)
+
+
+_backward_operator = Operator("kept_set_logprobs_backward", _backward, _allocate_gradients)
+
+
+def _save(ctx: Any, inputs: KeptSetLogprobsInputs, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, kept_logits, stats = output
+    ctx.temperature, ctx.backend = inputs.temperature, inputs.backend
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(
+        inputs.hidden,
+        inputs.weight,
+        inputs.bias,
+        inputs.targets,
+        inputs.kept_ids,
+        inputs.kept_offsets,
+        inputs.token_temperature,
+        kept_logits,
+        stats,
+    )
+
+
+def _differentiate(ctx: Any, grad_logprobs: Tensor | None, *_: object) -> tuple[Tensor | None, ...]:
     if grad_logprobs is None:
-        return (None,) * 9
-    *inputs, token_temperature, kept_logits, stats = ctx.saved_tensors
+        return (None, None, None)
+    hidden, weight, bias, targets, ids, offsets, warm, kept_logits, stats = ctx.saved_tensors
     wanted = list(ctx.needs_input_grad[:3])
-    gradients = _backward_operator(
-        *inputs, ctx.temperature, token_temperature, kept_logits, stats, grad_logprobs, wanted,
-        ctx.backend,
-    )  # fmt: skip
-    return (*(g if want else None for g, want in zip(gradients, wanted, strict=True)), *(None,) * 6)
+    forward = KeptSetLogprobsInputs(
+        hidden=hidden,
+        weight=weight,
+        bias=bias,
+        targets=targets,
+        kept_ids=ids,
+        kept_offsets=offsets,
+        temperature=ctx.temperature,
+        token_temperature=warm,
+        backend=ctx.backend,
+    )
+    inputs = KeptSetLogprobsBackwardInputs(
+        stats=stats,
+        forward=forward,
+        kept_logits=kept_logits,
+        grad_logprobs=grad_logprobs,
+        wanted=wanted,
+    )
+    gradients = _backward_operator(inputs)
+    return tuple([g if want else None for g, want in zip(gradients, wanted, strict=True)])
 
 
-_operator = Operator("kept_set_logprobs", _forward, _fake_forward, _save, _differentiate)
+_operator = Operator(
+    "kept_set_logprobs", _forward, _allocate, _save, _differentiate, differentiable=3
+)

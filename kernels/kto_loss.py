@@ -13,12 +13,13 @@ Source: https://arxiv.org/abs/2402.01306 section 4.1.
 
 from functools import partial
 from operator import mul
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from warpo.kernels import dispatch, reference
+from warpo.kernels._arguments.preference_loss import KtoLossArguments
 from warpo.kernels.checks import (
     FLOATS,
     as_rows,
@@ -28,8 +29,9 @@ from warpo.kernels.checks import (
     check_tensor,
 )
 from warpo.kernels.offsets import check_values, is_malformed, valid_tokens
+from warpo.kernels.preference_loss import AnswersInputs, answers_arguments
 from warpo.kernels.registration import Operator
-from warpo.kernels.sequences import as_denominator, check_sequences, scaled, spread_packed
+from warpo.kernels.sequences import as_denominator, check_sequences, empty_float32, scaled
 from warpo.kernels.symbolic import as_scalar
 
 KTO_METRICS = (
@@ -41,6 +43,19 @@ KTO_METRICS = (
     "desirable_logprob",
     "undesirable_logprob",
 )
+
+
+class KtoLossInputs(NamedTuple):
+    logprobs: Tensor
+    answers: AnswersInputs
+    desirable: Tensor
+    kl: Tensor
+    beta: float
+    desirable_weight: float
+    undesirable_weight: float
+    denominator: Tensor
+    with_gradient: bool
+    backend: str
 
 
 class KtoLoss(NamedTuple):
@@ -109,28 +124,37 @@ def kto_loss(
     name = dispatch.choose(logprobs, backend)
     if name == "reference":
         check_values("cu_seqlens", cu_seqlens, logprobs.numel())
-        return KtoLoss(
-            *reference.kto_loss(
-                logprobs.float(), ref_logprobs.float(), desirable, kl, scale, mask=mask,
-                cu_seqlens=cu_seqlens, beta=beta, desirable_weight=desirable_weight,
-                undesirable_weight=undesirable_weight,
-            )
-        )  # fmt: skip
-    loss, metrics = _operator(
-        as_rows("logprobs", logprobs),
-        as_rows("ref_logprobs", ref_logprobs),
-        desirable,
-        None if mask is None else as_rows("mask", mask),
-        cu_seqlens,
-        kl,
-        beta,
-        desirable_weight,
-        undesirable_weight,
-        scale,
-        logprobs.requires_grad and torch.is_grad_enabled(),
-        name,
+        loss, metrics = reference.kto_loss(
+            logprobs.float(),
+            ref_logprobs.float(),
+            desirable,
+            kl,
+            scale,
+            mask=mask,
+            cu_seqlens=cu_seqlens,
+            beta=beta,
+            desirable_weight=desirable_weight,
+            undesirable_weight=undesirable_weight,
+        )
+        return KtoLoss(loss, metrics)
+    answers = AnswersInputs(
+        ref_logprobs=as_rows("ref_logprobs", ref_logprobs),
+        mask=None if mask is None else as_rows("mask", mask),
+        cu_seqlens=cu_seqlens,
     )
-    return KtoLoss(loss, metrics)
+    inputs = KtoLossInputs(
+        logprobs=as_rows("logprobs", logprobs),
+        answers=answers,
+        desirable=desirable,
+        kl=kl,
+        beta=beta,
+        desirable_weight=desirable_weight,
+        undesirable_weight=undesirable_weight,
+        denominator=scale,
+        with_gradient=logprobs.requires_grad and torch.is_grad_enabled(),
+        backend=name,
+    )
+    return KtoLoss(*_operator(inputs))
 
 
 @torch.no_grad()
@@ -200,62 +224,56 @@ def _check(
     return answers
 
 
-def _forward(
-    logprobs: Tensor,
-    ref_logprobs: Tensor,
-    desirable: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    kl: Tensor,
-    beta: float,
-    desirable_weight: float,
-    undesirable_weight: float,
-    denominator: Tensor,
-    with_gradient: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    check_values("cu_seqlens", cu_seqlens, logprobs.shape[1])
-    results = _allocate(logprobs, with_gradient)
-    loss, metrics, gradient = results
-    if cu_seqlens is not None:
-        gradient.zero_()  # of tokens that belong to no answer
-    examples = desirable.shape[0]
-    dispatch.load(backend).kto_loss(
-        examples, logprobs.shape[1], cu_seqlens,
-        *spread_packed(examples, cu_seqlens, logprobs, ref_logprobs, mask),
-        gradient if with_gradient else None, desirable, kl, beta, desirable_weight,
-        undesirable_weight, denominator,
-        logprobs.new_empty((examples, len(KTO_METRICS)), dtype=torch.float32), loss, metrics,
-    )  # fmt: skip
-    return results
+def _forward(inputs: KtoLossInputs) -> tuple[Tensor, Tensor, Tensor]:
+    logprobs, examples = inputs.logprobs, inputs.desirable.shape[0]
+    check_values("cu_seqlens", inputs.answers.cu_seqlens, logprobs.shape[1])
+    loss, metrics, gradient = _allocate(inputs)
+    arguments = KtoLossArguments(
+        examples=examples,
+        answers=answers_arguments(logprobs, inputs.answers, gradient, inputs.with_gradient),
+        desirable=inputs.desirable,
+        kl=inputs.kl,
+        beta=inputs.beta,
+        desirable_weight=inputs.desirable_weight,
+        undesirable_weight=inputs.undesirable_weight,
+        denominator=inputs.denominator,
+        partials=inputs.denominator.new_empty(examples, len(KTO_METRICS)),
+        loss=loss,
+        metrics=metrics,
+    )
+    dispatch.load(inputs.backend).kto_loss(arguments)
+    return loss, metrics, gradient
 
 
-def _allocate(logprobs: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _allocate(inputs: KtoLossInputs) -> tuple[Tensor, Tensor, Tensor]:
+    float32 = inputs.denominator  # new tensors from it take half the time of those with a dtype
     return (
-        logprobs.new_empty((), dtype=torch.float32),
-        logprobs.new_empty((len(KTO_METRICS),), dtype=torch.float32),
-        logprobs.new_empty(logprobs.shape if with_gradient else (0,), dtype=torch.float32),
+        torch.empty_like(float32),
+        float32.new_empty(len(KTO_METRICS)),
+        empty_float32(inputs.logprobs) if inputs.with_gradient else float32.new_empty(0),
     )
 
 
-def _fake_forward(logprobs, *arguments):
-    return _allocate(logprobs, arguments[-2])
-
-
-def _save(ctx, inputs, output) -> None:
-    ctx.dtype, ctx.with_gradient = inputs[0].dtype, inputs[10]
+def _save(ctx: Any, inputs: KtoLossInputs, output: tuple[Tensor, ...]) -> None:
+    ctx.dtype, ctx.with_gradient = inputs.logprobs.dtype, inputs.with_gradient
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[2])
 
 
-def _differentiate(ctx, grad_loss, *_, scale=mul):
+def _differentiate(ctx: Any, grad_loss: Tensor | None, *_: object, scale: Any = mul) -> Any:
     if grad_loss is None or not ctx.with_gradient:
-        return (None,) * 12
+        return (None,)
     (gradient,) = ctx.saved_tensors
-    return (scale(gradient, grad_loss).to(ctx.dtype), *(None,) * 11)
+    return (scale(gradient, grad_loss).to(ctx.dtype),)
 
 
 _operator = Operator(
-    "kto_loss", _forward, _fake_forward, _save, _differentiate, differentiable=1, returned=2,
+    "kto_loss",
+    _forward,
+    _allocate,
+    _save,
+    _differentiate,
+    differentiable=1,
     differentiate_eager=partial(_differentiate, scale=scaled),
-)  # fmt: skip
+    returned=2,
+)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, distributed
 
 from warpo.kernels import dispatch
+from warpo.kernels._arguments.matrix_product import MatrixProductArguments
 from warpo.kernels.checks import (
     FLOATS,
     as_int64,
@@ -56,6 +57,7 @@ class LinearHead:
         num_valid: int,
         workspace_bytes: int,
         float32_logits: bool,
+        *,
         gradient_buffer: bool = False,
         kept: bool = False,
         float32_gradients: bool = False,
@@ -193,9 +195,10 @@ class LinearHead:
         return (
             None if self._grad_hidden is None else self._grad_hidden.view(self._hidden.shape),
             None if weight is None else weight.to(self._gradient_dtype(self._weight)),
-            None if bias is None or self._bias is None
+            None
+            if bias is None or self._bias is None
             else bias.to(self._gradient_dtype(self._bias)),
-        )  # fmt: skip
+        )
 
     def _gradient_dtype(self, tensor: Tensor) -> torch.dtype:
         return torch.float32 if self._float32_gradients else tensor.dtype
@@ -238,7 +241,7 @@ def _compact(valid: Tensor, num_valid: int, on_cpu: bool) -> tuple[Tensor | None
 OWN_PRODUCTS = {torch.float32: "float32_product", torch.bfloat16: "bfloat16_product"}
 
 
-def own_product(b: Tensor) -> Callable[..., None] | None:
+def own_product(b: Tensor) -> Callable[[MatrixProductArguments], None] | None:
     """Ours of a matrix in float32 or the dtype of b with b: of processors that have it."""
     if not b.is_cpu or b.dtype not in OWN_PRODUCTS:
         return None
@@ -249,7 +252,12 @@ def _multiply(out: Tensor, a: Tensor, b: Tensor, addend: Tensor | None = None) -
     """out = a @ b, or addend + a @ b, summed in float32 whatever the dtype of a."""
     product = own_product(b)
     if product is not None:
-        product(*out.shape, a.shape[1], a, b, addend, out)
+        rows, columns = out.shape
+        product(
+            MatrixProductArguments(
+                rows=rows, columns=columns, depth=a.shape[1], a=a, b=b, addend=addend, out=out
+            )
+        )
     elif out.dtype == a.dtype:
         if addend is not None:
             torch.addmm(addend, a, b, out=out)

@@ -30,14 +30,13 @@ from warpo.kernels.checks import (
     check_mask,
     check_own_memory,
     check_tensor,
-    check_unspent,
 )
-from warpo.kernels.registration import Operator, check_first_order
+from warpo.kernels.logprobs_operator import (
+    LogprobsInputs,
+    logprobs_arguments,
+    logprobs_operator,
+)
 from warpo.kernels.vocab_parallel import VocabParallelLogprobs, check_group
-
-# Up to so many tokens, a vocabulary past one block is given to several: fewer rows than twice the
-# multiprocessors of the largest GPUs would leave them idle. It changes no bit of the results.
-SPLIT_TOKENS, SPLIT_VOCAB, CHUNKS = 256, 4096, 8
 
 
 class LogprobsAndEntropy(NamedTuple):
@@ -91,8 +90,17 @@ def logprobs(
     Source: https://arxiv.org/abs/1805.02867. Memory beyond the arguments: 12 bytes a token forward;
     the size of the logits backward, nothing with inplace_backward.
     """
-    options = (mask, ignore_index, False, inplace_backward, process_group, backend)
-    return _run(logits, targets, temperature, *options)[0]
+    return _run(
+        logits,
+        targets,
+        temperature,
+        mask=mask,
+        ignore_index=ignore_index,
+        with_entropy=False,
+        inplace_backward=inplace_backward,
+        process_group=process_group,
+        backend=backend,
+    )[0]
 
 
 def logprobs_and_entropy(
@@ -116,14 +124,25 @@ def logprobs_and_entropy(
         entropy: (...) float32, nats, >= 0 up to rounding. 0 where masked, NaN where the target is
             out of range.
     """
-    options = (mask, ignore_index, True, inplace_backward, process_group, backend)
-    return LogprobsAndEntropy(*_run(logits, targets, temperature, *options))
+    results = _run(
+        logits,
+        targets,
+        temperature,
+        mask=mask,
+        ignore_index=ignore_index,
+        with_entropy=True,
+        inplace_backward=inplace_backward,
+        process_group=process_group,
+        backend=backend,
+    )
+    return LogprobsAndEntropy(*results)
 
 
 def _run(
     logits: Tensor,
     targets: Tensor,
     temperature: float | Tensor,
+    *,
     mask: Tensor | None,
     ignore_index: int,
     with_entropy: bool,
@@ -145,16 +164,28 @@ def _run(
     token_temperature = None
     if isinstance(temperature, Tensor):
         token_temperature, temperature = as_rows("temperature", temperature), 1.0
-    logits, targets = as_rows("logits", logits, keep=1), as_rows("targets", targets)
-    mask = None if mask is None else as_rows("mask", mask)
-    options = (temperature, token_temperature, mask, ignore_index)
+    inputs = LogprobsInputs(
+        logits=as_rows("logits", logits, keep=1),
+        targets=as_rows("targets", targets),
+        temperature=temperature,
+        token_temperature=token_temperature,
+        mask=None if mask is None else as_rows("mask", mask),
+        ignore_index=ignore_index,
+        with_entropy=with_entropy,
+        inplace_backward=inplace_backward,
+        backend=name,
+    )
     if process_group is not None:
         check_group(process_group)
         logp, entropy = VocabParallelLogprobs.apply(
-            logits, targets, options, inplace_backward, dispatch.load(name), process_group
+            inputs.logits,
+            logprobs_arguments(inputs),
+            inplace_backward,
+            dispatch.load(name),
+            process_group,
         )
         return logp.view(shape), entropy.view(shape)
-    logp, entropy, _ = _operator(logits, targets, *options, with_entropy, inplace_backward, name)
+    logp, entropy, _ = logprobs_operator(inputs)
     return logp.view(shape), entropy.view(shape) if with_entropy else entropy
 
 
@@ -182,133 +213,3 @@ def check_inplace(logits: Tensor) -> None:
             "inplace_backward is not supported under torch.compile: leave it False there"
         )
     check_own_memory("logits", logits, "pass logits.contiguous() or inplace_backward=False")
-
-
-def _forward(
-    logits: Tensor,
-    targets: Tensor,
-    temperature: float,
-    token_temperature: Tensor | None,
-    mask: Tensor | None,
-    ignore_index: int,
-    with_entropy: bool,
-    inplace_backward: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    logp, entropy, stats = _allocate(logits, with_entropy)
-    if logp.numel():
-        dispatch.load(backend).logprobs_forward(
-            *logits.shape, logits, targets, temperature, token_temperature, mask, ignore_index,
-            logp, entropy if with_entropy else None, stats, workspace(logits),
-        )  # fmt: skip
-    return logp, entropy, stats
-
-
-def workspace(logits: Tensor) -> Tensor | None:
-    """`partials` of the forward pass over logits `[rows, steps, V]`; absent where rows are many."""
-    rows, steps, vocab = logits.shape
-    if rows * steps > SPLIT_TOKENS or vocab <= SPLIT_VOCAB:
-        return None
-    return logits.new_empty((rows, steps, CHUNKS, 4), dtype=torch.float32)
-
-
-def _allocate(logits: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
-    rows, steps, _ = logits.shape
-    return (
-        logits.new_empty((rows, steps), dtype=torch.float32),
-        logits.new_empty((rows, steps) if with_entropy else (0,), dtype=torch.float32),
-        logits.new_empty((rows, steps, 2), dtype=torch.float32),
-    )
-
-
-def _fake_forward(
-    logits, targets, temperature, token_temperature, mask, ignore_index, with_entropy, *_
-):
-    return _allocate(logits, with_entropy)
-
-
-def _backward(
-    logits: Tensor,
-    targets: Tensor,
-    temperature: float,
-    token_temperature: Tensor | None,
-    mask: Tensor | None,
-    ignore_index: int,
-    entropy: Tensor | None,
-    stats: Tensor,
-    grad_logprobs: Tensor | None,
-    grad_entropy: Tensor | None,
-    backend: str,
-) -> Tensor:
-    grad_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    if grad_logits.numel():
-        dispatch.load(backend).logprobs_backward(
-            *logits.shape, logits, targets, temperature, token_temperature, mask, ignore_index,
-            None, entropy, stats, None,
-            grad_logprobs, grad_entropy, grad_logits,
-        )  # fmt: skip
-    return grad_logits
-
-
-def _fake_backward(logits, *_):
-    return torch.empty_like(logits, memory_format=torch.contiguous_format)
-
-
-_backward_operator = Operator("logprobs_backward", _backward, _fake_backward)
-
-
-def _save(ctx, inputs, output) -> None:
-    logits, targets, temperature, token_temperature, mask, ignore_index = inputs[:6]
-    with_entropy, ctx.inplace, ctx.backend = inputs[6:]
-    _, entropy, stats = output
-    ctx.temperature, ctx.ignore_index, ctx.spent = temperature, ignore_index, False
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(
-        logits, targets, token_temperature, mask, entropy if with_entropy else None, stats
-    )
-
-
-def _differentiate(ctx, grad_logprobs, grad_entropy, _grad_stats):
-    check_unspent(ctx.spent)
-    logits, targets, token_temperature, mask, entropy, stats = ctx.saved_tensors
-    arguments = (logits, targets, ctx.temperature, token_temperature, mask, ctx.ignore_index)
-    if entropy is None:
-        grad_entropy = None  # of the empty tensor that stands for it
-    if grad_logprobs is None and grad_entropy is None:
-        grad_logits = None
-    elif ctx.inplace:
-        ctx.spent = True
-        with torch.no_grad():
-            grad_logits = logits.detach()
-            dispatch.load(ctx.backend).logprobs_backward(
-                *logits.shape, *arguments, None, entropy, stats, None, grad_logprobs, grad_entropy,
-                grad_logits,
-            )  # fmt: skip
-            torch.autograd.graph.increment_version(grad_logits)
-    else:
-        grad_logits = _backward_operator(
-            *arguments, entropy, stats, grad_logprobs, grad_entropy, ctx.backend
-        )
-    return (grad_logits, *(None,) * 8)
-
-
-def _differentiate_again(ctx, grad_logprobs, grad_entropy, _grad_stats):
-    """The gradient through the reference, which autograd differentiates to any order."""
-    if ctx.inplace:
-        check_first_order("logprobs with inplace_backward=True")
-    logits, targets, token_temperature, mask, entropy, _ = ctx.saved_tensors
-    temperature = ctx.temperature if token_temperature is None else token_temperature
-    results = reference.logprobs(logits.float(), targets, temperature, mask, ctx.ignore_index)
-    gradients = (grad_logprobs, None if entropy is None else grad_entropy)
-    given = [(x, g) for x, g in zip(results, gradients, strict=True) if g is not None]
-    grad_logits = None
-    if given:
-        chosen, upstream = zip(*given, strict=True)
-        (grad_logits,) = torch.autograd.grad(chosen, logits, upstream, create_graph=True)
-    return (grad_logits, *(None,) * 8)
-
-
-_operator = Operator(
-    "logprobs", _forward, _fake_forward, _save, _differentiate,
-    differentiate_again=_differentiate_again,
-)  # fmt: skip

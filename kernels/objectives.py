@@ -12,6 +12,8 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from warpo.kernels._arguments.policy_loss import ObjectiveArguments
+
 # In the order of the enumerations in csrc/arguments/policy_loss.h.
 RATIO_LEVELS = ("token", "sequence", "prefix")
 SURROGATES = (
@@ -108,8 +110,8 @@ class Objective:
     correction_nan: str = "propagate"
     aggregation: str = "token-mean"
     log_ratio_limit: float = 20.0
-    ratio_arguments: tuple[Any, ...] = field(init=False, repr=False, compare=False)
-    """The fields of `PolicyLoss` in csrc/arguments from ratio_level to correction_high."""
+    arguments: ObjectiveArguments = field(init=False, repr=False, compare=False)
+    """As the backends take it."""
 
     def __post_init__(self) -> None:
         self._check_choices()
@@ -118,20 +120,24 @@ class Objective:
         correction = CORRECTIONS.index(self.correction)
         if correction and self.correction_nan == "mask":
             correction += len(CORRECTIONS) - 1
-        arguments = (
-            RATIO_LEVELS.index(self.ratio_level),
-            SURROGATES.index(self.surrogate),
-            1 - self.clip_low,
-            1 + self.clip_high,
-            self.dual_clip,
-            self.tau_positive,
-            self.tau_negative,
-            correction,
-            self.correction_level == "sequence",
-            self.correction_low,
-            self.correction_high,
+        arguments = ObjectiveArguments(
+            ratio_level=RATIO_LEVELS.index(self.ratio_level),
+            surrogate=SURROGATES.index(self.surrogate),
+            ratio_low=1 - self.clip_low,
+            ratio_high=1 + self.clip_high,
+            dual_clip=self.dual_clip,
+            tau_positive=self.tau_positive,
+            tau_negative=self.tau_negative,
+            correction=correction,
+            correction_sequence=self.correction_level == "sequence",
+            correction_low=self.correction_low,
+            correction_high=self.correction_high,
+            kl_straight_through=self.kl_gradient == "k2",
+            entropy_coef=self.entropy_coef,
+            log_ratio_limit=self.log_ratio_limit,
+            sequence_mean=self.aggregation == "sequence-mean-token-mean",
         )
-        object.__setattr__(self, "ratio_arguments", arguments)
+        object.__setattr__(self, "arguments", arguments)
 
     def replace(self, **changes: Any) -> "Objective":
         """The same objective with some fields changed."""

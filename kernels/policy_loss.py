@@ -21,12 +21,18 @@ estimators of the KL, http://joschu.net/blog/kl-approx.html.
 
 from functools import partial
 from operator import mul
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from warpo.kernels import dispatch, reference
+from warpo.kernels._arguments.policy_loss import (
+    MIN_PARTIALS,
+    KlPenaltyArguments,
+    ObjectiveArguments,
+    PolicyLossArguments,
+)
 from warpo.kernels.checks import FLOATS, check_mask, check_no_grad, check_tensor
 from warpo.kernels.objectives import KL_ESTIMATORS, Objective, get_objective
 from warpo.kernels.offsets import check_values, sequence_of_tokens
@@ -39,8 +45,24 @@ from warpo.kernels.sequences import (
     scaled,
 )
 
-# Rows of the workspace at least: kMinPartials in csrc/arguments/policy_loss.h.
-MIN_PARTIALS = 512
+
+class PolicyLossInputs(NamedTuple):
+    """What the operator takes: `PolicyLossArguments` before sizes and outputs."""
+
+    logprobs: Tensor
+    entropy: Tensor | None
+    old_logprobs: Tensor
+    advantages: Tensor
+    ref_logprobs: Tensor | None
+    sampler_logprobs: Tensor | None
+    mask: Tensor | None
+    cu_seqlens: Tensor | None
+    objective: ObjectiveArguments
+    kl_penalty: KlPenaltyArguments
+    denominator: Tensor
+    with_gradient: bool
+    with_entropy_gradient: bool
+    backend: str
 
 
 class PolicyLoss(NamedTuple):
@@ -117,14 +139,17 @@ def policy_loss(
     if old_logprobs is None:
         old_logprobs = logprobs.detach()
     num_sequences = check_tokens(
-        logprobs, old_logprobs, advantages, mask, cu_seqlens, ref_logprobs, sampler_logprobs,
+        logprobs,
+        old_logprobs,
+        advantages,
+        mask,
+        cu_seqlens,
+        ref_logprobs,
+        sampler_logprobs,
         entropy,
-    )  # fmt: skip
-    kl, kl_coef, adaptive_kl_coef = kl_term(kl_coef, objective, ref_logprobs, logprobs)
-    if objective.correction != "none" and sampler_logprobs is None:
-        raise ValueError(
-            f"correction {objective.correction!r} needs sampler_logprobs; or set it to 'none'"
-        )
+    )
+    term = kl_penalty(kl_coef, objective, ref_logprobs, logprobs)
+    check_correction(objective, sampler_logprobs)
     if objective.entropy_coef != 0 and entropy is None:
         raise ValueError(
             f"entropy_coef = {objective.entropy_coef} needs entropy; or set entropy_coef to 0"
@@ -135,42 +160,38 @@ def policy_loss(
     name = dispatch.choose(logprobs, backend)
     if name == "reference":
         check_values("cu_seqlens", cu_seqlens, logprobs.numel())
-        if adaptive_kl_coef is not None:
-            kl_coef = adaptive_kl_coef
-        return PolicyLoss(
-            *reference.policy_loss(
-                logprobs.float(), old_logprobs.float(),
-                _per_token(advantages.float(), logprobs, cu_seqlens), objective, denominator,
-                mask=mask, cu_seqlens=cu_seqlens, kl_coef=kl_coef,
-                ref=None if kl == 0 or ref_logprobs is None else ref_logprobs.float(),
-                sampler=None if sampler_logprobs is None else sampler_logprobs.float(),
-                entropy=None if entropy is None else entropy.float(),
-            )
-        )  # fmt: skip
+        loss, metrics = reference.policy_loss(
+            logprobs.float(),
+            old_logprobs.float(),
+            _per_token(advantages.float(), logprobs, cu_seqlens),
+            objective,
+            denominator,
+            mask=mask,
+            cu_seqlens=cu_seqlens,
+            kl_coef=term.kl_coef if term.adaptive_kl_coef is None else term.adaptive_kl_coef,
+            ref=None if term.kl == 0 or ref_logprobs is None else ref_logprobs.float(),
+            sampler=None if sampler_logprobs is None else sampler_logprobs.float(),
+            entropy=None if entropy is None else entropy.float(),
+        )
+        return PolicyLoss(loss, metrics)
     recording = torch.is_grad_enabled()
-    loss, metrics = _operator(
-        logprobs,
-        entropy,
-        old_logprobs,
-        advantages,
-        ref_logprobs if kl else None,
-        sampler_logprobs if objective.correction != "none" else None,
-        mask,
-        cu_seqlens,
-        *objective.ratio_arguments,
-        kl,
-        objective.kl_gradient == "k2",
-        kl_coef,
-        adaptive_kl_coef,
-        objective.entropy_coef,
-        objective.log_ratio_limit,
-        objective.aggregation == "sequence-mean-token-mean",
-        denominator,
-        recording and logprobs.requires_grad,
-        recording and objective.entropy_coef != 0 and _requires_grad(entropy),
-        name,
+    inputs = PolicyLossInputs(
+        logprobs=logprobs,
+        entropy=entropy,
+        old_logprobs=old_logprobs,
+        advantages=advantages,
+        ref_logprobs=ref_logprobs if term.kl else None,
+        sampler_logprobs=sampler_logprobs if objective.correction != "none" else None,
+        mask=mask,
+        cu_seqlens=cu_seqlens,
+        objective=objective.arguments,
+        kl_penalty=term,
+        denominator=denominator,
+        with_gradient=recording and logprobs.requires_grad,
+        with_entropy_gradient=recording and objective.entropy_coef != 0 and _requires_grad(entropy),
+        backend=name,
     )
-    return PolicyLoss(loss, metrics)
+    return PolicyLoss(*_operator(inputs))
 
 
 def _requires_grad(tensor: Tensor | None) -> bool:
@@ -217,13 +238,19 @@ def _one_a_sequence(advantages: Tensor) -> str:
     return ": pass advantages.squeeze(1)" if column else ""
 
 
-def kl_term(
+def check_correction(objective: Objective, sampler_logprobs: Tensor | None) -> None:
+    if objective.correction != "none" and sampler_logprobs is None:
+        raise ValueError(
+            f"correction {objective.correction!r} needs sampler_logprobs; or set it to 'none'"
+        )
+
+
+def kl_penalty(
     kl_coef: float | Tensor | None,
     objective: Objective,
     ref_logprobs: Tensor | None,
     logprobs: Tensor,
-) -> tuple[int, float, Tensor | None]:
-    """Code of the estimator, 0 for none; the coefficient, and the tensor that replaces it."""
+) -> KlPenaltyArguments:
     adaptive = None
     if kl_coef is None:
         kl_coef = objective.kl_coef
@@ -234,11 +261,15 @@ def kl_term(
     elif not kl_coef >= 0:
         raise ValueError(f"kl_coef must be >= 0, got {kl_coef}")
     if adaptive is None and kl_coef == 0:
-        return 0, 0.0, None
+        return KlPenaltyArguments(kl=0, kl_coef=0.0, adaptive_kl_coef=None)
     if ref_logprobs is None:
         value = "a tensor" if adaptive is not None else kl_coef
         raise ValueError(f"kl_coef = {value} needs ref_logprobs; or set kl_coef to 0")
-    return 1 + KL_ESTIMATORS.index(objective.kl_estimator), kl_coef, adaptive
+    return KlPenaltyArguments(
+        kl=1 + KL_ESTIMATORS.index(objective.kl_estimator),
+        kl_coef=kl_coef,
+        adaptive_kl_coef=adaptive,
+    )
 
 
 def _per_token(advantages: Tensor, logprobs: Tensor, cu_seqlens: Tensor | None) -> Tensor:
@@ -251,43 +282,12 @@ def _per_token(advantages: Tensor, logprobs: Tensor, cu_seqlens: Tensor | None) 
     return advantages[sequence_of_tokens(cu_seqlens, logprobs.numel())]
 
 
-def launch_policy_loss(
-    logprobs: Tensor,
-    entropy: Tensor | None,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    ref_logprobs: Tensor | None,
-    sampler_logprobs: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    ratio_level: int,
-    surrogate: int,
-    ratio_low: float,
-    ratio_high: float,
-    dual_clip: float,
-    tau_positive: float,
-    tau_negative: float,
-    correction: int,
-    correction_sequence: bool,
-    correction_low: float,
-    correction_high: float,
-    kl: int,
-    kl_straight_through: bool,
-    kl_coef: float,
-    adaptive_kl_coef: Tensor | None,
-    entropy_coef: float,
-    log_ratio_limit: float,
-    sequence_mean: bool,
-    denominator: Tensor,
-    with_gradient: bool,
-    with_entropy_gradient: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def launch_policy_loss(inputs: PolicyLossInputs) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, metrics and the gradients with respect to logprobs and entropy, as wanted."""
+    logprobs, advantages, cu_seqlens = inputs.logprobs, inputs.advantages, inputs.cu_seqlens
+    denominator = inputs.denominator
     check_values("cu_seqlens", cu_seqlens, logprobs.shape[-1])
-    loss, metrics, gradients = _allocate(
-        logprobs, with_gradient + with_entropy_gradient, denominator
-    )
+    loss, metrics, gradients = _allocate(inputs)
     steps = logprobs.shape[-1]
     if cu_seqlens is None:
         sequences = logprobs.shape[0]
@@ -298,62 +298,73 @@ def launch_policy_loss(
         sequences = cu_seqlens.numel() - 1
         if advantages.numel() == sequences != steps:
             advantages = advantages[:, None].expand(sequences, steps)
-    partials = denominator.new_empty(max(sequences, MIN_PARTIALS), len(METRICS))
-    both = with_gradient and with_entropy_gradient
+    both = inputs.with_gradient and inputs.with_entropy_gradient
     grad_logprobs, grad_entropy = gradients if both else (gradients, gradients)
-    dispatch.load(backend).policy_loss(
-        sequences, steps, cu_seqlens, logprobs, old_logprobs, advantages, ref_logprobs,
-        sampler_logprobs, entropy, mask, ratio_level, surrogate, ratio_low, ratio_high, dual_clip,
-        tau_positive, tau_negative, correction, correction_sequence, correction_low,
-        correction_high, kl, kl_straight_through, kl_coef, adaptive_kl_coef, entropy_coef,
-        log_ratio_limit, sequence_mean, denominator,
-        grad_logprobs if with_gradient else None, grad_entropy if with_entropy_gradient else None,
-        partials, loss, metrics,
-    )  # fmt: skip
+    arguments = PolicyLossArguments(
+        objective=inputs.objective,
+        kl_penalty=inputs.kl_penalty,
+        sequences=sequences,
+        steps=steps,
+        cu_seqlens=cu_seqlens,
+        logprobs=logprobs,
+        old_logprobs=inputs.old_logprobs,
+        advantages=advantages,
+        ref_logprobs=inputs.ref_logprobs,
+        sampler_logprobs=inputs.sampler_logprobs,
+        entropy=inputs.entropy,
+        mask=inputs.mask,
+        denominator=denominator,
+        grad_logprobs=grad_logprobs if inputs.with_gradient else None,
+        grad_entropy=grad_entropy if inputs.with_entropy_gradient else None,
+        partials=denominator.new_empty(max(sequences, MIN_PARTIALS), len(METRICS)),
+        loss=loss,
+        metrics=metrics,
+    )
+    dispatch.load(inputs.backend).policy_loss(arguments)
     return loss, metrics, gradients
 
 
-def _allocate(logprobs: Tensor, gradients: int, float32: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """From a float32 (), which takes half the time of the same with a dtype."""
+def _allocate(inputs: PolicyLossInputs) -> tuple[Tensor, Tensor, Tensor]:
+    float32 = inputs.denominator  # new tensors from it take half the time of those with a dtype
+    gradients = inputs.with_gradient + inputs.with_entropy_gradient
     return (
         torch.empty_like(float32),
         float32.new_empty(len(METRICS)),
         float32.new_empty(0)
         if gradients == 0
-        else empty_float32(logprobs)
+        else empty_float32(inputs.logprobs)
         if gradients == 1
-        else float32.new_empty((2, *logprobs.shape)),
+        else float32.new_empty((2, *inputs.logprobs.shape)),
     )
 
 
-def _fake_forward(logprobs, *arguments):
-    return _allocate(logprobs, arguments[-3] + arguments[-2], arguments[-4])
-
-
-def _save(ctx, inputs, output) -> None:
-    logprobs, entropy = inputs[:2]
-    ctx.wanted = inputs[-3:-1]
-    ctx.dtypes = (logprobs.dtype, None if entropy is None else entropy.dtype)
+def _save(ctx: Any, inputs: PolicyLossInputs, output: tuple[Tensor, ...]) -> None:
+    ctx.wanted = inputs.with_gradient, inputs.with_entropy_gradient
+    ctx.dtypes = (inputs.logprobs.dtype, None if inputs.entropy is None else inputs.entropy.dtype)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1], output[2])
     ctx.save_for_backward(output[2])
 
 
-def _differentiate(ctx, grad_loss, *_, scale=mul):
-    nothing = (None,) * 28
+def _differentiate(ctx: Any, grad_loss: Tensor | None, *_: object, scale: Any = mul) -> Any:
     of_logprobs, of_entropy = ctx.wanted
     if grad_loss is None or not (of_logprobs or of_entropy):
-        return (None, None, *nothing)
+        return (None, None)
     gradients = scale(ctx.saved_tensors[0], grad_loss)
     grad_logprobs, grad_entropy = gradients if of_logprobs and of_entropy else (gradients,) * 2
     return (
         grad_logprobs.to(ctx.dtypes[0]) if of_logprobs else None,
         grad_entropy.to(ctx.dtypes[1]) if of_entropy else None,
-        *nothing,
     )
 
 
 _operator = Operator(
-    "policy_loss", launch_policy_loss, _fake_forward, _save, _differentiate,
-    differentiable=2, differentiate_eager=partial(_differentiate, scale=scaled), returned=2,
-)  # fmt: skip
+    "policy_loss",
+    launch_policy_loss,
+    _allocate,
+    _save,
+    _differentiate,
+    differentiable=2,
+    differentiate_eager=partial(_differentiate, scale=scaled),
+    returned=2,
+)

@@ -15,21 +15,43 @@ import torch
 from torch import Tensor
 
 from warpo.kernels import dispatch
-from warpo.kernels.linear_head import LinearHead, check_chunking, check_head
+from warpo.kernels._arguments.logprobs import LogprobsArguments
+from warpo.kernels._arguments.policy_loss import KlPenaltyArguments, ObjectiveArguments
+from warpo.kernels._arguments.policy_loss_from_logits import PolicyLossFromLogitsArguments
+from warpo.kernels.linear_head import LinearHead, check_chunking, check_head, valid_tokens
 from warpo.kernels.linear_logprobs import linear_logprobs_and_entropy
-from warpo.kernels.logprobs import workspace
+from warpo.kernels.logprobs_operator import NO_INDEX, workspace
 from warpo.kernels.objectives import Objective, get_objective
 from warpo.kernels.offsets import in_a_sequence
-from warpo.kernels.policy_loss import (
-    check_tokens,
-    kl_term,
-    launch_policy_loss,
-    policy_loss,
-)
-from warpo.kernels.policy_loss_from_logits import count_reads, of_sequences
+from warpo.kernels.policy_loss import check_correction, check_tokens, kl_penalty, policy_loss
+from warpo.kernels.policy_loss_from_logits import count_reads, loss_of_logprobs, scale_gradient
 from warpo.kernels.policy_metrics import METRICS
 from warpo.kernels.registration import Operator, keeps_graph
-from warpo.kernels.sequences import count_denominator
+from warpo.kernels.sequences import count_denominator, of_sequences
+
+
+class PolicyLossFromHiddenInputs(NamedTuple):
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    targets: Tensor
+    temperature: float
+    token_temperature: Tensor | None
+    softcap: float
+    num_valid: int
+    workspace_bytes: int
+    float32_logits: bool
+    valid: Tensor
+    cu_seqlens: Tensor | None
+    old_logprobs: Tensor | None
+    advantages: Tensor
+    ref_logprobs: Tensor | None
+    sampler_logprobs: Tensor | None
+    objective: ObjectiveArguments
+    kl_penalty: KlPenaltyArguments
+    denominator: Tensor
+    wanted: list[bool]
+    backend: str
 
 
 class PolicyLossFromHidden(NamedTuple):
@@ -100,16 +122,15 @@ def policy_loss_from_hidden(
     )
     chunking = check_chunking(hidden, num_valid, workspace_bytes, logits_dtype)
     stand_in = hidden.new_empty((), dtype=torch.float32).expand(targets.shape)
+    old = stand_in if old_logprobs is None else old_logprobs
     num_sequences = check_tokens(
-        stand_in, stand_in if old_logprobs is None else old_logprobs, advantages, mask, cu_seqlens,
-        ref_logprobs, sampler_logprobs, None,
-    )  # fmt: skip
-    kl, kl_number, adaptive_kl_coef = kl_term(kl_coef, objective, ref_logprobs, stand_in)
-    if objective.correction != "none" and sampler_logprobs is None:
-        raise ValueError(
-            f"correction {objective.correction!r} needs sampler_logprobs; or set it to 'none'"
-        )
-    valid = _valid(targets, mask, ignore_index, cu_seqlens)
+        stand_in, old, advantages, mask, cu_seqlens, ref_logprobs, sampler_logprobs, None
+    )
+    term = kl_penalty(kl_coef, objective, ref_logprobs, stand_in)
+    check_correction(objective, sampler_logprobs)
+    valid = valid_tokens(targets, mask, ignore_index).view(targets.shape)
+    if cu_seqlens is not None:
+        valid = valid & in_a_sequence(cu_seqlens, targets.shape[0])
     denominator = count_denominator(
         denominator, objective.aggregation, stand_in, valid, None, num_sequences
     )
@@ -117,205 +138,257 @@ def policy_loss_from_hidden(
     per_token = advantages.shape == targets.shape
     if name == "reference" or count_reads(objective, old_logprobs, per_token) == 2:
         logp, entropy = linear_logprobs_and_entropy(
-            hidden, weight, targets, bias=bias, temperature=temperature, mask=valid,
-            softcap=softcap, num_valid=num_valid, workspace_bytes=workspace_bytes,
-            logits_dtype=logits_dtype, backend=name,
-        )  # fmt: skip
+            hidden,
+            weight,
+            targets,
+            bias=bias,
+            temperature=temperature,
+            mask=valid,
+            softcap=softcap,
+            num_valid=num_valid,
+            workspace_bytes=workspace_bytes,
+            logits_dtype=logits_dtype,
+            backend=name,
+        )
         if objective.entropy_coef == 0:
             entropy = entropy.detach()
         loss, metrics = policy_loss(
-            logp, old_logprobs, advantages, objective, mask=valid, cu_seqlens=cu_seqlens,
-            ref_logprobs=ref_logprobs, sampler_logprobs=sampler_logprobs, entropy=entropy,
-            kl_coef=kl_coef, denominator=denominator, backend=name,
-        )  # fmt: skip
+            logp,
+            old_logprobs,
+            advantages,
+            objective,
+            mask=valid,
+            cu_seqlens=cu_seqlens,
+            ref_logprobs=ref_logprobs,
+            sampler_logprobs=sampler_logprobs,
+            entropy=entropy,
+            kl_coef=kl_coef,
+            denominator=denominator,
+            backend=name,
+        )
         return PolicyLossFromHidden(loss, metrics, logp.detach(), entropy.detach())
     recording = torch.is_grad_enabled()
     wanted = [recording and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     token_temperature = None
     if isinstance(temperature, Tensor):
         token_temperature, temperature = temperature, 1.0
-    loss, metrics, logp, entropy, _, _, _ = _operator(
-        rows, weight, bias, targets, temperature, token_temperature, softcap or 0.0, *chunking,
-        valid, cu_seqlens, old_logprobs, advantages, ref_logprobs if kl else None,
-        sampler_logprobs if objective.correction != "none" else None,
-        *objective.ratio_arguments, kl, objective.kl_gradient == "k2", kl_number, adaptive_kl_coef,
-        objective.entropy_coef, objective.log_ratio_limit,
-        objective.aggregation == "sequence-mean-token-mean", denominator, wanted, name,
-    )  # fmt: skip
+    inputs = PolicyLossFromHiddenInputs(
+        hidden=rows,
+        weight=weight,
+        bias=bias,
+        targets=targets,
+        temperature=temperature,
+        token_temperature=token_temperature,
+        softcap=softcap or 0.0,
+        num_valid=chunking[0],
+        workspace_bytes=chunking[1],
+        float32_logits=chunking[2],
+        valid=valid,
+        cu_seqlens=cu_seqlens,
+        old_logprobs=old_logprobs,
+        advantages=advantages,
+        ref_logprobs=ref_logprobs if term.kl else None,
+        sampler_logprobs=sampler_logprobs if objective.correction != "none" else None,
+        objective=objective.arguments,
+        kl_penalty=term,
+        denominator=denominator,
+        wanted=wanted,
+        backend=name,
+    )
+    loss, metrics, logp, entropy, _, _, _ = _operator(inputs)
     return PolicyLossFromHidden(loss, metrics, logp, entropy)
 
 
-def _valid(
-    targets: Tensor, mask: Tensor | None, ignore_index: int, cu_seqlens: Tensor | None
-) -> Tensor:
-    """Like targets, bool: the tokens that count."""
-    valid = targets != ignore_index
-    if mask is not None:
-        valid = valid & (mask != 0)
-    if cu_seqlens is not None:
-        valid = valid & in_a_sequence(cu_seqlens, targets.shape[0])
-    return valid
-
-
 def _forward(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    temperature: float,
-    token_temperature: Tensor | None,
-    softcap: float,
-    num_valid: int,
-    workspace_bytes: int,
-    float32_logits: bool,
-    valid: Tensor,
-    cu_seqlens: Tensor | None,
-    old_logprobs: Tensor | None,
-    advantages: Tensor,
-    ref_logprobs: Tensor | None,
-    sampler_logprobs: Tensor | None,
-    ratio_level: int,
-    surrogate: int,
-    ratio_low: float,
-    ratio_high: float,
-    dual_clip: float,
-    tau_positive: float,
-    tau_negative: float,
-    correction: int,
-    correction_sequence: bool,
-    correction_low: float,
-    correction_high: float,
-    kl: int,
-    kl_straight_through: bool,
-    kl_coef: float,
-    adaptive_kl_coef: Tensor | None,
-    entropy_coef: float,
-    log_ratio_limit: float,
-    sequence_mean: bool,
-    denominator: Tensor,
-    wanted: list[bool],
-    backend: str,
+    inputs: PolicyLossFromHiddenInputs,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss, metrics, logprobs and entropy of every token, gradients of hidden, weight, bias."""
-    token_advantages, valid_tokens = of_sequences(advantages, valid, cu_seqlens, sequence_mean)
+    hidden, shape = inputs.hidden, inputs.targets.shape
     head = LinearHead(
-        hidden, weight, bias, softcap, valid.reshape(-1), num_valid, workspace_bytes,
-        float32_logits, gradient_buffer=softcap != 0 and any(wanted),
-    )  # fmt: skip
-    per_token = (
-        targets, token_temperature, valid, old_logprobs, token_advantages, ref_logprobs,
-        sampler_logprobs, valid_tokens,
-    )  # fmt: skip
-    of_ratio = (surrogate, ratio_low, ratio_high, dual_clip, tau_positive, tau_negative, correction)
-    bounds = (correction_low, correction_high)
-    of_kl = (kl, kl_straight_through, kl_coef, adaptive_kl_coef)
-    of_loss = (*bounds, *of_kl, entropy_coef, log_ratio_limit)
-    logp, entropy = _chunks(
-        head, temperature, per_token, (*of_ratio, *of_loss, denominator), wanted,
-        dispatch.load(backend),
-    )  # fmt: skip
-    objective: Any = (ratio_level, *of_ratio, correction_sequence, *of_loss)
-    logp, entropy = logp.view(targets.shape), entropy.view(targets.shape)
-    loss, metrics, _ = launch_policy_loss(  # type: ignore[call-arg]  # a star of unknown length
-        logp, entropy, logp if old_logprobs is None else old_logprobs, advantages, ref_logprobs,
-        sampler_logprobs, valid, cu_seqlens, *objective, sequence_mean, denominator,
-        False, False, backend,
-    )  # fmt: skip
+        hidden,
+        inputs.weight,
+        inputs.bias,
+        inputs.softcap,
+        inputs.valid.reshape(-1),
+        inputs.num_valid,
+        inputs.workspace_bytes,
+        inputs.float32_logits,
+        gradient_buffer=inputs.softcap != 0 and any(inputs.wanted),
+    )
+    logp, entropy = _chunks(head, inputs)
+    logp, entropy = logp.view(shape), entropy.view(shape)
+    loss, metrics = loss_of_logprobs(inputs, logp, entropy)
     of_hidden, of_weight, of_bias = (
         hidden.new_empty((0,)) if gradient is None else gradient for gradient in head.gradients()
     )
     return loss, metrics, logp, entropy, of_hidden, of_weight, of_bias
 
 
-def _chunks(
-    head: LinearHead,
-    temperature: float,
-    per_token: tuple[Tensor | None, ...],
-    objective: tuple[Any, ...],
-    wanted: list[bool],
-    kernels: Any,
-) -> tuple[Tensor, Tensor]:
-    """logprobs and entropy of every token; the gradients stay in the head."""
-    head.start_gradients(wanted)
-    tokens = [head.compact(x) for x in per_token]
-    buffer = head.new_buffer()
-    grad_buffer = head.new_buffer() if head.softcap and any(wanted) else buffer
-    logp, entropy = (buffer.new_empty((1, head.count), dtype=torch.float32) for _ in range(2))
-    for start, stop in head.chunks():
-        chosen, warm, flags, *constants = (None if x is None else x[:, start:stop] for x in tokens)
-        results = (logp[:, start:stop], entropy[:, start:stop])
-        logits = head.logits(start, stop, buffer)
-        inputs = (1, *logits.shape, logits[None], chosen, temperature, warm, flags, NO_INDEX)
-        if not any(wanted):
-            stats = logp.new_empty((1, stop - start, 2))
-            kernels.logprobs_forward(*inputs, *results, stats, workspace(logits[None]))
-            continue
-        grad_logits = grad_buffer[: stop - start]
-        kernels.policy_loss_from_logits(
-            *inputs, *results, None, None, 1, None, *constants, *objective, grad_logits[None]
-        )
-        head.add_gradients(start, stop, logits, grad_logits)
-    return head.spread(logp[0]), head.spread(entropy[0])
+class _Tokens(NamedTuple):
+    """What is one per token, (1, count) of the compacted tokens or of a chunk of them."""
+
+    targets: Tensor
+    token_temperature: Tensor | None
+    valid: Tensor
+    old_logprobs: Tensor | None
+    advantages: Tensor
+    ref_logprobs: Tensor | None
+    sampler_logprobs: Tensor | None
+    valid_tokens: Tensor | None
+    logprobs: Tensor
+    entropy: Tensor
+
+    def part(self, start: int, stop: int) -> "_Tokens":
+        if stop - start == self.targets.shape[1]:
+            return self
+        return _Tokens._make([None if x is None else x[:, start:stop] for x in self])
 
 
-# No target has it: what is ignored is masked already.
-NO_INDEX = -(2**63)
-
-
-def _fake_forward(hidden, weight, bias, targets, *arguments):
-    def like(tensor: Tensor | None, want: bool) -> Tensor:
-        if tensor is None or not want:
-            return hidden.new_empty((0,))
-        return torch.empty_like(tensor, memory_format=torch.contiguous_format)
-
-    wanted = arguments[-2]
-    return (
-        *(
-            hidden.new_empty(shape, dtype=torch.float32)
-            for shape in ((), (len(METRICS),), targets.shape, targets.shape)
-        ),
-        *(like(x, want) for x, want in zip((hidden, weight, bias), wanted, strict=True)),
+def _compact(head: LinearHead, inputs: PolicyLossFromHiddenInputs) -> _Tokens:
+    advantages, valid_tokens = of_sequences(
+        inputs.advantages, inputs.valid, inputs.cu_seqlens, inputs.objective.sequence_mean
+    )
+    logp, entropy = inputs.hidden.new_empty((2, 1, head.count), dtype=torch.float32)
+    return _Tokens(
+        targets=head.compact(inputs.targets),
+        token_temperature=head.compact(inputs.token_temperature),
+        valid=head.compact(inputs.valid),
+        old_logprobs=head.compact(inputs.old_logprobs),
+        advantages=head.compact(advantages),
+        ref_logprobs=head.compact(inputs.ref_logprobs),
+        sampler_logprobs=head.compact(inputs.sampler_logprobs),
+        valid_tokens=head.compact(valid_tokens),
+        logprobs=logp,
+        entropy=entropy,
     )
 
 
-def _save(ctx, inputs, output) -> None:
-    ctx.wanted, ctx.backend = inputs[-2:]
+def _chunks(head: LinearHead, inputs: PolicyLossFromHiddenInputs) -> tuple[Tensor, Tensor]:
+    """logprobs and entropy of every token; the gradients stay in the head."""
+    wanted = any(inputs.wanted)
+    kernels = dispatch.load(inputs.backend)
+    head.start_gradients(inputs.wanted)
+    every = _compact(head, inputs)
+    buffer = head.new_buffer()
+    grad_buffer = head.new_buffer() if head.softcap and wanted else buffer
+    for start, stop in head.chunks():
+        tokens = every.part(start, stop)
+        logits = head.logits(start, stop, buffer)
+        if not wanted:
+            stats = logits.new_empty((1, stop - start, 2), dtype=torch.float32)
+            partials = workspace(logits[None])
+            kernels.logprobs_forward(
+                _logprobs_arguments(inputs, tokens, logits[None], stats, partials)
+            )
+            continue
+        forward = _logprobs_arguments(inputs, tokens, logits[None])
+        grad_logits = grad_buffer[: stop - start]
+        kernels.policy_loss_from_logits(_arguments(inputs, tokens, forward, grad_logits[None]))
+        head.add_gradients(start, stop, logits, grad_logits)
+    return head.spread(every.logprobs[0]), head.spread(every.entropy[0])
+
+
+def _logprobs_arguments(
+    inputs: PolicyLossFromHiddenInputs,
+    tokens: _Tokens,
+    logits: Tensor,
+    stats: Tensor | None = None,
+    partials: Tensor | None = None,
+) -> LogprobsArguments:
+    rows, steps, vocab = logits.shape
+    return LogprobsArguments(
+        rows=rows,
+        steps=steps,
+        vocab=vocab,
+        logits=logits,
+        targets=tokens.targets,
+        temperature=inputs.temperature,
+        token_temperature=tokens.token_temperature,
+        mask=tokens.valid,
+        ignore_index=NO_INDEX,
+        logprobs=tokens.logprobs,
+        entropy=tokens.entropy,
+        stats=stats,
+        partials=partials,
+    )
+
+
+def _arguments(
+    inputs: PolicyLossFromHiddenInputs,
+    tokens: _Tokens,
+    forward: LogprobsArguments,
+    grad_logits: Tensor,
+) -> PolicyLossFromLogitsArguments:
+    return PolicyLossFromLogitsArguments(
+        objective=inputs.objective,
+        kl_penalty=inputs.kl_penalty,
+        forward=forward,
+        sequences=1,
+        cu_seqlens=None,
+        old_logprobs=tokens.old_logprobs,
+        advantages=tokens.advantages,
+        ref_logprobs=tokens.ref_logprobs,
+        sampler_logprobs=tokens.sampler_logprobs,
+        valid_tokens=tokens.valid_tokens,
+        denominator=inputs.denominator,
+        grad_logits=grad_logits,
+    )
+
+
+def _fake_forward(inputs: PolicyLossFromHiddenInputs) -> tuple[Tensor, ...]:
+    hidden, tokens = inputs.hidden, inputs.targets.shape
+    differentiable = zip((hidden, inputs.weight, inputs.bias), inputs.wanted, strict=True)
+    return (
+        *[hidden.new_empty(x, dtype=torch.float32) for x in ((), (len(METRICS),), tokens, tokens)],
+        *[
+            torch.empty_like(x, memory_format=torch.contiguous_format)
+            if want and x is not None
+            else hidden.new_empty((0,))
+            for x, want in differentiable
+        ],
+    )
+
+
+def _save(ctx: Any, inputs: PolicyLossFromHiddenInputs, output: tuple[Tensor, ...]) -> None:
+    ctx.wanted, ctx.backend = inputs.wanted, inputs.backend
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[4:])
 
 
-def _differentiate(ctx, grad_loss, *_):
-    nothing = (None,) * 34
+def _differentiate(ctx: Any, grad_loss: Tensor | None, *_: object) -> tuple[Tensor | None, ...]:
     if grad_loss is None:
-        return (None, None, None, *nothing)
+        return (None, None, None)
     # a scalar of shape () would be rounded to the dtype of the gradient, this one is not
     factor = grad_loss.view(1)
-    scaled = (
+    return tuple(
         torch.mul(gradient, factor, out=torch.empty_like(gradient)) if want else None
         for gradient, want in zip(ctx.saved_tensors, ctx.wanted, strict=True)
     )
-    return (*scaled, *nothing)
 
 
-def _differentiate_eager(ctx, grad_loss, *_):
+def _differentiate_eager(
+    ctx: Any, grad_loss: Tensor | None, *_: object
+) -> tuple[Tensor | None, ...]:
     """Where the graph is kept, of copies: on its last walk the gradients are scaled in place."""
     if grad_loss is None:
         return (None, None, None)
     kept = keeps_graph()
-    kernels = dispatch.load(ctx.backend)
     gradients = [x.detach().clone() if kept else x.detach() for x in ctx.saved_tensors]
     for gradient in gradients:
         if gradient.numel():
-            rows = gradient.view(1, -1, gradient.shape[-1])
-            kernels.scale_gradient(*rows.shape, rows, grad_loss)
-            torch.autograd.graph.increment_version(gradient)
+            scale_gradient(gradient.view(1, -1, gradient.shape[-1]), grad_loss, ctx.backend)
     return tuple(
         gradient if want else None for gradient, want in zip(gradients, ctx.wanted, strict=True)
     )
 
 
 _operator = Operator(
-    "policy_loss_from_hidden", _forward, _fake_forward, _save, _differentiate, differentiable=3,
+    "policy_loss_from_hidden",
+    _forward,
+    _fake_forward,
+    _save,
+    _differentiate,
+    differentiable=3,
     differentiate_eager=_differentiate_eager,
-)  # fmt: skip
+)

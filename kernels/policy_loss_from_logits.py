@@ -19,33 +19,57 @@ gradients.
 Sources: those of `logprobs` and `policy_loss`.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from warpo.kernels import dispatch
+from warpo.kernels._arguments.logprobs import LogprobsArguments
+from warpo.kernels._arguments.policy_loss import KlPenaltyArguments, ObjectiveArguments
+from warpo.kernels._arguments.policy_loss_from_logits import (
+    PolicyLossFromLogitsArguments,
+    ScaleGradientArguments,
+)
 from warpo.kernels.checks import as_rows
 from warpo.kernels.logprobs import check_inplace, check_logits, logprobs_and_entropy
+from warpo.kernels.logprobs_operator import NO_INDEX
 from warpo.kernels.objectives import Objective, get_objective
-from warpo.kernels.offsets import (
-    check_values,
-    in_a_sequence,
-    is_malformed,
-    sequence_of_tokens,
-)
+from warpo.kernels.offsets import in_a_sequence
 from warpo.kernels.policy_loss import (
+    PolicyLossInputs,
+    check_correction,
     check_tokens,
-    kl_term,
+    kl_penalty,
     launch_policy_loss,
     policy_loss,
 )
 from warpo.kernels.policy_metrics import METRICS
 from warpo.kernels.registration import Operator
-from warpo.kernels.sequences import count_denominator
+from warpo.kernels.sequences import count_denominator, of_sequences
 
 # Their gradient does not go through the ratio, so it is the token's own at any level.
 _OF_LOGP = ("stop_gradient", "reinforce")
+
+
+class PolicyLossFromLogitsInputs(NamedTuple):
+    """What the operator takes: `PolicyLossFromLogitsArguments` before sizes and outputs."""
+
+    logits: Tensor
+    targets: Tensor
+    temperature: float
+    token_temperature: Tensor | None
+    valid: Tensor
+    cu_seqlens: Tensor | None
+    old_logprobs: Tensor | None
+    advantages: Tensor
+    ref_logprobs: Tensor | None
+    sampler_logprobs: Tensor | None
+    objective: ObjectiveArguments
+    kl_penalty: KlPenaltyArguments
+    denominator: Tensor
+    inplace: bool
+    backend: str
 
 
 class PolicyLossFromLogits(NamedTuple):
@@ -115,15 +139,12 @@ def policy_loss_from_logits(
             f"got {tuple(logits.shape)}"
         )
     like = logits.detach().select(-1, 0)
+    old = like if old_logprobs is None else old_logprobs
     num_sequences = check_tokens(
-        like, like if old_logprobs is None else old_logprobs, advantages, mask, cu_seqlens,
-        ref_logprobs, sampler_logprobs, None,
-    )  # fmt: skip
-    kl, kl_number, adaptive_kl_coef = kl_term(kl_coef, objective, ref_logprobs, like)
-    if objective.correction != "none" and sampler_logprobs is None:
-        raise ValueError(
-            f"correction {objective.correction!r} needs sampler_logprobs; or set it to 'none'"
-        )
+        like, old, advantages, mask, cu_seqlens, ref_logprobs, sampler_logprobs, None
+    )
+    term = kl_penalty(kl_coef, objective, ref_logprobs, like)
+    check_correction(objective, sampler_logprobs)
     valid = targets != ignore_index
     if mask is not None:
         valid &= mask != 0
@@ -141,43 +162,50 @@ def policy_loss_from_logits(
         if cu_seqlens is not None:
             valid &= in_a_sequence(cu_seqlens, targets.shape[0])
         logp, entropy = logprobs_and_entropy(
-            logits, targets, temperature=temperature, mask=valid, ignore_index=ignore_index,
-            inplace_backward=inplace, backend=name,
-        )  # fmt: skip
+            logits,
+            targets,
+            temperature=temperature,
+            mask=valid,
+            ignore_index=ignore_index,
+            inplace_backward=inplace,
+            backend=name,
+        )
         loss, metrics = policy_loss(
-            logp, old_logprobs, advantages, objective, mask=valid, cu_seqlens=cu_seqlens,
-            ref_logprobs=ref_logprobs, sampler_logprobs=sampler_logprobs,
-            entropy=entropy if objective.entropy_coef else entropy.detach(), kl_coef=kl_coef,
-            denominator=denominator, backend=name,
-        )  # fmt: skip
+            logp,
+            old_logprobs,
+            advantages,
+            objective,
+            mask=valid,
+            cu_seqlens=cu_seqlens,
+            ref_logprobs=ref_logprobs,
+            sampler_logprobs=sampler_logprobs,
+            entropy=entropy if objective.entropy_coef else entropy.detach(),
+            kl_coef=kl_coef,
+            denominator=denominator,
+            backend=name,
+        )
         return PolicyLossFromLogits(loss, metrics, logp.detach(), entropy.detach())
     token_temperature = None
     if isinstance(temperature, Tensor):
         token_temperature, temperature = as_rows("temperature", temperature), 1.0
-    loss, metrics, logp, entropy, _ = _operator(
-        as_rows("logits", logits, keep=1),
-        as_rows("targets", targets),
-        temperature,
-        token_temperature,
-        valid,
-        ignore_index,
-        cu_seqlens,
-        old_logprobs,
-        advantages,
-        ref_logprobs if kl else None,
-        sampler_logprobs if objective.correction != "none" else None,
-        *objective.ratio_arguments,
-        kl,
-        objective.kl_gradient == "k2",
-        kl_number,
-        adaptive_kl_coef,
-        objective.entropy_coef,
-        objective.log_ratio_limit,
-        objective.aggregation == "sequence-mean-token-mean",
-        denominator,
-        inplace,
-        name,
+    inputs = PolicyLossFromLogitsInputs(
+        logits=as_rows("logits", logits, keep=1),
+        targets=as_rows("targets", targets),
+        temperature=temperature,
+        token_temperature=token_temperature,
+        valid=valid,
+        cu_seqlens=cu_seqlens,
+        old_logprobs=old_logprobs,
+        advantages=advantages,
+        ref_logprobs=ref_logprobs if term.kl else None,
+        sampler_logprobs=sampler_logprobs if objective.correction != "none" else None,
+        objective=objective.arguments,
+        kl_penalty=term,
+        denominator=denominator,
+        inplace=inplace,
+        backend=name,
     )
+    loss, metrics, logp, entropy, _ = _operator(inputs)
     return PolicyLossFromLogits(loss, metrics, logp.view(shape), entropy.view(shape))
 
 
@@ -193,138 +221,116 @@ def count_reads(objective: Objective, old_logprobs: Tensor | None, per_token: bo
     return 2 if objective.surrogate not in _OF_LOGP and (per_token or corrected) else 1
 
 
-def of_sequences(
-    advantages: Tensor, valid: Tensor, cu_seqlens: Tensor | None, sequence_mean: bool
-) -> tuple[Tensor, Tensor | None]:
-    """What is one a sequence, for each token: the advantage, and the number of valid tokens.
-
-    Advantages are NaN, and with them all gradients, where malformed offsets are on a GPU.
-
-    Raises:
-        ValueError: they are on the CPU.
-    """
-    checked = check_values("cu_seqlens", cu_seqlens, valid.shape[-1])
-    if cu_seqlens is None:
-        if advantages.dim() == 1:
-            advantages = advantages[:, None].expand(valid.shape)
-        if not sequence_mean:
-            return advantages, None
-        return advantages, valid.sum(1, keepdim=True, dtype=torch.float32).expand(valid.shape)
-    per_token = advantages.shape == valid.shape
-    if per_token and not sequence_mean and checked:
-        return advantages, None
-    tokens, sequences = valid.shape[0], cu_seqlens.numel() - 1
-    if sequences == 0:
-        return valid.new_zeros(tokens, dtype=torch.float32), None
-    sequence = sequence_of_tokens(cu_seqlens, tokens)
-    if not per_token:
-        advantages = advantages[sequence]
-    if not checked:
-        advantages = torch.where(is_malformed(cu_seqlens, tokens), torch.nan, advantages)
-    if not sequence_mean:
-        return advantages, None
-    before = torch.cat([valid.new_zeros(1, dtype=torch.int64), valid.cumsum(0)])
-    ends = before[cu_seqlens.long().clamp(0, tokens)]
-    return advantages, ends.diff()[sequence].float()
-
-
 def _forward(
-    logits: Tensor,
-    targets: Tensor,
-    temperature: float,
-    token_temperature: Tensor | None,
-    valid: Tensor,
-    ignore_index: int,
-    cu_seqlens: Tensor | None,
-    old_logprobs: Tensor | None,
-    advantages: Tensor,
-    ref_logprobs: Tensor | None,
-    sampler_logprobs: Tensor | None,
-    ratio_level: int,
-    surrogate: int,
-    ratio_low: float,
-    ratio_high: float,
-    dual_clip: float,
-    tau_positive: float,
-    tau_negative: float,
-    correction: int,
-    correction_sequence: bool,
-    correction_low: float,
-    correction_high: float,
-    kl: int,
-    kl_straight_through: bool,
-    kl_coef: float,
-    adaptive_kl_coef: Tensor | None,
-    entropy_coef: float,
-    log_ratio_limit: float,
-    sequence_mean: bool,
-    denominator: Tensor,
-    inplace: bool,
-    backend: str,
+    inputs: PolicyLossFromLogitsInputs,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss, metrics, logprobs and entropy `[rows, steps]`, and the gradient of the logits."""
-    token_advantages, valid_tokens = of_sequences(advantages, valid, cu_seqlens, sequence_mean)
-    _, _, logp, entropy, gradient = _allocate(logits, inplace)
-    sequences = valid.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-
-    def rows(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else as_rows("", tensor)
-
+    logits, valid, cu_seqlens = inputs.logits, inputs.valid, inputs.cu_seqlens
+    token_advantages, valid_tokens = of_sequences(
+        inputs.advantages, valid, cu_seqlens, inputs.objective.sequence_mean
+    )
+    logp, entropy, gradient = _allocate(inputs)
     if logits.numel():
-        dispatch.load(backend).policy_loss_from_logits(
-            *logits.shape, logits, targets, temperature, token_temperature, rows(valid),
-            ignore_index, logp, entropy, None, None,
-            sequences, cu_seqlens, rows(old_logprobs), rows(token_advantages), rows(ref_logprobs),
-            rows(sampler_logprobs), rows(valid_tokens), surrogate, ratio_low, ratio_high, dual_clip,
-            tau_positive, tau_negative, correction, correction_low, correction_high, kl,
-            kl_straight_through, kl_coef, adaptive_kl_coef, entropy_coef, log_ratio_limit,
-            denominator, logits if inplace else gradient,
-        )  # fmt: skip
-    if inplace:
+        rows, steps, vocab = logits.shape
+        forward = LogprobsArguments(
+            rows=rows,
+            steps=steps,
+            vocab=vocab,
+            logits=logits,
+            targets=inputs.targets,
+            temperature=inputs.temperature,
+            token_temperature=inputs.token_temperature,
+            mask=_rows(valid),
+            ignore_index=NO_INDEX,
+            logprobs=logp,
+            entropy=entropy,
+            stats=None,
+            partials=None,
+        )
+        arguments = PolicyLossFromLogitsArguments(
+            objective=inputs.objective,
+            kl_penalty=inputs.kl_penalty,
+            forward=forward,
+            sequences=valid.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1,
+            cu_seqlens=cu_seqlens,
+            old_logprobs=_rows(inputs.old_logprobs),
+            advantages=as_rows("advantages", token_advantages),
+            ref_logprobs=_rows(inputs.ref_logprobs),
+            sampler_logprobs=_rows(inputs.sampler_logprobs),
+            valid_tokens=_rows(valid_tokens),
+            denominator=inputs.denominator,
+            grad_logits=logits if inputs.inplace else gradient,
+        )
+        dispatch.load(inputs.backend).policy_loss_from_logits(arguments)
+    if inputs.inplace:
         torch.autograd.graph.increment_version(logits)
-    mine = logp.view(valid.shape)
-    loss, metrics, _ = launch_policy_loss(
-        mine, entropy.view(valid.shape), mine if old_logprobs is None else old_logprobs, advantages,
-        ref_logprobs, sampler_logprobs, valid, cu_seqlens, ratio_level, surrogate, ratio_low,
-        ratio_high, dual_clip, tau_positive, tau_negative, correction, correction_sequence,
-        correction_low, correction_high, kl, kl_straight_through, kl_coef, adaptive_kl_coef,
-        entropy_coef, log_ratio_limit, sequence_mean, denominator, False, False, backend,
-    )  # fmt: skip
+    loss, metrics = loss_of_logprobs(inputs, logp.view(valid.shape), entropy.view(valid.shape))
     return loss, metrics, logp, entropy, gradient
 
 
-def _allocate(logits: Tensor, inplace: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    rows, steps, vocab = logits.shape
+def _rows(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else as_rows("", tensor)
+
+
+def loss_of_logprobs(inputs: Any, logp: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss and metrics of the logprobs, which a pass over logits or hidden states has computed.
+
+    inputs: of that pass, with the fields that `PolicyLossInputs` has too.
+    """
+    of_logprobs = PolicyLossInputs(
+        logprobs=logp,
+        entropy=entropy,
+        old_logprobs=logp if inputs.old_logprobs is None else inputs.old_logprobs,
+        advantages=inputs.advantages,
+        ref_logprobs=inputs.ref_logprobs,
+        sampler_logprobs=inputs.sampler_logprobs,
+        mask=inputs.valid,
+        cu_seqlens=inputs.cu_seqlens,
+        objective=inputs.objective,
+        kl_penalty=inputs.kl_penalty,
+        denominator=inputs.denominator,
+        with_gradient=False,
+        with_entropy_gradient=False,
+        backend=inputs.backend,
+    )
+    loss, metrics, _ = launch_policy_loss(of_logprobs)
+    return loss, metrics
+
+
+def _allocate(inputs: PolicyLossFromLogitsInputs) -> tuple[Tensor, Tensor, Tensor]:
+    """logprobs, entropy and the gradient."""
+    rows, steps, vocab = inputs.logits.shape
+    float32 = inputs.denominator  # new tensors from it take half the time of those with a dtype
     return (
-        logits.new_empty((), dtype=torch.float32),
-        logits.new_empty((len(METRICS),), dtype=torch.float32),
-        logits.new_empty((rows, steps), dtype=torch.float32),
-        logits.new_empty((rows, steps), dtype=torch.float32),
-        logits.new_empty((0, 0, vocab) if inplace else logits.shape),
+        float32.new_empty(rows, steps),
+        float32.new_empty(rows, steps),
+        inputs.logits.new_empty((0, 0, vocab) if inputs.inplace else inputs.logits.shape),
     )
 
 
-def _fake_forward(logits, *arguments):
-    return _allocate(logits, arguments[-2])
+def _fake_forward(
+    inputs: PolicyLossFromLogitsInputs,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    denominator = inputs.denominator
+    metrics = denominator.new_empty(len(METRICS))
+    return (torch.empty_like(denominator), metrics, *_allocate(inputs))
 
 
-def _save(ctx, inputs, output) -> None:
-    ctx.inplace, ctx.backend = inputs[-2:]
-    ctx.spent = False
+def _save(ctx: Any, inputs: PolicyLossFromLogitsInputs, output: tuple[Tensor, ...]) -> None:
+    ctx.backend, ctx.spent = inputs.backend, False
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(inputs[0] if ctx.inplace else output[4])
+    ctx.save_for_backward(inputs.logits if inputs.inplace else output[4])
 
 
-def _differentiate(ctx, grad_loss, *_):
-    nothing = (None,) * 31
+def _differentiate(ctx: Any, grad_loss: Tensor | None, *_: object) -> tuple[Tensor | None]:
     if grad_loss is None:
-        return (None, *nothing)
+        return (None,)
     (gradient,) = ctx.saved_tensors
-    return (gradient * grad_loss, *nothing)
+    return (gradient * grad_loss,)
 
 
-def _differentiate_eager(ctx, grad_loss, *_):
+def _differentiate_eager(ctx: Any, grad_loss: Tensor | None, *_: object) -> tuple[Tensor | None]:
     """What arrives is multiplied into the gradient on the device; 1 costs no pass over it."""
     if ctx.spent:
         raise RuntimeError(
@@ -337,12 +343,26 @@ def _differentiate_eager(ctx, grad_loss, *_):
     ctx.spent = True
     gradient = ctx.saved_tensors[0].detach()
     if gradient.numel():
-        dispatch.load(ctx.backend).scale_gradient(*gradient.shape, gradient, grad_loss)
-        torch.autograd.graph.increment_version(gradient)
+        scale_gradient(gradient, grad_loss, ctx.backend)
     return (gradient,)
 
 
+def scale_gradient(gradient: Tensor, factor: Tensor, backend: str) -> None:
+    """The gradient `[rows, steps, V]` times a number on the device, in place."""
+    rows, steps, vocab = gradient.shape
+    arguments = ScaleGradientArguments(
+        rows=rows, steps=steps, vocab=vocab, gradient=gradient, factor=factor
+    )
+    dispatch.load(backend).scale_gradient(arguments)
+    torch.autograd.graph.increment_version(gradient)
+
+
 _operator = Operator(
-    "policy_loss_from_logits", _forward, _fake_forward, _save, _differentiate, differentiable=1,
+    "policy_loss_from_logits",
+    _forward,
+    _fake_forward,
+    _save,
+    _differentiate,
+    differentiable=1,
     differentiate_eager=_differentiate_eager,
-)  # fmt: skip
+)

@@ -9,12 +9,13 @@ A group whose steps all have the same reward, of one step too, teaches nothing: 
 Source: GRPO with process supervision, https://arxiv.org/abs/2402.03300 section 4.1.3.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from warpo.kernels import dispatch, reference
+from warpo.kernels._arguments.process_advantages import ProcessAdvantagesArguments
 from warpo.kernels.checks import (
     FLOATS,
     check_mask,
@@ -29,6 +30,22 @@ from warpo.kernels.registration import Operator
 INDICES = (torch.int32, torch.int64)
 # in the order of the enumeration in csrc/arguments/group_advantages.h
 STD_MODES = ("none", "sample", "population")
+
+
+class ProcessAdvantagesInputs(NamedTuple):
+    step_rewards: Tensor
+    step_offsets: Tensor
+    step_ends: Tensor
+    num_tokens: int
+    cu_seqlens: Tensor | None
+    group_size: int
+    num_groups: int
+    group_ids: Tensor | None
+    order: Tensor | None
+    offsets: Tensor | None
+    std_mode: int
+    eps: float
+    backend: str
 
 
 class ProcessAdvantages(NamedTuple):
@@ -102,10 +119,17 @@ def process_advantages(
         ids = groups_of(num_outputs, group_size, group_ids, mask, step_rewards.device)
         return ProcessAdvantages(
             *reference.process_advantages(
-                step_rewards.float(), step_offsets, step_ends, num_tokens, ids, groups,
-                cu_seqlens=cu_seqlens, std=std, eps=eps,
+                step_rewards.float(),
+                step_offsets,
+                step_ends,
+                num_tokens,
+                ids,
+                groups,
+                cu_seqlens=cu_seqlens,
+                std=std,
+                eps=eps,
             )
-        )  # fmt: skip
+        )
     if mask is not None:
         group_ids = groups_of(num_outputs, group_size, group_ids, mask, step_rewards.device)
         group_size = None
@@ -113,12 +137,22 @@ def process_advantages(
     if group_ids is not None:
         group_ids = group_ids.long().contiguous()
         order, offsets = members_of(group_ids, groups)
-    return ProcessAdvantages(
-        *_operator(
-            step_rewards, step_offsets, step_ends, num_tokens, cu_seqlens, group_size or 0, groups,
-            group_ids, order, offsets, STD_MODES.index(std), eps, name,
-        )
-    )  # fmt: skip
+    inputs = ProcessAdvantagesInputs(
+        step_rewards=step_rewards,
+        step_offsets=step_offsets,
+        step_ends=step_ends,
+        num_tokens=num_tokens,
+        cu_seqlens=cu_seqlens,
+        group_size=group_size or 0,
+        num_groups=groups,
+        group_ids=group_ids,
+        order=order,
+        offsets=offsets,
+        std_mode=STD_MODES.index(std),
+        eps=eps,
+        backend=name,
+    )
+    return ProcessAdvantages(*_operator(inputs))
 
 
 def _check(
@@ -188,48 +222,49 @@ def _count_groups(
     raise ValueError("give either group_size or group_ids with num_groups")
 
 
-def _forward(
-    step_rewards: Tensor,
-    step_offsets: Tensor,
-    step_ends: Tensor,
-    num_tokens: int,
-    cu_seqlens: Tensor | None,
-    group_size: int,
-    num_groups: int,
-    group_ids: Tensor | None,
-    order: Tensor | None,
-    offsets: Tensor | None,
-    std_mode: int,
-    eps: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    results = _allocate(
-        step_rewards, step_offsets, step_ends, num_tokens, cu_seqlens, group_size, num_groups
-    )
-    num_outputs = step_offsets.numel() - 1
-    _check_values(step_rewards, step_offsets, step_ends, num_tokens, cu_seqlens)
-    if num_outputs:
-        dispatch.load(backend).process_advantages(
-            num_outputs, num_groups, step_rewards.numel(), num_tokens, cu_seqlens, step_rewards,
-            step_offsets, step_ends, group_size, group_ids, order, offsets, std_mode, eps, *results,
-        )  # fmt: skip
-    return results
+def _forward(inputs: ProcessAdvantagesInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    advantages, mean, std, degenerate = _allocate(inputs)
+    step_rewards, step_offsets, step_ends = inputs[:3]
+    outputs = step_offsets.numel() - 1
+    _check_values(step_rewards, step_offsets, step_ends, inputs.num_tokens, inputs.cu_seqlens)
+    if outputs:
+        arguments = ProcessAdvantagesArguments(
+            outputs=outputs,
+            groups=inputs.num_groups,
+            steps=step_rewards.numel(),
+            tokens=inputs.num_tokens,
+            cu_seqlens=inputs.cu_seqlens,
+            step_rewards=step_rewards,
+            step_offsets=step_offsets,
+            step_ends=step_ends,
+            group_size=inputs.group_size,
+            group_ids=inputs.group_ids,
+            order=inputs.order,
+            offsets=inputs.offsets,
+            std_mode=inputs.std_mode,
+            eps=inputs.eps,
+            advantages=advantages,
+            mean=mean,
+            std=std,
+            degenerate=degenerate,
+        )
+        dispatch.load(inputs.backend).process_advantages(arguments)
+    return advantages, mean, std, degenerate
 
 
-def _allocate(
-    step_rewards, step_offsets, step_ends, num_tokens, cu_seqlens, group_size, num_groups, *_
-):
-    floats = {"dtype": torch.float32, "device": step_rewards.device}
-    if cu_seqlens is None:
-        advantages = torch.empty((step_offsets.shape[0] - 1, num_tokens), **floats)
+def _allocate(inputs: ProcessAdvantagesInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    floats: Any = {"dtype": torch.float32, "device": inputs.step_rewards.device}
+    if inputs.cu_seqlens is None:
+        outputs = inputs.step_offsets.shape[0] - 1
+        advantages = torch.empty((outputs, inputs.num_tokens), **floats)
     else:
-        advantages = torch.zeros((num_tokens,), **floats)  # tokens of no output
-    statistics = torch.empty if group_size else torch.zeros  # a group may have no output
+        advantages = torch.zeros((inputs.num_tokens,), **floats)  # tokens of no output
+    statistics = torch.empty if inputs.group_size else torch.zeros  # a group may have no output
     return (
         advantages,
-        statistics((num_groups,), **floats),
-        statistics((num_groups,), **floats),
-        step_rewards.new_zeros((), dtype=torch.int32),
+        statistics((inputs.num_groups,), **floats),
+        statistics((inputs.num_groups,), **floats),
+        inputs.step_rewards.new_zeros((), dtype=torch.int32),
     )
 
 

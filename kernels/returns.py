@@ -13,7 +13,7 @@ from torch import Tensor
 
 from warpo.kernels import dispatch, reference, scan
 from warpo.kernels.checks import FLOATS, check_tensor
-from warpo.kernels.gae_operator import gae_operator
+from warpo.kernels.gae_operator import GaeInputs, gae_operator
 from warpo.kernels.scan import Steps
 
 
@@ -56,9 +56,18 @@ def discounted_returns(
     arguments and result: none.
     """
     steps = Steps(
-        mask, mask_mode, cu_seqlens, terminated, truncated, last_values, final_values,
-        done_convention, last_terminated, last_truncated, time_dim,
-    )  # fmt: skip
+        mask=mask,
+        mask_mode=mask_mode,
+        cu_seqlens=cu_seqlens,
+        terminated=terminated,
+        truncated=truncated,
+        last_values=last_values,
+        final_values=final_values,
+        done_convention=done_convention,
+        last_terminated=last_terminated,
+        last_truncated=last_truncated,
+        time_dim=time_dim,
+    )
     return _returns(rewards, None, gamma, 1.0, steps, backend)
 
 
@@ -103,9 +112,18 @@ def lambda_returns(
     arguments and result: none.
     """
     steps = Steps(
-        mask, mask_mode, cu_seqlens, terminated, truncated, last_values, final_values,
-        done_convention, last_terminated, last_truncated, time_dim,
-    )  # fmt: skip
+        mask=mask,
+        mask_mode=mask_mode,
+        cu_seqlens=cu_seqlens,
+        terminated=terminated,
+        truncated=truncated,
+        last_values=last_values,
+        final_values=final_values,
+        done_convention=done_convention,
+        last_terminated=last_terminated,
+        last_truncated=last_truncated,
+        time_dim=time_dim,
+    )
     check_tensor("values", values, FLOATS)  # without values the reference would forget gae_lambda
     return _returns(rewards, values, gamma, gae_lambda, steps, backend)
 
@@ -132,8 +150,15 @@ def _returns(
         return reference.lambda_returns(
             rewards.float(), values.float(), gamma, gae_lambda, **options
         )
-    _, returns = gae_operator(
-        *scan.as_rows(steps, rewards, values), *scan.operands(steps), gamma, gae_lambda,
-        scan.MASK_MODES.index(steps.mask_mode), steps.done_convention == "starts_at_t", True, name,
-    )  # fmt: skip
+    rewards, values, final_values = scan.as_rows(steps, rewards, values, steps.final_values)
+    inputs = GaeInputs(
+        rewards=rewards,
+        values=values,
+        last_values=scan.as_column(steps.last_values),
+        final_values=final_values,
+        steps=scan.as_inputs(steps, gamma, gae_lambda),
+        returns_only=True,
+        backend=name,
+    )
+    _, returns = gae_operator(inputs)
     return scan.as_given(steps, returns)[0]

@@ -14,12 +14,17 @@ https://arxiv.org/abs/2203.02155 eq. 1; centering, https://arxiv.org/abs/2312.09
 from collections.abc import Sequence
 from functools import partial
 from operator import mul
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from warpo.kernels import dispatch, reference
+from warpo.kernels._arguments.reward_model_loss import (
+    PAIRS_PER_BLOCK,
+    RankingLossArguments,
+    RewardModelLossArguments,
+)
 from warpo.kernels.checks import (
     FLOATS,
     as_int64,
@@ -33,8 +38,28 @@ from warpo.kernels.registration import Operator
 from warpo.kernels.sequences import as_denominator, merge_moments, scaled
 
 REWARD_METRICS = ("loss", "pairs", "correct", "margin", "scores", "score_mean", "score_m2")
-# of every backend: a row of partials for each block
-PAIRS_PER_BLOCK = 256
+
+
+class RewardModelLossInputs(NamedTuple):
+    chosen_scores: Tensor
+    rejected_scores: Tensor
+    margins: Tensor | None
+    mask: Tensor | None
+    centering_coef: float
+    denominator: Tensor
+    with_gradient: bool
+    backend: str
+
+
+class RankingLossInputs(NamedTuple):
+    scores: Tensor
+    ranks: Tensor
+    mask: Tensor | None
+    cu_groups: Tensor
+    centering_coef: float
+    denominator: Tensor
+    with_gradient: bool
+    backend: str
 
 
 class RewardModelLoss(NamedTuple):
@@ -85,20 +110,29 @@ def reward_model_loss(
     scale = _check_options(chosen_scores, mask, centering_coef, denominator)
     name = dispatch.choose(chosen_scores, backend)
     if name == "reference":
-        return RewardModelLoss(
-            *reference.reward_model_loss(
-                chosen_scores.float(), rejected_scores.float(), scale,
-                margins=None if margins is None else margins.float(), mask=mask,
-                centering_coef=centering_coef,
-            )
-        )  # fmt: skip
+        loss, metrics = reference.reward_model_loss(
+            chosen_scores.float(),
+            rejected_scores.float(),
+            scale,
+            margins=None if margins is None else margins.float(),
+            mask=mask,
+            centering_coef=centering_coef,
+        )
+        return RewardModelLoss(loss, metrics)
     with_gradient = torch.is_grad_enabled() and (
         chosen_scores.requires_grad or rejected_scores.requires_grad
     )
-    loss, metrics = _pairs(
-        chosen_scores, rejected_scores, margins, mask, centering_coef, scale, with_gradient, name
+    inputs = RewardModelLossInputs(
+        chosen_scores=chosen_scores,
+        rejected_scores=rejected_scores,
+        margins=margins,
+        mask=mask,
+        centering_coef=centering_coef,
+        denominator=scale,
+        with_gradient=with_gradient,
+        backend=name,
     )
-    return RewardModelLoss(loss, metrics)
+    return RewardModelLoss(*_pairs(inputs))
 
 
 def ranking_loss(
@@ -149,11 +183,17 @@ def ranking_loss(
                 scores.float(), ranks, cu_groups, scale, mask=mask, centering_coef=centering_coef
             )
         )
-    with_gradient = scores.requires_grad and torch.is_grad_enabled()
-    loss, metrics = _groups(
-        scores, ranks, mask, cu_groups, centering_coef, scale, with_gradient, name
+    inputs = RankingLossInputs(
+        scores=scores,
+        ranks=ranks,
+        mask=mask,
+        cu_groups=cu_groups,
+        centering_coef=centering_coef,
+        denominator=scale,
+        with_gradient=scores.requires_grad and torch.is_grad_enabled(),
+        backend=name,
     )
-    return RewardModelLoss(loss, metrics)
+    return RewardModelLoss(*_groups(inputs))
 
 
 def reward_model_metrics(metrics: Tensor) -> dict[str, float]:
@@ -199,24 +239,26 @@ def _check_options(
     return as_denominator(scores.numel(), scores)
 
 
-def _forward_pairs(
-    chosen_scores: Tensor,
-    rejected_scores: Tensor,
-    margins: Tensor | None,
-    mask: Tensor | None,
-    centering_coef: float,
-    denominator: Tensor,
-    with_gradient: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    pairs = chosen_scores.shape[0]
-    loss, metrics, partials = _allocate(denominator, _count_blocks(pairs))
-    # where none are wanted, in place of a tensor of no elements, which takes 0.8 us
-    gradients = denominator.new_empty(2, pairs) if with_gradient else partials
-    dispatch.load(backend).reward_model_loss(
-        pairs, chosen_scores, rejected_scores, margins, mask, centering_coef, denominator,
-        *(gradients.unbind() if with_gradient else (None, None)), partials, loss, metrics,
-    )  # fmt: skip
+def _forward_pairs(inputs: RewardModelLossInputs) -> tuple[Tensor, Tensor, Tensor]:
+    pairs = inputs.chosen_scores.shape[0]
+    loss, metrics, partials = _allocate(inputs.denominator, _count_blocks(pairs))
+    gradients = _allocate_gradients(inputs, partials)
+    grad_chosen, grad_rejected = gradients.unbind() if inputs.with_gradient else (None, None)
+    arguments = RewardModelLossArguments(
+        pairs=pairs,
+        chosen_scores=inputs.chosen_scores,
+        rejected_scores=inputs.rejected_scores,
+        margins=inputs.margins,
+        mask=inputs.mask,
+        centering_coef=inputs.centering_coef,
+        denominator=inputs.denominator,
+        grad_chosen=grad_chosen,
+        grad_rejected=grad_rejected,
+        partials=partials,
+        loss=loss,
+        metrics=metrics,
+    )
+    dispatch.load(inputs.backend).reward_model_loss(arguments)
     return loss, metrics, gradients
 
 
@@ -232,74 +274,97 @@ def _allocate(float32: Tensor, blocks: int) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(float32), metrics, float32.new_empty(blocks, len(REWARD_METRICS))
 
 
-def _fake_pairs(chosen_scores, *arguments):
-    denominator, with_gradient, _ = arguments[-3:]
-    pairs = chosen_scores.shape[0]
-    loss, metrics, partials = _allocate(denominator, _count_blocks(pairs))
-    return loss, metrics, denominator.new_empty(2, pairs) if with_gradient else partials
+def _allocate_gradients(inputs: RewardModelLossInputs, partials: Tensor) -> Tensor:
+    """(2, pairs). Where none are wanted the partials, as a tensor of no elements takes 0.8 us."""
+    if not inputs.with_gradient:
+        return partials
+    return inputs.denominator.new_empty(2, inputs.chosen_scores.shape[0])
 
 
-def _save_pairs(ctx, inputs, output) -> None:
-    ctx.dtypes, ctx.with_gradient = (inputs[0].dtype, inputs[1].dtype), inputs[6]
+def _fake_pairs(inputs: RewardModelLossInputs) -> tuple[Tensor, Tensor, Tensor]:
+    blocks = _count_blocks(inputs.chosen_scores.shape[0])
+    loss, metrics, partials = _allocate(inputs.denominator, blocks)
+    return loss, metrics, _allocate_gradients(inputs, partials)
+
+
+def _save_pairs(ctx: Any, inputs: RewardModelLossInputs, output: tuple[Tensor, ...]) -> None:
+    ctx.dtypes = (inputs.chosen_scores.dtype, inputs.rejected_scores.dtype)
+    ctx.with_gradient = inputs.with_gradient
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[2])
 
 
-def _differentiate_pairs(ctx, grad_loss, *_, scale=mul):
+def _differentiate_pairs(ctx: Any, grad_loss: Tensor | None, *_: object, scale: Any = mul) -> Any:
     if grad_loss is None or not ctx.with_gradient:
-        return (None,) * 8
+        return (None, None)
     (gradients,) = ctx.saved_tensors
     chosen, rejected = scale(gradients, grad_loss).unbind()
-    return (chosen.to(ctx.dtypes[0]), rejected.to(ctx.dtypes[1]), *(None,) * 6)
+    return (chosen.to(ctx.dtypes[0]), rejected.to(ctx.dtypes[1]))
 
 
 _pairs = Operator(
-    "reward_model_loss", _forward_pairs, _fake_pairs, _save_pairs, _differentiate_pairs,
-    differentiable=2, differentiate_eager=partial(_differentiate_pairs, scale=scaled), returned=2,
-)  # fmt: skip
+    "reward_model_loss",
+    _forward_pairs,
+    _fake_pairs,
+    _save_pairs,
+    _differentiate_pairs,
+    differentiable=2,
+    differentiate_eager=partial(_differentiate_pairs, scale=scaled),
+    returned=2,
+)
 
 
-def _forward_groups(
-    scores: Tensor,
-    ranks: Tensor,
-    mask: Tensor | None,
-    cu_groups: Tensor,
-    centering_coef: float,
-    denominator: Tensor,
-    with_gradient: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_groups(inputs: RankingLossInputs) -> tuple[Tensor, Tensor, Tensor]:
+    scores, cu_groups = inputs.scores, inputs.cu_groups
     check_values("cu_groups", cu_groups, scores.numel(), "scores")
     groups = cu_groups.numel() - 1
-    loss, metrics, partials = _allocate(denominator, groups)
+    loss, metrics, partials = _allocate(inputs.denominator, groups)
     # zeros: of scores that belong to no group
-    gradient = denominator.new_zeros(scores.shape[0] if with_gradient else 0)
-    dispatch.load(backend).ranking_loss(
-        groups, scores.numel(), scores, ranks, mask, cu_groups, centering_coef, denominator,
-        gradient if with_gradient else None, partials, loss, metrics,
-    )  # fmt: skip
+    gradient = inputs.denominator.new_zeros(scores.shape[0] if inputs.with_gradient else 0)
+    arguments = RankingLossArguments(
+        groups=groups,
+        num_scores=scores.numel(),
+        scores=scores,
+        ranks=inputs.ranks,
+        mask=inputs.mask,
+        cu_groups=cu_groups,
+        centering_coef=inputs.centering_coef,
+        denominator=inputs.denominator,
+        grad_scores=gradient if inputs.with_gradient else None,
+        partials=partials,
+        loss=loss,
+        metrics=metrics,
+    )
+    dispatch.load(inputs.backend).ranking_loss(arguments)
     return loss, metrics, gradient
 
 
-def _fake_groups(scores, ranks, mask, cu_groups, _, denominator, with_gradient, backend):
-    loss, metrics, _ = _allocate(denominator, cu_groups.shape[0] - 1)
-    return loss, metrics, denominator.new_empty(scores.shape[0] if with_gradient else 0)
+def _fake_groups(inputs: RankingLossInputs) -> tuple[Tensor, Tensor, Tensor]:
+    loss, metrics, _ = _allocate(inputs.denominator, inputs.cu_groups.shape[0] - 1)
+    size = inputs.scores.shape[0] if inputs.with_gradient else 0
+    return loss, metrics, inputs.denominator.new_empty(size)
 
 
-def _save_groups(ctx, inputs, output) -> None:
-    ctx.dtype, ctx.with_gradient = inputs[0].dtype, inputs[6]
+def _save_groups(ctx: Any, inputs: RankingLossInputs, output: tuple[Tensor, ...]) -> None:
+    ctx.dtype, ctx.with_gradient = inputs.scores.dtype, inputs.with_gradient
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[2])
 
 
-def _differentiate_groups(ctx, grad_loss, *_, scale=mul):
+def _differentiate_groups(ctx: Any, grad_loss: Tensor | None, *_: object, scale: Any = mul) -> Any:
     if grad_loss is None or not ctx.with_gradient:
-        return (None,) * 8
+        return (None,)
     (gradient,) = ctx.saved_tensors
-    return (scale(gradient, grad_loss).to(ctx.dtype), *(None,) * 7)
+    return (scale(gradient, grad_loss).to(ctx.dtype),)
 
 
 _groups = Operator(
-    "ranking_loss", _forward_groups, _fake_groups, _save_groups, _differentiate_groups,
-    differentiable=1, differentiate_eager=partial(_differentiate_groups, scale=scaled), returned=2,
-)  # fmt: skip
+    "ranking_loss",
+    _forward_groups,
+    _fake_groups,
+    _save_groups,
+    _differentiate_groups,
+    differentiable=1,
+    differentiate_eager=partial(_differentiate_groups, scale=scaled),
+    returned=2,
+)

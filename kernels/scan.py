@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from warpo.kernels._arguments.gae import GaeArguments, ScanArguments
 from warpo.kernels.checks import FLOATS, check_mask, check_no_grad, check_number, check_tensor
 from warpo.kernels.offsets import check_offsets, check_values
 
@@ -33,6 +34,10 @@ class Steps(NamedTuple):
     last_terminated: Tensor | None = None
     last_truncated: Tensor | None = None
     time_dim: int = -1
+
+
+# of `ScanArguments`, which begin with them
+NUM_TENSORS = 6
 
 
 def check_steps(name: str, first: Tensor, steps: Steps) -> None:
@@ -130,16 +135,52 @@ def as_given(steps: Steps, *results: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.t() for x in results) if steps.time_dim == 0 else results
 
 
-def operands(steps: Steps) -> tuple[Tensor | None, ...]:
-    """last_values, final_values, mask, terminated, truncated, last_terminated, last_truncated and
-    cu_seqlens: per step as rows, per row as a column.
-    """
-    per_step = as_rows(steps, steps.final_values, steps.mask, steps.terminated, steps.truncated)
-    last_values, last_terminated, last_truncated = (
-        None if x is None else x[:, None]
-        for x in (steps.last_values, steps.last_terminated, steps.last_truncated)
+def as_inputs(steps: Steps, gamma: float, gae_lambda: float) -> ScanArguments:
+    mask, terminated, truncated = as_rows(steps, steps.mask, steps.terminated, steps.truncated)
+    return ScanArguments(
+        mask=mask,
+        terminated=terminated,
+        truncated=truncated,
+        last_terminated=as_column(steps.last_terminated),
+        last_truncated=as_column(steps.last_truncated),
+        cu_seqlens=steps.cu_seqlens,
+        gamma=gamma,
+        gae_lambda=gae_lambda,
+        mask_mode=MASK_MODES.index(steps.mask_mode),
+        starts_at_t=steps.done_convention == "starts_at_t",
     )
-    return (last_values, *per_step, last_terminated, last_truncated, steps.cu_seqlens)
+
+
+def as_column(per_row: Tensor | None) -> Tensor | None:
+    return None if per_row is None else per_row[:, None]
+
+
+def gae_arguments(
+    first: Tensor,
+    steps: ScanArguments,
+    *,
+    rewards: Tensor | None = None,
+    terminal_rewards: Tensor | None = None,
+    values: Tensor | None = None,
+    last_values: Tensor | None = None,
+    final_values: Tensor | None = None,
+    advantages: Tensor | None = None,
+    returns: Tensor | None = None,
+) -> GaeArguments:
+    """The tensors of one backend call, whose sizes are those of `first`."""
+    num_rows, num_steps = sizes(first, steps.cu_seqlens)
+    return GaeArguments(
+        scan=steps,
+        rows=num_rows,
+        steps=num_steps,
+        rewards=rewards,
+        terminal_rewards=terminal_rewards,
+        values=values,
+        last_values=last_values,
+        final_values=final_values,
+        advantages=advantages,
+        returns=returns,
+    )
 
 
 def sizes(first: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int]:

@@ -5,16 +5,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from warpo.kernels.checks import check_no_grad, check_tensor
+from warpo.kernels.checks import FLOATS, check_no_grad, check_tensor
 from warpo.kernels.objectives import AGGREGATIONS
-from warpo.kernels.offsets import check_offsets, first_and_last, valid_tokens
+from warpo.kernels.offsets import (
+    check_offsets,
+    check_values,
+    first_and_last,
+    is_malformed,
+    sequence_of_tokens,
+    valid_tokens,
+)
 from warpo.kernels.registration import keeps_graph
 from warpo.kernels.symbolic import as_scalar
 
 # a count comes as an integer
-_REALS = (
-    torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32,
-)  # fmt: skip
+_REALS = (*FLOATS, torch.float64, torch.int64, torch.int32)
 
 
 def check_sequences(
@@ -102,6 +107,41 @@ def scaled(gradient: Tensor, grad_loss: Tensor) -> Tensor:
     if grad_loss.is_cpu and grad_loss.item() == 1.0 and not keeps_graph():
         return gradient
     return gradient * grad_loss
+
+
+def of_sequences(
+    advantages: Tensor, valid: Tensor, cu_seqlens: Tensor | None, sequence_mean: bool
+) -> tuple[Tensor, Tensor | None]:
+    """What is one a sequence, for each token: the advantage, and the number of valid tokens.
+
+    Advantages are NaN, and with them all gradients, where malformed offsets are on a GPU.
+
+    Raises:
+        ValueError: they are on the CPU.
+    """
+    checked = check_values("cu_seqlens", cu_seqlens, valid.shape[-1])
+    if cu_seqlens is None:
+        if advantages.dim() == 1:
+            advantages = advantages[:, None].expand(valid.shape)
+        if not sequence_mean:
+            return advantages, None
+        return advantages, valid.sum(1, keepdim=True, dtype=torch.float32).expand(valid.shape)
+    per_token = advantages.shape == valid.shape
+    if per_token and not sequence_mean and checked:
+        return advantages, None
+    tokens, sequences = valid.shape[0], cu_seqlens.numel() - 1
+    if sequences == 0:
+        return valid.new_zeros(tokens, dtype=torch.float32), None
+    sequence = sequence_of_tokens(cu_seqlens, tokens)
+    if not per_token:
+        advantages = advantages[sequence]
+    if not checked:
+        advantages = torch.where(is_malformed(cu_seqlens, tokens), torch.nan, advantages)
+    if not sequence_mean:
+        return advantages, None
+    before = torch.cat([valid.new_zeros(1, dtype=torch.int64), valid.cumsum(0)])
+    ends = before[cu_seqlens.long().clamp(0, tokens)]
+    return advantages, ends.diff()[sequence].float()
 
 
 def spread_packed(sequences: int, cu_seqlens: Tensor | None, *tensors: Tensor | None) -> list:

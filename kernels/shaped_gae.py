@@ -17,10 +17,34 @@ import torch
 from torch import Tensor
 
 from warpo.kernels import dispatch, reference, scan
+from warpo.kernels._arguments.gae import ScanArguments, ShapedGaeArguments
 from warpo.kernels.checks import FLOATS, check_no_grad, check_tensor
 from warpo.kernels.objectives import KL_ESTIMATORS
 from warpo.kernels.registration import Operator
-from warpo.kernels.scan import Steps, empty_like, is_empty, nothing_like, sizes
+from warpo.kernels.scan import (
+    Steps,
+    empty_like,
+    gae_arguments,
+    is_empty,
+    nothing_like,
+    sizes,
+)
+
+
+class ShapedGaeInputs(NamedTuple):
+    logprobs: Tensor
+    ref_logprobs: Tensor
+    rewards: Tensor | None
+    terminal_rewards: Tensor | None
+    values: Tensor
+    last_values: Tensor | None
+    steps: ScanArguments
+    adaptive_kl_coef: Tensor | None
+    kl: int
+    kl_coef: float
+    log_ratio_limit: float
+    return_rewards: bool
+    backend: str
 
 
 class ShapedGae(NamedTuple):
@@ -89,30 +113,51 @@ def shaped_gae(
     for name, tensor in (("ref_logprobs", ref_logprobs), ("values", values)):
         check_tensor(name, tensor, FLOATS, logprobs.shape, logprobs)
     scan.check_constants(
-        logprobs=logprobs, ref_logprobs=ref_logprobs, values=values, rewards=rewards,
-        terminal_rewards=terminal_rewards, last_values=last_values,
-    )  # fmt: skip
+        logprobs=logprobs,
+        ref_logprobs=ref_logprobs,
+        values=values,
+        rewards=rewards,
+        terminal_rewards=terminal_rewards,
+        last_values=last_values,
+    )
     if isinstance(kl_coef, Tensor):
         check_no_grad("kl_coef", kl_coef)
     name = dispatch.choose(logprobs, backend)
     if name == "reference":
         options = scan.reference_options(logprobs, steps)
         advantages, returns, shaped = reference.shaped_gae(
-            logprobs.float(), ref_logprobs.float(), values.float(), gamma, gae_lambda, kl_coef,
-            kl_estimator, rewards=None if rewards is None else rewards.float(),
+            logprobs.float(),
+            ref_logprobs.float(),
+            values.float(),
+            gamma,
+            gae_lambda,
+            kl_coef,
+            kl_estimator,
+            rewards=None if rewards is None else rewards.float(),
             terminal_rewards=None if terminal_rewards is None else terminal_rewards.float(),
-            mask=mask, mask_mode=mask_mode, cu_seqlens=cu_seqlens,
-            last_values=options["last_values"], log_ratio_limit=log_ratio_limit,
-        )  # fmt: skip
+            mask=mask,
+            mask_mode=mask_mode,
+            cu_seqlens=cu_seqlens,
+            last_values=options["last_values"],
+            log_ratio_limit=log_ratio_limit,
+        )
         return ShapedGae(advantages, returns, shaped if return_rewards else None)
-    adaptive = kl_coef if isinstance(kl_coef, Tensor) else None
-    advantages, returns, shaped = _operator(
-        logprobs, ref_logprobs, rewards,
-        None if terminal_rewards is None else terminal_rewards[:, None], values,
-        None if last_values is None else last_values[:, None], mask, cu_seqlens, adaptive,
-        gamma, gae_lambda, scan.MASK_MODES.index(mask_mode), KL_ESTIMATORS.index(kl_estimator) + 1,
-        0.0 if isinstance(kl_coef, Tensor) else kl_coef, log_ratio_limit, return_rewards, name,
-    )  # fmt: skip
+    inputs = ShapedGaeInputs(
+        logprobs=logprobs,
+        ref_logprobs=ref_logprobs,
+        rewards=rewards,
+        terminal_rewards=scan.as_column(terminal_rewards),
+        values=values,
+        last_values=scan.as_column(last_values),
+        steps=scan.as_inputs(steps, gamma, gae_lambda),
+        adaptive_kl_coef=kl_coef if isinstance(kl_coef, Tensor) else None,
+        kl=KL_ESTIMATORS.index(kl_estimator) + 1,
+        kl_coef=0.0 if isinstance(kl_coef, Tensor) else kl_coef,
+        log_ratio_limit=log_ratio_limit,
+        return_rewards=return_rewards,
+        backend=name,
+    )
+    advantages, returns, shaped = _operator(inputs)
     return ShapedGae(advantages, returns, shaped if return_rewards else None)
 
 
@@ -138,43 +183,38 @@ def _check_rewards(
         check_tensor("terminal_rewards", terminal_rewards, FLOATS, (rows,), logprobs)
 
 
-def _forward(
-    logprobs: Tensor,
-    ref_logprobs: Tensor,
-    rewards: Tensor | None,
-    terminal_rewards: Tensor | None,
-    values: Tensor,
-    last_values: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    adaptive_kl_coef: Tensor | None,
-    gamma: float,
-    gae_lambda: float,
-    mask_mode: int,
-    kl: int,
-    kl_coef: float,
-    log_ratio_limit: float,
-    return_rewards: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    advantages, returns, shaped = _allocate(logprobs, return_rewards)
-    if not is_empty(logprobs, cu_seqlens, advantages, returns, shaped):
-        dispatch.load(backend).shaped_gae(
-            *sizes(logprobs, cu_seqlens), cu_seqlens, rewards, terminal_rewards, values,
-            last_values, None, mask, None, None, None, None, gamma, gae_lambda, mask_mode, False,
-            advantages, returns, logprobs, ref_logprobs, kl, kl_coef, adaptive_kl_coef,
-            log_ratio_limit, shaped if return_rewards else None,
-        )  # fmt: skip
+def _forward(inputs: ShapedGaeInputs) -> tuple[Tensor, Tensor, Tensor]:
+    advantages, returns, shaped = _allocate(inputs)
+    logprobs, steps = inputs.logprobs, inputs.steps
+    if not is_empty(logprobs, steps.cu_seqlens, advantages, returns, shaped):
+        gae = gae_arguments(
+            logprobs,
+            steps,
+            rewards=inputs.rewards,
+            terminal_rewards=inputs.terminal_rewards,
+            values=inputs.values,
+            last_values=inputs.last_values,
+            advantages=advantages,
+            returns=returns,
+        )
+        arguments = ShapedGaeArguments(
+            gae=gae,
+            logprobs=logprobs,
+            ref_logprobs=inputs.ref_logprobs,
+            kl=inputs.kl,
+            kl_coef=inputs.kl_coef,
+            adaptive_kl_coef=inputs.adaptive_kl_coef,
+            log_ratio_limit=inputs.log_ratio_limit,
+            shaped_rewards=shaped if inputs.return_rewards else None,
+        )
+        dispatch.load(inputs.backend).shaped_gae(arguments)
     return advantages, returns, shaped
 
 
-def _allocate(logprobs: Tensor, return_rewards: bool) -> tuple[Tensor, Tensor, Tensor]:
-    shaped = empty_like(logprobs) if return_rewards else nothing_like(logprobs)
+def _allocate(inputs: ShapedGaeInputs) -> tuple[Tensor, Tensor, Tensor]:
+    logprobs = inputs.logprobs
+    shaped = empty_like(logprobs) if inputs.return_rewards else nothing_like(logprobs)
     return empty_like(logprobs), empty_like(logprobs), shaped
 
 
-def _fake_forward(logprobs, *others):
-    return _allocate(logprobs, others[14])
-
-
-_operator = Operator("shaped_gae", _forward, _fake_forward)
+_operator = Operator("shaped_gae", _forward, _allocate)

@@ -9,14 +9,28 @@ Source: https://arxiv.org/abs/1812.05905 eq. 2 and 3; the smaller of two Q-funct
 https://arxiv.org/abs/1802.09477 eq. 10.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from warpo.kernels import dispatch, reference
+from warpo.kernels._arguments.soft_q_targets import SoftQTargetsArguments
 from warpo.kernels.checks import FLAGS, FLOATS, check_no_grad, check_tensor
 from warpo.kernels.registration import Operator
 from warpo.kernels.scan import check_discount
 from warpo.kernels.symbolic import as_scalar
+
+
+class SoftQTargetsInputs(NamedTuple):
+    rewards: Tensor
+    terminated: Tensor
+    next_q1: Tensor
+    next_q2: Tensor
+    next_logprobs: Tensor
+    alpha: Tensor
+    gamma: float
+    backend: str
 
 
 def soft_q_targets(
@@ -59,22 +73,27 @@ def soft_q_targets(
         raise ValueError(f"rewards must be (B,), got {tuple(rewards.shape)}")
     check_no_grad("rewards", rewards)
     check_tensor("terminated", terminated, FLAGS, rewards.shape, rewards)
-    for name, tensor in (
-        ("next_q1", next_q1), ("next_q2", next_q2), ("next_logprobs", next_logprobs),
-    ):  # fmt: skip
+    following = {"next_q1": next_q1, "next_q2": next_q2, "next_logprobs": next_logprobs}
+    for name, tensor in following.items():
         check_tensor(name, tensor, FLOATS, rewards.shape, rewards)
         check_no_grad(name, tensor)
     check_discount("gamma", gamma)
     temperature = _temperature(alpha, rewards)
     backend = dispatch.choose(rewards, backend)
     if backend == "reference":
-        return reference.soft_q_targets(
-            rewards.float(), terminated, next_q1.float(), next_q2.float(), next_logprobs.float(),
-            temperature, gamma,
-        )  # fmt: skip
-    return _operator(
-        rewards, terminated, next_q1, next_q2, next_logprobs, temperature, float(gamma), backend
+        values = (next_q1.float(), next_q2.float(), next_logprobs.float())
+        return reference.soft_q_targets(rewards.float(), terminated, *values, temperature, gamma)
+    inputs = SoftQTargetsInputs(
+        rewards=rewards,
+        terminated=terminated,
+        next_q1=next_q1,
+        next_q2=next_q2,
+        next_logprobs=next_logprobs,
+        alpha=temperature,
+        gamma=float(gamma),
+        backend=backend,
     )
+    return _operator(inputs)
 
 
 def _temperature(alpha: float | Tensor, like: Tensor) -> Tensor:
@@ -87,25 +106,25 @@ def _temperature(alpha: float | Tensor, like: Tensor) -> Tensor:
     return as_scalar(alpha, like)
 
 
-def _forward(
-    rewards: Tensor,
-    terminated: Tensor,
-    next_q1: Tensor,
-    next_q2: Tensor,
-    next_logprobs: Tensor,
-    alpha: Tensor,
-    gamma: float,
-    backend: str,
-) -> Tensor:
-    targets = rewards.new_empty(rewards.shape, dtype=torch.float32)
-    dispatch.load(backend).soft_q_targets(
-        rewards.numel(), rewards, terminated, next_q1, next_q2, next_logprobs, alpha, gamma, targets
+def _allocate(inputs: SoftQTargetsInputs) -> Tensor:
+    return inputs.rewards.new_empty(inputs.rewards.shape, dtype=torch.float32)
+
+
+def _forward(inputs: SoftQTargetsInputs) -> Tensor:
+    targets = _allocate(inputs)
+    arguments = SoftQTargetsArguments(
+        transitions=targets.numel(),
+        rewards=inputs.rewards,
+        terminated=inputs.terminated,
+        next_q1=inputs.next_q1,
+        next_q2=inputs.next_q2,
+        next_logprobs=inputs.next_logprobs,
+        alpha=inputs.alpha,
+        gamma=inputs.gamma,
+        targets=targets,
     )
+    dispatch.load(inputs.backend).soft_q_targets(arguments)
     return targets
 
 
-def _fake_forward(rewards, *_):
-    return rewards.new_empty(rewards.shape, dtype=torch.float32)
-
-
-_operator = Operator("soft_q_targets", _forward, _fake_forward)
+_operator = Operator("soft_q_targets", _forward, _allocate)

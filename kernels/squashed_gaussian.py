@@ -22,8 +22,21 @@ import torch
 from torch import Tensor
 
 from warpo.kernels import dispatch, reference
+from warpo.kernels._arguments.squashed_gaussian import (
+    SquashedGaussianArguments,
+    SquashedGaussianBackwardArguments,
+)
 from warpo.kernels.checks import FLOATS, check_no_grad, check_number, check_tensor
 from warpo.kernels.registration import Operator
+
+
+class SquashedGaussianInputs(NamedTuple):
+    mean: Tensor
+    log_std: Tensor
+    noise: Tensor
+    log_std_min: float
+    log_std_max: float
+    backend: str
 
 
 class SquashedGaussian(NamedTuple):
@@ -73,33 +86,60 @@ def squashed_gaussian(
         raise ValueError(f"log_std_min must be <= log_std_max, got {log_std_min} and {log_std_max}")
     name = dispatch.choose(mean, backend)
     if name == "reference":
+        bounds = {"log_std_min": log_std_min, "log_std_max": log_std_max}
         return SquashedGaussian(
-            *reference.squashed_gaussian(
-                mean.float(), log_std.float(), noise.float(),
-                log_std_min=log_std_min, log_std_max=log_std_max,
-            )
-        )  # fmt: skip
-    return SquashedGaussian(
-        *_operator(mean, log_std, noise, float(log_std_min), float(log_std_max), name)
+            *reference.squashed_gaussian(mean.float(), log_std.float(), noise.float(), **bounds)
+        )
+    inputs = SquashedGaussianInputs(
+        mean=mean,
+        log_std=log_std,
+        noise=noise,
+        log_std_min=float(log_std_min),
+        log_std_max=float(log_std_max),
+        backend=name,
     )
+    return SquashedGaussian(*_operator(inputs))
 
 
-def _forward(
-    mean: Tensor,
-    log_std: Tensor,
-    noise: Tensor,
-    log_std_min: float,
-    log_std_max: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    actions, logprobs = _allocate(mean)
-    dispatch.load(backend).squashed_gaussian_forward(
-        *mean.shape, mean, log_std, noise, log_std_min, log_std_max, actions, logprobs
-    )
+class _BackwardInputs(NamedTuple):
+    mean: Tensor
+    log_std: Tensor
+    noise: Tensor
+    grad_actions: Tensor | None
+    grad_logprobs: Tensor | None
+    log_std_min: float
+    log_std_max: float
+    backend: str
+
+
+def _forward(inputs: SquashedGaussianInputs) -> tuple[Tensor, Tensor]:
+    actions, logprobs = _allocate(inputs)
+    arguments = _arguments(inputs, actions, logprobs)
+    dispatch.load(inputs.backend).squashed_gaussian_forward(arguments)
     return actions, logprobs
 
 
-def _allocate(mean: Tensor) -> tuple[Tensor, Tensor]:
+def _arguments(
+    inputs: SquashedGaussianInputs | _BackwardInputs,
+    actions: Tensor | None,
+    logprobs: Tensor | None,
+) -> SquashedGaussianArguments:
+    rows, columns = inputs.mean.shape
+    return SquashedGaussianArguments(
+        rows=rows,
+        columns=columns,
+        mean=inputs.mean,
+        log_std=inputs.log_std,
+        noise=inputs.noise,
+        log_std_min=inputs.log_std_min,
+        log_std_max=inputs.log_std_max,
+        actions=actions,
+        logprobs=logprobs,
+    )
+
+
+def _allocate(inputs: SquashedGaussianInputs) -> tuple[Tensor, Tensor]:
+    mean = inputs.mean
     return _empty(mean), mean.new_empty(mean.shape[:1], dtype=torch.float32)
 
 
@@ -107,51 +147,52 @@ def _empty(mean: Tensor) -> Tensor:
     return mean.new_empty(mean.shape, dtype=torch.float32)
 
 
-def _fake_forward(mean, *_):
-    return _allocate(mean)
-
-
-def _backward(
-    mean: Tensor,
-    log_std: Tensor,
-    noise: Tensor,
-    grad_actions: Tensor | None,
-    grad_logprobs: Tensor | None,
-    log_std_min: float,
-    log_std_max: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    grad_mean, grad_log_std = _empty(mean), _empty(mean)
-    dispatch.load(backend).squashed_gaussian_backward(
-        *mean.shape, mean, log_std, noise, log_std_min, log_std_max, None, None,
-        grad_actions, grad_logprobs, grad_mean, grad_log_std,
-    )  # fmt: skip
+def _backward(inputs: _BackwardInputs) -> tuple[Tensor, Tensor]:
+    grad_mean, grad_log_std = _allocate_gradients(inputs)
+    arguments = SquashedGaussianBackwardArguments(
+        forward=_arguments(inputs, None, None),
+        grad_actions=inputs.grad_actions,
+        grad_logprobs=inputs.grad_logprobs,
+        grad_mean=grad_mean,
+        grad_log_std=grad_log_std,
+    )
+    dispatch.load(inputs.backend).squashed_gaussian_backward(arguments)
     return grad_mean, grad_log_std
 
 
-def _fake_backward(mean, *_):
-    return _empty(mean), _empty(mean)
+def _allocate_gradients(inputs: _BackwardInputs) -> tuple[Tensor, Tensor]:
+    return _empty(inputs.mean), _empty(inputs.mean)
 
 
-_backward_operator = Operator("squashed_gaussian_backward", _backward, _fake_backward)
+_backward_operator = Operator("squashed_gaussian_backward", _backward, _allocate_gradients)
 
 
-def _save(ctx: Any, inputs: Any, output: Any) -> None:
-    ctx.options = inputs[3:]
+def _save(ctx: Any, inputs: SquashedGaussianInputs, output: tuple[Tensor, Tensor]) -> None:
+    ctx.bounds, ctx.backend = (inputs.log_std_min, inputs.log_std_max), inputs.backend
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:3])
+    ctx.save_for_backward(inputs.mean, inputs.log_std, inputs.noise)
 
 
-def _differentiate(ctx: Any, grad_actions: Tensor | None, grad_logprobs: Tensor | None) -> Any:
+def _differentiate(
+    ctx: Any, grad_actions: Tensor | None, grad_logprobs: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
     if grad_actions is None and grad_logprobs is None:
-        return (None,) * 6
+        return (None, None)
     mean, log_std, noise = ctx.saved_tensors
-    grad_mean, grad_log_std = _backward_operator(
-        mean, log_std, noise, grad_actions, grad_logprobs, *ctx.options
+    inputs = _BackwardInputs(
+        mean=mean,
+        log_std=log_std,
+        noise=noise,
+        grad_actions=grad_actions,
+        grad_logprobs=grad_logprobs,
+        log_std_min=ctx.bounds[0],
+        log_std_max=ctx.bounds[1],
+        backend=ctx.backend,
     )
-    return (grad_mean.to(mean.dtype), grad_log_std.to(log_std.dtype), *(None,) * 4)
+    grad_mean, grad_log_std = _backward_operator(inputs)
+    return (grad_mean.to(mean.dtype), grad_log_std.to(log_std.dtype))
 
 
 _operator = Operator(
-    "squashed_gaussian", _forward, _fake_forward, _save, _differentiate, differentiable=2
+    "squashed_gaussian", _forward, _allocate, _save, _differentiate, differentiable=2
 )

@@ -17,12 +17,13 @@ import math
 from collections.abc import Sequence
 from functools import partial
 from operator import mul
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from warpo.kernels import dispatch, reference
+from warpo.kernels._arguments.value_loss import ValueLossArguments
 from warpo.kernels.checks import (
     FLOATS,
     as_rows,
@@ -52,6 +53,20 @@ VALUE_METRICS = (
     "error_m2",
 )
 VALUE_LOSSES = ("mse", "huber")
+
+
+class ValueLossInputs(NamedTuple):
+    values: Tensor
+    old_values: Tensor | None
+    returns: Tensor
+    mask: Tensor | None
+    cu_seqlens: Tensor | None
+    sequence_mean: bool
+    clip_range: float
+    huber_delta: float
+    denominator: Tensor
+    with_gradient: bool
+    backend: str
 
 
 class ValueLoss(NamedTuple):
@@ -114,27 +129,32 @@ def value_loss(
     name = dispatch.choose(values, backend)
     if name == "reference":
         check_values("cu_seqlens", cu_seqlens, values.numel())
-        return ValueLoss(
-            *reference.value_loss(
-                values.float(), None if old_values is None else old_values.float(),
-                returns.float(), scale, mask=mask, cu_seqlens=cu_seqlens,
-                clip_range=clip_range, huber_delta=delta, sequence_mean=sequence_mean,
-            )
-        )  # fmt: skip
-    result, metrics = _operator(
-        as_rows("values", values),
-        None if old_values is None else as_rows("old_values", old_values),
-        as_rows("returns", returns),
-        None if mask is None else as_rows("mask", mask),
-        cu_seqlens,
-        sequence_mean,
-        math.inf if clip_range is None else clip_range,
-        delta,
-        scale,
-        values.requires_grad and torch.is_grad_enabled(),
-        name,
+        result, metrics = reference.value_loss(
+            values.float(),
+            None if old_values is None else old_values.float(),
+            returns.float(),
+            scale,
+            mask=mask,
+            cu_seqlens=cu_seqlens,
+            clip_range=clip_range,
+            huber_delta=delta,
+            sequence_mean=sequence_mean,
+        )
+        return ValueLoss(result, metrics)
+    inputs = ValueLossInputs(
+        values=as_rows("values", values),
+        old_values=None if old_values is None else as_rows("old_values", old_values),
+        returns=as_rows("returns", returns),
+        mask=None if mask is None else as_rows("mask", mask),
+        cu_seqlens=cu_seqlens,
+        sequence_mean=sequence_mean,
+        clip_range=math.inf if clip_range is None else clip_range,
+        huber_delta=delta,
+        denominator=scale,
+        with_gradient=values.requires_grad and torch.is_grad_enabled(),
+        backend=name,
     )
-    return ValueLoss(result, metrics)
+    return ValueLoss(*_operator(inputs))
 
 
 def value_metrics(metrics: Tensor) -> dict[str, float]:
@@ -196,63 +216,67 @@ def _delta(loss: str, huber_delta: float) -> float:
     return math.inf if loss == "mse" else huber_delta
 
 
-def _forward(
-    values: Tensor,
-    old_values: Tensor | None,
-    returns: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    sequence_mean: bool,
-    clip_range: float,
-    huber_delta: float,
-    denominator: Tensor,
-    with_gradient: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(inputs: ValueLossInputs) -> tuple[Tensor, Tensor, Tensor]:
+    values, cu_seqlens, denominator = inputs.values, inputs.cu_seqlens, inputs.denominator
     check_values("cu_seqlens", cu_seqlens, values.shape[1])
-    loss, metrics, gradient = _allocate(values, with_gradient, denominator)
+    loss, metrics, gradient = _allocate(inputs)
     if cu_seqlens is not None:
         gradient.zero_()  # of tokens that belong to no sequence
     sequences = values.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-    partials = denominator.new_empty(sequences, len(VALUE_METRICS))
-    rows = spread_packed(sequences, cu_seqlens, values, old_values, returns, mask)
-    dispatch.load(backend).value_loss(
-        sequences, values.shape[1], cu_seqlens, *rows, sequence_mean, clip_range, huber_delta,
-        denominator, gradient if with_gradient else None, partials, loss, metrics,
-    )  # fmt: skip
+    values, old_values, returns, mask = spread_packed(
+        sequences, cu_seqlens, values, inputs.old_values, inputs.returns, inputs.mask
+    )
+    arguments = ValueLossArguments(
+        sequences=sequences,
+        steps=values.shape[1],
+        cu_seqlens=cu_seqlens,
+        values=values,
+        old_values=old_values,
+        returns=returns,
+        mask=mask,
+        sequence_mean=inputs.sequence_mean,
+        clip_range=inputs.clip_range,
+        huber_delta=inputs.huber_delta,
+        denominator=denominator,
+        grad_values=gradient if inputs.with_gradient else None,
+        partials=denominator.new_empty(sequences, len(VALUE_METRICS)),
+        loss=loss,
+        metrics=metrics,
+    )
+    dispatch.load(inputs.backend).value_loss(arguments)
     return loss, metrics, gradient
 
 
-def _allocate(
-    values: Tensor, with_gradient: bool, float32: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """From a float32 (), which takes half the time of the same with a dtype."""
+def _allocate(inputs: ValueLossInputs) -> tuple[Tensor, Tensor, Tensor]:
+    float32 = inputs.denominator  # new tensors from it take half the time of those with a dtype
     return (
         torch.empty_like(float32),
         float32.new_empty(len(VALUE_METRICS)),
-        empty_float32(values) if with_gradient else float32.new_empty(0),
+        empty_float32(inputs.values) if inputs.with_gradient else float32.new_empty(0),
     )
 
 
-def _fake_forward(values, *arguments):
-    return _allocate(values, arguments[-2], arguments[-3])
-
-
-def _save(ctx, inputs, output) -> None:
-    ctx.dtype, ctx.with_gradient = inputs[0].dtype, inputs[9]
+def _save(ctx: Any, inputs: ValueLossInputs, output: tuple[Tensor, ...]) -> None:
+    ctx.dtype, ctx.with_gradient = inputs.values.dtype, inputs.with_gradient
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1], output[2])
     ctx.save_for_backward(output[2])
 
 
-def _differentiate(ctx, grad_loss, *_, scale=mul):
+def _differentiate(ctx: Any, grad_loss: Tensor | None, *_: object, scale: Any = mul) -> Any:
     if grad_loss is None or not ctx.with_gradient:
-        return (None,) * 11
+        return (None,)
     (gradient,) = ctx.saved_tensors
-    return (scale(gradient, grad_loss).to(ctx.dtype), *(None,) * 10)
+    return (scale(gradient, grad_loss).to(ctx.dtype),)
 
 
 _operator = Operator(
-    "value_loss", _forward, _fake_forward, _save, _differentiate,
-    differentiable=1, differentiate_eager=partial(_differentiate, scale=scaled), returned=2,
-)  # fmt: skip
+    "value_loss",
+    _forward,
+    _allocate,
+    _save,
+    _differentiate,
+    differentiable=1,
+    differentiate_eager=partial(_differentiate, scale=scaled),
+    returned=2,
+)

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+from warpo.kernels._arguments.backend import Backend
+from warpo.kernels._arguments.logprobs import LogprobsArguments, LogprobsBackwardArguments
 from warpo.kernels.checks import as_plain, check_unspent
 from warpo.kernels.registration import check_first_order, check_transforms
 
 _NAME = "logprobs with process_group"
-# temperature, token_temperature, mask, ignore_index
-Arguments = tuple[float, Tensor | None, Tensor | None, int]
 
 
 class VocabParallelLogprobs(torch.autograd.Function):
@@ -30,18 +30,16 @@ class VocabParallelLogprobs(torch.autograd.Function):
     def forward(
         ctx: Any,
         logits: Tensor,
-        targets: Tensor,
-        arguments: Arguments,
+        a: LogprobsArguments,
         inplace: bool,
-        backend: Any,
+        kernels: Backend,
         group: distributed.ProcessGroup,
     ) -> tuple[Tensor, Tensor]:
         check_transforms(_NAME, (logits,))
-        logp, entropy, stats = split_forward(logits, targets, arguments, backend, group)
-        temperature, token_temperature, mask, ignore_index = arguments
-        ctx.save_for_backward(logits, targets, token_temperature, mask, entropy, stats)
-        ctx.constants = (temperature, ignore_index)
-        ctx.inplace, ctx.backend, ctx.group, ctx.spent = inplace, backend, group, False
+        logp, entropy, stats = split_forward(a, kernels, group)
+        ctx.save_for_backward(logits, a.targets, a.token_temperature, a.mask, entropy, stats)
+        ctx.temperature, ctx.ignore_index = a.temperature, a.ignore_index
+        ctx.inplace, ctx.kernels, ctx.group, ctx.spent = inplace, kernels, group, False
         ctx.set_materialize_grads(False)
         return logp, entropy
 
@@ -50,86 +48,100 @@ class VocabParallelLogprobs(torch.autograd.Function):
         check_first_order(_NAME)
         check_unspent(ctx.spent)
         logits, targets, token_temperature, mask, entropy, stats = ctx.saved_tensors
-        temperature, ignore_index = ctx.constants
         if (grad_logp is None and grad_entropy is None) or not targets.numel():
-            return (None if targets.numel() else torch.zeros_like(logits),) + (None,) * 5
+            return (None if targets.numel() else torch.zeros_like(logits),) + (None,) * 4
         ctx.spent = ctx.inplace
         grad_logits = logits.detach() if ctx.inplace else torch.empty_like(logits)
-        grad_logp = None if grad_logp is None else as_plain(grad_logp)
-        grad_entropy = None if grad_entropy is None else as_plain(grad_entropy)
-        split_backward(
-            logits.detach(), targets, (temperature, token_temperature, mask, ignore_index),
-            entropy, stats, grad_logp, grad_entropy, grad_logits, ctx.backend, ctx.group,
-        )  # fmt: skip
+        rows, steps, vocab = logits.shape
+        forward = LogprobsArguments(
+            rows=rows,
+            steps=steps,
+            vocab=vocab,
+            logits=logits.detach(),
+            targets=targets,
+            temperature=ctx.temperature,
+            token_temperature=token_temperature,
+            mask=mask,
+            ignore_index=ctx.ignore_index,
+            logprobs=None,
+            entropy=entropy,
+            stats=stats,
+            partials=None,
+        )
+        arguments = LogprobsBackwardArguments(
+            forward=forward,
+            grad_logprobs=None if grad_logp is None else as_plain(grad_logp),
+            grad_entropy=None if grad_entropy is None else as_plain(grad_entropy),
+            grad_logits=grad_logits,
+        )
+        split_backward(arguments, ctx.kernels, ctx.group)
         if ctx.inplace:
             torch.autograd.graph.increment_version(grad_logits)
-        return (grad_logits,) + (None,) * 5
+        return (grad_logits,) + (None,) * 4
 
 
 def split_forward(
-    logits: Tensor,
-    targets: Tensor,
-    arguments: Arguments,
-    backend: Any,
-    group: distributed.ProcessGroup,
+    a: LogprobsArguments, kernels: Backend, group: distributed.ProcessGroup
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """logprobs, entropy and stats, `[rows, steps]`, of the whole vocabulary on every rank."""
-    temperature, token_temperature, mask, ignore_index = arguments
-    vocab = logits.shape[-1]
+    """logprobs, entropy and stats, `[rows, steps]`, of the whole vocabulary on every rank.
+
+    a: with this rank's logits, targets in the whole vocabulary, and no results.
+    """
+    logits, targets, mask, ignore_index, vocab = (
+        a.logits,
+        a.targets,
+        a.mask,
+        a.ignore_index,
+        a.vocab,
+    )
     local, present = _own_targets(targets, ignore_index, vocab, group)
     logp, entropy = (logits.new_empty(targets.shape, dtype=torch.float32) for _ in range(2))
     stats = logits.new_empty((*targets.shape, 2), dtype=torch.float32)
     if logp.numel():
-        backend.logprobs_forward(
-            *logits.shape, logits, local, *arguments, logp, entropy, stats, None
-        )
+        local_arguments = a._replace(targets=local, logprobs=logp, entropy=entropy, stats=stats)
+        kernels.logprobs_forward(local_arguments)
     ignored = targets == ignore_index
     skipped = ignored if mask is None else ignored | (mask == 0)
     chosen = logits.gather(-1, torch.where(present, local, 0)[..., None])[..., 0].float()
     parts = logits.new_empty((group.size(), *targets.shape, 4), dtype=torch.float32)
     mine = torch.stack([stats[..., 0], stats[..., 1], entropy, chosen], -1)
     distributed.all_gather(list(parts), mine, group=group)
-    scale = temperature if token_temperature is None else token_temperature
-    logp, entropy, stats = _merge(parts, targets, scale, vocab)
+    logp, entropy, stats = _merge(parts, targets, _scale(a), vocab)
     for result in (logp, entropy):
         result.masked_fill_(skipped, 0)
     return logp, entropy, stats
 
 
 def split_backward(
-    logits: Tensor,
-    targets: Tensor,
-    arguments: Arguments,
-    entropy: Tensor,
-    stats: Tensor,
-    grad_logp: Tensor | None,
-    grad_entropy: Tensor | None,
-    grad_logits: Tensor,
-    backend: Any,
-    group: distributed.ProcessGroup,
+    a: LogprobsBackwardArguments, kernels: Backend, group: distributed.ProcessGroup
 ) -> None:
-    """The gradient of this rank's logits into grad_logits, which may be the logits themselves."""
-    temperature, token_temperature, mask, ignore_index = arguments
-    local, present = _own_targets(targets, ignore_index, logits.shape[-1], group)
-    scale = temperature if token_temperature is None else token_temperature
+    """The gradient of this rank's logits, which may be written over the logits themselves.
+
+    a: with entropy and stats of the whole vocabulary, and targets in it.
+    """
+    f = a.forward
+    assert f.entropy is not None and f.stats is not None
+    local, present = _own_targets(f.targets, f.ignore_index, f.vocab, group)
+    scale = _scale(f)
     # Where the target is another rank's, column 0 stood for it: its gradient is put right.
-    first = (logits[..., 0].float() - stats[..., 0]) / scale - stats[..., 1]
+    first = (f.logits[..., 0].float() - f.stats[..., 0]) / scale - f.stats[..., 1]
     p = first.exp()
     first_grad = torch.zeros_like(p)
-    if grad_logp is not None:
-        first_grad -= grad_logp * p
-    if grad_entropy is not None:
-        term = torch.where(p == 0, 0, p * (first + entropy))
-        first_grad -= grad_entropy * term
-    backend.logprobs_backward(
-        *logits.shape, logits, local, *arguments, None, entropy, stats, None, grad_logp,
-        grad_entropy, grad_logits,
-    )  # fmt: skip
-    absent = ~present & (local != ignore_index)
-    if mask is not None:
-        absent &= mask != 0
-    column = grad_logits[..., 0]
+    if a.grad_logprobs is not None:
+        first_grad -= a.grad_logprobs * p
+    if a.grad_entropy is not None:
+        term = torch.where(p == 0, 0, p * (first + f.entropy))
+        first_grad -= a.grad_entropy * term
+    kernels.logprobs_backward(a._replace(forward=f._replace(targets=local)))
+    absent = ~present & (local != f.ignore_index)
+    if f.mask is not None:
+        absent &= f.mask != 0
+    column = a.grad_logits[..., 0]
     column.copy_(torch.where(absent, (first_grad / scale).to(column.dtype), column))
+
+
+def _scale(a: LogprobsArguments) -> float | Tensor:
+    return a.temperature if a.token_temperature is None else a.token_temperature
 
 
 def _own_targets(

@@ -17,9 +17,25 @@ from typing import NamedTuple
 from torch import Tensor
 
 from warpo.kernels import dispatch, reference, scan
+from warpo.kernels._arguments.gae import ScanArguments, VtraceArguments
 from warpo.kernels.checks import FLOATS, check_number, check_tensor
 from warpo.kernels.registration import Operator
-from warpo.kernels.scan import Steps, empty_like, is_empty, sizes
+from warpo.kernels.scan import Steps, empty_like, gae_arguments, is_empty
+
+
+class VtraceInputs(NamedTuple):
+    logprobs: Tensor
+    old_logprobs: Tensor
+    rewards: Tensor
+    values: Tensor
+    last_values: Tensor | None
+    final_values: Tensor | None
+    steps: ScanArguments
+    rho_max: float
+    c_max: float
+    pg_rho_max: float
+    log_ratio_limit: float
+    backend: str
 
 
 class Vtrace(NamedTuple):
@@ -84,9 +100,18 @@ def vtrace(
     results: none.
     """
     steps = Steps(
-        mask, mask_mode, cu_seqlens, terminated, truncated, last_values, final_values,
-        done_convention, last_terminated, last_truncated, time_dim,
-    )  # fmt: skip
+        mask=mask,
+        mask_mode=mask_mode,
+        cu_seqlens=cu_seqlens,
+        terminated=terminated,
+        truncated=truncated,
+        last_values=last_values,
+        final_values=final_values,
+        done_convention=done_convention,
+        last_terminated=last_terminated,
+        last_truncated=last_truncated,
+        time_dim=time_dim,
+    )
     scan.check_steps("logprobs", logprobs, steps)
     scan.check_truncated(steps)
     scan.check_discount("gamma", gamma)
@@ -100,61 +125,76 @@ def vtrace(
     for name, tensor in (("old_logprobs", old_logprobs), ("rewards", rewards), ("values", values)):
         check_tensor(name, tensor, FLOATS, logprobs.shape, logprobs)
     scan.check_constants(
-        logprobs=logprobs, old_logprobs=old_logprobs, rewards=rewards, values=values,
-        last_values=last_values, final_values=final_values,
-    )  # fmt: skip
+        logprobs=logprobs,
+        old_logprobs=old_logprobs,
+        rewards=rewards,
+        values=values,
+        last_values=last_values,
+        final_values=final_values,
+    )
     name = dispatch.choose(logprobs, backend)
     if name == "reference":
         returns, advantages = reference.vtrace(
-            logprobs.float(), old_logprobs.float(), rewards.float(), values.float(), gamma,
-            rho_max=rho_max, c_max=c_max, pg_rho_max=pg_rho_max, gae_lambda=gae_lambda,
-            log_ratio_limit=log_ratio_limit, **scan.reference_options(logprobs, steps),
-        )  # fmt: skip
+            logprobs.float(),
+            old_logprobs.float(),
+            rewards.float(),
+            values.float(),
+            gamma,
+            rho_max=rho_max,
+            c_max=c_max,
+            pg_rho_max=pg_rho_max,
+            gae_lambda=gae_lambda,
+            log_ratio_limit=log_ratio_limit,
+            **scan.reference_options(logprobs, steps),
+        )
         return Vtrace(returns, advantages)
-    results = _operator(
-        *scan.as_rows(steps, logprobs, old_logprobs, rewards, values), *scan.operands(steps),
-        gamma, gae_lambda, scan.MASK_MODES.index(mask_mode), done_convention == "starts_at_t",
-        *bounds, log_ratio_limit, name,
-    )  # fmt: skip
-    return Vtrace(*scan.as_given(steps, *results))
+    in_rows = scan.as_rows(steps, logprobs, old_logprobs, rewards, values, final_values)
+    inputs = VtraceInputs(
+        logprobs=in_rows[0],
+        old_logprobs=in_rows[1],
+        rewards=in_rows[2],
+        values=in_rows[3],
+        last_values=scan.as_column(last_values),
+        final_values=in_rows[4],
+        steps=scan.as_inputs(steps, gamma, gae_lambda),
+        rho_max=rho_max,
+        c_max=c_max,
+        pg_rho_max=pg_rho_max,
+        log_ratio_limit=log_ratio_limit,
+        backend=name,
+    )
+    return Vtrace(*scan.as_given(steps, *_operator(inputs)))
 
 
-def _forward(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    rewards: Tensor,
-    values: Tensor,
-    last_values: Tensor | None,
-    final_values: Tensor | None,
-    mask: Tensor | None,
-    terminated: Tensor | None,
-    truncated: Tensor | None,
-    last_terminated: Tensor | None,
-    last_truncated: Tensor | None,
-    cu_seqlens: Tensor | None,
-    gamma: float,
-    gae_lambda: float,
-    mask_mode: int,
-    starts_at_t: bool,
-    rho_max: float,
-    c_max: float,
-    pg_rho_max: float,
-    log_ratio_limit: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    returns, advantages = empty_like(logprobs), empty_like(logprobs)
-    if not is_empty(logprobs, cu_seqlens, returns, advantages):
-        dispatch.load(backend).vtrace(
-            *sizes(logprobs, cu_seqlens), cu_seqlens, rewards, None, values, last_values,
-            final_values, mask, terminated, truncated, last_terminated, last_truncated,
-            gamma, gae_lambda, mask_mode, starts_at_t, advantages, returns,
-            logprobs, old_logprobs, rho_max, c_max, pg_rho_max, log_ratio_limit,
-        )  # fmt: skip
+def _forward(inputs: VtraceInputs) -> tuple[Tensor, Tensor]:
+    returns, advantages = _allocate(inputs)
+    logprobs, steps = inputs.logprobs, inputs.steps
+    if not is_empty(logprobs, steps.cu_seqlens, returns, advantages):
+        gae = gae_arguments(
+            logprobs,
+            steps,
+            rewards=inputs.rewards,
+            values=inputs.values,
+            last_values=inputs.last_values,
+            final_values=inputs.final_values,
+            advantages=advantages,
+            returns=returns,
+        )
+        arguments = VtraceArguments(
+            gae=gae,
+            logprobs=logprobs,
+            old_logprobs=inputs.old_logprobs,
+            rho_max=inputs.rho_max,
+            c_max=inputs.c_max,
+            pg_rho_max=inputs.pg_rho_max,
+            log_ratio_limit=inputs.log_ratio_limit,
+        )
+        dispatch.load(inputs.backend).vtrace(arguments)
     return returns, advantages
 
 
-def _fake_forward(logprobs, *_):
-    return empty_like(logprobs), empty_like(logprobs)
+def _allocate(inputs: VtraceInputs) -> tuple[Tensor, Tensor]:
+    return empty_like(inputs.logprobs), empty_like(inputs.logprobs)
 
 
-_operator = Operator("vtrace", _forward, _fake_forward)
+_operator = Operator("vtrace", _forward, _allocate)

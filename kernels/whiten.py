@@ -13,17 +13,35 @@ Source: advantage normalisation, https://arxiv.org/abs/2006.05990 section 3.5; m
 Chan, Golub, LeVeque, "Algorithms for computing the sample variance", eq. 2.1.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from warpo.kernels import dispatch, reference
+from warpo.kernels._arguments.whiten import WhitenArguments, WhitenBackwardArguments
 from warpo.kernels.checks import FLOATS, check_mask, check_no_grad, check_number, check_tensor
 from warpo.kernels.registration import Operator
 
 # csrc/math/tiles.h: partial results at most, and three numbers each
 PARTIALS = (1024, 3)
+
+
+class WhitenInputs(NamedTuple):
+    x: Tensor
+    mask: Tensor | None
+    shift_mean: bool
+    eps: float
+    backend: str
+
+
+class WhitenBackwardInputs(NamedTuple):
+    x: Tensor
+    mask: Tensor | None
+    stats: Tensor
+    grad_whitened: Tensor
+    shift_mean: bool
+    backend: str
 
 
 def whiten(
@@ -74,88 +92,109 @@ def whiten(
         return reference.whiten(
             x.float(), mask, shift_mean=shift_mean, eps=eps, fill_masked=fill_masked
         )
-    whitened, stats = _dense(x, mask, shift_mean, eps, name)
+    whitened, stats = _dense(WhitenInputs(x, mask, shift_mean, eps, name))
     if not fill_masked or mask is None:
         return whitened
     filled = (x.float() - stats[0]).mul_(stats[1])
     return filled if shift_mean else filled.add_(stats[0])
 
 
-def _dense(
-    x: Tensor, mask: Tensor | None, shift_mean: bool, eps: float, name: str
-) -> tuple[Tensor, Tensor]:
+def _dense(inputs: WhitenInputs) -> tuple[Tensor, Tensor]:
     """Through the operator in the layout that it walks fastest: one row if all is dense."""
+    x, mask = inputs.x, inputs.mask
+    options = inputs[2:]
     if x.is_contiguous() and (mask is None or mask.is_contiguous()):
         row = None if mask is None else mask.view(1, -1)
-        whitened, stats = _operator(x.view(1, -1), row, shift_mean, eps, name)
+        whitened, stats = _operator(WhitenInputs(x.view(1, -1), row, *options))
         return whitened.view(x.shape), stats
     if x.dim() == 1:
         row = None if mask is None else mask[None]
-        whitened, stats = _operator(x[None], row, shift_mean, eps, name)
+        whitened, stats = _operator(WhitenInputs(x[None], row, *options))
         return whitened[0], stats
     if x.stride(0) < x.stride(1):
         columns = None if mask is None else mask.t()
-        whitened, stats = _operator(x.t(), columns, shift_mean, eps, name)
+        whitened, stats = _operator(WhitenInputs(x.t(), columns, *options))
         return whitened.t(), stats
-    return _operator(x, mask, shift_mean, eps, name)
+    return _operator(inputs)
 
 
 def _empty(x: Tensor) -> Tensor:
     return x.new_empty(x.shape, dtype=torch.float32)
 
 
-def _forward(
-    x: Tensor, mask: Tensor | None, shift_mean: bool, eps: float, backend: str
-) -> tuple[Tensor, Tensor]:
-    whitened, stats = _empty(x), x.new_empty(3, dtype=torch.float32)
+def _forward(inputs: WhitenInputs) -> tuple[Tensor, Tensor]:
+    whitened, stats = _allocate(inputs)
+    x = inputs.x
     if x.numel():
-        partials = x.new_empty(PARTIALS, dtype=torch.float32)
-        dispatch.load(backend).whiten_forward(
-            *x.shape, x, mask, shift_mean, eps, partials, stats, whitened
+        rows, columns = x.shape
+        arguments = WhitenArguments(
+            rows=rows,
+            columns=columns,
+            x=x,
+            mask=inputs.mask,
+            shift_mean=inputs.shift_mean,
+            eps=inputs.eps,
+            partials=x.new_empty(PARTIALS, dtype=torch.float32),
+            stats=stats,
+            whitened=whitened,
         )
+        dispatch.load(inputs.backend).whiten_forward(arguments)
     return whitened, stats
 
 
-def _fake_forward(x, *_):
-    return _empty(x), x.new_empty(3, dtype=torch.float32)
+def _allocate(inputs: WhitenInputs) -> tuple[Tensor, Tensor]:
+    return _empty(inputs.x), inputs.x.new_empty(3, dtype=torch.float32)
 
 
-def _backward(
-    x: Tensor,
-    mask: Tensor | None,
-    stats: Tensor,
-    grad_whitened: Tensor,
-    shift_mean: bool,
-    backend: str,
-) -> Tensor:
+def _backward(inputs: WhitenBackwardInputs) -> Tensor:
+    x = inputs.x
     grad_x = _empty(x)
     if x.numel():
-        partials = x.new_empty(PARTIALS, dtype=torch.float32)
-        dispatch.load(backend).whiten_backward(
-            *x.shape, x, mask, shift_mean, 0.0, partials, stats, None, grad_whitened, grad_x
+        rows, columns = x.shape
+        forward = WhitenArguments(
+            rows=rows,
+            columns=columns,
+            x=x,
+            mask=inputs.mask,
+            shift_mean=inputs.shift_mean,
+            eps=0.0,
+            partials=x.new_empty(PARTIALS, dtype=torch.float32),
+            stats=inputs.stats,
+            whitened=None,
         )
+        arguments = WhitenBackwardArguments(
+            forward=forward, grad_whitened=inputs.grad_whitened, grad_x=grad_x
+        )
+        dispatch.load(inputs.backend).whiten_backward(arguments)
     return grad_x
 
 
-def _fake_backward(x, *_):
-    return _empty(x)
+def _fake_backward(inputs: WhitenBackwardInputs) -> Tensor:
+    return _empty(inputs.x)
 
 
 _backward_operator = Operator("whiten_backward", _backward, _fake_backward)
 
 
-def _save(ctx: Any, inputs: Any, output: Any) -> None:
-    x, mask, ctx.shift_mean, _, ctx.backend = inputs
+def _save(ctx: Any, inputs: WhitenInputs, output: tuple[Tensor, Tensor]) -> None:
+    ctx.shift_mean, ctx.backend = inputs.shift_mean, inputs.backend
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, mask, output[1])
+    ctx.save_for_backward(inputs.x, inputs.mask, output[1])
 
 
-def _differentiate(ctx: Any, grad_whitened: Tensor | None, _grad_stats: Any) -> Any:
+def _differentiate(ctx: Any, grad_whitened: Tensor | None, *_: object) -> tuple[Tensor | None]:
     if grad_whitened is None:
-        return (None,) * 5
+        return (None,)
     x, mask, stats = ctx.saved_tensors
-    grad_x = _backward_operator(x, mask, stats, grad_whitened, ctx.shift_mean, ctx.backend)
-    return (grad_x.to(x.dtype), *(None,) * 4)
+    inputs = WhitenBackwardInputs(
+        x=x,
+        mask=mask,
+        stats=stats,
+        grad_whitened=grad_whitened,
+        shift_mean=ctx.shift_mean,
+        backend=ctx.backend,
+    )
+    return (_backward_operator(inputs).to(x.dtype),)
 
 
-_operator = Operator("whiten", _forward, _fake_forward, _save, _differentiate)
+_operator = Operator("whiten", _forward, _allocate, _save, _differentiate, differentiable=1)

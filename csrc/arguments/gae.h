@@ -9,22 +9,26 @@ enum MaskMode : int {
     kCompact = 2,  // as kCarry; rewards behind the last valid step are added to its reward
 };
 
-// Reverse scans of one family: GAE, discounted returns (no values, lambda 1), lambda returns, and
-// with rho V-trace. With cu_seqlens row b is sequence b.
-struct Gae {
-    int64_t rows, steps;        // steps: length of a row; with cu_seqlens: total tokens
-    const int32_t* cu_seqlens;  // (rows + 1), or nullptr
-    View rewards;               // float, optional: absent rewards are 0
-    View terminal_rewards;      // (row, 0) float, optional: added to the last valid step
-    View values;                // float, optional: absent values are 0
-    View last_values;           // (row, 0) float, optional: value after the last step; absent: 0
-    View final_values;  // float, optional: value of the final observation; read where truncated
-    View mask;          // uint8, optional
+// Which steps count, and where episodes end.
+struct Scan {
+    View mask;                             // uint8, optional
     View terminated, truncated;            // uint8, optional
     View last_terminated, last_truncated;  // (row, 0) uint8, optional; read when starts_at_t
+    const int32_t* cu_seqlens;             // (rows + 1), or nullptr
     float gamma, gae_lambda;
     int mask_mode;
     bool starts_at_t;  // flag t: an episode starts at t, so that step t - 1 ended one
+};
+
+// Reverse scans of one family: GAE, discounted returns (no values, lambda 1), lambda returns, and
+// with rho V-trace. With cu_seqlens row b is sequence b.
+struct Gae : Scan {
+    int64_t rows, steps;    // steps: length of a row; with cu_seqlens: total tokens
+    View rewards;           // float, optional: absent rewards are 0
+    View terminal_rewards;  // (row, 0) float, optional: added to the last valid step
+    View values;            // float, optional: absent values are 0
+    View last_values;       // (row, 0) float, optional: value after the last step; absent: 0
+    View final_values;      // float, optional: value of the final observation; read where truncated
     View advantages, returns;  // float32 out, each optional
 };
 

@@ -61,14 +61,8 @@ enum Metric : int {
 // this many rows, unless there are more sequences.
 constexpr int64_t kMinPartials = 512;
 
-struct PolicyLoss {
-    int64_t sequences, steps;   // steps: length of a row; with cu_seqlens: total tokens
-    const int32_t* cu_seqlens;  // (sequences + 1), or nullptr
-    View logprobs, old_logprobs, advantages;  // float
-    View ref_logprobs;                        // float; absent unless kl != kNoKl
-    View sampler_logprobs;                    // float; absent unless correction != kNoCorrection
-    View entropy;                             // float, optional
-    View mask;                                // uint8, optional
+// The numbers of an `objectives.Objective`, but for its KL coefficient.
+struct Objective {
     int ratio_level, surrogate;
     float ratio_low, ratio_high;  // 1 - clip_low, 1 + clip_high (which may be inf)
     float dual_clip;              // c > 1
@@ -76,15 +70,28 @@ struct PolicyLoss {
     int correction;
     bool correction_sequence;  // w from the sum of its logarithm over the sequence
     float correction_low, correction_high;
-    int kl;
     bool kl_straight_through;  // value of the estimator, gradient of k2
+    float entropy_coef;
+    float log_ratio_limit;  // log ratios are clamped to +-limit, the exponent of k3 from above
+                            // only; gradient 0 where clamped
+    bool sequence_mean;     // weight = 1 / (valid tokens of the sequence * denominator)
+};
+
+struct KlPenalty {
+    int kl;  // of Kl
     float kl_coef;
     const float* adaptive_kl_coef;  // (), optional: in place of kl_coef
-    float entropy_coef;
-    float log_ratio_limit;     // log ratios are clamped to +-limit, the exponent of k3 from above
-                               // only; gradient 0 where clamped
-    bool sequence_mean;        // weight = 1 / (valid tokens of the sequence * denominator)
-    const float* denominator;  // one float on the device; 0 gives loss 0 and gradients 0
+};
+
+struct PolicyLoss : Objective, KlPenalty {
+    int64_t sequences, steps;   // steps: length of a row; with cu_seqlens: total tokens
+    const int32_t* cu_seqlens;  // (sequences + 1), or nullptr
+    View logprobs, old_logprobs, advantages;  // float
+    View ref_logprobs;                        // float; absent unless kl != kNoKl
+    View sampler_logprobs;                    // float; absent unless correction != kNoCorrection
+    View entropy;                             // float, optional
+    View mask;                                // uint8, optional
+    const float* denominator;             // one float on the device; 0 gives loss 0 and gradients 0
     float *grad_logprobs, *grad_entropy;  // contiguous (rows * steps), float32; nullptr: not wanted
     float* partials;  // (max(sequences, kMinPartials), kNumMetrics) float32 workspace
     float* loss;      // ()

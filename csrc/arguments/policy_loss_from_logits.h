@@ -7,7 +7,7 @@ namespace warpo {
 // The gradient of a policy loss whose coefficient for a token follows from the logits of that
 // token alone. All arrays are one a token, over the (rows, steps) of the logits. The names are
 // those of PolicyLoss.
-struct PolicyLossFromLogits {
+struct PolicyLossFromLogits : Objective, KlPenalty {
     Logprobs forward;           // entropy and stats may be absent
     int64_t sequences;          // with cu_seqlens, which cut the one row of steps
     const int32_t* cu_seqlens;  // optional: a token of no sequence counts as masked
@@ -15,15 +15,6 @@ struct PolicyLossFromLogits {
     View advantages;            // float
     View ref_logprobs, sampler_logprobs;  // float; absent unless kl, correction ask for them
     View valid_tokens;                    // float32, of the sequence; absent unless sequence_mean
-    int surrogate;
-    float ratio_low, ratio_high, dual_clip, tau_positive, tau_negative;
-    int correction;
-    float correction_low, correction_high;
-    int kl;
-    bool kl_straight_through;
-    float kl_coef;
-    const float* adaptive_kl_coef;
-    float entropy_coef, log_ratio_limit;
     const float* denominator;
     View grad_logits;  // dtype of logits; may be the logits themselves
 };

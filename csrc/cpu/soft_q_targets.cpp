@@ -31,9 +31,9 @@ void one_tile(const SoftQTargets& a, int64_t first, int count, float alpha) {
 
 void soft_q_targets(const SoftQTargets& a) {
     const float alpha = *a.alpha;
-#pragma omp parallel for if (a.count >= kParallelWork)
-    for (int64_t first = 0; first < a.count; first += kTile) {
-        const int64_t left = a.count - first;
+#pragma omp parallel for if (a.transitions >= kParallelWork)
+    for (int64_t first = 0; first < a.transitions; first += kTile) {
+        const int64_t left = a.transitions - first;
         one_tile(a, first, (int)(left < kTile ? left : kTile), alpha);
     }
 }

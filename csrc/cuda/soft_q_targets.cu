@@ -10,7 +10,7 @@ constexpr int kThreads = 256;
 
 __global__ __launch_bounds__(kThreads) void soft_q_targets_kernel(const SoftQTargets a) {
     const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-    if (i >= a.count) return;
+    if (i >= a.transitions) return;
     float target = load_float(a.rewards, 0, i);
     if (!load_flag(a.terminated, 0, i)) {
         target = soft_q_target(target, load_float(a.next_q1, 0, i), load_float(a.next_q2, 0, i),
@@ -23,8 +23,8 @@ __global__ __launch_bounds__(kThreads) void soft_q_targets_kernel(const SoftQTar
 
 void soft_q_targets(const SoftQTargets& a, Stream stream) {
     DeviceGuard guard(stream.device, "soft_q_targets");
-    if (a.count == 0) return;
-    launch("soft_q_targets", stream, (a.count + kThreads - 1) / kThreads, kThreads,
+    if (a.transitions == 0) return;
+    launch("soft_q_targets", stream, (a.transitions + kThreads - 1) / kThreads, kThreads,
            soft_q_targets_kernel, a);
 }
 

@@ -7,8 +7,8 @@ would truncate where a GPU rounds.
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
+from warpo.kernels._arguments.adamw_publish import AdamwPublishArguments
 from warpo.kernels._triton.fingerprint import (
     INCREMENT,
     as_bits,
@@ -78,13 +78,31 @@ def _value_of(bits, DTYPE: tl.constexpr):
 
 @kernel()
 def _adamw_publish_kernel(
-    grad_ptr, master_ptr, exp_avg_ptr, exp_avg_sq_ptr, published_ptr, published_stride: tl.int64,
-    columns: tl.int64, size: tl.int64, decay: tl.float32, grad_weight: tl.float32,
-    beta2: tl.float32, square_weight: tl.float32, step_size: tl.float32, root_scale: tl.float32,
-    eps: tl.float32, grad_scale: tl.float32, grad_scale_factor_ptr, seed: tl.int64, step: tl.int64,
-    partial_counts_ptr, partial_updates_ptr, STOCHASTIC: tl.constexpr, DTYPE: tl.constexpr,
+    grad_ptr,
+    master_ptr,
+    exp_avg_ptr,
+    exp_avg_sq_ptr,
+    published_ptr,
+    published_stride: tl.int64,
+    columns: tl.int64,
+    size: tl.int64,
+    decay: tl.float32,
+    grad_weight: tl.float32,
+    beta2: tl.float32,
+    square_weight: tl.float32,
+    step_size: tl.float32,
+    root_scale: tl.float32,
+    eps: tl.float32,
+    grad_scale: tl.float32,
+    grad_scale_factor_ptr,
+    seed: tl.int64,
+    step: tl.int64,
+    partial_counts_ptr,
+    partial_updates_ptr,
+    STOCHASTIC: tl.constexpr,
+    DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     program = tl.program_id(0).to(tl.int64)
     if grad_scale_factor_ptr is not None:
         grad_scale *= tl.load(grad_scale_factor_ptr)
@@ -140,9 +158,13 @@ def _adamw_publish_kernel(
 
 @kernel()
 def _adamw_sum_kernel(
-    partial_counts_ptr, partial_updates_ptr, programs: tl.int64, counts_ptr, updates_ptr,
+    partial_counts_ptr,
+    partial_updates_ptr,
+    programs: tl.int64,
+    counts_ptr,
+    updates_ptr,
     MAX_PROGRAMS: tl.constexpr,
-):  # fmt: skip
+):
     part = tl.arange(0, MAX_PROGRAMS)
     exists = part < programs
     for which in tl.static_range(2):
@@ -152,46 +174,43 @@ def _adamw_sum_kernel(
         tl.store(updates_ptr + which, tl.sum(updates))
 
 
-def adamw_publish(
-    rows: int,
-    columns: int,
-    grad: Tensor,
-    master: Tensor | None,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    published: Tensor,
-    decay: float,
-    grad_weight: float,
-    beta2: float,
-    square_weight: float,
-    step_size: float,
-    root_scale: float,
-    eps: float,
-    grad_scale: float,
-    grad_scale_factor: Tensor | None,
-    stochastic: bool,
-    seed: int,
-    step: int,
-    partial_counts: Tensor,
-    partial_updates: Tensor,
-    counts: Tensor,
-    updates: Tensor,
-) -> None:
-    """The fields of `AdamwPublish`."""
-    size = rows * columns
+def adamw_publish(a: AdamwPublishArguments) -> None:
+    size = a.rows * a.columns
     programs = min(MAX_PROGRAMS, triton.cdiv(size, BLOCK))
+    exp_avg, exp_avg_sq = a.exp_avg, a.exp_avg_sq
     if exp_avg.dtype == torch.bfloat16:
         exp_avg, exp_avg_sq = as_bits(exp_avg), as_bits(exp_avg_sq)
+    numbers = (a.decay, a.grad_weight, a.beta2, a.square_weight, a.step_size, a.root_scale, a.eps)
     with torch.cuda.device_of(exp_avg):
         _adamw_publish_kernel[(programs,)](
-            grad, master, exp_avg, exp_avg_sq, as_bits(published), published.stride(0),
-            columns, size, float(decay), float(grad_weight), float(beta2), float(square_weight),
-            float(step_size), float(root_scale), float(eps), float(grad_scale), grad_scale_factor,
-            seed, step, partial_counts, partial_updates, STOCHASTIC=stochastic,
-            DTYPE=DTYPES[published.dtype], BLOCK=BLOCK, num_warps=WARPS,
+            a.grad,
+            a.master,
+            exp_avg,
+            exp_avg_sq,
+            as_bits(a.published),
+            a.published.stride(0),
+            a.columns,
+            size,
+            *map(float, numbers),
+            float(a.grad_scale),
+            a.grad_scale_factor,
+            a.seed,
+            a.step,
+            a.partial_counts,
+            a.partial_updates,
+            STOCHASTIC=a.stochastic,
+            DTYPE=DTYPES[a.published.dtype],
+            BLOCK=BLOCK,
+            num_warps=WARPS,
             enable_fp_fusion=True,
-        )  # fmt: skip
+        )
         _adamw_sum_kernel[(1,)](
-            partial_counts, partial_updates, programs, counts, updates, MAX_PROGRAMS=MAX_PROGRAMS,
-            num_warps=4, enable_fp_fusion=True,
-        )  # fmt: skip
+            a.partial_counts,
+            a.partial_updates,
+            programs,
+            a.counts,
+            a.updates,
+            MAX_PROGRAMS=MAX_PROGRAMS,
+            num_warps=4,
+            enable_fp_fusion=True,
+        )

@@ -7,8 +7,12 @@ The formulas are those of `csrc/math/aggregate.h`.
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
+from warpo.kernels._arguments.aggregate import (
+    MIN_PARTS,
+    AggregateArguments,
+    AggregateBackwardArguments,
+)
 from warpo.kernels._triton.launch import kernel, strided
 from warpo.kernels._triton.sequences import (
     bounds,
@@ -22,7 +26,6 @@ BLOCK = 512
 WARPS = 4
 # sequences and parts that the last program takes at once
 REDUCE = ((512, 1), (32, 32))
-MIN_PARTS = 512
 # the enumeration of csrc/arguments/aggregate.h
 TOKEN_MEAN, SEQUENCE_MEAN_TOKEN_MEAN = tl.constexpr(0), tl.constexpr(1)
 
@@ -57,11 +60,19 @@ def _weights(mask_ptr, token, stride, end):
 
 @kernel()
 def _sum_kernel(
-    values_ptr, values_stride_b: tl.int64, values_stride_t: tl.int64,
-    mask_ptr, mask_stride_b: tl.int64, mask_stride_t: tl.int64,
-    cu_seqlens_ptr, sequences: tl.int64, parts: tl.int64, steps: tl.int64, weights_ptr,
+    values_ptr,
+    values_stride_b: tl.int64,
+    values_stride_t: tl.int64,
+    mask_ptr,
+    mask_stride_b: tl.int64,
+    mask_stride_t: tl.int64,
+    cu_seqlens_ptr,
+    sequences: tl.int64,
+    parts: tl.int64,
+    steps: tl.int64,
+    weights_ptr,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     sequence, first, begin, end, _, malformed = _part_of(sequences, parts, steps, cu_seqlens_ptr)
     values_ptr += sequence * values_stride_b + first * values_stride_t
     if mask_ptr is not None:
@@ -79,10 +90,17 @@ def _sum_kernel(
 
 @kernel()
 def _reduce_kernel(
-    sequences: tl.int64, parts: tl.int64, denominator_ptr, number: tl.float32,
-    weights_ptr, result_ptr, AGGREGATION: tl.constexpr, BLOCK: tl.constexpr,
-    SEQUENCES: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
+    sequences: tl.int64,
+    parts: tl.int64,
+    denominator_ptr,
+    number: tl.float32,
+    weights_ptr,
+    result_ptr,
+    AGGREGATION: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SEQUENCES: tl.constexpr,
+    PARTS: tl.constexpr,
+):
     partials_ptr = weights_ptr + sequences
     counts = tl.zeros([BLOCK], tl.float32)
     for start in range(0, sequences * parts, BLOCK):
@@ -125,10 +143,18 @@ def _zero(ptr, begin, end, BLOCK: tl.constexpr):
 
 @kernel()
 def _gradient_kernel(
-    mask_ptr, mask_stride_b: tl.int64, mask_stride_t: tl.int64, cu_seqlens_ptr,
-    sequences: tl.int64, parts: tl.int64, steps: tl.int64, weights_ptr, grad_ptr, grad_values_ptr,
+    mask_ptr,
+    mask_stride_b: tl.int64,
+    mask_stride_t: tl.int64,
+    cu_seqlens_ptr,
+    sequences: tl.int64,
+    parts: tl.int64,
+    steps: tl.int64,
+    weights_ptr,
+    grad_ptr,
+    grad_values_ptr,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     sequence, first, begin, end, out, malformed = _part_of(sequences, parts, steps, cu_seqlens_ptr)
     value = poison_if(malformed, tl.load(weights_ptr + sequence) * tl.load(grad_ptr))
     if cu_seqlens_ptr is not None:
@@ -155,47 +181,52 @@ def _parts(sequences: int, steps: int) -> int:
     return max(1, min(MIN_PARTS // max(sequences, 1), triton.cdiv(steps, BLOCK)))
 
 
-def aggregate_forward(
-    sequences: int,
-    steps: int,
-    cu_seqlens: Tensor | None,
-    values: Tensor,
-    mask: Tensor | None,
-    aggregation: int,
-    denominator: Tensor | None,
-    number: float,
-    weights: Tensor,
-    result: Tensor,
-) -> None:
-    """The fields of `Aggregate`."""
-    parts = _parts(sequences, steps)
+def aggregate_forward(a: AggregateArguments) -> None:
+    parts = _parts(a.sequences, a.steps)
     at_once = REDUCE[parts > 1]
-    with torch.cuda.device_of(values):
-        if sequences:
-            _sum_kernel[(sequences * parts,)](
-                *strided(values), *strided(mask), cu_seqlens, sequences, parts, steps, weights,
-                BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=True,
-            )  # fmt: skip
+    with torch.cuda.device_of(a.values):
+        if a.sequences:
+            _sum_kernel[(a.sequences * parts,)](
+                *strided(a.values),
+                *strided(a.mask),
+                a.cu_seqlens,
+                a.sequences,
+                parts,
+                a.steps,
+                a.weights,
+                BLOCK=BLOCK,
+                num_warps=WARPS,
+                enable_fp_fusion=True,
+            )
         _reduce_kernel[(1,)](
-            sequences, parts, denominator, float(number), weights, result,
-            AGGREGATION=aggregation, BLOCK=BLOCK, SEQUENCES=at_once[0], PARTS=at_once[1],
-            num_warps=WARPS, enable_fp_fusion=True,
-        )  # fmt: skip
+            a.sequences,
+            parts,
+            a.denominator,
+            float(a.number),
+            a.weights,
+            a.result,
+            AGGREGATION=a.aggregation,
+            BLOCK=BLOCK,
+            SEQUENCES=at_once[0],
+            PARTS=at_once[1],
+            num_warps=WARPS,
+            enable_fp_fusion=True,
+        )
 
 
-def aggregate_backward(
-    sequences: int,
-    steps: int,
-    cu_seqlens: Tensor | None,
-    mask: Tensor | None,
-    weights: Tensor,
-    grad: Tensor,
-    grad_values: Tensor,
-) -> None:
-    """The fields of `AggregateBackward`."""
-    parts = _parts(sequences, steps)
-    with torch.cuda.device_of(weights):
-        _gradient_kernel[(sequences * parts,)](
-            *strided(mask), cu_seqlens, sequences, parts, steps, weights, grad, grad_values,
-            BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=True,
-        )  # fmt: skip
+def aggregate_backward(a: AggregateBackwardArguments) -> None:
+    parts = _parts(a.sequences, a.steps)
+    with torch.cuda.device_of(a.weights):
+        _gradient_kernel[(a.sequences * parts,)](
+            *strided(a.mask),
+            a.cu_seqlens,
+            a.sequences,
+            parts,
+            a.steps,
+            a.weights,
+            a.grad,
+            a.grad_values,
+            BLOCK=BLOCK,
+            num_warps=WARPS,
+            enable_fp_fusion=True,
+        )

@@ -6,8 +6,8 @@ The formulas are those of `csrc/math/approx_kl.h`.
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
+from warpo.kernels._arguments.approx_kl import ApproxKlArguments, ApproxKlBackwardArguments
 from warpo.kernels._triton.launch import kernel, strided
 from warpo.kernels._triton.policy_terms import K1, K2, clamp, exponential_of, is_outside
 
@@ -52,12 +52,22 @@ def _load(ptr, row, column, stride_b, stride_t, keep):
 
 @kernel()
 def _approx_kl_fwd_kernel(
-    rows: tl.int64, columns: tl.int64,
-    logp_ptr, logp_stride_b: tl.int64, logp_stride_t: tl.int64,
-    ref_ptr, ref_stride_b: tl.int64, ref_stride_t: tl.int64,
-    mask_ptr, mask_stride_b: tl.int64, mask_stride_t: tl.int64,
-    limit: tl.float32, kl_ptr, ESTIMATOR: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    rows: tl.int64,
+    columns: tl.int64,
+    logp_ptr,
+    logp_stride_b: tl.int64,
+    logp_stride_t: tl.int64,
+    ref_ptr,
+    ref_stride_b: tl.int64,
+    ref_stride_t: tl.int64,
+    mask_ptr,
+    mask_stride_b: tl.int64,
+    mask_stride_t: tl.int64,
+    limit: tl.float32,
+    kl_ptr,
+    ESTIMATOR: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     index, row, column, inside, keep = _own_tokens(
         rows, columns, mask_ptr, mask_stride_b, mask_stride_t, BLOCK
     )
@@ -69,15 +79,30 @@ def _approx_kl_fwd_kernel(
 
 @kernel()
 def _approx_kl_bwd_kernel(
-    rows: tl.int64, columns: tl.int64,
-    logp_ptr, logp_stride_b: tl.int64, logp_stride_t: tl.int64,
-    ref_ptr, ref_stride_b: tl.int64, ref_stride_t: tl.int64,
-    weight_ptr, weight_stride_b: tl.int64, weight_stride_t: tl.int64,
-    mask_ptr, mask_stride_b: tl.int64, mask_stride_t: tl.int64,
-    grad_ptr, grad_stride_b: tl.int64, grad_stride_t: tl.int64,
-    limit: tl.float32, grad_logprobs_ptr, grad_ref_ptr,
-    ESTIMATOR: tl.constexpr, STRAIGHT_THROUGH: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    rows: tl.int64,
+    columns: tl.int64,
+    logp_ptr,
+    logp_stride_b: tl.int64,
+    logp_stride_t: tl.int64,
+    ref_ptr,
+    ref_stride_b: tl.int64,
+    ref_stride_t: tl.int64,
+    weight_ptr,
+    weight_stride_b: tl.int64,
+    weight_stride_t: tl.int64,
+    mask_ptr,
+    mask_stride_b: tl.int64,
+    mask_stride_t: tl.int64,
+    grad_ptr,
+    grad_stride_b: tl.int64,
+    grad_stride_t: tl.int64,
+    limit: tl.float32,
+    grad_logprobs_ptr,
+    grad_ref_ptr,
+    ESTIMATOR: tl.constexpr,
+    STRAIGHT_THROUGH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     index, row, column, inside, keep = _own_tokens(
         rows, columns, mask_ptr, mask_stride_b, mask_stride_t, BLOCK
     )
@@ -99,48 +124,43 @@ def _approx_kl_bwd_kernel(
         tl.store(grad_ref_ptr + index, -grad, mask=inside)
 
 
-def approx_kl_forward(
-    rows: int,
-    columns: int,
-    logprobs: Tensor,
-    ref_logprobs: Tensor,
-    mask: Tensor | None,
-    estimator: int,
-    limit: float,
-    kl: Tensor,
-) -> None:
-    """The fields of `ApproxKl`."""
-    if rows * columns == 0:
+def approx_kl_forward(a: ApproxKlArguments) -> None:
+    if a.rows * a.columns == 0:
         return
-    with torch.cuda.device_of(logprobs):
-        _approx_kl_fwd_kernel[(triton.cdiv(rows * columns, BLOCK),)](
-            rows, columns, *strided(logprobs), *strided(ref_logprobs), *strided(mask),
-            float(limit), kl, ESTIMATOR=estimator, BLOCK=BLOCK, num_warps=WARPS,
+    with torch.cuda.device_of(a.logprobs):
+        _approx_kl_fwd_kernel[(triton.cdiv(a.rows * a.columns, BLOCK),)](
+            a.rows,
+            a.columns,
+            *strided(a.logprobs),
+            *strided(a.ref_logprobs),
+            *strided(a.mask),
+            float(a.limit),
+            a.kl,
+            ESTIMATOR=a.estimator,
+            BLOCK=BLOCK,
+            num_warps=WARPS,
             enable_fp_fusion=True,
-        )  # fmt: skip
+        )
 
 
-def approx_kl_backward(
-    rows: int,
-    columns: int,
-    logprobs: Tensor,
-    ref_logprobs: Tensor,
-    weight: Tensor | None,
-    mask: Tensor | None,
-    estimator: int,
-    straight_through: bool,
-    limit: float,
-    grad_kl: Tensor,
-    grad_logprobs: Tensor | None,
-    grad_ref: Tensor | None,
-) -> None:
-    """The fields of `ApproxKlBackward`."""
-    if rows * columns == 0:
+def approx_kl_backward(a: ApproxKlBackwardArguments) -> None:
+    if a.rows * a.columns == 0:
         return
-    with torch.cuda.device_of(logprobs):
-        _approx_kl_bwd_kernel[(triton.cdiv(rows * columns, BLOCK),)](
-            rows, columns, *strided(logprobs), *strided(ref_logprobs), *strided(weight),
-            *strided(mask), *strided(grad_kl), float(limit), grad_logprobs, grad_ref,
-            ESTIMATOR=estimator, STRAIGHT_THROUGH=straight_through, BLOCK=BLOCK, num_warps=WARPS,
+    with torch.cuda.device_of(a.logprobs):
+        _approx_kl_bwd_kernel[(triton.cdiv(a.rows * a.columns, BLOCK),)](
+            a.rows,
+            a.columns,
+            *strided(a.logprobs),
+            *strided(a.ref_logprobs),
+            *strided(a.weight),
+            *strided(a.mask),
+            *strided(a.grad_kl),
+            float(a.limit),
+            a.grad_logprobs,
+            a.grad_ref,
+            ESTIMATOR=a.estimator,
+            STRAIGHT_THROUGH=a.straight_through,
+            BLOCK=BLOCK,
+            num_warps=WARPS,
             enable_fp_fusion=True,
-        )  # fmt: skip
+        )

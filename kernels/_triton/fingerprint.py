@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from warpo.kernels._arguments.fingerprint import FingerprintArguments
 from warpo.kernels._triton.launch import kernel
 
 BLOCK = 4096
@@ -67,9 +68,14 @@ def as_bits(tensor: Tensor) -> Tensor:
 
 @kernel()
 def _fingerprint_kernel(
-    bits_ptr, bits_stride: tl.int64, columns: tl.int64, size: tl.int64, partials_ptr,
-    PER_WORD: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    bits_ptr,
+    bits_stride: tl.int64,
+    columns: tl.int64,
+    size: tl.int64,
+    partials_ptr,
+    PER_WORD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     program = tl.program_id(0).to(tl.int64)
     total = tl.zeros([BLOCK // PER_WORD], tl.int64)
     for tile in range(program, (size + BLOCK - 1) // BLOCK, tl.num_programs(0)):
@@ -83,24 +89,32 @@ def _fingerprint_kernel(
 @kernel()
 def _fingerprint_sum_kernel(
     partials_ptr, programs: tl.int64, fingerprint_ptr, MAX_PROGRAMS: tl.constexpr
-):  # fmt: skip
+):
     part = tl.arange(0, MAX_PROGRAMS)
     tl.store(fingerprint_ptr, tl.sum(tl.load(partials_ptr + part, mask=part < programs, other=0)))
 
 
-def fingerprint(
-    rows: int, columns: int, tensor: Tensor, partials: Tensor, fingerprint: Tensor
-) -> None:
-    """The fields of `Fingerprint`."""
-    size = rows * columns
+def fingerprint(a: FingerprintArguments) -> None:
+    size = a.rows * a.columns
     programs = min(MAX_PROGRAMS, triton.cdiv(size, BLOCK))
-    bits = as_bits(tensor)
-    with torch.cuda.device_of(tensor):
+    bits = as_bits(a.tensor)
+    with torch.cuda.device_of(bits):
         _fingerprint_kernel[(programs,)](
-            bits, bits.stride(0), columns, size, partials, PER_WORD=8 // tensor.element_size(),
-            BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=True,
-        )  # fmt: skip
-        _fingerprint_sum_kernel[(1,)](
-            partials, programs, fingerprint, MAX_PROGRAMS=MAX_PROGRAMS, num_warps=4,
+            bits,
+            bits.stride(0),
+            a.columns,
+            size,
+            a.partials,
+            PER_WORD=8 // bits.element_size(),
+            BLOCK=BLOCK,
+            num_warps=WARPS,
             enable_fp_fusion=True,
-        )  # fmt: skip
+        )
+        _fingerprint_sum_kernel[(1,)](
+            a.partials,
+            programs,
+            a.fingerprint,
+            MAX_PROGRAMS=MAX_PROGRAMS,
+            num_warps=4,
+            enable_fp_fusion=True,
+        )

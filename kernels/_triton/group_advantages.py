@@ -3,8 +3,11 @@
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
+from warpo.kernels._arguments.group_advantages import (
+    GroupAdvantagesArguments,
+    GroupAdvantagesBackwardArguments,
+)
 from warpo.kernels._triton.launch import kernel
 
 BLOCK = 128
@@ -91,9 +94,16 @@ def _others_terms(moments, reward, grad, eps, LEAVE_ONE_OUT: tl.constexpr):
 
 @triton.jit
 def _forward_others(
-    rewards_ptr, rewards_stride, order_ptr, start, count, eps, advantages_ptr,
-    LEAVE_ONE_OUT: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    rewards_ptr,
+    rewards_stride,
+    order_ptr,
+    start,
+    count,
+    eps,
+    advantages_ptr,
+    LEAVE_ONE_OUT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     moments = _moments(rewards_ptr, rewards_stride, order_ptr, start, count, BLOCK)
     for block in range(0, count, BLOCK):
         index, inside = _members(order_ptr, start, block, count, BLOCK)
@@ -104,9 +114,18 @@ def _forward_others(
 
 @triton.jit
 def _backward_others(
-    rewards_ptr, rewards_stride, order_ptr, start, count, eps, grad_advantages_ptr,
-    grad_advantages_stride, grad_rewards_ptr, LEAVE_ONE_OUT: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    rewards_ptr,
+    rewards_stride,
+    order_ptr,
+    start,
+    count,
+    eps,
+    grad_advantages_ptr,
+    grad_advantages_stride,
+    grad_rewards_ptr,
+    LEAVE_ONE_OUT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     moments = _moments(rewards_ptr, rewards_stride, order_ptr, start, count, BLOCK)
     size = count.to(tl.float64)
     q_sum, p_sum = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
@@ -132,10 +151,20 @@ def _backward_others(
 
 @kernel()
 def _group_advantages_fwd_kernel(
-    rewards_ptr, rewards_stride: tl.int64, group_size: tl.int64, order_ptr, offsets_ptr,
-    eps: tl.float32, advantages_ptr, mean_ptr, std_ptr, degenerate_ptr,
-    STD: tl.constexpr, LEAVE_ONE_OUT: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    rewards_ptr,
+    rewards_stride: tl.int64,
+    group_size: tl.int64,
+    order_ptr,
+    offsets_ptr,
+    eps: tl.float32,
+    advantages_ptr,
+    mean_ptr,
+    std_ptr,
+    degenerate_ptr,
+    STD: tl.constexpr,
+    LEAVE_ONE_OUT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     group = tl.program_id(0).to(tl.int64)
     start, count = _bounds(group, group_size, offsets_ptr)
     first, _ = _members(order_ptr, start, 0, tl.minimum(count, 1), 1)
@@ -170,9 +199,16 @@ def _group_advantages_fwd_kernel(
     if STD == LEAVE_ONE_OUT_STD:  # noqa: SIM102  (the outer one is decided at compile time)
         if not all_equal:
             _forward_others(
-                rewards_ptr, rewards_stride, order_ptr, start, count, eps, advantages_ptr,
-                LEAVE_ONE_OUT, BLOCK,
-            )  # fmt: skip
+                rewards_ptr,
+                rewards_stride,
+                order_ptr,
+                start,
+                count,
+                eps,
+                advantages_ptr,
+                LEAVE_ONE_OUT,
+                BLOCK,
+            )
             return
     scale = 1.0 / (std + eps) if STD != 0 else 1.0
     if LEAVE_ONE_OUT:
@@ -186,11 +222,21 @@ def _group_advantages_fwd_kernel(
 
 @kernel()
 def _group_advantages_bwd_kernel(
-    rewards_ptr, rewards_stride: tl.int64, group_size: tl.int64, order_ptr, offsets_ptr,
-    eps: tl.float32, mean_ptr, std_ptr, grad_advantages_ptr, grad_advantages_stride: tl.int64,
+    rewards_ptr,
+    rewards_stride: tl.int64,
+    group_size: tl.int64,
+    order_ptr,
+    offsets_ptr,
+    eps: tl.float32,
+    mean_ptr,
+    std_ptr,
+    grad_advantages_ptr,
+    grad_advantages_stride: tl.int64,
     grad_rewards_ptr,
-    STD: tl.constexpr, LEAVE_ONE_OUT: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    STD: tl.constexpr,
+    LEAVE_ONE_OUT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     group = tl.program_id(0).to(tl.int64)
     start, count = _bounds(group, group_size, offsets_ptr)
     mean = tl.load(mean_ptr + group)
@@ -213,9 +259,18 @@ def _group_advantages_bwd_kernel(
     if STD == LEAVE_ONE_OUT_STD:  # noqa: SIM102  (the outer one is decided at compile time)
         if not all_equal:
             _backward_others(
-                rewards_ptr, rewards_stride, order_ptr, start, count, eps, grad_advantages_ptr,
-                grad_advantages_stride, grad_rewards_ptr, LEAVE_ONE_OUT, BLOCK,
-            )  # fmt: skip
+                rewards_ptr,
+                rewards_stride,
+                order_ptr,
+                start,
+                count,
+                eps,
+                grad_advantages_ptr,
+                grad_advantages_stride,
+                grad_rewards_ptr,
+                LEAVE_ONE_OUT,
+                BLOCK,
+            )
             return
 
     # d std / d r_i = (r_i - mean) / (freedom std)
@@ -237,55 +292,49 @@ def _group_advantages_bwd_kernel(
         tl.store(grad_rewards_ptr + index, tl.where(all_equal, 0.0, scale * result), mask=inside)
 
 
-def group_advantages_forward(
-    groups: int,
-    rewards: Tensor,
-    group_size: int,
-    order: Tensor | None,
-    offsets: Tensor | None,
-    std_mode: int,
-    leave_one_out: bool,
-    eps: float,
-    advantages: Tensor,
-    mean: Tensor,
-    std: Tensor,
-    degenerate: Tensor,
-) -> None:
-    """The fields of `GroupAdvantages`."""
-    if groups == 0:
+def group_advantages_forward(a: GroupAdvantagesArguments) -> None:
+    if a.groups == 0:
         return
-    with torch.cuda.device_of(rewards):
-        _group_advantages_fwd_kernel[(groups,)](
-            rewards, rewards.stride(0), group_size, order, offsets, float(eps),
-            advantages, mean, std, degenerate,
-            STD=std_mode, LEAVE_ONE_OUT=leave_one_out, BLOCK=BLOCK, num_warps=WARPS,
+    with torch.cuda.device_of(a.rewards):
+        _group_advantages_fwd_kernel[(a.groups,)](
+            a.rewards,
+            a.rewards.stride(0),
+            a.group_size,
+            a.order,
+            a.offsets,
+            float(a.eps),
+            a.advantages,
+            a.mean,
+            a.std,
+            a.degenerate,
+            STD=a.std_mode,
+            LEAVE_ONE_OUT=a.leave_one_out,
+            BLOCK=BLOCK,
+            num_warps=WARPS,
             enable_fp_fusion=True,
-        )  # fmt: skip
+        )
 
 
-def group_advantages_backward(
-    groups: int,
-    rewards: Tensor,
-    group_size: int,
-    order: Tensor | None,
-    offsets: Tensor | None,
-    std_mode: int,
-    leave_one_out: bool,
-    eps: float,
-    _advantages: None,
-    mean: Tensor,
-    std: Tensor,
-    _degenerate: None,
-    grad_advantages: Tensor,
-    grad_rewards: Tensor,
-) -> None:
-    """The fields of `GroupAdvantagesBackward`."""
-    if groups == 0:
+def group_advantages_backward(a: GroupAdvantagesBackwardArguments) -> None:
+    f = a.forward
+    if f.groups == 0:
         return
-    with torch.cuda.device_of(rewards):
-        _group_advantages_bwd_kernel[(groups,)](
-            rewards, rewards.stride(0), group_size, order, offsets, float(eps), mean, std,
-            grad_advantages, grad_advantages.stride(0), grad_rewards,
-            STD=std_mode, LEAVE_ONE_OUT=leave_one_out, BLOCK=BLOCK, num_warps=WARPS,
+    with torch.cuda.device_of(f.rewards):
+        _group_advantages_bwd_kernel[(f.groups,)](
+            f.rewards,
+            f.rewards.stride(0),
+            f.group_size,
+            f.order,
+            f.offsets,
+            float(f.eps),
+            f.mean,
+            f.std,
+            a.grad_advantages,
+            a.grad_advantages.stride(0),
+            a.grad_rewards,
+            STD=f.std_mode,
+            LEAVE_ONE_OUT=f.leave_one_out,
+            BLOCK=BLOCK,
+            num_warps=WARPS,
             enable_fp_fusion=True,
-        )  # fmt: skip
+        )

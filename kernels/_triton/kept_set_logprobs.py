@@ -7,9 +7,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from warpo.kernels._arguments.kept_set_logprobs import (
+    KeptSetLogprobsArguments,
+    KeptSetLogprobsBackwardArguments,
+    KeptSetWeightGradientArguments,
+)
 from warpo.kernels._triton.launch import kernel
-from warpo.kernels._triton.logprobs import inverse_temperature
 from warpo.kernels._triton.offsets import extent
+from warpo.kernels._triton.online_softmax import inverse_temperature
 
 BLOCK_K = 16  # kept ids
 BLOCK_H = 128  # columns
@@ -29,13 +34,28 @@ def _entries(ids_ptr, start, stop, vocab, BLOCK_K: tl.constexpr):
 
 @kernel()
 def _kept_set_fwd_kernel(
-    num_kept: tl.int64, vocab: tl.int64, hidden_size: tl.int64,
-    hidden_ptr, hidden_stride: tl.int64, weight_ptr, weight_stride: tl.int64,
-    bias_ptr, bias_stride: tl.int64, targets_ptr, targets_stride: tl.int64,
-    ids_ptr, offsets_ptr, temperature: tl.float32, temperature_ptr, temperature_stride: tl.int64,
-    logprobs_ptr, kept_logits_ptr, stats_ptr,
-    BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr,
-):  # fmt: skip
+    num_kept: tl.int64,
+    vocab: tl.int64,
+    hidden_size: tl.int64,
+    hidden_ptr,
+    hidden_stride: tl.int64,
+    weight_ptr,
+    weight_stride: tl.int64,
+    bias_ptr,
+    bias_stride: tl.int64,
+    targets_ptr,
+    targets_stride: tl.int64,
+    ids_ptr,
+    offsets_ptr,
+    temperature: tl.float32,
+    temperature_ptr,
+    temperature_stride: tl.int64,
+    logprobs_ptr,
+    kept_logits_ptr,
+    stats_ptr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
     token = tl.program_id(0).to(tl.int64)
     tokens = tl.num_programs(0)
     first, last, malformed = extent(offsets_ptr, 1, tokens, token, num_kept, token < tokens)
@@ -87,13 +107,28 @@ def _kept_set_fwd_kernel(
 
 @kernel()
 def _kept_set_bwd_kernel(
-    num_kept: tl.int64, vocab: tl.int64, hidden_size: tl.int64,
-    weight_ptr, weight_stride: tl.int64, targets_ptr, targets_stride: tl.int64,
-    ids_ptr, offsets_ptr, temperature: tl.float32, temperature_ptr, temperature_stride: tl.int64,
-    kept_logits_ptr, stats_ptr, grad_logprobs_ptr, grad_logprobs_stride: tl.int64,
-    grad_hidden_ptr, grad_hidden_stride: tl.int64, grad_logits_ptr,
-    BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr,
-):  # fmt: skip
+    num_kept: tl.int64,
+    vocab: tl.int64,
+    hidden_size: tl.int64,
+    weight_ptr,
+    weight_stride: tl.int64,
+    targets_ptr,
+    targets_stride: tl.int64,
+    ids_ptr,
+    offsets_ptr,
+    temperature: tl.float32,
+    temperature_ptr,
+    temperature_stride: tl.int64,
+    kept_logits_ptr,
+    stats_ptr,
+    grad_logprobs_ptr,
+    grad_logprobs_stride: tl.int64,
+    grad_hidden_ptr,
+    grad_hidden_stride: tl.int64,
+    grad_logits_ptr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
     pieces = tl.cdiv(hidden_size, BLOCK_H)
     token = tl.program_id(0) // pieces
     piece = tl.program_id(0) % pieces
@@ -129,11 +164,19 @@ def _kept_set_bwd_kernel(
 
 @kernel()
 def _kept_set_weight_kernel(
-    hidden_size: tl.int64, hidden_ptr, hidden_stride: tl.int64,
-    order_ptr, tokens_ptr, offsets_ptr, grad_logits_ptr,
-    grad_weight_ptr, grad_weight_stride: tl.int64, grad_bias_ptr,
-    BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr,
-):  # fmt: skip
+    hidden_size: tl.int64,
+    hidden_ptr,
+    hidden_stride: tl.int64,
+    order_ptr,
+    tokens_ptr,
+    offsets_ptr,
+    grad_logits_ptr,
+    grad_weight_ptr,
+    grad_weight_stride: tl.int64,
+    grad_bias_ptr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
     pieces = tl.cdiv(hidden_size, BLOCK_H)
     row = tl.program_id(0) // pieces
     piece = tl.program_id(0) % pieces
@@ -166,82 +209,69 @@ def _strided(tensor: Tensor | None) -> tuple[Tensor | None, int]:
     return (None, 0) if tensor is None else (tensor, tensor.stride(0))
 
 
-def kept_set_logprobs_forward(
-    tokens: int,
-    vocab: int,
-    hidden_size: int,
-    num_kept: int,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    kept_ids: Tensor,
-    kept_offsets: Tensor,
-    temperature: float,
-    token_temperature: Tensor | None,
-    logprobs: Tensor,
-    kept_logits: Tensor,
-    stats: Tensor,
-) -> None:
-    """The fields of `KeptSetLogprobs`."""
-    if tokens == 0:
+def kept_set_logprobs_forward(a: KeptSetLogprobsArguments) -> None:
+    if a.tokens == 0:
         return
-    with torch.cuda.device_of(hidden):
-        _kept_set_fwd_kernel[(tokens,)](
-            num_kept, vocab, hidden_size, *_strided(hidden), *_strided(weight), *_strided(bias),
-            *_strided(targets), kept_ids, kept_offsets, float(temperature),
-            *_strided(token_temperature), logprobs, kept_logits, stats,
-            BLOCK_K=BLOCK_K, BLOCK_H=BLOCK_H, num_warps=WARPS,
-        )  # fmt: skip
+    with torch.cuda.device_of(a.hidden):
+        _kept_set_fwd_kernel[(a.tokens,)](
+            a.num_kept,
+            a.vocab,
+            a.hidden_size,
+            *_strided(a.hidden),
+            *_strided(a.weight),
+            *_strided(a.bias),
+            *_strided(a.targets),
+            a.kept_ids,
+            a.kept_offsets,
+            float(a.temperature),
+            *_strided(a.token_temperature),
+            a.logprobs,
+            a.kept_logits,
+            a.stats,
+            BLOCK_K=BLOCK_K,
+            BLOCK_H=BLOCK_H,
+            num_warps=WARPS,
+        )
 
 
-def kept_set_logprobs_backward(
-    tokens: int,
-    vocab: int,
-    hidden_size: int,
-    num_kept: int,
-    hidden: Tensor,
-    weight: Tensor,
-    _bias: Tensor | None,
-    targets: Tensor,
-    kept_ids: Tensor,
-    kept_offsets: Tensor,
-    temperature: float,
-    token_temperature: Tensor | None,
-    _logprobs: None,
-    kept_logits: Tensor,
-    stats: Tensor,
-    grad_logprobs: Tensor,
-    grad_hidden: Tensor | None,
-    grad_logits: Tensor,
-) -> None:
-    """The fields of `KeptSetLogprobsBackward`."""
-    if tokens == 0:
+def kept_set_logprobs_backward(a: KeptSetLogprobsBackwardArguments) -> None:
+    f = a.forward
+    if f.tokens == 0:
         return
-    with torch.cuda.device_of(hidden):
-        _kept_set_bwd_kernel[(tokens * triton.cdiv(hidden_size, BLOCK_H),)](
-            num_kept, vocab, hidden_size, *_strided(weight), *_strided(targets), kept_ids,
-            kept_offsets, float(temperature), *_strided(token_temperature), kept_logits, stats,
-            *_strided(grad_logprobs), *_strided(grad_hidden), grad_logits,
-            BLOCK_K=BLOCK_K, BLOCK_H=BLOCK_H, num_warps=WARPS,
-        )  # fmt: skip
+    with torch.cuda.device_of(f.hidden):
+        _kept_set_bwd_kernel[(f.tokens * triton.cdiv(f.hidden_size, BLOCK_H),)](
+            f.num_kept,
+            f.vocab,
+            f.hidden_size,
+            *_strided(f.weight),
+            *_strided(f.targets),
+            f.kept_ids,
+            f.kept_offsets,
+            float(f.temperature),
+            *_strided(f.token_temperature),
+            f.kept_logits,
+            f.stats,
+            *_strided(a.grad_logprobs),
+            *_strided(a.grad_hidden),
+            a.grad_logits,
+            BLOCK_K=BLOCK_K,
+            BLOCK_H=BLOCK_H,
+            num_warps=WARPS,
+        )
 
 
-def kept_set_weight_gradient(
-    vocab: int,
-    hidden_size: int,
-    hidden: Tensor,
-    order: Tensor,
-    tokens: Tensor,
-    offsets: Tensor,
-    grad_logits: Tensor,
-    grad_weight: Tensor | None,
-    grad_bias: Tensor | None,
-) -> None:
-    """The fields of `KeptSetWeightGradient`."""
-    with torch.cuda.device_of(hidden):
-        _kept_set_weight_kernel[(vocab * triton.cdiv(hidden_size, BLOCK_H),)](
-            hidden_size, *_strided(hidden), order, tokens, offsets, grad_logits,
-            *_strided(grad_weight), grad_bias,
-            BLOCK_K=BLOCK_K, BLOCK_H=BLOCK_H, num_warps=WARPS,
-        )  # fmt: skip
+def kept_set_weight_gradient(a: KeptSetWeightGradientArguments) -> None:
+    with torch.cuda.device_of(a.hidden):
+        _kept_set_weight_kernel[(a.vocab * triton.cdiv(a.hidden_size, BLOCK_H),)](
+            a.hidden_size,
+            *_strided(a.hidden),
+            a.order,
+            a.tokens,
+            a.offsets,
+            a.grad_logits,
+            *_strided(a.grad_weight),
+            a.grad_bias,
+            BLOCK_K=BLOCK_K,
+            BLOCK_H=BLOCK_H,
+            num_warps=WARPS,
+        )

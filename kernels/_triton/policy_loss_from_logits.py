@@ -5,12 +5,14 @@ a program a token, two loops over its row.
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
+from warpo.kernels._arguments.policy_loss_from_logits import (
+    PolicyLossFromLogitsArguments,
+    ScaleGradientArguments,
+)
 from warpo.kernels._triton.launch import kernel, strided
-from warpo.kernels._triton.logprobs import (
-    BLOCK,
-    CHUNKS,
+from warpo.kernels._triton.logprobs import BLOCK, CHUNKS
+from warpo.kernels._triton.online_softmax import (
     FLOOR,
     LN_2,
     LOG2_E,
@@ -39,16 +41,30 @@ SCALE_PROGRAMS = 2048
 def _fill(row_ptr, vocab, value, BLOCK: tl.constexpr):
     columns = tl.arange(0, BLOCK)
     for start in range(0, vocab, BLOCK):
-        tl.store(row_ptr + start + columns, tl.full([BLOCK], 0.0, tl.float32) + value,
-                 mask=start + columns < vocab)  # fmt: skip
+        tl.store(
+            row_ptr + start + columns,
+            tl.full([BLOCK], 0.0, tl.float32) + value,
+            mask=start + columns < vocab,
+        )
 
 
 @triton.jit
 def _by_logp(
-    logp, old, advantage, ref, sampler, kl_coef, bounds, correction_bounds, limit,
-    HAS_OLD: tl.constexpr, SURROGATE: tl.constexpr, CORRECTION: tl.constexpr, KL: tl.constexpr,
+    logp,
+    old,
+    advantage,
+    ref,
+    sampler,
+    kl_coef,
+    bounds,
+    correction_bounds,
+    limit,
+    HAS_OLD: tl.constexpr,
+    SURROGATE: tl.constexpr,
+    CORRECTION: tl.constexpr,
+    KL: tl.constexpr,
     STRAIGHT_THROUGH: tl.constexpr,
-):  # fmt: skip
+):
     """Derivative of the loss of one token in its logp, before the weight; blocks of one."""
     log_ratio = logp - old if HAS_OLD else tl.zeros_like(logp)
     ratio = exp(clamp(log_ratio, -limit, limit))
@@ -67,31 +83,70 @@ def _by_logp(
 
 @kernel("logits_ptr", "grad_logits_ptr")
 def _policy_loss_from_logits_kernel(
-    logits_ptr, logits_stride_b: tl.int64, logits_stride_t: tl.int64, vocab: tl.int32,
-    targets_ptr, targets_stride_b: tl.int64, targets_stride_t: tl.int64,
+    logits_ptr,
+    logits_stride_b: tl.int64,
+    logits_stride_t: tl.int64,
+    vocab: tl.int32,
+    targets_ptr,
+    targets_stride_b: tl.int64,
+    targets_stride_t: tl.int64,
     temperature: tl.float32,
-    temperature_ptr, temperature_stride_b: tl.int64, temperature_stride_t: tl.int64,
-    mask_ptr, mask_stride_b: tl.int64, mask_stride_t: tl.int64,
-    ignore_index: tl.int64, steps: tl.int64,
-    logprobs_ptr, logprobs_stride_b: tl.int64, logprobs_stride_t: tl.int64,
-    entropy_ptr, entropy_stride_b: tl.int64, entropy_stride_t: tl.int64,
-    cu_seqlens_ptr, sequences: tl.int64,
-    old_ptr, old_stride_b: tl.int64, old_stride_t: tl.int64,
-    advantages_ptr, advantages_stride_b: tl.int64, advantages_stride_t: tl.int64,
-    ref_ptr, ref_stride_b: tl.int64, ref_stride_t: tl.int64,
-    sampler_ptr, sampler_stride_b: tl.int64, sampler_stride_t: tl.int64,
-    valid_tokens_ptr, valid_tokens_stride_b: tl.int64, valid_tokens_stride_t: tl.int64,
-    ratio_low: tl.float32, ratio_high: tl.float32, dual_clip: tl.float32,
-    tau_positive: tl.float32, tau_negative: tl.float32,
-    correction_low: tl.float32, correction_high: tl.float32,
-    kl_coef: tl.float32, adaptive_kl_coef_ptr, entropy_coef: tl.float32, limit: tl.float32,
+    temperature_ptr,
+    temperature_stride_b: tl.int64,
+    temperature_stride_t: tl.int64,
+    mask_ptr,
+    mask_stride_b: tl.int64,
+    mask_stride_t: tl.int64,
+    ignore_index: tl.int64,
+    steps: tl.int64,
+    logprobs_ptr,
+    logprobs_stride_b: tl.int64,
+    logprobs_stride_t: tl.int64,
+    entropy_ptr,
+    entropy_stride_b: tl.int64,
+    entropy_stride_t: tl.int64,
+    cu_seqlens_ptr,
+    sequences: tl.int64,
+    old_ptr,
+    old_stride_b: tl.int64,
+    old_stride_t: tl.int64,
+    advantages_ptr,
+    advantages_stride_b: tl.int64,
+    advantages_stride_t: tl.int64,
+    ref_ptr,
+    ref_stride_b: tl.int64,
+    ref_stride_t: tl.int64,
+    sampler_ptr,
+    sampler_stride_b: tl.int64,
+    sampler_stride_t: tl.int64,
+    valid_tokens_ptr,
+    valid_tokens_stride_b: tl.int64,
+    valid_tokens_stride_t: tl.int64,
+    ratio_low: tl.float32,
+    ratio_high: tl.float32,
+    dual_clip: tl.float32,
+    tau_positive: tl.float32,
+    tau_negative: tl.float32,
+    correction_low: tl.float32,
+    correction_high: tl.float32,
+    kl_coef: tl.float32,
+    adaptive_kl_coef_ptr,
+    entropy_coef: tl.float32,
+    limit: tl.float32,
     denominator_ptr,
-    grad_logits_ptr, grad_logits_stride_b: tl.int64, grad_logits_stride_t: tl.int64,
+    grad_logits_ptr,
+    grad_logits_stride_b: tl.int64,
+    grad_logits_stride_t: tl.int64,
     columns_of_a_chunk: tl.int32,
-    SURROGATE: tl.constexpr, CORRECTION: tl.constexpr, KL: tl.constexpr,
-    STRAIGHT_THROUGH: tl.constexpr, ENTROPY_GRADIENT: tl.constexpr,
-    REPEAT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
+    SURROGATE: tl.constexpr,
+    CORRECTION: tl.constexpr,
+    KL: tl.constexpr,
+    STRAIGHT_THROUGH: tl.constexpr,
+    ENTROPY_GRADIENT: tl.constexpr,
+    REPEAT: tl.constexpr,
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     BLOCK: tl.constexpr = REPEAT * LANES * WIDTH
     token = tl.program_id(0).to(tl.int64)
     b, t = token // steps, token % steps
@@ -144,11 +199,21 @@ def _policy_loss_from_logits_kernel(
     if valid_tokens_ptr is not None:
         weight /= tl.load(valid_tokens_ptr + b * valid_tokens_stride_b + t * valid_tokens_stride_t)
     by_logp = _by_logp(
-        logp, old, advantage, ref, sampler, kl_coef,
+        logp,
+        old,
+        advantage,
+        ref,
+        sampler,
+        kl_coef,
         (ratio_low, ratio_high, dual_clip, tau_positive, tau_negative),
-        (correction_low, correction_high), limit, old_ptr is not None, SURROGATE, CORRECTION, KL,
+        (correction_low, correction_high),
+        limit,
+        old_ptr is not None,
+        SURROGATE,
+        CORRECTION,
+        KL,
         STRAIGHT_THROUGH,
-    )  # fmt: skip
+    )
     by_logp = weighted(weight, tl.sum(by_logp))
     by_entropy = weighted(-weight, entropy_coef)
     if log_sum == log_sum and by_logp == 0 and by_entropy == 0:
@@ -174,9 +239,16 @@ def _policy_loss_from_logits_kernel(
 
 @kernel("gradient_ptr")
 def _scale_gradient_kernel(
-    gradient_ptr, gradient_stride_b: tl.int64, gradient_stride_t: tl.int64, vocab: tl.int32,
-    steps: tl.int64, units: tl.int64, factor_ptr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
+    gradient_ptr,
+    gradient_stride_b: tl.int64,
+    gradient_stride_t: tl.int64,
+    vocab: tl.int32,
+    steps: tl.int64,
+    units: tl.int64,
+    factor_ptr,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     factor = tl.load(factor_ptr)
     # a grid of fixed size: where the factor is 1 it ends at once
     if factor == 1.0:
@@ -191,78 +263,71 @@ def _scale_gradient_kernel(
         tl.store(row_ptr + columns, x * factor, mask=columns < vocab)
 
 
-def policy_loss_from_logits(
-    rows: int,
-    steps: int,
-    vocab: int,
-    logits: Tensor,
-    targets: Tensor,
-    temperature: float,
-    token_temperature: Tensor | None,
-    mask: Tensor | None,
-    ignore_index: int,
-    logprobs: Tensor,
-    entropy: Tensor,
-    _stats: None,
-    _partials: None,
-    sequences: int,
-    cu_seqlens: Tensor | None,
-    old_logprobs: Tensor | None,
-    advantages: Tensor,
-    ref_logprobs: Tensor | None,
-    sampler_logprobs: Tensor | None,
-    valid_tokens: Tensor | None,
-    surrogate: int,
-    ratio_low: float,
-    ratio_high: float,
-    dual_clip: float,
-    tau_positive: float,
-    tau_negative: float,
-    correction: int,
-    correction_low: float,
-    correction_high: float,
-    kl: int,
-    kl_straight_through: bool,
-    kl_coef: float,
-    adaptive_kl_coef: Tensor | None,
-    entropy_coef: float,
-    log_ratio_limit: float,
-    denominator: Tensor,
-    grad_logits: Tensor,
-) -> None:
-    """The fields of `PolicyLossFromLogits`."""
-    if rows * steps == 0:
+def policy_loss_from_logits(a: PolicyLossFromLogitsArguments) -> None:
+    forward, o, term = a.forward, a.objective, a.kl_penalty
+    tokens, vocab = forward.rows * forward.steps, forward.vocab
+    if tokens == 0:
         return
-    width = _load_width(logits, grad_logits)
+    width = _load_width(forward.logits, a.grad_logits)
     lanes = 32 * WARPS
-    with torch.cuda.device_of(logits):
-        _policy_loss_from_logits_kernel[(rows * steps,)](
-            *_rows(logits, width), vocab, *strided(targets), float(temperature),
-            *strided(token_temperature), *strided(mask), ignore_index, steps,
-            *strided(logprobs), *strided(entropy), cu_seqlens, sequences,
-            *strided(old_logprobs), *strided(advantages), *strided(ref_logprobs),
-            *strided(sampler_logprobs), *strided(valid_tokens),
-            float(ratio_low), float(ratio_high), float(dual_clip),
-            float(tau_positive), float(tau_negative),
-            float(correction_low), float(correction_high),
-            float(kl_coef), adaptive_kl_coef, float(entropy_coef), float(log_ratio_limit),
-            denominator, *_rows(grad_logits, width),
+    constants = (
+        a.old_logprobs,
+        a.advantages,
+        a.ref_logprobs,
+        a.sampler_logprobs,
+        a.valid_tokens,
+    )
+    numbers = [o.ratio_low, o.ratio_high, o.dual_clip, o.tau_positive, o.tau_negative]
+    numbers += [o.correction_low, o.correction_high, term.kl_coef]
+    with torch.cuda.device_of(forward.logits):
+        _policy_loss_from_logits_kernel[(tokens,)](
+            *_rows(forward.logits, width),
+            vocab,
+            *strided(forward.targets),
+            float(forward.temperature),
+            *strided(forward.token_temperature),
+            *strided(forward.mask),
+            forward.ignore_index,
+            forward.steps,
+            *strided(forward.logprobs),
+            *strided(forward.entropy),
+            a.cu_seqlens,
+            a.sequences,
+            *[part for tensor in constants for part in strided(tensor)],
+            *map(float, numbers),
+            term.adaptive_kl_coef,
+            float(o.entropy_coef),
+            float(o.log_ratio_limit),
+            a.denominator,
+            *_rows(a.grad_logits, width),
             triton.cdiv(vocab, ROW_BLOCK * CHUNKS) * ROW_BLOCK,
-            SURROGATE=surrogate, CORRECTION=correction, KL=kl,
-            STRAIGHT_THROUGH=kl_straight_through, ENTROPY_GRADIENT=entropy_coef != 0,
-            REPEAT=ROW_BLOCK // (lanes * width), LANES=lanes, WIDTH=width,
-            num_warps=WARPS, enable_fp_fusion=True,
-        )  # fmt: skip
+            SURROGATE=o.surrogate,
+            CORRECTION=o.correction,
+            KL=term.kl,
+            STRAIGHT_THROUGH=o.kl_straight_through,
+            ENTROPY_GRADIENT=o.entropy_coef != 0,
+            REPEAT=ROW_BLOCK // (lanes * width),
+            LANES=lanes,
+            WIDTH=width,
+            num_warps=WARPS,
+            enable_fp_fusion=True,
+        )
 
 
-def scale_gradient(rows: int, steps: int, vocab: int, gradient: Tensor, factor: Tensor) -> None:
-    """The fields of `ScaleGradient`."""
-    units = rows * steps * triton.cdiv(vocab, BLOCK)
+def scale_gradient(a: ScaleGradientArguments) -> None:
+    units = a.rows * a.steps * triton.cdiv(a.vocab, BLOCK)
     if units == 0:
         return
-    width = _load_width(gradient)
-    with torch.cuda.device_of(gradient):
+    width = _load_width(a.gradient)
+    with torch.cuda.device_of(a.gradient):
         _scale_gradient_kernel[(min(units, SCALE_PROGRAMS),)](
-            *_rows(gradient, width), vocab, steps, units, factor,
-            BLOCK=BLOCK, WIDTH=width, num_warps=4, enable_fp_fusion=True,
-        )  # fmt: skip
+            *_rows(a.gradient, width),
+            a.vocab,
+            a.steps,
+            units,
+            a.factor,
+            BLOCK=BLOCK,
+            WIDTH=width,
+            num_warps=4,
+            enable_fp_fusion=True,
+        )

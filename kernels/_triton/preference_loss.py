@@ -7,8 +7,12 @@ The formulas are those of `csrc/math/preference_loss.h`.
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
+from warpo.kernels._arguments.preference_loss import (
+    AnswersArguments,
+    KtoLossArguments,
+    PreferenceLossArguments,
+)
 from warpo.kernels._triton.launch import kernel, strided
 from warpo.kernels._triton.logistic import expm1, log1mexp, log_sigmoid
 from warpo.kernels._triton.sequences import (
@@ -32,10 +36,20 @@ SQUARE = tl.constexpr(2)
 
 @triton.jit
 def _sum_answer(
-    answer, steps, cu_seqlens_ptr, logp_ptr, logp_stride_b, logp_stride_t,
-    ref_ptr, ref_stride_b, ref_stride_t, mask_ptr, mask_stride_b, mask_stride_t,
+    answer,
+    steps,
+    cu_seqlens_ptr,
+    logp_ptr,
+    logp_stride_b,
+    logp_stride_t,
+    ref_ptr,
+    ref_stride_b,
+    ref_stride_t,
+    mask_ptr,
+    mask_stride_b,
+    mask_stride_t,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     """Valid tokens, sum of logp, sum of logp - ref, and whether the answer is malformed."""
     first, length, _, malformed = bounds(answer, tl.num_programs(0), steps, cu_seqlens_ptr)
     logp_ptr += answer * logp_stride_b + first * logp_stride_t
@@ -60,9 +74,16 @@ def _sum_answer(
 
 @triton.jit
 def _store_gradient(
-    answer, steps, cu_seqlens_ptr, mask_ptr, mask_stride_b, mask_stride_t, grad_ptr, gradient,
+    answer,
+    steps,
+    cu_seqlens_ptr,
+    mask_ptr,
+    mask_stride_b,
+    mask_stride_t,
+    grad_ptr,
+    gradient,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     """All valid tokens of an answer have the same gradient."""
     first, length, grad_start, _ = bounds(answer, tl.num_programs(0), steps, cu_seqlens_ptr)
     grad_ptr += grad_start
@@ -84,9 +105,14 @@ def _log_odds(x):
 
 @triton.jit
 def _link_loss(
-    difference, beta, margin, positive_weight, negative_weight,
-    LINK: tl.constexpr, ODDS: tl.constexpr,
-):  # fmt: skip
+    difference,
+    beta,
+    margin,
+    positive_weight,
+    negative_weight,
+    LINK: tl.constexpr,
+    ODDS: tl.constexpr,
+):
     """Value and derivative."""
     if LINK == SQUARE:
         error = difference - margin
@@ -109,30 +135,73 @@ def _link_loss(
 
 @kernel()
 def _preference_loss_kernel(
-    chosen_steps: tl.int64, chosen_cu_ptr,
-    chosen_ptr, chosen_stride_b: tl.int64, chosen_stride_t: tl.int64,
-    chosen_ref_ptr, chosen_ref_stride_b: tl.int64, chosen_ref_stride_t: tl.int64,
-    chosen_mask_ptr, chosen_mask_stride_b: tl.int64, chosen_mask_stride_t: tl.int64,
-    grad_chosen_ptr, rejected_steps: tl.int64, rejected_cu_ptr,
-    rejected_ptr, rejected_stride_b: tl.int64, rejected_stride_t: tl.int64,
-    rejected_ref_ptr, rejected_ref_stride_b: tl.int64, rejected_ref_stride_t: tl.int64,
-    rejected_mask_ptr, rejected_mask_stride_b: tl.int64, rejected_mask_stride_t: tl.int64,
+    chosen_steps: tl.int64,
+    chosen_cu_ptr,
+    chosen_ptr,
+    chosen_stride_b: tl.int64,
+    chosen_stride_t: tl.int64,
+    chosen_ref_ptr,
+    chosen_ref_stride_b: tl.int64,
+    chosen_ref_stride_t: tl.int64,
+    chosen_mask_ptr,
+    chosen_mask_stride_b: tl.int64,
+    chosen_mask_stride_t: tl.int64,
+    grad_chosen_ptr,
+    rejected_steps: tl.int64,
+    rejected_cu_ptr,
+    rejected_ptr,
+    rejected_stride_b: tl.int64,
+    rejected_stride_t: tl.int64,
+    rejected_ref_ptr,
+    rejected_ref_stride_b: tl.int64,
+    rejected_ref_stride_t: tl.int64,
+    rejected_mask_ptr,
+    rejected_mask_stride_b: tl.int64,
+    rejected_mask_stride_t: tl.int64,
     grad_rejected_ptr,
-    beta: tl.float32, margin: tl.float32, positive_weight: tl.float32,
-    negative_weight: tl.float32, nll_coef: tl.float32, denominator_ptr, partials_ptr,
-    LINK: tl.constexpr, LENGTH_NORMALISE: tl.constexpr, ODDS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    beta: tl.float32,
+    margin: tl.float32,
+    positive_weight: tl.float32,
+    negative_weight: tl.float32,
+    nll_coef: tl.float32,
+    denominator_ptr,
+    partials_ptr,
+    LINK: tl.constexpr,
+    LENGTH_NORMALISE: tl.constexpr,
+    ODDS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     pair = tl.program_id(0).to(tl.int64)
     n, logp, x, chosen_malformed = _sum_answer(
-        pair, chosen_steps, chosen_cu_ptr, chosen_ptr, chosen_stride_b, chosen_stride_t,
-        chosen_ref_ptr, chosen_ref_stride_b, chosen_ref_stride_t,
-        chosen_mask_ptr, chosen_mask_stride_b, chosen_mask_stride_t, BLOCK,
-    )  # fmt: skip
+        pair,
+        chosen_steps,
+        chosen_cu_ptr,
+        chosen_ptr,
+        chosen_stride_b,
+        chosen_stride_t,
+        chosen_ref_ptr,
+        chosen_ref_stride_b,
+        chosen_ref_stride_t,
+        chosen_mask_ptr,
+        chosen_mask_stride_b,
+        chosen_mask_stride_t,
+        BLOCK,
+    )
     m, other_logp, y, rejected_malformed = _sum_answer(
-        pair, rejected_steps, rejected_cu_ptr, rejected_ptr, rejected_stride_b, rejected_stride_t,
-        rejected_ref_ptr, rejected_ref_stride_b, rejected_ref_stride_t,
-        rejected_mask_ptr, rejected_mask_stride_b, rejected_mask_stride_t, BLOCK,
-    )  # fmt: skip
+        pair,
+        rejected_steps,
+        rejected_cu_ptr,
+        rejected_ptr,
+        rejected_stride_b,
+        rejected_stride_t,
+        rejected_ref_ptr,
+        rejected_ref_stride_b,
+        rejected_ref_stride_t,
+        rejected_mask_ptr,
+        rejected_mask_stride_b,
+        rejected_mask_stride_t,
+        BLOCK,
+    )
     counts = (n > 0) & (m > 0)
     chosen_share, rejected_share = 1.0, 1.0
     if LENGTH_NORMALISE:
@@ -153,16 +222,28 @@ def _preference_loss_kernel(
     if grad_chosen_ptr is not None:
         gradient = slope * better_slope * chosen_share - nll_coef * inverse_or_zero(n)
         _store_gradient(
-            pair, chosen_steps, chosen_cu_ptr, chosen_mask_ptr, chosen_mask_stride_b,
-            chosen_mask_stride_t, grad_chosen_ptr,
-            weighted(weight, tl.where(counts, gradient, 0.0)), BLOCK,
-        )  # fmt: skip
+            pair,
+            chosen_steps,
+            chosen_cu_ptr,
+            chosen_mask_ptr,
+            chosen_mask_stride_b,
+            chosen_mask_stride_t,
+            grad_chosen_ptr,
+            weighted(weight, tl.where(counts, gradient, 0.0)),
+            BLOCK,
+        )
         gradient = -slope * worse_slope * rejected_share
         _store_gradient(
-            pair, rejected_steps, rejected_cu_ptr, rejected_mask_ptr, rejected_mask_stride_b,
-            rejected_mask_stride_t, grad_rejected_ptr,
-            weighted(weight, tl.where(counts, gradient, 0.0)), BLOCK,
-        )  # fmt: skip
+            pair,
+            rejected_steps,
+            rejected_cu_ptr,
+            rejected_mask_ptr,
+            rejected_mask_stride_b,
+            rejected_mask_stride_t,
+            grad_rejected_ptr,
+            weighted(weight, tl.where(counts, gradient, 0.0)),
+            BLOCK,
+        )
     partials_ptr += pair * NUM_METRICS
     tl.store(partials_ptr, weighted(weight, tl.where(counts, loss, 0.0)))
     tl.store(partials_ptr + 1, tl.where(counts, 1.0, 0.0))
@@ -176,18 +257,44 @@ def _preference_loss_kernel(
 
 @kernel()
 def _kto_loss_kernel(
-    steps: tl.int64, cu_seqlens_ptr, logp_ptr, logp_stride_b: tl.int64, logp_stride_t: tl.int64,
-    ref_ptr, ref_stride_b: tl.int64, ref_stride_t: tl.int64,
-    mask_ptr, mask_stride_b: tl.int64, mask_stride_t: tl.int64, grad_ptr,
-    desirable_ptr, desirable_stride: tl.int64, kl_ptr,
-    beta: tl.float32, desirable_weight: tl.float32, undesirable_weight: tl.float32,
-    denominator_ptr, partials_ptr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    steps: tl.int64,
+    cu_seqlens_ptr,
+    logp_ptr,
+    logp_stride_b: tl.int64,
+    logp_stride_t: tl.int64,
+    ref_ptr,
+    ref_stride_b: tl.int64,
+    ref_stride_t: tl.int64,
+    mask_ptr,
+    mask_stride_b: tl.int64,
+    mask_stride_t: tl.int64,
+    grad_ptr,
+    desirable_ptr,
+    desirable_stride: tl.int64,
+    kl_ptr,
+    beta: tl.float32,
+    desirable_weight: tl.float32,
+    undesirable_weight: tl.float32,
+    denominator_ptr,
+    partials_ptr,
+    BLOCK: tl.constexpr,
+):
     example = tl.program_id(0).to(tl.int64)
     count, logp, ratio, malformed = _sum_answer(
-        example, steps, cu_seqlens_ptr, logp_ptr, logp_stride_b, logp_stride_t,
-        ref_ptr, ref_stride_b, ref_stride_t, mask_ptr, mask_stride_b, mask_stride_t, BLOCK,
-    )  # fmt: skip
+        example,
+        steps,
+        cu_seqlens_ptr,
+        logp_ptr,
+        logp_stride_b,
+        logp_stride_t,
+        ref_ptr,
+        ref_stride_b,
+        ref_stride_t,
+        mask_ptr,
+        mask_stride_b,
+        mask_stride_t,
+        BLOCK,
+    )
     desirable = tl.load(desirable_ptr + example * desirable_stride) != 0
     good, bad = (count > 0) & desirable, (count > 0) & ~desirable
     slope = tl.where(desirable, beta, -beta)
@@ -199,9 +306,16 @@ def _kto_loss_kernel(
     if grad_ptr is not None:
         gradient = weighted(-weight, tl.where(count > 0, loss * slope * right, 0.0))
         _store_gradient(
-            example, steps, cu_seqlens_ptr, mask_ptr, mask_stride_b, mask_stride_t, grad_ptr,
-            gradient, BLOCK,
-        )  # fmt: skip
+            example,
+            steps,
+            cu_seqlens_ptr,
+            mask_ptr,
+            mask_stride_b,
+            mask_stride_t,
+            grad_ptr,
+            gradient,
+            BLOCK,
+        )
     partials_ptr += example * NUM_KTO_METRICS
     tl.store(partials_ptr, weighted(weight, tl.where(count > 0, loss, 0.0)))
     tl.store(partials_ptr + 1, tl.where(good, 1.0, 0.0))
@@ -212,74 +326,50 @@ def _kto_loss_kernel(
     tl.store(partials_ptr + 6, tl.where(bad, logp, 0.0))
 
 
-def preference_loss(
-    pairs: int,
-    chosen_steps: int,
-    chosen_cu_seqlens: Tensor | None,
-    chosen_logprobs: Tensor,
-    ref_chosen_logprobs: Tensor | None,
-    chosen_mask: Tensor | None,
-    grad_chosen: Tensor | None,
-    rejected_steps: int,
-    rejected_cu_seqlens: Tensor | None,
-    rejected_logprobs: Tensor,
-    ref_rejected_logprobs: Tensor | None,
-    rejected_mask: Tensor | None,
-    grad_rejected: Tensor | None,
-    link: int,
-    length_normalise: bool,
-    odds: bool,
-    beta: float,
-    margin: float,
-    positive_weight: float,
-    negative_weight: float,
-    nll_coef: float,
-    denominator: Tensor,
-    partials: Tensor,
-    loss: Tensor,
-    metrics: Tensor,
-) -> None:
-    """The fields of `PreferenceLoss`."""
-    with torch.cuda.device_of(chosen_logprobs):
-        if pairs:
-            _preference_loss_kernel[(pairs,)](
-                chosen_steps, chosen_cu_seqlens, *strided(chosen_logprobs),
-                *strided(ref_chosen_logprobs), *strided(chosen_mask), grad_chosen,
-                rejected_steps, rejected_cu_seqlens, *strided(rejected_logprobs),
-                *strided(ref_rejected_logprobs), *strided(rejected_mask), grad_rejected,
-                float(beta), float(margin), float(positive_weight), float(negative_weight),
-                float(nll_coef), denominator, partials,
-                LINK=link, LENGTH_NORMALISE=length_normalise, ODDS=odds, BLOCK=BLOCK,
-                num_warps=WARPS, enable_fp_fusion=True,
-            )  # fmt: skip
-        merge_partials(partials, pairs, loss, metrics, 0, metrics.shape[0])
+def _answers(a: AnswersArguments) -> tuple:
+    """Steps, offsets and tensors as kernel arguments."""
+    tensors = (*strided(a.logprobs), *strided(a.ref_logprobs), *strided(a.mask))
+    return (a.steps, a.cu_seqlens, *tensors, a.grad_logprobs)
 
 
-def kto_loss(
-    examples: int,
-    steps: int,
-    cu_seqlens: Tensor | None,
-    logprobs: Tensor,
-    ref_logprobs: Tensor,
-    mask: Tensor | None,
-    grad_logprobs: Tensor | None,
-    desirable: Tensor,
-    kl: Tensor,
-    beta: float,
-    desirable_weight: float,
-    undesirable_weight: float,
-    denominator: Tensor,
-    partials: Tensor,
-    loss: Tensor,
-    metrics: Tensor,
-) -> None:
-    """The fields of `KtoLoss`."""
-    with torch.cuda.device_of(logprobs):
-        if examples:
-            _kto_loss_kernel[(examples,)](
-                steps, cu_seqlens, *strided(logprobs), *strided(ref_logprobs), *strided(mask),
-                grad_logprobs, desirable, desirable.stride(0), kl,
-                float(beta), float(desirable_weight), float(undesirable_weight), denominator,
-                partials, BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=True,
-            )  # fmt: skip
-        merge_partials(partials, examples, loss, metrics, 0, metrics.shape[0])
+def preference_loss(a: PreferenceLossArguments) -> None:
+    with torch.cuda.device_of(a.loss):
+        if a.pairs:
+            _preference_loss_kernel[(a.pairs,)](
+                *_answers(a.chosen),
+                *_answers(a.rejected),
+                float(a.beta),
+                float(a.margin),
+                float(a.positive_weight),
+                float(a.negative_weight),
+                float(a.nll_coef),
+                a.denominator,
+                a.partials,
+                LINK=a.link,
+                LENGTH_NORMALISE=a.length_normalise,
+                ODDS=a.odds,
+                BLOCK=BLOCK,
+                num_warps=WARPS,
+                enable_fp_fusion=True,
+            )
+        merge_partials(a.partials, a.pairs, a.loss, a.metrics, 0, a.metrics.shape[0])
+
+
+def kto_loss(a: KtoLossArguments) -> None:
+    with torch.cuda.device_of(a.loss):
+        if a.examples:
+            _kto_loss_kernel[(a.examples,)](
+                *_answers(a.answers),
+                a.desirable,
+                a.desirable.stride(0),
+                a.kl,
+                float(a.beta),
+                float(a.desirable_weight),
+                float(a.undesirable_weight),
+                a.denominator,
+                a.partials,
+                BLOCK=BLOCK,
+                num_warps=WARPS,
+                enable_fp_fusion=True,
+            )
+        merge_partials(a.partials, a.examples, a.loss, a.metrics, 0, a.metrics.shape[0])

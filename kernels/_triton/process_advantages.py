@@ -5,8 +5,8 @@ group anew, in an order that is the same for all outputs of the group.
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
+from warpo.kernels._arguments.process_advantages import ProcessAdvantagesArguments
 from warpo.kernels._triton.launch import kernel
 from warpo.kernels._triton.offsets import extent
 
@@ -21,7 +21,7 @@ SAMPLE_STD = tl.constexpr(1)
 @triton.jit
 def _members(
     first, last, order_ptr, step_offsets_ptr, step_offsets_stride, steps, BLOCK: tl.constexpr
-):  # fmt: skip
+):
     """First step and number of steps of some outputs of a group, and whether they are malformed."""
     member = first + tl.arange(0, BLOCK)
     exists = member < last
@@ -45,10 +45,19 @@ def _load_steps(rewards_ptr, rewards_stride, start, count, block, BLOCK: tl.cons
 
 @triton.jit
 def _statistics(
-    first, last, order_ptr, step_offsets_ptr, step_offsets_stride, steps, rewards_ptr,
-    rewards_stride, eps,
-    STD: tl.constexpr, BLOCK_OUTPUTS: tl.constexpr, BLOCK_STEPS: tl.constexpr,
-):  # fmt: skip
+    first,
+    last,
+    order_ptr,
+    step_offsets_ptr,
+    step_offsets_stride,
+    steps,
+    rewards_ptr,
+    rewards_stride,
+    eps,
+    STD: tl.constexpr,
+    BLOCK_OUTPUTS: tl.constexpr,
+    BLOCK_STEPS: tl.constexpr,
+):
     """Mean, std, scale (0 if all are equal) and number of the rewards of a group; NaN where the
     steps of a member are malformed.
     """
@@ -80,9 +89,14 @@ def _statistics(
     if STD != 0:
         for outputs in range(first, last, BLOCK_OUTPUTS):
             start, count, _ = _members(
-                outputs, last, order_ptr, step_offsets_ptr, step_offsets_stride, steps,
+                outputs,
+                last,
+                order_ptr,
+                step_offsets_ptr,
+                step_offsets_stride,
+                steps,
                 BLOCK_OUTPUTS,
-            )  # fmt: skip
+            )
             for block in range(0, tl.max(count), BLOCK_STEPS):
                 reward, inside = _load_steps(
                     rewards_ptr, rewards_stride, start, count, block, BLOCK_STEPS
@@ -113,13 +127,30 @@ def _has_malformed_end(ends_ptr, ends_stride, start, count, length, BLOCK: tl.co
 
 @kernel()
 def _process_advantages_kernel(
-    groups: tl.int64, steps: tl.int64, tokens: tl.int64, cu_seqlens_ptr,
-    rewards_ptr, rewards_stride: tl.int64, step_offsets_ptr, step_offsets_stride: tl.int64,
-    ends_ptr, ends_stride: tl.int64, group_size: tl.int64, group_ids_ptr, order_ptr, offsets_ptr,
-    eps: tl.float32, advantages_ptr, mean_ptr, std_ptr, degenerate_ptr,
-    STD: tl.constexpr, BLOCK_OUTPUTS: tl.constexpr, BLOCK_STEPS: tl.constexpr,
+    groups: tl.int64,
+    steps: tl.int64,
+    tokens: tl.int64,
+    cu_seqlens_ptr,
+    rewards_ptr,
+    rewards_stride: tl.int64,
+    step_offsets_ptr,
+    step_offsets_stride: tl.int64,
+    ends_ptr,
+    ends_stride: tl.int64,
+    group_size: tl.int64,
+    group_ids_ptr,
+    order_ptr,
+    offsets_ptr,
+    eps: tl.float32,
+    advantages_ptr,
+    mean_ptr,
+    std_ptr,
+    degenerate_ptr,
+    STD: tl.constexpr,
+    BLOCK_OUTPUTS: tl.constexpr,
+    BLOCK_STEPS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
-):  # fmt: skip
+):
     output = tl.program_id(0).to(tl.int64)
     if group_ids_ptr is None:
         group = output // group_size
@@ -133,9 +164,19 @@ def _process_advantages_kernel(
         last = tl.load(offsets_ptr + group + 1, mask=exists, other=0)
         leader = tl.load(order_ptr + first, mask=exists, other=-1)
     mean, std, scale, number = _statistics(
-        first, last, order_ptr, step_offsets_ptr, step_offsets_stride, steps, rewards_ptr,
-        rewards_stride, eps, STD, BLOCK_OUTPUTS, BLOCK_STEPS,
-    )  # fmt: skip
+        first,
+        last,
+        order_ptr,
+        step_offsets_ptr,
+        step_offsets_stride,
+        steps,
+        rewards_ptr,
+        rewards_stride,
+        eps,
+        STD,
+        BLOCK_OUTPUTS,
+        BLOCK_STEPS,
+    )
     is_leader = leader == output
     tl.store(mean_ptr + group, mean, mask=is_leader)
     tl.store(std_ptr + group, std, mask=is_leader)
@@ -172,32 +213,32 @@ def _process_advantages_kernel(
         tl.store(advantages_ptr + row + token, advantage, mask=token < length)
 
 
-def process_advantages(
-    outputs: int,
-    groups: int,
-    steps: int,
-    tokens: int,
-    cu_seqlens: Tensor | None,
-    step_rewards: Tensor,
-    step_offsets: Tensor,
-    step_ends: Tensor,
-    group_size: int,
-    group_ids: Tensor | None,
-    order: Tensor | None,
-    offsets: Tensor | None,
-    std_mode: int,
-    eps: float,
-    advantages: Tensor,
-    mean: Tensor,
-    std: Tensor,
-    degenerate: Tensor,
-) -> None:
-    """The fields of `ProcessAdvantages`."""
-    with torch.cuda.device_of(step_rewards):
-        _process_advantages_kernel[(outputs,)](
-            groups, steps, tokens, cu_seqlens, step_rewards, step_rewards.stride(0),
-            step_offsets, step_offsets.stride(0), step_ends, step_ends.stride(0),
-            group_size, group_ids, order, offsets, float(eps), advantages, mean, std, degenerate,
-            STD=std_mode, BLOCK_OUTPUTS=BLOCK_OUTPUTS, BLOCK_STEPS=BLOCK_STEPS,
-            BLOCK_TOKENS=BLOCK_TOKENS, num_warps=WARPS, enable_fp_fusion=True,
-        )  # fmt: skip
+def process_advantages(a: ProcessAdvantagesArguments) -> None:
+    with torch.cuda.device_of(a.step_rewards):
+        _process_advantages_kernel[(a.outputs,)](
+            a.groups,
+            a.steps,
+            a.tokens,
+            a.cu_seqlens,
+            a.step_rewards,
+            a.step_rewards.stride(0),
+            a.step_offsets,
+            a.step_offsets.stride(0),
+            a.step_ends,
+            a.step_ends.stride(0),
+            a.group_size,
+            a.group_ids,
+            a.order,
+            a.offsets,
+            float(a.eps),
+            a.advantages,
+            a.mean,
+            a.std,
+            a.degenerate,
+            STD=a.std_mode,
+            BLOCK_OUTPUTS=BLOCK_OUTPUTS,
+            BLOCK_STEPS=BLOCK_STEPS,
+            BLOCK_TOKENS=BLOCK_TOKENS,
+            num_warps=WARPS,
+            enable_fp_fusion=True,
+        )

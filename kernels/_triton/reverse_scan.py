@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from warpo.kernels._arguments.gae import GaeArguments
 from warpo.kernels._triton.launch import column, kernel, strided
 from warpo.kernels._triton.policy_terms import clamp, exp, kl_estimate
 from warpo.kernels._triton.scan import (
@@ -29,9 +30,18 @@ ZERO, COMPACT = tl.constexpr(1), tl.constexpr(2)  # MaskMode
 
 @triton.jit
 def _add_terminal(
-    reward, keep, t, pending, ended, terminal_ptr, terminal_stride, row, rows,
-    TIME_AXIS: tl.constexpr, MOVES_TAIL: tl.constexpr,
-):  # fmt: skip
+    reward,
+    keep,
+    t,
+    pending,
+    ended,
+    terminal_ptr,
+    terminal_stride,
+    row,
+    rows,
+    TIME_AXIS: tl.constexpr,
+    MOVES_TAIL: tl.constexpr,
+):
     """Adds to the last valid step of a row its terminal reward and, with MOVES_TAIL, the
     rewards behind it; `pending` is their sum and `ended` is 1 once that step is found.
     """
@@ -53,28 +63,66 @@ def _add_terminal(
 @kernel()
 def _reverse_scan_kernel(
     cu_seqlens_ptr,
-    rewards_ptr, rewards_stride_b: tl.int64, rewards_stride_t: tl.int64,
-    terminal_ptr, terminal_stride: tl.int64,
-    values_ptr, values_stride_b: tl.int64, values_stride_t: tl.int64,
-    last_values_ptr, last_values_stride: tl.int64,
-    final_values_ptr, final_values_stride_b: tl.int64, final_values_stride_t: tl.int64,
-    mask_ptr, mask_stride_b: tl.int64, mask_stride_t: tl.int64,
-    terminated_ptr, terminated_stride_b: tl.int64, terminated_stride_t: tl.int64,
-    truncated_ptr, truncated_stride_b: tl.int64, truncated_stride_t: tl.int64,
-    last_terminated_ptr, last_terminated_stride: tl.int64,
-    last_truncated_ptr, last_truncated_stride: tl.int64,
-    gamma: tl.float32, gae_lambda: tl.float32, rows: tl.int64, steps: tl.int64,
-    advantages_ptr, advantages_stride_b: tl.int64, advantages_stride_t: tl.int64,
-    returns_ptr, returns_stride_b: tl.int64, returns_stride_t: tl.int64,
-    logprobs_ptr, logprobs_stride_b: tl.int64, logprobs_stride_t: tl.int64,
+    rewards_ptr,
+    rewards_stride_b: tl.int64,
+    rewards_stride_t: tl.int64,
+    terminal_ptr,
+    terminal_stride: tl.int64,
+    values_ptr,
+    values_stride_b: tl.int64,
+    values_stride_t: tl.int64,
+    last_values_ptr,
+    last_values_stride: tl.int64,
+    final_values_ptr,
+    final_values_stride_b: tl.int64,
+    final_values_stride_t: tl.int64,
+    mask_ptr,
+    mask_stride_b: tl.int64,
+    mask_stride_t: tl.int64,
+    terminated_ptr,
+    terminated_stride_b: tl.int64,
+    terminated_stride_t: tl.int64,
+    truncated_ptr,
+    truncated_stride_b: tl.int64,
+    truncated_stride_t: tl.int64,
+    last_terminated_ptr,
+    last_terminated_stride: tl.int64,
+    last_truncated_ptr,
+    last_truncated_stride: tl.int64,
+    gamma: tl.float32,
+    gae_lambda: tl.float32,
+    rows: tl.int64,
+    steps: tl.int64,
+    advantages_ptr,
+    advantages_stride_b: tl.int64,
+    advantages_stride_t: tl.int64,
+    returns_ptr,
+    returns_stride_b: tl.int64,
+    returns_stride_t: tl.int64,
+    logprobs_ptr,
+    logprobs_stride_b: tl.int64,
+    logprobs_stride_t: tl.int64,
     # of the reference where KL, else of the policy that took the steps
-    other_ptr, other_stride_b: tl.int64, other_stride_t: tl.int64,
-    log_ratio_limit: tl.float32, kl_coef: tl.float32, kl_coef_ptr,
-    shaped_ptr, shaped_stride_b: tl.int64, shaped_stride_t: tl.int64,
-    rho_max: tl.float32, c_max: tl.float32, pg_rho_max: tl.float32,
-    MASK_MODE: tl.constexpr, STARTS_AT_T: tl.constexpr, KL: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_T: tl.constexpr, TIME_AXIS: tl.constexpr, DENSE: tl.constexpr,
-):  # fmt: skip
+    other_ptr,
+    other_stride_b: tl.int64,
+    other_stride_t: tl.int64,
+    log_ratio_limit: tl.float32,
+    kl_coef: tl.float32,
+    kl_coef_ptr,
+    shaped_ptr,
+    shaped_stride_b: tl.int64,
+    shaped_stride_t: tl.int64,
+    rho_max: tl.float32,
+    c_max: tl.float32,
+    pg_rho_max: tl.float32,
+    MASK_MODE: tl.constexpr,
+    STARTS_AT_T: tl.constexpr,
+    KL: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    TIME_AXIS: tl.constexpr,
+    DENSE: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     row_inside = tl.expand_dims(row < rows, TIME_AXIS)
     start, length, malformed = bounds(cu_seqlens_ptr, rows, steps)
@@ -108,14 +156,29 @@ def _reverse_scan_kernel(
             mask_ptr, row, step + 1, mask_stride_b, mask_stride_t, next_inside, TIME_AXIS, DENSE
         )
         reward = load(
-            rewards_ptr, row, step, rewards_stride_b, rewards_stride_t,
-            inside if moves_tail else keep, TIME_AXIS, DENSE,
-        )  # fmt: skip
+            rewards_ptr,
+            row,
+            step,
+            rewards_stride_b,
+            rewards_stride_t,
+            inside if moves_tail else keep,
+            TIME_AXIS,
+            DENSE,
+        )
         if terminal_ptr is not None or moves_tail:
             reward, pending, ended = _add_terminal(
-                reward, keep, t, pending, ended, terminal_ptr, terminal_stride, row, rows,
-                TIME_AXIS, moves_tail,
-            )  # fmt: skip
+                reward,
+                keep,
+                t,
+                pending,
+                ended,
+                terminal_ptr,
+                terminal_stride,
+                row,
+                rows,
+                TIME_AXIS,
+                moves_tail,
+            )
         reward = tl.where(keep, reward, 0.0)
         value = load(
             values_ptr, row, step, values_stride_b, values_stride_t, keep, TIME_AXIS, DENSE
@@ -132,33 +195,74 @@ def _reverse_scan_kernel(
         next_valid = at(next_value, is_first, TIME_AXIS)
 
         terminal = ends(
-            terminated_ptr, terminated_stride_b, terminated_stride_t, last_terminated_ptr,
-            last_terminated_stride, row, start, t, rows, length, keep,
-            STARTS_AT_T, TIME_AXIS, DENSE,
-        )  # fmt: skip
+            terminated_ptr,
+            terminated_stride_b,
+            terminated_stride_t,
+            last_terminated_ptr,
+            last_terminated_stride,
+            row,
+            start,
+            t,
+            rows,
+            length,
+            keep,
+            STARTS_AT_T,
+            TIME_AXIS,
+            DENSE,
+        )
         cut = ends(
-            truncated_ptr, truncated_stride_b, truncated_stride_t, last_truncated_ptr,
-            last_truncated_stride, row, start, t, rows, length, keep,
-            STARTS_AT_T, TIME_AXIS, DENSE,
-        )  # fmt: skip
+            truncated_ptr,
+            truncated_stride_b,
+            truncated_stride_t,
+            last_truncated_ptr,
+            last_truncated_stride,
+            row,
+            start,
+            t,
+            rows,
+            length,
+            keep,
+            STARTS_AT_T,
+            TIME_AXIS,
+            DENSE,
+        )
         if final_values_ptr is not None:
             final_value = load(
-                final_values_ptr, row, step, final_values_stride_b, final_values_stride_t, cut,
-                TIME_AXIS, DENSE,
-            )  # fmt: skip
+                final_values_ptr,
+                row,
+                step,
+                final_values_stride_b,
+                final_values_stride_t,
+                cut,
+                TIME_AXIS,
+                DENSE,
+            )
             next_value = tl.where(cut, final_value, next_value)
         if KL:
             logp = load(
-                logprobs_ptr, row, step, logprobs_stride_b, logprobs_stride_t, keep,
-                TIME_AXIS, DENSE,
-            )  # fmt: skip
+                logprobs_ptr,
+                row,
+                step,
+                logprobs_stride_b,
+                logprobs_stride_t,
+                keep,
+                TIME_AXIS,
+                DENSE,
+            )
             ref = load(other_ptr, row, step, other_stride_b, other_stride_t, keep, TIME_AXIS, DENSE)
             kl, _ = kl_estimate(logp, ref, log_ratio_limit, KL, False)
             reward -= tl.where(keep, kl_coef * kl, 0.0)
             store(
-                shaped_ptr, row, step, shaped_stride_b, shaped_stride_t,
-                poison_if(malformed, reward, cu_seqlens_ptr), inside, TIME_AXIS, DENSE,
-            )  # fmt: skip
+                shaped_ptr,
+                row,
+                step,
+                shaped_stride_b,
+                shaped_stride_t,
+                poison_if(malformed, reward, cu_seqlens_ptr),
+                inside,
+                TIME_AXIS,
+                DENSE,
+            )
         delta = reward + gamma * tl.where(terminal, 0.0, next_value) - value
         # outside the row, and where a mask carries: the identity
         counts = inside if MASK_MODE == ZERO else keep
@@ -166,9 +270,15 @@ def _reverse_scan_kernel(
         c = tl.where(cut, 0.0, decay)
         if logprobs_ptr is not None and KL == 0:
             logp = load(
-                logprobs_ptr, row, step, logprobs_stride_b, logprobs_stride_t, keep,
-                TIME_AXIS, DENSE,
-            )  # fmt: skip
+                logprobs_ptr,
+                row,
+                step,
+                logprobs_stride_b,
+                logprobs_stride_t,
+                keep,
+                TIME_AXIS,
+                DENSE,
+            )
             old = load(other_ptr, row, step, other_stride_b, other_stride_t, keep, TIME_AXIS, DENSE)
             ratio = exp(clamp(logp - old, -log_ratio_limit, log_ratio_limit))
             # 1 where a mask counts zeros
@@ -184,37 +294,31 @@ def _reverse_scan_kernel(
             state = at(x, is_first, TIME_AXIS)
             advantage = x
         store(
-            advantages_ptr, row, step, advantages_stride_b, advantages_stride_t,
-            poison_if(malformed, tl.where(keep, advantage, 0.0), cu_seqlens_ptr), inside,
-            TIME_AXIS, DENSE,
-        )  # fmt: skip
+            advantages_ptr,
+            row,
+            step,
+            advantages_stride_b,
+            advantages_stride_t,
+            poison_if(malformed, tl.where(keep, advantage, 0.0), cu_seqlens_ptr),
+            inside,
+            TIME_AXIS,
+            DENSE,
+        )
         store(
-            returns_ptr, row, step, returns_stride_b, returns_stride_t,
-            poison_if(malformed, tl.where(keep, x + value, 0.0), cu_seqlens_ptr), inside,
-            TIME_AXIS, DENSE,
-        )  # fmt: skip
+            returns_ptr,
+            row,
+            step,
+            returns_stride_b,
+            returns_stride_t,
+            poison_if(malformed, tl.where(keep, x + value, 0.0), cu_seqlens_ptr),
+            inside,
+            TIME_AXIS,
+            DENSE,
+        )
 
 
 def reverse_scan(
-    rows: int,
-    steps: int,
-    cu_seqlens: Tensor | None,
-    rewards: Tensor | None,
-    terminal_rewards: Tensor | None,
-    values: Tensor | None,
-    last_values: Tensor | None,
-    final_values: Tensor | None,
-    mask: Tensor | None,
-    terminated: Tensor | None,
-    truncated: Tensor | None,
-    last_terminated: Tensor | None,
-    last_truncated: Tensor | None,
-    gamma: float,
-    gae_lambda: float,
-    mask_mode: int,
-    starts_at_t: bool,
-    advantages: Tensor | None,
-    returns: Tensor | None,
+    a: GaeArguments,
     *,
     logprobs: Tensor | None = None,
     other_logprobs: Tensor | None = None,
@@ -225,23 +329,39 @@ def reverse_scan(
     shaped_rewards: Tensor | None = None,
     ratio_bounds: tuple[float, float, float] = (1.0, 1.0, 1.0),
 ) -> None:
-    """The fields of `Gae`, and what shaped_gae and vtrace have beyond."""
-    if rows * steps == 0:
+    """Of `Gae`, and what shaped_gae and vtrace have beyond."""
+    if a.rows * a.steps == 0:
         return
-    programs, tile = choose_tile(
-        rows, steps, cu_seqlens, advantages, returns, rewards, values, final_values, mask,
-        terminated, truncated,
-        logprobs, other_logprobs, shaped_rewards,
-        long_rows=LONG_ROWS if logprobs is None or kl else LONG_ROWS_RATIOS,
-    )  # fmt: skip
-    output = returns if advantages is None else advantages
-    with torch.cuda.device_of(output):
+    results = (a.advantages, a.returns)
+    given = (a.rewards, a.values, a.final_values, a.scan.mask, a.scan.terminated, a.scan.truncated)
+    policies = (logprobs, other_logprobs, shaped_rewards)
+    long_rows = LONG_ROWS if logprobs is None or kl else LONG_ROWS_RATIOS
+    programs, tile = choose_tile(a, *results, *given, *policies, long_rows=long_rows)
+    with torch.cuda.device_of(a.returns if a.advantages is None else a.advantages):
         _reverse_scan_kernel[(programs,)](
-            cu_seqlens, *strided(rewards), *column(terminal_rewards), *strided(values),
-            *column(last_values), *strided(final_values),
-            *flags_and_ends(mask, terminated, truncated, last_terminated, last_truncated),
-            float(gamma), float(gae_lambda), rows, steps, *strided(advantages), *strided(returns),
-            *strided(logprobs), *strided(other_logprobs), float(log_ratio_limit), float(kl_coef),
-            adaptive_kl_coef, *strided(shaped_rewards), *map(float, ratio_bounds),
-            MASK_MODE=mask_mode, STARTS_AT_T=starts_at_t, KL=kl, **tile, enable_fp_fusion=True,
-        )  # fmt: skip
+            a.scan.cu_seqlens,
+            *strided(a.rewards),
+            *column(a.terminal_rewards),
+            *strided(a.values),
+            *column(a.last_values),
+            *strided(a.final_values),
+            *flags_and_ends(a),
+            float(a.scan.gamma),
+            float(a.scan.gae_lambda),
+            a.rows,
+            a.steps,
+            *strided(a.advantages),
+            *strided(a.returns),
+            *strided(logprobs),
+            *strided(other_logprobs),
+            float(log_ratio_limit),
+            float(kl_coef),
+            adaptive_kl_coef,
+            *strided(shaped_rewards),
+            *map(float, ratio_bounds),
+            MASK_MODE=a.scan.mask_mode,
+            STARTS_AT_T=a.scan.starts_at_t,
+            KL=kl,
+            **tile,
+            enable_fp_fusion=True,
+        )

@@ -7,6 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from warpo.kernels._arguments.reward_model_loss import (
+    PAIRS_PER_BLOCK,
+    RankingLossArguments,
+    RewardModelLossArguments,
+)
 from warpo.kernels._triton.launch import kernel
 from warpo.kernels._triton.logistic import log_sigmoid
 from warpo.kernels._triton.offsets import extent
@@ -17,7 +22,6 @@ from warpo.kernels._triton.sequences import (
     weighted,
 )
 
-PAIRS_BLOCK = 256  # as `kernels.reward_model_loss.PAIRS_PER_BLOCK`
 GROUP_BLOCK = 16
 # columns of the metrics vector, `kernels.reward_model_loss.REWARD_METRICS`
 NUM_METRICS = tl.constexpr(7)
@@ -59,11 +63,22 @@ def _store_partial(ptr, loss, pairs, correct, margin, scores, mean, m2):
 
 @kernel()
 def _reward_model_loss_kernel(
-    chosen_ptr, chosen_stride: tl.int64, rejected_ptr, rejected_stride: tl.int64,
-    margins_ptr, margins_stride: tl.int64, mask_ptr, mask_stride: tl.int64, pairs: tl.int64,
-    centering_coef: tl.float32, denominator_ptr, grad_chosen_ptr, grad_rejected_ptr, partials_ptr,
+    chosen_ptr,
+    chosen_stride: tl.int64,
+    rejected_ptr,
+    rejected_stride: tl.int64,
+    margins_ptr,
+    margins_stride: tl.int64,
+    mask_ptr,
+    mask_stride: tl.int64,
+    pairs: tl.int64,
+    centering_coef: tl.float32,
+    denominator_ptr,
+    grad_chosen_ptr,
+    grad_rejected_ptr,
+    partials_ptr,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     block = tl.program_id(0).to(tl.int64)
     pair = block * BLOCK + tl.arange(0, BLOCK)
     keep = _valid(mask_ptr, pair, mask_stride, pair < pairs)
@@ -83,19 +98,33 @@ def _reward_model_loss_kernel(
     mean = tl.sum(better + worse) * inverse_or_zero(2.0 * count)
     above, below = better - mean, worse - mean
     _store_partial(
-        partials_ptr + block * NUM_METRICS, weighted(weight, tl.sum(tl.where(keep, loss, 0.0))),
+        partials_ptr + block * NUM_METRICS,
+        weighted(weight, tl.sum(tl.where(keep, loss, 0.0))),
         count,
-        tl.sum(tl.where(better > worse, 1.0, 0.0)), tl.sum(better - worse), 2.0 * count, mean,
+        tl.sum(tl.where(better > worse, 1.0, 0.0)),
+        tl.sum(better - worse),
+        2.0 * count,
+        mean,
         tl.sum(tl.where(keep, above * above + below * below, 0.0)),
-    )  # fmt: skip
+    )
 
 
 @kernel()
 def _ranking_loss_kernel(
-    scores_ptr, scores_stride: tl.int64, ranks_ptr, ranks_stride: tl.int64,
-    mask_ptr, mask_stride: tl.int64, cu_groups_ptr, num_scores: tl.int64,
-    centering_coef: tl.float32, denominator_ptr, grad_ptr, partials_ptr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    scores_ptr,
+    scores_stride: tl.int64,
+    ranks_ptr,
+    ranks_stride: tl.int64,
+    mask_ptr,
+    mask_stride: tl.int64,
+    cu_groups_ptr,
+    num_scores: tl.int64,
+    centering_coef: tl.float32,
+    denominator_ptr,
+    grad_ptr,
+    partials_ptr,
+    BLOCK: tl.constexpr,
+):
     group = tl.program_id(0).to(tl.int64)
     groups = tl.num_programs(0)
     first, end, malformed = extent(cu_groups_ptr, 1, groups, group, num_scores, group < groups)
@@ -147,62 +176,58 @@ def _ranking_loss_kernel(
         centred = _load(scores_ptr, first + member, scores_stride, keep) - mean
         m2 += tl.where(keep, centred * centred, 0.0)
     _store_partial(
-        partials_ptr + group * NUM_METRICS, weighted(weight, tl.sum(losses)), tl.sum(pairs),
-        tl.sum(correct), tl.sum(margins), count, mean, tl.sum(m2),
-    )  # fmt: skip
+        partials_ptr + group * NUM_METRICS,
+        weighted(weight, tl.sum(losses)),
+        tl.sum(pairs),
+        tl.sum(correct),
+        tl.sum(margins),
+        count,
+        mean,
+        tl.sum(m2),
+    )
 
 
 def _vector(tensor: Tensor | None) -> tuple[Tensor | None, int]:
     return (None, 0) if tensor is None else (tensor, tensor.stride(0))
 
 
-def reward_model_loss(
-    pairs: int,
-    chosen_scores: Tensor,
-    rejected_scores: Tensor,
-    margins: Tensor | None,
-    mask: Tensor | None,
-    centering_coef: float,
-    denominator: Tensor,
-    grad_chosen: Tensor | None,
-    grad_rejected: Tensor | None,
-    partials: Tensor,
-    loss: Tensor,
-    metrics: Tensor,
-) -> None:
-    """The fields of `RewardModelLoss`."""
-    blocks = partials.shape[0]
-    with torch.cuda.device_of(chosen_scores):
+def reward_model_loss(a: RewardModelLossArguments) -> None:
+    blocks = a.partials.shape[0]
+    with torch.cuda.device_of(a.chosen_scores):
         if blocks:
             _reward_model_loss_kernel[(blocks,)](
-                *_vector(chosen_scores), *_vector(rejected_scores), *_vector(margins),
-                *_vector(mask), pairs, float(centering_coef), denominator, grad_chosen,
-                grad_rejected, partials,
-                BLOCK=PAIRS_BLOCK, num_warps=4, enable_fp_fusion=True,
-            )  # fmt: skip
-        merge_partials(partials, blocks, loss, metrics, SCORES, SCORE_MEAN)
+                *_vector(a.chosen_scores),
+                *_vector(a.rejected_scores),
+                *_vector(a.margins),
+                *_vector(a.mask),
+                a.pairs,
+                float(a.centering_coef),
+                a.denominator,
+                a.grad_chosen,
+                a.grad_rejected,
+                a.partials,
+                BLOCK=PAIRS_PER_BLOCK,
+                num_warps=4,
+                enable_fp_fusion=True,
+            )
+        merge_partials(a.partials, blocks, a.loss, a.metrics, SCORES, SCORE_MEAN)
 
 
-def ranking_loss(
-    groups: int,
-    num_scores: int,
-    scores: Tensor,
-    ranks: Tensor,
-    mask: Tensor | None,
-    cu_groups: Tensor,
-    centering_coef: float,
-    denominator: Tensor,
-    grad_scores: Tensor | None,
-    partials: Tensor,
-    loss: Tensor,
-    metrics: Tensor,
-) -> None:
-    """The fields of `RankingLoss`."""
-    with torch.cuda.device_of(scores):
-        if groups:
-            _ranking_loss_kernel[(groups,)](
-                *_vector(scores), *_vector(ranks), *_vector(mask), cu_groups,
-                num_scores, float(centering_coef), denominator, grad_scores, partials,
-                BLOCK=GROUP_BLOCK, num_warps=1, enable_fp_fusion=True,
-            )  # fmt: skip
-        merge_partials(partials, groups, loss, metrics, SCORES, SCORE_MEAN)
+def ranking_loss(a: RankingLossArguments) -> None:
+    with torch.cuda.device_of(a.scores):
+        if a.groups:
+            _ranking_loss_kernel[(a.groups,)](
+                *_vector(a.scores),
+                *_vector(a.ranks),
+                *_vector(a.mask),
+                a.cu_groups,
+                a.num_scores,
+                float(a.centering_coef),
+                a.denominator,
+                a.grad_scores,
+                a.partials,
+                BLOCK=GROUP_BLOCK,
+                num_warps=1,
+                enable_fp_fusion=True,
+            )
+        merge_partials(a.partials, a.groups, a.loss, a.metrics, SCORES, SCORE_MEAN)

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from warpo.kernels._arguments.gae import GaeArguments
 from warpo.kernels._triton.launch import column, strided
 from warpo.kernels._triton.offsets import extent
 
@@ -100,9 +101,7 @@ def poison_if(malformed, tile, cu_seqlens_ptr):
 
 
 @triton.jit
-def pointers(
-    ptr, row, step, stride_row, stride_step, TIME_AXIS: tl.constexpr, DENSE: tl.constexpr
-):  # fmt: skip
+def pointers(ptr, row, step, stride_row, stride_step, TIME_AXIS: tl.constexpr, DENSE: tl.constexpr):
     # DENSE tells the compiler where neighbours in memory are, so that it puts threads there
     rows = row if DENSE and TIME_AXIS == 0 else row * stride_row
     steps = step if DENSE and TIME_AXIS == 1 else step * stride_step
@@ -112,7 +111,7 @@ def pointers(
 @triton.jit
 def load(
     ptr, row, step, stride_row, stride_step, keep, TIME_AXIS: tl.constexpr, DENSE: tl.constexpr
-):  # fmt: skip
+):
     """Numbers of a tile, 0 where not kept or absent."""
     if ptr is None:
         tile = tl.zeros(keep.shape, tl.float32)
@@ -124,9 +123,16 @@ def load(
 
 @triton.jit
 def store(
-    ptr, row, step, stride_row, stride_step, tile, inside,
-    TIME_AXIS: tl.constexpr, DENSE: tl.constexpr,
-):  # fmt: skip
+    ptr,
+    row,
+    step,
+    stride_row,
+    stride_step,
+    tile,
+    inside,
+    TIME_AXIS: tl.constexpr,
+    DENSE: tl.constexpr,
+):
     if ptr is not None:
         where = pointers(ptr, row, step, stride_row, stride_step, TIME_AXIS, DENSE)
         tl.store(where, tile, mask=inside)
@@ -134,9 +140,15 @@ def store(
 
 @triton.jit
 def is_kept(
-    mask_ptr, row, step, stride_row, stride_step, inside,
-    TIME_AXIS: tl.constexpr, DENSE: tl.constexpr,
-):  # fmt: skip
+    mask_ptr,
+    row,
+    step,
+    stride_row,
+    stride_step,
+    inside,
+    TIME_AXIS: tl.constexpr,
+    DENSE: tl.constexpr,
+):
     keep = inside
     if mask_ptr is not None:
         where = pointers(mask_ptr, row, step, stride_row, stride_step, TIME_AXIS, DENSE)
@@ -146,9 +158,21 @@ def is_kept(
 
 @triton.jit
 def ends(
-    ptr, stride_row, stride_step, last_ptr, last_stride, row, start, t, rows, length, keep,
-    STARTS_AT_T: tl.constexpr, TIME_AXIS: tl.constexpr, DENSE: tl.constexpr,
-):  # fmt: skip
+    ptr,
+    stride_row,
+    stride_step,
+    last_ptr,
+    last_stride,
+    row,
+    start,
+    t,
+    rows,
+    length,
+    keep,
+    STARTS_AT_T: tl.constexpr,
+    TIME_AXIS: tl.constexpr,
+    DENSE: tl.constexpr,
+):
     """Whether an episode ends at each kept step; under STARTS_AT_T the flag of the next step."""
     if ptr is None:
         found = keep & False
@@ -166,26 +190,24 @@ def ends(
 
 
 def choose_tile(
-    rows: int,
-    steps: int,
-    cu_seqlens: Tensor | None,
+    a: GaeArguments,
     *per_step: Tensor | None,
     long_rows: tuple[int, int, int] = LONG_ROWS,
 ) -> tuple[int, dict[str, int]]:
     """Number of programs and the tile, by which dimension of the first tensor is dense."""
     present = [x for x in per_step if x is not None]
     time_axis, block_b, block_t, warps = 1, *long_rows
-    if cu_seqlens is None:
+    if a.scan.cu_seqlens is None:
         stride_row, stride_step = present[0].stride()
         # equal strides are those of one column [T, 1]
         if stride_row <= stride_step:
             time_axis, block_b, block_t, warps = 0, *DENSE_STEPS
-        elif steps <= TINY_ROWS[1]:
+        elif a.steps <= TINY_ROWS[1]:
             block_b, block_t, warps = TINY_ROWS
-        elif steps <= SHORT_ROWS[1]:
+        elif a.steps <= SHORT_ROWS[1]:
             block_b, block_t, warps = SHORT_ROWS
     fast = -1 if time_axis == 1 else 0
-    return triton.cdiv(rows, block_b), {
+    return triton.cdiv(a.rows, block_b), {
         "BLOCK_B": block_b,
         "BLOCK_T": block_t,
         "TIME_AXIS": time_axis,
@@ -194,15 +216,12 @@ def choose_tile(
     }
 
 
-def flags_and_ends(
-    mask: Tensor | None,
-    terminated: Tensor | None,
-    truncated: Tensor | None,
-    last_terminated: Tensor | None,
-    last_truncated: Tensor | None,
-) -> tuple:
+def flags_and_ends(a: GaeArguments) -> tuple:
     """Arguments of the kernels."""
     return (
-        *strided(mask), *strided(terminated), *strided(truncated),
-        *column(last_terminated), *column(last_truncated),
-    )  # fmt: skip
+        *strided(a.scan.mask),
+        *strided(a.scan.terminated),
+        *strided(a.scan.truncated),
+        *column(a.scan.last_terminated),
+        *column(a.scan.last_truncated),
+    )

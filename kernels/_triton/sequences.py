@@ -64,9 +64,15 @@ def weighted(weight, x):
 
 @kernel()
 def _merge_partials_kernel(
-    partials_ptr, rows: tl.int64, loss_ptr, metrics_ptr,
-    METRICS: tl.constexpr, COUNT: tl.constexpr, FIRST_MOMENT: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    partials_ptr,
+    rows: tl.int64,
+    loss_ptr,
+    metrics_ptr,
+    METRICS: tl.constexpr,
+    COUNT: tl.constexpr,
+    FIRST_MOMENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     metric = tl.arange(0, 8)
     column = metric[None, :]
     is_moment = (column >= FIRST_MOMENT) & (column < METRICS)
@@ -109,7 +115,14 @@ def merge_partials(
     squared differences over the count in column `count`. Column 0 is the loss.
     """
     _merge_partials_kernel[(1,)](
-        partials, rows, loss, metrics,
-        METRICS=metrics.shape[0], COUNT=count, FIRST_MOMENT=first_moment, BLOCK=MERGE_BLOCK,
-        num_warps=4, enable_fp_fusion=True,
-    )  # fmt: skip
+        partials,
+        rows,
+        loss,
+        metrics,
+        METRICS=metrics.shape[0],
+        COUNT=count,
+        FIRST_MOMENT=first_moment,
+        BLOCK=MERGE_BLOCK,
+        num_warps=4,
+        enable_fp_fusion=True,
+    )

@@ -1,12 +1,17 @@
 """GAE on rewards with a KL penalty."""
 
+from warpo.kernels._arguments.gae import ShapedGaeArguments
 from warpo.kernels._triton.reverse_scan import reverse_scan
 
 
-def shaped_gae(*arguments) -> None:
-    """The fields of `ShapedGae`."""
-    *gae, logprobs, ref_logprobs, kl, kl_coef, adaptive_kl_coef, limit, shaped_rewards = arguments
+def shaped_gae(a: ShapedGaeArguments) -> None:
     reverse_scan(
-        *gae, logprobs=logprobs, other_logprobs=ref_logprobs, kl=kl, kl_coef=kl_coef,
-        adaptive_kl_coef=adaptive_kl_coef, log_ratio_limit=limit, shaped_rewards=shaped_rewards,
-    )  # fmt: skip
+        a.gae,
+        logprobs=a.logprobs,
+        other_logprobs=a.ref_logprobs,
+        kl=a.kl,
+        kl_coef=a.kl_coef,
+        adaptive_kl_coef=a.adaptive_kl_coef,
+        log_ratio_limit=a.log_ratio_limit,
+        shaped_rewards=a.shaped_rewards,
+    )

@@ -7,8 +7,11 @@ The formulas are those of `csrc/math/squashed_gaussian.h`.
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
+from warpo.kernels._arguments.squashed_gaussian import (
+    SquashedGaussianArguments,
+    SquashedGaussianBackwardArguments,
+)
 from warpo.kernels._triton.launch import kernel, strided
 from warpo.kernels._triton.logistic import LN_2, expm1, log1p
 
@@ -37,13 +40,24 @@ def _sample(mean, log_std, noise, low, high):
 
 @kernel()
 def _squashed_gaussian_fwd_kernel(
-    rows: tl.int64, columns: tl.int64,
-    mean_ptr, mean_stride_b: tl.int64, mean_stride_a: tl.int64,
-    log_std_ptr, log_std_stride_b: tl.int64, log_std_stride_a: tl.int64,
-    noise_ptr, noise_stride_b: tl.int64, noise_stride_a: tl.int64,
-    low: tl.float32, high: tl.float32, actions_ptr, logprobs_ptr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+    rows: tl.int64,
+    columns: tl.int64,
+    mean_ptr,
+    mean_stride_b: tl.int64,
+    mean_stride_a: tl.int64,
+    log_std_ptr,
+    log_std_stride_b: tl.int64,
+    log_std_stride_a: tl.int64,
+    noise_ptr,
+    noise_stride_b: tl.int64,
+    noise_stride_a: tl.int64,
+    low: tl.float32,
+    high: tl.float32,
+    actions_ptr,
+    logprobs_ptr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     sums = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in range(0, columns, COLUMNS):
@@ -63,15 +77,29 @@ def _squashed_gaussian_fwd_kernel(
 
 @kernel()
 def _squashed_gaussian_bwd_kernel(
-    rows: tl.int64, columns: tl.int64,
-    mean_ptr, mean_stride_b: tl.int64, mean_stride_a: tl.int64,
-    log_std_ptr, log_std_stride_b: tl.int64, log_std_stride_a: tl.int64,
-    noise_ptr, noise_stride_b: tl.int64, noise_stride_a: tl.int64,
-    low: tl.float32, high: tl.float32,
-    grad_actions_ptr, grad_actions_stride_b: tl.int64, grad_actions_stride_a: tl.int64,
-    grad_logprobs_ptr, grad_logprobs_stride: tl.int64, grad_mean_ptr, grad_log_std_ptr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+    rows: tl.int64,
+    columns: tl.int64,
+    mean_ptr,
+    mean_stride_b: tl.int64,
+    mean_stride_a: tl.int64,
+    log_std_ptr,
+    log_std_stride_b: tl.int64,
+    log_std_stride_a: tl.int64,
+    noise_ptr,
+    noise_stride_b: tl.int64,
+    noise_stride_a: tl.int64,
+    low: tl.float32,
+    high: tl.float32,
+    grad_actions_ptr,
+    grad_actions_stride_b: tl.int64,
+    grad_actions_stride_a: tl.int64,
+    grad_logprobs_ptr,
+    grad_logprobs_stride: tl.int64,
+    grad_mean_ptr,
+    grad_log_std_ptr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     of_row = tl.zeros([ROWS], tl.float32)
     if grad_logprobs_ptr is not None:
@@ -87,60 +115,62 @@ def _squashed_gaussian_bwd_kernel(
         grad_u = of_row[:, None] * 2.0 * action
         if grad_actions_ptr is not None:
             half = 1.0 / (1.0 + e)
-            grad_u += 4.0 * e * half * half * _load(
-                grad_actions_ptr, grad_actions_stride_b, grad_actions_stride_a, at, column, inside
-            )  # fmt: skip
+            grad_u += (
+                4.0
+                * e
+                * half
+                * half
+                * _load(
+                    grad_actions_ptr,
+                    grad_actions_stride_b,
+                    grad_actions_stride_a,
+                    at,
+                    column,
+                    inside,
+                )
+            )
         clamped = ~((log_std >= low) & (log_std <= high))
         grad_s = tl.where(clamped, 0.0, grad_u * spread - of_row[:, None])
         tl.store(grad_mean_ptr + at * columns + column, grad_u, mask=inside)
         tl.store(grad_log_std_ptr + at * columns + column, grad_s, mask=inside)
 
 
-def squashed_gaussian_forward(
-    rows: int,
-    columns: int,
-    mean: Tensor,
-    log_std: Tensor,
-    noise: Tensor,
-    log_std_min: float,
-    log_std_max: float,
-    actions: Tensor,
-    logprobs: Tensor,
-) -> None:
-    """The fields of `SquashedGaussian`."""
-    if rows == 0:
+def squashed_gaussian_forward(a: SquashedGaussianArguments) -> None:
+    if a.rows == 0:
         return
-    with torch.cuda.device_of(mean):
-        _squashed_gaussian_fwd_kernel[(triton.cdiv(rows, ROWS),)](
-            rows, columns, *strided(mean), *strided(log_std), *strided(noise),
-            float(log_std_min), float(log_std_max), actions, logprobs,
-            ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS, enable_fp_fusion=True,
-        )  # fmt: skip
+    with torch.cuda.device_of(a.mean):
+        _squashed_gaussian_fwd_kernel[(triton.cdiv(a.rows, ROWS),)](
+            *_inputs(a),
+            a.actions,
+            a.logprobs,
+            ROWS=ROWS,
+            COLUMNS=COLUMNS,
+            num_warps=WARPS,
+            enable_fp_fusion=True,
+        )
 
 
-def squashed_gaussian_backward(
-    rows: int,
-    columns: int,
-    mean: Tensor,
-    log_std: Tensor,
-    noise: Tensor,
-    log_std_min: float,
-    log_std_max: float,
-    _actions: None,
-    _logprobs: None,
-    grad_actions: Tensor | None,
-    grad_logprobs: Tensor | None,
-    grad_mean: Tensor,
-    grad_log_std: Tensor,
-) -> None:
-    """The fields of `SquashedGaussianBackward`."""
+def _inputs(a: SquashedGaussianArguments) -> tuple:
+    """The parameters that both kernels begin with."""
+    tensors = (*strided(a.mean), *strided(a.log_std), *strided(a.noise))
+    return (a.rows, a.columns, *tensors, float(a.log_std_min), float(a.log_std_max))
+
+
+def squashed_gaussian_backward(a: SquashedGaussianBackwardArguments) -> None:
+    rows = a.forward.rows
     if rows == 0:
         return
-    _, _, grad_logprobs_stride = strided(grad_logprobs)
-    with torch.cuda.device_of(mean):
+    _, _, grad_logprobs_stride = strided(a.grad_logprobs)
+    with torch.cuda.device_of(a.grad_mean):
         _squashed_gaussian_bwd_kernel[(triton.cdiv(rows, ROWS),)](
-            rows, columns, *strided(mean), *strided(log_std), *strided(noise),
-            float(log_std_min), float(log_std_max), *strided(grad_actions),
-            grad_logprobs, grad_logprobs_stride, grad_mean, grad_log_std,
-            ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS, enable_fp_fusion=True,
-        )  # fmt: skip
+            *_inputs(a.forward),
+            *strided(a.grad_actions),
+            a.grad_logprobs,
+            grad_logprobs_stride,
+            a.grad_mean,
+            a.grad_log_std,
+            ROWS=ROWS,
+            COLUMNS=COLUMNS,
+            num_warps=WARPS,
+            enable_fp_fusion=True,
+        )

@@ -6,8 +6,8 @@ The formulas are those of `csrc/math/value_loss.h`.
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
+from warpo.kernels._arguments.value_loss import ValueLossArguments
 from warpo.kernels._triton.launch import kernel, strided
 from warpo.kernels._triton.sequences import (
     bounds,
@@ -52,14 +52,28 @@ def _clipped_value_loss(value, old, target, clip_range, delta):
 
 @kernel()
 def _value_loss_kernel(
-    values_ptr, values_stride_b: tl.int64, values_stride_t: tl.int64,
-    old_ptr, old_stride_b: tl.int64, old_stride_t: tl.int64,
-    returns_ptr, returns_stride_b: tl.int64, returns_stride_t: tl.int64,
-    mask_ptr, mask_stride_b: tl.int64, mask_stride_t: tl.int64,
-    cu_seqlens_ptr, steps: tl.int64, clip_range: tl.float32, delta: tl.float32,
-    denominator_ptr, grad_ptr, partials_ptr,
-    SEQUENCE_MEAN: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    values_ptr,
+    values_stride_b: tl.int64,
+    values_stride_t: tl.int64,
+    old_ptr,
+    old_stride_b: tl.int64,
+    old_stride_t: tl.int64,
+    returns_ptr,
+    returns_stride_b: tl.int64,
+    returns_stride_t: tl.int64,
+    mask_ptr,
+    mask_stride_b: tl.int64,
+    mask_stride_t: tl.int64,
+    cu_seqlens_ptr,
+    steps: tl.int64,
+    clip_range: tl.float32,
+    delta: tl.float32,
+    denominator_ptr,
+    grad_ptr,
+    partials_ptr,
+    SEQUENCE_MEAN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     sequence = tl.program_id(0).to(tl.int64)
     first, length, grad_start, malformed = bounds(
         sequence, tl.num_programs(0), steps, cu_seqlens_ptr
@@ -119,30 +133,24 @@ def _value_loss_kernel(
     tl.store(partials_ptr + 6, tl.sum(error_m2))
 
 
-def value_loss(
-    sequences: int,
-    steps: int,
-    cu_seqlens: Tensor | None,
-    values: Tensor,
-    old_values: Tensor | None,
-    returns: Tensor,
-    mask: Tensor | None,
-    sequence_mean: bool,
-    clip_range: float,
-    huber_delta: float,
-    denominator: Tensor,
-    grad_values: Tensor | None,
-    partials: Tensor,
-    loss: Tensor,
-    metrics: Tensor,
-) -> None:
-    """The fields of `ValueLoss`."""
-    with torch.cuda.device_of(values):
-        if sequences:
-            _value_loss_kernel[(sequences,)](
-                *strided(values), *strided(old_values), *strided(returns), *strided(mask),
-                cu_seqlens, steps, float(clip_range), float(huber_delta), denominator,
-                grad_values, partials,
-                SEQUENCE_MEAN=sequence_mean, BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=True,
-            )  # fmt: skip
-        merge_partials(partials, sequences, loss, metrics, TOKENS, RETURN_MEAN)
+def value_loss(a: ValueLossArguments) -> None:
+    with torch.cuda.device_of(a.values):
+        if a.sequences:
+            _value_loss_kernel[(a.sequences,)](
+                *strided(a.values),
+                *strided(a.old_values),
+                *strided(a.returns),
+                *strided(a.mask),
+                a.cu_seqlens,
+                a.steps,
+                float(a.clip_range),
+                float(a.huber_delta),
+                a.denominator,
+                a.grad_values,
+                a.partials,
+                SEQUENCE_MEAN=a.sequence_mean,
+                BLOCK=BLOCK,
+                num_warps=WARPS,
+                enable_fp_fusion=True,
+            )
+        merge_partials(a.partials, a.sequences, a.loss, a.metrics, TOKENS, RETURN_MEAN)

@@ -7,8 +7,8 @@ takes tiles p, p + programs, ...
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
+from warpo.kernels._arguments.whiten import WhitenArguments, WhitenBackwardArguments
 from warpo.kernels._triton.launch import kernel, strided
 
 BLOCK = 4096
@@ -43,10 +43,17 @@ def _tile(tile, columns, per_row, mask_ptr, mask_stride_r, mask_stride_c, BLOCK:
 
 @kernel()
 def _whiten_moments_kernel(
-    x_ptr, x_stride_r: tl.int64, x_stride_c: tl.int64,
-    mask_ptr, mask_stride_r: tl.int64, mask_stride_c: tl.int64,
-    rows: tl.int64, columns: tl.int64, partials_ptr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    x_stride_r: tl.int64,
+    x_stride_c: tl.int64,
+    mask_ptr,
+    mask_stride_r: tl.int64,
+    mask_stride_c: tl.int64,
+    rows: tl.int64,
+    columns: tl.int64,
+    partials_ptr,
+    BLOCK: tl.constexpr,
+):
     program = tl.program_id(0).to(tl.int64)
     per_row = (columns + BLOCK - 1) // BLOCK
     count, mean, squares = 0.0, 0.0, 0.0
@@ -72,11 +79,22 @@ def _whiten_moments_kernel(
 
 @kernel()
 def _whiten_kernel(
-    x_ptr, x_stride_r: tl.int64, x_stride_c: tl.int64,
-    mask_ptr, mask_stride_r: tl.int64, mask_stride_c: tl.int64,
-    rows: tl.int64, columns: tl.int64, eps: tl.float32, partials_ptr, stats_ptr, whitened_ptr,
-    SHIFT_MEAN: tl.constexpr, BLOCK: tl.constexpr, MAX_PROGRAMS: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    x_stride_r: tl.int64,
+    x_stride_c: tl.int64,
+    mask_ptr,
+    mask_stride_r: tl.int64,
+    mask_stride_c: tl.int64,
+    rows: tl.int64,
+    columns: tl.int64,
+    eps: tl.float32,
+    partials_ptr,
+    stats_ptr,
+    whitened_ptr,
+    SHIFT_MEAN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    MAX_PROGRAMS: tl.constexpr,
+):
     program = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, MAX_PROGRAMS)
     exists = part < tl.num_programs(0)
@@ -110,9 +128,18 @@ def _whiten_kernel(
 
 @triton.jit
 def _load_grad(
-    x_ptr, x_stride_r, x_stride_c, grad_ptr, grad_stride_r, grad_stride_c,
-    row, column, keep, mean, scale,
-):  # fmt: skip
+    x_ptr,
+    x_stride_r,
+    x_stride_c,
+    grad_ptr,
+    grad_stride_r,
+    grad_stride_c,
+    row,
+    column,
+    keep,
+    mean,
+    scale,
+):
     """Upstream gradient and standardised element, 0 and anything where not valid."""
     x = tl.load(x_ptr + row * x_stride_r + column * x_stride_c, mask=keep, other=0)
     grad = tl.load(grad_ptr + row * grad_stride_r + column * grad_stride_c, mask=keep, other=0)
@@ -121,11 +148,21 @@ def _load_grad(
 
 @kernel()
 def _whiten_grad_sums_kernel(
-    x_ptr, x_stride_r: tl.int64, x_stride_c: tl.int64,
-    mask_ptr, mask_stride_r: tl.int64, mask_stride_c: tl.int64,
-    grad_ptr, grad_stride_r: tl.int64, grad_stride_c: tl.int64,
-    rows: tl.int64, columns: tl.int64, stats_ptr, partials_ptr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    x_stride_r: tl.int64,
+    x_stride_c: tl.int64,
+    mask_ptr,
+    mask_stride_r: tl.int64,
+    mask_stride_c: tl.int64,
+    grad_ptr,
+    grad_stride_r: tl.int64,
+    grad_stride_c: tl.int64,
+    rows: tl.int64,
+    columns: tl.int64,
+    stats_ptr,
+    partials_ptr,
+    BLOCK: tl.constexpr,
+):
     program = tl.program_id(0).to(tl.int64)
     mean = tl.load(stats_ptr)
     scale = tl.load(stats_ptr + 1)
@@ -136,9 +173,18 @@ def _whiten_grad_sums_kernel(
             tile, columns, per_row, mask_ptr, mask_stride_r, mask_stride_c, BLOCK
         )
         grad, standardised = _load_grad(
-            x_ptr, x_stride_r, x_stride_c, grad_ptr, grad_stride_r, grad_stride_c,
-            row, column, keep, mean, scale,
-        )  # fmt: skip
+            x_ptr,
+            x_stride_r,
+            x_stride_c,
+            grad_ptr,
+            grad_stride_r,
+            grad_stride_c,
+            row,
+            column,
+            keep,
+            mean,
+            scale,
+        )
         grad_sum += tl.sum(grad)
         moment += tl.sum(tl.where(keep, grad * standardised, 0.0))
     tl.store(partials_ptr + 3 * program, grad_sum)
@@ -147,12 +193,24 @@ def _whiten_grad_sums_kernel(
 
 @kernel()
 def _whiten_grad_kernel(
-    x_ptr, x_stride_r: tl.int64, x_stride_c: tl.int64,
-    mask_ptr, mask_stride_r: tl.int64, mask_stride_c: tl.int64,
-    grad_ptr, grad_stride_r: tl.int64, grad_stride_c: tl.int64,
-    rows: tl.int64, columns: tl.int64, stats_ptr, partials_ptr, grad_x_ptr,
-    SHIFT_MEAN: tl.constexpr, BLOCK: tl.constexpr, MAX_PROGRAMS: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    x_stride_r: tl.int64,
+    x_stride_c: tl.int64,
+    mask_ptr,
+    mask_stride_r: tl.int64,
+    mask_stride_c: tl.int64,
+    grad_ptr,
+    grad_stride_r: tl.int64,
+    grad_stride_c: tl.int64,
+    rows: tl.int64,
+    columns: tl.int64,
+    stats_ptr,
+    partials_ptr,
+    grad_x_ptr,
+    SHIFT_MEAN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    MAX_PROGRAMS: tl.constexpr,
+):
     program = tl.program_id(0).to(tl.int64)
     mean = tl.load(stats_ptr)
     scale = tl.load(stats_ptr + 1)
@@ -169,59 +227,67 @@ def _whiten_grad_kernel(
             tile, columns, per_row, mask_ptr, mask_stride_r, mask_stride_c, BLOCK
         )
         grad, standardised = _load_grad(
-            x_ptr, x_stride_r, x_stride_c, grad_ptr, grad_stride_r, grad_stride_c,
-            row, column, keep, mean, scale,
-        )  # fmt: skip
+            x_ptr,
+            x_stride_r,
+            x_stride_c,
+            grad_ptr,
+            grad_stride_r,
+            grad_stride_c,
+            row,
+            column,
+            keep,
+            mean,
+            scale,
+        )
         result = (grad - mean_grad - slope * standardised) * scale
         if not SHIFT_MEAN:
             result += mean_grad
         tl.store(grad_x_ptr + row * columns + column, tl.where(keep, result, 0.0), mask=inside)
 
 
-def whiten_forward(
-    rows: int,
-    columns: int,
-    x: Tensor,
-    mask: Tensor | None,
-    shift_mean: bool,
-    eps: float,
-    partials: Tensor,
-    stats: Tensor,
-    whitened: Tensor,
-) -> None:
-    """The fields of `Whiten`."""
-    grid = (min(MAX_PROGRAMS, rows * triton.cdiv(columns, BLOCK)),)
-    with torch.cuda.device_of(x):
+def whiten_forward(a: WhitenArguments) -> None:
+    grid = (min(MAX_PROGRAMS, a.rows * triton.cdiv(a.columns, BLOCK)),)
+    with torch.cuda.device_of(a.x):
         _whiten_moments_kernel[grid](
-            *strided(x), *strided(mask), rows, columns, partials, BLOCK=BLOCK, num_warps=WARPS,
+            *strided(a.x),
+            *strided(a.mask),
+            a.rows,
+            a.columns,
+            a.partials,
+            BLOCK=BLOCK,
+            num_warps=WARPS,
             enable_fp_fusion=True,
-        )  # fmt: skip
+        )
         _whiten_kernel[grid](
-            *strided(x), *strided(mask), rows, columns, float(eps), partials, stats, whitened,
-            SHIFT_MEAN=shift_mean, BLOCK=BLOCK, MAX_PROGRAMS=MAX_PROGRAMS, num_warps=WARPS,
+            *strided(a.x),
+            *strided(a.mask),
+            a.rows,
+            a.columns,
+            float(a.eps),
+            a.partials,
+            a.stats,
+            a.whitened,
+            SHIFT_MEAN=a.shift_mean,
+            BLOCK=BLOCK,
+            MAX_PROGRAMS=MAX_PROGRAMS,
+            num_warps=WARPS,
             enable_fp_fusion=True,
-        )  # fmt: skip
+        )
 
 
-def whiten_backward(
-    rows: int,
-    columns: int,
-    x: Tensor,
-    mask: Tensor | None,
-    shift_mean: bool,
-    _eps: float,
-    partials: Tensor,
-    stats: Tensor,
-    _whitened: None,
-    grad_whitened: Tensor,
-    grad_x: Tensor,
-) -> None:
-    """The fields of `WhitenBackward`."""
-    grid = (min(MAX_PROGRAMS, rows * triton.cdiv(columns, BLOCK)),)
-    common = (*strided(x), *strided(mask), *strided(grad_whitened), rows, columns, stats, partials)
-    with torch.cuda.device_of(x):
+def whiten_backward(a: WhitenBackwardArguments) -> None:
+    f = a.forward
+    grid = (min(MAX_PROGRAMS, f.rows * triton.cdiv(f.columns, BLOCK)),)
+    tensors = (*strided(f.x), *strided(f.mask), *strided(a.grad_whitened))
+    common = (*tensors, f.rows, f.columns, f.stats, f.partials)
+    with torch.cuda.device_of(f.x):
         _whiten_grad_sums_kernel[grid](*common, BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=True)
         _whiten_grad_kernel[grid](
-            *common, grad_x, SHIFT_MEAN=shift_mean, BLOCK=BLOCK, MAX_PROGRAMS=MAX_PROGRAMS,
-            num_warps=WARPS, enable_fp_fusion=True,
-        )  # fmt: skip
+            *common,
+            a.grad_x,
+            SHIFT_MEAN=f.shift_mean,
+            BLOCK=BLOCK,
+            MAX_PROGRAMS=MAX_PROGRAMS,
+            num_warps=WARPS,
+            enable_fp_fusion=True,
+        )

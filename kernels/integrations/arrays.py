@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from warpo.kernels import dispatch, ops, scan
+from warpo.kernels._arguments.gae import GaeArguments, ScanArguments
 from warpo.kernels.checks import FLAGS, FLOATS
 from warpo.kernels.native import DTYPE_CODES
 from warpo.kernels.objectives import Objective
@@ -218,10 +219,31 @@ def gae_into(
         returns,
     )
     r, v, d, last_v, last_d, a, g = map(_view, arrays)
-    dispatch.load("cpu").gae_forward(
-        next_value.size, len(rewards), None, r, None, v, last_v, None, None, d, None, last_d,
-        None, gamma, gae_lambda, 0, True, a, g,
-    )  # fmt: skip
+    scan = ScanArguments(
+        mask=None,
+        terminated=d,
+        truncated=None,
+        last_terminated=last_d,
+        last_truncated=None,
+        cu_seqlens=None,
+        gamma=gamma,
+        gae_lambda=gae_lambda,
+        mask_mode=0,
+        starts_at_t=True,
+    )
+    arguments = GaeArguments(
+        scan=scan,
+        rows=next_value.size,
+        steps=len(rewards),
+        rewards=r,
+        terminal_rewards=None,
+        values=v,
+        last_values=last_v,
+        final_values=None,
+        advantages=a,
+        returns=g,
+    )
+    dispatch.load("cpu").gae_forward(arguments)
 
 
 def _gae_tensors(
@@ -368,7 +390,7 @@ def _flags(array: np.ndarray) -> np.ndarray:
     return array if is_readable(array) else array.copy()
 
 
-def _view(array: np.ndarray) -> tuple[int, int, int, int]:
+def _view(array: np.ndarray) -> Any:
     """The View of csrc/view.h of (T, N) or (T,) as [N, T], or of (N,): address, strides, dtype.
     The array is float32, bool or uint8.
     """

@@ -43,5 +43,6 @@ def run_tests(folder: Path, tests: list[str], select: str, **environment: str) -
     options = ["-k", select, "-q", "-s", "-p", "no:cacheprovider"]
     return run(
         [sys.executable, "-c", PYTEST, module(folder), *tests, *options],
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": os.pathsep.join(path), **environment},
-    ).stdout  # fmt: skip
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path), **environment},
+    ).stdout

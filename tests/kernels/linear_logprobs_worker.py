@@ -33,9 +33,17 @@ for softcap, cache in ((None, False), (4.0, False), (None, True)):
     part = slice(rank * vocab // 2, (rank + 1) * vocab // 2)
     leaves = [x.clone().requires_grad_() for x in (hidden, weight[part], bias[part])]
     result = ops.linear_logprobs_and_entropy(
-        *leaves[:2], targets, bias=leaves[2], temperature=0.8, mask=mask, softcap=softcap,
-        cache_logits=cache, workspace_bytes=1000, process_group=group, backend=backend,
-    )  # fmt: skip
+        *leaves[:2],
+        targets,
+        bias=leaves[2],
+        temperature=0.8,
+        mask=mask,
+        softcap=softcap,
+        cache_logits=cache,
+        workspace_bytes=1000,
+        process_group=group,
+        backend=backend,
+    )
     torch.autograd.backward(result, upstream)
     for mine, exactly in zip(result, wanted, strict=True):
         torch.testing.assert_close(mine.double(), exactly, rtol=2e-5, atol=2e-5)

@@ -330,9 +330,10 @@ OPERATIONS = [
         floats=("hidden", "weight"),
         differentiable=("hidden", "weight"),
         not_promised={4: _NO_MASK},
-        packed=lambda: _kept() | {
-            "kept_ids": _pad(_kept()["kept_ids"]), "kept_offsets": _starts(4, V, torch.int64)
-        },
+        packed=lambda: (
+            _kept()
+            | {"kept_ids": _pad(_kept()["kept_ids"]), "kept_offsets": _starts(4, V, torch.int64)}
+        ),
         offsets={"kept_offsets": 4 * V + 2 * GAP},
     ),
     Operation(
@@ -369,7 +370,9 @@ OPERATIONS = [
         masked=("hidden", "old_logprobs", "ref_logprobs", "advantages"),
         wrong=("objective", "grppo"),
         not_promised={
-            1: _MATRIX_PRODUCT, 3: "it composes policy_loss_from_logits", 12: _MATRIX_TIME,
+            1: _MATRIX_PRODUCT,
+            3: "it composes policy_loss_from_logits",
+            12: _MATRIX_TIME,
         },
         **_packed(_head_of_policy),
     ),
@@ -510,8 +513,10 @@ OPERATIONS = [
         differentiable=("scores",),
         outputs=1,
         masked=("scores",),
-        packed=lambda: {n: _pad(x) for n, x in _rankings().items() if n != "cu_groups"}
-        | {"cu_groups": _starts(3, 4)},
+        packed=lambda: (
+            {n: _pad(x) for n, x in _rankings().items() if n != "cu_groups"}
+            | {"cu_groups": _starts(3, 4)}
+        ),
         offsets={"cu_groups": 12 + 2 * GAP},
     ),
     Operation(
@@ -554,7 +559,12 @@ OPERATIONS = [
         kernels="adamw_publish",
         tensors=_moments,
         options={
-            "lr": 1e-3, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1, "step": 3,
+            "lr": 1e-3,
+            "beta1": 0.9,
+            "beta2": 0.99,
+            "eps": 1e-8,
+            "weight_decay": 0.1,
+            "step": 3,
         },
         floats=("grad",),
         mutates=True,
@@ -563,7 +573,7 @@ OPERATIONS = [
             4: _NO_MASK,
         },
     ),
-]  # fmt: skip
+]
 
 # public functions that only look something up, or read a result
 HELPERS = (

@@ -4,10 +4,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.kernels.backends import BACKENDS, DEVICE, DTYPES, dtypes, each_backend, examples, strided
+from tests.kernels.opcheck import opcheck
 from tests.oracles.adamw import adamw as oracle
 from tests.oracles.adamw import random_bits, round_at_random
 from tests.tolerance import ADAMW_ABSOLUTE, ADAMW_RELATIVE, SUM_RELATIVE, assert_close
 from warpo.kernels import ops, reference
+from warpo.kernels.adamw_publish import AdamwPublishInputs, _operator
 
 HYPER = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1}
 
@@ -51,9 +53,12 @@ def test_values_equal_torch_adamw_in_float64(backend):
         weights, grads, published, hyper = case
         exact = torch.nn.Parameter(weights.double())
         optimizer = torch.optim.AdamW(
-            [exact], lr=hyper["lr"], betas=(hyper["beta1"], hyper["beta2"]), eps=hyper["eps"],
+            [exact],
+            lr=hyper["lr"],
+            betas=(hyper["beta1"], hyper["beta2"]),
+            eps=hyper["eps"],
             weight_decay=hyper["weight_decay"],
-        )  # fmt: skip
+        )
         state = state_of(weights, flat)
         scale = 1.0 if clip is None else torch.tensor(clip, device=DEVICE)
         for step, grad in enumerate(grads, start=1):
@@ -115,9 +120,13 @@ def test_rounding_is_to_nearest_with_ties_to_even(backend, dtype):
     state = [master.clone(), torch.zeros_like(master), torch.zeros_like(master)]
     published = torch.zeros_like(master, dtype=dtype)
     ops.adamw_publish(
-        torch.zeros_like(master), *state, published, **(HYPER | {"lr": 0.0}), step=1,
+        torch.zeros_like(master),
+        *state,
+        published,
+        **(HYPER | {"lr": 0.0}),
+        step=1,
         backend=backend,
-    )  # fmt: skip
+    )
     assert torch.equal(state[0], master)
     assert torch.equal(bits(published), bits(master.to(dtype)))
 
@@ -310,19 +319,30 @@ def test_a_parameter_can_be_published_without_grad_mode(backend):
 
 @each_backend
 def test_opcheck(backend):
-    vectors = [torch.randn(150, device=DEVICE).abs() for _ in range(4)]
-    published = torch.randn(3, 60, device=DEVICE)[:, :50]
-    torch.library.opcheck(
-        torch.ops.warpo.adamw_publish.default,
-        (*vectors, published, 1.0, 0.1, 0.9, 0.1, 1e-3, 1.0, 1e-8, 1.0, None, None, 1, backend),
-        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    grad, master, exp_avg, exp_avg_sq = (torch.randn(150, device=DEVICE).abs() for _ in range(4))
+    inputs = AdamwPublishInputs(
+        grad=grad,
+        master=master,
+        exp_avg=exp_avg,
+        exp_avg_sq=exp_avg_sq,
+        published=torch.randn(3, 60, device=DEVICE)[:, :50],
+        decay=1.0,
+        grad_weight=0.1,
+        beta2=0.9,
+        square_weight=0.1,
+        step_size=1e-3,
+        root_scale=1.0,
+        eps=1e-8,
+        grad_scale=1.0,
+        grad_scale_factor=None,
+        seed=None,
+        step=1,
+        backend=backend,
     )
-    torch.library.opcheck(
-        torch.ops.warpo.adamw_publish.default,
-        (vectors[0], None, *vectors[1:3], published, 1.0, 0.1, 0.9, 0.1, 1e-3, 1.0, 1e-8, 1.0, None,
-         None, 1, backend),
-        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
-    )  # fmt: skip
+    utils = ("test_schema", "test_autograd_registration", "test_faketensor")
+    opcheck(_operator, inputs, test_utils=utils)
+    own = inputs._replace(master=None, exp_avg=master, exp_avg_sq=exp_avg)
+    opcheck(_operator, own, test_utils=utils)
 
 
 @pytest.mark.parametrize("backend", BACKENDS[:1])
@@ -379,7 +399,13 @@ W = torch.zeros(2, 3)
 )
 def test_bad_arguments_are_named(changed, message):
     arguments = {
-        "grad": W, "master": W, "exp_avg": W, "exp_avg_sq": W, "published": W, "step": 1, **HYPER
-    }  # fmt: skip
+        "grad": W,
+        "master": W,
+        "exp_avg": W,
+        "exp_avg_sq": W,
+        "published": W,
+        "step": 1,
+        **HYPER,
+    }
     with pytest.raises(ValueError, match=message):
         ops.adamw_publish(**(arguments | changed))

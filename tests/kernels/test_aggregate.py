@@ -68,10 +68,20 @@ def test_values_and_gradients_equal_float64(backend):
         assert gradient.dtype == values.dtype
         # of the sum of the magnitudes: a sum near 0 has lost its digits
         scale = (wanted_gradient * wanted_values.nan_to_num(0, 0).detach()).abs().sum().clamp(min=1)
-        assert_close(result.double() / scale, wanted / scale, relative=0, absolute=SUM_RELATIVE,
-                     what="result")  # fmt: skip
-        assert_close(gradient, wanted_gradient, relative=ROUNDING[torch.float32] + 1e-6,
-                     absolute=1e-7, what="gradient")  # fmt: skip
+        assert_close(
+            result.double() / scale,
+            wanted / scale,
+            relative=0,
+            absolute=SUM_RELATIVE,
+            what="result",
+        )
+        assert_close(
+            gradient,
+            wanted_gradient,
+            relative=ROUNDING[torch.float32] + 1e-6,
+            absolute=1e-7,
+            what="gradient",
+        )
 
     check()
 
@@ -131,9 +141,14 @@ def test_weights_of_a_policy_loss_multiply_its_advantages(backend):
     (wanted_gradient,) = torch.autograd.grad(wanted, exact)
     mine = logp.detach().float().requires_grad_()
     loss, _ = ops.policy_loss(
-        mine, old.float(), advantages.float() * weights, "ppo", mask=weights > 0,
-        denominator=weights.sum(), backend=backend,
-    )  # fmt: skip
+        mine,
+        old.float(),
+        advantages.float() * weights,
+        "ppo",
+        mask=weights > 0,
+        denominator=weights.sum(),
+        backend=backend,
+    )
     assert_close(loss, wanted, relative=SUM_RELATIVE, absolute=1e-5, what="loss")
     (gradient,) = torch.autograd.grad(loss, mine)
     assert_close(gradient, wanted_gradient, relative=1e-4, absolute=1e-7, what="gradient")
@@ -159,10 +174,17 @@ def test_opcheck(backend, packed):
     )
     torch.library.opcheck(
         torch.ops.warpo.aggregate_backward.default,
-        (values.new_ones(1100), None, cu_seqlens, values.new_ones(()), list(values.shape),
-         torch.bfloat16, backend),
+        (
+            values.new_ones(1100),
+            None,
+            cu_seqlens,
+            values.new_ones(()),
+            list(values.shape),
+            torch.bfloat16,
+            backend,
+        ),
         test_utils=utils,
-    )  # fmt: skip
+    )
 
 
 X, CU = torch.zeros(2, 3), torch.tensor([0, 3], dtype=torch.int32)

@@ -126,7 +126,7 @@ def test_opcheck(backend):
         torch.ops.warpo.approx_kl_backward.default,
         (logprobs, *arguments[1:], refs, True, False, 3, False, 10.0, backend),
         test_utils=utils,
-    )  # fmt: skip
+    )
 
 
 X = torch.zeros(2, 3)

@@ -12,13 +12,23 @@ from warpo.kernels import ops
 
 BY_NAME = {operation.name: operation for operation in OPERATIONS}
 LOSSES = (
-    "policy_loss", "policy_loss_from_logits", "policy_loss_from_hidden", "value_loss",
-    "aggregate", "preference_loss", "reward_model_loss", "ranking_loss", "kto_loss",
-)  # fmt: skip
-HEADS = (
-    "logprobs", "linear_logprobs", "kept_set_logprobs", "policy_loss_from_logits",
+    "policy_loss",
+    "policy_loss_from_logits",
     "policy_loss_from_hidden",
-)  # fmt: skip
+    "value_loss",
+    "aggregate",
+    "preference_loss",
+    "reward_model_loss",
+    "ranking_loss",
+    "kto_loss",
+)
+HEADS = (
+    "logprobs",
+    "linear_logprobs",
+    "kept_set_logprobs",
+    "policy_loss_from_logits",
+    "policy_loss_from_hidden",
+)
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -21,6 +21,7 @@ from torch.autograd import forward_ad
 from tests.kernels.backends import BACKENDS, DEVICE, dtypes, strided
 from tests.kernels.operations import GAP, HELPERS, OPERATIONS, Operation
 from warpo.kernels import dispatch, ops
+from warpo.kernels._arguments.group_advantages import GroupAdvantagesArguments
 
 PROMISES = {
     1: "bfloat16, float16 and float32 in; float32 arithmetic and results",
@@ -207,9 +208,12 @@ def test_promise_6_determinism(operation, backend):
         alone = {n: x[:1] if n in operation.batched else x for n, x in tensors.items()}
         results, gradients = run(operation, alone, backend)
         assert_same(
-            (results, gradients), ([x[: len(y)] for x, y in zip(first[0], results, strict=True)],
-                                   [x[: len(y)] for x, y in zip(first[1], gradients, strict=True)]),
-        )  # fmt: skip
+            (results, gradients),
+            (
+                [x[: len(y)] for x, y in zip(first[0], results, strict=True)],
+                [x[: len(y)] for x, y in zip(first[1], gradients, strict=True)],
+            ),
+        )
 
 
 @cells(7)
@@ -297,12 +301,25 @@ def microseconds(call: Callable[[], object]) -> float:
 def test_promise_12_host_cost(operation, backend):
     tensors = operation.tensors()
     one = torch.zeros(1)
-    launch = (1, one, 1, None, None, 0, False, 0.0, one, one, one, one.int())
+    launch = GroupAdvantagesArguments(
+        groups=1,
+        rewards=one,
+        group_size=1,
+        order=None,
+        offsets=None,
+        std_mode=0,
+        leave_one_out=False,
+        eps=0.0,
+        advantages=one,
+        mean=one,
+        std=one,
+        degenerate=one.int(),
+    )
     native = dispatch.load(backend)
     for name in operation.differentiable:
         tensors[name].requires_grad_()
     cost = microseconds(lambda: operation(tensors, backend))
-    assert cost - microseconds(lambda: native.group_advantages_forward(*launch)) < HOST_COST_US
+    assert cost - microseconds(lambda: native.group_advantages_forward(launch)) < HOST_COST_US
 
 
 def of_sequences(result: Tensor, like: Tensor) -> Tensor:

@@ -10,6 +10,11 @@ import torch
 
 from tests.kernels.backends import DEVICE
 from warpo.kernels import _cpu, ops
+from warpo.kernels._arguments.approx_kl import ApproxKlArguments
+from warpo.kernels._arguments.squashed_gaussian import (
+    SquashedGaussianArguments,
+    SquashedGaussianBackwardArguments,
+)
 from warpo.kernels.native import Native
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="`make gpu` tests the GPU's kernels")
@@ -40,10 +45,23 @@ def test_every_instruction_set_passes_the_tests_of_the_kernels(level):
     if level == chosen():
         return  # the tests in this process run on it
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-k", "float64 and cpu", "tests/kernels",
-         "--ignore", "tests/kernels/test_cuda_emulated.py", "-p", "no:cacheprovider"],
-        env=os.environ | {"WARPO_ISA": level}, capture_output=True, text=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-k",
+            "float64 and cpu",
+            "tests/kernels",
+            "--ignore",
+            "tests/kernels/test_cuda_emulated.py",
+            "-p",
+            "no:cacheprovider",
+        ],
+        env=os.environ | {"WARPO_ISA": level},
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0, result.stdout[-3000:]
     assert " passed" in result.stdout
 
@@ -52,8 +70,10 @@ def test_an_unknown_instruction_set_is_refused():
     code = "import torch; from warpo.kernels import _cpu; _cpu.instruction_set()"
     result = subprocess.run(
         [sys.executable, "-c", code],
-        env=os.environ | {"WARPO_ISA": "avx1024"}, capture_output=True, text=True,
-    )  # fmt: skip
+        env=os.environ | {"WARPO_ISA": "avx1024"},
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode != 0 and "avx1024" in result.stderr
 
 
@@ -111,7 +131,46 @@ def test_tensors_are_read_alike_with_and_without_dlpack(dtype, monkeypatch):
         monkeypatch.setattr(torch.Tensor, "__dlpack_c_exchange_api__", api, raising=False)
         out = torch.empty(3, 4)
         operations = Native(_cpu)
-        operations.approx_kl_forward(3, 4, logprobs, ref.expand(3, 4), mask, 3, 10.0, out)
+        arguments = ApproxKlArguments(
+            rows=3,
+            columns=4,
+            logprobs=logprobs,
+            ref_logprobs=ref.expand(3, 4),
+            mask=mask,
+            estimator=3,
+            limit=10.0,
+            kl=out,
+        )
+        operations.approx_kl_forward(arguments)
         results.append(out)
     assert torch.equal(*results)
     assert results[0].any() and not results[0][~mask].any()
+
+
+def test_a_tuple_within_a_tuple_is_read_alike_with_and_without_dlpack(monkeypatch):
+    mean, noise, upstream = torch.randn(3, 4, 5)
+    results = []
+    for api in (getattr(torch.Tensor, "__dlpack_c_exchange_api__", None), None):
+        monkeypatch.setattr(torch.Tensor, "__dlpack_c_exchange_api__", api, raising=False)
+        gradients = torch.empty(2, 4, 5)
+        forward = SquashedGaussianArguments(
+            rows=4,
+            columns=5,
+            mean=mean,
+            log_std=-mean,
+            noise=noise,
+            log_std_min=-5.0,
+            log_std_max=2.0,
+            actions=None,
+            logprobs=None,
+        )
+        arguments = SquashedGaussianBackwardArguments(
+            forward=forward,
+            grad_actions=upstream,
+            grad_logprobs=None,
+            grad_mean=gradients[0],
+            grad_log_std=gradients[1],
+        )
+        Native(_cpu).squashed_gaussian_backward(arguments)
+        results.append(gradients)
+    assert torch.equal(*results) and results[0].isfinite().all() and results[0].any()

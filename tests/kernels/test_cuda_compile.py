@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from warpo.kernels._arguments.group_advantages import GroupAdvantagesArguments
+
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 
@@ -48,9 +50,16 @@ def compiled(tmp_path_factory):
         cubin = folder / f"{source.stem}.cubin"
         if not cubin.exists():
             _run(
-                NVCC, "-O3", "-std=c++17", "-arch=sm_90", "-cubin", f"-I{ROOT / 'csrc'}",
-                "-o", cubin, source,
-            )  # fmt: skip
+                NVCC,
+                "-O3",
+                "-std=c++17",
+                "-arch=sm_90",
+                "-cubin",
+                f"-I{ROOT / 'csrc'}",
+                "-o",
+                cubin,
+                source,
+            )
         return cubin
 
     return compile_once
@@ -97,8 +106,19 @@ def test_logits_move_16_bytes_at_a_time(compiled, operation):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_without_a_gpu_the_library_imports_and_a_call_says_what_is_missing():
     library = importlib.import_module("warpo.kernels._cuda")
-    rewards = (0, 0, 1, 0)
+    arguments = GroupAdvantagesArguments(
+        groups=1,
+        rewards=(0, 0, 1, 0),
+        group_size=1,
+        order=None,
+        offsets=None,
+        std_mode=0,
+        leave_one_out=False,
+        eps=1e-6,
+        advantages=None,
+        mean=None,
+        std=None,
+        degenerate=None,
+    )
     with pytest.raises(RuntimeError, match="group_advantages: .*CUDA (driver|device).*CPU"):
-        library.group_advantages_forward(
-            1, rewards, 1, None, None, 0, False, 1e-6, None, None, None, None, 0, 0
-        )  # fmt: skip
+        library.group_advantages_forward(arguments, 0, 0)

@@ -24,16 +24,27 @@ from tests.kernels.builds import ROOT
 EMULATOR = ROOT / "tests" / "emulator"
 CXX = shlex.split(os.environ.get("CXX", "g++"))
 FLAGS = [
-    "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas",
-    f"-I{EMULATOR}", f"-I{ROOT / 'csrc'}",
-]  # fmt: skip
+    "-std=c++17",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wno-unknown-pragmas",
+    f"-I{EMULATOR}",
+    f"-I{ROOT / 'csrc'}",
+]
 BINDING_FLAGS = [f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
 # Undefined behaviour ends the process: an index past shared memory, an overflow of int, a float4
 # between two boundaries. A checked longjmp would refuse to change the stack.
 KERNEL_FLAGS = [
-    "-O2", "-fsanitize=undefined", "-fno-sanitize-recover=all", "-U_FORTIFY_SOURCE",
-    "-include", f"{EMULATOR / 'language.h'}", "-x", "c++",
-]  # fmt: skip
+    "-O2",
+    "-fsanitize=undefined",
+    "-fno-sanitize-recover=all",
+    "-U_FORTIFY_SOURCE",
+    "-include",
+    f"{EMULATOR / 'language.h'}",
+    "-x",
+    "c++",
+]
 # An operation with CUDA kernels, whose tests are in the file of the same name.
 OPERATIONS = sorted(path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
 OPERATIONS += ["contract", "offsets"]

@@ -74,9 +74,12 @@ def test_hessian_vector_products_of_logprobs(backend, dtype):
         # a product is the sum of two gradients, each rounded to the dtype of the logits
         rounding = 2 * ROUNDING[dtype] * float(expected.abs().max())
         assert_close(
-            actual, expected, what=what,
-            relative=4 * GRADIENT_RELATIVE, absolute=16 * GRADIENT_ABSOLUTE + rounding,
-        )  # fmt: skip
+            actual,
+            expected,
+            what=what,
+            relative=4 * GRADIENT_RELATIVE,
+            absolute=16 * GRADIENT_ABSOLUTE + rounding,
+        )
 
 
 @each_backend

@@ -4,8 +4,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.kernels.backends import BACKENDS, DEVICE, DTYPES, each_backend, examples, strided
+from tests.kernels.opcheck import opcheck
 from tests.oracles.adamw import fingerprint as oracle
 from warpo.kernels import ops, reference
+from warpo.kernels.fingerprint import FingerprintInputs, _operator
 
 
 def bits(tensor: torch.Tensor) -> list[int]:
@@ -105,11 +107,9 @@ def test_more_tiles_than_partial_results(backend, monkeypatch):
 
 @each_backend
 def test_opcheck(backend):
-    torch.library.opcheck(
-        torch.ops.warpo.fingerprint.default,
-        (torch.randn(3, 50, device=DEVICE), backend),
-        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
-    )
+    inputs = FingerprintInputs(rows=torch.randn(3, 50, device=DEVICE), backend=backend)
+    utils = ("test_schema", "test_autograd_registration", "test_faketensor")
+    opcheck(_operator, inputs, test_utils=utils)
 
 
 @pytest.mark.parametrize("backend", BACKENDS[:1])

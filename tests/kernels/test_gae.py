@@ -10,6 +10,7 @@ from tests.kernels.backends import (
     each_backend_slow_triton,
     examples,
 )
+from tests.kernels.opcheck import opcheck
 from tests.kernels.scans import (
     assert_gradients_close,
     assert_scan_close,
@@ -20,6 +21,8 @@ from tests.kernels.scans import (
 )
 from tests.oracles import gae as oracle
 from warpo.kernels import ops, reference
+from warpo.kernels.gae_operator import GaeInputs, gae_operator
+from warpo.kernels.scan import Steps, as_inputs
 
 GAMMAS, LAMBDAS = [1.0, 0.99, 0.5, 0.0], [1.0, 0.95, 0.0]
 
@@ -287,23 +290,34 @@ def test_opcheck(backend):
     column = torch.randn(3, 1, device=DEVICE)
     for x in (rewards, values, final, column):
         x.requires_grad_()
-    none = (None,) * 5
-    torch.library.opcheck(
-        torch.ops.warpo.gae.default,
-        (rewards, values, column, final, None, flags, ~flags, None, None, None,
-         0.9, 0.9, 0, False, False, backend),
-    )  # fmt: skip
-    torch.library.opcheck(
-        torch.ops.warpo.gae.default,
-        (rewards, None, None, None, flags, *none, 0.9, 0.9, 1, False, True, backend),
+    given = GaeInputs(
+        rewards=rewards,
+        values=values,
+        last_values=column,
+        final_values=final,
+        steps=as_inputs(Steps(terminated=flags, truncated=~flags), 0.9, 0.9),
+        returns_only=False,
+        backend=backend,
     )
-    packed = [x.detach().flatten().requires_grad_() for x in (rewards, values)]
+    opcheck(gae_operator, given)
+    rewards_alone = given._replace(
+        values=None,
+        last_values=None,
+        final_values=None,
+        steps=as_inputs(Steps(mask=flags, mask_mode="zero"), 0.9, 0.9),
+        returns_only=True,
+    )
+    opcheck(gae_operator, rewards_alone)
     bounds = torch.tensor([0, 4, 27], dtype=torch.int32, device=DEVICE)
-    torch.library.opcheck(
-        torch.ops.warpo.gae.default,
-        (*packed, None, None, flags.flatten(), *none[1:], bounds, 0.9, 0.9, 2, False, False,
-         backend),
-    )  # fmt: skip
+    steps = Steps(mask=flags.flatten(), mask_mode="compact", cu_seqlens=bounds)
+    packed = given._replace(
+        rewards=rewards.detach().flatten().requires_grad_(),
+        values=values.detach().flatten().requires_grad_(),
+        last_values=None,
+        final_values=None,
+        steps=as_inputs(steps, 0.9, 0.9),
+    )
+    opcheck(gae_operator, packed)
 
 
 @pytest.mark.parametrize("backend", BACKENDS[:1])

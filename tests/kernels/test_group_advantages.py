@@ -4,9 +4,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.kernels.backends import BACKENDS, DEVICE, dtypes, each_backend, examples, strided
+from tests.kernels.opcheck import opcheck
 from tests.oracles.group_advantages import leave_one_out_std
 from tests.tolerance import SUM_RELATIVE, assert_close
 from warpo.kernels import ops, reference
+from warpo.kernels.group_advantages import GroupAdvantagesInputs, _operator
 
 
 @st.composite
@@ -111,9 +113,12 @@ def test_leave_one_out_std_equals_the_oracle(backend, leave_one_out):
     )
     wanted = [leave_one_out_std(row.double().cpu().numpy(), leave_one_out) for row in rewards]
     assert_close(
-        result.advantages, torch.tensor(wanted).flatten(), relative=SUM_RELATIVE, absolute=1e-7,
+        result.advantages,
+        torch.tensor(wanted).flatten(),
+        relative=SUM_RELATIVE,
+        absolute=1e-7,
         what="advantages",
-    )  # fmt: skip
+    )
     if leave_one_out:
         assert result.advantages[0] == 1 and result.advantages[11] == -rewards[2, 0]
     assert torch.allclose(result.std, rewards.std(1))
@@ -196,12 +201,20 @@ def test_opcheck(backend):
     order = torch.randperm(12).to(DEVICE)
     offsets = torch.tensor([0, 5, 12], device=DEVICE)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    for members in ((4, 3, None, None), (0, 2, order, offsets)):
-        torch.library.opcheck(
-            torch.ops.warpo.group_advantages.default,
-            (rewards, *members, 1, True, 1e-6, backend),
-            test_utils=checks,
-        )
+    of_size = GroupAdvantagesInputs(
+        rewards=rewards,
+        group_size=4,
+        num_groups=3,
+        order=None,
+        offsets=None,
+        std_mode=1,
+        leave_one_out=True,
+        eps=1e-6,
+        backend=backend,
+    )
+    by_id = of_size._replace(group_size=0, num_groups=2, order=order, offsets=offsets)
+    for inputs in (of_size, by_id):
+        opcheck(_operator, inputs, test_utils=checks)
 
 
 @pytest.mark.parametrize("backend", BACKENDS[:1])

@@ -40,9 +40,14 @@ def test_gspo_of_responses_of_one_token_is_grpo(backend):
         for name in ("gspo", "grpo"):
             objective = OBJECTIVES[name].replace(clip_low=0.2, clip_high=0.28, kl_coef=0.04)
             of[name, length] = loss_and_gradient(
-                logp, old, advantages, objective, cu_seqlens=starts([length] * (number // length)),
-                ref_logprobs=ref, backend=backend,
-            )  # fmt: skip
+                logp,
+                old,
+                advantages,
+                objective,
+                cu_seqlens=starts([length] * (number // length)),
+                ref_logprobs=ref,
+                backend=backend,
+            )
     torch.testing.assert_close(of["gspo", 1], of["grpo", 1], rtol=1e-6, atol=1e-8)
     # of longer ones it is not
     assert not torch.allclose(of["gspo", 2][1], of["grpo", 2][1], rtol=1e-2)
@@ -69,9 +74,16 @@ def test_where_the_ratio_is_1_the_gradient_is_the_policy_gradient(backend, name)
     advantages = normal(len(LENGTHS), seed=1).repeat_interleave(torch.tensor(LENGTHS).to(DEVICE))
     is_norm = objective.aggregation.endswith("norm")
     _, gradient = loss_and_gradient(
-        logp, logp, advantages, objective, cu_seqlens=starts(), ref_logprobs=logp,
-        sampler_logprobs=logp, denominator=7.0 * len(LENGTHS) if is_norm else None, backend=backend,
-    )  # fmt: skip
+        logp,
+        logp,
+        advantages,
+        objective,
+        cu_seqlens=starts(),
+        ref_logprobs=logp,
+        sampler_logprobs=logp,
+        denominator=7.0 * len(LENGTHS) if is_norm else None,
+        backend=backend,
+    )
     expected = -advantages * weight_of_token(objective.aggregation).to(DEVICE)
     torch.testing.assert_close(gradient, expected, rtol=2e-6, atol=1e-8)
 
@@ -82,8 +94,9 @@ def test_dpo_of_equal_pairs_is_log_2(backend, name):
     """Chosen and rejected are one response; or the policy is the reference. Whatever the labels."""
     one, ref, other = (-normal(6, 5, seed=seed).abs() for seed in range(3))
     for chosen, rejected, ref_chosen, ref_rejected in (
-        (one, one, ref, ref), (one, other, one, other)
-    ):  # fmt: skip
+        (one, one, ref, ref),
+        (one, other, one, other),
+    ):
         loss, metrics = ops.preference_loss(
             chosen, rejected, ref_chosen, ref_rejected, loss=name, backend=backend
         )
@@ -101,9 +114,17 @@ def test_k3_is_not_negative_and_its_expectation_is_the_kl(backend, estimator):
     logp, ref = logits.log_softmax(0), ref_logits.log_softmax(0)
     zeros = torch.zeros_like(logp)
     found = -ops.shaped_gae(
-        logp[:, None], ref[:, None], zeros[:, None], gamma=1.0, gae_lambda=1.0, kl_coef=1.0,
-        kl_estimator=estimator, rewards=zeros[:, None], return_rewards=True, backend=backend,
-    ).rewards[:, 0]  # fmt: skip
+        logp[:, None],
+        ref[:, None],
+        zeros[:, None],
+        gamma=1.0,
+        gae_lambda=1.0,
+        kl_coef=1.0,
+        kl_estimator=estimator,
+        rewards=zeros[:, None],
+        return_rewards=True,
+        backend=backend,
+    ).rewards[:, 0]
     p = logp.double().exp()
     kl = (p * (logp.double() - ref.double())).sum().item()
     expectation = (p * found.double()).sum().item()
@@ -114,7 +135,11 @@ def test_k3_is_not_negative_and_its_expectation_is_the_kl(backend, estimator):
     row = OBJECTIVES["grpo"].replace(kl_coef=1.0, kl_estimator=estimator, aggregation="token-mean")
     for i in (0, 7, 39):
         loss, _ = ops.policy_loss(
-            logp[i : i + 1, None], logp[i : i + 1, None], zeros[:1], row,
-            ref_logprobs=ref[i : i + 1, None], backend=backend,
-        )  # fmt: skip
+            logp[i : i + 1, None],
+            logp[i : i + 1, None],
+            zeros[:1],
+            row,
+            ref_logprobs=ref[i : i + 1, None],
+            backend=backend,
+        )
         assert loss.item() == pytest.approx(found[i].item(), rel=1e-5)

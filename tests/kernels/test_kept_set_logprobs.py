@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.kernels.backends import BACKENDS, DEVICE, dtypes, each_backend, examples, strided
+from tests.kernels.opcheck import opcheck
 from tests.oracles import kept_set_logprobs as oracle
 from tests.tolerance import (
     GRADIENT_RELATIVE,
@@ -15,6 +16,7 @@ from tests.tolerance import (
     assert_close,
 )
 from warpo.kernels import ops, reference
+from warpo.kernels.kept_set_logprobs import KeptSetLogprobsInputs, _operator
 
 
 def kept_sets(
@@ -71,9 +73,14 @@ def test_values_and_gradients_equal_float64(backend):
         warm = temperature.double() if isinstance(temperature, Tensor) else temperature
         wanted = reference.kept_set_logprobs(*exact[:2], targets, ids, offsets, warm, bias=exact[2])
         logp = ops.kept_set_logprobs(
-            *leaves[:2], targets, ids, offsets, bias=leaves[2], temperature=temperature,
+            *leaves[:2],
+            targets,
+            ids,
+            offsets,
+            bias=leaves[2],
+            temperature=temperature,
             backend=backend,
-        )  # fmt: skip
+        )
         assert (logp.detach() <= 0).all()
         absolute = LOGPROB_ABSOLUTE + 40 * HEAD_LOGIT_ROUNDING
         assert_close(logp, wanted, what="logp", relative=10 * LOGPROB_RELATIVE, absolute=absolute)
@@ -83,9 +90,12 @@ def test_values_and_gradients_equal_float64(backend):
             if x is not None:
                 scale = y.grad.abs().max().item() if y.grad.numel() else 0.0
                 assert_close(
-                    x.grad, y.grad, what=f"gradient of {name}", relative=GRADIENT_RELATIVE,
+                    x.grad,
+                    y.grad,
+                    what=f"gradient of {name}",
+                    relative=GRADIENT_RELATIVE,
                     absolute=HEAD_GRADIENT * (1 + scale),
-                )  # fmt: skip
+                )
 
     check()
 
@@ -111,10 +121,14 @@ def test_the_reference_equals_the_oracle():
             hidden.double(), weight.double(), targets, ids, offsets, warm, bias=offset
         )
         wanted = oracle.kept_set_logprobs(
-            hidden.double().numpy(), weight.double().numpy(), targets.numpy(), ids.numpy(),
-            offsets.numpy(), bias=None if offset is None else offset.numpy(),
+            hidden.double().numpy(),
+            weight.double().numpy(),
+            targets.numpy(),
+            ids.numpy(),
+            offsets.numpy(),
+            bias=None if offset is None else offset.numpy(),
             temperature=warm.numpy(),
-        )  # fmt: skip
+        )
         torch.testing.assert_close(actual, torch.from_numpy(wanted), rtol=1e-12, atol=1e-12)
 
 
@@ -193,9 +207,14 @@ def test_runs_are_bit_equal_and_a_token_alone_has_the_bits_of_the_token_in_a_bat
     for n in (0, 5, 11):
         own = ids[offsets[n] : offsets[n + 1]]
         alone = ops.kept_set_logprobs(
-            hidden[n : n + 1], weight, targets[n : n + 1], own,
-            torch.tensor([0, own.numel()], device=DEVICE), bias=bias, backend=backend,
-        )  # fmt: skip
+            hidden[n : n + 1],
+            weight,
+            targets[n : n + 1],
+            own,
+            torch.tensor([0, own.numel()], device=DEVICE),
+            bias=bias,
+            backend=backend,
+        )
         assert torch.equal(alone[0], first[0][n])
 
 
@@ -237,10 +256,18 @@ def test_opcheck(backend):
     *leaves, targets, ids, offsets = problem(tokens=5)
     warm = torch.full((5,), 0.8, device=DEVICE)
     for bias, temperature in ((None, None), (leaves[2], warm)):
-        torch.library.opcheck(
-            torch.ops.warpo.kept_set_logprobs.default,
-            (*leaves[:2], bias, targets, ids, offsets, 0.9, temperature, backend),
+        inputs = KeptSetLogprobsInputs(
+            hidden=leaves[0],
+            weight=leaves[1],
+            bias=bias,
+            targets=targets,
+            kept_ids=ids,
+            kept_offsets=offsets,
+            temperature=0.9,
+            token_temperature=temperature,
+            backend=backend,
         )
+        opcheck(_operator, inputs)
 
 
 @pytest.mark.parametrize("backend", BACKENDS[:1])
@@ -277,7 +304,7 @@ IDS, OFFSETS = torch.zeros(2, dtype=torch.int64), torch.arange(3)
         ((H, W, Y, IDS, OFFSETS), {"bias": torch.zeros(4)}, r"bias must be of shape \(5,\)"),
         ((H, W, Y, IDS, OFFSETS), {"temperature": -1.0}, "temperature must be finite and > 0"),
     ],
-)  # fmt: skip
+)
 def test_bad_arguments_are_named(arguments, options, message):
     with pytest.raises(ValueError, match=message):
         ops.kept_set_logprobs(*arguments, **options)

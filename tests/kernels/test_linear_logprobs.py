@@ -17,6 +17,7 @@ from tests.kernels.backends import (
     each_backend_slow_triton,
     examples,
 )
+from tests.kernels.opcheck import opcheck
 from tests.oracles import linear_logprobs as oracle
 from tests.tolerance import (
     GRADIENT_RELATIVE,
@@ -29,6 +30,7 @@ from tests.tolerance import (
 )
 from warpo.bench.timing import peak_bytes
 from warpo.kernels import linear_head, ops, reference
+from warpo.kernels.linear_logprobs_operator import LinearLogprobsInputs, linear_logprobs_operator
 
 WORKER = Path(__file__).with_name("linear_logprobs_worker.py")
 
@@ -83,9 +85,14 @@ def exactly(hidden, weight, bias, targets, options, grads):
     if isinstance(temperature, Tensor):
         temperature = temperature.double()
     results = reference.linear_logprobs(
-        leaves[0], leaves[1], targets, temperature, options["mask"],
-        bias=leaves[2], softcap=options["softcap"],
-    )  # fmt: skip
+        leaves[0],
+        leaves[1],
+        targets,
+        temperature,
+        options["mask"],
+        bias=leaves[2],
+        softcap=options["softcap"],
+    )
     torch.autograd.backward(results, grads)
     return results, [None if x is None else x.grad for x in leaves]
 
@@ -106,17 +113,23 @@ def test_values_and_gradients_equal_float64(backend):
         assert torch.equal(alone, results.logprobs)
         for name, actual, exact in zip(("logp", "entropy"), results, wanted, strict=True):
             assert_close(
-                actual, exact, what=name, relative=10 * LOGPROB_RELATIVE,
+                actual,
+                exact,
+                what=name,
+                relative=10 * LOGPROB_RELATIVE,
                 absolute=LOGPROB_ABSOLUTE + HEAD_LOGIT_ROUNDING * hidden.shape[-1],
-            )  # fmt: skip
+            )
         torch.autograd.backward(results, grads)
         for name, x, exact in zip(("hidden", "weight", "bias"), leaves, wanted_grads, strict=True):
             if x is not None:
                 scale = exact.abs().max().item() if exact.numel() else 0.0
                 assert_close(
-                    x.grad, exact, what=f"gradient of {name}", relative=GRADIENT_RELATIVE,
+                    x.grad,
+                    exact,
+                    what=f"gradient of {name}",
+                    relative=GRADIENT_RELATIVE,
                     absolute=head_gradient(weight) * (1 + scale),
-                )  # fmt: skip
+                )
 
     check()
 
@@ -132,9 +145,13 @@ def test_the_reference_equals_the_oracle():
     warm = 0.5 + torch.rand(9, generator=generator, dtype=torch.float64)
     for options in ({}, {"bias": bias}, {"bias": bias, "softcap": 1.5}):
         wanted = oracle.linear_logprobs(
-            hidden.numpy(), weight.numpy(), targets.numpy(), temperature=warm.numpy(),
-            mask=mask.numpy(), **{k: v.numpy() if k == "bias" else v for k, v in options.items()},
-        )  # fmt: skip
+            hidden.numpy(),
+            weight.numpy(),
+            targets.numpy(),
+            temperature=warm.numpy(),
+            mask=mask.numpy(),
+            **{k: v.numpy() if k == "bias" else v for k, v in options.items()},
+        )
         actual = reference.linear_logprobs(hidden, weight, targets, warm, mask, **options)
         for a, b in zip(actual, wanted, strict=True):
             torch.testing.assert_close(a, torch.from_numpy(b), rtol=1e-12, atol=1e-12)
@@ -215,9 +232,14 @@ def test_compaction_without_asking_the_device(backend, num_valid, monkeypatch):
     exact = torch.autograd.grad(wanted[0].sum() + wanted[1].sum(), (hidden, weight))
     working = hidden.detach().masked_fill(~mask[:, None], torch.nan).requires_grad_()
     results = ops.linear_logprobs_and_entropy(
-        working, weight, targets, mask=mask, num_valid=num_valid, workspace_bytes=20_000,
+        working,
+        weight,
+        targets,
+        mask=mask,
+        num_valid=num_valid,
+        workspace_bytes=20_000,
         backend=backend,
-    )  # fmt: skip
+    )
     gradients = torch.autograd.grad(results[0].sum() + results[1].sum(), (working, weight))
     for a, b in zip((*results, *gradients), (*wanted, *exact), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
@@ -301,9 +323,14 @@ def test_logits_are_kept_where_they_fit_the_workspace(backend, softcap):
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             logp = ops.linear_logprobs(
-                hidden, weight, targets, softcap=softcap, cache_logits=cache,
-                workspace_bytes=workspace_bytes, backend=backend,
-            )  # fmt: skip
+                hidden,
+                weight,
+                targets,
+                softcap=softcap,
+                cache_logits=cache,
+                workspace_bytes=workspace_bytes,
+                backend=backend,
+            )
         kept[cache, workspace_bytes] = (64, 3001) in shapes
         grads[cache, workspace_bytes] = torch.autograd.grad(logp.sum(), (hidden, weight))
     assert list(kept.values()) == [True, False, False, True]
@@ -401,11 +428,25 @@ def test_opcheck(backend, cache):
     # of logits that are kept, those of masked tokens are not written
     cases = [(None, None, bias)] if cache else [(None, None, None), (warm, mask, bias)]
     for temperature, flags, offset in cases:
-        torch.library.opcheck(
-            torch.ops.warpo.linear_logprobs.default,
-            (hidden, weight, offset, targets, 0.9, temperature, flags, -100, 3.0, -1, 2000, True,
-             True, cache, backend, ""),
-        )  # fmt: skip
+        inputs = LinearLogprobsInputs(
+            hidden=hidden,
+            weight=weight,
+            bias=offset,
+            targets=targets,
+            temperature=0.9,
+            token_temperature=temperature,
+            mask=flags,
+            ignore_index=-100,
+            softcap=3.0,
+            num_valid=-1,
+            workspace_bytes=2000,
+            float32_logits=True,
+            with_entropy=True,
+            cache_logits=cache,
+            backend=backend,
+            group_name="",
+        )
+        opcheck(linear_logprobs_operator, inputs)
 
 
 @pytest.mark.parametrize("backend", BACKENDS[:1])
@@ -450,10 +491,13 @@ H, W, Y = torch.zeros(2, 4), torch.zeros(5, 4), torch.zeros(2, dtype=torch.int64
         ((H, W, Y), {"logits_dtype": "bf16"}, "logits_dtype must be one of float32, input"),
         ((H, W, Y), {"process_group": "tp"}, "must be a torch.distributed.ProcessGroup, got str"),
         ((H, W, Y), {"process_group": "tp", "backend": "reference"}, "not supported by backend"),
-        ((H[None, :, None].expand(2, 2, 2, 4).transpose(0, 1), W, Y.expand(2, 2, 2)), {},
-         "hidden.*cannot be viewed as rows"),
+        (
+            (H[None, :, None].expand(2, 2, 2, 4).transpose(0, 1), W, Y.expand(2, 2, 2)),
+            {},
+            "hidden.*cannot be viewed as rows",
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_arguments_are_named(arguments, options, message):
     with pytest.raises(ValueError, match=message):
         ops.linear_logprobs(*arguments, **options)

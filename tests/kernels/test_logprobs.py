@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.kernels.backends import BACKENDS, DEVICE, dtypes, each_backend, examples, strided
+from tests.kernels.opcheck import opcheck
 from tests.tolerance import (
     GRADIENT_ABSOLUTE,
     GRADIENT_RELATIVE,
@@ -14,8 +15,9 @@ from tests.tolerance import (
     LOGPROB_RELATIVE,
     assert_close,
 )
-from warpo.kernels import logprobs as kernels_logprobs
+from warpo.kernels import logprobs_operator as operator_module
 from warpo.kernels import ops, reference
+from warpo.kernels.logprobs_operator import LogprobsInputs, logprobs_operator
 
 
 @st.composite
@@ -87,15 +89,21 @@ def test_values_and_gradients_equal_float64(backend):
         spread = 1 + min(size, 200.0) / 10
         for name, actual, exact in (("logp", logp, logp_64), ("entropy", entropy, entropy_64)):
             assert_close(
-                actual, exact, what=name,
-                relative=LOGPROB_RELATIVE * spread, absolute=LOGPROB_ABSOLUTE * spread,
-            )  # fmt: skip
+                actual,
+                exact,
+                what=name,
+                relative=LOGPROB_RELATIVE * spread,
+                absolute=LOGPROB_ABSOLUTE * spread,
+            )
         torch.autograd.backward([logp, entropy], grads)
         # h p (log p + H) cancels: relative to its larger part
         assert_close(
-            logits.grad, grad_64, what="gradient",
-            relative=GRADIENT_RELATIVE * spread, absolute=GRADIENT_ABSOLUTE * spread * 30,
-        )  # fmt: skip
+            logits.grad,
+            grad_64,
+            what="gradient",
+            relative=GRADIENT_RELATIVE * spread,
+            absolute=GRADIENT_ABSOLUTE * spread * 30,
+        )
 
     check()
 
@@ -104,7 +112,7 @@ def test_values_and_gradients_equal_float64(backend):
 def test_a_row_alone_has_the_bits_of_the_row_in_a_batch(backend):
     vocab = 9001 if backend != "triton" or DEVICE == "cuda" else 4500
     # on a GPU also past the number of rows at which the vocabulary is split
-    rows = 37 if DEVICE == "cpu" else kernels_logprobs.SPLIT_TOKENS + 37
+    rows = 37 if DEVICE == "cpu" else operator_module.SPLIT_TOKENS + 37
     logits = 3 * torch.randn(rows, vocab, device=DEVICE)
     targets = torch.randint(0, vocab, (rows,), device=DEVICE)
     batch = ops.logprobs_and_entropy(logits, targets, backend=backend)
@@ -125,7 +133,7 @@ def test_a_split_vocabulary_changes_no_bit(backend, vocab, monkeypatch):
     targets = torch.tensor([0, 7, vocab - 1], device=DEVICE)
     results = []
     for tokens in (0, 3):
-        monkeypatch.setattr(kernels_logprobs, "SPLIT_TOKENS", tokens)
+        monkeypatch.setattr(operator_module, "SPLIT_TOKENS", tokens)
         results.append(ops.logprobs_and_entropy(logits, targets, backend=backend))
     for whole, split in zip(*results, strict=True):
         assert torch.equal(whole.isnan(), split.isnan())
@@ -238,9 +246,12 @@ def test_infinities_in_masked_slots_are_not_read(backend):
     for value in (torch.inf, -torch.inf, torch.nan):
         leaf = logits.masked_fill(~mask[..., None], value).requires_grad_()
         result = ops.logprobs_and_entropy(
-            leaf, targets, mask=mask, temperature=temperature.masked_fill(~mask, value),
+            leaf,
+            targets,
+            mask=mask,
+            temperature=temperature.masked_fill(~mask, value),
             backend=backend,
-        )  # fmt: skip
+        )
         (result.logprobs + result.entropy).sum().backward()
         for x in (*result, leaf.grad.abs().sum(-1)):
             assert (x[~mask] == 0).all() and x[mask].isfinite().all()
@@ -330,8 +341,18 @@ def test_opcheck(backend, with_entropy):
     mask = torch.tensor([[1, 0, 1], [1, 1, 1]], device=DEVICE, dtype=torch.bool)
     warm = torch.full((2, 3), 0.8, device=DEVICE)
     for temperature, rows in ((None, None), (warm, mask)):
-        arguments = (logits, targets, 0.9, temperature, rows, -100, with_entropy, False, backend)
-        torch.library.opcheck(torch.ops.warpo.logprobs.default, arguments)
+        inputs = LogprobsInputs(
+            logits=logits,
+            targets=targets,
+            temperature=0.9,
+            token_temperature=temperature,
+            mask=rows,
+            ignore_index=-100,
+            with_entropy=with_entropy,
+            inplace_backward=False,
+            backend=backend,
+        )
+        opcheck(logprobs_operator, inputs)
 
 
 @pytest.mark.parametrize("backend", BACKENDS[:1])
@@ -372,10 +393,13 @@ LOGITS, TARGETS = torch.zeros(2, 5), torch.zeros(2, dtype=torch.int64)
         ((LOGITS, TARGETS), {"backend": "metal"}, "must be one of reference, cpu, triton, cuda"),
         ((LOGITS, TARGETS), {"backend": "cuda"}, "backend 'cuda' got tensors on 'cpu'"),
         ((LOGITS[:1].expand(2, 5), TARGETS), {"inplace_backward": True}, "must not overlap"),
-        ((LOGITS[None, :, None].expand(2, 2, 2, 5).transpose(0, 1), TARGETS.expand(2, 2, 2)), {},
-         "cannot be viewed as rows"),
+        (
+            (LOGITS[None, :, None].expand(2, 2, 2, 5).transpose(0, 1), TARGETS.expand(2, 2, 2)),
+            {},
+            "cannot be viewed as rows",
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_arguments_are_named(arguments, options, message):
     with pytest.raises(ValueError, match=message):
         ops.logprobs(*arguments, **options)

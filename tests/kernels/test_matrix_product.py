@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tests.kernels.backends import DEVICE
 from tests.tolerance import assert_close
+from warpo.kernels._arguments.matrix_product import MatrixProductArguments
 from warpo.kernels.linear_head import OWN_PRODUCTS, own_product
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="a GPU has them from BLAS")
@@ -24,7 +25,16 @@ def product_of(dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor | None, T
     product = own_product(torch.empty(1, dtype=dtype))
     if product is None:
         pytest.skip("it needs AVX512, that of bfloat16 AVX512_BF16 and a compiler that knows it")
-    return lambda a, b, addend, out: product(*out.shape, a.shape[1], a, b, addend, out)
+
+    def multiply(a: Tensor, b: Tensor, addend: Tensor | None, out: Tensor) -> None:
+        rows, columns = out.shape
+        product(
+            MatrixProductArguments(
+                rows=rows, columns=columns, depth=a.shape[1], a=a, b=b, addend=addend, out=out
+            )
+        )
+
+    return multiply
 
 
 @st.composite

@@ -18,8 +18,18 @@ _OPTIONS: dict[str, list[dict[str, Any]]] = {
     "policy_loss": [
         {"objective": name}
         for name in (
-            "grpo", "ppo_dual_clip", "reinforce", "ppo_kl", "cispo", "gspo", "gmpo", "sapo",
-            "off_policy_prefix", "grpo_tis", "grpo_mis", "grpo_icepop",
+            "grpo",
+            "ppo_dual_clip",
+            "reinforce",
+            "ppo_kl",
+            "cispo",
+            "gspo",
+            "gmpo",
+            "sapo",
+            "off_policy_prefix",
+            "grpo_tis",
+            "grpo_mis",
+            "grpo_icepop",
         )
     ],
     "value_loss": [{}, {"loss": "huber", "huber_delta": 0.5}, {"clip_range": None}],
@@ -29,7 +39,7 @@ _OPTIONS: dict[str, list[dict[str, Any]]] = {
     "shaped_gae": [{}, {"kl_estimator": "k3"}],
     "gae": [{}, {"mask_mode": "zero"}, {"whiten": True}],
     "whiten": [{}, {"shift_mean": False}],
-}  # fmt: skip
+}
 
 
 def _cases() -> Iterator[Any]:

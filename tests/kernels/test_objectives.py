@@ -61,10 +61,15 @@ def test_the_reference_equals_the_oracle_of_the_paper(name):
     tensors, mask = padded(answers)
     logp = tensors["logp"].requires_grad_()
     loss, _ = reference.policy_loss(
-        logp, tensors["old"], tensors["advantages"], objective,
-        torch.tensor(normaliser(objective), dtype=torch.float64), mask=mask,
-        ref=tensors["ref"] if objective.kl_coef else None, sampler=tensors["sampler"],
-    )  # fmt: skip
+        logp,
+        tensors["old"],
+        tensors["advantages"],
+        objective,
+        torch.tensor(normaliser(objective), dtype=torch.float64),
+        mask=mask,
+        ref=tensors["ref"] if objective.kl_coef else None,
+        sampler=tensors["sampler"],
+    )
     (slopes,) = torch.autograd.grad(loss, logp)
     assert loss.item() == pytest.approx(ORACLES[name](answers), rel=1e-12)
     expected = torch.from_numpy(np.concatenate(gradient(ORACLES[name], answers)))
@@ -82,10 +87,16 @@ def test_every_backend_equals_the_oracle_of_the_paper(backend, name):
     logp = tensors["logp"].requires_grad_()
     denominator = normaliser(objective) if objective.aggregation.endswith("norm") else None
     loss, _ = ops.policy_loss(
-        logp, tensors["old"], tensors["advantages"], name, mask=mask.to(DEVICE),
-        ref_logprobs=tensors["ref"], sampler_logprobs=tensors["sampler"],
-        denominator=denominator, backend=backend,
-    )  # fmt: skip
+        logp,
+        tensors["old"],
+        tensors["advantages"],
+        name,
+        mask=mask.to(DEVICE),
+        ref_logprobs=tensors["ref"],
+        sampler_logprobs=tensors["sampler"],
+        denominator=denominator,
+        backend=backend,
+    )
     loss.backward()
     exact = torch.tensor(ORACLES[name](answers), dtype=torch.float64)
     assert_close(loss, exact, relative=SUM_RELATIVE, absolute=1e-5, what=name)
@@ -100,9 +111,15 @@ def test_the_answers_reach_the_bounds_of_every_row():
     tensors = {key: x.float() for key, x in tensors.items()}
     for name, objective in OBJECTIVES.items():
         _, metrics = ops.policy_loss(
-            tensors["logp"], tensors["old"], tensors["advantages"], name, mask=mask,
-            ref_logprobs=tensors["ref"], sampler_logprobs=tensors["sampler"], denominator=1.0,
-        )  # fmt: skip
+            tensors["logp"],
+            tensors["old"],
+            tensors["advantages"],
+            name,
+            mask=mask,
+            ref_logprobs=tensors["ref"],
+            sampler_logprobs=tensors["sampler"],
+            denominator=1.0,
+        )
         row = dict(zip(ops.METRICS, metrics.tolist(), strict=True))
         if objective.surrogate in ("clip", "dual_clip", "geometric"):
             assert row["clipped_low"] > 0 and row["clipped_high"] > 0
@@ -121,9 +138,14 @@ def test_process_supervision_is_grpo_with_an_advantage_a_token():
     ]
     tensors, mask = padded(answers)
     loss, _ = reference.policy_loss(
-        tensors["logp"], tensors["old"], tensors["advantages"], OBJECTIVES["grpo"],
-        torch.tensor(4.0, dtype=torch.float64), mask=mask, ref=tensors["ref"],
-    )  # fmt: skip
+        tensors["logp"],
+        tensors["old"],
+        tensors["advantages"],
+        OBJECTIVES["grpo"],
+        torch.tensor(4.0, dtype=torch.float64),
+        mask=mask,
+        ref=tensors["ref"],
+    )
     assert loss.item() == pytest.approx(ORACLES["grpo"](answers), rel=1e-12)
 
 

@@ -29,9 +29,13 @@ def padded(*numbers: float) -> torch.Tensor:
 def test_no_malformed_offsets_crash_an_operation_or_pass_in_silence(backend):
     result = subprocess.run(
         [sys.executable, "-m", "tests.kernels.offsets_worker", backend],
-        cwd=ROOT, capture_output=True, text=True, timeout=600, check=False,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
         env={**os.environ, "TRITON_INTERPRET": "1" if DEVICE == "cpu" else "0"},
-    )  # fmt: skip
+    )
     assert result.returncode == 0, result.stdout + result.stderr
 
 
@@ -65,9 +69,15 @@ def test_padding_of_a_pack_is_not_whitened(backend, masked):
     mask = torch.tensor([1, 1, 0, 1, 1, 1, 1, 1, 1, 1], device=DEVICE) > 0 if masked else None
     rewards = padded(1.0, 5.0, 2.0, 0.0, 3.0, 1.0)
     found = ops.gae(
-        rewards, rewards, gamma=0.9, gae_lambda=0.8, mask=mask, cu_seqlens=STARTS, whiten=True,
+        rewards,
+        rewards,
+        gamma=0.9,
+        gae_lambda=0.8,
+        mask=mask,
+        cu_seqlens=STARTS,
+        whiten=True,
         backend=backend,
-    ).advantages  # fmt: skip
+    ).advantages
     valid = found[:6] if mask is None else found[:6][mask[:6]]
     assert abs(valid.mean()) < 1e-6 and abs(valid.std() - 1) < 1e-5
     assert (found[6:] == 0).all()

@@ -9,10 +9,13 @@ from tests.kernels.backends import (
     each_backend_slow_triton,
     examples,
 )
+from tests.kernels.opcheck import opcheck
 from tests.kernels.policy_loss_cases import LEVELS, cases, exact_loss, near_a_bound
 from tests.tolerance import ROUNDING, SUM_RELATIVE, assert_close
 from warpo.kernels import ops
+from warpo.kernels._arguments.policy_loss import KlPenaltyArguments
 from warpo.kernels.objectives import OBJECTIVES, Objective
+from warpo.kernels.policy_loss import PolicyLossInputs, _operator
 
 
 @each_backend
@@ -28,9 +31,15 @@ def test_loss_gradient_and_metrics_equal_float64(backend):
         logp = mine.pop("logprobs").detach().requires_grad_()
         entropy = mine.pop("entropy").detach().requires_grad_()
         loss, metrics = ops.policy_loss(
-            logp, mine.pop("old_logprobs"), mine.pop("advantages"), objective,
-            entropy=entropy, denominator=denominator, backend=backend, **mine,
-        )  # fmt: skip
+            logp,
+            mine.pop("old_logprobs"),
+            mine.pop("advantages"),
+            objective,
+            entropy=entropy,
+            denominator=denominator,
+            backend=backend,
+            **mine,
+        )
         assert loss.dtype == metrics.dtype == torch.float32 and not metrics.requires_grad
         # terms of both signs: an error is relative to the sum of their magnitudes
         tokens = max(1.0, metrics_64[ops.METRICS.index("tokens")].item())
@@ -45,16 +54,22 @@ def test_loss_gradient_and_metrics_equal_float64(backend):
         (loss_64 * 0.5).backward()
         (loss * 0.5).backward()
         assert_close(
-            logp.grad, exact.grad, what="gradient",
-            relative=SUM_RELATIVE, absolute=1e-6 * (1 + ratio_max) + ROUNDING[logp.dtype] * 1e-3,
-        )  # fmt: skip
+            logp.grad,
+            exact.grad,
+            what="gradient",
+            relative=SUM_RELATIVE,
+            absolute=1e-6 * (1 + ratio_max) + ROUNDING[logp.dtype] * 1e-3,
+        )
         if objective.entropy_coef == 0:
             assert entropy.grad is None
             return
         assert_close(
-            entropy.grad, exact_entropy.grad, what="gradient of the entropy",
-            relative=SUM_RELATIVE, absolute=ROUNDING[logp.dtype] * 1e-3,
-        )  # fmt: skip
+            entropy.grad,
+            exact_entropy.grad,
+            what="gradient of the entropy",
+            relative=SUM_RELATIVE,
+            absolute=ROUNDING[logp.dtype] * 1e-3,
+        )
 
     check()
 
@@ -85,9 +100,14 @@ def test_k3_of_tiny_and_huge_differences(backend, difference):
     logp = torch.full((1, 1), -1.0, device=DEVICE, requires_grad=True)
     ref = logp.detach() + difference
     loss, metrics = ops.policy_loss(
-        logp, logp.detach(), torch.zeros(1, 1, device=DEVICE), objective,
-        ref_logprobs=ref, denominator=1.0, backend=backend,
-    )  # fmt: skip
+        logp,
+        logp.detach(),
+        torch.zeros(1, 1, device=DEVICE),
+        objective,
+        ref_logprobs=ref,
+        denominator=1.0,
+        backend=backend,
+    )
     loss.backward()
     d = (ref.double() - logp.detach().double()).clamp(max=20)
     assert_close(loss, (torch.expm1(d) - d).sum(), relative=3e-6, absolute=0, what="k3")
@@ -129,9 +149,14 @@ def test_a_nan_that_is_not_masked_reaches_loss_and_gradient(
     logp = tensors["logprobs"].to(DEVICE).requires_grad_()
     old = torch.full((2, 3), -1.1, device=DEVICE)
     loss, _ = ops.policy_loss(
-        logp, old, tensors["advantages"].to(DEVICE), objective, ref_logprobs=old,
-        denominator=1.0, backend=backend,
-    )  # fmt: skip
+        logp,
+        old,
+        tensors["advantages"].to(DEVICE),
+        objective,
+        ref_logprobs=old,
+        denominator=1.0,
+        backend=backend,
+    )
     loss.backward()
     assert loss.isnan() and logp.grad[0, 1].isnan() and logp.grad[1].isfinite().all()
 
@@ -149,9 +174,12 @@ def test_a_nan_of_the_sampler_is_masked_on_request(backend, row, level):
     loss, metrics = ops.policy_loss(logp, *tensors, objective, sampler_logprobs=sampler, **options)
     assert loss.isnan()
     loss, metrics = ops.policy_loss(
-        logp, *tensors, objective.replace(correction_nan="mask"), sampler_logprobs=sampler,
+        logp,
+        *tensors,
+        objective.replace(correction_nan="mask"),
+        sampler_logprobs=sampler,
         **options,
-    )  # fmt: skip
+    )
     (gradient,) = torch.autograd.grad(loss, logp)
     # the same without a correction, where the token has no advantage
     known = ~sampler.isnan() if level == "token" else ~sampler.isnan().any(1, keepdim=True)
@@ -177,9 +205,15 @@ def test_without_old_logprobs_the_ratio_is_one(backend):
         for old in (None, logp.clone()):
             leaf = logp.clone().requires_grad_()
             loss, metrics = ops.policy_loss(
-                leaf, old, advantages, name, ref_logprobs=logp - 0.1, sampler_logprobs=sampler,
-                denominator=3.0, backend=backend,
-            )  # fmt: skip
+                leaf,
+                old,
+                advantages,
+                name,
+                ref_logprobs=logp - 0.1,
+                sampler_logprobs=sampler,
+                denominator=3.0,
+                backend=backend,
+            )
             loss.backward()
             results.append((loss.detach(), metrics, leaf.grad))
         assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
@@ -208,9 +242,15 @@ def test_tokens_of_no_sequence_have_no_gradient(backend):
     entropy = torch.ones(12, device=DEVICE, requires_grad=True)
     starts = torch.tensor([2, 5, 5, 9], dtype=torch.int32, device=DEVICE)
     loss, metrics = ops.policy_loss(
-        logp, None, torch.ones(3, device=DEVICE), Objective(entropy_coef=1.0), cu_seqlens=starts,
-        entropy=entropy, backend=backend, denominator=1.0,
-    )  # fmt: skip
+        logp,
+        None,
+        torch.ones(3, device=DEVICE),
+        Objective(entropy_coef=1.0),
+        cu_seqlens=starts,
+        entropy=entropy,
+        backend=backend,
+        denominator=1.0,
+    )
     loss.backward()
     inside = [False] * 2 + [True] * 7 + [False] * 3
     assert (logp.grad != 0).tolist() == (entropy.grad != 0).tolist() == inside
@@ -222,9 +262,12 @@ def test_tokens_of_no_sequence_have_no_gradient(backend):
 def test_a_sequence_has_the_same_gradient_alone_and_in_a_batch(backend, ratio_level, surrogate):
     """Bit for bit, and from run to run; one of the sequences is long enough for several threads."""
     objective = Objective(
-        ratio_level=ratio_level, surrogate=surrogate, correction="truncate",
-        correction_level="sequence", aggregation="sequence-mean-token-mean",
-    )  # fmt: skip
+        ratio_level=ratio_level,
+        surrogate=surrogate,
+        correction="truncate",
+        correction_level="sequence",
+        aggregation="sequence-mean-token-mean",
+    )
     lengths = (34_000, 3, 900) if backend == "cpu" else (1500, 3, 900)
     starts = torch.tensor([0, *lengths], device=DEVICE).cumsum(0, dtype=torch.int32)
     old, shift = torch.randn(2, sum(lengths), device=DEVICE)
@@ -233,9 +276,15 @@ def test_a_sequence_has_the_same_gradient_alone_and_in_a_batch(backend, ratio_le
     def gradient(rows, cu_seqlens):
         leaf = logp[rows].clone().requires_grad_()
         loss, _ = ops.policy_loss(
-            leaf, old[rows], advantages[rows], objective, cu_seqlens=cu_seqlens,
-            sampler_logprobs=sampler[rows], denominator=3.0, backend=backend,
-        )  # fmt: skip
+            leaf,
+            old[rows],
+            advantages[rows],
+            objective,
+            cu_seqlens=cu_seqlens,
+            sampler_logprobs=sampler[rows],
+            denominator=3.0,
+            backend=backend,
+        )
         loss.backward()
         return leaf.grad
 
@@ -277,9 +326,16 @@ def test_micro_batches_add_up(backend, name):
 
     def loss_of(rows):
         return ops.policy_loss(
-            logp[rows], old[rows], advantages[rows], name, mask=mask[rows],
-            ref_logprobs=ref[rows], sampler_logprobs=ref[rows], denominator=30.0, backend=backend,
-        )  # fmt: skip
+            logp[rows],
+            old[rows],
+            advantages[rows],
+            name,
+            mask=mask[rows],
+            ref_logprobs=ref[rows],
+            sampler_logprobs=ref[rows],
+            denominator=30.0,
+            backend=backend,
+        )
 
     whole = loss_of(slice(0, 6))
     (gradient,) = torch.autograd.grad(whole.loss, logp)
@@ -307,14 +363,27 @@ def test_packed_equals_padded(backend, name):
     padded_leaf = logp.clone().requires_grad_()
     packed_leaf = logp[mask].clone().requires_grad_()
     padded = ops.policy_loss(
-        padded_leaf, old, advantages, name, mask=mask, ref_logprobs=old - 0.1,
-        sampler_logprobs=old + 0.1, denominator=5.0, backend=backend,
-    )  # fmt: skip
-    packed = ops.policy_loss(
-        packed_leaf, old[mask], advantages, name, cu_seqlens=starts,
-        ref_logprobs=(old - 0.1)[mask], sampler_logprobs=(old + 0.1)[mask], denominator=5.0,
+        padded_leaf,
+        old,
+        advantages,
+        name,
+        mask=mask,
+        ref_logprobs=old - 0.1,
+        sampler_logprobs=old + 0.1,
+        denominator=5.0,
         backend=backend,
-    )  # fmt: skip
+    )
+    packed = ops.policy_loss(
+        packed_leaf,
+        old[mask],
+        advantages,
+        name,
+        cu_seqlens=starts,
+        ref_logprobs=(old - 0.1)[mask],
+        sampler_logprobs=(old + 0.1)[mask],
+        denominator=5.0,
+        backend=backend,
+    )
     padded.loss.backward()
     packed.loss.backward()
     assert torch.allclose(padded.metrics, packed.metrics, rtol=1e-6)
@@ -330,11 +399,16 @@ def test_the_denominator_that_is_not_given_is_counted(backend, aggregation, coun
     logp, old, advantages = torch.randn(3, 3, 3, device=DEVICE)
     losses = [
         ops.policy_loss(
-            logp, old, advantages, Objective(aggregation=aggregation), mask=mask,
-            denominator=denominator, backend=backend,
+            logp,
+            old,
+            advantages,
+            Objective(aggregation=aggregation),
+            mask=mask,
+            denominator=denominator,
+            backend=backend,
         ).loss
         for denominator in (None, count, torch.tensor(count, device=DEVICE))
-    ]  # fmt: skip
+    ]
     assert losses[0] == losses[1] == losses[2]
 
 
@@ -345,10 +419,16 @@ def test_without_valid_tokens_loss_and_gradient_are_zero(backend):
     for name in OBJECTIVES:
         logp.grad = None
         loss, metrics = ops.policy_loss(
-            logp, logp.detach(), logp.detach(), name, mask=mask,
-            ref_logprobs=logp.detach(), sampler_logprobs=logp.detach(), denominator=0.0,
+            logp,
+            logp.detach(),
+            logp.detach(),
+            name,
+            mask=mask,
+            ref_logprobs=logp.detach(),
+            sampler_logprobs=logp.detach(),
+            denominator=0.0,
             backend=backend,
-        )  # fmt: skip
+        )
         loss.backward()
         assert loss == 0 and (logp.grad == 0).all()
         assert all(value == 0 for value in ops.policy_metrics(metrics).values())
@@ -365,22 +445,47 @@ def test_opcheck(backend, packed):
         starts = torch.tensor([0, 4, 10], dtype=torch.int32, device=DEVICE)
     tensors = [x.clone().requires_grad_(i < 2) for i, x in enumerate(tensors)]
     one = torch.tensor(1.0, device=DEVICE)
-    objective = Objective(correction="truncate", surrogate="dual_clip")
-    torch.library.opcheck(
-        torch.ops.warpo.policy_loss.default,
-        (*tensors, mask, starts, *objective.ratio_arguments, 3, True, 0.1, one if packed else None,
-         0.2, 20.0, not packed, one, True, not packed, backend),
-        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
-    )  # fmt: skip
+    objective = Objective(
+        correction="truncate",
+        surrogate="dual_clip",
+        kl_gradient="k2",
+        entropy_coef=0.2,
+        aggregation="token-mean" if packed else "sequence-mean-token-mean",
+    )
+    logp, entropy, old, advantages, ref, sampler = tensors
+    inputs = PolicyLossInputs(
+        logprobs=logp,
+        entropy=entropy,
+        old_logprobs=old,
+        advantages=advantages,
+        ref_logprobs=ref,
+        sampler_logprobs=sampler,
+        mask=mask,
+        cu_seqlens=starts,
+        objective=objective.arguments,
+        kl_penalty=KlPenaltyArguments(kl=3, kl_coef=0.1, adaptive_kl_coef=one if packed else None),
+        denominator=one,
+        with_gradient=True,
+        with_entropy_gradient=not packed,
+        backend=backend,
+    )
+    utils = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    opcheck(_operator, inputs, test_utils=utils)
 
 
 @pytest.mark.parametrize("backend", BACKENDS[:1])
 def test_compiles_without_a_graph_break(backend):
     def loss(logp, old, advantages, mask):
         return ops.policy_loss(
-            logp * 1.5, old, advantages, "grpo", mask=mask, ref_logprobs=old,
-            denominator=4.0, backend=backend,
-        ).loss  # fmt: skip
+            logp * 1.5,
+            old,
+            advantages,
+            "grpo",
+            mask=mask,
+            ref_logprobs=old,
+            denominator=4.0,
+            backend=backend,
+        ).loss
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     for steps in (4, 6, 9):

@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.kernels.backends import BACKENDS, DEVICE, dtypes, each_backend, examples
+from tests.kernels.opcheck import opcheck
 from tests.tolerance import SUM_RELATIVE, assert_close, head_gradient
 from warpo.kernels import linear_head, ops, reference
 
@@ -65,18 +66,28 @@ def exactly(leaves, rest, objective, denominator: float, softcap: float | None):
     }
     targets, old, advantages = (rest[k] for k in ("targets", "old_logprobs", "advantages"))
     logp, entropy = reference.linear_logprobs(
-        exact["hidden"], exact["weight"], targets, mask=rest["mask"],
-        bias=exact["bias"], softcap=softcap,
-    )  # fmt: skip
+        exact["hidden"],
+        exact["weight"],
+        targets,
+        mask=rest["mask"],
+        bias=exact["bias"],
+        softcap=softcap,
+    )
     if advantages.shape != targets.shape:
         steps = 7
         advantages = advantages.repeat_interleave(steps).view(targets.shape)
     loss, metrics = reference.policy_loss(
-        logp, logp.detach() if old is None else old, advantages, objective,
-        torch.tensor(denominator, dtype=torch.float64, device=DEVICE), mask=rest["mask"],
-        cu_seqlens=rest.get("cu_seqlens"), sampler=rest["sampler_logprobs"], entropy=entropy,
+        logp,
+        logp.detach() if old is None else old,
+        advantages,
+        objective,
+        torch.tensor(denominator, dtype=torch.float64, device=DEVICE),
+        mask=rest["mask"],
+        cu_seqlens=rest.get("cu_seqlens"),
+        sampler=rest["sampler_logprobs"],
+        entropy=entropy,
         ref=rest["ref_logprobs"] if objective.kl_coef else None,
-    )  # fmt: skip
+    )
     (2 * loss).backward()
     return loss, metrics, {k: x.grad for k, x in exact.items()}
 
@@ -100,10 +111,16 @@ def test_loss_and_gradients_of_every_objective_equal_float64(backend):
             objective = objective.replace(correction_nan="mask")
             rest["sampler_logprobs"].view(-1)[::5] = torch.nan
         result = ops.policy_loss_from_hidden(
-            leaves["hidden"], leaves["weight"], objective=objective, bias=leaves["bias"],
-            softcap=softcap, denominator=17.0, workspace_bytes=3000,
-            backend=backend, **rest,
-        )  # fmt: skip
+            leaves["hidden"],
+            leaves["weight"],
+            objective=objective,
+            bias=leaves["bias"],
+            softcap=softcap,
+            denominator=17.0,
+            workspace_bytes=3000,
+            backend=backend,
+            **rest,
+        )
         wanted, metrics, gradients = exactly(leaves, rest, objective, 17.0, softcap)
         assert_close(result.loss, wanted, relative=1e-4, absolute=1e-5, what="loss")
         # counts of what a bound holds are exact: no ratio here lies within rounding of one
@@ -114,9 +131,12 @@ def test_loss_and_gradients_of_every_objective_equal_float64(backend):
         for key, x in leaves.items():
             scale = gradients[key].abs().max().item()
             assert_close(
-                x.grad, gradients[key], relative=1e-4, what=f"gradient of {key}",
+                x.grad,
+                gradients[key],
+                relative=1e-4,
+                what=f"gradient of {key}",
                 absolute=4 * head_gradient(leaves["weight"]) * (0.1 + scale),
-            )  # fmt: skip
+            )
 
     check()
 
@@ -131,17 +151,23 @@ def test_three_matrix_products_where_a_token_knows_its_coefficient(backend, monk
 
     monkeypatch.setattr(linear_head, "_multiply", counted)
     cases = (
-        ("grpo", True, None, 3), ("gspo", False, None, 3),
+        ("grpo", True, None, 3),
+        ("gspo", False, None, 3),
         # with the logits kept, and where those of all tokens do not fit
-        ("gspo", True, None, 3), ("gspo", True, 4 * 4 * 7 * 61 - 1, 4),
-    )  # fmt: skip
+        ("gspo", True, None, 3),
+        ("gspo", True, 4 * 4 * 7 * 61 - 1, 4),
+    )
     for name, old_given, room, products in cases:
         calls.clear()
         leaves, rest = problem(0, True, old_given, False)
         result = ops.policy_loss_from_hidden(
-            leaves["hidden"], leaves["weight"], objective=name, workspace_bytes=room,
-            backend=backend, **rest,
-        )  # fmt: skip
+            leaves["hidden"],
+            leaves["weight"],
+            objective=name,
+            workspace_bytes=room,
+            backend=backend,
+            **rest,
+        )
         result.loss.backward()
         assert len(calls) == products
     calls.clear()
@@ -238,15 +264,14 @@ def test_runs_are_bit_equal_and_a_graph_can_be_walked_twice(backend):
 def test_opcheck(backend, monkeypatch):
     from warpo.kernels import policy_loss_from_hidden as module
 
-    seen = []
-    operator = module._operator
-    monkeypatch.setattr(module, "_operator", lambda *x: seen.append(x) or operator(*x))
+    seen, operator = [], module._operator
+    monkeypatch.setattr(module, "_operator", lambda x: seen.append(x) or operator(x))
     leaves, rest = problem(9, False, True, False)
+    inputs = (leaves["hidden"], leaves["weight"])
     ops.policy_loss_from_hidden(
-        leaves["hidden"], leaves["weight"], objective="grpo", bias=leaves["bias"], backend=backend,
-        **rest,
-    )  # fmt: skip
-    torch.library.opcheck(torch.ops.warpo.policy_loss_from_hidden.default, seen[0])
+        *inputs, objective="grpo", bias=leaves["bias"], backend=backend, **rest
+    )
+    opcheck(operator, seen[0])
 
 
 @pytest.mark.parametrize("backend", BACKENDS[:1])

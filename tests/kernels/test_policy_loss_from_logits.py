@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.kernels.backends import BACKENDS, DEVICE, dtypes, each_backend, examples, strided
+from tests.kernels.opcheck import opcheck
 from tests.kernels.policy_loss_cases import exact_loss, near_a_bound, objectives
 from tests.tolerance import (
     GRADIENT_ABSOLUTE,
@@ -18,7 +19,9 @@ from tests.tolerance import (
     assert_close,
 )
 from warpo.kernels import ops, reference
+from warpo.kernels._arguments.policy_loss import KlPenaltyArguments
 from warpo.kernels.objectives import OBJECTIVES, Objective
+from warpo.kernels.policy_loss_from_logits import PolicyLossFromLogitsInputs, _operator
 
 
 @st.composite
@@ -111,8 +114,9 @@ def test_loss_metrics_and_gradient_equal_float64(backend):
         tokens_64 = max(1.0, metrics_64[ops.METRICS.index("tokens")].item())
         absolute = 30 * tokens_64 * (SUM_RELATIVE + LOGPROB_ABSOLUTE * spread)
         for name, actual, exact in (
-            ("loss", result.loss, loss_64), ("metrics", result.metrics, metrics_64),
-        ):  # fmt: skip
+            ("loss", result.loss, loss_64),
+            ("metrics", result.metrics, metrics_64),
+        ):
             assert_close(
                 actual, exact, relative=SUM_RELATIVE * spread, absolute=absolute, what=name
             )
@@ -120,9 +124,12 @@ def test_loss_metrics_and_gradient_equal_float64(backend):
         # p (log p + H) cancels, and an error of logp is one of the coefficient
         absolute = (GRADIENT_RELATIVE * size + GRADIENT_ABSOLUTE) * spread
         assert_close(
-            logits.grad, 0.5 * gradient_64, what="gradient",
-            relative=GRADIENT_RELATIVE * spread, absolute=absolute,
-        )  # fmt: skip
+            logits.grad,
+            0.5 * gradient_64,
+            what="gradient",
+            relative=GRADIENT_RELATIVE * spread,
+            absolute=absolute,
+        )
 
     check()
 
@@ -136,9 +143,12 @@ def arguments(rows: int = 3, steps: int = 4, vocab: int = 50) -> dict:
     names = ("old_logprobs", "ref_logprobs", "sampler_logprobs")
     near = {name: logp + 0.1 * torch.randn_like(logp) for name in names}
     return {
-        "logits": logits, "targets": targets, "advantages": torch.randn(rows, device=DEVICE),
-        "denominator": 5.0, **near,
-    }  # fmt: skip
+        "logits": logits,
+        "targets": targets,
+        "advantages": torch.randn(rows, device=DEVICE),
+        "denominator": 5.0,
+        **near,
+    }
 
 
 @each_backend
@@ -179,14 +189,22 @@ def test_one_read_equals_two(backend, name, on_policy):
     logits = given.pop("logits").requires_grad_()
     logp, entropy = ops.logprobs_and_entropy(logits, given.pop("targets"), backend=backend)
     loss, metrics = ops.policy_loss(
-        logp, given.pop("old_logprobs"), given.pop("advantages"), objective, entropy=entropy,
-        backend=backend, **given,
-    )  # fmt: skip
+        logp,
+        given.pop("old_logprobs"),
+        given.pop("advantages"),
+        objective,
+        entropy=entropy,
+        backend=backend,
+        **given,
+    )
     loss.backward()
     for actual, composed in (
-        (result.loss, loss), (result.metrics, metrics), (gradient, logits.grad),
-        (result.logprobs, logp), (result.entropy, entropy),
-    ):  # fmt: skip
+        (result.loss, loss),
+        (result.metrics, metrics),
+        (gradient, logits.grad),
+        (result.logprobs, logp),
+        (result.entropy, entropy),
+    ):
         torch.testing.assert_close(actual, composed.detach(), rtol=2e-5, atol=2e-6)
 
 
@@ -334,17 +352,32 @@ def test_row_offsets_pass_two_to_the_31(backend):
 @pytest.mark.parametrize("backend", BACKENDS[:1])
 def test_opcheck(backend):
     given = arguments(rows=2, vocab=20)
-    one = torch.tensor(1.0, device=DEVICE)
-    valid = torch.rand(2, 4, device=DEVICE) < 0.7
-    advantages = torch.randn(2, 4, device=DEVICE)
-    objective = Objective(correction="truncate", surrogate="dual_clip")
-    torch.library.opcheck(
-        torch.ops.warpo.policy_loss_from_logits.default,
-        (given["logits"].requires_grad_(), given["targets"], 0.8, None, valid, -100, None,
-         given["old_logprobs"], advantages, given["ref_logprobs"], given["sampler_logprobs"],
-         *objective.ratio_arguments, 3, True, 0.1, None, 0.2, 20.0, True, one, False, backend),
-        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
-    )  # fmt: skip
+    objective = Objective(
+        correction="truncate",
+        surrogate="dual_clip",
+        kl_gradient="k2",
+        entropy_coef=0.2,
+        aggregation="sequence-mean-token-mean",
+    )
+    inputs = PolicyLossFromLogitsInputs(
+        logits=given["logits"].requires_grad_(),
+        targets=given["targets"],
+        temperature=0.8,
+        token_temperature=None,
+        valid=torch.rand(2, 4, device=DEVICE) < 0.7,
+        cu_seqlens=None,
+        old_logprobs=given["old_logprobs"],
+        advantages=torch.randn(2, 4, device=DEVICE),
+        ref_logprobs=given["ref_logprobs"],
+        sampler_logprobs=given["sampler_logprobs"],
+        objective=objective.arguments,
+        kl_penalty=KlPenaltyArguments(kl=3, kl_coef=0.1, adaptive_kl_coef=None),
+        denominator=torch.tensor(1.0, device=DEVICE),
+        inplace=False,
+        backend=backend,
+    )
+    utils = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    opcheck(_operator, inputs, test_utils=utils)
 
 
 @pytest.mark.parametrize("backend", BACKENDS[:1])

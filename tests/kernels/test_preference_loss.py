@@ -4,10 +4,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.kernels.backends import BACKENDS, DEVICE, dtypes, each_backend, examples
+from tests.kernels.opcheck import opcheck
 from tests.kernels.preference_cases import answers, lists_of, magnitude
 from tests.oracles import preference_loss as oracle
 from tests.tolerance import ROUNDING, SUM_RELATIVE, assert_close
 from warpo.kernels import ops, reference
+from warpo.kernels.kto_loss import KtoLossInputs
+from warpo.kernels.kto_loss import _operator as kto_operator
+from warpo.kernels.preference_loss import AnswersInputs, PreferenceLossInputs, _operator
 from warpo.kernels.preferences import PREFERENCES, Preference
 
 
@@ -66,16 +70,22 @@ def test_loss_gradients_and_metrics_equal_float64(backend):
             loss, loss_64, what="loss", relative=SUM_RELATIVE, absolute=5 * rounding * square
         )
         assert_close(
-            metrics[1:], metrics_64[1:], what="metrics", relative=SUM_RELATIVE,
+            metrics[1:],
+            metrics_64[1:],
+            what="metrics",
+            relative=SUM_RELATIVE,
             absolute=5 * rounding,
-        )  # fmt: skip
+        )
         (loss * 0.5).backward()
         gradients = torch.autograd.grad(loss_64 * 0.5, exact)
         for name, mine, wanted in zip(("chosen", "rejected"), tensors, gradients, strict=False):
             assert_close(
-                mine.grad, wanted, what=name, relative=SUM_RELATIVE + rounding,
+                mine.grad,
+                wanted,
+                what=name,
+                relative=SUM_RELATIVE + rounding,
                 absolute=2 * rounding * row.beta + 1e-6 + ROUNDING[mine.dtype] * 1e-4,
-            )  # fmt: skip
+            )
 
     check()
 
@@ -153,9 +163,15 @@ def test_micro_batches_add_up(backend, name):
 
     def loss_of(rows):
         return ops.preference_loss(
-            chosen[rows], rejected[rows], ref[rows], ref[rows], loss=name, chosen_mask=mask[rows],
-            denominator=30.0, backend=backend,
-        )  # fmt: skip
+            chosen[rows],
+            rejected[rows],
+            ref[rows],
+            ref[rows],
+            loss=name,
+            chosen_mask=mask[rows],
+            denominator=30.0,
+            backend=backend,
+        )
 
     whole = loss_of(slice(0, 6))
     (gradient,) = torch.autograd.grad(whole.loss, chosen)
@@ -175,13 +191,23 @@ def test_one_forward_pass_over_both_sides(backend):
     starts = torch.tensor([0, 5, 6, 9, 13], dtype=torch.int32, device=DEVICE)
     padded, packed = logprobs.clone().requires_grad_(), logprobs[mask].requires_grad_()
     ops.preference_loss(
-        padded[:2], padded[2:], ref[:2], ref[2:], chosen_mask=mask[:2], rejected_mask=mask[2:],
+        padded[:2],
+        padded[2:],
+        ref[:2],
+        ref[2:],
+        chosen_mask=mask[:2],
+        rejected_mask=mask[2:],
         backend=backend,
-    ).loss.backward()  # fmt: skip
+    ).loss.backward()
     ops.preference_loss(
-        packed, packed, ref[mask], ref[mask], chosen_cu_seqlens=starts[:3],
-        rejected_cu_seqlens=starts[2:], backend=backend,
-    ).loss.backward()  # fmt: skip
+        packed,
+        packed,
+        ref[mask],
+        ref[mask],
+        chosen_cu_seqlens=starts[:3],
+        rejected_cu_seqlens=starts[2:],
+        backend=backend,
+    ).loss.backward()
     assert (packed.grad != 0).all() and torch.equal(padded.grad[mask], packed.grad)
 
 
@@ -242,9 +268,15 @@ def exact_kto_loss(side, desirable, options, denominator):
         for x in (options.pop("kl"), denominator)
     )
     loss, metrics = reference.kto_loss(
-        exact, side["ref_logprobs"].double(), desirable, kl, scale, mask=side["mask"],
-        cu_seqlens=side["cu_seqlens"], **options,
-    )  # fmt: skip
+        exact,
+        side["ref_logprobs"].double(),
+        desirable,
+        kl,
+        scale,
+        mask=side["mask"],
+        cu_seqlens=side["cu_seqlens"],
+        **options,
+    )
     return exact, loss, metrics
 
 
@@ -257,9 +289,15 @@ def test_kto_loss_gradient_and_metrics_equal_float64(backend):
         exact, loss_64, metrics_64 = exact_kto_loss(*case)
         leaf = side["logprobs"].detach().requires_grad_()
         loss, metrics = ops.kto_loss(
-            leaf, side["ref_logprobs"], desirable, mask=side["mask"],
-            cu_seqlens=side["cu_seqlens"], denominator=denominator, backend=backend, **options,
-        )  # fmt: skip
+            leaf,
+            side["ref_logprobs"],
+            desirable,
+            mask=side["mask"],
+            cu_seqlens=side["cu_seqlens"],
+            denominator=denominator,
+            backend=backend,
+            **options,
+        )
         rounding = 3e-7 * (1 + magnitude(side))
         assert_close(loss, loss_64, what="loss", relative=SUM_RELATIVE, absolute=5 * rounding)
         assert_close(
@@ -268,9 +306,12 @@ def test_kto_loss_gradient_and_metrics_equal_float64(backend):
         (loss * 0.5).backward()
         (wanted,) = torch.autograd.grad(loss_64 * 0.5, exact)
         assert_close(
-            leaf.grad, wanted, what="gradient", relative=SUM_RELATIVE,
+            leaf.grad,
+            wanted,
+            what="gradient",
+            relative=SUM_RELATIVE,
             absolute=2 * rounding * options["beta"] + 1e-7 + ROUNDING[leaf.dtype] * 1e-4,
-        )  # fmt: skip
+        )
 
     check()
 
@@ -315,31 +356,38 @@ def test_opcheck(backend):
     leaves = [x.requires_grad_() for x in (chosen, rejected)]
     one, checks = torch.tensor(3.0, device=DEVICE), ("test_schema", "test_faketensor")
     checks += ("test_aot_dispatch_dynamic",)
-    torch.library.opcheck(
-        torch.ops.warpo.preference_loss.default,
-        (*leaves, *refs, *masks, None, None, 0, True, False, 0.1, 0.0, 0.9, 0.1, 1.0, one, True,
-         backend),
-        test_utils=checks,
-    )  # fmt: skip
-    desirable = torch.tensor([True, False], device=DEVICE)
-    torch.library.opcheck(
-        torch.ops.warpo.kto_loss.default,
-        (
-            chosen,
-            refs[0],
-            desirable,
-            masks[0],
-            None,
-            one.clone(),
-            0.1,
-            1.0,
-            1.0,
-            one,
-            True,
-            backend,
-        ),
-        test_utils=checks,
+    answers = [AnswersInputs(x, mask, None) for x, mask in zip(refs, masks, strict=True)]
+    inputs = PreferenceLossInputs(
+        chosen_logprobs=leaves[0],
+        rejected_logprobs=leaves[1],
+        chosen=answers[0],
+        rejected=answers[1],
+        link=0,
+        length_normalise=True,
+        odds=False,
+        beta=0.1,
+        margin=0.0,
+        positive_weight=0.9,
+        negative_weight=0.1,
+        nll_coef=1.0,
+        denominator=one,
+        with_gradient=True,
+        backend=backend,
     )
+    opcheck(_operator, inputs, test_utils=checks)
+    kto = KtoLossInputs(
+        logprobs=chosen,
+        answers=answers[0],
+        desirable=torch.tensor([True, False], device=DEVICE),
+        kl=one.clone(),
+        beta=0.1,
+        desirable_weight=1.0,
+        undesirable_weight=1.0,
+        denominator=one,
+        with_gradient=True,
+        backend=backend,
+    )
+    opcheck(kto_operator, kto, test_utils=checks)
 
 
 @pytest.mark.parametrize("backend", BACKENDS[:1])

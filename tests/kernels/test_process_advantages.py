@@ -4,9 +4,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.kernels.backends import BACKENDS, DEVICE, dtypes, each_backend, examples, strided
+from tests.kernels.opcheck import opcheck
 from tests.oracles.process_advantages import process_advantages as oracle
 from tests.tolerance import SUM_RELATIVE, assert_close
 from warpo.kernels import ops, reference
+from warpo.kernels.process_advantages import ProcessAdvantagesInputs, _operator
 
 
 @st.composite
@@ -74,9 +76,12 @@ def test_values_equal_float64(backend):
         # a sum of that many normalised rewards; near 20 they keep 2e-6 of their spread
         absolute = 1e-5 * (1 + steps)
         assert_close(
-            result.advantages, wanted[0], relative=SUM_RELATIVE, absolute=absolute,
+            result.advantages,
+            wanted[0],
+            relative=SUM_RELATIVE,
+            absolute=absolute,
             what="advantages",
-        )  # fmt: skip
+        )
         for name, a, b in zip(("mean", "std"), result[1:3], wanted[1:3], strict=True):
             assert_close(a, b, relative=SUM_RELATIVE, absolute=2e-5, what=name)
         assert int(result.num_degenerate) == int(wanted[3])
@@ -97,10 +102,14 @@ def test_the_reference_equals_the_oracle(std, correction):
     flat = [output for question in rewards for output in question]
     counts = torch.tensor([0] + [len(output) for output in flat])
     actual = reference.process_advantages(
-        torch.tensor(sum(flat, []), dtype=torch.float64), counts.cumsum(0),
-        torch.tensor([e for question in ends for output in question for e in output]), 5,
-        torch.arange(9) // 3, 3, std=std,
-    )  # fmt: skip
+        torch.tensor(sum(flat, []), dtype=torch.float64),
+        counts.cumsum(0),
+        torch.tensor([e for question in ends for output in question for e in output]),
+        5,
+        torch.arange(9) // 3,
+        3,
+        std=std,
+    )
     expected = torch.stack([torch.from_numpy(row) for row in wanted])
     assert_close(actual[0], expected, relative=1e-12, absolute=1e-12, what="advantages")
     assert int(actual[3]) == 1
@@ -204,11 +213,23 @@ ENDS = torch.arange(6)
 @each_backend
 def test_opcheck(backend):
     rewards, offsets, ends = REWARDS.to(DEVICE), OFFSETS.to(DEVICE), ENDS.to(DEVICE)
-    torch.library.opcheck(
-        torch.ops.warpo.process_advantages.default,
-        (rewards, offsets, ends, 8, None, 2, 1, None, None, None, 1, 1e-6, backend),
-        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    inputs = ProcessAdvantagesInputs(
+        step_rewards=rewards,
+        step_offsets=offsets,
+        step_ends=ends,
+        num_tokens=8,
+        cu_seqlens=None,
+        group_size=2,
+        num_groups=1,
+        group_ids=None,
+        order=None,
+        offsets=None,
+        std_mode=1,
+        eps=1e-6,
+        backend=backend,
     )
+    utils = ("test_schema", "test_autograd_registration", "test_faketensor")
+    opcheck(_operator, inputs, test_utils=utils)
 
 
 @pytest.mark.parametrize("backend", BACKENDS[:1])
@@ -257,8 +278,11 @@ def test_compiles_without_a_graph_break(backend):
 )
 def test_bad_arguments_are_named(changed, message):
     arguments = {
-        "step_rewards": REWARDS, "step_offsets": OFFSETS, "step_ends": ENDS, "num_tokens": 6,
+        "step_rewards": REWARDS,
+        "step_offsets": OFFSETS,
+        "step_ends": ENDS,
+        "num_tokens": 6,
         "group_size": 2,
-    }  # fmt: skip
+    }
     with pytest.raises(ValueError, match=message):
         ops.process_advantages(**(arguments | changed))

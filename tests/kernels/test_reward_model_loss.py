@@ -95,17 +95,23 @@ def test_loss_gradients_and_metrics_equal_float64(backend, cases):
         # margins of both signs: an error is relative to the sum of their magnitudes
         size = sum(x.detach().abs().sum().item() for x in exact if x.isfinite().all())
         assert_close(
-            metrics, metrics_64, what="metrics", relative=SUM_RELATIVE,
+            metrics,
+            metrics_64,
+            what="metrics",
+            relative=SUM_RELATIVE,
             absolute=2e-5 + 1e-6 * size + SUM_RELATIVE * abs(metrics_64[3].item()),
-        )  # fmt: skip
+        )
         (loss * 0.5).backward()
         gradients = torch.autograd.grad(loss_64 * 0.5, exact, allow_unused=True)
         for name, wanted in zip(leaves, gradients, strict=True):
             leaf = mine[name]
             assert_close(
-                leaf.grad, torch.zeros_like(leaf) if wanted is None else wanted, what=name,
-                relative=SUM_RELATIVE, absolute=1e-6 + ROUNDING[leaf.dtype] * 1e-4,
-            )  # fmt: skip
+                leaf.grad,
+                torch.zeros_like(leaf) if wanted is None else wanted,
+                what=name,
+                relative=SUM_RELATIVE,
+                absolute=1e-6 + ROUNDING[leaf.dtype] * 1e-4,
+            )
 
     check()
 

@@ -17,9 +17,11 @@ from tests.kernels.backends import DEVICE
 
 CXX = os.environ.get("CXX", "g++")
 FLAGS = [
-    "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer",
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=undefined",
+    "-fno-omit-frame-pointer",
     "-g1",
-]  # fmt: skip
+]
 # What is registered and traced is the same in every build.
 SELECTION = "cpu and not opcheck and not compiles and not host_cost"
 # Other builds, and what processes cost.
@@ -78,12 +80,17 @@ def test_a_read_past_a_tensor_ends_the_process(sanitized):
     code = """
 import torch
 from warpo.kernels import dispatch
+from warpo.kernels._arguments.approx_kl import ApproxKlArguments
 short, row = torch.zeros(1, 8), torch.zeros(1, 9)
-dispatch.load("cpu").approx_kl_forward(1, 9, short, row, None, 3, 10.0, row)
+tensors = {"logprobs": short, "ref_logprobs": row, "mask": None, "kl": row}
+arguments = ApproxKlArguments(rows=1, columns=9, estimator=3, limit=10.0, **tensors)
+dispatch.load("cpu").approx_kl_forward(arguments)
 """
     result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True,
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
         env={**os.environ, **ENVIRONMENT, "PYTHONPATH": str(sanitized)},
-    )  # fmt: skip
+    )
     assert result.returncode != 0
     assert "heap-buffer-overflow" in result.stderr and "approx_kl" in result.stderr

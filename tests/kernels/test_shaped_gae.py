@@ -10,9 +10,12 @@ from tests.kernels.backends import (
     each_backend_slow_triton,
     examples,
 )
+from tests.kernels.opcheck import opcheck
 from tests.kernels.scans import assert_scan_close, every_case, on_rows, scan_cases
 from tests.oracles import shaped_gae as oracle
 from warpo.kernels import ops, reference
+from warpo.kernels.scan import Steps, as_inputs
+from warpo.kernels.shaped_gae import ShapedGaeInputs, _operator
 
 RESULTS = ("advantages", "returns", "rewards")
 PER_STEP = ("logprobs", "ref_logprobs", "values", "rewards")
@@ -88,14 +91,22 @@ def test_the_reward_of_a_response_is_on_its_last_valid_token(backend):
     ref[:] = -0.5
     mask = torch.tensor(
         [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [0, 1, 0, 1, 0], [0, 0, 0, 0, 0]],
-        dtype=torch.bool, device=DEVICE,
-    )  # fmt: skip
+        dtype=torch.bool,
+        device=DEVICE,
+    )
     logp[~mask] = torch.nan
     found = ops.shaped_gae(
-        logp, ref, torch.zeros(4, 5, device=DEVICE), gamma=1.0, gae_lambda=1.0, kl_coef=0.5,
-        terminal_rewards=torch.ones(4, device=DEVICE), mask=mask, return_rewards=True,
+        logp,
+        ref,
+        torch.zeros(4, 5, device=DEVICE),
+        gamma=1.0,
+        gae_lambda=1.0,
+        kl_coef=0.5,
+        terminal_rewards=torch.ones(4, device=DEVICE),
+        mask=mask,
+        return_rewards=True,
         backend=backend,
-    )  # fmt: skip
+    )
     assert found.rewards[0].tolist() == [-0.25, -0.25, -0.25, -0.25, 0.75]
     assert found.rewards[1].tolist() == [-0.25, 0.75, 0, 0, 0]
     assert found.rewards[2].tolist() == [0, -0.25, 0, 0.75, 0]
@@ -110,10 +121,17 @@ def test_k3_far_above_the_reference_is_not_clamped(backend, steps):
     logp = torch.full((2, steps), -1.0, device=DEVICE)
     for difference, kl in ((-25.0, 24.0), (-100.0, 99.0)):
         rewards = ops.shaped_gae(
-            logp, logp + difference, torch.zeros_like(logp), rewards=torch.zeros_like(logp),
-            gamma=1.0, gae_lambda=1.0, kl_coef=0.5, kl_estimator="k3", return_rewards=True,
+            logp,
+            logp + difference,
+            torch.zeros_like(logp),
+            rewards=torch.zeros_like(logp),
+            gamma=1.0,
+            gae_lambda=1.0,
+            kl_coef=0.5,
+            kl_estimator="k3",
+            return_rewards=True,
             backend=backend,
-        ).rewards  # fmt: skip
+        ).rewards
         assert torch.allclose(rewards, torch.full_like(logp, -0.5 * kl))
 
 
@@ -141,21 +159,38 @@ def test_opcheck(backend):
     tensors = torch.randn(3, 3, 9, device=DEVICE)
     flags = torch.rand(3, 9, device=DEVICE) < 0.7
     column, coef = torch.randn(3, 1, device=DEVICE), torch.tensor(0.1, device=DEVICE)
-    for given_rewards in (True, False):
-        torch.library.opcheck(
-            torch.ops.warpo.shaped_gae.default,
-            (*tensors[:2], None, column, tensors[2], column, flags, None, coef,
-             0.9, 0.9, 2, 1, 0.0, 20.0, given_rewards, backend),
-        )  # fmt: skip
+    for return_rewards in (True, False):
+        inputs = ShapedGaeInputs(
+            logprobs=tensors[0],
+            ref_logprobs=tensors[1],
+            rewards=None,
+            terminal_rewards=column,
+            values=tensors[2],
+            last_values=column,
+            steps=as_inputs(Steps(mask=flags, mask_mode="compact"), 0.9, 0.9),
+            adaptive_kl_coef=coef,
+            kl=1,
+            kl_coef=0.0,
+            log_ratio_limit=20.0,
+            return_rewards=return_rewards,
+            backend=backend,
+        )
+        opcheck(_operator, inputs)
 
 
 @pytest.mark.parametrize("backend", BACKENDS[:1])
 def test_compiles_without_a_graph_break(backend):
     def advantages(logp, ref, values, scores, coef):
         return ops.shaped_gae(
-            logp, ref, values * 2, gamma=1.0, gae_lambda=0.95, kl_coef=coef,
-            terminal_rewards=scores, backend=backend,
-        ).advantages  # fmt: skip
+            logp,
+            ref,
+            values * 2,
+            gamma=1.0,
+            gae_lambda=0.95,
+            kl_coef=coef,
+            terminal_rewards=scores,
+            backend=backend,
+        ).advantages
 
     compiled = torch.compile(advantages, fullgraph=True, backend="aot_eager")
     for steps in (4, 6, 9):

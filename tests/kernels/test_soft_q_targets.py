@@ -5,9 +5,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.kernels.backends import BACKENDS, DEVICE, dtypes, each_backend, examples, strided
+from tests.kernels.opcheck import opcheck
 from tests.oracles import soft_q_targets as oracle
 from tests.tolerance import SQUASHED_RELATIVE, assert_close
 from warpo.kernels import ops, reference
+from warpo.kernels.soft_q_targets import SoftQTargetsInputs, _operator
 
 
 @st.composite
@@ -49,9 +51,12 @@ def test_values_equal_float64(backend):
         magnitude = 1 + sum(x.double().abs() for i, x in enumerate(tensors) if i != 1)
         scale = 4 * magnitude.nan_to_num(1.0, 1.0)
         assert_close(
-            targets.double() / scale, wanted / scale, relative=0, absolute=SQUASHED_RELATIVE,
+            targets.double() / scale,
+            wanted / scale,
+            relative=0,
+            absolute=SQUASHED_RELATIVE,
             what="targets",
-        )  # fmt: skip
+        )
 
     check()
 
@@ -63,8 +68,9 @@ def test_the_reference_equals_numpy():
     wanted = oracle.soft_q_targets(
         *(x.numpy() for x in (rewards, ends, *after)), alpha=0.3, gamma=0.9
     )
-    found = exact_targets([rewards.to(DEVICE), ends.to(DEVICE), *(x.to(DEVICE) for x in after)],
-                          0.3, 0.9).cpu()  # fmt: skip
+    found = exact_targets(
+        [rewards.to(DEVICE), ends.to(DEVICE), *(x.to(DEVICE) for x in after)], 0.3, 0.9
+    ).cpu()
     np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-14)
 
 
@@ -73,8 +79,9 @@ def test_a_terminated_transition_is_worth_its_reward_bit_for_bit(backend):
     rewards = torch.randn(70, device=DEVICE)
     bad = torch.full((70,), torch.nan, device=DEVICE)
     ends = torch.ones(70, dtype=torch.bool, device=DEVICE)
-    targets = ops.soft_q_targets(rewards, ends, bad, bad, bad, alpha=0.2, gamma=0.9,
-                                 backend=backend)  # fmt: skip
+    targets = ops.soft_q_targets(
+        rewards, ends, bad, bad, bad, alpha=0.2, gamma=0.9, backend=backend
+    )
     assert torch.equal(targets, rewards)
 
 
@@ -84,8 +91,9 @@ def test_a_nan_of_a_transition_that_goes_on_stays_in_it(backend, which):
     after = [torch.ones(5, device=DEVICE) for _ in range(3)]
     after[which][2] = torch.nan
     ends = torch.zeros(5, dtype=torch.bool, device=DEVICE)
-    targets = ops.soft_q_targets(after[0].new_zeros(5), ends, *after, alpha=0.2, gamma=0.9,
-                                 backend=backend)  # fmt: skip
+    targets = ops.soft_q_targets(
+        after[0].new_zeros(5), ends, *after, alpha=0.2, gamma=0.9, backend=backend
+    )
     assert targets.isnan().tolist() == [False, False, True, False, False]
 
 
@@ -93,11 +101,18 @@ def test_a_nan_of_a_transition_that_goes_on_stays_in_it(backend, which):
 def test_opcheck(backend):
     rewards, *after = torch.randn(4, 5, device=DEVICE)
     ends = torch.tensor([True, False] * 2 + [False], device=DEVICE)
-    torch.library.opcheck(
-        torch.ops.warpo.soft_q_targets.default,
-        (rewards, ends, *after, torch.tensor(0.2, device=DEVICE), 0.9, backend),
-        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    inputs = SoftQTargetsInputs(
+        rewards=rewards,
+        terminated=ends,
+        next_q1=after[0],
+        next_q2=after[1],
+        next_logprobs=after[2],
+        alpha=torch.tensor(0.2, device=DEVICE),
+        gamma=0.9,
+        backend=backend,
     )
+    utils = ("test_schema", "test_autograd_registration", "test_faketensor")
+    opcheck(_operator, inputs, test_utils=utils)
 
 
 X, ENDS = torch.zeros(3), torch.zeros(3, dtype=torch.bool)

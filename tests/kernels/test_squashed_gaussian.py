@@ -74,13 +74,17 @@ def test_values_and_gradients_equal_float64(backend):
         tensors, bounds, upstream, wanted = case
         found = results_and_gradients(
             lambda *x: ops.squashed_gaussian(*x, **bounds, backend=backend),
-            tensors, upstream, wanted,
-        )  # fmt: skip
+            tensors,
+            upstream,
+            wanted,
+        )
         assert found[0].dtype == found[1].dtype == torch.float32
         exact = results_and_gradients(
             lambda *x: reference.squashed_gaussian(*x, **bounds),
-            [x.double() for x in tensors], upstream, wanted,
-        )  # fmt: skip
+            [x.double() for x in tensors],
+            upstream,
+            wanted,
+        )
         scales = magnitudes(tensors, bounds.values(), upstream, wanted)
         for name, a, b, scale in zip(
             ("actions", "logprobs", "mean.grad", "log_std.grad"), found, exact, scales, strict=True
@@ -88,9 +92,12 @@ def test_values_and_gradients_equal_float64(backend):
             # a half below its normal range keeps an absolute 2^-25
             subnormal = 2.0**-25 if a.dtype == torch.float16 else 0.0
             assert_close(
-                a.double() / scale, b / scale, relative=ROUNDING[a.dtype],
-                absolute=SQUASHED_RELATIVE + 1e3 * subnormal, what=name,
-            )  # fmt: skip
+                a.double() / scale,
+                b / scale,
+                relative=ROUNDING[a.dtype],
+                absolute=SQUASHED_RELATIVE + 1e3 * subnormal,
+                what=name,
+            )
 
     check()
 
@@ -176,8 +183,10 @@ def test_every_row_alone_equals_the_row_in_the_batch_bit_for_bit(backend, column
     def run(rows):
         return results_and_gradients(
             lambda *x: ops.squashed_gaussian(*x, backend=backend),
-            [x[rows] for x in tensors], [x[rows] for x in upstream], (0, 1),
-        )  # fmt: skip
+            [x[rows] for x in tensors],
+            [x[rows] for x in upstream],
+            (0, 1),
+        )
 
     whole = run(slice(None))
     for row in range(4):

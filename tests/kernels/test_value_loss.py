@@ -57,12 +57,15 @@ def exact_loss(tensors, options):
     exact = {n: x.detach().double() if n in NAMES else x for n, x in tensors.items()}
     values = exact.pop("values").requires_grad_()
     loss, metrics = reference.value_loss(
-        values, exact.pop("old_values"), exact.pop("returns"),
-        torch.tensor(options["denominator"], dtype=torch.float64, device=DEVICE), **exact,
+        values,
+        exact.pop("old_values"),
+        exact.pop("returns"),
+        torch.tensor(options["denominator"], dtype=torch.float64, device=DEVICE),
+        **exact,
         clip_range=options["clip_range"],
         huber_delta=options["huber_delta"] if options["loss"] == "huber" else torch.inf,
         sequence_mean=options["aggregation"] == "sequence-mean-token-mean",
-    )  # fmt: skip
+    )
     return values, loss, metrics
 
 
@@ -94,19 +97,24 @@ def test_loss_gradient_and_metrics_equal_float64(backend):
         others = [i for i in range(len(ops.VALUE_METRICS)) if i != CLIPPED]
         # returns near 10: the error of a mean is relative to them
         assert_close(
-            metrics[others], metrics_64[others], what="metrics", relative=SUM_RELATIVE,
+            metrics[others],
+            metrics_64[others],
+            what="metrics",
+            relative=SUM_RELATIVE,
             absolute=2e-5,
-        )  # fmt: skip
+        )
         (loss * 0.5).backward()
         (gradient_64,) = torch.autograd.grad(loss_64 * 0.5, exact)
         doubtful = undecided(tensors, options)
         if not doubtful.any():
             assert metrics[CLIPPED] == metrics_64[CLIPPED]
         assert_close(
-            values.grad.masked_fill(doubtful, 0), gradient_64.masked_fill(doubtful, 0),
-            what="gradient", relative=SUM_RELATIVE,
+            values.grad.masked_fill(doubtful, 0),
+            gradient_64.masked_fill(doubtful, 0),
+            what="gradient",
+            relative=SUM_RELATIVE,
             absolute=2e-6 + ROUNDING[values.dtype] * 1e-4,
-        )  # fmt: skip
+        )
 
     check()
 
@@ -128,10 +136,12 @@ def test_the_reference_is_the_paper(case):
     if not inputs[0]:
         return
     wanted, gradients, wanted_metrics = oracle.value_loss(
-        *inputs, clip_range=options["clip_range"],
+        *inputs,
+        clip_range=options["clip_range"],
         huber_delta=options["huber_delta"] if options["loss"] == "huber" else None,
-        aggregation=options["aggregation"], denominator=options["denominator"],
-    )  # fmt: skip
+        aggregation=options["aggregation"],
+        denominator=options["denominator"],
+    )
     assert loss.item() == pytest.approx(wanted, rel=1e-12)
     for mine, theirs in zip(gradient, gradients, strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=1e-12, atol=1e-15)
@@ -206,9 +216,14 @@ def test_micro_batches_add_up(backend, aggregation):
 
     def loss_of(rows):
         return ops.value_loss(
-            values[rows], old[rows], returns[rows], mask=mask[rows], aggregation=aggregation,
-            denominator=30.0, backend=backend,
-        )  # fmt: skip
+            values[rows],
+            old[rows],
+            returns[rows],
+            mask=mask[rows],
+            aggregation=aggregation,
+            denominator=30.0,
+            backend=backend,
+        )
 
     whole = loss_of(slice(0, 6))
     (gradient,) = torch.autograd.grad(whole.loss, values)

@@ -12,9 +12,12 @@ from tests.kernels.backends import (
     each_backend_slow_triton,
     examples,
 )
+from tests.kernels.opcheck import opcheck
 from tests.kernels.scans import assert_scan_close, every_case, on_rows, scan_cases
 from tests.oracles import vtrace as oracle
 from warpo.kernels import ops, reference
+from warpo.kernels.scan import Steps, as_inputs
+from warpo.kernels.vtrace import VtraceInputs, _operator
 
 PER_STEP = ("logprobs", "old_logprobs", "rewards", "values")
 NUMBERS = st.fixed_dictionaries(
@@ -103,11 +106,22 @@ def test_a_row_alone_has_the_bits_of_the_row_in_a_batch(backend, steps):
 def test_opcheck(backend):
     tensors = torch.randn(4, 3, 9, device=DEVICE)
     flags = torch.rand(3, 9, device=DEVICE) < 0.3
-    torch.library.opcheck(
-        torch.ops.warpo.vtrace.default,
-        (*tensors, None, None, flags, flags, None, None, None, None,
-         0.9, 0.9, 0, False, 1.0, 1.0, 1.0, 20.0, backend),
-    )  # fmt: skip
+    logprobs, old_logprobs, rewards, values = tensors
+    inputs = VtraceInputs(
+        logprobs=logprobs,
+        old_logprobs=old_logprobs,
+        rewards=rewards,
+        values=values,
+        last_values=None,
+        final_values=None,
+        steps=as_inputs(Steps(mask=flags, terminated=flags), 0.9, 0.9),
+        rho_max=1.0,
+        c_max=1.0,
+        pg_rho_max=1.0,
+        log_ratio_limit=20.0,
+        backend=backend,
+    )
+    opcheck(_operator, inputs)
 
 
 @pytest.mark.parametrize("backend", BACKENDS[:1])

@@ -4,9 +4,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.kernels.backends import BACKENDS, DEVICE, dtypes, each_backend, examples, strided
+from tests.kernels.opcheck import opcheck
 from tests.oracles.whiten import whiten as oracle
 from tests.tolerance import WHITEN_ABSOLUTE, WHITEN_RELATIVE, assert_close
 from warpo.kernels import ops, reference
+from warpo.kernels.whiten import WhitenInputs, _operator
 
 LAYOUTS = st.sampled_from(["dense", "sliced", "transposed"])
 
@@ -189,11 +191,9 @@ def test_the_number_of_threads_changes_no_bit():
 def test_opcheck(backend):
     x = torch.randn(3, 50, device=DEVICE, requires_grad=True)
     for mask in (None, torch.rand(3, 50, device=DEVICE) < 0.5):
-        torch.library.opcheck(
-            torch.ops.warpo.whiten.default,
-            (x, mask, False, 1e-8, backend),
-            test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
-        )
+        inputs = WhitenInputs(x=x, mask=mask, shift_mean=False, eps=1e-8, backend=backend)
+        utils = ("test_schema", "test_autograd_registration", "test_faketensor")
+        opcheck(_operator, inputs, test_utils=utils)
 
 
 @pytest.mark.parametrize("backend", BACKENDS[:1])

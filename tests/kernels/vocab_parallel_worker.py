@@ -34,9 +34,14 @@ for dtype in (torch.float32,) if backend == "triton" else (torch.float32, torch.
             leaf = logits[..., part].clone().requires_grad_()
             working = leaf * 1 if inplace else leaf
             result = ops.logprobs_and_entropy(
-                working, targets, temperature=temperature, mask=mask, process_group=group,
-                inplace_backward=inplace, backend=backend,
-            )  # fmt: skip
+                working,
+                targets,
+                temperature=temperature,
+                mask=mask,
+                process_group=group,
+                inplace_backward=inplace,
+                backend=backend,
+            )
             torch.autograd.backward(result, upstream)
             for mine, exactly in zip(result, wanted, strict=True):
                 torch.testing.assert_close(mine.double(), exactly, rtol=2e-5, atol=2e-5)

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from warpo.kernels import dispatch
+from warpo.kernels._arguments.logprobs import LogprobsArguments, LogprobsBackwardArguments
 from warpo.kernels.checks import FLOATS
 from warpo.kernels.integrations.serving import require, require_served
 from warpo.kernels.integrations.trl._library import library
 from warpo.kernels.linear_head import LinearHead, check_chunking
-from warpo.kernels.logprobs import workspace
+from warpo.kernels.logprobs_operator import workspace
 
 NONE_IGNORED = torch.iinfo(torch.int64).min
 # TRL's results beside log-probabilities and entropy, in its order: no gradient flows through them
@@ -172,11 +173,16 @@ def _differentiate(
     grad_buffer = head.new_buffer() if head.softcap else buffer
     for start, stop in head.chunks():
         logits, grad_logits = head.logits(start, stop, buffer), grad_buffer[: stop - start]
-        chosen, own, *grads = (None if x is None else x[:, start:stop] for x in tokens)
-        kernels.logprobs_backward(
-            1, *logits.shape, logits[None], chosen, temperature, None, None, NONE_IGNORED, None,
-            own, stats[None, start:stop], None, *grads, grad_logits[None],
-        )  # fmt: skip
+        part: list[Any] = [None if x is None else x[:, start:stop] for x in tokens]
+        chosen, own, grad_logp, grad_own = part
+        forward = _arguments(logits[None], chosen, temperature)
+        arguments = LogprobsBackwardArguments(
+            forward=forward._replace(entropy=own, stats=stats[None, start:stop]),
+            grad_logprobs=grad_logp,
+            grad_entropy=grad_own,
+            grad_logits=grad_logits[None],
+        )
+        kernels.logprobs_backward(arguments)
         head.add_gradients(start, stop, logits, grad_logits)
 
 
@@ -230,7 +236,29 @@ def _softmax(
     part: slice,
     stats: Tensor,
 ) -> None:
-    dispatch.load(dispatch.choose(logits, None)).logprobs_forward(
-        *logits.shape, logits, targets, temperature, None, None, NONE_IGNORED, logp,
-        None if entropy is None else entropy[:, part], stats, workspace(logits),
-    )  # fmt: skip
+    arguments = _arguments(logits, targets, temperature)._replace(
+        logprobs=logp,
+        entropy=None if entropy is None else entropy[:, part],
+        stats=stats,
+        partials=workspace(logits),
+    )
+    dispatch.load(dispatch.choose(logits, None)).logprobs_forward(arguments)
+
+
+def _arguments(logits: Tensor, targets: Tensor, temperature: float) -> LogprobsArguments:
+    rows, steps, vocab = logits.shape
+    return LogprobsArguments(
+        rows=rows,
+        steps=steps,
+        vocab=vocab,
+        logits=logits,
+        targets=targets,
+        temperature=temperature,
+        token_temperature=None,
+        mask=None,
+        ignore_index=NONE_IGNORED,
+        logprobs=None,
+        entropy=None,
+        stats=None,
+        partials=None,
+    )

@@ -5,24 +5,52 @@ from functools import partial
 
 import torch
 
+from warpo.kernels._arguments.adamw_publish import AdamwPublishArguments
+
 Launch = tuple[str, Callable[[], None]]
 
 
 def adamw_publish(
-    grad: torch.dtype, published: torch.dtype, on_device: bool, rows: int = 3, columns: int = 100,
-    master: bool = True, moments: torch.dtype = torch.float32, stochastic: bool = False,
-) -> None:  # fmt: skip
+    grad: torch.dtype,
+    published: torch.dtype,
+    on_device: bool,
+    rows: int = 3,
+    columns: int = 100,
+    *,
+    master: bool = True,
+    moments: torch.dtype = torch.float32,
+    stochastic: bool = False,
+) -> None:
     from warpo.kernels import _triton
 
-    state = torch.empty(rows * columns)
+    state, number = torch.empty(rows * columns), 1 / columns
     moment = state.to(moments)
-    _triton.adamw_publish(
-        rows, columns, state.to(grad), state if master else None, moment, moment,
-        torch.empty(rows, columns, dtype=published), *(1 / columns,) * 8,
-        torch.empty(()) if on_device else None, stochastic, columns, rows,
-        torch.empty(1024, 2, dtype=torch.int64), torch.empty(1024, 2),
-        torch.empty(2, dtype=torch.int64), torch.empty(2),
-    )  # fmt: skip
+    arguments = AdamwPublishArguments(
+        rows=rows,
+        columns=columns,
+        grad=state.to(grad),
+        master=state if master else None,
+        exp_avg=moment,
+        exp_avg_sq=moment,
+        published=torch.empty(rows, columns, dtype=published),
+        decay=number,
+        grad_weight=number,
+        beta2=number,
+        square_weight=number,
+        step_size=number,
+        root_scale=number,
+        eps=number,
+        grad_scale=number,
+        grad_scale_factor=torch.empty(()) if on_device else None,
+        stochastic=stochastic,
+        seed=columns,
+        step=rows,
+        partial_counts=torch.empty(1024, 2, dtype=torch.int64),
+        partial_updates=torch.empty(1024, 2),
+        counts=torch.empty(2, dtype=torch.int64),
+        updates=torch.empty(2),
+    )
+    _triton.adamw_publish(arguments)
 
 
 def configurations(all_of_them: bool) -> Iterator[Launch]:
@@ -31,19 +59,8 @@ def configurations(all_of_them: bool) -> Iterator[Launch]:
     if all_of_them:
         yield "f32 f16", partial(adamw_publish, torch.float32, torch.float16, False)
         yield "bf16 f32", partial(adamw_publish, bf16, torch.float32, False)
-        yield (
-            "bf16 own",
-            partial(
-                adamw_publish,
-                bf16,
-                bf16,
-                False,
-                rows=1,
-                master=False,
-                moments=bf16,
-                stochastic=True,
-            ),
-        )
+        own = {"rows": 1, "master": False, "moments": bf16, "stochastic": True}
+        yield "bf16 own", partial(adamw_publish, bf16, bf16, False, **own)
         yield "f32 own", partial(adamw_publish, torch.float32, torch.float32, True, master=False)
 
 

@@ -6,28 +6,57 @@ from functools import partial
 import torch
 
 from tests.kernels.launches import flags
+from warpo.kernels._arguments.aggregate import (
+    MIN_PARTS,
+    AggregateArguments,
+    AggregateBackwardArguments,
+)
 
 Launch = tuple[str, Callable[[], None]]
 
 
 def aggregate(
-    dtype: torch.dtype, packed: bool, masked: bool, aggregation: int, given: bool = False,
-    rows: int = 4, steps: int = 100, number: float = -1.0, weighted: bool = False,
-) -> None:  # fmt: skip
+    dtype: torch.dtype,
+    packed: bool,
+    masked: bool,
+    aggregation: int,
+    given: bool = False,
+    rows: int = 4,
+    steps: int = 100,
+    number: float = -1.0,
+    weighted: bool = False,
+) -> None:
     from warpo.kernels import _triton
 
     values = torch.empty(steps if packed else (rows, steps), dtype=dtype)
     cu_seqlens = torch.zeros(rows + 1, dtype=torch.int32) if packed else None
-    mask, weights, scalar = flags(values, masked), torch.empty(rows + 2 * 512), torch.empty(())
+    mask, scalar = flags(values, masked), torch.empty(())
+    weights = torch.empty(rows + 2 * MIN_PARTS)
     if weighted:
         mask = torch.empty(values.shape)
-    _triton.aggregate_forward(
-        rows, steps, cu_seqlens, values, mask, aggregation, scalar if given else None, number,
-        weights, scalar,
-    )  # fmt: skip
-    _triton.aggregate_backward(
-        rows, steps, cu_seqlens, mask, weights, scalar, torch.empty_like(values)
+    forward = AggregateArguments(
+        sequences=rows,
+        steps=steps,
+        cu_seqlens=cu_seqlens,
+        values=values,
+        mask=mask,
+        aggregation=aggregation,
+        denominator=scalar if given else None,
+        number=number,
+        weights=weights,
+        result=scalar,
     )
+    _triton.aggregate_forward(forward)
+    backward = AggregateBackwardArguments(
+        sequences=rows,
+        steps=steps,
+        cu_seqlens=cu_seqlens,
+        mask=mask,
+        weights=weights,
+        grad=scalar,
+        grad_values=torch.empty_like(values),
+    )
+    _triton.aggregate_backward(backward)
 
 
 def configurations(all_of_them: bool) -> Iterator[Launch]:

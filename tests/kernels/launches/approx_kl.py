@@ -6,23 +6,50 @@ from functools import partial
 import torch
 
 from tests.kernels.launches import flags
+from warpo.kernels._arguments.approx_kl import ApproxKlArguments, ApproxKlBackwardArguments
 
 Launch = tuple[str, Callable[[], None]]
 
 
 def approx_kl(
-    dtype: torch.dtype, estimator: int, k2_gradient: bool, masked: bool,
-    rows: int = 4, columns: int = 100, limit: float = 10.0,
-) -> None:  # fmt: skip
+    dtype: torch.dtype,
+    estimator: int,
+    k2_gradient: bool,
+    masked: bool,
+    rows: int = 4,
+    columns: int = 100,
+    limit: float = 10.0,
+) -> None:
     from warpo.kernels import _triton
 
     token, result = torch.empty(rows, columns, dtype=dtype), torch.empty(rows, columns)
     mask = flags(token, masked)
-    _triton.approx_kl_forward(rows, columns, token, token, mask, estimator, limit, result)
-    _triton.approx_kl_backward(
-        rows, columns, token, token, result if k2_gradient else None, mask, estimator, k2_gradient,
-        limit, result, token, token if masked else None,
-    )  # fmt: skip
+    forward = ApproxKlArguments(
+        rows=rows,
+        columns=columns,
+        logprobs=token,
+        ref_logprobs=token,
+        mask=mask,
+        estimator=estimator,
+        limit=limit,
+        kl=result,
+    )
+    _triton.approx_kl_forward(forward)
+    backward = ApproxKlBackwardArguments(
+        rows=rows,
+        columns=columns,
+        logprobs=token,
+        ref_logprobs=token,
+        weight=result if k2_gradient else None,
+        mask=mask,
+        estimator=estimator,
+        straight_through=k2_gradient,
+        limit=limit,
+        grad_kl=result,
+        grad_logprobs=token,
+        grad_ref=token if masked else None,
+    )
+    _triton.approx_kl_backward(backward)
 
 
 def configurations(all_of_them: bool) -> Iterator[Launch]:

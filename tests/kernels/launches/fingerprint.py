@@ -5,6 +5,8 @@ from functools import partial
 
 import torch
 
+from warpo.kernels._arguments.fingerprint import FingerprintArguments
+
 Launch = tuple[str, Callable[[], None]]
 
 
@@ -13,7 +15,10 @@ def fingerprint(dtype: torch.dtype, rows: int = 3, columns: int = 100) -> None:
 
     integers = torch.empty(1024, dtype=torch.int64)
     tensor = torch.empty(rows, columns, dtype=dtype)
-    _triton.fingerprint(rows, columns, tensor, integers, integers)
+    arguments = FingerprintArguments(
+        rows=rows, columns=columns, tensor=tensor, partials=integers, fingerprint=integers
+    )
+    _triton.fingerprint(arguments)
 
 
 def configurations(all_of_them: bool) -> Iterator[Launch]:

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tests.kernels.launches import flags
+from warpo.kernels._arguments.gae import GaeArguments, GaeBackwardArguments, ScanArguments
 
 Launch = tuple[str, Callable[[], None]]
 CARRY, COMPACT = 0, 2
@@ -23,33 +25,74 @@ def per_step(rows: int, steps: int, layout: str) -> tuple[int, Tensor, Tensor | 
     return steps, torch.empty(rows, steps), None
 
 
+def gae_arguments(
+    rows: int, steps: int, cu_seqlens: Tensor | None, token: Tensor, **others: Any
+) -> GaeArguments:
+    """With advantages and returns; whatever else is not among the others is absent."""
+    given = dict.fromkeys((*ScanArguments._fields, *GaeArguments._fields)) | others
+    given |= {"rows": rows, "steps": steps, "cu_seqlens": cu_seqlens}
+    given |= {"advantages": token, "returns": token}
+    scan = ScanArguments(**{name: given.pop(name) for name in ScanArguments._fields})
+    return GaeArguments(**given | {"scan": scan})
+
+
 def gae(
-    rows: int, steps: int, layout: str, full: bool, starts_at_t: bool = False,
-    mask_mode: int = CARRY, gamma: float = 0.99,
-) -> None:  # fmt: skip
+    rows: int,
+    steps: int,
+    layout: str,
+    full: bool,
+    starts_at_t: bool = False,
+    mask_mode: int = CARRY,
+    gamma: float = 0.99,
+) -> None:
     from warpo.kernels import _triton
 
     steps, token, cu_seqlens = per_step(rows, steps, layout)
     last = torch.empty(rows, 1)
-    final = token if full else None
     last_flag = flags(last, full and starts_at_t)
-    masks = [flags(token, full) for _ in range(3)]
-    options = (gamma, 0.95, mask_mode, starts_at_t)
-    _triton.gae_forward(
-        rows, steps, cu_seqlens, token, None, token, last, final, *masks, last_flag, last_flag,
-        *options, token, token,
-    )  # fmt: skip
-    _triton.gae_backward(
-        rows, steps, cu_seqlens, None, None, None, None, final, *masks, last_flag, last_flag,
-        *options, None, None, token, token, token, token, last, final,
-    )  # fmt: skip
+    forward = gae_arguments(
+        rows,
+        steps,
+        cu_seqlens,
+        token,
+        rewards=token,
+        values=token,
+        last_values=last,
+        final_values=token if full else None,
+        mask=flags(token, full),
+        terminated=flags(token, full),
+        truncated=flags(token, full),
+        last_terminated=last_flag,
+        last_truncated=last_flag,
+        gamma=gamma,
+        gae_lambda=0.95,
+        mask_mode=mask_mode,
+        starts_at_t=starts_at_t,
+    )
+    _triton.gae_forward(forward)
+    backward = GaeBackwardArguments(
+        forward=forward,
+        grad_advantages=token,
+        grad_returns=token,
+        grad_rewards=token,
+        grad_values=token,
+        grad_last_values=last,
+        grad_final_values=forward.final_values,
+    )
+    _triton.gae_backward(backward)
+
+
+LAYOUTS = (
+    ("dense time", 10),
+    ("dense time", 100),
+    ("dense time", 2000),
+    ("dense rows", 50),
+    ("packed", 50),
+)
 
 
 def configurations(all_of_them: bool) -> Iterator[Launch]:
-    for layout, steps in (
-        ("dense time", 10), ("dense time", 100), ("dense time", 2000), ("dense rows", 50),
-        ("packed", 50),
-    ):  # fmt: skip
+    for layout, steps in LAYOUTS:
         yield f"{layout} {steps} flags", partial(gae, 64, steps, layout, True, mask_mode=COMPACT)
         if all_of_them:
             yield f"{layout} {steps}", partial(gae, 64, steps, layout, False)

@@ -5,6 +5,11 @@ from functools import partial
 
 import torch
 
+from warpo.kernels._arguments.group_advantages import (
+    GroupAdvantagesArguments,
+    GroupAdvantagesBackwardArguments,
+)
+
 Launch = tuple[str, Callable[[], None]]
 
 
@@ -14,19 +19,25 @@ def group_advantages(std: int, leave_one_out: bool, by_id: bool, groups: int = 4
     answers = torch.empty(8 * groups)
     order, offsets = (torch.empty(n, dtype=torch.int64) for n in (8 * groups, groups + 1))
     statistic = torch.empty(groups)
-    common = (
-        groups,
-        answers,
-        0 if by_id else 8,
-        order if by_id else None,
-        offsets if by_id else None,
+    forward = GroupAdvantagesArguments(
+        groups=groups,
+        rewards=answers,
+        group_size=0 if by_id else 8,
+        order=order if by_id else None,
+        offsets=offsets if by_id else None,
+        std_mode=std,
+        leave_one_out=leave_one_out,
+        eps=1e-6,
+        advantages=answers,
+        mean=statistic,
+        std=statistic,
+        degenerate=torch.zeros((), dtype=torch.int32),
     )
-    options = (std, leave_one_out, 1e-6)
-    count = torch.zeros((), dtype=torch.int32)
-    _triton.group_advantages_forward(*common, *options, answers, statistic, statistic, count)
-    _triton.group_advantages_backward(
-        *common, *options, None, statistic, statistic, None, answers, answers
+    _triton.group_advantages_forward(forward)
+    backward = GroupAdvantagesBackwardArguments(
+        forward=forward, grad_advantages=answers, grad_rewards=answers
     )
+    _triton.group_advantages_backward(backward)
 
 
 def configurations(all_of_them: bool) -> Iterator[Launch]:

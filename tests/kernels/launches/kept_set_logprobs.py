@@ -5,6 +5,12 @@ from functools import partial
 
 import torch
 
+from warpo.kernels._arguments.kept_set_logprobs import (
+    KeptSetLogprobsArguments,
+    KeptSetLogprobsBackwardArguments,
+    KeptSetWeightGradientArguments,
+)
+
 Launch = tuple[str, Callable[[], None]]
 
 
@@ -18,19 +24,44 @@ def kept_set_logprobs(dtype: torch.dtype, full: bool, tokens: int = 4, size: int
     offsets = 5 * torch.arange(tokens + 1, dtype=integers)
     row, logits, stats = torch.empty(tokens), torch.empty(kept), torch.empty(tokens, 2)
     bias = torch.empty(vocab, dtype=dtype) if full else None
-    common = (
-        tokens, vocab, size, kept, hidden, weight, bias, torch.zeros(tokens, dtype=torch.int64),
-        ids, offsets, 0.7, row if full else None,
-    )  # fmt: skip
-    _triton.kept_set_logprobs_forward(*common, row, logits, stats)
-    _triton.kept_set_logprobs_backward(
-        *common, None, logits, stats, row, torch.empty_like(hidden) if full else None, logits
+    forward = KeptSetLogprobsArguments(
+        tokens=tokens,
+        vocab=vocab,
+        hidden_size=size,
+        num_kept=kept,
+        hidden=hidden,
+        weight=weight,
+        bias=bias,
+        targets=torch.zeros(tokens, dtype=torch.int64),
+        kept_ids=ids,
+        kept_offsets=offsets,
+        temperature=0.7,
+        token_temperature=row if full else None,
+        logprobs=row,
+        kept_logits=logits,
+        stats=stats,
     )
+    _triton.kept_set_logprobs_forward(forward)
+    backward = KeptSetLogprobsBackwardArguments(
+        forward=forward,
+        grad_logprobs=row,
+        grad_hidden=torch.empty_like(hidden) if full else None,
+        grad_logits=logits,
+    )
+    _triton.kept_set_logprobs_backward(backward)
     places, bounds = (torch.zeros(n, dtype=torch.int64) for n in (kept, vocab + 1))
-    _triton.kept_set_weight_gradient(
-        vocab, size, hidden, places, places, bounds, logits, torch.empty_like(weight),
-        torch.empty(vocab) if full else None,
-    )  # fmt: skip
+    of_weight = KeptSetWeightGradientArguments(
+        vocab=vocab,
+        hidden_size=size,
+        hidden=hidden,
+        order=places,
+        tokens=places,
+        offsets=bounds,
+        grad_logits=logits,
+        grad_weight=torch.empty_like(weight),
+        grad_bias=torch.empty(vocab) if full else None,
+    )
+    _triton.kept_set_weight_gradient(of_weight)
 
 
 def configurations(all_of_them: bool) -> Iterator[Launch]:

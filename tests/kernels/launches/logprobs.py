@@ -6,6 +6,7 @@ from functools import partial
 import torch
 
 from tests.kernels.launches import flags
+from warpo.kernels._arguments.logprobs import LogprobsArguments, LogprobsBackwardArguments
 
 Launch = tuple[str, Callable[[], None]]
 
@@ -22,21 +23,30 @@ def logprobs(
     targets = torch.zeros(1, tokens, dtype=torch.int64)
     row = torch.empty(1, tokens)
     entropy, token_temperature = (row, row) if full else (None, None)
-    stats = torch.empty(1, tokens, 2)
-    common = (
-        *logits.shape,
-        logits,
-        targets,
-        temperature,
-        token_temperature,
-        flags(row, full),
-        -100,
+    forward = LogprobsArguments(
+        rows=1,
+        steps=tokens,
+        vocab=vocab,
+        logits=logits,
+        targets=targets,
+        temperature=temperature,
+        token_temperature=token_temperature,
+        mask=flags(row, full),
+        ignore_index=-100,
+        logprobs=row,
+        entropy=entropy,
+        stats=torch.empty(1, tokens, 2),
+        partials=None,
     )
-    for partials in (None, torch.empty(1, tokens, 8, 4)):
-        _triton.logprobs_forward(*common, row, entropy, stats, partials)
-    _triton.logprobs_backward(
-        *common, None, entropy, stats, None, row, entropy, torch.empty_like(logits)
+    _triton.logprobs_forward(forward)
+    _triton.logprobs_forward(forward._replace(partials=torch.empty(1, tokens, 8, 4)))
+    backward = LogprobsBackwardArguments(
+        forward=forward,
+        grad_logprobs=row,
+        grad_entropy=entropy,
+        grad_logits=torch.empty_like(logits),
     )
+    _triton.logprobs_backward(backward)
 
 
 def configurations(all_of_them: bool) -> Iterator[Launch]:

@@ -6,30 +6,82 @@ from functools import partial
 import torch
 
 from tests.kernels.launches.logprobs import ALIGNED_VOCAB, ODD_VOCAB
+from warpo.kernels._arguments.logprobs import LogprobsArguments
+from warpo.kernels._arguments.policy_loss import KlPenaltyArguments, ObjectiveArguments
+from warpo.kernels._arguments.policy_loss_from_logits import (
+    PolicyLossFromLogitsArguments,
+    ScaleGradientArguments,
+)
 
 Launch = tuple[str, Callable[[], None]]
 
 
 def policy_loss_from_logits(
-    dtype: torch.dtype, vocab: int, full: bool, surrogate: int = 0, tokens: int = 4,
+    dtype: torch.dtype,
+    vocab: int,
+    full: bool,
+    surrogate: int = 0,
+    tokens: int = 4,
     number: float = 0.7,
-) -> None:  # fmt: skip
+) -> None:
     """full: with all optional tensors, correction, KL and entropy bonus."""
     from warpo.kernels import _triton
 
     logits, row = torch.empty(1, tokens, vocab, dtype=dtype), torch.empty(1, tokens)
-    optional = row if full else None
-    flags = torch.empty(1, tokens, dtype=torch.bool)
-    starts = torch.zeros(3, dtype=torch.int32) if full else None
-    scalar = torch.empty(())
-    _triton.policy_loss_from_logits(
-        1, tokens, vocab, logits, torch.zeros(1, tokens, dtype=torch.int64), number, optional,
-        flags, -100, row, row, None, None, 2, starts, optional, row, optional, optional, optional,
-        surrogate, 1 - number, 1 + number, 3.0 + number, number, number, 2 * full, number, 2.0,
-        3 * full, False, number, scalar if full else None, number * full, 20 * number, scalar,
-        torch.empty_like(logits),
-    )  # fmt: skip
-    _triton.scale_gradient(1, tokens, vocab, logits, scalar)
+    optional, scalar = row if full else None, torch.empty(())
+    objective = ObjectiveArguments(
+        ratio_level=0,
+        surrogate=surrogate,
+        ratio_low=1 - number,
+        ratio_high=1 + number,
+        dual_clip=3.0 + number,
+        tau_positive=number,
+        tau_negative=number,
+        correction=2 * full,
+        correction_sequence=False,
+        correction_low=number,
+        correction_high=2.0,
+        kl_straight_through=False,
+        entropy_coef=number * full,
+        log_ratio_limit=20 * number,
+        sequence_mean=full,
+    )
+    forward = LogprobsArguments(
+        rows=1,
+        steps=tokens,
+        vocab=vocab,
+        logits=logits,
+        targets=torch.zeros(1, tokens, dtype=torch.int64),
+        temperature=number,
+        token_temperature=optional,
+        mask=torch.empty(1, tokens, dtype=torch.bool),
+        ignore_index=-100,
+        logprobs=row,
+        entropy=row,
+        stats=None,
+        partials=None,
+    )
+    arguments = PolicyLossFromLogitsArguments(
+        objective=objective,
+        kl_penalty=KlPenaltyArguments(
+            kl=3 * full, kl_coef=number, adaptive_kl_coef=scalar if full else None
+        ),
+        forward=forward,
+        sequences=2,
+        cu_seqlens=torch.zeros(3, dtype=torch.int32) if full else None,
+        old_logprobs=optional,
+        advantages=row,
+        ref_logprobs=optional,
+        sampler_logprobs=optional,
+        valid_tokens=optional,
+        denominator=scalar,
+        grad_logits=torch.empty_like(logits),
+    )
+    _triton.policy_loss_from_logits(arguments)
+    scale = ScaleGradientArguments(
+        rows=1, steps=tokens, vocab=vocab, gradient=logits, factor=scalar
+    )
+    _triton.scale_gradient(scale)
 
 
 def configurations(all_of_them: bool) -> Iterator[Launch]:

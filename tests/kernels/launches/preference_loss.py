@@ -6,39 +6,83 @@ from functools import partial
 import torch
 
 from tests.kernels.launches import flags
+from warpo.kernels._arguments.preference_loss import (
+    AnswersArguments,
+    KtoLossArguments,
+    PreferenceLossArguments,
+)
+from warpo.kernels.kto_loss import KTO_METRICS
+from warpo.kernels.preference_loss import PREFERENCE_METRICS
 
 Launch = tuple[str, Callable[[], None]]
 
 
-def _side(dtype: torch.dtype, packed: bool, ref: bool, mask: bool, rows: int, steps: int) -> tuple:
+def _answers(
+    dtype: torch.dtype, packed: bool, ref: bool, mask: bool, rows: int, steps: int
+) -> AnswersArguments:
     token = torch.empty(1, steps, dtype=dtype).expand(rows, steps)
-    cu_seqlens = torch.zeros(rows + 1, dtype=torch.int32) if packed else None
-    gradient = torch.empty(rows, steps)
-    return steps, cu_seqlens, token, token if ref else None, flags(token, mask), gradient
+    return AnswersArguments(
+        steps=steps,
+        cu_seqlens=torch.zeros(rows + 1, dtype=torch.int32) if packed else None,
+        logprobs=token,
+        ref_logprobs=token if ref else None,
+        mask=flags(token, mask),
+        grad_logprobs=torch.empty(rows, steps),
+    )
 
 
 def preference_loss(
-    dtype: torch.dtype, packed: bool, ref: bool, mask: bool, link: int, odds: bool = False,
-    rows: int = 4, steps: int = 100, beta: float = 0.1,
-) -> None:  # fmt: skip
+    dtype: torch.dtype,
+    packed: bool,
+    ref: bool,
+    mask: bool,
+    link: int,
+    odds: bool = False,
+    rows: int = 4,
+    steps: int = 100,
+    beta: float = 0.1,
+) -> None:
     from warpo.kernels import _triton
 
-    side, scalar = _side(dtype, packed, ref, mask, rows, steps), torch.empty(())
-    _triton.preference_loss(
-        rows, *side, *side, link, odds, odds, beta, 2 * beta, 1 - beta, beta, 0.0, scalar,
-        torch.empty(rows, 8), scalar, torch.empty(8),
-    )  # fmt: skip
+    answers, scalar = _answers(dtype, packed, ref, mask, rows, steps), torch.empty(())
+    arguments = PreferenceLossArguments(
+        pairs=rows,
+        chosen=answers,
+        rejected=answers,
+        link=link,
+        length_normalise=odds,
+        odds=odds,
+        beta=beta,
+        margin=2 * beta,
+        positive_weight=1 - beta,
+        negative_weight=beta,
+        nll_coef=0.0,
+        denominator=scalar,
+        partials=torch.empty(rows, len(PREFERENCE_METRICS)),
+        loss=scalar,
+        metrics=torch.empty(len(PREFERENCE_METRICS)),
+    )
+    _triton.preference_loss(arguments)
 
 
 def kto_loss(dtype: torch.dtype, packed: bool, mask: bool, rows: int = 4, steps: int = 100) -> None:
     from warpo.kernels import _triton
 
-    side, scalar = _side(dtype, packed, True, mask, rows, steps), torch.empty(())
-    desirable = torch.ones(rows, dtype=torch.bool)
-    _triton.kto_loss(
-        rows, *side, desirable, scalar, 1 / rows, 1.0, 1 / steps, scalar, torch.empty(rows, 7),
-        scalar, torch.empty(7),
-    )  # fmt: skip
+    scalar = torch.empty(())
+    arguments = KtoLossArguments(
+        examples=rows,
+        answers=_answers(dtype, packed, True, mask, rows, steps),
+        desirable=torch.ones(rows, dtype=torch.bool),
+        kl=scalar,
+        beta=1 / rows,
+        desirable_weight=1.0,
+        undesirable_weight=1 / steps,
+        denominator=scalar,
+        partials=torch.empty(rows, len(KTO_METRICS)),
+        loss=scalar,
+        metrics=torch.empty(len(KTO_METRICS)),
+    )
+    _triton.kto_loss(arguments)
 
 
 def configurations(all_of_them: bool) -> Iterator[Launch]:
@@ -54,16 +98,6 @@ def configurations(all_of_them: bool) -> Iterator[Launch]:
 def variations() -> Iterator[Callable[[], None]]:
     for rows, steps in ((1, 1), (2, 128), (16, 37)):
         for link in range(3):
-            yield partial(
-                preference_loss,
-                torch.float32,
-                True,
-                True,
-                False,
-                link,
-                False,
-                rows,
-                steps,
-                1 / rows,
-            )
+            sizes = {"rows": rows, "steps": steps, "beta": 1 / rows}
+            yield partial(preference_loss, torch.float32, True, True, False, link, **sizes)
         yield partial(kto_loss, torch.bfloat16, False, True, rows, steps)

@@ -5,6 +5,8 @@ from functools import partial
 
 import torch
 
+from warpo.kernels._arguments.process_advantages import ProcessAdvantagesArguments
+
 Launch = tuple[str, Callable[[], None]]
 
 
@@ -16,12 +18,30 @@ def process_advantages(
     steps = torch.empty(8 * outputs)
     index = torch.empty(8 * outputs, dtype=torch.int64 if by_id else torch.int32)
     cu_seqlens = torch.empty(outputs + 1, dtype=torch.int32) if packed else None
-    ids = [torch.empty(outputs + 1, dtype=torch.int64) if by_id else None for _ in range(3)]
-    _triton.process_advantages(
-        outputs, 2, 8 * outputs, tokens, cu_seqlens, steps, index[: outputs + 1], index,
-        0 if by_id else 2, *ids, std, 1 / tokens, steps, steps, steps,
-        torch.zeros((), dtype=torch.int32),
-    )  # fmt: skip
+    group_ids, order, offsets = (
+        torch.empty(outputs + 1, dtype=torch.int64) if by_id else None for _ in range(3)
+    )
+    arguments = ProcessAdvantagesArguments(
+        outputs=outputs,
+        groups=2,
+        steps=8 * outputs,
+        tokens=tokens,
+        cu_seqlens=cu_seqlens,
+        step_rewards=steps,
+        step_offsets=index[: outputs + 1],
+        step_ends=index,
+        group_size=0 if by_id else 2,
+        group_ids=group_ids,
+        order=order,
+        offsets=offsets,
+        std_mode=std,
+        eps=1 / tokens,
+        advantages=steps,
+        mean=steps,
+        std=steps,
+        degenerate=torch.zeros((), dtype=torch.int32),
+    )
+    _triton.process_advantages(arguments)
 
 
 def configurations(all_of_them: bool) -> Iterator[Launch]:

@@ -6,6 +6,12 @@ from functools import partial
 import torch
 
 from tests.kernels.launches import flags
+from warpo.kernels._arguments.reward_model_loss import (
+    PAIRS_PER_BLOCK,
+    RankingLossArguments,
+    RewardModelLossArguments,
+)
+from warpo.kernels.reward_model_loss import REWARD_METRICS
 
 Launch = tuple[str, Callable[[], None]]
 
@@ -14,21 +20,42 @@ def reward_model_loss(dtype: torch.dtype, margins: bool, mask: bool, pairs: int 
     from warpo.kernels import _triton
 
     scores, scalar, grad = torch.empty(pairs, dtype=dtype), torch.empty(()), torch.empty(pairs)
-    _triton.reward_model_loss(
-        pairs, scores, scores, scores if margins else None, flags(scores, mask), 1 / pairs, scalar,
-        grad, grad, torch.empty(-(-pairs // 256), 7), scalar, torch.empty(7),
-    )  # fmt: skip
+    arguments = RewardModelLossArguments(
+        pairs=pairs,
+        chosen_scores=scores,
+        rejected_scores=scores,
+        margins=scores if margins else None,
+        mask=flags(scores, mask),
+        centering_coef=1 / pairs,
+        denominator=scalar,
+        grad_chosen=grad,
+        grad_rejected=grad,
+        partials=torch.empty(-(-pairs // PAIRS_PER_BLOCK), len(REWARD_METRICS)),
+        loss=scalar,
+        metrics=torch.empty(len(REWARD_METRICS)),
+    )
+    _triton.reward_model_loss(arguments)
 
 
 def ranking_loss(dtype: torch.dtype, mask: bool, groups: int = 4) -> None:
     from warpo.kernels import _triton
 
     scores, scalar = torch.empty(4 * groups, dtype=dtype), torch.empty(())
-    _triton.ranking_loss(
-        groups, 4 * groups, scores, torch.empty(4 * groups, dtype=torch.int64), flags(scores, mask),
-        torch.zeros(groups + 1, dtype=torch.int32), 1 / groups, scalar, torch.empty(4 * groups),
-        torch.empty(groups, 7), scalar, torch.empty(7),
-    )  # fmt: skip
+    arguments = RankingLossArguments(
+        groups=groups,
+        num_scores=4 * groups,
+        scores=scores,
+        ranks=torch.empty(4 * groups, dtype=torch.int64),
+        mask=flags(scores, mask),
+        cu_groups=torch.zeros(groups + 1, dtype=torch.int32),
+        centering_coef=1 / groups,
+        denominator=scalar,
+        grad_scores=torch.empty(4 * groups),
+        partials=torch.empty(groups, len(REWARD_METRICS)),
+        loss=scalar,
+        metrics=torch.empty(len(REWARD_METRICS)),
+    )
+    _triton.ranking_loss(arguments)
 
 
 def configurations(all_of_them: bool) -> Iterator[Launch]:

@@ -6,7 +6,8 @@ from functools import partial
 import torch
 
 from tests.kernels.launches import flags
-from tests.kernels.launches.gae import CARRY, COMPACT, Launch, per_step
+from tests.kernels.launches.gae import CARRY, COMPACT, Launch, gae_arguments, per_step
+from warpo.kernels._arguments.gae import ShapedGaeArguments
 
 
 def shaped_gae(
@@ -16,11 +17,32 @@ def shaped_gae(
 
     steps, token, cu_seqlens = per_step(rows, steps, layout)
     column, adaptive = torch.empty(rows, 1), torch.empty(()) if full else None
-    _triton.shaped_gae(
-        rows, steps, cu_seqlens, token if full else None, column, token, column if full else None,
-        None, flags(token, full), None, None, None, None, 1 - coef, 0.95, mask_mode, False,
-        token, token, token, token, kl, coef, adaptive, 100 * coef, token if full else None,
-    )  # fmt: skip
+    gae = gae_arguments(
+        rows,
+        steps,
+        cu_seqlens,
+        token,
+        rewards=token if full else None,
+        terminal_rewards=column,
+        values=token,
+        last_values=column if full else None,
+        mask=flags(token, full),
+        gamma=1 - coef,
+        gae_lambda=0.95,
+        mask_mode=mask_mode,
+        starts_at_t=False,
+    )
+    arguments = ShapedGaeArguments(
+        gae=gae,
+        logprobs=token,
+        ref_logprobs=token,
+        kl=kl,
+        kl_coef=coef,
+        adaptive_kl_coef=adaptive,
+        log_ratio_limit=100 * coef,
+        shaped_rewards=token if full else None,
+    )
+    _triton.shaped_gae(arguments)
 
 
 def configurations(all_of_them: bool) -> Iterator[Launch]:

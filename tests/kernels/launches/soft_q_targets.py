@@ -5,6 +5,8 @@ from functools import partial
 
 import torch
 
+from warpo.kernels._arguments.soft_q_targets import SoftQTargetsArguments
+
 Launch = tuple[str, Callable[[], None]]
 
 
@@ -13,9 +15,18 @@ def soft_q_targets(dtype: torch.dtype, count: int = 100, gamma: float = 0.99) ->
 
     given = torch.empty(count, dtype=dtype)
     ends = torch.empty(count, dtype=torch.bool)
-    _triton.soft_q_targets(
-        count, given, ends, given, given, given, torch.empty(()), gamma, torch.empty(count)
+    arguments = SoftQTargetsArguments(
+        transitions=count,
+        rewards=given,
+        terminated=ends,
+        next_q1=given,
+        next_q2=given,
+        next_logprobs=given,
+        alpha=torch.empty(()),
+        gamma=gamma,
+        targets=torch.empty(count),
     )
+    _triton.soft_q_targets(arguments)
 
 
 def configurations(all_of_them: bool) -> Iterator[Launch]:

@@ -5,23 +5,46 @@ from functools import partial
 
 import torch
 
+from warpo.kernels._arguments.squashed_gaussian import (
+    SquashedGaussianArguments,
+    SquashedGaussianBackwardArguments,
+)
+
 Launch = tuple[str, Callable[[], None]]
 
 
 def squashed_gaussian(
-    dtype: torch.dtype, of_actions: bool, of_logprobs: bool,
-    rows: int = 256, columns: int = 6, low: float = -20.0,
-) -> None:  # fmt: skip
+    dtype: torch.dtype,
+    of_actions: bool,
+    of_logprobs: bool,
+    rows: int = 256,
+    columns: int = 6,
+    low: float = -20.0,
+) -> None:
     from warpo.kernels import _triton
 
     given = torch.empty(rows, columns, dtype=dtype)
     actions, logprobs = torch.empty(rows, columns), torch.empty(rows)
-    common = (rows, columns, given, given, given, low, low / -10)
-    _triton.squashed_gaussian_forward(*common, actions, logprobs)
-    _triton.squashed_gaussian_backward(
-        *common, None, None, actions if of_actions else None, logprobs if of_logprobs else None,
-        actions, actions,
-    )  # fmt: skip
+    forward = SquashedGaussianArguments(
+        rows=rows,
+        columns=columns,
+        mean=given,
+        log_std=given,
+        noise=given,
+        log_std_min=low,
+        log_std_max=low / -10,
+        actions=actions,
+        logprobs=logprobs,
+    )
+    _triton.squashed_gaussian_forward(forward)
+    backward = SquashedGaussianBackwardArguments(
+        forward=forward._replace(actions=None, logprobs=None),
+        grad_actions=actions if of_actions else None,
+        grad_logprobs=logprobs if of_logprobs else None,
+        grad_mean=actions,
+        grad_log_std=actions,
+    )
+    _triton.squashed_gaussian_backward(backward)
 
 
 def configurations(all_of_them: bool) -> Iterator[Launch]:

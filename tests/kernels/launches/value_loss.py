@@ -6,24 +6,44 @@ from functools import partial
 import torch
 
 from tests.kernels.launches import flags
+from warpo.kernels._arguments.value_loss import ValueLossArguments
+from warpo.kernels.value_loss import VALUE_METRICS
 
 Launch = tuple[str, Callable[[], None]]
 
 
 def value_loss(
-    dtype: torch.dtype, packed: bool, clip: bool, mean: bool,
-    rows: int = 4, steps: int = 100, clip_range: float = 0.2,
-) -> None:  # fmt: skip
+    dtype: torch.dtype,
+    packed: bool,
+    clip: bool,
+    mean: bool,
+    rows: int = 4,
+    steps: int = 100,
+    clip_range: float = 0.2,
+) -> None:
     from warpo.kernels import _triton
 
     token = torch.empty(1, steps, dtype=dtype).expand(rows, steps)
     cu_seqlens = torch.zeros(rows + 1, dtype=torch.int32) if packed else None
     scalar = torch.empty(())
-    _triton.value_loss(
-        rows, steps, cu_seqlens, token, token if clip else None, token, flags(token, mean), mean,
-        clip_range, 2 * clip_range, scalar, torch.empty(rows, steps), torch.empty(rows, 7), scalar,
-        torch.empty(7),
-    )  # fmt: skip
+    arguments = ValueLossArguments(
+        sequences=rows,
+        steps=steps,
+        cu_seqlens=cu_seqlens,
+        values=token,
+        old_values=token if clip else None,
+        returns=token,
+        mask=flags(token, mean),
+        sequence_mean=mean,
+        clip_range=clip_range,
+        huber_delta=2 * clip_range,
+        denominator=scalar,
+        grad_values=torch.empty(rows, steps),
+        partials=torch.empty(rows, len(VALUE_METRICS)),
+        loss=scalar,
+        metrics=torch.empty(len(VALUE_METRICS)),
+    )
+    _triton.value_loss(arguments)
 
 
 def configurations(all_of_them: bool) -> Iterator[Launch]:

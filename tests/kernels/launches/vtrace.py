@@ -6,7 +6,15 @@ from functools import partial
 import torch
 
 from tests.kernels.launches import flags
-from tests.kernels.launches.gae import CARRY, COMPACT, Launch, per_step
+from tests.kernels.launches.gae import (
+    CARRY,
+    COMPACT,
+    LAYOUTS,
+    Launch,
+    gae_arguments,
+    per_step,
+)
+from warpo.kernels._arguments.gae import VtraceArguments
 
 
 def vtrace(
@@ -15,20 +23,37 @@ def vtrace(
     from warpo.kernels import _triton
 
     steps, token, cu_seqlens = per_step(rows, steps, layout)
-    final = token if full else None
-    masks = [flags(token, full) for _ in range(3)]
-    _triton.vtrace(
-        rows, steps, cu_seqlens, token, None, token, torch.empty(rows, 1), final, *masks, None,
-        None, 0.99, 1.0, mask_mode, False, token, token, token, token, rho_max, 1.0, 2 * rho_max,
-        20.0,
-    )  # fmt: skip
+    gae = gae_arguments(
+        rows,
+        steps,
+        cu_seqlens,
+        token,
+        rewards=token,
+        values=token,
+        last_values=torch.empty(rows, 1),
+        final_values=token if full else None,
+        mask=flags(token, full),
+        terminated=flags(token, full),
+        truncated=flags(token, full),
+        gamma=0.99,
+        gae_lambda=1.0,
+        mask_mode=mask_mode,
+        starts_at_t=False,
+    )
+    arguments = VtraceArguments(
+        gae=gae,
+        logprobs=token,
+        old_logprobs=token,
+        rho_max=rho_max,
+        c_max=1.0,
+        pg_rho_max=2 * rho_max,
+        log_ratio_limit=20.0,
+    )
+    _triton.vtrace(arguments)
 
 
 def configurations(all_of_them: bool) -> Iterator[Launch]:
-    for layout, steps in (
-        ("dense time", 10), ("dense time", 100), ("dense time", 2000), ("dense rows", 50),
-        ("packed", 50),
-    ):  # fmt: skip
+    for layout, steps in LAYOUTS:
         yield f"{layout} {steps} flags", partial(vtrace, 64, steps, layout, True, COMPACT)
         if all_of_them:
             yield f"{layout} {steps}", partial(vtrace, 64, steps, layout, False, CARRY)

@@ -6,6 +6,7 @@ from functools import partial
 import torch
 
 from tests.kernels.launches import flags
+from warpo.kernels._arguments.whiten import WhitenArguments, WhitenBackwardArguments
 
 Launch = tuple[str, Callable[[], None]]
 
@@ -16,9 +17,20 @@ def whiten(
     from warpo.kernels import _triton
 
     x, result = torch.empty(rows, columns, dtype=dtype), torch.empty(rows, columns)
-    common = (rows, columns, x, flags(x, masked), shift_mean, 1 / columns, torch.empty(1024, 3))
-    _triton.whiten_forward(*common, torch.empty(3), result)
-    _triton.whiten_backward(*common, torch.empty(3), None, result, result)
+    forward = WhitenArguments(
+        rows=rows,
+        columns=columns,
+        x=x,
+        mask=flags(x, masked),
+        shift_mean=shift_mean,
+        eps=1 / columns,
+        partials=torch.empty(1024, 3),
+        stats=torch.empty(3),
+        whitened=result,
+    )
+    _triton.whiten_forward(forward)
+    backward = WhitenBackwardArguments(forward=forward, grad_whitened=result, grad_x=result)
+    _triton.whiten_backward(backward)
 
 
 def configurations(all_of_them: bool) -> Iterator[Launch]:

@@ -1,0 +1,13 @@
+"""The structs of csrc/arguments/fingerprint.h, which describes the fields."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class FingerprintArguments(NamedTuple):
+    rows: int
+    columns: int
+    tensor: Tensor
+    partials: Tensor
+    fingerprint: Tensor

@@ -1,0 +1,46 @@
+"""The structs of csrc/arguments/preference_loss.h, which describes the fields."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class AnswersArguments(NamedTuple):
+    steps: int
+    cu_seqlens: Tensor | None
+    logprobs: Tensor
+    ref_logprobs: Tensor | None
+    mask: Tensor | None
+    grad_logprobs: Tensor | None
+
+
+class PreferenceLossArguments(NamedTuple):
+    pairs: int
+    chosen: AnswersArguments
+    rejected: AnswersArguments
+    link: int
+    length_normalise: bool
+    odds: bool
+    beta: float
+    margin: float
+    positive_weight: float
+    negative_weight: float
+    nll_coef: float
+    denominator: Tensor
+    partials: Tensor
+    loss: Tensor
+    metrics: Tensor
+
+
+class KtoLossArguments(NamedTuple):
+    examples: int
+    answers: AnswersArguments
+    desirable: Tensor
+    kl: Tensor
+    beta: float
+    desirable_weight: float
+    undesirable_weight: float
+    denominator: Tensor
+    partials: Tensor
+    loss: Tensor
+    metrics: Tensor

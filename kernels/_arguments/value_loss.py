@@ -1,0 +1,23 @@
+"""The structs of csrc/arguments/value_loss.h, which describes the fields."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class ValueLossArguments(NamedTuple):
+    sequences: int
+    steps: int
+    cu_seqlens: Tensor | None
+    values: Tensor
+    old_values: Tensor | None
+    returns: Tensor
+    mask: Tensor | None
+    sequence_mean: bool
+    clip_range: float
+    huber_delta: float
+    denominator: Tensor
+    grad_values: Tensor | None
+    partials: Tensor
+    loss: Tensor
+    metrics: Tensor
