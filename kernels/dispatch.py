@@ -94,6 +94,6 @@ def load(name: str) -> Backend:
     if importlib.util.find_spec(f"warpo.kernels._{name}") is None:
         cure = "with nvcc on the PATH" if name == "cuda" else "with a C++ compiler"
         raise RuntimeError(f"backend {name!r} is not built: run `pip install -e .` {cure}")
-    from warpo.kernels.native import Native
+    from warpo.kernels._native import Native
 
     return cast(Backend, Native(importlib.import_module(f"warpo.kernels._{name}")))

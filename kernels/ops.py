@@ -11,37 +11,35 @@ device.
     advantages, returns = ops.gae(rewards, values, gamma=1.0, gae_lambda=0.95, mask=mask)
 """
 
-from warpo.kernels.adamw_publish import AdamwPublish, adamw_publish
-from warpo.kernels.aggregate import aggregate
-from warpo.kernels.approx_kl import approx_kl
-from warpo.kernels.fingerprint import fingerprint
-from warpo.kernels.gae import Gae, gae
-from warpo.kernels.group_advantages import GroupAdvantages, group_advantages
-from warpo.kernels.kept_set_logprobs import kept_set_logprobs
-from warpo.kernels.kto_loss import (
+from warpo.kernels._adamw_publish import AdamwPublish, adamw_publish
+from warpo.kernels._aggregate import aggregate
+from warpo.kernels._approx_kl import approx_kl
+from warpo.kernels._fingerprint import fingerprint
+from warpo.kernels._gae import Gae, gae
+from warpo.kernels._group_advantages import GroupAdvantages, group_advantages
+from warpo.kernels._kept_set_logprobs import kept_set_logprobs
+from warpo.kernels._kto_loss import (
     KTO_METRICS,
     KtoLoss,
     kto_loss,
     kto_metrics,
     kto_reference_point,
 )
-from warpo.kernels.linear_logprobs import linear_logprobs, linear_logprobs_and_entropy
-from warpo.kernels.logprobs import LogprobsAndEntropy, logprobs, logprobs_and_entropy
-from warpo.kernels.objectives import OBJECTIVES, Objective, get_objective
-from warpo.kernels.policy_loss import PolicyLoss, policy_loss
-from warpo.kernels.policy_loss_from_hidden import PolicyLossFromHidden, policy_loss_from_hidden
-from warpo.kernels.policy_loss_from_logits import PolicyLossFromLogits, policy_loss_from_logits
-from warpo.kernels.policy_metrics import METRICS, policy_metrics, sum_metrics
-from warpo.kernels.preference_loss import (
+from warpo.kernels._linear_logprobs import linear_logprobs, linear_logprobs_and_entropy
+from warpo.kernels._logprobs import LogprobsAndEntropy, logprobs, logprobs_and_entropy
+from warpo.kernels._policy_loss import PolicyLoss, policy_loss
+from warpo.kernels._policy_loss_from_hidden import PolicyLossFromHidden, policy_loss_from_hidden
+from warpo.kernels._policy_loss_from_logits import PolicyLossFromLogits, policy_loss_from_logits
+from warpo.kernels._policy_metrics import METRICS, policy_metrics, sum_metrics
+from warpo.kernels._preference_loss import (
     PREFERENCE_METRICS,
     PreferenceLoss,
     preference_loss,
     preference_metrics,
 )
-from warpo.kernels.preferences import PREFERENCES, Preference, get_preference
-from warpo.kernels.process_advantages import ProcessAdvantages, process_advantages
-from warpo.kernels.returns import discounted_returns, lambda_returns
-from warpo.kernels.reward_model_loss import (
+from warpo.kernels._process_advantages import ProcessAdvantages, process_advantages
+from warpo.kernels._returns import discounted_returns, lambda_returns
+from warpo.kernels._reward_model_loss import (
     REWARD_METRICS,
     RewardModelLoss,
     merge_reward_model_metrics,
@@ -49,18 +47,20 @@ from warpo.kernels.reward_model_loss import (
     reward_model_loss,
     reward_model_metrics,
 )
-from warpo.kernels.shaped_gae import ShapedGae, shaped_gae
-from warpo.kernels.soft_q_targets import soft_q_targets
-from warpo.kernels.squashed_gaussian import SquashedGaussian, squashed_gaussian
-from warpo.kernels.value_loss import (
+from warpo.kernels._shaped_gae import ShapedGae, shaped_gae
+from warpo.kernels._soft_q_targets import soft_q_targets
+from warpo.kernels._squashed_gaussian import SquashedGaussian, squashed_gaussian
+from warpo.kernels._value_loss import (
     VALUE_METRICS,
     ValueLoss,
     merge_value_metrics,
     value_loss,
     value_metrics,
 )
-from warpo.kernels.vtrace import Vtrace, vtrace
-from warpo.kernels.whiten import whiten
+from warpo.kernels._vtrace import Vtrace, vtrace
+from warpo.kernels._whiten import whiten
+from warpo.kernels.objectives import OBJECTIVES, Objective, get_objective
+from warpo.kernels.preferences import PREFERENCES, Preference, get_preference
 
 __all__ = [
     "KTO_METRICS",

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from warpo.kernels._policy_metrics import METRICS
 from warpo.kernels._triton.policy_sequence import load, valid
 from warpo.kernels._triton.policy_terms import (
     GEOMETRIC,
@@ -18,7 +19,6 @@ from warpo.kernels._triton.policy_terms import (
     surrogate_terms,
 )
 from warpo.kernels._triton.sequences import weighted
-from warpo.kernels.policy_metrics import METRICS
 
 INF = tl.constexpr(float("inf"))
 NUM_METRICS = tl.constexpr(len(METRICS))

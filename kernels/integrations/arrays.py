@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from warpo.kernels import dispatch, ops, scan
+from warpo.kernels import _scan, dispatch, ops
 from warpo.kernels._arguments.gae import GaeArguments, ScanArguments
-from warpo.kernels.checks import FLAGS, FLOATS
-from warpo.kernels.native import DTYPE_CODES
+from warpo.kernels._checks import FLAGS, FLOATS
+from warpo.kernels._native import DTYPE_CODES
+from warpo.kernels._policy_metrics import METRICS
 from warpo.kernels.objectives import Objective
-from warpo.kernels.policy_metrics import METRICS
 
 Array = Any
 """numpy.ndarray or Tensor."""
@@ -85,8 +85,8 @@ def gae(
     dones, next_done = convert("dones", dones, like), convert("next_done", next_done, like)
     next_value = convert("next_value", next_value, like)
     _check_shapes(rewards, values, dones, next_value, next_done)
-    scan.check_discount("gamma", gamma)
-    scan.check_discount("gae_lambda", gae_lambda)
+    _scan.check_discount("gamma", gamma)
+    _scan.check_discount("gae_lambda", gae_lambda)
     if isinstance(rewards, Tensor):
         dtype: Any = torch.promote_types(rewards.dtype, values.dtype)
         known: Any = _KNOWN

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from warpo.kernels import dispatch
-from warpo.kernels.checks import FLOATS
+from warpo.kernels._checks import FLOATS
 
 
 class PassOn(Exception):

@@ -14,7 +14,7 @@ from torch import Tensor
 from tests.kernels.backends import DEVICE
 from tests.kernels.operations import OPERATIONS, Operation
 from tests.kernels.test_contract import run
-from warpo.kernels import dispatch, offsets, ops
+from warpo.kernels import _offsets, dispatch, ops
 
 EXTREMES = (-(2**31), -1, 2**31 - 1)
 
@@ -22,7 +22,7 @@ EXTREMES = (-(2**31), -1, 2**31 - 1)
 def malformed(offsets: Tensor, bound: int, generator: torch.Generator, extreme: bool) -> Tensor:
     """Random offsets of which one at least is malformed."""
     while True:
-        count = offsets.numel()
+        count = _offsets.numel()
         found = torch.randint(-2, bound + 3, (count,), generator=generator)
         if torch.rand((), generator=generator) < 0.7:
             found = found.sort().values
@@ -97,7 +97,7 @@ def main(backend: str) -> None:
         from warpo.kernels import _cpu
 
         unchecked = backend == "triton" or _cpu.instruction_set() == "emulated"
-        offsets._on_host = lambda _: False
+        _offsets._on_host = lambda _: False
     if unchecked:
         dispatch.load(backend)
         interpreted = DEVICE == "cpu" and backend == "triton"

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from warpo.kernels.registration import Operator
+from warpo.kernels._registration import Operator
 
 
 def opcheck(operator: Operator, inputs: Any, **options: Any) -> None:

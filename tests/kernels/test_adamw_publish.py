@@ -9,7 +9,7 @@ from tests.oracles.adamw import adamw as oracle
 from tests.oracles.adamw import random_bits, round_at_random
 from tests.tolerance import ADAMW_ABSOLUTE, ADAMW_RELATIVE, SUM_RELATIVE, assert_close
 from warpo.kernels import ops, reference
-from warpo.kernels.adamw_publish import AdamwPublishInputs, _operator
+from warpo.kernels._adamw_publish import AdamwPublishInputs, _operator
 
 HYPER = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1}
 

@@ -21,7 +21,7 @@ from warpo.kernels._arguments import backend as backends
 from warpo.kernels._arguments.aggregate import MIN_PARTS
 from warpo.kernels._arguments.policy_loss import MIN_PARTIALS, ObjectiveArguments
 from warpo.kernels._arguments.reward_model_loss import PAIRS_PER_BLOCK
-from warpo.kernels.policy_metrics import METRICS
+from warpo.kernels._policy_metrics import METRICS
 
 ROOT = Path(__file__).parents[2]
 HEADERS = {path.stem: path for path in sorted((ROOT / "csrc/arguments").glob("*.h"))}

@@ -15,7 +15,7 @@ from warpo.kernels._arguments.squashed_gaussian import (
     SquashedGaussianArguments,
     SquashedGaussianBackwardArguments,
 )
-from warpo.kernels.native import Native
+from warpo.kernels._native import Native
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="`make gpu` tests the GPU's kernels")
 
@@ -83,7 +83,7 @@ def test_the_threads_are_those_of_torch():
     code = """
 import torch
 from warpo.kernels import _cpu, ops
-from warpo.kernels.native import Native
+from warpo.kernels._native import Native
 ops.logprobs(torch.randn(64, 50000), torch.zeros(64, dtype=torch.int64))
 lines = open("/proc/self/maps").read().split()
 print(len({word for word in lines if "gomp" in word or "libomp" in word or "iomp" in word}))
@@ -95,7 +95,7 @@ def test_set_num_threads_is_obeyed():
     code = """
 import time, torch
 from warpo.kernels import _cpu, ops
-from warpo.kernels.native import Native
+from warpo.kernels._native import Native
 torch.set_num_threads(1)
 logits, targets = torch.randn(256, 100000), torch.zeros(256, dtype=torch.int64)
 ops.logprobs(logits, targets)

@@ -7,7 +7,7 @@ from tests.kernels.backends import BACKENDS, DEVICE, DTYPES, each_backend, examp
 from tests.kernels.opcheck import opcheck
 from tests.oracles.adamw import fingerprint as oracle
 from warpo.kernels import ops, reference
-from warpo.kernels.fingerprint import FingerprintInputs, _operator
+from warpo.kernels._fingerprint import FingerprintInputs, _operator
 
 
 def bits(tensor: torch.Tensor) -> list[int]:

@@ -21,8 +21,8 @@ from tests.kernels.scans import (
 )
 from tests.oracles import gae as oracle
 from warpo.kernels import ops, reference
-from warpo.kernels.gae_operator import GaeInputs, gae_operator
-from warpo.kernels.scan import Steps, as_inputs
+from warpo.kernels._gae_operator import GaeInputs, gae_operator
+from warpo.kernels._scan import Steps, as_inputs
 
 GAMMAS, LAMBDAS = [1.0, 0.99, 0.5, 0.0], [1.0, 0.95, 0.0]
 

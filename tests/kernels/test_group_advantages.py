@@ -8,7 +8,7 @@ from tests.kernels.opcheck import opcheck
 from tests.oracles.group_advantages import leave_one_out_std
 from tests.tolerance import SUM_RELATIVE, assert_close
 from warpo.kernels import ops, reference
-from warpo.kernels.group_advantages import GroupAdvantagesInputs, _operator
+from warpo.kernels._group_advantages import GroupAdvantagesInputs, _operator
 
 
 @st.composite

@@ -16,7 +16,7 @@ from tests.tolerance import (
     assert_close,
 )
 from warpo.kernels import ops, reference
-from warpo.kernels.kept_set_logprobs import KeptSetLogprobsInputs, _operator
+from warpo.kernels._kept_set_logprobs import KeptSetLogprobsInputs, _operator
 
 
 def kept_sets(

@@ -29,8 +29,8 @@ from tests.tolerance import (
     head_gradient,
 )
 from warpo.bench.timing import peak_bytes
-from warpo.kernels import linear_head, ops, reference
-from warpo.kernels.linear_logprobs_operator import LinearLogprobsInputs, linear_logprobs_operator
+from warpo.kernels import _linear_head, ops, reference
+from warpo.kernels._linear_logprobs_operator import LinearLogprobsInputs, linear_logprobs_operator
 
 WORKER = Path(__file__).with_name("linear_logprobs_worker.py")
 
@@ -167,9 +167,9 @@ def problem(dtype=torch.float32, tokens=64, vocab=301, size=24):
     return hidden, weight, targets
 
 
-def new_head(hidden: Tensor, weight: Tensor, room: int) -> linear_head.LinearHead:
+def new_head(hidden: Tensor, weight: Tensor, room: int) -> _linear_head.LinearHead:
     valid = torch.ones(hidden.shape[0], dtype=torch.bool, device=DEVICE)
-    return linear_head.LinearHead(
+    return _linear_head.LinearHead(
         hidden.detach()[None], weight.detach(), None, 0.0, valid, -1, room, True
     )
 
@@ -183,7 +183,7 @@ def test_the_number_of_chunks_does_not_change_the_gradient_of_the_weight(backend
         # room for 64 / chunks tokens, with what the plan puts aside
         bytes_per_token = 4 * 301 + 8 * 24
         room = 64 // chunks * bytes_per_token + bytes_per_token // 2
-        converts = dtype != torch.float32 and linear_head.own_product(weight) is None
+        converts = dtype != torch.float32 and _linear_head.own_product(weight) is None
         room = room * 8 // (6 if converts else 7) + 16
         assert len(new_head(hidden, weight, room).chunks()) == chunks
         logp = ops.linear_logprobs(hidden, weight, targets, workspace_bytes=room, backend=backend)
@@ -221,9 +221,9 @@ def test_gradients_are_summed_in_float32_and_rounded_once(dtype, room):
 @pytest.mark.parametrize("num_valid", [None, 30, 64, 100])
 def test_compaction_without_asking_the_device(backend, num_valid, monkeypatch):
     """What a GPU does: a stable sort and the caller's bound in place of a count."""
-    compact = linear_head._compact
+    compact = _linear_head._compact
     monkeypatch.setattr(
-        linear_head, "_compact", lambda valid, bound, on_cpu: compact(valid, bound, False)
+        _linear_head, "_compact", lambda valid, bound, on_cpu: compact(valid, bound, False)
     )
     hidden, weight, targets = problem()
     mask = torch.arange(64, device=DEVICE) % 7 < 3
@@ -246,9 +246,9 @@ def test_compaction_without_asking_the_device(backend, num_valid, monkeypatch):
 
 
 def test_a_bound_below_the_number_of_valid_tokens_leaves_nan(monkeypatch):
-    compact = linear_head._compact
+    compact = _linear_head._compact
     monkeypatch.setattr(
-        linear_head, "_compact", lambda valid, bound, on_cpu: compact(valid, bound, False)
+        _linear_head, "_compact", lambda valid, bound, on_cpu: compact(valid, bound, False)
     )
     hidden, weight, targets = problem()
     mask = torch.arange(64, device=DEVICE) % 2 == 0

@@ -15,9 +15,9 @@ from tests.tolerance import (
     LOGPROB_RELATIVE,
     assert_close,
 )
-from warpo.kernels import logprobs_operator as operator_module
+from warpo.kernels import _logprobs_operator as operator_module
 from warpo.kernels import ops, reference
-from warpo.kernels.logprobs_operator import LogprobsInputs, logprobs_operator
+from warpo.kernels._logprobs_operator import LogprobsInputs, logprobs_operator
 
 
 @st.composite

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.kernels.backends import BACKENDS, DEVICE, each_backend
-from warpo.kernels import offsets, ops
+from warpo.kernels import _offsets, ops
 
 ROOT = Path(__file__).parents[2]
 # two sequences and four tokens of padding
@@ -117,7 +117,7 @@ def test_without_sequences_all_tokens_are_0(backend):
 
 def test_is_malformed():
     def malformed(*values: int) -> bool:
-        return bool(offsets.is_malformed(torch.tensor(values, dtype=torch.int32), 10))
+        return bool(_offsets.is_malformed(torch.tensor(values, dtype=torch.int32), 10))
 
     assert not malformed(0, 4, 10) and not malformed(3) and not malformed(2, 2, 2)
     assert malformed(-1, 4) and malformed(0, 11) and malformed(0, 5, 4) and malformed(11)

@@ -14,8 +14,8 @@ from tests.kernels.policy_loss_cases import LEVELS, cases, exact_loss, near_a_bo
 from tests.tolerance import ROUNDING, SUM_RELATIVE, assert_close
 from warpo.kernels import ops
 from warpo.kernels._arguments.policy_loss import KlPenaltyArguments
+from warpo.kernels._policy_loss import PolicyLossInputs, _operator
 from warpo.kernels.objectives import OBJECTIVES, Objective
-from warpo.kernels.policy_loss import PolicyLossInputs, _operator
 
 
 @each_backend

@@ -7,7 +7,7 @@ from torch import Tensor
 from tests.kernels.backends import BACKENDS, DEVICE, dtypes, each_backend, examples
 from tests.kernels.opcheck import opcheck
 from tests.tolerance import SUM_RELATIVE, assert_close, head_gradient
-from warpo.kernels import linear_head, ops, reference
+from warpo.kernels import _linear_head, ops, reference
 
 
 def problem(
@@ -143,13 +143,13 @@ def test_loss_and_gradients_of_every_objective_equal_float64(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS[:1])
 def test_three_matrix_products_where_a_token_knows_its_coefficient(backend, monkeypatch):
-    multiply, calls = linear_head._multiply, []
+    multiply, calls = _linear_head._multiply, []
 
     def counted(*arguments, **options):
         calls.append(arguments)
         multiply(*arguments, **options)
 
-    monkeypatch.setattr(linear_head, "_multiply", counted)
+    monkeypatch.setattr(_linear_head, "_multiply", counted)
     cases = (
         ("grpo", True, None, 3),
         ("gspo", False, None, 3),
@@ -262,7 +262,7 @@ def test_runs_are_bit_equal_and_a_graph_can_be_walked_twice(backend):
 
 @each_backend
 def test_opcheck(backend, monkeypatch):
-    from warpo.kernels import policy_loss_from_hidden as module
+    from warpo.kernels import _policy_loss_from_hidden as module
 
     seen, operator = [], module._operator
     monkeypatch.setattr(module, "_operator", lambda x: seen.append(x) or operator(x))

@@ -20,8 +20,8 @@ from tests.tolerance import (
 )
 from warpo.kernels import ops, reference
 from warpo.kernels._arguments.policy_loss import KlPenaltyArguments
+from warpo.kernels._policy_loss_from_logits import PolicyLossFromLogitsInputs, _operator
 from warpo.kernels.objectives import OBJECTIVES, Objective
-from warpo.kernels.policy_loss_from_logits import PolicyLossFromLogitsInputs, _operator
 
 
 @st.composite

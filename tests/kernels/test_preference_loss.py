@@ -9,9 +9,9 @@ from tests.kernels.preference_cases import answers, lists_of, magnitude
 from tests.oracles import preference_loss as oracle
 from tests.tolerance import ROUNDING, SUM_RELATIVE, assert_close
 from warpo.kernels import ops, reference
-from warpo.kernels.kto_loss import KtoLossInputs
-from warpo.kernels.kto_loss import _operator as kto_operator
-from warpo.kernels.preference_loss import AnswersInputs, PreferenceLossInputs, _operator
+from warpo.kernels._kto_loss import KtoLossInputs
+from warpo.kernels._kto_loss import _operator as kto_operator
+from warpo.kernels._preference_loss import AnswersInputs, PreferenceLossInputs, _operator
 from warpo.kernels.preferences import PREFERENCES, Preference
 
 

@@ -8,7 +8,7 @@ from tests.kernels.opcheck import opcheck
 from tests.oracles.process_advantages import process_advantages as oracle
 from tests.tolerance import SUM_RELATIVE, assert_close
 from warpo.kernels import ops, reference
-from warpo.kernels.process_advantages import ProcessAdvantagesInputs, _operator
+from warpo.kernels._process_advantages import ProcessAdvantagesInputs, _operator
 
 
 @st.composite

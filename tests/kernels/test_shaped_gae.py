@@ -14,8 +14,8 @@ from tests.kernels.opcheck import opcheck
 from tests.kernels.scans import assert_scan_close, every_case, on_rows, scan_cases
 from tests.oracles import shaped_gae as oracle
 from warpo.kernels import ops, reference
-from warpo.kernels.scan import Steps, as_inputs
-from warpo.kernels.shaped_gae import ShapedGaeInputs, _operator
+from warpo.kernels._scan import Steps, as_inputs
+from warpo.kernels._shaped_gae import ShapedGaeInputs, _operator
 
 RESULTS = ("advantages", "returns", "rewards")
 PER_STEP = ("logprobs", "ref_logprobs", "values", "rewards")

@@ -9,7 +9,7 @@ from tests.kernels.opcheck import opcheck
 from tests.oracles import soft_q_targets as oracle
 from tests.tolerance import SQUASHED_RELATIVE, assert_close
 from warpo.kernels import ops, reference
-from warpo.kernels.soft_q_targets import SoftQTargetsInputs, _operator
+from warpo.kernels._soft_q_targets import SoftQTargetsInputs, _operator
 
 
 @st.composite

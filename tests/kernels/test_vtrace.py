@@ -16,8 +16,8 @@ from tests.kernels.opcheck import opcheck
 from tests.kernels.scans import assert_scan_close, every_case, on_rows, scan_cases
 from tests.oracles import vtrace as oracle
 from warpo.kernels import ops, reference
-from warpo.kernels.scan import Steps, as_inputs
-from warpo.kernels.vtrace import VtraceInputs, _operator
+from warpo.kernels._scan import Steps, as_inputs
+from warpo.kernels._vtrace import VtraceInputs, _operator
 
 PER_STEP = ("logprobs", "old_logprobs", "rewards", "values")
 NUMBERS = st.fixed_dictionaries(

@@ -8,7 +8,7 @@ from tests.kernels.opcheck import opcheck
 from tests.oracles.whiten import whiten as oracle
 from tests.tolerance import WHITEN_ABSOLUTE, WHITEN_RELATIVE, assert_close
 from warpo.kernels import ops, reference
-from warpo.kernels.whiten import WhitenInputs, _operator
+from warpo.kernels._whiten import WhitenInputs, _operator
 
 LAYOUTS = st.sampled_from(["dense", "sliced", "transposed"])
 

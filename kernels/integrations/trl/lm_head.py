@@ -16,11 +16,11 @@ from torch import Tensor
 
 from warpo.kernels import dispatch
 from warpo.kernels._arguments.logprobs import LogprobsArguments, LogprobsBackwardArguments
-from warpo.kernels.checks import FLOATS
+from warpo.kernels._checks import FLOATS
+from warpo.kernels._linear_head import LinearHead, check_chunking
+from warpo.kernels._logprobs_operator import workspace
 from warpo.kernels.integrations.serving import require, require_served
 from warpo.kernels.integrations.trl._library import library
-from warpo.kernels.linear_head import LinearHead, check_chunking
-from warpo.kernels.logprobs_operator import workspace
 
 NONE_IGNORED = torch.iinfo(torch.int64).min
 # TRL's results beside log-probabilities and entropy, in its order: no gradient flows through them

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from warpo.kernels import ops
+from warpo.kernels._policy_metrics import METRICS
 from warpo.kernels.integrations.serving import PassOn, as_flags, require, require_served
 from warpo.kernels.integrations.trl._library import library
 from warpo.kernels.integrations.trl.policy_metrics import (
@@ -28,7 +29,6 @@ from warpo.kernels.integrations.trl.policy_metrics import (
     log_clipped,
 )
 from warpo.kernels.objectives import Objective
-from warpo.kernels.policy_metrics import METRICS
 
 LOG_RATIO_LIMIT = 80.0
 FEW_TOKENS = 1 << 14

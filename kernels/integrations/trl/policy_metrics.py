@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from warpo.kernels.policy_metrics import METRICS
+from warpo.kernels._policy_metrics import METRICS
 
 # One figure, that of the whole batch.
 TOTALS = {"cispo": "cispo_clip_ratio"}

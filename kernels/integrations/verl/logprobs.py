@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from warpo.kernels import ops
-from warpo.kernels.checks import as_rows
+from warpo.kernels._checks import as_rows
 from warpo.kernels.integrations.serving import require, require_served
 from warpo.kernels.integrations.verl._library import library
 

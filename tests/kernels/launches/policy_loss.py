@@ -13,7 +13,7 @@ from warpo.kernels._arguments.policy_loss import (
     ObjectiveArguments,
     PolicyLossArguments,
 )
-from warpo.kernels.policy_metrics import METRICS
+from warpo.kernels._policy_metrics import METRICS
 
 Launch = tuple[str, Callable[[], None]]
 

@@ -11,8 +11,8 @@ from warpo.kernels._arguments.preference_loss import (
     KtoLossArguments,
     PreferenceLossArguments,
 )
-from warpo.kernels.kto_loss import KTO_METRICS
-from warpo.kernels.preference_loss import PREFERENCE_METRICS
+from warpo.kernels._kto_loss import KTO_METRICS
+from warpo.kernels._preference_loss import PREFERENCE_METRICS
 
 Launch = tuple[str, Callable[[], None]]
 

@@ -11,7 +11,7 @@ from warpo.kernels._arguments.reward_model_loss import (
     RankingLossArguments,
     RewardModelLossArguments,
 )
-from warpo.kernels.reward_model_loss import REWARD_METRICS
+from warpo.kernels._reward_model_loss import REWARD_METRICS
 
 Launch = tuple[str, Callable[[], None]]
 

@@ -7,7 +7,7 @@ import torch
 
 from tests.kernels.launches import flags
 from warpo.kernels._arguments.value_loss import ValueLossArguments
-from warpo.kernels.value_loss import VALUE_METRICS
+from warpo.kernels._value_loss import VALUE_METRICS
 
 Launch = tuple[str, Callable[[], None]]
 

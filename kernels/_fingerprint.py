@@ -1,0 +1,97 @@
+"""A 64-bit fingerprint of the bits of a tensor: two tensors that should be equal, compared by eight
+bytes.
+
+    fingerprint = sum over j of mix(0x9e3779b97f4a7c15 (j + 1) + word_j)  modulo 2^64
+
+word_j holds 64 bits of the elements in row-major order, 2 of float32 or 4 of 16 bits: the first in
+the lowest bits, zeros after the last. j is its position, so that an exchange is seen; strides do
+not matter. Addition of integers is associative: any order gives the same number, on every device. A
+change of one word always changes it, other changes with all but 2^-64 of the chance. It guards
+against mistakes, not against an adversary. -0 and 0 differ, and so do two NaN with different bits.
+
+Source: mix is that of SplitMix64, Steele, Lea, Flood, "Fast splittable pseudorandom number
+generators", https://doi.org/10.1145/2660193.2660195 figure 16.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from warpo.kernels import dispatch, reference
+from warpo.kernels._arguments.fingerprint import FingerprintArguments
+from warpo.kernels._checks import FLOATS, as_rows, check_tensor
+from warpo.kernels._registration import Operator
+
+# csrc/math/tiles.h: partial results at most
+PARTIALS = 1024
+
+
+class FingerprintInputs(NamedTuple):
+    rows: Tensor
+    backend: str
+
+
+def fingerprint(tensor: Tensor, *, backend: str | None = None) -> Tensor:
+    """The fingerprint of a tensor, which `adamw_publish` gives for what it has published.
+
+    Args:
+        tensor: float32 | bfloat16 | float16, of any shape; dense, or rows of any stride whose last
+            dimension is dense. Only read.
+        backend: reference | cpu | triton | cuda; chosen by device if not given.
+
+    Returns:
+        () int64, on the device: the 64 bits as a signed number. 0 for an empty tensor.
+
+    Raises:
+        ValueError: a dtype, device or layout is not as above.
+
+    Memory beyond arguments and results: 8 KiB.
+    """
+    check_tensor("tensor", tensor, FLOATS)
+    rows = rows_of("tensor", tensor.detach())
+    name = dispatch.choose(tensor, backend)
+    if name == "reference":
+        return reference.fingerprint(rows)
+    return _operator(FingerprintInputs(rows=rows, backend=name))
+
+
+def rows_of(name: str, tensor: Tensor) -> Tensor:
+    """A view [rows, columns] with dense columns: one row if the tensor is dense.
+
+    Raises:
+        ValueError: the strides do not allow it.
+    """
+    if tensor.is_contiguous():
+        return tensor.view(1, -1)
+    rows = as_rows(name, tensor)
+    if rows.stride(1) != 1 and rows.shape[1] != 1:
+        raise ValueError(
+            f"{name} must be dense in its last dimension, got shape {tuple(tensor.shape)} and "
+            f"strides {tensor.stride()}: pass a view whose last stride is 1"
+        )
+    return rows
+
+
+def _forward(inputs: FingerprintInputs) -> Tensor:
+    rows = inputs.rows
+    if rows.numel() == 0:
+        return rows.new_zeros((), dtype=torch.int64)
+    count, columns = rows.shape
+    result = rows.new_empty((), dtype=torch.int64)
+    arguments = FingerprintArguments(
+        rows=count,
+        columns=columns,
+        tensor=rows,
+        partials=rows.new_empty(PARTIALS, dtype=torch.int64),
+        fingerprint=result,
+    )
+    dispatch.load(inputs.backend).fingerprint(arguments)
+    return result
+
+
+def _allocate(inputs: FingerprintInputs) -> Tensor:
+    return inputs.rows.new_empty((), dtype=torch.int64)
+
+
+_operator = Operator("fingerprint", _forward, _allocate)
