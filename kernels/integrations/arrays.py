@@ -22,8 +22,8 @@ from torch import Tensor
 from warpo.kernels import _scan, dispatch, ops
 from warpo.kernels._arguments.gae import GaeArguments, ScanArguments
 from warpo.kernels._checks import FLAGS, FLOATS
-from warpo.kernels._native import DTYPE_CODES
 from warpo.kernels._policy_metrics import METRICS
+from warpo.kernels.integrations._array_views import flags, floats
 from warpo.kernels.objectives import Objective
 
 Array = Any
@@ -210,15 +210,15 @@ def gae_into(
     if not rewards.size:
         return
     arrays = (
-        _floats(rewards),
-        _floats(values),
-        _flags(dones),
-        _floats(next_value.reshape(-1)),
-        _flags(next_done.reshape(-1)),
+        floats(rewards),
+        floats(values),
+        flags(dones),
+        floats(next_value.reshape(-1)),
+        flags(next_done.reshape(-1)),
         advantages,
         returns,
     )
-    r, v, d, last_v, last_d, a, g = map(_view, arrays)
+    r, v, d, last_v, last_d, a, g = map(view, arrays)
     scan = ScanArguments(
         mask=None,
         terminated=d,
@@ -375,34 +375,6 @@ def _check_minibatch(**tensors: Tensor) -> None:
             raise ValueError(f"{name} must be ({size},), got {tuple(tensor.shape)}")
 
 
-def is_readable(array: np.ndarray) -> bool:
-    """True if its strides are multiples of the element, not negative."""
-    return array.flags.aligned and min(array.strides, default=0) >= 0
-
-
-def _floats(array: np.ndarray) -> np.ndarray:
-    array = array.astype(np.float32, copy=False)
-    return array if is_readable(array) else array.copy()
-
-
-def _flags(array: np.ndarray) -> np.ndarray:
-    array = array if array.dtype in (np.bool_, np.uint8) else array != 0
-    return array if is_readable(array) else array.copy()
-
-
-def _view(array: np.ndarray) -> Any:
-    """The View of csrc/view.h of (T, N) or (T,) as [N, T], or of (N,): address, strides, dtype.
-    The array is float32, bool or uint8.
-    """
-    size, strides = array.itemsize, array.strides
-    return array.ctypes.data, strides[-1] // size, strides[0] // size, _CODES[array.dtype.type]
-
-
-_CODES = {
-    np.float32: DTYPE_CODES[torch.float32],
-    np.bool_: DTYPE_CODES[torch.uint8],
-    np.uint8: DTYPE_CODES[torch.uint8],
-}
 _KNOWN = (*FLOATS, torch.float64)
 _NATIVE = frozenset(map(np.dtype, ("float32", "bool", "float64")))
 _FLOATS = (np.float16, np.float32, np.float64)

@@ -1,5 +1,6 @@
 """warpo's kernels inside Stable-Baselines3:
 
+from warpo.kernels.integrations._array_views import is_readable
 from warpo.kernels.integrations import stable_baselines3
 
 stable_baselines3.patch()
@@ -36,7 +37,7 @@ def compute_returns_and_advantage(
     for buffer in buffers:
         require(buffer.dtype == np.float32, "a buffer that is not float32")
         require(buffer.shape == shape, "a buffer of another shape")
-    writable = self.advantages.flags.writeable and arrays.is_readable(self.advantages)
+    writable = self.advantages.flags.writeable and is_readable(self.advantages)
     require(writable, "advantages that are read-only or run backwards")
     require(last_values.numel() == self.n_envs, "last_values that are not one per environment")
     require(dones.shape == shape[1:], "dones that are not one per environment")

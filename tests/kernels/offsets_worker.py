@@ -22,7 +22,7 @@ EXTREMES = (-(2**31), -1, 2**31 - 1)
 def malformed(offsets: Tensor, bound: int, generator: torch.Generator, extreme: bool) -> Tensor:
     """Random offsets of which one at least is malformed."""
     while True:
-        count = _offsets.numel()
+        count = offsets.numel()
         found = torch.randint(-2, bound + 3, (count,), generator=generator)
         if torch.rand((), generator=generator) < 0.7:
             found = found.sort().values
