@@ -23,7 +23,7 @@ from warpo.kernels import _scan, dispatch, ops
 from warpo.kernels._arguments.gae import GaeArguments, ScanArguments
 from warpo.kernels._checks import FLAGS, FLOATS
 from warpo.kernels._policy_metrics import METRICS
-from warpo.kernels.integrations._array_views import flags, floats
+from warpo.kernels.integrations._array_views import flags, floats, view
 from warpo.kernels.objectives import Objective
 
 Array = Any

@@ -1,6 +1,5 @@
 """warpo's kernels inside Stable-Baselines3:
 
-from warpo.kernels.integrations._array_views import is_readable
 from warpo.kernels.integrations import stable_baselines3
 
 stable_baselines3.patch()
@@ -15,6 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from warpo.kernels.integrations import arrays
+from warpo.kernels.integrations._array_views import is_readable
 from warpo.kernels.integrations.patching import Library
 from warpo.kernels.integrations.serving import require
 
