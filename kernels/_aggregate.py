@@ -10,7 +10,7 @@ tokens_b = sum_t m_bt; and another denominator in the place of the count where o
 Backward: d / d x_bt = m_bt w_b, with w_b = 1 / denominator, or 1 / (tokens_b x denominator) for
 "sequence-mean-token-mean".
 
-Sources: mean of each answer, https://arxiv.org/abs/2402.03300 eq. 3; of all tokens,
+Sources: mean of each completion, https://arxiv.org/abs/2402.03300 eq. 3; of all tokens,
 https://arxiv.org/abs/2503.14476 eq. 8; a constant length, https://arxiv.org/abs/2503.20783
 section 3.2.
 """

@@ -3,11 +3,12 @@
     A_i = c (r_i - mean) / (std + eps)        c = 1, or n / (n - 1) with leave_one_out
 
 std is that of the group (sample: divided by n - 1; population: by n) or left out. With
-leave_one_out the baseline of an answer is the mean of the other n - 1: r_i - mean_{j != i} r_j = n
-/ (n - 1) (r_i - mean). A group whose rewards are all equal, of one answer too, teaches nothing: A =
-0 exactly, std = 0, and it is counted.
+leave_one_out the baseline of a completion is the mean of the other n - 1: r_i - mean_{j != i} r_j =
+n / (n - 1) (r_i - mean). A group whose rewards are all equal, of one completion too, teaches
+nothing: A = 0 exactly, std = 0, and it is counted.
 
-With std "leave_one_out" each answer is divided by the sample standard deviation of the other n - 1:
+With std "leave_one_out" each completion is divided by the sample standard deviation of the other n
+- 1:
 
     std_i = sqrt((sum_j (r_j - mean)^2 - n / (n - 1) (r_i - mean)^2) / (n - 2))
 
@@ -81,21 +82,21 @@ def group_advantages(
     eps: float = 1e-6,
     backend: str | None = None,
 ) -> GroupAdvantages:
-    """Advantage of each answer relative to the other answers to its prompt.
+    """Advantage of each completion relative to the other completions to its prompt.
 
     Args:
         rewards: (B,) float32 | bfloat16 | float16, any stride. Differentiable. A NaN stays in its
             group; to leave it out, mask it.
         group_size: G: group g is rewards[g G : (g + 1) G]. B must be a multiple of it.
         group_ids: (B,) int64 | int32 in [0, num_groups), in any order; instead of group_size. An
-            answer with another id, such as -1, belongs to no group, as if masked.
+            completion with another id, such as -1, belongs to no group, as if masked.
         num_groups: number of groups, with group_ids only. A group without members has mean and std
             0.
-        mask: (B,) bool | uint8: the answers that count, such as those whose reward is valid. A
+        mask: (B,) bool | uint8: the completions that count, such as those whose reward is valid. A
             masked one is never read (it may be NaN), is not counted in n, mean, std and
             num_degenerate, and has advantage and gradient 0.
         std: "sample" | "population" | "leave_one_out" | "none".
-        leave_one_out: baseline is the mean of the other answers.
+        leave_one_out: baseline is the mean of the other completions.
         eps: added to the standard deviation.
         backend: reference | cpu | triton | cuda; chosen by device if not given.
 
@@ -108,7 +109,7 @@ def group_advantages(
     Raises:
         ValueError: a shape, dtype, device or option is not as above.
 
-    Memory beyond arguments and results: none with group_size alone; 24 bytes an answer with
+    Memory beyond arguments and results: none with group_size alone; 24 bytes a completion with
     group_ids or mask.
     """
     groups = _check(rewards, group_size, group_ids, num_groups, mask, std, eps)
@@ -216,7 +217,7 @@ def _forward(inputs: GroupAdvantagesInputs) -> tuple[Tensor, Tensor, Tensor, Ten
 
 def _allocate(inputs: GroupAdvantagesInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rewards, groups = inputs.rewards, inputs.num_groups
-    # zeros: an answer whose group id is out of range belongs to no group
+    # zeros: a completion whose group id is out of range belongs to no group
     return (
         rewards.new_zeros(rewards.shape, dtype=torch.float32),
         rewards.new_empty((groups,), dtype=torch.float32),

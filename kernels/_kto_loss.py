@@ -1,12 +1,13 @@
-"""KTO, the loss of answers with a verdict, not of pairs: loss, gradient and metrics in one pass.
+"""KTO, the loss of completions with a verdict, not of pairs: loss, gradient and metrics in one
+pass.
 
     x       = sum over the tokens of log pi - log ref
-    example = desirable_weight (1 - sigmoid(beta (x - kl)))        of a desirable answer
+    example = desirable_weight (1 - sigmoid(beta (x - kl)))        of a desirable completion
               undesirable_weight (1 - sigmoid(beta (kl - x)))      of another
     loss    = 1 / denominator * sum over examples
 
-Backward: every token of an answer has the gradient of its x. No gradient flows through kl, the
-reference point. An answer without valid tokens does not count.
+Backward: every token of a completion has the gradient of its x. No gradient flows through kl, the
+reference point. A completion without valid tokens does not count.
 
 Source: https://arxiv.org/abs/2402.01306 section 4.1.
 """
@@ -29,7 +30,7 @@ from warpo.kernels._checks import (
     check_tensor,
 )
 from warpo.kernels._offsets import check_values, is_malformed, valid_tokens
-from warpo.kernels._preference_loss import AnswersInputs, answers_arguments
+from warpo.kernels._preference_loss import CompletionsInputs, completions_arguments
 from warpo.kernels._registration import Operator
 from warpo.kernels._sequences import as_denominator, check_sequences, empty_float32, scaled
 from warpo.kernels._symbolic import as_scalar
@@ -47,7 +48,7 @@ KTO_METRICS = (
 
 class KtoLossInputs(NamedTuple):
     logprobs: Tensor
-    answers: AnswersInputs
+    completions: CompletionsInputs
     desirable: Tensor
     kl: Tensor
     beta: float
@@ -77,20 +78,21 @@ def kto_loss(
     denominator: float | Tensor | None = None,
     backend: str | None = None,
 ) -> KtoLoss:
-    """Loss of answers of which each is desirable or not.
+    """Loss of completions of which each is desirable or not.
 
     Args:
         logprobs: one a token, (B, T) padded, or (N,) packed with cu_seqlens. float32 | bfloat16 |
-            float16, any strides. Differentiable. Sums over answers, (B,), are sums[:, None].
+            float16, any strides. Differentiable. Sums over completions, (B,), are sums[:, None].
         ref_logprobs: like logprobs: of the reference. A constant.
         desirable: (B,) bool | uint8.
         kl: the reference point, a number or a float32 scalar tensor: `kto_reference_point`.
         beta: how fast the value of a reward saturates.
-        desirable_weight: of the loss of desirable answers.
+        desirable_weight: of the loss of desirable completions.
         undesirable_weight: of the others.
         mask: like logprobs, bool | uint8. Masked slots are never read (they may hold NaN); their
             gradient is 0.
-        cu_seqlens: as in `policy_loss`: answer b is logprobs[cu_seqlens[b] : cu_seqlens[b + 1]].
+        cu_seqlens: as in `policy_loss`: completion b is logprobs[cu_seqlens[b] :
+            cu_seqlens[b + 1]].
         denominator: what the sum over examples is divided by, a number or a scalar tensor:
             examples of the whole optimizer step. Not given: B. 0 gives loss 0.
         backend: reference | cpu | triton | cuda; chosen by device if not given.
@@ -137,14 +139,14 @@ def kto_loss(
             undesirable_weight=undesirable_weight,
         )
         return KtoLoss(loss, metrics)
-    answers = AnswersInputs(
+    completions = CompletionsInputs(
         ref_logprobs=as_rows("ref_logprobs", ref_logprobs),
         mask=None if mask is None else as_rows("mask", mask),
         cu_seqlens=cu_seqlens,
     )
     inputs = KtoLossInputs(
         logprobs=as_rows("logprobs", logprobs),
-        answers=answers,
+        completions=completions,
         desirable=desirable,
         kl=kl,
         beta=beta,
@@ -165,11 +167,12 @@ def kto_reference_point(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """The `kl` of `kto_loss`: max(0, mean over answers of the sum over tokens of log pi - log ref).
+    """The `kl` of `kto_loss`: max(0, mean over completions of the sum over tokens of log pi - log
+    ref).
 
     Args:
-        logprobs: as of `kto_loss`, of answers to other prompts: the answer of each example after
-            the prompt of the next, say.
+        logprobs: as of `kto_loss`, of completions to other prompts: the completion of each
+            example after the prompt of the next, say.
         ref_logprobs, mask, cu_seqlens: as of `kto_loss`.
 
     Returns:
@@ -178,14 +181,14 @@ def kto_reference_point(
     Raises:
         ValueError: a shape, dtype or device is not as above.
     """
-    answers = _check(logprobs, ref_logprobs, mask, cu_seqlens)
+    completions = _check(logprobs, ref_logprobs, mask, cu_seqlens)
     tokens = logprobs.numel()
     checked = not torch.compiler.is_compiling() and check_values("cu_seqlens", cu_seqlens, tokens)
     ratio = logprobs.float() - ref_logprobs.float()
     valid = valid_tokens(mask, cu_seqlens, tokens)
     if valid is not None:
         ratio = torch.where(valid != 0, ratio, 0)
-    point = (ratio.sum() / max(answers, 1)).clamp(min=0)
+    point = (ratio.sum() / max(completions, 1)).clamp(min=0)
     if cu_seqlens is None or checked:
         return point
     return torch.where(is_malformed(cu_seqlens, tokens), torch.nan, point)
@@ -196,8 +199,8 @@ def kto_metrics(metrics: Tensor) -> dict[str, float]:
 
     Returns:
         loss/kto. reward/desirable, reward/undesirable: beta x. reward/margin: their difference, 0
-        where there is only one kind. logprob/desirable, logprob/undesirable: of whole answers. 0
-        where there are none.
+        where there is only one kind. logprob/desirable, logprob/undesirable: of whole completions.
+        0 where there are none.
     """
     row = dict(zip(KTO_METRICS, metrics.tolist(), strict=True))
     good, bad = max(row["desirable"], 1.0), max(row["undesirable"], 1.0)
@@ -217,20 +220,22 @@ def _check(
     logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None
 ) -> int:
     check_tensor("logprobs", logprobs, FLOATS)
-    answers = check_sequences("logprobs", logprobs, cu_seqlens)
+    completions = check_sequences("logprobs", logprobs, cu_seqlens)
     check_tensor("ref_logprobs", ref_logprobs, FLOATS, logprobs.shape, logprobs)
     check_no_grad("ref_logprobs", ref_logprobs)
     check_mask("mask", mask, logprobs.shape, logprobs)
-    return answers
+    return completions
 
 
 def _forward(inputs: KtoLossInputs) -> tuple[Tensor, Tensor, Tensor]:
     logprobs, examples = inputs.logprobs, inputs.desirable.shape[0]
-    check_values("cu_seqlens", inputs.answers.cu_seqlens, logprobs.shape[1])
+    check_values("cu_seqlens", inputs.completions.cu_seqlens, logprobs.shape[1])
     loss, metrics, gradient = _allocate(inputs)
     arguments = KtoLossArguments(
         examples=examples,
-        answers=answers_arguments(logprobs, inputs.answers, gradient, inputs.with_gradient),
+        completions=completions_arguments(
+            logprobs, inputs.completions, gradient, inputs.with_gradient
+        ),
         desirable=inputs.desirable,
         kl=inputs.kl,
         beta=inputs.beta,

@@ -1,4 +1,4 @@
-"""Losses of pairs of answers (the DPO family): loss, gradient and metrics in one pass.
+"""Losses of pairs of completions (the DPO family): loss, gradient and metrics in one pass.
 
     x      = sum over the tokens of log pi - log ref, or what `Preference` says instead
     d      = x_chosen - x_rejected
@@ -6,8 +6,8 @@
              + nll_coef * mean over the tokens of -log pi(chosen)
     loss   = 1 / denominator * sum over pairs
 
-Backward: every token of an answer has the same gradient, that of its x, over the number of tokens
-where x is a mean. A pair of which an answer has no valid token does not count.
+Backward: every token of a completion has the same gradient, that of its x, over the number of
+tokens where x is a mean. A pair of which a completion has no valid token does not count.
 
 Sources: at the rows of `preferences.PREFERENCES`; DPO, https://arxiv.org/abs/2305.18290 eq. 7.
 """
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from warpo.kernels import dispatch, reference
-from warpo.kernels._arguments.preference_loss import AnswersArguments, PreferenceLossArguments
+from warpo.kernels._arguments.preference_loss import CompletionsArguments, PreferenceLossArguments
 from warpo.kernels._checks import FLOATS, as_rows, check_mask, check_no_grad, check_tensor
 from warpo.kernels._offsets import check_values
 from warpo.kernels._registration import Operator
@@ -46,8 +46,8 @@ PREFERENCE_METRICS = (
 )
 
 
-class AnswersInputs(NamedTuple):
-    """What the answers of one side have beside their logprobs."""
+class CompletionsInputs(NamedTuple):
+    """What the completions of one side have beside their logprobs."""
 
     ref_logprobs: Tensor | None
     mask: Tensor | None
@@ -57,8 +57,8 @@ class AnswersInputs(NamedTuple):
 class PreferenceLossInputs(NamedTuple):
     chosen_logprobs: Tensor
     rejected_logprobs: Tensor
-    chosen: AnswersInputs
-    rejected: AnswersInputs
+    chosen: CompletionsInputs
+    rejected: CompletionsInputs
     link: int
     length_normalise: bool
     odds: bool
@@ -91,24 +91,25 @@ def preference_loss(
     denominator: float | Tensor | None = None,
     backend: str | None = None,
 ) -> PreferenceLoss:
-    """Loss of pairs of answers under a row of `preferences.PREFERENCES`, or one of your own.
+    """Loss of pairs of completions under a row of `preferences.PREFERENCES`, or one of your own.
 
     Args:
         chosen_logprobs: one a token, (B, T) padded, or (N,) packed with chosen_cu_seqlens.
-            float32 | bfloat16 | float16, any strides. Differentiable. Sums over answers, (B,), are
-            sums[:, None]. Of a forward pass over chosen and rejected answers together, pass
+            float32 | bfloat16 | float16, any strides. Differentiable. Sums over completions, (B,),
+            are sums[:, None]. Of a forward pass over chosen and rejected completions together, pass
             logprobs[:B] and logprobs[B:]; packed, all logprobs twice with cu_seqlens[: B + 1] and
             cu_seqlens[B:].
-        rejected_logprobs: the same of the rejected answers; its T is its own. Differentiable.
+        rejected_logprobs: the same of the rejected completions; its T is its own. Differentiable.
         ref_chosen_logprobs: like chosen_logprobs: of the reference. Required where the loss has a
             reference, not read where it has none. A constant.
         ref_rejected_logprobs: like rejected_logprobs: of the reference.
         loss: name of a row ("dpo", "simpo", ...) or a `Preference`.
-        chosen_mask: like chosen_logprobs, bool | uint8: the tokens of the answer. Masked slots are
-            never read (they may hold NaN); their gradient is 0.
+        chosen_mask: like chosen_logprobs, bool | uint8: the tokens of the completion.
+            Masked slots are never read (they may hold NaN); their gradient is 0.
         rejected_mask: like rejected_logprobs.
-        chosen_cu_seqlens: as in `policy_loss`: answer b is its tokens chosen_cu_seqlens[b : b + 2].
-        rejected_cu_seqlens: the same of the rejected answers.
+        chosen_cu_seqlens: as in `policy_loss`: completion b is its tokens
+            chosen_cu_seqlens[b : b + 2].
+        rejected_cu_seqlens: the same of the rejected completions.
         denominator: what the sum over pairs is divided by, a number or a scalar tensor:
             pairs of the whole optimizer step, for gradients that do not depend on micro-batches.
             Not given: B. 0 gives loss 0.
@@ -131,7 +132,7 @@ def preference_loss(
     pairs = _check_side("chosen", *chosen, row.reference)
     others = _check_side("rejected", *rejected, row.reference)
     if pairs != others:
-        raise ValueError(f"chosen_logprobs has {pairs} answers, rejected_logprobs {others}")
+        raise ValueError(f"chosen_logprobs has {pairs} completions, rejected_logprobs {others}")
     if chosen_logprobs.device != rejected_logprobs.device:
         raise ValueError(
             f"rejected_logprobs is on {rejected_logprobs.device}, "
@@ -185,9 +186,9 @@ def preference_metrics(metrics: Tensor) -> dict[str, float]:
     """The metrics vector, or the sum of several, as means over pairs. Reads the device once.
 
     Returns:
-        loss/preference. preference/accuracy: share of pairs whose chosen answer has the larger
+        loss/preference. preference/accuracy: share of pairs whose chosen completion has the larger
         reward. reward/chosen, reward/rejected: beta x. reward/margin: their difference.
-        logprob/chosen, logprob/rejected: of whole answers. nll/chosen: per token. All 0 without
+        logprob/chosen, logprob/rejected: of whole completions. nll/chosen: per token. All 0 without
         pairs.
     """
     row = dict(zip(PREFERENCE_METRICS, metrics.tolist(), strict=True))
@@ -214,14 +215,14 @@ def _check_side(
 ) -> int:
     name = f"{side}_logprobs"
     check_tensor(name, logprobs, FLOATS)
-    answers = check_sequences(name, logprobs, cu_seqlens, f"{side}_cu_seqlens")
+    completions = check_sequences(name, logprobs, cu_seqlens, f"{side}_cu_seqlens")
     if ref_logprobs is not None:
         check_tensor(f"ref_{name}", ref_logprobs, FLOATS, logprobs.shape, logprobs)
         check_no_grad(f"ref_{name}", ref_logprobs)
     elif needs_reference:
         raise ValueError(f"this loss needs ref_{name}; or a row with reference=False")
     check_mask(f"{side}_mask", mask, logprobs.shape, logprobs)
-    return answers
+    return completions
 
 
 def _label_weights(row: Preference) -> tuple[float, float]:
@@ -239,8 +240,8 @@ def _as_float(tensor: Tensor | None) -> Tensor | None:
 
 def _as_rows(
     side: str, ref_logprobs: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None
-) -> AnswersInputs:
-    return AnswersInputs(
+) -> CompletionsInputs:
+    return CompletionsInputs(
         ref_logprobs=None
         if ref_logprobs is None
         else as_rows(f"ref_{side}_logprobs", ref_logprobs),
@@ -259,8 +260,10 @@ def _forward(inputs: PreferenceLossInputs) -> tuple[Tensor, Tensor, Tensor, Tens
     pairs = chosen.shape[0] if starts is None else starts.numel() - 1
     arguments = PreferenceLossArguments(
         pairs=pairs,
-        chosen=answers_arguments(chosen, inputs.chosen, grad_chosen, inputs.with_gradient),
-        rejected=answers_arguments(rejected, inputs.rejected, grad_rejected, inputs.with_gradient),
+        chosen=completions_arguments(chosen, inputs.chosen, grad_chosen, inputs.with_gradient),
+        rejected=completions_arguments(
+            rejected, inputs.rejected, grad_rejected, inputs.with_gradient
+        ),
         link=inputs.link,
         length_normalise=inputs.length_normalise,
         odds=inputs.odds,
@@ -278,17 +281,17 @@ def _forward(inputs: PreferenceLossInputs) -> tuple[Tensor, Tensor, Tensor, Tens
     return results
 
 
-def answers_arguments(
-    logprobs: Tensor, answers: AnswersInputs, gradient: Tensor, with_gradient: bool
-) -> AnswersArguments:
-    ref_logprobs, mask, cu_seqlens = answers
+def completions_arguments(
+    logprobs: Tensor, completions: CompletionsInputs, gradient: Tensor, with_gradient: bool
+) -> CompletionsArguments:
+    ref_logprobs, mask, cu_seqlens = completions
     if cu_seqlens is not None:
-        gradient.zero_()  # of tokens that belong to no answer
+        gradient.zero_()  # of tokens that belong to no completion
         count = cu_seqlens.numel() - 1
         logprobs, ref_logprobs, mask = spread_packed(
             count, cu_seqlens, logprobs, ref_logprobs, mask
         )
-    return AnswersArguments(
+    return CompletionsArguments(
         steps=logprobs.shape[1],
         cu_seqlens=cu_seqlens,
         logprobs=logprobs,

@@ -1,4 +1,4 @@
-"""Losses of a reward model: pairs (Bradley-Terry) and rankings of K answers; loss, gradient and
+"""Losses of a reward model: pairs (Bradley-Terry) and rankings of K completions; loss, gradient and
 metrics in one pass.
 
     pair(b, w, m) = -log sigmoid(b - w - m) + centering_coef (b + w)^2
@@ -145,22 +145,23 @@ def ranking_loss(
     denominator: float | Tensor | None = None,
     backend: str | None = None,
 ) -> RewardModelLoss:
-    """Loss of rankings: all pairs of answers to a prompt that differ in rank, a prompt weighing 1.
+    """Loss of rankings: all pairs of completions to a prompt that differ in rank, a prompt weighing
+    1.
 
     Args:
         scores: (N,) float32 | bfloat16 | float16, any stride. Differentiable.
-        ranks: (N,) int64 | int32: lower is better. Answers of equal rank are not compared.
-        cu_groups: (G + 1,) int32, not descending, within [0, N]: prompt g has the answers
+        ranks: (N,) int64 | int32: lower is better. Completions of equal rank are not compared.
+        cu_groups: (G + 1,) int32, not descending, within [0, N]: prompt g has the completions
             cu_groups[g] : cu_groups[g + 1]. On a GPU a malformed one makes the loss NaN.
-        mask: (N,) bool | uint8: answers that count. The others are never read; their gradient is 0.
-        centering_coef: weight of (score + other score)^2, which holds the mean score at 0.
+        mask: (N,) bool | uint8: completions that count. The others are never read; their gradient
+        is 0. centering_coef: weight of (score + other score)^2, which holds the mean score at 0.
         denominator: what the sum over prompts is divided by; not given: the prompts of this call.
             0 gives loss 0.
         backend: reference | cpu | triton | cuda; chosen by device if not given.
 
     Returns:
         loss, metrics: as of `reward_model_loss`. The loss of a pair is divided by K choose 2,
-            with K the valid answers to the prompt, also where some have equal ranks.
+            with K the valid completions to the prompt, also where some have equal ranks.
 
     Raises:
         ValueError: a shape, dtype, device or option is not as above.
@@ -200,8 +201,8 @@ def reward_model_metrics(metrics: Tensor) -> dict[str, float]:
     """The metrics vector of either loss, read from the device once.
 
     Returns:
-        loss/reward_model. reward_model/accuracy: share of pairs whose better answer has the larger
-        score. reward_model/margin: mean over pairs of the difference. score/mean, score/std
+        loss/reward_model. reward_model/accuracy: share of pairs whose better completion has the
+        larger score. reward_model/margin: mean over pairs of the difference. score/mean, score/std
         (population). All 0 without pairs.
     """
     row = dict(zip(REWARD_METRICS, metrics.tolist(), strict=True))

@@ -196,19 +196,19 @@ class Objective:
 
 
 # The baseline is in the advantages, so these papers share one loss: REINFORCE, Williams 1992,
-# https://doi.org/10.1007/BF00992696 theorem 1, summed over the tokens of an answer.
+# https://doi.org/10.1007/BF00992696 theorem 1, summed over the tokens of a completion.
 _REINFORCE = Objective(surrogate="reinforce", aggregation="sequence-mean-token-sum")
 # https://arxiv.org/abs/2402.03300 eq. 3 and 4. Outcome and process supervision differ in the
-# advantages, one an answer or one a token.
+# advantages, one a completion or one a token.
 _GRPO = Objective(kl_coef=0.04, aggregation="sequence-mean-token-mean")
 
 OBJECTIVES: dict[str, Objective] = {
     "reinforce": _REINFORCE,
     # https://arxiv.org/abs/2402.14740 eq. 8: leave-one-out baseline, KL in the reward
     "rloo": _REINFORCE,
-    # https://arxiv.org/abs/2310.10505 algorithm 1: baseline is the reward of the greedy answer
+    # https://arxiv.org/abs/2310.10505 algorithm 1: baseline is the reward of the greedy completion
     "remax": _REINFORCE,
-    # https://arxiv.org/abs/2504.02546: mean over the tokens of all answers
+    # https://arxiv.org/abs/2504.02546: mean over the tokens of all completions
     "gpg": Objective(surrogate="reinforce"),
     # https://arxiv.org/abs/2501.03262: PPO's clipping without a critic, KL in the reward,
     # advantages normalised over the batch
@@ -266,7 +266,7 @@ OBJECTIVES: dict[str, Objective] = {
     # GRPO where sampler and learner disagree. Truncated importance sampling:
     # https://fengyao.notion.site/off-policy-rl, cap 2
     "grpo_tis": _GRPO.replace(correction="truncate", correction_high=2.0),
-    # masked importance sampling of whole answers: https://richardli.xyz/rl-collapse, cap 2
+    # masked importance sampling of whole completions: https://richardli.xyz/rl-collapse, cap 2
     "grpo_mis": _GRPO.replace(correction="mask", correction_level="sequence", correction_high=2.0),
     # IcePop, https://arxiv.org/abs/2510.18855: tokens outside [0.5, 5]
     "grpo_icepop": _GRPO.replace(correction="mask", correction_low=0.5, correction_high=5.0),

@@ -14,12 +14,13 @@ LINKS = ("logistic", "hinge", "square")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Preference:
-    """A loss of pairs of answers.
+    """A loss of pairs of completions.
 
     Attributes:
         link: "logistic": -log sigmoid(beta d - margin). "hinge": max(0, margin - beta d).
             "square": (d - 1 / (2 beta))^2.
-        beta: see link; the reward of an answer is beta x. With odds it is the weight of the loss,
+        beta: see link; the reward of a completion is beta x. With odds it is the weight of the
+        loss,
             -beta log sigmoid(d - margin).
         reference: whether log probabilities are relative to those of a reference policy.
         length_normalise: whether x is a mean over tokens.
@@ -31,7 +32,7 @@ class Preference:
         robust: with label_smoothing e, (1 - e) loss(d) - e loss(-d), over 1 - 2 e, instead: the
             expectation over such pairs is then the loss without noise.
         margin: see link; 0 with "square".
-        nll_coef: weight of the negative log-likelihood of the chosen answer.
+        nll_coef: weight of the negative log-likelihood of the chosen completion.
     """
 
     link: str = "logistic"
@@ -78,7 +79,8 @@ PREFERENCES: dict[str, Preference] = {
     "robust_dpo": Preference(label_smoothing=0.1, robust=True),
     # https://arxiv.org/abs/2310.12036 eq. 17; replace(length_normalise=True) for means over tokens
     "ipo": Preference(link="square"),
-    # the hinge loss of RSO, on likelihoods normalised by the reference, https://arxiv.org/abs/2309.06657
+    # the hinge loss of RSO, on likelihoods normalised by the reference,
+    # https://arxiv.org/abs/2309.06657
     "hinge": Preference(link="hinge", margin=1.0),
     # rank calibration of SLiC-HF, https://arxiv.org/abs/2305.10425
     "slic": Preference(link="hinge", margin=1.0, beta=1.0, reference=False),

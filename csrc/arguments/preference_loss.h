@@ -3,10 +3,10 @@
 
 namespace warpo {
 
-// The tokens of the answers on one side. An answer without valid tokens does not count.
-struct Answers {
+// The tokens of the completions on one side. A completion without valid tokens does not count.
+struct Completions {
     int64_t steps;              // length of a row; with cu_seqlens: total tokens
-    const int32_t* cu_seqlens;  // (answers + 1), or nullptr
+    const int32_t* cu_seqlens;  // (completions + 1), or nullptr
     View logprobs;              // float
     View ref_logprobs;          // float, optional
     View mask;                  // uint8, optional
@@ -17,10 +17,10 @@ struct Answers {
 enum PreferenceMetric : int {
     kPreferenceLoss,  // sum of loss / denominator
     kPreferencePairs,
-    kPreferenceCorrect,  // the chosen answer has the larger reward
+    kPreferenceCorrect,  // the chosen completion has the larger reward
     kChosenReward,
     kRejectedReward,
-    kChosenLogprob,  // of the whole answer
+    kChosenLogprob,  // of the whole completion
     kRejectedLogprob,
     kChosenNll,  // -mean over the tokens
     kNumPreferenceMetrics
@@ -31,7 +31,7 @@ enum Link : int { kLogistic = 0, kHinge = 1, kSquare = 2 };
 
 struct PreferenceLoss {
     int64_t pairs;
-    Answers chosen, rejected;
+    Completions chosen, rejected;
     int link;
     bool length_normalise;  // mean over tokens, not sum
     bool odds;              // margin of the log odds, not of the log probabilities
@@ -39,7 +39,7 @@ struct PreferenceLoss {
     float margin;              // target margin: subtracted (logistic, hinge), or that of kSquare
     float positive_weight;     // kLogistic: of -log sigmoid(x)
     float negative_weight;     // ... of -log sigmoid(-x)
-    float nll_coef;            // weight of the mean -log p of the tokens of the chosen answer
+    float nll_coef;            // weight of the mean -log p of the tokens of the chosen completion
     const float* denominator;  // one float on the device; 0 gives loss 0 and gradients 0
     float* partials;           // (pairs, kNumPreferenceMetrics) float32 workspace
     float* loss;               // ()
@@ -59,7 +59,7 @@ enum KtoMetric : int {
 
 struct KtoLoss {
     int64_t examples;
-    Answers answers;
+    Completions completions;
     View desirable;   // (0, i) uint8
     const float* kl;  // the reference point, one float on the device
     float beta, desirable_weight, undesirable_weight;

@@ -1,4 +1,4 @@
-// Losses of preferences: pairs of answers, and answers with a verdict.
+// Losses of preferences: pairs of completions, and completions with a verdict.
 #include "math/preference_loss.h"
 
 #include "cpu/cpu.h"
@@ -16,7 +16,7 @@ struct Tile {
 // they save.
 constexpr int kShort = 8;
 
-AnswerSums sum_short_answer(const Answers& a, const Span& span) {
+CompletionSums sum_short_completion(const Completions& a, const Span& span) {
     double count = 0, logprob = 0, ratio = 0;
     for (int64_t step = span.first; step < span.first + span.count; ++step) {
         if (!element<uint8_t>(a.mask, span.row, step, 1)) continue;
@@ -28,9 +28,9 @@ AnswerSums sum_short_answer(const Answers& a, const Span& span) {
     return {(float)count, (float)logprob, (float)ratio};
 }
 
-AnswerSums sum_answer(const Answers& a, int64_t index) {
+CompletionSums sum_completion(const Completions& a, int64_t index) {
     const Span span = find_span(a.cu_seqlens, a.steps, index);
-    if (span.count <= kShort) return sum_short_answer(a, span);
+    if (span.count <= kShort) return sum_short_completion(a, span);
     Tile tile;
     double count = 0, logprob = 0, ratio = 0;
     for (int64_t start = 0; start < span.count; start += kTile) {
@@ -50,8 +50,8 @@ AnswerSums sum_answer(const Answers& a, int64_t index) {
     return {(float)count, (float)logprob, (float)(a.ref_logprobs.data ? ratio : logprob)};
 }
 
-// All valid tokens of an answer have the same gradient.
-void write_gradient(const Answers& a, int64_t index, float gradient) {
+// All valid tokens of a completion have the same gradient.
+void write_gradient(const Completions& a, int64_t index, float gradient) {
     if (!a.grad_logprobs) return;
     const Span span = find_span(a.cu_seqlens, a.steps, index);
     int32_t keep[kTile];
@@ -65,7 +65,8 @@ void write_gradient(const Answers& a, int64_t index, float gradient) {
 
 void one_pair(const PreferenceLoss& a, int64_t pair) {
     const float weight = inverse_or_zero(*a.denominator);
-    const AnswerSums chosen = sum_answer(a.chosen, pair), rejected = sum_answer(a.rejected, pair);
+    const CompletionSums chosen = sum_completion(a.chosen, pair);
+    const CompletionSums rejected = sum_completion(a.rejected, pair);
     float* out = a.partials + pair * kNumPreferenceMetrics;
     PreferenceTerm term = {};
     const bool counts = chosen.count > 0 && rejected.count > 0;
@@ -84,7 +85,7 @@ void one_pair(const PreferenceLoss& a, int64_t pair) {
 
 void one_example(const KtoLoss& a, int64_t example) {
     const float weight = inverse_or_zero(*a.denominator);
-    const AnswerSums sums = sum_answer(a.answers, example);
+    const CompletionSums sums = sum_completion(a.completions, example);
     const bool desirable = *address<uint8_t>(a.desirable, 0, example) != 0, counts = sums.count > 0;
     KtoTerm term = {0, 0, 0};
     if (counts) term = kto_term(a, *a.kl, desirable, sums.ratio);
@@ -94,11 +95,11 @@ void one_example(const KtoLoss& a, int64_t example) {
     out[desirable ? kDesirable : kUndesirable] = counts;
     out[desirable ? kDesirableReward : kUndesirableReward] = term.reward;
     out[desirable ? kDesirableLogprob : kUndesirableLogprob] = counts ? sums.logprob : 0.0f;
-    write_gradient(a.answers, example, weighted(weight, term.grad));
+    write_gradient(a.completions, example, weighted(weight, term.grad));
 }
 
-int64_t work_of(const Answers& a, int64_t answers) {
-    return a.cu_seqlens ? a.steps : answers * a.steps;
+int64_t work_of(const Completions& a, int64_t completions) {
+    return a.cu_seqlens ? a.steps : completions * a.steps;
 }
 
 }  // namespace
@@ -111,7 +112,7 @@ void preference_loss(const PreferenceLoss& a) {
 }
 
 void kto_loss(const KtoLoss& a) {
-#pragma omp parallel for schedule(dynamic) if (work_of(a.answers, a.examples) >= kParallelWork)
+#pragma omp parallel for schedule(dynamic) if (work_of(a.completions, a.examples) >= kParallelWork)
     for (int64_t example = 0; example < a.examples; ++example) one_example(a, example);
     merge_partials<kNumKtoMetrics, 0, kNumKtoMetrics>(a.partials, a.examples, a.loss, a.metrics);
 }

@@ -1,6 +1,6 @@
-// Losses of preferences: one block a pair of answers or an answer with a verdict sums its tokens,
-// finds the loss and gives every token its gradient; a second launch merges what the blocks found,
-// in their order.
+// Losses of preferences: one block a pair of completions or a completion with a verdict sums its
+// tokens, finds the loss and gives every token its gradient; a second launch merges what the blocks
+// found, in their order.
 #include "cuda/sequences.h"
 #include "math/preference_loss.h"
 
@@ -9,12 +9,13 @@ namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 
-// In every thread of the block. `weight` becomes NaN where the answer is malformed.
-__device__ __forceinline__ AnswerSums sum_answer(const Answers& a, int64_t answers, int64_t index,
-                                                 float* scratch, float& weight) {
-    const Span s = find_span(a.cu_seqlens, answers, a.steps, index);
+// In every thread of the block. `weight` becomes NaN where the completion is malformed.
+__device__ __forceinline__ CompletionSums sum_completion(const Completions& a, int64_t completions,
+                                                         int64_t index, float* scratch,
+                                                         float& weight) {
+    const Span s = find_span(a.cu_seqlens, completions, a.steps, index);
     weight = poison_if(s.malformed, weight);
-    AnswerSums sums = {0.0f, 0.0f, 0.0f};
+    CompletionSums sums = {0.0f, 0.0f, 0.0f};
     for (int64_t t = threadIdx.x; t < s.count; t += kThreads) {
         if (!is_valid(a.mask, s, t)) continue;
         const float logp = load_token(a.logprobs, s, t);
@@ -28,11 +29,11 @@ __device__ __forceinline__ AnswerSums sum_answer(const Answers& a, int64_t answe
     return sums;
 }
 
-// All valid tokens of an answer have the same gradient.
-__device__ __forceinline__ void write_gradient(const Answers& a, int64_t answers, int64_t index,
-                                               float gradient) {
+// All valid tokens of a completion have the same gradient.
+__device__ __forceinline__ void write_gradient(const Completions& a, int64_t completions,
+                                               int64_t index, float gradient) {
     if (!a.grad_logprobs) return;
-    const Span s = find_span(a.cu_seqlens, answers, a.steps, index);
+    const Span s = find_span(a.cu_seqlens, completions, a.steps, index);
     for (int64_t t = threadIdx.x; t < s.count; t += kThreads) {
         a.grad_logprobs[s.offset + t] = is_valid(a.mask, s, t) ? gradient : 0.0f;
     }
@@ -42,8 +43,8 @@ __global__ __launch_bounds__(kThreads) void pair_kernel(const PreferenceLoss a) 
     __shared__ float scratch[kWarps];
     const int64_t pair = blockIdx.x;
     float weight = inverse_or_zero(*a.denominator);
-    const AnswerSums chosen = sum_answer(a.chosen, a.pairs, pair, scratch, weight);
-    const AnswerSums rejected = sum_answer(a.rejected, a.pairs, pair, scratch, weight);
+    const CompletionSums chosen = sum_completion(a.chosen, a.pairs, pair, scratch, weight);
+    const CompletionSums rejected = sum_completion(a.rejected, a.pairs, pair, scratch, weight);
     const bool counts = chosen.count > 0.0f && rejected.count > 0.0f;
     PreferenceTerm term = {};
     if (counts) term = preference_term(a, chosen, rejected);
@@ -65,11 +66,11 @@ __global__ __launch_bounds__(kThreads) void kto_kernel(const KtoLoss a) {
     __shared__ float scratch[kWarps];
     const int64_t example = blockIdx.x;
     float weight = inverse_or_zero(*a.denominator);
-    const AnswerSums sums = sum_answer(a.answers, a.examples, example, scratch, weight);
+    const CompletionSums sums = sum_completion(a.completions, a.examples, example, scratch, weight);
     const bool desirable = load_flag(a.desirable, 0, example), counts = sums.count > 0.0f;
     KtoTerm term = {0.0f, 0.0f, 0.0f};
     if (counts) term = kto_term(a, *a.kl, desirable, sums.ratio);
-    write_gradient(a.answers, a.examples, example, weighted(weight, term.grad));
+    write_gradient(a.completions, a.examples, example, weighted(weight, term.grad));
     if (threadIdx.x != 0) return;
     const float count = counts ? 1.0f : 0.0f, logprob = counts ? sums.logprob : 0.0f;
     float* const out = a.partials + example * kNumKtoMetrics;

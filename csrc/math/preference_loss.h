@@ -1,5 +1,5 @@
-// The losses of one pair of answers, and of one answer with a verdict, from the sums over their
-// tokens: values and derivatives, one text for host and device.
+// The losses of one pair of completions, and of one completion with a verdict, from the sums over
+// their tokens: values and derivatives, one text for host and device.
 #pragma once
 
 #include "arguments/preference_loss.h"
@@ -7,8 +7,8 @@
 
 namespace warpo {
 
-// Sums over the valid tokens of an answer.
-struct AnswerSums {
+// Sums over the valid tokens of a completion.
+struct CompletionSums {
     float count;
     float logprob;
     float ratio;  // of logprob - ref_logprob; of logprob without a reference
@@ -19,7 +19,7 @@ struct Slope {
 };
 
 // log(p / (1 - p)) of p = e^x. x counts as at most -2^-24, the spacing of float32 below 1: an
-// answer of probability 1 would have infinite odds. The gradient is 0 where that bound holds.
+// completion of probability 1 would have infinite odds. The gradient is 0 where that bound holds.
 WARPO_HD Slope log_odds(float x) {
     const float largest = -5.9604645e-8f;
     const bool bounded = x > largest;
@@ -53,9 +53,9 @@ struct PreferenceTerm {
     float chosen_reward, rejected_reward, nll;
 };
 
-// Of answers with at least one token each.
-WARPO_HD PreferenceTerm preference_term(const PreferenceLoss& a, const AnswerSums& chosen,
-                                        const AnswerSums& rejected) {
+// Of completions with at least one token each.
+WARPO_HD PreferenceTerm preference_term(const PreferenceLoss& a, const CompletionSums& chosen,
+                                        const CompletionSums& rejected) {
     const float chosen_share = a.length_normalise ? 1.0f / chosen.count : 1.0f;
     const float rejected_share = a.length_normalise ? 1.0f / rejected.count : 1.0f;
     const float x = chosen.ratio * chosen_share, y = rejected.ratio * rejected_share;

@@ -1,4 +1,4 @@
-// The weight of a token, a pair or an answer in a loss, for host and device.
+// The weight of a token, a pair or a completion in a loss, for host and device.
 #pragma once
 
 #include <math.h>

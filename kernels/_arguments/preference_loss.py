@@ -5,7 +5,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 
-class AnswersArguments(NamedTuple):
+class CompletionsArguments(NamedTuple):
     steps: int
     cu_seqlens: Tensor | None
     logprobs: Tensor
@@ -16,8 +16,8 @@ class AnswersArguments(NamedTuple):
 
 class PreferenceLossArguments(NamedTuple):
     pairs: int
-    chosen: AnswersArguments
-    rejected: AnswersArguments
+    chosen: CompletionsArguments
+    rejected: CompletionsArguments
     link: int
     length_normalise: bool
     odds: bool
@@ -34,7 +34,7 @@ class PreferenceLossArguments(NamedTuple):
 
 class KtoLossArguments(NamedTuple):
     examples: int
-    answers: AnswersArguments
+    completions: CompletionsArguments
     desirable: Tensor
     kl: Tensor
     beta: float

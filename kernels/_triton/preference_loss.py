@@ -1,5 +1,5 @@
-"""Losses of preferences: a program a pair of answers, or an answer with a verdict, then one that
-merges them.
+"""Losses of preferences: a program a pair of completions, or a completion with a verdict, then one
+that merges them.
 
 The formulas are those of `csrc/math/preference_loss.h`.
 """
@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from warpo.kernels._arguments.preference_loss import (
-    AnswersArguments,
+    CompletionsArguments,
     KtoLossArguments,
     PreferenceLossArguments,
 )
@@ -35,8 +35,8 @@ SQUARE = tl.constexpr(2)
 
 
 @triton.jit
-def _sum_answer(
-    answer,
+def _sum_completion(
+    completion,
     steps,
     cu_seqlens_ptr,
     logp_ptr,
@@ -50,13 +50,13 @@ def _sum_answer(
     mask_stride_t,
     BLOCK: tl.constexpr,
 ):
-    """Valid tokens, sum of logp, sum of logp - ref, and whether the answer is malformed."""
-    first, length, _, malformed = bounds(answer, tl.num_programs(0), steps, cu_seqlens_ptr)
-    logp_ptr += answer * logp_stride_b + first * logp_stride_t
+    """Valid tokens, sum of logp, sum of logp - ref, and whether the completion is malformed."""
+    first, length, _, malformed = bounds(completion, tl.num_programs(0), steps, cu_seqlens_ptr)
+    logp_ptr += completion * logp_stride_b + first * logp_stride_t
     if ref_ptr is not None:
-        ref_ptr += answer * ref_stride_b + first * ref_stride_t
+        ref_ptr += completion * ref_stride_b + first * ref_stride_t
     if mask_ptr is not None:
-        mask_ptr += answer * mask_stride_b + first * mask_stride_t
+        mask_ptr += completion * mask_stride_b + first * mask_stride_t
     count = tl.zeros([BLOCK], tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     ratio = tl.zeros([BLOCK], tl.float32)
@@ -74,7 +74,7 @@ def _sum_answer(
 
 @triton.jit
 def _store_gradient(
-    answer,
+    completion,
     steps,
     cu_seqlens_ptr,
     mask_ptr,
@@ -84,11 +84,11 @@ def _store_gradient(
     gradient,
     BLOCK: tl.constexpr,
 ):
-    """All valid tokens of an answer have the same gradient."""
-    first, length, grad_start, _ = bounds(answer, tl.num_programs(0), steps, cu_seqlens_ptr)
+    """All valid tokens of a completion have the same gradient."""
+    first, length, grad_start, _ = bounds(completion, tl.num_programs(0), steps, cu_seqlens_ptr)
     grad_ptr += grad_start
     if mask_ptr is not None:
-        mask_ptr += answer * mask_stride_b + first * mask_stride_t
+        mask_ptr += completion * mask_stride_b + first * mask_stride_t
     for start in range(0, length, BLOCK):
         token = start + tl.arange(0, BLOCK)
         keep = valid_tokens(mask_ptr, token, mask_stride_t, length)
@@ -172,7 +172,7 @@ def _preference_loss_kernel(
     BLOCK: tl.constexpr,
 ):
     pair = tl.program_id(0).to(tl.int64)
-    n, logp, x, chosen_malformed = _sum_answer(
+    n, logp, x, chosen_malformed = _sum_completion(
         pair,
         chosen_steps,
         chosen_cu_ptr,
@@ -187,7 +187,7 @@ def _preference_loss_kernel(
         chosen_mask_stride_t,
         BLOCK,
     )
-    m, other_logp, y, rejected_malformed = _sum_answer(
+    m, other_logp, y, rejected_malformed = _sum_completion(
         pair,
         rejected_steps,
         rejected_cu_ptr,
@@ -280,7 +280,7 @@ def _kto_loss_kernel(
     BLOCK: tl.constexpr,
 ):
     example = tl.program_id(0).to(tl.int64)
-    count, logp, ratio, malformed = _sum_answer(
+    count, logp, ratio, malformed = _sum_completion(
         example,
         steps,
         cu_seqlens_ptr,
@@ -326,7 +326,7 @@ def _kto_loss_kernel(
     tl.store(partials_ptr + 6, tl.where(bad, logp, 0.0))
 
 
-def _answers(a: AnswersArguments) -> tuple:
+def _completions(a: CompletionsArguments) -> tuple:
     """Steps, offsets and tensors as kernel arguments."""
     tensors = (*strided(a.logprobs), *strided(a.ref_logprobs), *strided(a.mask))
     return (a.steps, a.cu_seqlens, *tensors, a.grad_logprobs)
@@ -336,8 +336,8 @@ def preference_loss(a: PreferenceLossArguments) -> None:
     with torch.cuda.device_of(a.loss):
         if a.pairs:
             _preference_loss_kernel[(a.pairs,)](
-                *_answers(a.chosen),
-                *_answers(a.rejected),
+                *_completions(a.chosen),
+                *_completions(a.rejected),
                 float(a.beta),
                 float(a.margin),
                 float(a.positive_weight),
@@ -359,7 +359,7 @@ def kto_loss(a: KtoLossArguments) -> None:
     with torch.cuda.device_of(a.loss):
         if a.examples:
             _kto_loss_kernel[(a.examples,)](
-                *_answers(a.answers),
+                *_completions(a.completions),
                 a.desirable,
                 a.desirable.stride(0),
                 a.kl,

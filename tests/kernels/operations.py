@@ -192,8 +192,8 @@ def _kl() -> dict[str, Tensor]:
     return {name: _policy()[name] for name in ("logprobs", "ref_logprobs", "mask")}
 
 
-def _steps_of_answers() -> dict[str, Tensor]:
-    """Four answers of two steps each, over T tokens."""
+def _steps_of_completions() -> dict[str, Tensor]:
+    """Four completions of two steps each, over T tokens."""
     return {
         "step_rewards": _numbers(8),
         "step_offsets": torch.arange(0, 9, 2, device=DEVICE),
@@ -201,8 +201,8 @@ def _steps_of_answers() -> dict[str, Tensor]:
     }
 
 
-def _packed_steps_of_answers() -> dict[str, Tensor]:
-    steps = _steps_of_answers()
+def _packed_steps_of_completions() -> dict[str, Tensor]:
+    steps = _steps_of_completions()
     return {
         "step_rewards": _pad(steps["step_rewards"]),
         "step_offsets": _starts(4, 2, torch.int64),
@@ -440,12 +440,12 @@ OPERATIONS = [
     Operation(
         name="process_advantages",
         kernels="process_advantages",
-        tensors=_steps_of_answers,
+        tensors=_steps_of_completions,
         options={"num_tokens": T, "group_size": 2},
         floats=("step_rewards",),
         wrong=("std", "robust"),
         not_promised={4: _MASK_OF_MEMBERS},
-        packed=_packed_steps_of_answers,
+        packed=_packed_steps_of_completions,
         packed_options={"num_tokens": 4 * T + 2 * GAP},
         offsets={"step_offsets": 8 + 2 * GAP, "cu_seqlens": 4 * T + 2 * GAP},
     ),

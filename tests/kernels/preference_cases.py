@@ -1,4 +1,4 @@
-"""Answers for the tests of preference_loss and kto_loss."""
+"""Completions for the tests of preference_loss and kto_loss."""
 
 import itertools
 
@@ -10,9 +10,9 @@ from tests.kernels.backends import DEVICE, strided
 
 
 @st.composite
-def answers(draw, generator: torch.Generator, number: int, dtype: torch.dtype):
+def completions(draw, generator: torch.Generator, number: int, dtype: torch.dtype):
     """{"logprobs", "ref_logprobs", "mask", "cu_seqlens"}: padded or packed, NaN where masked; some
-    answers may have no token.
+    completions may have no token.
     """
     packed = draw(st.booleans())
     sizes = st.sampled_from([0, 1, 2, 17, 130, 600])
@@ -37,7 +37,7 @@ def answers(draw, generator: torch.Generator, number: int, dtype: torch.dtype):
 
 
 def lists_of(side: dict) -> list[tuple]:
-    """(pi, ref) of the valid tokens of every answer, for the oracle."""
+    """(pi, ref) of the valid tokens of every completion, for the oracle."""
     pi, ref = (side[name].detach().double().cpu() for name in ("logprobs", "ref_logprobs"))
     mask = torch.ones_like(pi, dtype=torch.bool) if side["mask"] is None else side["mask"].cpu()
     if side["cu_seqlens"] is None:
@@ -49,6 +49,6 @@ def lists_of(side: dict) -> list[tuple]:
 
 
 def magnitude(*sides: dict) -> float:
-    """Largest sum of |logprob| + |ref| over an answer: what float32 rounds."""
+    """Largest sum of |logprob| + |ref| over a completion: what float32 rounds."""
     sums = [abs(p).sum() + abs(r).sum() for side in sides for p, r in lists_of(side)]
     return max(sums, default=0.0)

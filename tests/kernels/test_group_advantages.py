@@ -122,7 +122,7 @@ def test_leave_one_out_std_equals_the_oracle(backend, leave_one_out):
     if leave_one_out:
         assert result.advantages[0] == 1 and result.advantages[11] == -rewards[2, 0]
     assert torch.allclose(result.std, rewards.std(1))
-    # of two answers each has one other, which has no std
+    # of two completions each has one other, which has no std
     pair = ops.group_advantages(rewards[0, :2], 2, std="leave_one_out", backend=backend)
     assert pair.advantages.tolist() == [0.5, -0.5]
 
@@ -130,7 +130,7 @@ def test_leave_one_out_std_equals_the_oracle(backend, leave_one_out):
 @pytest.mark.parametrize("std", ["none", "sample", "leave_one_out"])
 @pytest.mark.parametrize("by", ["mask", "mask of ids", "ids"])
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
-def test_an_excluded_answer_is_as_if_it_were_not_there(backend, by, std):
+def test_an_excluded_completion_is_as_if_it_were_not_there(backend, by, std):
     rewards = torch.tensor([1.0, 0.0, torch.nan, 3.0, 2.0, 2.0, torch.nan, -torch.inf, 5.0, 1.0])
     counts = torch.tensor([1, 1, 0, 1, 1, 1, 0, 0, 1, 0], device=DEVICE, dtype=torch.uint8)
     ids = torch.arange(10, device=DEVICE) // 5
@@ -157,7 +157,7 @@ def test_an_excluded_answer_is_as_if_it_were_not_there(backend, by, std):
 
 
 @each_backend
-def test_a_group_without_an_answer_that_counts_is_not_degenerate(backend):
+def test_a_group_without_a_completion_that_counts_is_not_degenerate(backend):
     rewards = torch.tensor([torch.nan, torch.nan, 1.0, 1.0], device=DEVICE)
     result = ops.group_advantages(rewards, 2, mask=~rewards.isnan(), backend=backend)
     assert result.advantages.tolist() == [0.0] * 4 and result.num_degenerate == 1

@@ -5,26 +5,26 @@ import pytest
 import torch
 
 from tests.kernels.backends import DEVICE, each_backend
-from tests.oracles.policy_loss import CONSTANT_LENGTH, ORACLES, Answer, gradient
+from tests.oracles.policy_loss import CONSTANT_LENGTH, ORACLES, Completion, gradient
 from tests.tolerance import SUM_RELATIVE, assert_close
 from warpo.kernels import ops, reference
 from warpo.kernels.objectives import OBJECTIVES, Objective
 
 NAMES = list(OBJECTIVES)
 LENGTHS = (6, 1, 9, 4)
-# log ratios in each answer: beyond and within the bounds of every row, those of GSPO too
+# log ratios in each completion: beyond and within the bounds of every row, those of GSPO too
 SPREADS = (0.5, 1e-4, 1.5, 0.05)
 PER_TOKEN = ("logp", "old", "ref", "sampler", "advantages")
 
 
-def make_answers() -> list[Answer]:
+def make_completions() -> list[Completion]:
     random = np.random.default_rng(3)
-    answers = []
+    completions = []
     for length, spread, advantage in zip(LENGTHS, SPREADS, (1.3, 0.4, -0.9, -0.2), strict=True):
         old = -2 * random.random(length)
         logp = old + spread * random.standard_normal(length)
-        answers.append(
-            Answer(
+        completions.append(
+            Completion(
                 logp=logp,
                 frozen=logp,
                 old=old,
@@ -33,17 +33,19 @@ def make_answers() -> list[Answer]:
                 advantages=np.full(length, advantage),
             )
         )
-    return answers
+    return completions
 
 
-def padded(answers: list[Answer]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+def padded(completions: list[Completion]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """float64 tensors (B, T) with NaN in the masked slots, and the mask."""
-    shape = (len(answers), max(LENGTHS))
+    shape = (len(completions), max(LENGTHS))
     mask = torch.arange(shape[1]) < torch.tensor(LENGTHS)[:, None]
     tensors = {}
     for name in PER_TOKEN:
         tensors[name] = torch.full(shape, torch.nan, dtype=torch.float64)
-        tensors[name][mask] = torch.from_numpy(np.concatenate([getattr(a, name) for a in answers]))
+        tensors[name][mask] = torch.from_numpy(
+            np.concatenate([getattr(a, name) for a in completions])
+        )
     return tensors, mask
 
 
@@ -57,8 +59,8 @@ def normaliser(objective: Objective) -> float:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_reference_equals_the_oracle_of_the_paper(name):
     assert name in ORACLES, f"write the oracle of {name} in tests/oracles/policy_loss.py"
-    answers, objective = make_answers(), OBJECTIVES[name]
-    tensors, mask = padded(answers)
+    completions, objective = make_completions(), OBJECTIVES[name]
+    tensors, mask = padded(completions)
     logp = tensors["logp"].requires_grad_()
     loss, _ = reference.policy_loss(
         logp,
@@ -71,8 +73,8 @@ def test_the_reference_equals_the_oracle_of_the_paper(name):
         sampler=tensors["sampler"],
     )
     (slopes,) = torch.autograd.grad(loss, logp)
-    assert loss.item() == pytest.approx(ORACLES[name](answers), rel=1e-12)
-    expected = torch.from_numpy(np.concatenate(gradient(ORACLES[name], answers)))
+    assert loss.item() == pytest.approx(ORACLES[name](completions), rel=1e-12)
+    expected = torch.from_numpy(np.concatenate(gradient(ORACLES[name], completions)))
     assert expected.abs().max() > 0
     torch.testing.assert_close(slopes[mask], expected, rtol=1e-6, atol=1e-9)
     assert (slopes[~mask] == 0).all()
@@ -81,8 +83,8 @@ def test_the_reference_equals_the_oracle_of_the_paper(name):
 @each_backend
 @pytest.mark.parametrize("name", NAMES)
 def test_every_backend_equals_the_oracle_of_the_paper(backend, name):
-    answers, objective = make_answers(), OBJECTIVES[name]
-    tensors, mask = padded(answers)
+    completions, objective = make_completions(), OBJECTIVES[name]
+    tensors, mask = padded(completions)
     tensors = {key: x.float().to(DEVICE) for key, x in tensors.items()}
     logp = tensors["logp"].requires_grad_()
     denominator = normaliser(objective) if objective.aggregation.endswith("norm") else None
@@ -98,16 +100,16 @@ def test_every_backend_equals_the_oracle_of_the_paper(backend, name):
         backend=backend,
     )
     loss.backward()
-    exact = torch.tensor(ORACLES[name](answers), dtype=torch.float64)
+    exact = torch.tensor(ORACLES[name](completions), dtype=torch.float64)
     assert_close(loss, exact, relative=SUM_RELATIVE, absolute=1e-5, what=name)
     expected = torch.zeros(mask.shape, dtype=torch.float64)
-    expected[mask] = torch.from_numpy(np.concatenate(gradient(ORACLES[name], answers)))
+    expected[mask] = torch.from_numpy(np.concatenate(gradient(ORACLES[name], completions)))
     assert_close(logp.grad, expected, relative=SUM_RELATIVE, absolute=1e-6, what=f"{name} gradient")
 
 
-def test_the_answers_reach_the_bounds_of_every_row():
+def test_the_completions_reach_the_bounds_of_every_row():
     """Or the comparison with the oracles would say nothing of them."""
-    tensors, mask = padded(make_answers())
+    tensors, mask = padded(make_completions())
     tensors = {key: x.float() for key, x in tensors.items()}
     for name, objective in OBJECTIVES.items():
         _, metrics = ops.policy_loss(
@@ -132,11 +134,11 @@ def test_the_answers_reach_the_bounds_of_every_row():
 def test_process_supervision_is_grpo_with_an_advantage_a_token():
     """https://arxiv.org/abs/2402.03300 section 4.1.3."""
     random = np.random.default_rng(4)
-    answers = [
-        Answer(a.logp, a.frozen, a.old, a.ref, a.sampler, random.standard_normal(len(a)))
-        for a in make_answers()
+    completions = [
+        Completion(a.logp, a.frozen, a.old, a.ref, a.sampler, random.standard_normal(len(a)))
+        for a in make_completions()
     ]
-    tensors, mask = padded(answers)
+    tensors, mask = padded(completions)
     loss, _ = reference.policy_loss(
         tensors["logp"],
         tensors["old"],
@@ -146,7 +148,7 @@ def test_process_supervision_is_grpo_with_an_advantage_a_token():
         mask=mask,
         ref=tensors["ref"],
     )
-    assert loss.item() == pytest.approx(ORACLES["grpo"](answers), rel=1e-12)
+    assert loss.item() == pytest.approx(ORACLES["grpo"](completions), rel=1e-12)
 
 
 @pytest.mark.parametrize(

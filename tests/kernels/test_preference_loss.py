@@ -5,13 +5,13 @@ from hypothesis import strategies as st
 
 from tests.kernels.backends import BACKENDS, DEVICE, dtypes, each_backend, examples
 from tests.kernels.opcheck import opcheck
-from tests.kernels.preference_cases import answers, lists_of, magnitude
+from tests.kernels.preference_cases import completions, lists_of, magnitude
 from tests.oracles import preference_loss as oracle
 from tests.tolerance import ROUNDING, SUM_RELATIVE, assert_close
 from warpo.kernels import ops, reference
 from warpo.kernels._kto_loss import KtoLossInputs
 from warpo.kernels._kto_loss import _operator as kto_operator
-from warpo.kernels._preference_loss import AnswersInputs, PreferenceLossInputs, _operator
+from warpo.kernels._preference_loss import CompletionsInputs, PreferenceLossInputs, _operator
 from warpo.kernels.preferences import PREFERENCES, Preference
 
 
@@ -21,7 +21,7 @@ def cases(draw, backend: str):
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     dtype = draw(st.sampled_from(dtypes(backend)))
     number = draw(st.sampled_from([0, 1, 2, 5]))
-    sides = [draw(answers(generator, number, dtype)) for _ in range(2)]
+    sides = [draw(completions(generator, number, dtype)) for _ in range(2)]
     row = PREFERENCES[draw(st.sampled_from(list(PREFERENCES)))]
     changes = {"beta": draw(st.sampled_from([0.05, 1.0]))}
     if not row.odds:
@@ -63,7 +63,7 @@ def test_loss_gradients_and_metrics_equal_float64(backend):
             *tensors, loss=row, denominator=denominator, backend=backend, **options
         )
         assert loss.dtype == metrics.dtype == torch.float32
-        # a sum over an answer is good to a few ulp of its magnitude, and so is its slope
+        # a sum over a completion is good to a few ulp of its magnitude, and so is its slope
         rounding = 3e-7 * (1 + magnitude(chosen, rejected))
         square = 1 + 2 * loss_64.abs().sqrt().item() if row.link == "square" else 1
         assert_close(
@@ -249,7 +249,7 @@ def test_runs_are_equal_bit_for_bit(backend):
 def kto_cases(draw, backend: str):
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     number = draw(st.sampled_from([0, 1, 2, 5]))
-    side = draw(answers(generator, number, draw(st.sampled_from(dtypes(backend)))))
+    side = draw(completions(generator, number, draw(st.sampled_from(dtypes(backend)))))
     options = {
         "kl": draw(st.sampled_from([0.0, 2.5])),
         "beta": draw(st.sampled_from([0.05, 1.0])),
@@ -356,12 +356,12 @@ def test_opcheck(backend):
     leaves = [x.requires_grad_() for x in (chosen, rejected)]
     one, checks = torch.tensor(3.0, device=DEVICE), ("test_schema", "test_faketensor")
     checks += ("test_aot_dispatch_dynamic",)
-    answers = [AnswersInputs(x, mask, None) for x, mask in zip(refs, masks, strict=True)]
+    completions = [CompletionsInputs(x, mask, None) for x, mask in zip(refs, masks, strict=True)]
     inputs = PreferenceLossInputs(
         chosen_logprobs=leaves[0],
         rejected_logprobs=leaves[1],
-        chosen=answers[0],
-        rejected=answers[1],
+        chosen=completions[0],
+        rejected=completions[1],
         link=0,
         length_normalise=True,
         odds=False,
@@ -377,7 +377,7 @@ def test_opcheck(backend):
     opcheck(_operator, inputs, test_utils=checks)
     kto = KtoLossInputs(
         logprobs=chosen,
-        answers=answers[0],
+        completions=completions[0],
         desirable=torch.tensor([True, False], device=DEVICE),
         kl=one.clone(),
         beta=0.1,
@@ -421,7 +421,7 @@ X, STARTS = torch.zeros(2, 3), torch.tensor([0, 2, 3], dtype=torch.int32)
         ((X, X), {}, "this loss needs ref_chosen_logprobs; or a row with reference=False"),
         ((X, X, X), {}, "this loss needs ref_rejected_logprobs"),
         ((X, X, X, X), {"loss": "dppo"}, "loss must be one of dpo, .*got 'dppo'"),
-        ((X, X[:1], X, X[:1]), {}, "chosen_logprobs has 2 answers, rejected_logprobs 1"),
+        ((X, X[:1], X, X[:1]), {}, "chosen_logprobs has 2 completions, rejected_logprobs 1"),
         ((X, X, X[:, :2], X), {}, r"ref_chosen_logprobs must be of shape \(2, 3\)"),
         ((X, X, X, X.clone().requires_grad_()), {}, r"pass ref_rejected_logprobs.detach\(\)"),
         ((X, X, X, X), {"chosen_mask": X}, r"chosen_mask must be bool \| uint8"),

@@ -43,7 +43,7 @@ def pairs(draw, backend: str):
 
 @st.composite
 def rankings(draw, backend: str):
-    """Groups of no, one, few and many answers, with ties."""
+    """Groups of no, one, few and many completions, with ties."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     sizes = draw(st.lists(st.sampled_from([0, 1, 2, 4, 9, 33, 64]), max_size=6))
     count = sum(sizes)

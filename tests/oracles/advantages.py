@@ -93,7 +93,7 @@ def rloo(s: Sampled, kl_coef: float, kl_estimator: str) -> Tokens:
 
 
 def reinforce(s: Sampled, kl_coef: float, kl_estimator: str, baseline: float) -> Tokens:
-    """https://doi.org/10.1007/BF00992696: (r - b) for every factor of the answer."""
+    """https://doi.org/10.1007/BF00992696: (r - b) for every factor of the completion."""
     return s.spread(totals(s, kl_coef, kl_estimator) - baseline)
 
 

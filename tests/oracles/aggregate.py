@@ -1,5 +1,5 @@
 """The aggregations of token losses, sequence by sequence: https://arxiv.org/abs/2402.03300 eq. 3
-(mean of each answer), https://arxiv.org/abs/2503.14476 eq. 8 (of all tokens),
+(mean of each completion), https://arxiv.org/abs/2503.14476 eq. 8 (of all tokens),
 https://arxiv.org/abs/2503.20783 section 3.2 (a constant length).
 """
 

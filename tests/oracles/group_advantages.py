@@ -1,15 +1,15 @@
-"""Advantages relative to a group of answers, in NumPy.
+"""Advantages relative to a group of completions, in NumPy.
 
 GRPO: A_i = (r_i - mean(r)) / std(r), https://arxiv.org/abs/2402.03300 section 4.1.2; Dr. GRPO
-leaves the std out, https://arxiv.org/abs/2503.20783; RLOO: the baseline of an answer is the mean of
-the others, https://arxiv.org/abs/2402.14740 eq. 8.
+leaves the std out, https://arxiv.org/abs/2503.20783; RLOO: the baseline of a completion is the mean
+of the others, https://arxiv.org/abs/2402.14740 eq. 8.
 """
 
 import numpy as np
 
 
 def group_advantages(rewards, group_ids, *, std="sample", leave_one_out=False, eps=1e-6):
-    """One advantage an answer. A group whose rewards are all equal has none."""
+    """One advantage a completion. A group whose rewards are all equal has none."""
     advantages = np.zeros(len(rewards))
     for i, (reward, group) in enumerate(zip(rewards, group_ids, strict=True)):
         members = rewards[group_ids == group]

@@ -1,6 +1,6 @@
 """Losses of preferences, pair by pair in float64, each as its paper writes it.
 
-An answer is the list of the log probabilities of its tokens; (pi, ref) for policy and reference.
+A completion is the list of the log probabilities of its tokens; (pi, ref) for policy and reference.
 """
 
 import numpy as np
@@ -10,13 +10,13 @@ def sigmoid(x: float) -> float:
     return 1 / (1 + np.exp(-x))
 
 
-def log_ratio(answer) -> float:
-    pi, ref = answer
+def log_ratio(completion) -> float:
+    pi, ref = completion
     return np.sum(pi) - np.sum(ref)
 
 
-def mean_logprob(answer) -> float:
-    return np.mean(answer[0])
+def mean_logprob(completion) -> float:
+    return np.mean(completion[0])
 
 
 def dpo(chosen, rejected, beta):
@@ -60,8 +60,8 @@ def simpo(chosen, rejected, beta, margin):
 def orpo(chosen, rejected, beta, nll_coef):
     """https://arxiv.org/abs/2403.07691 eq. 3 to 7, beta being its lambda."""
 
-    def odds(answer) -> float:
-        p = np.exp(mean_logprob(answer))
+    def odds(completion) -> float:
+        p = np.exp(mean_logprob(completion))
         return p / (1 - p)
 
     odds_ratio = odds(chosen) / odds(rejected)
@@ -73,14 +73,14 @@ def dpo_nll(chosen, rejected, beta, nll_coef):
     return dpo(chosen, rejected, beta) - nll_coef * np.sum(chosen[0]) / len(chosen[0])
 
 
-def kto(answer, desirable, kl, beta, desirable_weight, undesirable_weight):
+def kto(completion, desirable, kl, beta, desirable_weight, undesirable_weight):
     """https://arxiv.org/abs/2402.01306 section 4.1: lambda_y - v(x, y)."""
-    r = log_ratio(answer)
+    r = log_ratio(completion)
     if desirable:
         return desirable_weight - desirable_weight * sigmoid(beta * (r - kl))
     return undesirable_weight - undesirable_weight * sigmoid(beta * (kl - r))
 
 
-def kto_reference_point(answers):
-    """The same: max(0, mean over mismatched answers of log pi - log ref)."""
-    return max(0.0, np.mean([log_ratio(answer) for answer in answers]))
+def kto_reference_point(completions):
+    """The same: max(0, mean over mismatched completions of log pi - log ref)."""
+    return max(0.0, np.mean([log_ratio(completion) for completion in completions]))

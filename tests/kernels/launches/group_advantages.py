@@ -16,26 +16,26 @@ Launch = tuple[str, Callable[[], None]]
 def group_advantages(std: int, leave_one_out: bool, by_id: bool, groups: int = 4) -> None:
     from warpo.kernels import _triton
 
-    answers = torch.empty(8 * groups)
+    completions = torch.empty(8 * groups)
     order, offsets = (torch.empty(n, dtype=torch.int64) for n in (8 * groups, groups + 1))
     statistic = torch.empty(groups)
     forward = GroupAdvantagesArguments(
         groups=groups,
-        rewards=answers,
+        rewards=completions,
         group_size=0 if by_id else 8,
         order=order if by_id else None,
         offsets=offsets if by_id else None,
         std_mode=std,
         leave_one_out=leave_one_out,
         eps=1e-6,
-        advantages=answers,
+        advantages=completions,
         mean=statistic,
         std=statistic,
         degenerate=torch.zeros((), dtype=torch.int32),
     )
     _triton.group_advantages_forward(forward)
     backward = GroupAdvantagesBackwardArguments(
-        forward=forward, grad_advantages=answers, grad_rewards=answers
+        forward=forward, grad_advantages=completions, grad_rewards=completions
     )
     _triton.group_advantages_backward(backward)
 

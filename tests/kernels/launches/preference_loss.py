@@ -7,7 +7,7 @@ import torch
 
 from tests.kernels.launches import flags
 from warpo.kernels._arguments.preference_loss import (
-    AnswersArguments,
+    CompletionsArguments,
     KtoLossArguments,
     PreferenceLossArguments,
 )
@@ -17,11 +17,11 @@ from warpo.kernels._preference_loss import PREFERENCE_METRICS
 Launch = tuple[str, Callable[[], None]]
 
 
-def _answers(
+def _completions(
     dtype: torch.dtype, packed: bool, ref: bool, mask: bool, rows: int, steps: int
-) -> AnswersArguments:
+) -> CompletionsArguments:
     token = torch.empty(1, steps, dtype=dtype).expand(rows, steps)
-    return AnswersArguments(
+    return CompletionsArguments(
         steps=steps,
         cu_seqlens=torch.zeros(rows + 1, dtype=torch.int32) if packed else None,
         logprobs=token,
@@ -44,11 +44,11 @@ def preference_loss(
 ) -> None:
     from warpo.kernels import _triton
 
-    answers, scalar = _answers(dtype, packed, ref, mask, rows, steps), torch.empty(())
+    completions, scalar = _completions(dtype, packed, ref, mask, rows, steps), torch.empty(())
     arguments = PreferenceLossArguments(
         pairs=rows,
-        chosen=answers,
-        rejected=answers,
+        chosen=completions,
+        rejected=completions,
         link=link,
         length_normalise=odds,
         odds=odds,
@@ -71,7 +71,7 @@ def kto_loss(dtype: torch.dtype, packed: bool, mask: bool, rows: int = 4, steps:
     scalar = torch.empty(())
     arguments = KtoLossArguments(
         examples=rows,
-        answers=_answers(dtype, packed, True, mask, rows, steps),
+        completions=_completions(dtype, packed, True, mask, rows, steps),
         desirable=torch.ones(rows, dtype=torch.bool),
         kl=scalar,
         beta=1 / rows,
