@@ -169,7 +169,7 @@ def _misuse(problem: str) -> int:
 
 
 def _output_dir(args: Sequence[str]) -> str | None:
-    """Where a traceback is kept: output_dir of a run."""
+    """Return the folder where a traceback is kept: output_dir of a run."""
     match args:
         case ["train", config, *overrides]:
             return peek(Path(config), overrides, "output_dir")
@@ -287,7 +287,7 @@ def settings_help(tree: type, row: Algorithm) -> str:
 
 
 def train_help() -> str:
-    """What `warpo train --help` prints, as wide as the terminal, at most 100 columns."""
+    """Return the text of `warpo train --help`, as wide as the terminal, at most 100 columns."""
     head = TRAIN_HELP.format(yaml=textwrap.indent(EXAMPLE_YAML, "    "))
     return "\n".join([head, *_settings(Config)])
 

@@ -1,4 +1,4 @@
-"""What travels through a step: prompts, completions, and sequences as the learner reads them."""
+"""Types that travel through a step: prompts, completions, and the learner's sequences."""
 
 from __future__ import annotations
 

@@ -195,7 +195,7 @@ def shadows(root: Path) -> list[str]:
 
 
 def step_rows(root: Path) -> Rows:
-    """What two real steps ran through, asked of a process that has the modules of the checkout."""
+    """Trace two real steps, in a process that has the modules of the checkout."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "warpo").mkdir()
         for name in FOLDERS:

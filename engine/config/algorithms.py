@@ -79,12 +79,12 @@ class Algorithm:
 
     @property
     def has_critic(self) -> bool:
-        """Whether the advantages need values of states."""
+        """True if the advantages need values of states."""
         return self.estimator.needs_critic
 
     @property
     def kl_in_reward(self) -> bool:
-        """Whether the KL is taken off the rewards and not added to the loss."""
+        """True if the KL is subtracted from the rewards instead of added to the loss."""
         return self.estimator.shapes_rewards and not self.previous_reference
 
     @property
@@ -96,12 +96,12 @@ class Algorithm:
 
     @property
     def kl_adapts_in_loss(self) -> bool:
-        """Whether the objective's kl_coef changes from step to step."""
+        """True if the objective's kl_coef changes from step to step."""
         return self.kl_target is not None and not self.kl_in_reward
 
     @property
     def has_reference(self) -> bool:
-        """Whether a frozen model is held beside the policy."""
+        """True if a frozen model is held next to the policy."""
         return self.kl_coef > 0 and not self.previous_reference
 
     @property

@@ -32,7 +32,7 @@ PositiveShare = Annotated[float, Field(gt=0, le=1)]
 
 @dataclass(frozen=True, kw_only=True, config=checked)
 class Sac:
-    """Of algorithm sac alone."""
+    """Settings of algorithm sac only."""
 
     hidden_size: Count = 256
     """Units of a hidden layer of policy and Q-functions."""
@@ -58,7 +58,7 @@ class Sac:
 
 @dataclass(frozen=True, kw_only=True, config=checked)
 class Ppo:
-    """Of algorithm ppo_gymnasium alone."""
+    """Settings of algorithm ppo_gymnasium only."""
 
     hidden_size: Count = 64
     """Units of a hidden layer of policy and value function."""

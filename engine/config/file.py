@@ -157,7 +157,7 @@ def _compose(path: Path) -> yaml.MappingNode | None:
 
 @contextmanager
 def _yaml_errors(path: Path) -> Iterator[None]:
-    """What is wrong with a file, as a ConfigError."""
+    """Raise a ConfigError for what is wrong with a YAML file."""
     try:
         yield
     except OSError as error:
@@ -210,7 +210,7 @@ def _plain(node: yaml.Node) -> Any:
 
 
 class _Nested:
-    """What no setting takes."""
+    """A value that no setting accepts."""
 
     def __repr__(self) -> str:
         return "a mapping or a list in a list"
@@ -306,7 +306,7 @@ _WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "tex
 
 
 def _wanted(annotation: Any, metadata: Sequence[Any] = ()) -> str:
-    """What a key takes, in words: `a number > 0`."""
+    """Describe the values that a key accepts: `a number > 0`."""
     if get_origin(annotation) is Annotated:
         inner, *metadata = get_args(annotation)
         metadata = [m for item in metadata for m in getattr(item, "metadata", [item])]

@@ -1,4 +1,4 @@
-"""Where rewards come from: the strings of reward.sources, read and checked.
+"""Sources of rewards: the strings of reward.sources, parsed and checked.
 
 Each is "[WEIGHT * ]SOURCE", the reward is the weighted sum, of weight 0 a source is only measured,
 and SOURCE is of one of the kinds in kinds.py.

@@ -29,7 +29,7 @@ class SamplerKind:
 
     @property
     def has_kv_cache(self) -> bool:
-        """Whether it holds a KV cache of rollout.kv_cache_gib between calls."""
+        """True if it holds a KV cache of rollout.kv_cache_gib between calls."""
         return bool(self.memory)
 
 

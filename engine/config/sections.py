@@ -61,7 +61,7 @@ class DataSettings:
 
 @dataclass(frozen=True, kw_only=True, config=checked)
 class RewardSettings:
-    """What scores completions."""
+    """Reward functions and models that score completions."""
 
     sources: Annotated[
         Texts,
@@ -91,7 +91,7 @@ class RewardSettings:
 
 @dataclass(frozen=True, kw_only=True, config=checked)
 class RolloutSettings:
-    """What is sampled in a step."""
+    """Completions that are sampled in a step."""
 
     prompts_per_step: Count = 8
     """Prompts drawn in a step."""
@@ -121,7 +121,7 @@ class RolloutSettings:
 
     @property
     def truncated(self) -> bool:
-        """Whether some tokens cannot be drawn."""
+        """True if some tokens cannot be drawn."""
         return self.top_p < 1 or self.top_k > 0
 
 

@@ -59,7 +59,7 @@ class Example:
 
     @property
     def num_tokens(self) -> int:
-        """Of its sequences, the prompt counted in each."""
+        """Number of tokens of its sequences, the prompt counted in each."""
         return sum(len(self.prompt_ids) + len(ids) for ids in self.completions)
 
 

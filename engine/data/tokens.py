@@ -43,12 +43,12 @@ class Ragged:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Of each list, int64."""
+        """Length of each list, int64."""
         return np.diff(np.frombuffer(self._starts, dtype=np.int64))
 
     @property
     def largest(self) -> float:
-        """Of all numbers; 0 where there is none."""
+        """Largest of all numbers; 0 if there are none."""
         return max(self._numbers, default=0)
 
 
@@ -119,7 +119,7 @@ class Encoder:
         ]
 
     def _is_certain(self, before: list[int]) -> bool:
-        """Whether equal ids are equal tokens: an unknown word stays one if it grows."""
+        """True if equal ids mean equal tokens: an unknown word stays one if it grows."""
         return bool(before) and before[-1] != self._unknown
 
     def _slowly(self, prompt: str, prompt_ids: list[int], text: str) -> list[int]:
@@ -179,7 +179,7 @@ def _batches(texts: Sequence[str]) -> Iterator[Sequence[str]]:
 
 
 def _starts_with(joined: Encoding, before: list[int], border: int) -> bool:
-    """Whether the tokens of a text are `before`, and then those of what follows its border."""
+    """True if the tokens of a text are `before`, then those of what follows its border."""
     count = len(before)
     if joined.ids[:count] != before:
         return False

@@ -25,7 +25,7 @@ BASELINE_DECAY = 0.9
 
 @dataclass
 class AdaptiveState:
-    """What an estimator carries from step to step.
+    """State that an estimator carries from step to step.
 
     Attributes:
         kl_coef: weight of the KL, where it adapts.
@@ -64,7 +64,7 @@ class AdaptiveState:
 
 
 class _Tokens(NamedTuple):
-    """What an estimator reads: B rollouts, (B,), with their M trained tokens in one row, (M,)."""
+    """Inputs of an estimator: B rollouts, (B,), with their M trained tokens in one row, (M,)."""
 
     rollouts: StepRollouts
     group_size: int

@@ -102,7 +102,7 @@ class Learner:
 
     @property
     def stateful(self) -> dict[str, Stateful]:
-        """What a checkpoint keeps beside the weights of the policy."""
+        """State that a checkpoint keeps next to the weights of the policy."""
         parts: dict[str, Stateful] = {
             "optimizer": self.optimizer,
             "schedule": self.schedule,
@@ -114,7 +114,7 @@ class Learner:
 
     @property
     def pretraining_changes(self) -> str:
-        """How pretraining.data differ from those of the checkpoint that was loaded."""
+        """Describe how pretraining.data differ from those of the checkpoint that was loaded."""
         return self.pretraining.record.changes if self.pretraining else ""
 
     def update(self, rollouts: StepRollouts) -> Metrics:

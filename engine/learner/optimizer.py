@@ -23,7 +23,7 @@ IN_FLIGHT = 2
 
 
 class WeightUpdate(NamedTuple):
-    """What a step has done to the weights; on the device that keeps the state.
+    """Effect of a step on the weights; on the device that keeps the state.
 
     Attributes:
         fingerprints: by name of the parameter: `ops.fingerprint` of its weights after the step.
@@ -309,7 +309,7 @@ def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
 
 
 def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:
-    """What scales gradients of this norm down to max_norm, as torch's `clip_grad_norm_` does."""
+    """Return the factor that scales gradients to max_norm, as torch's `clip_grad_norm_` does."""
     return (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 

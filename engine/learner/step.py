@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class StepResult(NamedTuple):
-    """What an optimizer step reports, on the device; None where it has no such part.
+    """Report of an optimizer step, on the device; None for a part that it does not have.
 
     Attributes:
         policy: the vector of `ops.policy_loss`, summed over micro-batches.
@@ -39,7 +39,7 @@ class StepResult(NamedTuple):
 def denominator(
     batches: Sequence[Batch], objective: Objective, max_new_tokens: int, ranks: Ranks = ONE_RANK
 ) -> float:
-    """What the loss of an optimizer step is divided by, counted over all of its micro-batches."""
+    """Return the divisor of an optimizer step's loss, counted over all of its micro-batches."""
     if objective.aggregation == "token-mean":
         return ranks.sum(sum(batch.num_trained for batch in batches))
     sequences = ranks.sum(sum(batch.num_sequences for batch in batches))

@@ -1,4 +1,4 @@
-"""Whether the learner computes a model's own function, decided before any weight is read.
+"""Check that the learner computes a model's own function, before any weight is read.
 
 Sequences of a step are packed into one row, which is exact for models of a certain kind. Models
 with layers of state or convolution get a row for each sequence and their own
@@ -186,7 +186,7 @@ def _of_rope(config: PretrainedConfig, longest: int, cure: str) -> str:
 
 
 def rope_parameters(config: PretrainedConfig) -> list[dict[str, Any]]:
-    """Of all layers, or of each kind of layers where they differ."""
+    """Rope parameters of all layers, or of each kind of layers if they differ."""
     text = copy.deepcopy(config.get_text_config())
     if getattr(text, "rope_parameters", None):
         # some keep the original length beside them, which this puts in
@@ -241,8 +241,8 @@ def _of_forward(model: PreTrainedModel, scalar: bool) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """Of the packed attention: by which module, the keys and values of a token in numbers, and
-    whether it has a soft cap or sinks.
+    """A call of the packed attention: its module, the numbers in the keys and values of a token,
+    and whether it has a soft cap or sinks.
     """
 
     module: nn.Module

@@ -134,7 +134,7 @@ def load_weights(
 
 
 def _is_on_hub(path: str) -> bool:
-    """Whether a path is a name on the hub, which answers for it or has it in its cache here.
+    """True if a path is a name on the hub, which answers for it or has it in its cache here.
 
     Raises:
         ConfigError: neither a directory nor a name that is known there.

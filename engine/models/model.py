@@ -150,12 +150,12 @@ def forward(model: nn.Module, batch: Batch, **options: Any) -> Any:
 
 
 def is_packed(model: nn.Module) -> bool:
-    """Whether a micro-batch is one row of the model, or each sequence one of its own."""
+    """True if a micro-batch is one row of the model, False if each sequence is a row."""
     return bool(model.config._attn_implementation == ATTENTION)  # type: ignore[union-attr]
 
 
 def inputs_of(model: nn.Module, batch: Batch) -> dict[str, Any]:
-    """What the model reads of a micro-batch.
+    """Return the model's inputs for a micro-batch.
 
     Rows of their own are padded on the right, where no token of a causal model sees it.
     """

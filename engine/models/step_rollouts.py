@@ -72,7 +72,7 @@ class StepRollouts:
 
     @property
     def num_tokens(self) -> int:
-        """Of all prompts and completions."""
+        """Number of tokens of all prompts and completions."""
         return sum(sequence.num_tokens for sequence in self.sequences)
 
     @property

@@ -132,7 +132,7 @@ def divergences(
     seed: int = 0,
     progress: ReportProgress = lambda done, total: None,
 ) -> list[Divergence]:
-    """How far the gradients of an optimizer step are apart between layouts, objective by objective.
+    """Measure how far gradients of an optimizer step differ between layouts, for each objective.
 
     Advantages are drawn from N(0, 1). old_logprobs are the model's plus noise, sampler_logprobs and
     ref_logprobs are these plus noise.

@@ -1,4 +1,4 @@
-"""What a phase took: its peak, on a GPU of PyTorch's allocator, on a CPU of the resident set."""
+"""Peak memory of a phase: on a GPU of PyTorch's allocator, on a CPU of the resident set."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ _SMALL_FILES = 2**20
 
 
 class Stateful(Protocol):
-    """What has a state to keep: optimizer, scheduler, prompt stream."""
+    """An object with a state to keep: optimizer, scheduler, prompt stream."""
 
     def state_dict(self) -> Any: ...
 
@@ -324,7 +324,7 @@ def _check_finite(
 
 
 def last_good(output_dir: str | Path) -> str:
-    """What to do about a run whose state is of no use."""
+    """Suggest what to do about a run whose state is of no use."""
     path = latest(output_dir)
     if path is None:
         return "No checkpoint was saved before: lower the learning rate and start anew"
@@ -332,7 +332,7 @@ def last_good(output_dir: str | Path) -> str:
 
 
 def _num_bytes(model: PreTrainedModel | None, state: Any) -> int:
-    """What a checkpoint takes on disk, about; a tensor of two names counts once."""
+    """Estimate the size of a checkpoint on disk; a tensor of two names counts once."""
     named = [] if model is None else list(model.state_dict().items())
     tensors = [tensor for _, tensor in [*named, *manifest.tensors_in(state, "")]]
     different = {(t.data_ptr(), t.numel()): t.numel() * t.element_size() for t in tensors}

@@ -1,4 +1,4 @@
-"""What a run shows and keeps: a live line, a table row a step, metrics.jsonl and TensorBoard.
+"""Output of a run: a live line, a table row per step, metrics.jsonl and TensorBoard.
 
 `RunLog` times the phases of a step, and each is an NVTX range where the package `nvtx` is there.
 """
@@ -70,7 +70,7 @@ _WIDTH_WITHOUT_TERMINAL = 120
 
 
 class Log(Protocol):
-    """What the parts of a run say, time and count."""
+    """Interface through which the parts of a run report, time and count."""
 
     def phase(self, name: str) -> AbstractContextManager[ReportProgress]: ...
     def start_step(self) -> None: ...
@@ -217,7 +217,7 @@ class RunLog:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def is_evaluated(self, step: int) -> bool:
-        """Whether the row of a step of an earlier process has the metrics of its evaluation."""
+        """True if the row of a step of an earlier process has the metrics of its evaluation."""
         return step in self._evaluated
 
     def add(self, step: int, metrics: Mapping[str, Any]) -> None:

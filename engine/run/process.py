@@ -1,4 +1,4 @@
-"""What a process needs set before it computes on a CPU: how threads wait, what becomes of freed
+"""Environment of a process that computes on a CPU: how threads wait, what becomes of freed
 memory. Imports nothing of torch, which reads the first when it loads.
 """
 

@@ -1,4 +1,4 @@
-"""How far sampler and learner are apart after a step, by cause.
+"""Distance between sampler and learner after a step, by cause.
 
 All of it on the probe's sequences, `probe.num_sequences` rollouts from all over the step, once the
 sampler has the weights wn that the step ends with. With logprobs of one token in nats:

@@ -68,7 +68,7 @@ REFUSED = """
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """What is found of a type.
+    """Findings about a type.
 
     Attributes:
         reason: why it is refused; empty where it is not.
@@ -144,7 +144,7 @@ def _gradient(model: PreTrainedModel, logprobs: Tensor) -> dict[str, Tensor]:
 
 
 def find(model_type: str, known: Row | None = None) -> Row:
-    """What the learner does with a tiny model of this type, or with its default config.
+    """Find what the learner does with a tiny model of this type, or with its default config.
 
     Args:
         known: where given, models with a row for each sequence, which are slow, are not compared

@@ -1,4 +1,4 @@
-"""What the engine asks of a reward source, and what one is opened with."""
+"""Protocol of a reward source, and the context that one is opened with."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class RewardSource(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceContext:
-    """What the sources of a run are opened with.
+    """Context that the sources of a run are opened with.
 
     Attributes:
         settings: the section `reward` of the config.

@@ -15,7 +15,7 @@ from warpo.engine.types import Completion, Prompt, TokenSteps
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rewards:
-    """What the sources say of B completions.
+    """Scores that the sources give to B completions.
 
     Attributes:
         totals: B weighted sums over sources and steps.

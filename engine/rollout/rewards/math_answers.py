@@ -156,7 +156,7 @@ def open_judge() -> Callable[[tuple[str, str]], bool]:
 
 
 def is_right(completion: str, answer: str) -> bool:
-    """Whether the completion states the answer, in its letters or in its value."""
+    """True if the completion states the answer, in its letters or in its value."""
     from math_verify import parse, verify
 
     if completion.strip() == answer:

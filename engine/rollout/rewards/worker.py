@@ -167,7 +167,7 @@ class Worker:
         return buffer
 
     def _death(self) -> str:
-        """How a process that closed its end of the channel died."""
+        """Describe how a process that closed its end of the channel died."""
         assert self._process is not None
         try:
             code = self._process.wait(timeout=2)

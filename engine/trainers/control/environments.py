@@ -177,7 +177,7 @@ def make(name: str) -> gymnasium.Env:
 
 
 def spaces_of(config: ControlConfig) -> Spaces:
-    """What the networks of the algorithm need to know of the environment.
+    """Return what the networks of the algorithm need to know of the environment.
 
     Raises:
         ConfigError: the algorithm has no policy for its actions; or as `make`.

@@ -95,7 +95,7 @@ class PpoLearner:
 
     @torch.inference_mode()
     def outputs(self, observations: np.ndarray) -> Tensor:
-        """What the networks give for observations (N, D), as one vector."""
+        """Return the networks' outputs for observations (N, D), as one vector."""
         inputs = torch.from_numpy(observations.astype(np.float32)).to(self._device)
         return self.network.stack(inputs).flatten()
 

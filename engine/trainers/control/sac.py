@@ -107,7 +107,7 @@ class SacLearner:
 
     @torch.inference_mode()
     def outputs(self, observations: np.ndarray) -> Tensor:
-        """What the networks give for observations (N, D), as one vector."""
+        """Return the networks' outputs for observations (N, D), as one vector."""
         inputs = torch.from_numpy(observations.astype(np.float32)).to(self._device)
         gaussian = self.policy.stack.only(0, inputs)
         values = self.q(inputs, gaussian[:, : self._spaces.action].tanh())

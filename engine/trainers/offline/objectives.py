@@ -1,4 +1,4 @@
-"""How each row packs its examples into micro-batches, and reads its metrics."""
+"""Objectives of the rows: how each packs its examples into micro-batches, and reads its metrics."""
 
 from __future__ import annotations
 

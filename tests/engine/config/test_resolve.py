@@ -1,6 +1,4 @@
-"""What a config makes of a row: where each setting lands, and what is refused before a model is
-loaded.
-"""
+"""Rows under a config: where each setting lands, and what is refused before a model is loaded."""
 
 from __future__ import annotations
 
@@ -158,7 +156,7 @@ def test_the_kl_lands_in_the_reward_or_in_the_loss(resolved: Resolve, name: str)
 
 
 def no_renewal(name: str) -> tuple[str, ...]:
-    """What goes with a coefficient of 0."""
+    """Settings that go with a coefficient of 0."""
     if ALGORITHMS[name].reference_every_steps:
         return ("--loss.reference_every_steps", "0")
     return ("--loss.kl_target", "fixed") if ALGORITHMS[name].kl_target else ()

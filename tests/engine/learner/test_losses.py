@@ -168,7 +168,7 @@ def exact_model(algorithm: str, path: str) -> transformers.PreTrainedModel:
 
 
 def gradient(model: torch.nn.Module) -> torch.Tensor:
-    """Of all parameters as one vector."""
+    """Gradients of all parameters as one vector."""
     ordered = sorted(model.named_parameters())
     return torch.cat([parameter.grad.double().flatten() for _, parameter in ordered])
 

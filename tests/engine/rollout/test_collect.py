@@ -43,7 +43,7 @@ Collect = Callable[..., tuple[StepRollouts, dict[str, float], PromptStream]]
 
 @pytest.fixture
 def collected(folder: Path) -> Iterator[Collect]:
-    """What step 1 of a run with these settings collects, and a fresh stream of its prompts."""
+    """Collect step 1 of a run with these settings, and open a fresh stream of its prompts."""
     (folder / "some_rewards.py").write_text(REWARDS)
     number = count()
     with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""What a run finds in its output_dir, and when it is saved."""
+"""State of a run's output_dir, and when it is saved."""
 
 from __future__ import annotations
 

@@ -192,7 +192,7 @@ def test_a_closed_terminal_leaves_a_checkpoint(tmp_path):
 
 
 def mean_return(config: ControlConfig) -> float:
-    """Of the last evaluation."""
+    """Mean return of the last evaluation."""
     train.run(config)
     rows = read_rows(Path(config.output_dir) / "metrics.jsonl")
     print(json.dumps([[row["step"], row["eval/return"]] for row in rows if "eval/return" in row]))
