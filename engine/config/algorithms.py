@@ -132,9 +132,13 @@ def _group(objective: str | Objective, title: str, url: str, **fields: Any) -> A
 def _preference(row: str, title: str, url: str, loss: str) -> Algorithm:
     others = ("reference",) if PREFERENCES[row].reference else ()
     return Algorithm(
-        family="preference", title=title, url=url, objective=PREFERENCES[row], others=others,
+        family="preference",
+        title=title,
+        url=url,
+        objective=PREFERENCES[row],
+        others=others,
         loss=loss,
-    )  # fmt: skip
+    )
 
 
 _GRPO = "https://arxiv.org/abs/2402.03300"

@@ -113,9 +113,8 @@ def _objective(
 
 def has_effect(row: Algorithm) -> dict[str, bool]:
     """True if a row of the policy family reads a setting, for those that not all rows read."""
-    ratio = isinstance(row.objective, Objective) and row.objective.surrogate not in (
-        "none", "reinforce", "soft_gate",
-    )  # fmt: skip
+    no_bounds = ("none", "reinforce", "soft_gate")
+    ratio = isinstance(row.objective, Objective) and row.objective.surrogate not in no_bounds
     estimator = row.estimator
     return {
         "loss.clip_range": ratio,

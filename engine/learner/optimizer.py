@@ -178,12 +178,20 @@ class AdamW(torch.optim.Optimizer):
                 dense = torch.contiguous_format
                 state["master"] = weights.to(torch.float32, memory_format=dense)
         result = ops.adamw_publish(
-            grad, state.get("master"), state["exp_avg"], state["exp_avg_sq"], weights,
-            lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1], eps=group["eps"],
-            weight_decay=group["weight_decay"], step=state["step"] + 1,
+            grad,
+            state.get("master"),
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            weights,
+            lr=group["lr"],
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            step=state["step"] + 1,
             grad_scale=grad_scale,
             backend="cpu" if self._staged else None,
-        )  # fmt: skip
+        )
         state["step"] += 1
         return result
 

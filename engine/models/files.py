@@ -39,8 +39,9 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt
 PICKLED_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 # What generate() reads where it samples, and does not write back where it does not.
 _SAMPLING_ONLY = (
-    "temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff",
-)  # fmt: skip
+    *("temperature", "top_p", "top_k", "min_p"),
+    *("top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"),
+)
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

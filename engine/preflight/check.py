@@ -208,9 +208,12 @@ def _report_invariance(
     )
     model, cut = load_cut_model(config.model, sequences, device)
     found = divergences(
-        model, cut, objectives, **options,
+        model,
+        cut,
+        objectives,
+        **options,
         progress=lambda done, total: progress(f"loss invariance, objective {done + 1} of {total}"),
-    )  # fmt: skip
+    )
     model, cut = load_cut_model(config.model, sequences, device, torch.float32)
     rounding = divergences(model, cut, {name: own}, **options)
     report.head(

@@ -89,9 +89,13 @@ def rehearse(config: Config, device: torch.device) -> object:
         AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32).save_pretrained(folder)
         model = load_model(folder, config.dtype, device)
         settings = SamplerSettings(
-            model_path=folder, dtype=config.dtype, max_model_len=32, eos_token_ids=[1],
-            kv_cache_gib=1 / 64, device=device,
-        )  # fmt: skip
+            model_path=folder,
+            dtype=config.dtype,
+            max_model_len=32,
+            eos_token_ids=[1],
+            kv_cache_gib=1 / 64,
+            device=device,
+        )
         sampler = open_sampler(config.sampler, settings)
     shape = Shape(sequences=4, prompt_tokens=8, completion_tokens=8)
     batch = rollouts_of(shape, 64).batch(range(4))

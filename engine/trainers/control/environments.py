@@ -189,9 +189,13 @@ def spaces_of(config: ControlConfig) -> Spaces:
     size, nothing = int(observation.shape[0]), np.zeros(0, np.float32)
     if isinstance(action, Discrete) and config.algorithm == "ppo_gymnasium":
         return Spaces(
-            observation=size, actions="discrete", action=int(action.n), low=nothing, high=nothing,
+            observation=size,
+            actions="discrete",
+            action=int(action.n),
+            low=nothing,
+            high=nothing,
             first=int(action.start),
-        )  # fmt: skip
+        )
     continuous = isinstance(action, Box) and len(action.shape) == 1
     if not isinstance(action, Box) or not continuous:
         wanted = "continuous" if config.algorithm == "sac" else "discrete or continuous"

@@ -156,9 +156,14 @@ class SacLearner:
             )
             next_q = self.target_q(steps.next_observations, next_actions)
             targets = ops.soft_q_targets(
-                steps.rewards, steps.terminated, next_q[0], next_q[1], next_logprobs,
-                alpha=alpha, gamma=self._config.gamma,
-            )  # fmt: skip
+                steps.rewards,
+                steps.terminated,
+                next_q[0],
+                next_q[1],
+                next_logprobs,
+                alpha=alpha,
+                gamma=self._config.gamma,
+            )
         q = self.q(steps.observations, steps.actions)
         # the sum over both, each a mean of squares / 2
         loss = nn.functional.mse_loss(q, targets.expand_as(q))

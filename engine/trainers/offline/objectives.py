@@ -82,12 +82,16 @@ def make_objective(config: OfflineConfig) -> OfflineObjective:
     if name == "kto":
         return OfflineObjective(
             gradients=lambda model, micro, ranks: losses.kto_gradients(
-                model, [m.batch for m in micro], [m.unrelated for m in micro if m.unrelated],
-                [m.values.bool() for m in micro], ranks=ranks, **options,
+                model,
+                [m.batch for m in micro],
+                [m.unrelated for m in micro if m.unrelated],
+                [m.values.bool() for m in micro],
+                ranks=ranks,
+                **options,
             ),
             read=lambda vector: _short(ops.kto_metrics(vector), "kto"),
             reference=True,
-        )  # fmt: skip
+        )
     if name == "bradley_terry":
         return OfflineObjective(
             gradients=lambda model, micro, ranks: losses.pair_gradients(

@@ -60,8 +60,10 @@ def test_kto_pairs_each_prompt_with_the_next_completion_of_another(tmp_path, tok
     ]
     found = load(tmp_path, tokenizer, "kto", *rows)
     assert [texts(tokenizer, example) for example in found] == [
-        ["1<eos>", "3<eos>"], ["2<eos>", "3<eos>"], ["3<eos>", "1<eos>"]
-    ]  # fmt: skip
+        ["1<eos>", "3<eos>"],
+        ["2<eos>", "3<eos>"],
+        ["3<eos>", "1<eos>"],
+    ]
     assert [example.values for example in found] == [[1.0], [0.0], [1.0]]
 
 

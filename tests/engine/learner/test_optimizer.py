@@ -81,9 +81,12 @@ def test_the_master_weights_are_those_of_torch_adamw(dtype, staged):
     for name, parameter in named.items():
         master = optimizer.state[parameter].get("master", parameter)
         assert_close(
-            master, copies[name], relative=4 * ADAMW_RELATIVE,
-            absolute=ADAMW_ABSOLUTE + 4 * STEP_RELATIVE * OPTIONS["lr"], what=name,
-        )  # fmt: skip
+            master,
+            copies[name],
+            relative=4 * ADAMW_RELATIVE,
+            absolute=ADAMW_ABSOLUTE + 4 * STEP_RELATIVE * OPTIONS["lr"],
+            what=name,
+        )
         assert torch.equal(parameter, master.to(dtype))
 
 

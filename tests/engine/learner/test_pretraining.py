@@ -51,9 +51,13 @@ def test_the_gradient_is_that_of_the_policy_and_coef_times_the_supervised_one(
     names = [name for name, _ in model.named_parameters()]
 
     accumulate_gradients(
-        model, batches, ptx.algorithm.objective, temperature=1.0, max_new_tokens=6,
+        model,
+        batches,
+        ptx.algorithm.objective,
+        temperature=1.0,
+        max_new_tokens=6,
         critic=ptx.critic,
-    )  # fmt: skip
+    )
     policy = {name: p.grad.double() for name, p in model.named_parameters()}
     ptx.optimizer.zero_grad()
 

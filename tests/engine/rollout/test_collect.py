@@ -52,7 +52,7 @@ def collected(folder: Path) -> Iterator[Collect]:
             words = [
                 *("--sampler", "transformers", "--output_dir", f"out-{next(number)}"),
                 *("--reward.sources", f"some_rewards:{reward}", *overrides),
-            ]  # fmt: skip
+            ]
             config = load_config(folder / "config.yaml", words)
             rollouts, _, weights = stack.enter_context(build(config, Run(log=NoLog())))
             weights.publish(0)

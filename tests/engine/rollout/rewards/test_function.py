@@ -256,9 +256,8 @@ def test_workers_share_a_call_in_order():
         # a worker that is free takes the next part, neighbours all
         assert {len({*part}) for part in (pids[:2], pids[2:4], pids[4:])} == {1}
     fields = {"answer": completions}
-    assert call("exact", completions=["0", "x", *completions[2:]], fields=fields, workers=2) == [
-        1.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0
-    ]  # fmt: skip
+    scores = call("exact", completions=["0", "x", *completions[2:]], fields=fields, workers=2)
+    assert scores == [1.0, 0.0, *[1.0] * 5]
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -347,8 +346,14 @@ def test_nothing_outlives_an_engine_that_is_killed(directory):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    ["handles SIGALRM", "ignores signals", "stops its keeper", "a shell that starts others",
-     "leaves a process", "leaves a thread"],
-)  # fmt: skip
+    [
+        "handles SIGALRM",
+        "ignores signals",
+        "stops its keeper",
+        "a shell that starts others",
+        "leaves a process",
+        "leaves a thread",
+    ],
+)
 def test_nothing_of_a_hostile_function_outlives_an_engine_that_is_killed(name, directory):
     assert hostile.check_killed_engine(directory, name) is None

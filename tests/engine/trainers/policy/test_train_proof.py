@@ -164,4 +164,4 @@ def test_a_stale_prefix_cache(
     with pytest.raises(WeightMismatch, match=r"vLLM found 32 of \d+ tokens in its prefix cache"):
         run_with_fault(
             "vllm", "auto", "resume_kv", keep_cache, "--rollout.max_new_tokens", "48", version=1
-        )  # fmt: skip
+        )
