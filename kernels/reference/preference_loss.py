@@ -36,8 +36,8 @@ def preference_loss(
     rejected_logprobs = counted(rejected_logprobs, denominator)
     if not reference:
         ref_chosen_logprobs = ref_rejected_logprobs = None
-    chosen = answer_sums(chosen_logprobs, ref_chosen_logprobs, chosen_mask, chosen_cu_seqlens)
-    rejected = answer_sums(
+    chosen = completion_sums(chosen_logprobs, ref_chosen_logprobs, chosen_mask, chosen_cu_seqlens)
+    rejected = completion_sums(
         rejected_logprobs, ref_rejected_logprobs, rejected_mask, rejected_cu_seqlens
     )
     pair = (chosen[0] > 0) & (rejected[0] > 0)
@@ -76,7 +76,7 @@ def kto_loss(
 ) -> tuple[Tensor, Tensor]:
     """(loss, metrics) in the order of `KTO_METRICS`."""
     logprobs = counted(logprobs, denominator)
-    count, logp, ratio = answer_sums(logprobs, ref_logprobs, mask, cu_seqlens)
+    count, logp, ratio = completion_sums(logprobs, ref_logprobs, mask, cu_seqlens)
     some, good = count > 0, desirable.bool()
     gain = torch.where(good, 1.0, -1.0).to(ratio.dtype) * beta * (ratio - kl)
     weight = torch.where(
@@ -89,10 +89,10 @@ def kto_loss(
     return loss, torch.stack([loss, *sums]).detach()
 
 
-def answer_sums(
+def completion_sums(
     logprobs: Tensor, ref_logprobs: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Over the valid tokens of each answer: how many, sum of logprob, sum of logprob - ref."""
+    """Over the valid tokens of each completion: count, sum of logprob, sum of logprob - ref."""
     sequences = sequences_of(logprobs, mask, cu_seqlens)
     logp = sequences.clean(logprobs)
     ref = torch.zeros_like(logp) if ref_logprobs is None else sequences.clean(ref_logprobs)
