@@ -41,7 +41,7 @@ Rows = Iterator[tuple[str, str]]
 
 
 def percentile(values: list[int], percent: int) -> int:
-    """The smallest value that so many percent of the values do not exceed."""
+    """The smallest value that this percentage of the values do not exceed."""
     return sorted(values)[max(0, math.ceil(len(values) * percent / 100) - 1)]
 
 

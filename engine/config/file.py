@@ -184,7 +184,7 @@ def _leaves(node: yaml.MappingNode, prefix: str, known: dict[str, Key]) -> list[
     for key, value in node.value:
         line = key.start_mark.line + 1
         if not isinstance(key, yaml.ScalarNode):
-            raise yaml.MarkedYAMLError(problem="a key is no text", problem_mark=key.start_mark)
+            raise yaml.MarkedYAMLError(problem="a key is not text", problem_mark=key.start_mark)
         name = prefix + key.value
         is_section = any(other.startswith(name + ".") for other in known)
         if is_section and isinstance(value, yaml.MappingNode):
@@ -267,7 +267,7 @@ def _unknown(name: str, known: dict[str, Key]) -> str:
     section, _, leaf = name.rpartition(".")
     near = [key for key in known if key.rpartition(".")[2] == leaf]
     beside = [key for key in known if section and key.startswith(section + ".")]
-    # In a section that there is, only its own keys are near: loss.beta is not update.betas.
+    # In a known section, only its own keys are near: loss.beta is not update.betas.
     leaves = {key.rpartition(".")[2]: key for key in beside or known}
     # 0.75 lets transposed and missing letters through, and few words that merely share some.
     near = near or [leaves[m] for m in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.75)]

@@ -50,7 +50,7 @@ class Config:
     algorithm: Text = "grpo"
     """Row of the table that `warpo algorithms` prints."""
     steps: Count
-    """Reinforcement-learning steps in all."""
+    """Total reinforcement-learning steps."""
     seed: Seed = 0
     """Fixes data order and every draw."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

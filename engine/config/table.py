@@ -49,7 +49,7 @@ def print_table(console: Console) -> None:
     console.print(table, highlight=False)
     console.print(
         "warpo algorithms NAME          the numbers of a row, and how a config changes them\n"
-        "warpo train --help NAME        the settings that there are for it",
+        "warpo train --help NAME        the settings that it has",
         markup=False,
         highlight=False,
     )

@@ -49,7 +49,7 @@ def draw_keys(keys: Tensor) -> np.ndarray:
 
 
 def ranks(numbers: np.ndarray, *entropy: int) -> np.ndarray:
-    """A random number for each of these, uint64, that it and `entropy` alone determine."""
+    """A random number for each of these, uint64, that only it and `entropy` determine."""
     (word,) = np.random.SeedSequence(entropy).generate_state(1, np.uint64)
     return _mix(numbers ^ word)
 
@@ -123,10 +123,10 @@ class PromptStream(Generic[T]):
     """Prompts, or examples, in an endless order that is drawn anew in every epoch.
 
     Every epoch draws each once. A batch may span two epochs, so none is short. Which comes before
-    which is determined by seed, epoch and the two of them alone.
+    which is determined only by seed, epoch and the two of them.
 
     Args:
-        keys: of `RowKeys`, those of `items`.
+        keys: keys of `items`, as `RowKeys` makes them.
     """
 
     def __init__(

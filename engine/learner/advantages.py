@@ -30,7 +30,7 @@ class AdaptiveState:
     Attributes:
         kl_coef: weight of the KL, where it adapts.
         baseline: moving average of the rewards; None before the first step.
-        adapts: whether kl_coef is part of the state. A fixed one is the config's, resumed or not.
+        adapts: whether kl_coef is part of the state. A fixed kl_coef is always the config's.
     """
 
     kl_coef: float
@@ -52,7 +52,7 @@ class AdaptiveState:
         proportional:  times 1 + 0.1 clip(kl / target - 1, -0.2, 0.2)
 
         Args:
-            kl: nats a token, of the step that is over.
+            kl: nats per token, of the step that is over.
         """
         if algorithm.kl_target is None:
             return

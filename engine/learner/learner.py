@@ -61,7 +61,7 @@ class Learner:
 
     Args:
         model: the policy, whose parameters lie where they stay.
-        examples: of pretraining.data; None without.
+        examples: examples of pretraining.data; None without.
 
     Attributes:
         progress: steps that are complete, and whether the weights are those of a step.
@@ -178,7 +178,7 @@ class Learner:
 
     def train_step(self, batches: Sequence[Batch], step: int, update: int) -> StepResult:
         """One optimizer step on packed micro-batches: of the critic, where it has a network of its
-        own, and of the policy, after the steps in which the critic learns alone.
+        own, and of the policy, after the steps in which only the critic learns.
 
         Raises:
             TrainingError: a gradient is not finite. That model's weights are those before.

@@ -46,8 +46,8 @@ class AdamW(torch.optim.Optimizer):
 
     Values are those of torch.optim.AdamW on float32 copies of the parameters. The state of a
     parameter is made at its first step: two float32 moments, and float32 master weights where the
-    parameter is bfloat16; 8 and 12 bytes an element. With state = "host" it lies in host memory,
-    beside a copy of the weights in their dtype, pinned: the step then runs on the CPU, while
+    parameter is bfloat16; 8 and 12 bytes per element. With state = "host" it lies in host memory,
+    next to a copy of the weights in their dtype, pinned: the step then runs on the CPU, while
     gradients and weights of other parameters are on their way. On a CPU "host" is "device".
 
     A parameter without gradient keeps its weights and its moments.
@@ -58,7 +58,7 @@ class AdamW(torch.optim.Optimizer):
         lr, betas, eps, weight_decay: as in torch.optim.AdamW.
         state: where moments and master weights lie, and the step is computed.
         ranks: whose gradients are one.
-        setting: what to lower where the gradient is not finite.
+        setting: the setting to lower if the gradient is not finite.
 
     Raises:
         ValueError: a parameter or a number is not as above.
@@ -281,7 +281,7 @@ class AdamW(torch.optim.Optimizer):
         saved = [name for group in groups for name in group.get("param_names", group["params"])]
         for name, other in zip(own, saved, strict=True):
             if name != other:
-                raise ValueError(f"it keeps a parameter {other!r} in the place of {name!r}")
+                raise ValueError(f"it has parameter {other!r} where {name!r} was expected")
         ids = [i for group in groups for i in group["params"]]
         for i, (name, parameter, _) in zip(ids, self._parameters(), strict=True):
             if i in state_dict["state"]:

@@ -23,10 +23,10 @@ class StepResult(NamedTuple):
 
     Attributes:
         policy: the vector of `ops.policy_loss`, summed over micro-batches.
-        pairs: that of `ops.preference_loss`.
-        values: that of `ops.value_loss`.
+        pairs: the vector of `ops.preference_loss`.
+        values: the vector of `ops.value_loss`.
         pretraining: the supervised loss, times its coefficient.
-        update: what the step did to the policy's weights.
+        update: effect of the step on the policy's weights.
     """
 
     policy: Tensor | None = None
@@ -90,7 +90,7 @@ def accumulate_gradients(
             cu_seqlens=batch.cu_seqlens,
             ref_logprobs=batch.ref_logprobs,
             sampler_logprobs=batch.sampler_logprobs,
-            # for the metrics alone it needs no gradient
+            # only for the metrics it needs no gradient
             entropy=current.entropy if objective.entropy_coef else current.entropy.detach(),
             kl_coef=kl_coef,
             denominator=total,

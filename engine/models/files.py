@@ -52,7 +52,7 @@ def read_config(path: str, **changes: Any) -> PretrainedConfig:
 
     Args:
         path: a directory, or a name on the hub.
-        changes: of attributes.
+        changes: new values of attributes.
 
     Raises:
         ConfigError: there is no such model, or its config.json is missing or damaged.
@@ -114,7 +114,7 @@ def load_weights(
     Args:
         kind: AutoModelForCausalLM, AutoModelForSequenceClassification.
         new: tensors that need not be there.
-        options: of from_pretrained.
+        options: keyword arguments of from_pretrained.
 
     Raises:
         ConfigError: a file is missing or damaged; a tensor is missing, or has another shape or

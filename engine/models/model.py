@@ -41,7 +41,7 @@ def set_lm_head_dtype(model: PreTrainedModel, lm_head_dtype: str) -> None:
     The float32 copy of the weight lives for a forward pass and its backward.
 
     Raises:
-        ConfigError: the head is no linear layer.
+        ConfigError: the head is not a linear layer.
     """
     if lm_head_dtype == "same":
         return
@@ -67,7 +67,7 @@ def load_model(
 
 
 def other_layers(config: PretrainedConfig, cls: type[PreTrainedModel]) -> list[str]:
-    """Kinds of layers of a model that are no plain attention: state, convolution, sparse."""
+    """Kinds of layers of a model that are not plain attention: state, convolution, sparse."""
     layers = getattr(config.get_text_config(), "layer_types", None) or ()
     if not layers and cls._is_stateful:
         return ["state"]

@@ -47,7 +47,7 @@ MIB = 2**20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shape:
-    """The micro-batch that is planned for: `sequences` rollouts of so many tokens each."""
+    """The micro-batch that is planned for: `sequences` rollouts of that many tokens each."""
 
     sequences: int
     prompt_tokens: int
@@ -98,7 +98,7 @@ def plan_memory(
     weights = sum(p.nbytes for p in model.parameters())
     algorithm = resolve(config)
     sampler = plan_sampler_memory(config, hf_config, device)
-    # Beside its trunk it has one weight a hidden unit.
+    # Besides its trunk it has one weight per hidden unit.
     has_critic = algorithm.has_critic and config.critic.model != "shared"
     critic = _trunk_parameters(model) if has_critic else 0
     held = {

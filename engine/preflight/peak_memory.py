@@ -76,10 +76,10 @@ def rehearse(config: Config, device: torch.device) -> object:
     can foresee.
 
     Returns:
-        What is to be kept alive, lest its memory be used again.
+        An object to keep alive, lest its memory be used again.
     """
     if device.type == "cuda":
-        return None  # its allocator counts tensors alone
+        return None  # its allocator counts only tensors
     hf_config = read_config(config.model)
     hf_config.num_hidden_layers, hf_config.vocab_size, hf_config.pad_token_id = 1, 64, None
     if getattr(hf_config, "layer_types", None):

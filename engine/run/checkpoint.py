@@ -1,4 +1,4 @@
-"""Checkpoints: a directory that transformers loads, and beside it what a resumed run needs.
+"""Checkpoints: a directory that transformers loads, and next to it what a resumed run needs.
 
     output_dir/checkpoints/step-000123/   config.json, model.safetensors, tokenizer.json, ...
                                           trainer.pt: step, parts, random states
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 _NAME = re.compile(r"step-(\d{6,})")
 _TRAINER_FILE = "trainer.pt"
-# config, tokenizer and manifest beside the tensors of a checkpoint
+# config, tokenizer and manifest besides the tensors of a checkpoint
 _SMALL_FILES = 2**20
 
 
@@ -51,7 +51,7 @@ class Saved:
 
     Attributes:
         step: after which it was saved.
-        settings: of the run that saved it, a tree of plain values.
+        settings: settings of the run that saved it, a tree of plain values.
         tensors: descriptions of the tensors of trainer.pt.
     """
 
@@ -77,7 +77,7 @@ def save(
         model, tokenizer: None where the parts hold all there is.
         parts: objects whose state is kept, by name.
         keep: newest checkpoints that stay; 0: all.
-        settings: of the run, a tree of plain values.
+        settings: settings of the run, a tree of plain values.
 
     Raises:
         TrainingError: a weight or a number of the parts' states is not finite.
@@ -118,7 +118,7 @@ def rehearse(
     and removed, and the disk must have room for a checkpoint.
 
     Args:
-        parameters: that AdamW steps: 8 bytes an element for its moments, 4 for master weights.
+        parameters: that AdamW steps: 8 bytes per element for its moments, 4 for master weights.
 
     Raises:
         CheckpointError: it cannot.

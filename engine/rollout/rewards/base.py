@@ -28,7 +28,7 @@ class RewardSource(Protocol):
         """Finite scores, an entry for each completion; steps end at a token of the completion.
 
         Args:
-            prompts: that of each completion.
+            prompts: prompt of each completion.
             texts: the text of each completion, without special tokens.
 
         Raises:
@@ -48,9 +48,9 @@ class SourceContext:
     Attributes:
         settings: the section `reward` of the config.
         fields: names of the data fields there will be.
-        tokenizer: that of the policy.
+        tokenizer: the policy's tokenizer.
         max_new_tokens: length limit of a completion.
-        dtype, device, token_budget: of reward models, and the tokens of a micro-batch.
+        dtype, device, token_budget: of reward models; the budget in tokens per micro-batch.
     """
 
     settings: RewardSettings

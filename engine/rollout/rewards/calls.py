@@ -103,7 +103,7 @@ class Calls:
     """A callee as a `TextScorer`.
 
     Args:
-        on_error: what a failed call leads to. stop: a RewardError. retry: it is made again after
+        on_error: consequence of a failed call. stop: a RewardError. retry: it is made again after
             1, 2 and 4 s, and its fourth failure is a RewardError. zero: its completions are asked
             for one by one, for ZERO_DEADLINES * deadline_s at most; those that fail again or have
             no answer by then score 0.

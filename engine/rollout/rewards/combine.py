@@ -25,7 +25,7 @@ class Rewards:
         by_source: B scores of each source, without its weight.
         failed: completions that a source could not score, each counted for each such source.
         retries: calls that were made again.
-        notes: what went wrong.
+        notes: descriptions of what went wrong.
     """
 
     totals: list[float]

@@ -54,7 +54,7 @@ class Sampler(Protocol):
     """Prompts in, token ids and logprobs out: what sampling needs.
 
     Attributes:
-        weight_version: of the weights, as `WeightTarget.weights_changed` was told.
+        weight_version: version of the weights, as given to `WeightTarget.weights_changed`.
     """
 
     weight_version: int
@@ -141,7 +141,7 @@ class SamplerSettings:
         max_model_len: most tokens of a prompt and its completion together.
         eos_token_ids: the ids that end a completion.
         kv_cache_gib: memory of the KV cache, GiB, where it holds one between calls.
-        device: where it runs, where it may choose.
+        device: the device it runs on, if it has a choice.
     """
 
     model_path: str

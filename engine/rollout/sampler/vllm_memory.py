@@ -45,8 +45,8 @@ class VllmMemory:
                        product, hidden states, residual and the attention's output
 
         for S sequences of vocabulary V and T tokens of width H and MLP width I that it takes
-        together. Of a prompt's further completions T counts the last, incomplete block of the KV
-        cache alone.
+        together. Of a prompt's further completions T counts only the last, incomplete block of
+        the KV cache.
         """
         model, rollout = self.hf_config.get_text_config(), self.config.rollout
         limit, sequences, block = _BATCH_LIMITS[_hardware(self.device)]

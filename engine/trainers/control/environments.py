@@ -160,7 +160,7 @@ def make(name: str) -> gymnasium.Env:
     """The environment with observations as one vector, whatever their space.
 
     Raises:
-        ConfigError: it needs what is not installed, or its observations are no vector of numbers.
+        ConfigError: it needs a missing package, or its observations are not a vector of numbers.
     """
     try:
         env = gymnasium.make(name)

@@ -50,7 +50,7 @@ class PpoLearner:
         Panel("KL to the old policy (nats)", (("kl/mean", "train"),)),
         Panel("clip fraction", (("ratio/clip_frac", "train"),), limits=(0, None)),
         Panel("entropy (nats)", (("entropy/mean", "train"),)),
-        Panel("environment steps a second", (("perf/env_steps_per_s", "train"),), (0, None)),
+        Panel("environment steps per second", (("perf/env_steps_per_s", "train"),), (0, None)),
     )
 
     def __init__(

@@ -8,7 +8,7 @@ https://arxiv.org/abs/1812.05905.
     J(alpha)  = mean of -log(alpha) (log pi(a | s) + target entropy)               eq. 18
     target_i  = (1 - polyak) target_i + polyak Q_i
 
-with a ~ pi(s), a' ~ pi(s'). Equation 18 has alpha in the place of log(alpha), as which it is
+with a ~ pi(s), a' ~ pi(s'). Equation 18 has alpha instead of log(alpha), as which it is
 stored: both have the same sign and the same zero.
 """
 
@@ -51,7 +51,7 @@ class SacLearner:
         Panel("Q", (("q/mean", "train"),)),
         Panel("temperature", (("temperature", "train"),), limits=(0, None)),
         Panel("entropy (nats)", (("entropy/mean", "train"),)),
-        Panel("environment steps a second", (("perf/env_steps_per_s", "train"),), (0, None)),
+        Panel("environment steps per second", (("perf/env_steps_per_s", "train"),), (0, None)),
     )
 
     def __init__(

@@ -54,9 +54,9 @@ class OfflineObjective:
 
     Attributes:
         gradients: adds the gradient of an optimizer step; returns a vector of metrics.
-        read: the vector as {"loss", "accuracy", "margin"}, those that there are.
+        read: returns the vector as {"loss", "accuracy", "margin"}, as far as it has them.
         reference: whether examples need logprobs of the model that training starts from.
-        scalar: whether the model has one number a token instead of logits.
+        scalar: whether the model has one number per token instead of logits.
         normalise: whether the mean of these numbers is free, and made 0 at the end.
     """
 

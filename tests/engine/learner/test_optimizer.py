@@ -302,7 +302,7 @@ def test_a_state_of_other_parameters_is_refused():
     learn(named, optimizer, range(1))
     state = saved(optimizer)
     renamed = {f"other.{name}": p for name, p in parameters(torch.bfloat16).items()}
-    with pytest.raises(ValueError, match="it keeps a parameter 'matrix' in the place of 'other.m"):
+    with pytest.raises(ValueError, match="it has parameter 'matrix' where 'other.m"):
         new(renamed).load_state_dict(state)
     with pytest.raises(ValueError, match="matrix, which is torch.float32, .*resume with the dtype"):
         new(parameters(torch.float32)).load_state_dict(state)

@@ -218,7 +218,10 @@ def test_what_goes_wrong_in_a_call_is_told(name, message):
         ("scores:constant", r"scores has no function 'constant'"),
         ("broken:exact", r"(?s)fails to import.*No module named 'absent_dependency'"),
         ("raising:exact", r"(?s)fails to import.*ValueError: at import"),
-        ("scores:wants", r"wants 'anwser', which is no field of the data: did you mean 'answer'"),
+        (
+            "scores:wants",
+            r"wants 'anwser', which is not a field of the data: did you mean 'answer'",
+        ),
         ("scores:no_completions", r"must have a parameter named completions"),
     ],
 )

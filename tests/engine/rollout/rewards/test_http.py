@@ -197,7 +197,7 @@ def test_credentials_come_from_the_url_or_netrc(hostile, tmp_path, monkeypatch):
 
 
 def test_what_cannot_be_sent_is_refused(url):
-    with pytest.raises(RewardError, match=r"field 'answer' of completion 1 is no JSON but bytes"):
+    with pytest.raises(RewardError, match=r"field 'answer' of completion 1 is not JSON but bytes"):
         ask(url + "/lengths", fields={"prompt": ["a", "b"], "answer": ["5", b"6"]})
     with pytest.raises(RewardError, match="rename the data field 'prompts'"):
         RewardServer(url, deadline_s=1, fields=["prompt", "prompts"])

@@ -173,7 +173,7 @@ def test_kinds_and_what_workers_import_load_no_models():
     ("texts", "message"),
     [
         (["rewards.exact"], r"'rewards.exact': wanted module:function, http://"),
-        (["x * math"], r"'x \* math': the weight 'x' is no number"),
+        (["x * math"], r"'x \* math': the weight 'x' is not a number"),
         (["nan * math"], r"the weight must be finite"),
         (["overlong:0"], r"'overlong:0': wanted overlong:N, N tokens >= 1"),
         (["overlong:-3"], r"wanted overlong:N"),
@@ -293,7 +293,7 @@ def test_without_separator_each_token_is_a_step(open_sources, sampled, reward_mo
 
 def test_checkpoints_that_cannot_score_are_refused(open_sources, folder, reward_model):
     with pytest.raises(
-        ConfigError, match="is no reward model but Qwen2ForCausalLM: train one with"
+        ConfigError, match="is not a reward model but Qwen2ForCausalLM: train one with"
     ):
         open_sources("model:model")
     reward_model(labels=2)
