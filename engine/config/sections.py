@@ -109,7 +109,8 @@ class RolloutSettings:
     difference."""
     top_k: NonNegativeInt = 0
     """Sample from the k most probable tokens, applied before top_p; 0 disables it. As with top_p,
-    old_logprobs then take a forward pass of the learner."""
+    old_logprobs then take a forward pass of the learner, and only loss.correction sees the
+    difference."""
     max_new_tokens: Count = 256
     """Length limit of a completion, in tokens."""
     max_model_len: Count = 1024

@@ -256,7 +256,7 @@ def test_the_baseline_is_the_moving_average_of_earlier_steps() -> None:
 
 
 def test_the_coefficient_in_the_reward_is_that_of_the_state() -> None:
-    """Where it adapts, the row's is the first one only."""
+    """Only the first one is the row's, where it adapts."""
     s, row = sample(7), with_kl("ppo", kl_target=0.1)
     found, _ = estimated(row, s, AdaptiveState(0.7))
     expected, _ = oracle.ppo(s, 0.7, "k1", row.gamma, row.gae_lambda)
@@ -312,7 +312,7 @@ def test_the_state_goes_round() -> None:
 
 
 def test_process_supervision_is_biased_where_the_policy_ends_the_steps() -> None:
-    """Which is what the row's caution says. Each step pays 0.5, and after it the policy goes on
+    """As the row's caution says. Each step pays 0.5, and after it the policy goes on
     with probability p = sigmoid(theta), for 5 steps at most: the gradient in theta is known
     exactly, and the estimate is 0, as no step is above the mean of all.
     """

@@ -24,7 +24,7 @@ COEF = 0.75
 
 @pytest.fixture
 def ptx(folder: Path) -> Iterator[Learner]:
-    """That of a run of ppo_ptx before its first step.
+    """Learner of a run of ppo_ptx before its first step.
 
     It has 20 examples of one to five tokens and their end.
     """

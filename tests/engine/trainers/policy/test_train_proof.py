@@ -57,8 +57,8 @@ def run_with_fault(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..
 def test_a_publish_that_does_not_arrive(
     folder: Path, monkeypatch: pytest.MonkeyPatch, resumed: bool
 ) -> None:
-    """That after step 2; and the first of a run that resumes after it, with a learner that has
-    moved away from the model that the sampler has loaded.
+    """The publish after step 2; and the first of a run that resumes after it, with a learner that
+    has moved away from the model that the sampler has loaded.
     """
     settings = ["--sampler", "transformers", "--resync", "copy"]
     if resumed:
