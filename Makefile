@@ -1,12 +1,12 @@
 # make train   environment, build, then the main job: a small model learns from demonstrations, then
 #              by GRPO on real vLLM
 # make test    environment, build, then the whole test suite
-# make bench   environment, build, peers, then every kernel beside PyTorch, other trainers and the
+# make bench   environment, build, peers, then every kernel against PyTorch, other trainers and the
 #              limits of the machine: a table, plots and a page in OUT
-# make bench-train  the same, then a training step beside TRL's by phase, weight sync, and how the
+# make bench-train  the same, then a training step against TRL's by phase, weight sync, and how the
 #              learner's step grows: tables, goals, and pictures in OUT
-# make bench-control  the same, then control with gymnasium beside Stable-Baselines3, and in OUT
-# make bench-dropin  the same, then each function of another trainer that warpo replaces, beside the
+# make bench-control  the same, then control with gymnasium against Stable-Baselines3, and in OUT
+# make bench-dropin  the same, then each function of another trainer that warpo replaces, against the
 #              trainer's own, as a table and in OUT
 # make test-integrations  environment, build, peers, then the drop-ins against the real trainers
 # make test-upstream      the same, then the trainers' own tests without and with the drop-ins

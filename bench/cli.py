@@ -31,7 +31,7 @@ COMMANDS = {
 BUDGET_S = {"quick": 0.06, "laptop": 0.5, "h200": 0.3}
 
 DESCRIPTION = """\
-Times operations of warpo.kernels.ops beside PyTorch, torch.compile and the libraries that `make
+Times operations of warpo.kernels.ops against PyTorch, torch.compile and the libraries that `make
 peers` installs, on the same tensors in turns, and compares them with what this machine can do at
 most, measured in the same run. A provider that is wrong against float64 gets no time.
 
@@ -40,9 +40,9 @@ most, measured in the same run. A provider that is wrong against float64 gets no
     warpo bench logprobs --shapes mine.yaml --dtype bfloat16 --mode fwd+bwd
     warpo bench --list                             # operations, their sizes and providers
     warpo bench compare A B                        # what got faster or slower, beyond the noise
-    warpo bench train                              # a GRPO step beside TRL's; weight sync; scaling
-    warpo bench dropin                             # what trl.patch() and others replace, beside it
-    warpo bench control                            # SAC and PPO beside Stable-Baselines3
+    warpo bench train                              # a GRPO step against TRL's; weight sync; scaling
+    warpo bench dropin                             # what trl.patch() and others replace, against it
+    warpo bench control                            # SAC and PPO against Stable-Baselines3
 
 OUT gets bench.jsonl, plots as PNG, and index.html, one page with all of it. Ctrl-C ends the run and
 keeps what was measured.

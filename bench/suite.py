@@ -67,7 +67,7 @@ class Point:
 
 
 def providers_of(operation: Operation, device: str) -> dict[str, Provider]:
-    """Who can be timed: our backends of the device, PyTorch, torch.compile, other libraries."""
+    """Return the providers to time: our backends, PyTorch, torch.compile, other libraries."""
     backends = ("cpu",) if device == "cpu" else ("triton", "cuda")
     found = {name: Provider(load=partial(_backend, operation, name)) for name in backends}
     eager = operation.eager

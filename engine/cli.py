@@ -24,10 +24,10 @@ warpo: reinforcement-learning post-training of language models, sampler and lear
 
 usage: warpo train CONFIG.yaml [--key value | --section.key value ...]
        warpo train --help [ALGORITHM]      what a run does, an example, every setting
-       warpo algorithms [NAME]             the algorithms that there are; the numbers of one
+       warpo algorithms [NAME]             list the algorithms; NAME shows its defaults
        warpo check CONFIG.yaml [--plan-only] [--key value ...]
-       warpo check --help                  what is proven before a run, and what it prints
-       warpo bench [OP ...]                kernels beside PyTorch, other trainers and the limits
+       warpo check --help                  what it proves before a run, and what it prints
+       warpo bench [OP ...]                kernels against PyTorch, other trainers and the limits
        warpo doctor [LIBRARY ...]          backends, other trainers, what of them is replaced
 """
 
@@ -57,7 +57,7 @@ more optimizer steps on the policy loss, and hands the new weights to the sample
 Example, CONFIG.yaml:
 
 {yaml}
-and my_rewards.py beside it, which gets the completions and the data fields that it names:
+and my_rewards.py next to it, which gets the completions and the data fields that it names:
 
     def exact(completions, answer):
         return [float(text.strip() == right) for text, right in zip(completions, answer)]
@@ -66,7 +66,7 @@ and my_rewards.py beside it, which gets the completions and the data fields that
     warpo train CONFIG.yaml --steps 200 --resume        # goes on, or begins; a setting changed
     warpo train CONFIG.yaml --update.betas 0.9 0.95
 
-output_dir then holds metrics.jsonl (one row a step), tensorboard/, learning.png, config.yaml and
+output_dir then holds metrics.jsonl (one row per step), tensorboard/, learning.png, config.yaml and
 checkpoints/step-000100/, which transformers and vLLM load.
 
 These are the settings of the algorithms that learn from sampled completions. Those that learn from
@@ -90,7 +90,7 @@ their versions are tested ones, which of their functions warpo replaces and by w
 backends. A library is imported to see that its functions are the tested ones, which takes seconds.
 
     warpo doctor
-    warpo doctor trl                                    # that one alone
+    warpo doctor trl                                    # only that one
 
 What is replaced in a process of yours: print(warpo.kernels.integrations.doctor.report()) in it.
 """
@@ -101,7 +101,7 @@ usage: warpo check CONFIG.yaml [--plan-only] [--key value | --section.key value 
 Tries what a run of this config relies on, with its model, data and sampler. Nothing is written.
 
   memory plan        Peak of each phase of a step, load, sample, score, update and publish,
-                     predicted before a weight is read, beside the memory that is free. Then a step
+                     predicted before a weight is read, next to the memory that is free. Then a step
                      of the largest shape that the config allows is run, and measured: 5 % apart at
                      most.
   sampler against    Sampler and learner score the same tokens after an update, and the learner
@@ -109,8 +109,8 @@ Tries what a run of this config relies on, with its model, data and sampler. Not
                      and a tenth of it in the mean.
   loss invariance    The gradient of an optimizer step, for every objective of the engine, whether
                      its rollouts travel in one micro-batch, one by one or packed by a token budget,
-                     1e-6 apart at most, or each alone through the model's own eager attention, 1e-5
-                     apart at most.
+                     at most 1e-6 apart, or each by itself through the model's own eager attention,
+                     at most 1e-5 apart.
 
     warpo check CONFIG.yaml
     warpo check CONFIG.yaml --plan-only                 # does it fit? in seconds, loads no model
@@ -169,7 +169,7 @@ def _misuse(problem: str) -> int:
 
 
 def _output_dir(args: Sequence[str]) -> str | None:
-    """Where a traceback is kept: output_dir of a run."""
+    """Return the folder where a traceback is kept: output_dir of a run."""
     match args:
         case ["train", config, *overrides]:
             return peek(Path(config), overrides, "output_dir")
@@ -287,7 +287,7 @@ def settings_help(tree: type, row: Algorithm) -> str:
 
 
 def train_help() -> str:
-    """What `warpo train --help` prints, as wide as the terminal, at most 100 columns."""
+    """Return the text of `warpo train --help`, as wide as the terminal, at most 100 columns."""
     head = TRAIN_HELP.format(yaml=textwrap.indent(EXAMPLE_YAML, "    "))
     return "\n".join([head, *_settings(Config)])
 

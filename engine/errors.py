@@ -4,7 +4,7 @@ from warpo.engine.redact import redact
 
 
 def one_line(error: object) -> str:
-    """What an error of a library says, in one line of at most 300 characters."""
+    """Return the message of a library's error in one line of at most 300 characters."""
     text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
     return text if len(text) <= 300 else text[:297] + "..."
 

@@ -20,7 +20,7 @@ class Ranks:
 
     Attributes:
         rank: number of this process, from 0.
-        size: how many there are.
+        size: number of ranks.
     """
 
     rank = 0

@@ -1,4 +1,4 @@
-"""What travels through a step: prompts, completions, and sequences as the learner reads them."""
+"""Types that travel through a step: prompts, completions, and the learner's sequences."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ class Completion:
         token_ids: (n,) int64, the end-of-sequence token included where it was sampled.
         logprobs: (n,) float32, natural-log probability of each id at the sampling temperature.
         finished: True if the model ended the sequence, False if it was cut at the length limit.
-        weight_version: of the weights that sampled it: the step that they were published after.
+        weight_version: version of the weights that sampled it: the step after which they were
+            published.
     """
 
     token_ids: np.ndarray

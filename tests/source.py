@@ -74,7 +74,7 @@ def imports(tree: ast.AST) -> Iterator[tuple[str, bool]]:
 
 
 def import_graph(files: Files, package: str, late: bool = False) -> dict[str, set[str]]:
-    """Which module of a package imports which others; with `late`, in functions and types too."""
+    """Return the imports of each module of a package; with `late`, in functions and types too."""
     graph: dict[str, set[str]] = {module: set() for module in files}
     for module, tree in files.items():
         for name, is_late in imports(tree):
@@ -146,7 +146,7 @@ def floors(graph: Graph) -> int:
 
 
 def parameters(function: Function) -> tuple[int, int]:
-    """How many can be given by position, and how many there are, without self and cls."""
+    """Count the parameters by position, and all of them, without self and cls."""
     given = function.args
     positional = [argument.arg for argument in given.posonlyargs + given.args]
     count = len(positional) - (positional[:1] in (["self"], ["cls"]))
@@ -155,7 +155,7 @@ def parameters(function: Function) -> tuple[int, int]:
 
 
 def positional_arguments(call: ast.Call) -> int:
-    """How many a call gives by position; a starred variable counts as one."""
+    """Count a call's positional arguments; a starred variable counts as one."""
     return sum(map(_width, call.args))
 
 
@@ -180,5 +180,5 @@ def nones(node: ast.AST) -> int:
 
 
 def formatter_skips(text: str) -> int:
-    """How many comments tell the formatter to leave a place as it is."""
+    """Count the comments that tell the formatter to leave a place as it is."""
     return len(re.findall(r"# fmt: (?:skip|off)\b", text))

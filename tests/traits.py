@@ -41,7 +41,7 @@ Rows = Iterator[tuple[str, str]]
 
 
 def percentile(values: list[int], percent: int) -> int:
-    """The smallest value that so many percent of the values do not exceed."""
+    """The smallest value that this percentage of the values do not exceed."""
     return sorted(values)[max(0, math.ceil(len(values) * percent / 100) - 1)]
 
 
@@ -195,7 +195,7 @@ def shadows(root: Path) -> list[str]:
 
 
 def step_rows(root: Path) -> Rows:
-    """What two real steps ran through, asked of a process that has the modules of the checkout."""
+    """Trace two real steps, in a process that has the modules of the checkout."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "warpo").mkdir()
         for name in FOLDERS:

@@ -24,30 +24,30 @@ class Algorithm:
     """One row.
 
     Attributes:
-        family: what the row trains from, and with that the settings that there are.
+        family: the data that the row trains from, which decides its settings.
         title, url: the paper, with the equation.
         trained, others: the models of a row that is not of the policy family.
-        loss: what such a row minimises, in words.
+        loss: the loss that such a row minimises, in words.
         objective: of the policy, or the loss of pairs.
         advantages: key of ESTIMATORS.
-        advantage_std: what divides the group's advantages.
+        advantage_std: divisor of the group's advantages.
         reward_kl_coef: weight of the KL to the reference that is taken off the reward of each
             token. The KL in the loss is the objective's.
         reward_kl_estimator: of that KL.
         previous_reference: the reference is the policy that the step began with.
-        kl_rule: how the coefficient of the KL follows kl_target: "proportional",
+        kl_rule: rule by which the coefficient of the KL follows kl_target: "proportional",
             https://arxiv.org/abs/1909.08593 section 2.2, or "doubling",
             https://arxiv.org/abs/1707.06347 section 4.
-        kl_target: nats a token; None: the coefficient is fixed.
-        reference_every_steps: the reference becomes the policy after every so many steps. 0: never.
+        kl_target: nats per token; None: the coefficient is fixed.
+        reference_every_steps: replace the reference with the policy every N steps; 0: never.
         gamma: discount of "gae".
         gae_lambda: lambda of the advantages, and of the returns that the critic learns.
             "length:ALPHA": 1 - 1 / (ALPHA x length of the completion), at least 0,
             https://arxiv.org/abs/2504.05118.
         max_draws: how often prompts are drawn until all groups of a step have unequal rewards. 1:
             groups of equal rewards are kept.
-        pretraining_coef: weight of the supervised loss on pre-training data beside the policy's.
-        caution: what one should know before relying on the row.
+        pretraining_coef: weight of the supervised loss on pre-training data, next to the policy's.
+        caution: a warning to read before relying on the row.
     """
 
     name: str = ""
@@ -79,12 +79,12 @@ class Algorithm:
 
     @property
     def has_critic(self) -> bool:
-        """Whether the advantages need values of states."""
+        """True if the advantages need values of states."""
         return self.estimator.needs_critic
 
     @property
     def kl_in_reward(self) -> bool:
-        """Whether the KL is taken off the rewards and not added to the loss."""
+        """True if the KL is subtracted from the rewards instead of added to the loss."""
         return self.estimator.shapes_rewards and not self.previous_reference
 
     @property
@@ -96,12 +96,12 @@ class Algorithm:
 
     @property
     def kl_adapts_in_loss(self) -> bool:
-        """Whether the objective's kl_coef changes from step to step."""
+        """True if the objective's kl_coef changes from step to step."""
         return self.kl_target is not None and not self.kl_in_reward
 
     @property
     def has_reference(self) -> bool:
-        """Whether a frozen model is held beside the policy."""
+        """True if a frozen model is held next to the policy."""
         return self.kl_coef > 0 and not self.previous_reference
 
     @property
@@ -132,9 +132,13 @@ def _group(objective: str | Objective, title: str, url: str, **fields: Any) -> A
 def _preference(row: str, title: str, url: str, loss: str) -> Algorithm:
     others = ("reference",) if PREFERENCES[row].reference else ()
     return Algorithm(
-        family="preference", title=title, url=url, objective=PREFERENCES[row], others=others,
+        family="preference",
+        title=title,
+        url=url,
+        objective=PREFERENCES[row],
+        others=others,
         loss=loss,
-    )  # fmt: skip
+    )
 
 
 _GRPO = "https://arxiv.org/abs/2402.03300"

@@ -32,14 +32,14 @@ PositiveShare = Annotated[float, Field(gt=0, le=1)]
 
 @dataclass(frozen=True, kw_only=True, config=checked)
 class Sac:
-    """Of algorithm sac alone."""
+    """Settings of algorithm sac only."""
 
     hidden_size: Count = 256
-    """Units of a hidden layer of policy and Q-functions."""
+    """Units per hidden layer of policy and Q-functions."""
     hidden_layers: Count = 2
     """Hidden layers, with ReLU."""
     buffer_size: Count = 1_000_000
-    """Newest steps that the replay buffer keeps; checkpoints hold them."""
+    """Most recent steps that the replay buffer keeps; checkpoints contain them."""
     learning_starts: NonNegativeInt = 100
     """Steps with uniform random actions before the first update."""
     batch_size: Count = 256
@@ -49,7 +49,8 @@ class Sac:
     polyak: PositiveShare = 0.005
     """Weight of the Q-functions in the moving average that is their target: tau of the paper."""
     temperature: Literal["learned"] | NonNegative = "learned"
-    """Weight of the entropy. "learned": so that the entropy meets target_entropy, from 1 on."""
+    """Weight of the entropy. "learned": starts at 1 and is adapted so that the entropy
+    meets target_entropy."""
     target_entropy: Literal["auto"] | float = "auto"
     """Entropy that a learned temperature aims at, nats. "auto": minus the action's dimension."""
     steps_per_row: Count = 1000
@@ -58,10 +59,10 @@ class Sac:
 
 @dataclass(frozen=True, kw_only=True, config=checked)
 class Ppo:
-    """Of algorithm ppo_gymnasium alone."""
+    """Settings of algorithm ppo_gymnasium only."""
 
     hidden_size: Count = 64
-    """Units of a hidden layer of policy and value function."""
+    """Units per hidden layer of policy and value function."""
     hidden_layers: Count = 2
     """Hidden layers of each, with tanh."""
     rollout_steps: Count = 2048
@@ -69,13 +70,13 @@ class Ppo:
     epochs: Count = 10
     """Passes over a rollout."""
     minibatch_size: Annotated[int, Field(ge=2)] = 64
-    """Steps of an optimizer step."""
+    """Environment steps per optimizer step."""
     gae_lambda: Share = 0.95
-    """Lambda of the generalised advantage estimation."""
+    """Lambda of generalised advantage estimation."""
     clip_range: Annotated[float, Field(gt=0, le=1)] = 0.2
     """The ratio is clipped to 1 -+ clip_range."""
     value_clip_range: Literal["none"] | Positive = "none"
-    """How far from its old value a value may move to lower the loss. "none": anywhere."""
+    """Distance from its old value that a value may move to lower the loss. "none": anywhere."""
     value_coef: NonNegative = 1.0
     """Weight of the value loss, which is half the mean squared error."""
     entropy_coef: NonNegative = 0.0
@@ -83,7 +84,7 @@ class Ppo:
     max_grad_norm: Positive = 0.5
     """The gradient is scaled down to this L2 norm. A large number switches it off."""
     normalize_advantages: bool = True
-    """Advantages of a minibatch to mean 0 and standard deviation 1."""
+    """Normalise the advantages of a minibatch to mean 0 and standard deviation 1."""
 
 
 @dataclass(frozen=True, kw_only=True, config=checked)
@@ -91,10 +92,9 @@ class ControlEvaluation:
     """Episodes without exploration, in an environment of their own and always the same."""
 
     every_steps: NonNegativeInt = 0
-    """Evaluate when so many environment steps are done since the last time, and after the last.
-    0: never."""
+    """Evaluate every N environment steps, and after the last; 0: never."""
     episodes: Count = 10
-    """Episodes of an evaluation."""
+    """Episodes per evaluation."""
 
 
 @dataclass(frozen=True, kw_only=True, config=checked)
@@ -108,8 +108,8 @@ class ControlConfig:
     output_dir: FilePath
     """Where metrics, plot and checkpoints go."""
     steps: Count
-    """Environment steps in all, over all environments. The last rollout of ppo_gymnasium is
-    whole."""
+    """Total environment steps, over all environments. The last rollout of ppo_gymnasium is
+    completed."""
     seed: Seed = 0
     """Fixes the environments and every draw."""
     device: Literal["auto", "cpu", "cuda"] = "cpu"

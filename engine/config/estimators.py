@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Estimator:
-    """What others need to know of an estimator of advantages.
+    """Facts about an advantage estimator that other parts ask for.
 
     Attributes:
         text: the formula, in words.

@@ -157,7 +157,7 @@ def _compose(path: Path) -> yaml.MappingNode | None:
 
 @contextmanager
 def _yaml_errors(path: Path) -> Iterator[None]:
-    """What is wrong with a file, as a ConfigError."""
+    """Raise a ConfigError for what is wrong with a YAML file."""
     try:
         yield
     except OSError as error:
@@ -184,7 +184,7 @@ def _leaves(node: yaml.MappingNode, prefix: str, known: dict[str, Key]) -> list[
     for key, value in node.value:
         line = key.start_mark.line + 1
         if not isinstance(key, yaml.ScalarNode):
-            raise yaml.MarkedYAMLError(problem="a key is no text", problem_mark=key.start_mark)
+            raise yaml.MarkedYAMLError(problem="a key is not text", problem_mark=key.start_mark)
         name = prefix + key.value
         is_section = any(other.startswith(name + ".") for other in known)
         if is_section and isinstance(value, yaml.MappingNode):
@@ -210,7 +210,7 @@ def _plain(node: yaml.Node) -> Any:
 
 
 class _Nested:
-    """What no setting takes."""
+    """A value that no setting accepts."""
 
     def __repr__(self) -> str:
         return "a mapping or a list in a list"
@@ -267,7 +267,7 @@ def _unknown(name: str, known: dict[str, Key]) -> str:
     section, _, leaf = name.rpartition(".")
     near = [key for key in known if key.rpartition(".")[2] == leaf]
     beside = [key for key in known if section and key.startswith(section + ".")]
-    # In a section that there is, only its own keys are near: loss.beta is not update.betas.
+    # In a known section, only its own keys are near: loss.beta is not update.betas.
     leaves = {key.rpartition(".")[2]: key for key in beside or known}
     # 0.75 lets transposed and missing letters through, and few words that merely share some.
     near = near or [leaves[m] for m in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.75)]
@@ -306,7 +306,7 @@ _WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "tex
 
 
 def _wanted(annotation: Any, metadata: Sequence[Any] = ()) -> str:
-    """What a key takes, in words: `a number > 0`."""
+    """Describe the values that a key accepts: `a number > 0`."""
     if get_origin(annotation) is Annotated:
         inner, *metadata = get_args(annotation)
         metadata = [m for item in metadata for m in getattr(item, "metadata", [item])]

@@ -59,8 +59,8 @@ class OfflineData:
     eval: FilePathOrEmpty = ""
     """Held-out examples, same form. Empty: none."""
     step_separator: str = "\n"
-    """What ends a step of a completion, for process_reward; kept in the config of the model. Empty:
-    every token is a step."""
+    """Text that ends a step of a completion, for process_reward; kept in the config of the model.
+    Empty: every token is a step."""
 
 
 @dataclass(frozen=True, kw_only=True, config=checked)
@@ -69,14 +69,14 @@ class OfflineLoss:
     beta = 0.1 in kto and for weights of 1. A key that a row does not read is refused."""
 
     beta: Positive | Literal["row"] = "row"
-    """How strongly the policy is held to the reference; scale of the difference without one; weight
-    of the odds in orpo."""
+    """Strength of the pull to the reference; scale of the difference without one; weight of the
+    odds in orpo."""
     margin: NonNegative | Literal["row"] = "row"
-    """By how much beta times the difference of a pair should be above 0. Not for ipo, kto."""
+    """Amount by which beta times the difference of a pair should exceed 0. Not for ipo, kto."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] | Literal["row"] = "row"
     """Probability that a pair is the wrong way round. Rows with a logistic loss."""
     nll_coef: NonNegative | Literal["row"] = "row"
-    """Weight of the negative log-likelihood of the chosen completion, in nats a token. Not for
+    """Weight of the negative log-likelihood of the chosen completion, in nats per token. Not for
     kto."""
     desirable_weight: NonNegative | Literal["row"] = "row"
     """kto: weight of completions whose label is true."""
@@ -101,7 +101,7 @@ class OfflineUpdate:
     """The gradient is scaled down to this L2 norm. A large number switches it off."""
     optimizer_state: Literal["device", "host"] = "device"
     """Where moments and float32 master weights lie and AdamW runs. host: 8 (float32) or 12
-    (bfloat16) bytes a weight less on the GPU, for a step on the CPU."""
+    (bfloat16) bytes per weight less on the GPU, for a step on the CPU."""
     warmup_steps: NonNegativeInt = 0
     """Steps in which the learning rate rises linearly to lr."""
     schedule: Literal["constant", "linear"] = "constant"
@@ -116,9 +116,9 @@ class OfflineEvaluation:
     """Loss on data.eval, and accuracy and margin where the row has them."""
 
     every_steps: NonNegativeInt = 0
-    """Evaluate after every so many steps. 0: never."""
+    """Evaluate every N steps; 0: never."""
     max_examples: Count = 256
-    """Examples that are evaluated, the first of the file."""
+    """Examples that are evaluated, from the start of the file."""
 
 
 @dataclass(frozen=True, kw_only=True, config=checked)
@@ -127,15 +127,15 @@ class OfflineConfig:
 
     algorithm: Text
     """sft; dpo, ipo, conservative_dpo, robust_dpo, hinge, slic, simpo, orpo, dpo_nll or kto;
-    bradley_terry, k_wise or process_reward for a model with one number a token."""
+    bradley_terry, k_wise or process_reward for a model with one number per token."""
     model: FilePath
     """Directory of a Hugging Face model, or its name on the hub. It is the reference too."""
     output_dir: FilePath
     """Where metrics, plot and checkpoints go."""
     steps: Count
-    """Optimizer steps in all."""
+    """Total optimizer steps."""
     batch_size: Count = 16
-    """Examples in an optimizer step."""
+    """Examples per optimizer step."""
     seed: Seed = 0
     """Fixes data order."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

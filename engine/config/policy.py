@@ -50,7 +50,7 @@ class Config:
     algorithm: Text = "grpo"
     """Row of the table that `warpo algorithms` prints."""
     steps: Count
-    """Reinforcement-learning steps in all."""
+    """Total reinforcement-learning steps."""
     seed: Seed = 0
     """Fixes data order and every draw."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -102,7 +102,7 @@ class Config:
 
 
 def looks_like_a_path(model: str) -> bool:
-    """Whether a model is no name on the hub, which is org/model or model."""
+    """True if a model is not a name on the hub, which is org/model or model."""
     return model.startswith(("/", ".", "~")) or model.count("/") > 1 or "\\" in model
 
 

@@ -112,10 +112,9 @@ def _objective(
 
 
 def has_effect(row: Algorithm) -> dict[str, bool]:
-    """Whether a row of the policy family reads a setting, for those that not all rows read."""
-    ratio = isinstance(row.objective, Objective) and row.objective.surrogate not in (
-        "none", "reinforce", "soft_gate",
-    )  # fmt: skip
+    """True if a row of the policy family reads a setting, for those that not all rows read."""
+    no_bounds = ("none", "reinforce", "soft_gate")
+    ratio = isinstance(row.objective, Objective) and row.objective.surrogate not in no_bounds
     estimator = row.estimator
     return {
         "loss.clip_range": ratio,

@@ -18,17 +18,17 @@ class SourceKind:
     """A kind of reward source.
 
     Attributes:
-        form: how a source of it is written.
+        form: syntax of a source of it.
         help: its sentence in `warpo train --help`.
         read: the target of a source that is written like this; None if it is of another kind.
             Raises ValueError where it is of this kind and malformed.
         opener: "module:function"; of a target and a `SourceContext` it makes a `RewardSource`.
         row_check: "module:function" that raises DataError about a row of the data that the source
             would fail on; empty: it takes every row.
-        prefix: what is written before the target.
-        label: what the metrics call a source of it: the kind, the target, or "either", which is the
-            kind where there is one such source and the target where there are several.
-        gives_steps: whether it scores the steps of a completion. "maybe": as the user likes.
+        prefix: text before the target.
+        label: name of a source of it in the metrics: the kind, the target, or "either": the kind
+            where there is one such source, the target where there are several.
+        gives_steps: whether it scores the steps of a completion. "maybe": only a call shows it.
         is_checkpoint: the target is the folder of a model that the source holds.
     """
 

@@ -1,4 +1,4 @@
-"""Where rewards come from: the strings of reward.sources, read and checked.
+"""Sources of rewards: the strings of reward.sources, parsed and checked.
 
 Each is "[WEIGHT * ]SOURCE", the reward is the weighted sum, of weight 0 a source is only measured,
 and SOURCE is of one of the kinds in kinds.py.
@@ -24,8 +24,8 @@ class Source:
     """One of the sources.
 
     Attributes:
-        name: what the metrics call it: the kind, or module:function; no credentials.
-        target: what the kind is applied to: URL, directory, module:function or number.
+        name: its name in the metrics: the kind, or module:function; no credentials.
+        target: argument of the kind: URL, directory, module:function or number.
     """
 
     name: str
@@ -95,7 +95,7 @@ def _weight(place: str, text: str) -> float:
     try:
         weight = float(text)
     except ValueError:
-        raise ConfigError(f"{place}: the weight {text.strip()!r} is no number") from None
+        raise ConfigError(f"{place}: the weight {text.strip()!r} is not a number") from None
     if not math.isfinite(weight):
         raise ConfigError(f"{place}: the weight must be finite")
     return weight

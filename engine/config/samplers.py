@@ -14,9 +14,9 @@ class SamplerKind:
 
     Attributes:
         name: as the config has it.
-        title: of its library, in messages.
+        title: name of its library in messages.
         opener: "module:function"; of `SamplerSettings` it makes a `ColocatedSampler`.
-        package: what must be installed besides what the engine itself needs; empty: nothing.
+        package: a package that it needs besides those of the engine; empty: none.
         memory: "module:class", its `SamplerMemory`, made of a config, the model's config and a
             device; empty: it has no KV cache between calls, and its memory is not planned.
     """
@@ -29,7 +29,7 @@ class SamplerKind:
 
     @property
     def has_kv_cache(self) -> bool:
-        """Whether it holds a KV cache of rollout.kv_cache_gib between calls."""
+        """True if it holds a KV cache of rollout.kv_cache_gib between calls."""
         return bool(self.memory)
 
 

@@ -24,9 +24,9 @@ Texts = Annotated[
 ]
 Count = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
-# What torch takes.
+# The range that torch takes.
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
-# What vLLM takes in a request.
+# The range that vLLM takes in a request.
 Copies = Annotated[int, Field(ge=1, le=16384)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -38,9 +38,9 @@ else:
     SamplerName = Literal[*SAMPLERS]
 LengthAdaptive = Annotated[str, Field(pattern=r"^length:\d*\.?\d+$")]
 
-# What rounding adds to a logprob at most, relative to logprobs beyond 1. Seen of random models of 4
-# to 24 layers whose logprobs reach -90, vLLM against the learner on a CPU: 2e-4 in float32, where
-# tensor cores may add TF32; 0.96 in bfloat16, and a mean of 0.09. float16 has 3 bits more.
+# Bound on what rounding adds to a logprob, relative to logprobs beyond 1. Seen of random models
+# of 4 to 24 layers whose logprobs reach -90, vLLM against the learner on a CPU: 2e-4 in float32,
+# where tensor cores may add TF32; 0.96 in bfloat16, and a mean of 0.09. float16 has 3 bits more.
 ROUNDING = {"float32": 0.01, "float16": 0.125, "bfloat16": 1.0}
 
 checked = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
@@ -51,17 +51,17 @@ class DataSettings:
     """Prompts to learn from and to be measured on."""
 
     train: FilePath
-    """JSONL (gzipped or not) or Parquet file, or folder of Parquet files or of a data set that
+    """JSONL (gzipped or not) or Parquet file, or a folder of Parquet files or of a data set that
     `datasets` saved.
     Rows {"prompt": text or [{"role", "content"}, ...], further fields}."""
     eval: Annotated[Count | FilePathOrEmpty, Field(union_mode="left_to_right")] = ""
-    """Held-out prompts: such a file or folder; or a number of prompts that are taken out of train,
+    """Held-out prompts: a file or folder as for train, or a number of prompts to take out of train,
     at random by seed, with all their repetitions. Empty: none."""
 
 
 @dataclass(frozen=True, kw_only=True, config=checked)
 class RewardSettings:
-    """What scores completions."""
+    """Reward functions and models that score completions."""
 
     sources: Annotated[
         Texts,
@@ -71,18 +71,18 @@ class RewardSettings:
         ),
     ]
     deadline_s: Annotated[float, Field(gt=0, le=86400)] = 30.0
-    """Seconds that a call of a function or a server may take; a function is killed then, with all
-    that it started. math: that one completion may take, at most 5; a call may take 10 times that
-    and 0.2 s for each completion; what is not judged by then has reward 0."""
+    """Seconds that a call of a function or a server may take; then a function is killed, with all
+    that it started. math: seconds per completion, at most 5; a call may take 10 times that plus
+    0.2 s per completion; completions not judged by then get reward 0."""
     on_error: Literal["stop", "zero", "retry"] = "stop"
-    """Where a call of a function or a server fails: the function raises, dies, needs too much
-    memory or returns nonsense, the server refuses, or the deadline passes. stop: end the run, with
-    a checkpoint. retry: make the call again after 1, 2 and 4 s, then stop. zero: ask for its
-    completions one by one, for 10 deadlines at most; those that fail again have reward 0 of that
-    source. The metrics reward/failed and reward/retries count completions and calls."""
+    """What to do if a call of a function or a server fails: the function raises, dies, needs too
+    much memory or returns nonsense, the server refuses, or the deadline passes. stop: end the
+    run, with a checkpoint. retry: make the call again after 1, 2 and 4 s, then stop. zero: ask for
+    its completions one by one, for at most 10 deadlines; those that fail again get reward 0 from
+    that source. The metrics reward/failed and reward/retries count completions and calls."""
     workers: Annotated[int, Field(ge=1, le=1024)] = 1
-    """Processes of each function and requests at a time to each server, between which the
-    completions of a call are split in order. A function that compares completions needs 1."""
+    """Processes per function and concurrent requests per server, between which the completions of a
+    call are split in order. A function that compares completions needs 1."""
     memory_gib: Annotated[float, Field(ge=0.25, le=65536)] = 64.0
     """Memory that a process of a function may allocate, GiB."""
     success: float = 1.0
@@ -91,25 +91,26 @@ class RewardSettings:
 
 @dataclass(frozen=True, kw_only=True, config=checked)
 class RolloutSettings:
-    """What is sampled in a step."""
+    """Completions that are sampled in a step."""
 
     prompts_per_step: Count = 8
     """Prompts drawn in a step."""
     group_size: Copies = 8
-    """Completions of each prompt. Where they are compared with each other, two at least."""
+    """Completions per prompt; at least 2 for group-relative algorithms."""
     max_draws: Count | Literal["algorithm"] = "algorithm"
-    """Prompts are drawn again, so many times at most, in place of those whose completions all have
-    one reward (dynamic sampling). "algorithm": 10 for dapo, 1 for the others, which keeps all."""
+    """Dynamic sampling: at most N draws to replace groups whose rewards are all equal.
+    "algorithm": 10 for dapo, 1 for the others, which keeps all."""
     temperature: Annotated[float, Field(ge=0.01, le=2)] = 1.0
     """Sampling temperature in training."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Draw from the most probable tokens whose mass reaches this. 1: from all. Below 1 the
+    """Sample from the most probable tokens whose mass reaches top_p; 1 disables it. Below 1 the
     sampler's logprobs are those of the truncated distribution and the learner's of the whole one,
-    so old_logprobs take a forward pass of the learner, and only a loss.correction sees the
+    so old_logprobs take a forward pass of the learner, and only loss.correction sees the
     difference."""
     top_k: NonNegativeInt = 0
-    """Draw from so many of the most probable tokens, before top_p. 0: from all. What top_p says of
-    old_logprobs holds here too."""
+    """Sample from the k most probable tokens, applied before top_p; 0 disables it. As with top_p,
+    old_logprobs then take a forward pass of the learner, and only loss.correction sees the
+    difference."""
     max_new_tokens: Count = 256
     """Length limit of a completion, in tokens."""
     max_model_len: Count = 1024
@@ -121,42 +122,42 @@ class RolloutSettings:
 
     @property
     def truncated(self) -> bool:
-        """Whether some tokens cannot be drawn."""
+        """True if some tokens cannot be drawn."""
         return self.top_p < 1 or self.top_k > 0
 
 
 @dataclass(frozen=True, kw_only=True, config=checked)
 class LossSettings:
-    """Numbers of the algorithm. "algorithm": what its row has, see `warpo algorithms NAME`."""
+    """Numbers of the algorithm. "algorithm": the value in its row, see `warpo algorithms NAME`."""
 
     clip_range: tuple[Unit, NonNegative] | Literal["algorithm"] = "algorithm"
     """The ratio is clipped below at 1 - the first and above at 1 + the second."""
     kl_coef: NonNegative | Literal["algorithm"] = "algorithm"
     """Weight of the KL to the reference, the model that step 1 starts from. 0 needs no reference.
-    In ppo_kl the first weight; in iterative_dpo the beta of DPO."""
+    In ppo_kl the initial weight; in iterative_dpo the beta of DPO."""
     kl_estimator: Literal["algorithm", "k1", "k2", "k3"] = "algorithm"
     """Estimator of that KL."""
     kl_target: Positive | Literal["algorithm", "fixed"] = "algorithm"
-    """KL in nats a token that kl_coef is adapted to after every step. fixed: it is not."""
+    """KL in nats per token that kl_coef is adapted to after every step. fixed: kl_coef stays."""
     reference_every_steps: NonNegativeInt | Literal["algorithm"] = "algorithm"
-    """The reference becomes the policy after every so many steps. 0: never."""
+    """Replace the reference with the policy every N steps; 0: never."""
     entropy_coef: NonNegative | Literal["algorithm"] = "algorithm"
     """Weight of the entropy bonus."""
     gamma: Unit | Literal["algorithm"] = "algorithm"
     """Discount of rewards and values from token to token, where there is a critic."""
     gae_lambda: tuple[Unit | LengthAdaptive, Unit] | Literal["algorithm"] = "algorithm"
-    """Lambda of the advantages and lambda of the critic's returns, where there is a critic. As
-    text "length:ALPHA" the first is 1 - 1 / (ALPHA x tokens of the completion), at least 0."""
+    """Lambda of the advantages and lambda of the critic's returns, where there is a critic. Given
+    as "length:ALPHA" the first is 1 - 1 / (ALPHA x tokens of the completion), at least 0."""
     advantage_std: Literal["algorithm", "sample", "population", "none"] = "algorithm"
-    """What divides reward - group mean: the group's standard deviation (n - 1 or n in the
-    denominator) or nothing."""
+    """Divisor of reward - group mean: the group's standard deviation (n - 1 or n in the
+    denominator) or none."""
     correction: Literal[
         "algorithm", "none", "truncate_token", "truncate_sequence", "mask_token", "mask_sequence"
     ] = "algorithm"
     """Weight w = exp(old_logprobs - sampler's) of a token, or of the sum over its completion, where
     sampler and learner differ. truncate: w cut to the range. mask: w in the range, 0 outside. With
-    one, old_logprobs are the learner's in every step. none: they are where the sampler's differ,
-    and the run says that nothing corrects for it."""
+    either, old_logprobs are the learner's in every step. none: they are only where the sampler's
+    differ, and the run says that nothing corrects for it."""
     correction_range: tuple[NonNegative, NonNegative] | Literal["algorithm"] = "algorithm"
     """Lowest and highest w of that correction."""
 
@@ -166,17 +167,17 @@ class CriticSettings:
     """The value model of the algorithms with gae."""
 
     model: FilePath = "policy"
-    """Where it starts. policy: a network of its own with the policy's weights. shared: a head on
-    the policy's own trunk. Else the directory of a reward model, or of any classifier of one
+    """Initial critic. policy: a network of its own with the policy's weights. shared: a head on
+    the policy's own trunk. Otherwise the directory of a reward model, or of any classifier of one
     label."""
     lr: Positive = 1e-5
     """Learning rate of a network of its own; the rest of update holds for it too."""
     warmup_steps: NonNegativeInt = 0
-    """Steps at the beginning in which it learns alone and the policy stays."""
+    """Steps at the beginning in which only the critic learns and the policy stays."""
     clip_range: Positive = 0.2
-    """How far from its old value a value may move to lower the loss."""
+    """Distance from its old value that a value may move to lower the loss."""
     coef: Positive = 0.5
-    """Weight of the value loss beside the policy's, where it is shared."""
+    """Weight of the value loss next to the policy's, if the critic is shared."""
 
 
 @dataclass(frozen=True, kw_only=True, config=checked)
@@ -186,7 +187,7 @@ class PretrainingSettings:
     data: FilePathOrEmpty = ""
     """Lines like {"prompt", "completion"}. Empty: none."""
     coef: NonNegative | Literal["algorithm"] = "algorithm"
-    """Weight of their mean -log pi a token. "algorithm": 27.8 for ppo_ptx, 0 for the others."""
+    """Weight of their mean -log pi per token. "algorithm": 27.8 for ppo_ptx, 0 for the others."""
 
 
 @dataclass(frozen=True, kw_only=True, config=checked)
@@ -203,7 +204,7 @@ class UpdateSettings:
     """The gradient is scaled down to this L2 norm. A large number switches it off."""
     optimizer_state: Literal["device", "host"] = "device"
     """Where moments and float32 master weights lie and AdamW runs. host: 8 (float32) or 12
-    (bfloat16) bytes a weight less on the GPU, for a step on the CPU."""
+    (bfloat16) bytes per weight less on the GPU, for a step on the CPU."""
     warmup_steps: NonNegativeInt = 0
     """Optimizer steps in which the learning rate rises linearly to lr."""
     epochs: Count = 1
@@ -219,9 +220,9 @@ class ProbeSettings:
     """Proof at every step that learner and sampler hold the same weights."""
 
     tolerance: Positive | Literal["auto"] = "auto"
-    """Largest |learner - sampler| / max(1, |logprob|) of a token that is taken for rounding; of the
-    mean over the tokens a tenth. "auto": 0.01 in float32, 0.125 and 1 where learner or sampler are
-    float16 and bfloat16."""
+    """Largest |learner - sampler| / max(1, |logprob|) of a token that counts as rounding; a tenth
+    of it for the mean over tokens. "auto": 0.01 in float32, 0.125 and 1 where learner or sampler
+    are float16 and bfloat16."""
     num_sequences: NonNegativeInt = 4
     """Rollouts that are compared. 0: none, and no mismatch/ metrics."""
 
@@ -231,12 +232,12 @@ class EvaluationSettings:
     """Accuracy on data.eval."""
 
     every_steps: NonNegativeInt = 0
-    """Evaluate after every so many steps. 0: never."""
+    """Evaluate every N steps; 0: never."""
     max_prompts: Count = 256
-    """Prompts that are evaluated, the first of the file."""
+    """Prompts that are evaluated, from the start of the file."""
     samples: Copies = 1
-    """Completions of each of these prompts. 1: the most probable one. More: drawn as in training,
-    and beside the accuracy pass@k is estimated for k = 1, 2, 4, ... up to it."""
+    """Completions per prompt. 1: the most probable one. More: sampled as in training, and besides
+    the accuracy pass@k is estimated for k = 1, 2, 4, ... up to this number."""
 
 
 @dataclass(frozen=True, kw_only=True, config=checked)
@@ -244,9 +245,8 @@ class CheckpointSettings:
     """Saved to output_dir/checkpoints; the last step is always saved."""
 
     every_steps: NonNegativeInt = 0
-    """Save after every so many steps. 0: as every_minutes says."""
+    """Save every N steps; 0: as every_minutes says."""
     every_minutes: NonNegative = 30.0
-    """Save at the end of a step when so many minutes have passed since the last checkpoint. 0:
-    never."""
+    """Save at the end of a step once N minutes have passed since the last checkpoint; 0: never."""
     keep: NonNegativeInt = 2
     """Newest checkpoints that are kept. 0: all."""

@@ -49,9 +49,10 @@ def print_table(console: Console) -> None:
     console.print(table, highlight=False)
     console.print(
         "warpo algorithms NAME          the numbers of a row, and how a config changes them\n"
-        "warpo train --help NAME        the settings that there are for it",
-        markup=False, highlight=False,
-    )  # fmt: skip
+        "warpo train --help NAME        the settings that it has",
+        markup=False,
+        highlight=False,
+    )
 
 
 def markdown() -> str:

@@ -37,7 +37,7 @@ class Example:
     """One row as the model reads it.
 
     Attributes:
-        prompt_ids: what all completions continue.
+        prompt_ids: the prompt that all completions continue.
         prompt_id: the same for rows of one prompt, and for no others.
         completions: one; chosen and rejected; best to worst; of kto that of the row, and one that
             belongs to another prompt.
@@ -59,7 +59,7 @@ class Example:
 
     @property
     def num_tokens(self) -> int:
-        """Of its sequences, the prompt counted in each."""
+        """Number of tokens of its sequences, the prompt counted in each."""
         return sum(len(self.prompt_ids) + len(ids) for ids in self.completions)
 
 
@@ -67,7 +67,7 @@ class Examples(Sequence[Example]):
     """The examples of a data set in its order, all numbers in a few arrays.
 
     Attributes:
-        keys: of each row, as `RowKeys` makes them.
+        keys: keys of each row, as `RowKeys` makes them.
     """
 
     def __init__(self) -> None:
@@ -183,8 +183,8 @@ def load_examples(
 
     Args:
         algorithm: a row of `LOSS_KEYS`; it determines the form.
-        token_budget: what an example with all its completions must fit in.
-        max_length: of prompt and completion, what the model has positions for.
+        token_budget: budget that an example with all its completions must fit.
+        max_length: positions of the model, for prompt and completion together.
 
     Raises:
         DataError: the data or a row of it is not usable; names place and reason.
@@ -256,7 +256,7 @@ def _continuations(
     """The completions of each prompt, ended.
 
     Args:
-        groups: of each its prompt, the ids of that, and the texts that continue it.
+        groups: for each the prompt, its ids, and the texts that continue it.
     """
     single = [(prompt, ids, text) for prompt, ids, texts in groups for text in texts]
     found = iter(encoder.continuations(*map(list, zip(*single, strict=True))))
@@ -319,7 +319,7 @@ def _step_labels(row: Row) -> list[float]:
     return [float(label) for label in labels]
 
 
-# Fields beside "prompt", what reads the completions and what reads the numbers. Rows that are not
+# Fields besides "prompt", what reads the completions and what reads the numbers. Rows that are not
 # here have the form of dpo.
 _FORMS: dict[str, tuple[tuple[str, ...], Callable[..., list[str]], Callable[..., list[float]]]] = {
     "sft": (("completion",), _texts("completion"), _no_values),
@@ -349,7 +349,7 @@ def _steps(
     ends = [min(bisect_left(token_ends, end), len(token_ends) - 1) for end in text_ends]
     if not separator and len(ends) != len(token_ends):
         raise DataError(
-            f"{len(token_ends)} tokens are in {len(ends)} steps: wanted one token a step, as "
+            f"{len(token_ends)} tokens are in {len(ends)} steps: wanted one token per step, as "
             "data.step_separator is empty"
         )
     if len(set(ends)) < len(ends):

@@ -12,7 +12,7 @@ from typing import Any
 from warpo.engine.errors import DataError
 
 Row = dict[str, Any]
-FORMATS = "data is JSONL (one JSON object a line, gzipped or not) or Parquet"
+FORMATS = "data is JSONL (one JSON object per line, gzipped or not) or Parquet"
 # Deeper values end in a RecursionError wherever they are copied, printed or sent to a process.
 MAX_DEPTH = 100
 _BOM = b"\xef\xbb\xbf"
@@ -65,7 +65,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _finite(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
-        raise DataError(f"not JSON: {text:.40} is no finite number: write null, or text")
+        raise DataError(f"not JSON: {text:.40} is not a finite number: write null, or text")
     return number
 
 

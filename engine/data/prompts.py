@@ -71,7 +71,7 @@ class Prompts(Sequence[Prompt]):
 
     @property
     def keys(self) -> Tensor:
-        """Of each row, as `RowKeys` makes them."""
+        """Return the keys of each row, as `RowKeys` makes them."""
         return self._keys[self._chosen]
 
     def select(self, places: np.ndarray) -> Prompts:

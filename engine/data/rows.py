@@ -3,7 +3,7 @@
 What a path is, is seen from what lies there:
 
     a file that begins with PAR1               Parquet
-    any other file                             JSONL, one object a line; gzipped or not
+    any other file                             JSONL, one object per line; gzipped or not
     a folder with dataset_info.json            a data set that `datasets` saved (save_to_disk)
     any other folder                           its *.parquet files, in the order of their names
 
@@ -63,7 +63,7 @@ class Rows:
         self._path, self._parts, self._required = path, parts, required
         self._starts = [0, *accumulate(len(part) for part in parts)]
         if not len(self):
-            raise DataError(f"{path}: the file is empty, wanted one JSON object a line, or rows")
+            raise DataError(f"{path}: the file is empty, wanted one JSON object per line, or rows")
         first = self._read(0, 1)[0]
         self.fields, self._names = list(first), first.keys()
         if missing := [name for name in required if name not in first]:
@@ -113,7 +113,7 @@ class Rows:
         """function(items), which returns a result for each of them.
 
         Raises:
-            DataError: as the function does, with the place of the first row that it fails on alone.
+            DataError: as the function does, with the place of the first row that fails by itself.
         """
         try:
             return function(items)
@@ -160,7 +160,7 @@ class Rows:
 
     @property
     def _first_place(self) -> str:
-        """The first row, by its number alone where the data is one file: "line 3" or "row 2"."""
+        """The first row, by its number only where the data is one file: "line 3" or "row 2"."""
         if self._parts[0].path != self._path:
             return self.place(0)
         number = self._parts[0].number(0)
@@ -253,7 +253,7 @@ class _Table:
     def read(self, start: int, stop: int) -> list[Row]:
         try:
             rows: list[Row] = self._table.slice(start, stop - start).to_pylist()
-        # Text that is no UTF-8, dates beyond the year 9999, types without a Python object: each
+        # Text that is not UTF-8, dates beyond the year 9999, types without a Python object: each
         # ends in an exception of another kind.
         except Exception:
             for index in range(start, stop):
@@ -319,7 +319,7 @@ def _check_messages(prompt: list[Any]) -> None:
 def check_text(name: str, value: Any, wanted: str = "text") -> None:
     """
     Raises:
-        DataError: the value is no text, or empty.
+        DataError: the value is not text, or empty.
     """
     if not isinstance(value, str):
         raise DataError(f"{name} must be {wanted}, got {type(value).__name__}: {value!r:.60}")

@@ -49,7 +49,7 @@ def draw_keys(keys: Tensor) -> np.ndarray:
 
 
 def ranks(numbers: np.ndarray, *entropy: int) -> np.ndarray:
-    """A random number for each of these, uint64, that it and `entropy` alone determine."""
+    """A random number for each of these, uint64, that only it and `entropy` determine."""
     (word,) = np.random.SeedSequence(entropy).generate_state(1, np.uint64)
     return _mix(numbers ^ word)
 
@@ -111,7 +111,7 @@ class RowRecord:
 
 
 def _differences(old: np.ndarray, new: np.ndarray) -> tuple[int, int, int]:
-    """How many rows are gone, are new, and have their prompt but other fields."""
+    """Count rows that are gone, that are new, and that have their prompt but other fields."""
     old_rows, new_rows = _copies(old[:, 1]), _copies(new[:, 1])
     left = _copies(old[~np.isin(old_rows, new_rows), 0].copy())
     come = _copies(new[~np.isin(new_rows, old_rows), 0].copy())
@@ -123,10 +123,10 @@ class PromptStream(Generic[T]):
     """Prompts, or examples, in an endless order that is drawn anew in every epoch.
 
     Every epoch draws each once. A batch may span two epochs, so none is short. Which comes before
-    which is determined by seed, epoch and the two of them alone.
+    which is determined only by seed, epoch and the two of them.
 
     Args:
-        keys: of `RowKeys`, those of `items`.
+        keys: keys of `items`, as `RowKeys` makes them.
     """
 
     def __init__(
@@ -153,7 +153,7 @@ class PromptStream(Generic[T]):
 
     @property
     def changes(self) -> str:
-        """How the rows differ from those of the checkpoint that was loaded."""
+        """Describe how the rows differ from those of the checkpoint that was loaded."""
         return self._record.changes
 
     def _begin(self, epoch: int) -> None:
@@ -168,7 +168,7 @@ class PromptStream(Generic[T]):
         return self._items[int(self._order[self._place - 1])]
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream is: the epoch, and the rank of what was drawn last in it."""
+        """Return the position of the stream: the epoch, and the rank of the last draw in it."""
         last = int(self._ranks[self._place - 1]) if self._place else -1
         state = {"seed": self._seed, "epoch": self._epoch, "last": last}
         return state | self._record.state_dict()

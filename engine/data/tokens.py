@@ -24,7 +24,7 @@ class Ragged:
     """Lists of numbers, kept one after the other in one array: of 32 or 64 bits a number.
 
     Args:
-        typecode: of `array.array`.
+        typecode: typecode of `array.array`.
     """
 
     def __init__(self, typecode: str) -> None:
@@ -43,12 +43,12 @@ class Ragged:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Of each list, int64."""
+        """Length of each list, int64."""
         return np.diff(np.frombuffer(self._starts, dtype=np.int64))
 
     @property
     def largest(self) -> float:
-        """Of all numbers; 0 where there is none."""
+        """Largest of all numbers; 0 if there are none."""
         return max(self._numbers, default=0)
 
 
@@ -75,7 +75,7 @@ class Encoder:
         self._prefix = whole[: next(places, 0)]
 
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, without special tokens beside those that it spells out.
+        """Token ids of each text, without special tokens besides those that it spells out.
 
         Raises:
             DataError: the tokenizer fails on one of them.
@@ -108,7 +108,7 @@ class Encoder:
         token would span the border, the prompt keeps the tokens that it is sampled from with.
 
         Args:
-            prompt_ids: of the prompts, without special tokens.
+            prompt_ids: ids of the prompts, without special tokens.
         """
         joined = self([prompt + text for prompt, text in zip(prompts, texts, strict=True)])
         return [
@@ -119,7 +119,7 @@ class Encoder:
         ]
 
     def _is_certain(self, before: list[int]) -> bool:
-        """Whether equal ids are equal tokens: an unknown word stays one if it grows."""
+        """True if equal ids mean equal tokens: an unknown word stays one if it grows."""
         return bool(before) and before[-1] != self._unknown
 
     def _slowly(self, prompt: str, prompt_ids: list[int], text: str) -> list[int]:
@@ -167,7 +167,7 @@ def _attempt(encode: Callable[..., Any], texts: Any, **options: bool) -> Any:
 
 
 def _batches(texts: Sequence[str]) -> Iterator[Sequence[str]]:
-    """The texts in turn, few enough at once: the backend takes 80 bytes a token."""
+    """The texts in turn, few enough at once: the backend takes 80 bytes per token."""
     start, characters = 0, 0
     for i, text in enumerate(texts):
         if i > start and characters + len(text) > _CHARACTERS_AT_ONCE:
@@ -179,7 +179,7 @@ def _batches(texts: Sequence[str]) -> Iterator[Sequence[str]]:
 
 
 def _starts_with(joined: Encoding, before: list[int], border: int) -> bool:
-    """Whether the tokens of a text are `before`, and then those of what follows its border."""
+    """True if the tokens of a text are `before`, then those of what follows its border."""
     count = len(before)
     if joined.ids[:count] != before:
         return False

@@ -25,12 +25,12 @@ BASELINE_DECAY = 0.9
 
 @dataclass
 class AdaptiveState:
-    """What an estimator carries from step to step.
+    """State that an estimator carries from step to step.
 
     Attributes:
         kl_coef: weight of the KL, where it adapts.
         baseline: moving average of the rewards; None before the first step.
-        adapts: whether kl_coef is part of the state. A fixed one is the config's, resumed or not.
+        adapts: whether kl_coef is part of the state. A fixed kl_coef is always the config's.
     """
 
     kl_coef: float
@@ -52,7 +52,7 @@ class AdaptiveState:
         proportional:  times 1 + 0.1 clip(kl / target - 1, -0.2, 0.2)
 
         Args:
-            kl: nats a token, of the step that is over.
+            kl: nats per token, of the step that is over.
         """
         if algorithm.kl_target is None:
             return
@@ -64,7 +64,7 @@ class AdaptiveState:
 
 
 class _Tokens(NamedTuple):
-    """What an estimator reads: B rollouts, (B,), with their M trained tokens in one row, (M,)."""
+    """Inputs of an estimator: B rollouts, (B,), with their M trained tokens in one row, (M,)."""
 
     rollouts: StepRollouts
     group_size: int

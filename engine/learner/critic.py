@@ -62,7 +62,7 @@ class Critic:
 
     @property
     def value_head(self) -> nn.Linear:
-        """Of a shared critic."""
+        """Value head of a shared critic."""
         assert self._head is not None
         return self._head
 

@@ -1,4 +1,4 @@
-"""How far the learner moves from what was sampled within a step, by cause.
+"""Distance of the learner from what was sampled within a step, by cause.
 
 With logprobs of a token in nats, over the probed rollouts of a step that begins with weights w0 and
 takes optimizer steps w0 -> w1 -> ... -> wn:

@@ -61,7 +61,7 @@ class Learner:
 
     Args:
         model: the policy, whose parameters lie where they stay.
-        examples: of pretraining.data; None without.
+        examples: examples of pretraining.data; None without.
 
     Attributes:
         progress: steps that are complete, and whether the weights are those of a step.
@@ -102,7 +102,7 @@ class Learner:
 
     @property
     def stateful(self) -> dict[str, Stateful]:
-        """What a checkpoint keeps beside the weights of the policy."""
+        """State that a checkpoint keeps next to the weights of the policy."""
         parts: dict[str, Stateful] = {
             "optimizer": self.optimizer,
             "schedule": self.schedule,
@@ -114,7 +114,7 @@ class Learner:
 
     @property
     def pretraining_changes(self) -> str:
-        """How pretraining.data differ from those of the checkpoint that was loaded."""
+        """Describe how pretraining.data differ from those of the checkpoint that was loaded."""
         return self.pretraining.record.changes if self.pretraining else ""
 
     def update(self, rollouts: StepRollouts) -> Metrics:
@@ -178,7 +178,7 @@ class Learner:
 
     def train_step(self, batches: Sequence[Batch], step: int, update: int) -> StepResult:
         """One optimizer step on packed micro-batches: of the critic, where it has a network of its
-        own, and of the policy, after the steps in which the critic learns alone.
+        own, and of the policy, after the steps in which only the critic learns.
 
         Raises:
             TrainingError: a gradient is not finite. That model's weights are those before.

@@ -68,10 +68,15 @@ def preference_gradients(
         logprobs = token_logprobs(model, batch, temperature).logprobs
         half, starts = batch.num_sequences // 2, batch.cu_seqlens
         result = ops.preference_loss(
-            logprobs, logprobs, batch.ref_logprobs, batch.ref_logprobs, loss=preference,
-            chosen_cu_seqlens=starts[: half + 1], rejected_cu_seqlens=starts[half:],
+            logprobs,
+            logprobs,
+            batch.ref_logprobs,
+            batch.ref_logprobs,
+            loss=preference,
+            chosen_cu_seqlens=starts[: half + 1],
+            rejected_cu_seqlens=starts[half:],
             denominator=pairs,
-        )  # fmt: skip
+        )
         _backward(result.loss)
         metrics.append(result.metrics)
     return torch.stack(ranks.gather(metrics)).sum(0)
@@ -105,10 +110,16 @@ def kto_gradients(
     metrics = []
     for batch, labels in zip(batches, desirable, strict=True):
         result = ops.kto_loss(
-            token_logprobs(model, batch, 1.0).logprobs, _reference(batch), labels, kl=kl,
-            beta=beta, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight,
-            cu_seqlens=batch.cu_seqlens, denominator=examples,
-        )  # fmt: skip
+            token_logprobs(model, batch, 1.0).logprobs,
+            _reference(batch),
+            labels,
+            kl=kl,
+            beta=beta,
+            desirable_weight=desirable_weight,
+            undesirable_weight=undesirable_weight,
+            cu_seqlens=batch.cu_seqlens,
+            denominator=examples,
+        )
         _backward(result.loss)
         metrics.append(result.metrics)
     return torch.stack(ranks.gather(metrics)).sum(0)
@@ -165,9 +176,12 @@ def ranking_gradients(
     for batch, starts in zip(batches, groups, strict=True):
         scores = sequence_scores(model, batch)
         result = ops.ranking_loss(
-            scores, torch.arange(scores.numel(), device=scores.device), starts,
-            centering_coef=centering_coef, denominator=rankings,
-        )  # fmt: skip
+            scores,
+            torch.arange(scores.numel(), device=scores.device),
+            starts,
+            centering_coef=centering_coef,
+            denominator=rankings,
+        )
         _backward(result.loss)
         metrics.append(result.metrics)
     return ops.merge_reward_model_metrics(ranks.gather(metrics))
@@ -204,9 +218,13 @@ def step_gradients(
         _backward(loss)
         right, given = label > 0.5, scores.detach()
         sums = (
-            torch.ones_like(label), (given > 0) == right, right, given.where(right, 0),
-            ~right, given.where(~right, 0),
-        )  # fmt: skip
+            torch.ones_like(label),
+            (given > 0) == right,
+            right,
+            given.where(right, 0),
+            ~right,
+            given.where(~right, 0),
+        )
         metrics.append(torch.stack([loss.detach(), *(value.float().sum() for value in sums)]))
     return torch.stack(ranks.gather(metrics)).sum(0)
 

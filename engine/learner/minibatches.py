@@ -1,5 +1,5 @@
-"""Which rollouts are packed together, by the rows of `StepRollouts`: to be scored, to be learned
-from.
+"""Choice of the rollouts that are packed together, by rows of `StepRollouts`: to be scored, to be
+learned from.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ IN_FLIGHT = 2
 
 
 class WeightUpdate(NamedTuple):
-    """What a step has done to the weights; on the device that keeps the state.
+    """Effect of a step on the weights; on the device that keeps the state.
 
     Attributes:
         fingerprints: by name of the parameter: `ops.fingerprint` of its weights after the step.
@@ -46,8 +46,8 @@ class AdamW(torch.optim.Optimizer):
 
     Values are those of torch.optim.AdamW on float32 copies of the parameters. The state of a
     parameter is made at its first step: two float32 moments, and float32 master weights where the
-    parameter is bfloat16; 8 and 12 bytes an element. With state = "host" it lies in host memory,
-    beside a copy of the weights in their dtype, pinned: the step then runs on the CPU, while
+    parameter is bfloat16; 8 and 12 bytes per element. With state = "host" it lies in host memory,
+    next to a copy of the weights in their dtype, pinned: the step then runs on the CPU, while
     gradients and weights of other parameters are on their way. On a CPU "host" is "device".
 
     A parameter without gradient keeps its weights and its moments.
@@ -58,7 +58,7 @@ class AdamW(torch.optim.Optimizer):
         lr, betas, eps, weight_decay: as in torch.optim.AdamW.
         state: where moments and master weights lie, and the step is computed.
         ranks: whose gradients are one.
-        setting: what to lower where the gradient is not finite.
+        setting: the setting to lower if the gradient is not finite.
 
     Raises:
         ValueError: a parameter or a number is not as above.
@@ -178,12 +178,20 @@ class AdamW(torch.optim.Optimizer):
                 dense = torch.contiguous_format
                 state["master"] = weights.to(torch.float32, memory_format=dense)
         result = ops.adamw_publish(
-            grad, state.get("master"), state["exp_avg"], state["exp_avg_sq"], weights,
-            lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1], eps=group["eps"],
-            weight_decay=group["weight_decay"], step=state["step"] + 1,
+            grad,
+            state.get("master"),
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            weights,
+            lr=group["lr"],
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            step=state["step"] + 1,
             grad_scale=grad_scale,
             backend="cpu" if self._staged else None,
-        )  # fmt: skip
+        )
         state["step"] += 1
         return result
 
@@ -273,7 +281,7 @@ class AdamW(torch.optim.Optimizer):
         saved = [name for group in groups for name in group.get("param_names", group["params"])]
         for name, other in zip(own, saved, strict=True):
             if name != other:
-                raise ValueError(f"it keeps a parameter {other!r} in the place of {name!r}")
+                raise ValueError(f"it has parameter {other!r} where {name!r} was expected")
         ids = [i for group in groups for i in group["params"]]
         for i, (name, parameter, _) in zip(ids, self._parameters(), strict=True):
             if i in state_dict["state"]:
@@ -309,7 +317,7 @@ def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
 
 
 def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:
-    """What scales gradients of this norm down to max_norm, as torch's `clip_grad_norm_` does."""
+    """Return the factor that scales gradients to max_norm, as torch's `clip_grad_norm_` does."""
     return (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 

@@ -13,8 +13,8 @@ from warpo.engine.ranks import ONE_RANK, Ranks
 
 
 class WarmupSchedule(torch.optim.lr_scheduler.LambdaLR):
-    """The learning rate rises linearly over so many optimizer steps. Then it stays, or falls
-    linearly, to be 0 after `zero_after` steps where that is not 0.
+    """Linear warm-up of the learning rate over N optimizer steps. Then it stays, or falls linearly
+    to reach 0 after `zero_after` steps if that is not 0.
     """
 
     def __init__(

@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 
 class StepResult(NamedTuple):
-    """What an optimizer step reports, on the device; None where it has no such part.
+    """Report of an optimizer step, on the device; None for a part that it does not have.
 
     Attributes:
         policy: the vector of `ops.policy_loss`, summed over micro-batches.
-        pairs: that of `ops.preference_loss`.
-        values: that of `ops.value_loss`.
+        pairs: the vector of `ops.preference_loss`.
+        values: the vector of `ops.value_loss`.
         pretraining: the supervised loss, times its coefficient.
-        update: what the step did to the policy's weights.
+        update: effect of the step on the policy's weights.
     """
 
     policy: Tensor | None = None
@@ -39,7 +39,7 @@ class StepResult(NamedTuple):
 def denominator(
     batches: Sequence[Batch], objective: Objective, max_new_tokens: int, ranks: Ranks = ONE_RANK
 ) -> float:
-    """What the loss of an optimizer step is divided by, counted over all of its micro-batches."""
+    """Return the divisor of an optimizer step's loss, counted over all of its micro-batches."""
     if objective.aggregation == "token-mean":
         return ranks.sum(sum(batch.num_trained for batch in batches))
     sequences = ranks.sum(sum(batch.num_sequences for batch in batches))
@@ -90,7 +90,7 @@ def accumulate_gradients(
             cu_seqlens=batch.cu_seqlens,
             ref_logprobs=batch.ref_logprobs,
             sampler_logprobs=batch.sampler_logprobs,
-            # for the metrics alone it needs no gradient
+            # only for the metrics it needs no gradient
             entropy=current.entropy if objective.entropy_coef else current.entropy.detach(),
             kl_coef=kl_coef,
             denominator=total,

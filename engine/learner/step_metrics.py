@@ -1,4 +1,4 @@
-"""What a step's optimizer steps report, as the metrics of one row."""
+"""Metrics of one row, from the reports of a step's optimizer steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether the learner computes a model's own function, decided before any weight is read.
+"""Check that the learner computes a model's own function, before any weight is read.
 
 Sequences of a step are packed into one row, which is exact for models of a certain kind. Models
 with layers of state or convolution get a row for each sequence and their own
@@ -82,11 +82,11 @@ def check_run(config: Config) -> None:
 
 
 def check_model(path: str, *, longest: int, cure: str, scalar: bool = False) -> None:
-    """Refuse a model that the learner cannot compute; its config alone is read.
+    """Refuse a model that the learner cannot compute; only its config is read.
 
     Args:
         longest: tokens of the longest sequence.
-        cure: how to have shorter ones.
+        cure: advice on how to shorten them.
         scalar: it is to give a number for each token: critic, reward model.
 
     Raises:
@@ -186,10 +186,10 @@ def _of_rope(config: PretrainedConfig, longest: int, cure: str) -> str:
 
 
 def rope_parameters(config: PretrainedConfig) -> list[dict[str, Any]]:
-    """Of all layers, or of each kind of layers where they differ."""
+    """Rope parameters of all layers, or of each kind of layers if they differ."""
     text = copy.deepcopy(config.get_text_config())
     if getattr(text, "rope_parameters", None):
-        # some keep the original length beside them, which this puts in
+        # some keep the original length next to them, which this puts in
         text.standardize_rope_params()
     found = getattr(text, "rope_parameters", None) or {}
     nested = [value for value in found.values() if isinstance(value, dict)]
@@ -241,8 +241,8 @@ def _of_forward(model: PreTrainedModel, scalar: bool) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """Of the packed attention: by which module, the keys and values of a token in numbers, and
-    whether it has a soft cap or sinks.
+    """A call of the packed attention: its module, the numbers in the keys and values of a token,
+    and whether it has a soft cap or sinks.
     """
 
     module: nn.Module
@@ -352,9 +352,9 @@ class shapes_only(TorchDispatchMode):  # noqa: N801  # a context, as torch.no_gr
     ) -> Any:
         convolution = func is torch.ops.aten.convolution.default
         if self._packed and convolution and max(args[1].shape[2:]) > 1:
-            raise UnsupportedAttention("a convolution over tokens beside its attention")
+            raise UnsupportedAttention("a convolution over tokens besides its attention")
         if func is torch.ops.aten._grouped_mm.default:
-            # Experts: torch knows the shapes of bfloat16 alone. Rows of a, or of each group.
+            # Experts: torch knows only the shapes of bfloat16. Rows of a, or of each group.
             a, b, groups = args[0], args[1], args[2]
             rows = (a.shape[0],) if b.dim() == 3 else (groups.shape[0], a.shape[0])
             return a.new_empty(*rows, b.shape[-1])

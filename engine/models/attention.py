@@ -5,7 +5,7 @@ own function of two places (causal, sliding window, chunks); here it is evaluate
 sequence instead of on those of the row. Soft caps and attention sinks follow the eager formula:
 
     s = scaling q k^T,   s <- c tanh(s / c) where there is a cap c
-    out = softmax([s, sink])[:-1] v     where a head has a sink, a logit beside those of the keys
+    out = softmax([s, sink])[:-1] v     where a head has a sink, a logit next to those of the keys
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _make_mask(
         # the function would keep the row's sequences apart, by its own places
         raise UnsupportedAttention("a packed row without attention_mask, see model.inputs_of")
     if use_vmap:
-        raise UnsupportedAttention("a mask of its own beside the causal one")
+        raise UnsupportedAttention("a mask of its own besides the causal one")
     return Mask(mask_function, local_size)
 
 
@@ -89,7 +89,7 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Attention of a packed row; the interface of transformers' attentions.
 
-    The row is cut into a padded batch of whole sequences for this product alone, so that its cost
+    The row is cut into a padded batch of whole sequences only for this product, so that its cost
     is B x T^2 and not N^2. Padding follows the tokens, where the causal mask hides it. With a soft
     cap or sinks the B x heads x T^2 scores are held.
 

@@ -144,7 +144,7 @@ def split_by_tokens(items: Sequence[T], token_budget: int) -> list[list[T]]:
     """Micro-batches of at most `token_budget` tokens each, in the given order.
 
     Raises:
-        ValueError: one of them alone exceeds the budget.
+        ValueError: a single one exceeds the budget.
     """
     micro_batches: list[list[T]] = []
     room = 0

@@ -39,8 +39,9 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt
 PICKLED_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 # What generate() reads where it samples, and does not write back where it does not.
 _SAMPLING_ONLY = (
-    "temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff",
-)  # fmt: skip
+    *("temperature", "top_p", "top_k", "min_p"),
+    *("top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"),
+)
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -51,7 +52,7 @@ def read_config(path: str, **changes: Any) -> PretrainedConfig:
 
     Args:
         path: a directory, or a name on the hub.
-        changes: of attributes.
+        changes: new values of attributes.
 
     Raises:
         ConfigError: there is no such model, or its config.json is missing or damaged.
@@ -113,7 +114,7 @@ def load_weights(
     Args:
         kind: AutoModelForCausalLM, AutoModelForSequenceClassification.
         new: tensors that need not be there.
-        options: of from_pretrained.
+        options: keyword arguments of from_pretrained.
 
     Raises:
         ConfigError: a file is missing or damaged; a tensor is missing, or has another shape or
@@ -134,7 +135,7 @@ def load_weights(
 
 
 def _is_on_hub(path: str) -> bool:
-    """Whether a path is a name on the hub, which answers for it or has it in its cache here.
+    """True if a path is a name on the hub, which answers for it or has it in its cache here.
 
     Raises:
         ConfigError: neither a directory nor a name that is known there.

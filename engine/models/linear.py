@@ -1,7 +1,7 @@
 """Linear layers on a CPU in float32, by oneDNN.
 
 PyTorch gives float32 products to MKL. oneDNN, which it brings too, is faster on AMD: 3072 tokens,
-512 -> 1408 took 26 ms in place of 46 on 2 cores of an EPYC. The gradient of the weight stays with
+512 -> 1408 took 26 ms instead of 46 on 2 cores of an EPYC. The gradient of the weight stays with
 MKL, which is as fast there or faster.
 """
 
@@ -41,7 +41,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not (float32_on_cpu and torch.backends.mkldnn.is_available()):
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled():
-        # Rows alone: a view made in a Function cannot be changed in place, as Gemma 3n does.
+        # Only rows: a view made in a Function cannot be changed in place, as Gemma 3n does.
         return _Linear.apply(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
     return _onednn(x, weight, bias)
 

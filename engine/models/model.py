@@ -41,7 +41,7 @@ def set_lm_head_dtype(model: PreTrainedModel, lm_head_dtype: str) -> None:
     The float32 copy of the weight lives for a forward pass and its backward.
 
     Raises:
-        ConfigError: the head is no linear layer.
+        ConfigError: the head is not a linear layer.
     """
     if lm_head_dtype == "same":
         return
@@ -67,7 +67,7 @@ def load_model(
 
 
 def other_layers(config: PretrainedConfig, cls: type[PreTrainedModel]) -> list[str]:
-    """Kinds of layers of a model that are no plain attention: state, convolution, sparse."""
+    """Kinds of layers of a model that are not plain attention: state, convolution, sparse."""
     layers = getattr(config.get_text_config(), "layer_types", None) or ()
     if not layers and cls._is_stateful:
         return ["state"]
@@ -150,12 +150,12 @@ def forward(model: nn.Module, batch: Batch, **options: Any) -> Any:
 
 
 def is_packed(model: nn.Module) -> bool:
-    """Whether a micro-batch is one row of the model, or each sequence one of its own."""
+    """True if a micro-batch is one row of the model, False if each sequence is a row."""
     return bool(model.config._attn_implementation == ATTENTION)  # type: ignore[union-attr]
 
 
 def inputs_of(model: nn.Module, batch: Batch) -> dict[str, Any]:
-    """What the model reads of a micro-batch.
+    """Return the model's inputs for a micro-batch.
 
     Rows of their own are padded on the right, where no token of a causal model sees it.
     """

@@ -46,10 +46,13 @@ def load_scalar_model(path: str, dtype: str, device: torch.device) -> PreTrained
     transformers_logging.set_verbosity_error()
     try:
         model = load_weights(
-            AutoModelForSequenceClassification, path, num_labels=1,
-            new=() if is_classifier else ("score.weight",), dtype=dtype,
+            AutoModelForSequenceClassification,
+            path,
+            num_labels=1,
+            new=() if is_classifier else ("score.weight",),
+            dtype=dtype,
             attn_implementation=attention_of(config, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING),
-        )  # fmt: skip
+        )
     finally:
         transformers_logging.set_verbosity(verbosity)
     if not is_classifier:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where a model computes."""
+    """Return the device on which a model computes."""
     return next(model.parameters()).device
 
 

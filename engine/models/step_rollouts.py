@@ -26,7 +26,7 @@ class StepRollouts:
         sequences: B prompts with a completion.
         group_ids: (B,) int64: rows of one number are compared with each other, and are neighbours.
         rewards: (B,) float64, of whole completions.
-        step_rewards: of each completion, with process supervision; None without.
+        step_rewards: step rewards of each completion, with process supervision; None without.
         baseline_rewards: (B,) float64, of the greedy completion of the same prompt, where the
             estimator asks for it.
         sampler_logprobs: (M,) float32, as the sampler computed them.
@@ -72,7 +72,7 @@ class StepRollouts:
 
     @property
     def num_tokens(self) -> int:
-        """Of all prompts and completions."""
+        """Number of tokens of all prompts and completions."""
         return sum(sequence.num_tokens for sequence in self.sequences)
 
     @property

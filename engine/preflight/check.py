@@ -45,7 +45,7 @@ from warpo.kernels.objectives import OBJECTIVES, Objective
 
 MEMORY_BOUND = 0.05
 # Tokenizer, data, the objects of vLLM and of Python, pages: 22 to 50 MiB of the resident set were
-# seen beside the tensors, whatever the model.
+# seen besides the tensors, whatever the model.
 MEMORY_FLOOR = 64 * MIB
 
 # Rollouts whose gradients are compared: prompts x completions, and their most new tokens.
@@ -173,7 +173,7 @@ def _report_attention(
         Line(
             name="attention",
             text=f"{error:.1e} <= {bound:g}, learner with sequences packed against the model's own "
-            "eager attention, each alone and unpadded",
+            "eager attention, each by itself and unpadded",
             ok=error <= bound,
             cure="the learner does not compute this model's function: do not train it; or, where "
             "dtype is bfloat16, raise probe.tolerance to what its rounding takes",
@@ -208,9 +208,12 @@ def _report_invariance(
     )
     model, cut = load_cut_model(config.model, sequences, device)
     found = divergences(
-        model, cut, objectives, **options,
+        model,
+        cut,
+        objectives,
+        **options,
         progress=lambda done, total: progress(f"loss invariance, objective {done + 1} of {total}"),
-    )  # fmt: skip
+    )
     model, cut = load_cut_model(config.model, sequences, device, torch.float32)
     rounding = divergences(model, cut, {name: own}, **options)
     report.head(

@@ -156,7 +156,7 @@ def _probe(tried: TriedRun, sequences: Sequence[Sequence[int]]) -> None:
         report.add(
             Line(
                 name="composition",
-                text=f"{alone:.1e} <= {bound:g}, learner with sequences packed against one alone",
+                text=f"{alone:.1e} <= {bound:g}, learner with sequences packed against one only",
                 ok=alone <= bound,
                 cure="what attention and matrix products add is above probe.tolerance: raise it, "
                 "or compute in float32",

@@ -15,9 +15,10 @@ parameters:
     || g - g_1 ||_2 / || g_1 ||_2  <=  1e-6, and 1e-5 of the last
 
 Logits, logprobs, losses and their gradients are float32, as in training. The model's own products
-are taken in float64, because in float32 they alone can exceed the bound: a product of other rows is
-summed in another order, which moves logits by about 1e-6, and ratios with them. transformers' eager
-attention takes its softmax in float32 all the same, which is what the last has more.
+are taken in float64, because in float32 they can exceed the bound by themselves: a product of other
+rows is summed in another order, which moves logits by about 1e-6, and ratios with them.
+transformers' eager attention still takes its softmax in float32, hence the larger
+bound of the last.
 """
 
 from __future__ import annotations
@@ -47,10 +48,10 @@ from warpo.kernels.objectives import Objective
 # Each layout and its bound.
 LAYOUTS = {"accumulation n": 1e-6, "packed": 1e-6, "alone": 1e-5}
 
-# What is kept of the model: so many layers, and one of each kind.
+# Kept of the model: at most this many layers, and one of each kind.
 MAX_LAYERS, MAX_VOCABULARY = 2, 1024
-# Standard deviation, nats, of what is between old and new policy, and between sampler and old
-# policy: enough that rows clip, mask and truncate some tokens and leave others.
+# Standard deviation, nats, of the difference between old and new policy, and between sampler and
+# old policy: enough that rows clip, mask and truncate some tokens and leave others.
 NOISE = 0.3
 PACKED_MICRO_BATCHES = 3
 _NOISY_COLUMNS = ("advantages", "old_logprobs", "sampler_logprobs", "ref_logprobs")
@@ -132,7 +133,7 @@ def divergences(
     seed: int = 0,
     progress: ReportProgress = lambda done, total: None,
 ) -> list[Divergence]:
-    """How far the gradients of an optimizer step are apart between layouts, objective by objective.
+    """Measure how far gradients of an optimizer step differ between layouts, for each objective.
 
     Advantages are drawn from N(0, 1). old_logprobs are the model's plus noise, sampler_logprobs and
     ref_logprobs are these plus noise.

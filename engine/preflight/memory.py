@@ -1,4 +1,4 @@
-"""What a run will hold in memory, phase by phase, predicted before a weight is read.
+"""Memory of a run, phase by phase, predicted before a weight is read.
 
 Exact, from the shapes of the model: weights, gradients, optimizer state, KV cache. Activations come
 from one step of the training code itself, run on fake tensors, with every storage counted while it
@@ -47,7 +47,7 @@ MIB = 2**20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shape:
-    """The micro-batch that is planned for: `sequences` rollouts of so many tokens each."""
+    """The micro-batch that is planned for: `sequences` rollouts of that many tokens each."""
 
     sequences: int
     prompt_tokens: int
@@ -98,7 +98,7 @@ def plan_memory(
     weights = sum(p.nbytes for p in model.parameters())
     algorithm = resolve(config)
     sampler = plan_sampler_memory(config, hf_config, device)
-    # Beside its trunk it has one weight a hidden unit.
+    # Besides its trunk it has one weight per hidden unit.
     has_critic = algorithm.has_critic and config.critic.model != "shared"
     critic = _trunk_parameters(model) if has_critic else 0
     held = {
@@ -149,7 +149,7 @@ def optimizer_bytes(parameters: int, config: Config, device: torch.device) -> in
 
 
 def resync_of(config: Config) -> Literal["alias", "copy"]:
-    """What resync = auto is expected to be: models whose weights cannot be shared are rare."""
+    """Predict resync = auto: models whose weights cannot be shared are rare."""
     if config.resync != "auto":
         return config.resync
     return "alias" if config.sampler_dtype == config.dtype else "copy"
@@ -199,7 +199,7 @@ def rollouts_of(shape: Shape, vocab_size: int) -> StepRollouts:
 
 
 def _reward_parameters(config: Config, device: torch.device, fake: FakeTensorMode) -> int:
-    """Of the reward models among reward.sources."""
+    """Count the parameters of the reward models among reward.sources."""
     total = 0
     for source in parse_sources(config.reward.sources):
         if source.checkpoint:

@@ -1,4 +1,4 @@
-"""What a phase took: its peak, on a GPU of PyTorch's allocator, on a CPU of the resident set."""
+"""Peak memory of a phase: on a GPU of PyTorch's allocator, on a CPU of the resident set."""
 
 from __future__ import annotations
 
@@ -76,10 +76,10 @@ def rehearse(config: Config, device: torch.device) -> object:
     can foresee.
 
     Returns:
-        What is to be kept alive, lest its memory be used again.
+        An object to keep alive, lest its memory be used again.
     """
     if device.type == "cuda":
-        return None  # its allocator counts tensors alone
+        return None  # its allocator counts only tensors
     hf_config = read_config(config.model)
     hf_config.num_hidden_layers, hf_config.vocab_size, hf_config.pad_token_id = 1, 64, None
     if getattr(hf_config, "layer_types", None):
@@ -89,9 +89,13 @@ def rehearse(config: Config, device: torch.device) -> object:
         AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32).save_pretrained(folder)
         model = load_model(folder, config.dtype, device)
         settings = SamplerSettings(
-            model_path=folder, dtype=config.dtype, max_model_len=32, eos_token_ids=[1],
-            kv_cache_gib=1 / 64, device=device,
-        )  # fmt: skip
+            model_path=folder,
+            dtype=config.dtype,
+            max_model_len=32,
+            eos_token_ids=[1],
+            kv_cache_gib=1 / 64,
+            device=device,
+        )
         sampler = open_sampler(config.sampler, settings)
     shape = Shape(sequences=4, prompt_tokens=8, completion_tokens=8)
     batch = rollouts_of(shape, 64).batch(range(4))

@@ -69,7 +69,7 @@ class _Draw(NamedTuple):
 
 
 class Rollouts:
-    """Where the rollouts of a run come from.
+    """Source of a run's rollouts.
 
     Args:
         prompts: to learn from.
@@ -131,7 +131,7 @@ class Rollouts:
         return rollouts, metrics
 
     def evaluate(self, step: int) -> Metrics:
-        """How many completions of the held-out prompts are correct, where it is due after a step.
+        """Measure the share of correct completions of held-out prompts, if due after this step.
 
         Raises:
             KeyboardInterrupt: a stop was asked for.
@@ -206,7 +206,7 @@ class Rollouts:
             raise KeyboardInterrupt from None
 
     def _describe(self, drawn: _Draw) -> Metrics:
-        """Of all that was sampled, so that runs that draw again compare with others."""
+        """Report on all that was sampled, so that runs that draw again compare with others."""
         gather = self._run.ranks.gather
         rewards = gather([verdict.total for verdict in drawn.flat_verdicts])
         completions = list(chain.from_iterable(drawn.groups))

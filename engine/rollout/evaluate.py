@@ -1,4 +1,4 @@
-"""What sampled completions are worth: the verdict on each, and means over many."""
+"""Evaluation of sampled completions: the verdict on each, and means over many."""
 
 from __future__ import annotations
 

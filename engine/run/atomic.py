@@ -45,7 +45,7 @@ def folder(final: Path, num_bytes: int) -> Iterator[Path]:
 
 
 def _disk_error(final: Path, num_bytes: int, error: Exception) -> str:
-    """What the disk is short of, and what is left."""
+    """Describe what the disk is short of, and what is left."""
     found = re.search(r"os error (\d+)", str(error))
     number = int(found[1]) if found else getattr(error, "errno", None)
     reason = os.strerror(number) if number else one_line(error)

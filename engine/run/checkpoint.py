@@ -1,4 +1,4 @@
-"""Checkpoints: a directory that transformers loads, and beside it what a resumed run needs.
+"""Checkpoints: a directory that transformers loads, and next to it what a resumed run needs.
 
     output_dir/checkpoints/step-000123/   config.json, model.safetensors, tokenizer.json, ...
                                           trainer.pt: step, parts, random states
@@ -33,12 +33,12 @@ if TYPE_CHECKING:
 
 _NAME = re.compile(r"step-(\d{6,})")
 _TRAINER_FILE = "trainer.pt"
-# config, tokenizer and manifest beside the tensors of a checkpoint
+# config, tokenizer and manifest besides the tensors of a checkpoint
 _SMALL_FILES = 2**20
 
 
 class Stateful(Protocol):
-    """What has a state to keep: optimizer, scheduler, prompt stream."""
+    """An object with a state to keep: optimizer, scheduler, prompt stream."""
 
     def state_dict(self) -> Any: ...
 
@@ -51,7 +51,7 @@ class Saved:
 
     Attributes:
         step: after which it was saved.
-        settings: of the run that saved it, a tree of plain values.
+        settings: settings of the run that saved it, a tree of plain values.
         tensors: descriptions of the tensors of trainer.pt.
     """
 
@@ -77,7 +77,7 @@ def save(
         model, tokenizer: None where the parts hold all there is.
         parts: objects whose state is kept, by name.
         keep: newest checkpoints that stay; 0: all.
-        settings: of the run, a tree of plain values.
+        settings: settings of the run, a tree of plain values.
 
     Raises:
         TrainingError: a weight or a number of the parts' states is not finite.
@@ -118,7 +118,7 @@ def rehearse(
     and removed, and the disk must have room for a checkpoint.
 
     Args:
-        parameters: that AdamW steps: 8 bytes an element for its moments, 4 for master weights.
+        parameters: that AdamW steps: 8 bytes per element for its moments, 4 for master weights.
 
     Raises:
         CheckpointError: it cannot.
@@ -330,7 +330,7 @@ def first_not_finite(named: Iterable[tuple[str, Tensor]]) -> str | None:
 
 
 def last_good(output_dir: str | Path) -> str:
-    """What to do about a run whose state is of no use."""
+    """Suggest what to do about a run whose state is of no use."""
     path = latest(output_dir)
     if path is None:
         return "No checkpoint was saved before: lower the learning rate and start anew"
@@ -338,7 +338,7 @@ def last_good(output_dir: str | Path) -> str:
 
 
 def _num_bytes(model: PreTrainedModel | None, state: Any) -> int:
-    """What a checkpoint takes on disk, about; a tensor of two names counts once."""
+    """Estimate the size of a checkpoint on disk; a tensor of two names counts once."""
     named = [] if model is None else list(model.state_dict().items())
     tensors = [tensor for _, tensor in [*named, *manifest.tensors_in(state, "")]]
     different = {(t.data_ptr(), t.numel()): t.numel() * t.element_size() for t in tensors}

@@ -1,4 +1,4 @@
-"""Where the learner runs."""
+"""Device on which the learner runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class DeviceSetting(Protocol):
 
 
 def learner_device(config: DeviceSetting) -> torch.device:
-    """Where the learner runs, "auto" looked up."""
+    """Return the device of the learner, "auto" looked up."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device = 'cuda', but torch sees no CUDA device: set device to cpu")
     name = config.device

@@ -1,4 +1,4 @@
-"""What a run shows and keeps: a live line, a table row a step, metrics.jsonl and TensorBoard.
+"""Output of a run: a live line, a table row per step, metrics.jsonl and TensorBoard.
 
 `RunLog` times the phases of a step, and each is an NVTX range where the package `nvtx` is there.
 """
@@ -70,7 +70,7 @@ _WIDTH_WITHOUT_TERMINAL = 120
 
 
 class Log(Protocol):
-    """What the parts of a run say, time and count."""
+    """Interface through which the parts of a run report, time and count."""
 
     def phase(self, name: str) -> AbstractContextManager[ReportProgress]: ...
     def start_step(self) -> None: ...
@@ -121,13 +121,13 @@ class RunLog:
     Args:
         output_dir: gets metrics.jsonl, tensorboard/ and config.yaml.
         config: written to config.yaml, without credentials of URLs.
-        columns: of the table.
+        columns: columns of the table.
         shown_every: steps from one row of the table to the next; evaluations are all in it.
         resume_step: step that a resumed run has reached; rows of later steps are dropped, so that
-            metrics.jsonl has one row a step, and settings that have changed since are kept as
+            metrics.jsonl has one row per step, and settings that have changed since are kept as
             config-step-<step>.yaml. None: the run begins, and rows of one that saved no checkpoint
             are kept as metrics.jsonl.old.
-        console: where the table goes; standard output.
+        console: destination of the table; by default standard output.
     """
 
     def __init__(
@@ -217,7 +217,7 @@ class RunLog:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def is_evaluated(self, step: int) -> bool:
-        """Whether the row of a step of an earlier process has the metrics of its evaluation."""
+        """True if the row of a step of an earlier process has the metrics of its evaluation."""
         return step in self._evaluated
 
     def add(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -343,7 +343,7 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl, without a last line that a crash cut short.
 
     Raises:
-        CheckpointError: a line before the last is no JSON, or a row has no step.
+        CheckpointError: a line before the last is not JSON, or a row has no step.
     """
     rows = []
     lines = Path(path).read_bytes().splitlines()

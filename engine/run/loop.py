@@ -1,4 +1,4 @@
-"""What training loops share: a run with its log, how it is stopped, and its checkpoints."""
+"""Shared parts of training loops: a run with its log, how it is stopped, and its checkpoints."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """What all parts of a run share.
+    """State that all parts of a run share.
 
     Attributes:
         stop: returns True once Ctrl-C, SIGTERM or the end of the terminal asked for it.
@@ -88,7 +88,7 @@ def _open_log(
 
 
 class Progress:
-    """How far a run has come, and what a step that fails takes back.
+    """Progress of a run, and what a step that fails takes back.
 
     Attributes:
         step: steps whose update is complete.
@@ -136,7 +136,7 @@ class SavedSettings(RunSettings, Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Contents:
-    """What a checkpoint holds.
+    """Contents of a checkpoint.
 
     Attributes:
         model, tokenizer: None where the parts hold all there is.

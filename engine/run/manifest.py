@@ -1,4 +1,4 @@
-"""What a folder of a model holds, written down beside it, so that nothing damaged is used.
+"""Manifest of a model folder, written next to its files, so that nothing damaged is used.
 
 manifest.json names every tensor of the folder with its type, shape and fingerprint, and every other
 file with its size and fingerprint. trainer.pt is in both lists: its bytes are compared before

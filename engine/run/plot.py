@@ -36,15 +36,15 @@ PANELS = (
         (("reward/accuracy", "train"), ("eval/accuracy", "held out")),
         limits=(-0.02, 1.02),
     ),
-    Panel("KL (nats a token)", (("kl/mean", "train"),)),
+    Panel("KL (nats per token)", (("kl/mean", "train"),)),
     Panel("clip fraction", (("ratio/clip_frac", "train"),), limits=(0, None)),
-    Panel("entropy (nats a token)", (("entropy/mean", "train"),)),
-    Panel("seconds a step", (("perf/step_s", "train"),), limits=(0, None)),
+    Panel("entropy (nats per token)", (("entropy/mean", "train"),)),
+    Panel("seconds per step", (("perf/step_s", "train"),), limits=(0, None)),
 )
 
 
 def plot_run(metrics_path: str | Path, panels: Sequence[Panel] = PANELS, title: str = "") -> Path:
-    """Draw learning.png beside a metrics.jsonl: six panels. Without a title config.yaml, if it is
+    """Draw learning.png next to a metrics.jsonl: six panels. Without a title config.yaml, if it is
     there too, gives it.
 
     Training metrics of 20 steps or more are drawn twice: each step faintly, and their running

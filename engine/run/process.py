@@ -1,4 +1,4 @@
-"""What a process needs set before it computes on a CPU: how threads wait, what becomes of freed
+"""Environment of a process that computes on a CPU: how threads wait, what becomes of freed
 memory. Imports nothing of torch, which reads the first when it loads.
 """
 
@@ -32,12 +32,12 @@ def set_thread_waiting(variables: MutableMapping[str, str] = os.environ) -> None
 
 
 def keep_freed_memory() -> None:
-    """Let glibc reuse memory that was freed, as caching allocators do, in place of returning it.
+    """Let glibc reuse memory that was freed, as caching allocators do, instead of returning it.
 
     Activations and gradients on a CPU otherwise come as fresh memory in every step, and a third of
     the update's time was page faults. The price: between steps the process keeps what the largest
     phase took, and holes between pieces in use raise that; 30 to 40 MiB of 530 were seen. With 4096
-    completions a step of micro-batches that no two have one shape it was 190 of 790, a third of it
+    completions per step in micro-batches all of different shapes it was 190 of 790, a third of it
     oneDNN's cache of products, and level from the 13th step on.
     """
     if platform.libc_ver()[0] == "glibc":

@@ -1,4 +1,4 @@
-"""What a run finds in its output_dir: another run at work, or a checkpoint to go on from."""
+"""State of a run's output_dir: another run at work, or a checkpoint to resume from."""
 
 from __future__ import annotations
 

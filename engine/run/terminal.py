@@ -1,4 +1,4 @@
-"""What the terminal gets: output that survives its reader, and one line for whatever failed."""
+"""Terminal output: it survives its reader, and whatever failed gets one line."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def exit_status(error: BaseException, output_dir: Callable[[], str | None]) -> i
 
 
 def describe(error: Exception) -> str:
-    """What failed and where, in a line."""
+    """Describe in a line what failed and where."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     message = lines[0][:_LONGEST_MESSAGE] if lines else "no message"
     if isinstance(error, OSError) and error.errno in _DISK_FULL:

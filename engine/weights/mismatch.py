@@ -1,11 +1,11 @@
-"""How far sampler and learner are apart after a step, by cause.
+"""Distance between sampler and learner after a step, by cause.
 
 All of it on the probe's sequences, `probe.num_sequences` rollouts from all over the step, once the
 sampler has the weights wn that the step ends with. With logprobs of one token in nats:
 
     kernels      d = learner(wn) - sampler(wn): the same weights and tokens in other kernels, at
                  temperature 1, of every token after the first
-    composition  d = learner(wn), the sequences packed together - learner(wn), the first one alone
+    composition  d = learner(wn), the sequences packed together - learner(wn), only the first
 
     mean = mean |d|,   max = max |d|,   outside = share of tokens whose e^d is not in [0.9, 1.1]
 
@@ -38,7 +38,7 @@ def kernels(probed: Probed) -> Metrics:
 
 
 def composition(model: nn.Module, sequences: Sequence[Sequence[int]], probed: Probed) -> Metrics:
-    """mismatch/composition_max, of the probe's first sequence: a forward pass of it alone."""
+    """mismatch/composition_max, of the probe's first sequence: a forward pass of only that one."""
     alone = score(model, pack_scored(model, sequences[:1]), 1.0).cpu()
     packed = probed.learner[: len(alone)]
     return {"mismatch/composition_max": (packed - alone).abs().max().item()}

@@ -19,7 +19,7 @@ MEAN_SHARE = 0.1
 
 
 class Probed(NamedTuple):
-    """What learner and sampler say of the same tokens: logprobs (M,) float32 at temperature 1, on
+    """Logprobs of learner and sampler for the same tokens: (M,) float32 at temperature 1, on
     the host, of every token of the sequences but their first.
     """
 

@@ -1,4 +1,4 @@
-"""How the learner's weights become the sampler's: shared memory, or copies in buckets.
+"""Transfer of the learner's weights to the sampler: shared memory, or copies in buckets.
 
 The sampler fuses, pads and renames parameters. Where each one goes is found by asking the
 sampler's own weight loader: it is fed tensors that record the copies made from them, and the
@@ -200,7 +200,7 @@ def _place(tensor: Tensor) -> tuple[int, tuple[int, ...], torch.dtype]:
 
 
 def _places(module: nn.Module) -> dict[str, tuple[int, tuple[int, ...], torch.dtype]]:
-    """Where each parameter is; a tied one under each of its names."""
+    """Return the place of each parameter; a tied one under each of its names."""
     named = module.named_parameters(remove_duplicate=False)
     return {name: _place(parameter) for name, parameter in named}
 
@@ -211,7 +211,7 @@ def _moved(before: Mapping[str, Any], module: nn.Module) -> list[str]:
 
 
 def _fingerprint(tensor: Tensor) -> Tensor:
-    """Of any view: one that the kernel cannot read is made dense first."""
+    """Fingerprint any view: one that the kernel cannot read is made dense first."""
     dense = tensor.dim() == 0 or tensor.stride(-1) == 1 or tensor.is_contiguous()
     return ops.fingerprint(tensor if dense else tensor.contiguous())
 
@@ -314,7 +314,7 @@ class Resync:
         return num_bytes
 
     def fingerprints(self) -> dict[str, Tensor]:
-        """Of the learner's bits as the sampler should hold them, by parameter name."""
+        """Fingerprint the learner's bits as the sampler should hold them, by parameter name."""
         return {
             name: _fingerprint(write.source.to(write.target.dtype)) for name, write in self._named()
         }

@@ -20,7 +20,7 @@ class WeightSync:
     """One learner's weights in one sampler: `publish`, then `verify`.
 
     Args:
-        resync: how they get there.
+        resync: transfer of the weights to the sampler.
     """
 
     def __init__(

@@ -92,7 +92,7 @@ def kto_loss(
 def completion_sums(
     logprobs: Tensor, ref_logprobs: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Over the valid tokens of each completion: how many, sum of logprob, sum of logprob - ref."""
+    """Over the valid tokens of each completion: count, sum of logprob, sum of logprob - ref."""
     sequences = sequences_of(logprobs, mask, cu_seqlens)
     logp = sequences.clean(logprobs)
     ref = torch.zeros_like(logp) if ref_logprobs is None else sequences.clean(ref_logprobs)

@@ -47,7 +47,7 @@ Made by `python -m tests.engine.architectures`; a test holds this file against i
 layers of state or convolution would carry what they know to the next sequence of a row, so each
 has one of its own, padded, and the model's own eager attention: more memory and time.
 **Against eager**: logprobs and gradients of these rows against those of the model's own eager
-attention, each sequence alone and unpadded, of a tiny random model in float32: both within
+attention, each sequence unpadded and by itself, of a tiny random model in float32: both within
 {tolerance:g}, the gradient relative to its largest entry; where eager attention itself is as far
 from its values in float64, "right to rounding". "not compared": no tiny model came of the common
 recipe.
@@ -68,7 +68,7 @@ REFUSED = """
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """What is found of a type.
+    """Findings about a type.
 
     Attributes:
         reason: why it is refused; empty where it is not.
@@ -144,7 +144,7 @@ def _gradient(model: PreTrainedModel, logprobs: Tensor) -> dict[str, Tensor]:
 
 
 def find(model_type: str, known: Row | None = None) -> Row:
-    """What the learner does with a tiny model of this type, or with its default config.
+    """Find what the learner does with a tiny model of this type, or with its default config.
 
     Args:
         known: where given, models with a row for each sequence, which are slow, are not compared

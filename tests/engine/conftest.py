@@ -60,9 +60,13 @@ def build(model_path: Callable[[str], str]) -> Callable[[str, str], ColocatedSam
             pytest.skip(f"{package} is not installed")
         if (kind, name) not in built:
             settings = SamplerSettings(
-                model_path=model_path(name), dtype="float32", max_model_len=MAX_MODEL_LEN,
-                eos_token_ids=EOS_TOKEN_IDS, kv_cache_gib=1 / 32, device=torch.device("cpu"),
-            )  # fmt: skip
+                model_path=model_path(name),
+                dtype="float32",
+                max_model_len=MAX_MODEL_LEN,
+                eos_token_ids=EOS_TOKEN_IDS,
+                kv_cache_gib=1 / 32,
+                device=torch.device("cpu"),
+            )
             built[kind, name] = open_sampler(kind, settings)
         else:
             connect(built[kind, name], new_learner(name), "copy")

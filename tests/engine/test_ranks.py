@@ -57,7 +57,7 @@ class ThreadRanks(Ranks):
 
 
 def on_two_ranks(work: Callable[[Ranks], Any]) -> list[Any]:
-    """What `work` returns on each."""
+    """Return the results of `work` on each."""
     barrier, board, results = threading.Barrier(2, timeout=60), [None, None], [None, None]
 
     def run(rank: int) -> None:

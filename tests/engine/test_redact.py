@@ -20,7 +20,7 @@ from warpo.engine.redact import redact
         ("postgres://me:pw@h/db", "postgres://***@h/db"),
         ({"k": ("http://h?x=1", 2)}, {"k": ["http://h?x=***", 2]}),
     ],
-)  # fmt: skip
+)
 def test_credentials_of_urls_are_hidden(text, shown):
     assert redact(text) == shown
 

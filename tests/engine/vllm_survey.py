@@ -1,4 +1,4 @@
-"""Which tiny models real vLLM samples for the learner, and how: one process a model, a minute each.
+"""Survey of the tiny models that real vLLM samples for the learner: a process and a minute each.
 
     python -m tests.engine.vllm_survey [TYPE ...]       writes tests/engine/vllm_survey.json
 

@@ -1,4 +1,4 @@
-"""What the engine asks of a reward source, and what one is opened with."""
+"""Protocol of a reward source, and the context that one is opened with."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class RewardSource(Protocol):
         """Finite scores, an entry for each completion; steps end at a token of the completion.
 
         Args:
-            prompts: that of each completion.
+            prompts: prompt of each completion.
             texts: the text of each completion, without special tokens.
 
         Raises:
@@ -43,14 +43,14 @@ class RewardSource(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceContext:
-    """What the sources of a run are opened with.
+    """Context that the sources of a run are opened with.
 
     Attributes:
         settings: the section `reward` of the config.
         fields: names of the data fields there will be.
-        tokenizer: that of the policy.
+        tokenizer: the policy's tokenizer.
         max_new_tokens: length limit of a completion.
-        dtype, device, token_budget: of reward models, and the tokens of a micro-batch.
+        dtype, device, token_budget: of reward models; the budget in tokens per micro-batch.
     """
 
     settings: RewardSettings

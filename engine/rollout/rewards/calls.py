@@ -41,8 +41,8 @@ class Call(NamedTuple):
 
 
 class Callee(Protocol):
-    """What can be called: each lane makes one call at a time and gives scores, or RewardError with
-    a message that begins with its name."""
+    """A callable source: each lane makes one call at a time and gives scores, or raises RewardError
+    with a message that begins with its name."""
 
     name: str
 
@@ -68,7 +68,7 @@ def _new_loop() -> asyncio.AbstractEventLoop:
 
 
 def run(coroutine: Coroutine[Any, Any, T]) -> T:
-    """What the coroutine returns; the event loop of the caller, which may be vLLM's, stays."""
+    """Run a coroutine to its result; the caller's event loop, which may be vLLM's, stays."""
     with asyncio.Runner(loop_factory=_new_loop) as runner:
         return runner.run(coroutine)
 
@@ -103,7 +103,7 @@ class Calls:
     """A callee as a `TextScorer`.
 
     Args:
-        on_error: what a failed call leads to. stop: a RewardError. retry: it is made again after
+        on_error: consequence of a failed call. stop: a RewardError. retry: it is made again after
             1, 2 and 4 s, and its fourth failure is a RewardError. zero: its completions are asked
             for one by one, for ZERO_DEADLINES * deadline_s at most; those that fail again or have
             no answer by then score 0.

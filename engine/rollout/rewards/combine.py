@@ -15,7 +15,7 @@ from warpo.engine.types import Completion, Prompt, TokenSteps
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rewards:
-    """What the sources say of B completions.
+    """Scores that the sources give to B completions.
 
     Attributes:
         totals: B weighted sums over sources and steps.
@@ -25,7 +25,7 @@ class Rewards:
         by_source: B scores of each source, without its weight.
         failed: completions that a source could not score, each counted for each such source.
         retries: calls that were made again.
-        notes: what went wrong.
+        notes: descriptions of what went wrong.
     """
 
     totals: list[float]

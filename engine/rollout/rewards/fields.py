@@ -1,4 +1,4 @@
-"""What the sources of a reward read of a row, seen before a step draws it."""
+"""Fields of a row that the reward sources read, checked before a step draws it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from warpo.engine.data.json_lines import Row
 
 
 def check_fields(sources: Sequence[str]) -> Callable[[Row], None]:
-    """What raises a DataError about a row that one of these sources would fail on.
+    """Return a check that raises a DataError about a row that one of these sources would fail on.
 
     Which fields there must be at all, `RewardSources` says: all rows have the same.
     """

@@ -47,7 +47,7 @@ class RewardFunction:
         deadline_s: seconds that one call may take.
         fields: names of the data fields there will be, to refuse a function that wants others.
         workers: processes, each of which imports the module and takes a part of the completions.
-        memory_gib: what each process may allocate.
+        memory_gib: memory that each process may allocate.
 
     Raises:
         RewardError: the function cannot be imported, or needs a field that is not there.
@@ -153,7 +153,7 @@ def load_function(spec: str) -> Callable:
     """The function named by "module:function".
 
     Raises:
-        RewardError: there is none; names the nearest that there is.
+        RewardError: there is none; the message names the nearest one.
     """
     module_name, _, name = spec.partition(":")
     try:
@@ -200,7 +200,7 @@ def _accepted(spec: str, function: Callable, fields: Sequence[str]) -> list[str]
             near = difflib.get_close_matches(name, fields, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(fields) or 'none'}"
             raise RewardError(
-                f"reward function {spec} wants {name!r}, which is no field of the data: {hint}"
+                f"reward function {spec} wants {name!r}, which is not a field of the data: {hint}"
             )
     if "completions" not in parameters and inspect.Parameter.VAR_KEYWORD not in kinds:
         raise RewardError(f"reward function {spec} must have a parameter named completions")

@@ -45,7 +45,7 @@ def open_source(target: str, context: SourceContext) -> RewardSource:
 
 
 def check_row(row: Row) -> None:
-    """Refuse a row whose answer is no text or number."""
+    """Refuse a row whose answer is neither text nor a number."""
     if "answer" in row:
         try:
             answer_text(row["answer"])
@@ -86,7 +86,7 @@ class MathAnswers:
         """1.0 or 0.0 for each completion, and a line about each that was not judged.
 
         Raises:
-            RewardError: an answer is no text or number, or no worker can be started.
+            RewardError: an answer is neither text nor a number, or no worker can be started.
         """
         answers = [answer_text(a, f" of completion {i}") for i, a in enumerate(fields["answer"])]
         return run(self._judge(list(zip(completions, answers, strict=True))))
@@ -133,7 +133,7 @@ def answer_text(answer: Any, owner: str = "") -> str:
     """The right answer as text.
 
     Raises:
-        RewardError: it is no text or number.
+        RewardError: it is neither text nor a number.
     """
     if isinstance(answer, float) and math.isfinite(answer):
         return f"{Decimal(repr(answer)):f}"
@@ -147,7 +147,7 @@ def answer_text(answer: Any, owner: str = "") -> str:
 
 
 def open_judge() -> Callable[[tuple[str, str]], bool]:
-    """In the worker: load math-verify; returns what judges (completion, answer)."""
+    """In the worker: load math-verify; returns a judge of (completion, answer)."""
     # It warns that its own time limits are off.
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
     import math_verify  # noqa: F401  # its import is not the first item's time
@@ -156,7 +156,7 @@ def open_judge() -> Callable[[tuple[str, str]], bool]:
 
 
 def is_right(completion: str, answer: str) -> bool:
-    """Whether the completion states the answer, in its letters or in its value."""
+    """True if the completion states the answer, in its letters or in its value."""
     from math_verify import parse, verify
 
     if completion.strip() == answer:

@@ -30,15 +30,16 @@ class RewardModel:
     token of prompt + completion.
 
     Raises:
-        ConfigError: the checkpoint is none of a classifier with one label, or was trained with
+        ConfigError: the checkpoint is not one of a classifier with one label, or was trained with
             another vocabulary than the policy's.
     """
 
     def __init__(self, path: str, context: SourceContext) -> None:
         config = read_config(path)
         if not any("Classification" in name for name in config.architectures or ()):
+            found = ", ".join(config.architectures or ["nothing"])
             raise ConfigError(
-                f"{path} is no reward model but {', '.join(config.architectures or ['nothing'])}: "
+                f"{path} is not a reward model but {found}: "
                 "train one with algorithm: bradley_terry, k_wise or process_reward"
             )
         _check_vocabulary(path, context.tokenizer)

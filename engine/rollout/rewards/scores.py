@@ -1,4 +1,4 @@
-"""What a reward source says of completions, checked: a number for each, or the scores of steps."""
+"""Scores that a reward source returns, checked: a number per completion, or scores of steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rewards from an HTTP server: one POST a call, retried until a deadline for the whole call.
+"""Rewards from an HTTP server: one POST per call, retried until a deadline for the whole call.
 
 Request, JSON:
 
@@ -76,8 +76,8 @@ def check_row(row: Row) -> None:
                 json.dumps(value, allow_nan=False)
             except (TypeError, ValueError):
                 raise DataError(
-                    f"reward server: the field {name!r:.60} is no JSON but {type(value).__name__}: "
-                    f"{value!r:.60}: write it as text in the data"
+                    f"reward server: the field {name!r:.60} is not JSON but "
+                    f"{type(value).__name__}: {value!r:.60}: write it as text in the data"
                 ) from None
         raise
 
@@ -147,7 +147,7 @@ class RewardServer:
                 for i, value in enumerate(column):
                     if not _is_json(value):
                         raise RewardError(
-                            f"reads JSON, and field {name!r} of completion {i} is no JSON but "
+                            f"reads JSON, and field {name!r} of completion {i} is not JSON but "
                             f"{type(value).__name__}: {value!r:.60}: write it as text in the data"
                         ) from None
             raise
@@ -161,7 +161,7 @@ class _Post:
         self._failure, self._cure = "no answer yet", _MANY_COMPLETIONS
 
     async def reply(self, deadline_s: float) -> Any:
-        """The JSON of the first reply that is no passing failure.
+        """The JSON of the first reply that is not a passing failure.
 
         Raises:
             RewardError: there is none within the deadline, or it is refused.

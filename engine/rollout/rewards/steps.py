@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-# What decoding writes for bytes that are no character.
+# What decoding writes for bytes that are not a character.
 _REPLACEMENT = "\ufffd"
 
 
@@ -51,7 +51,7 @@ def token_indices(
 def _first_cover(decode: Callable[[list[int]], str], ids: list[int], wanted: str, low: int) -> int:
     """Smallest count > low such that decode(ids[:count]) starts with `wanted`; low has no such."""
     if _REPLACEMENT in wanted:
-        # Bytes that are no text decode otherwise with every token that follows.
+        # Bytes that are not text decode differently with every token that follows.
         return next(n for n in range(low + 1, len(ids) + 1) if decode(ids[:n]).startswith(wanted))
     high = len(ids)
     while high - low > 1:

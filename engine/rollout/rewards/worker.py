@@ -45,7 +45,7 @@ class Worker:
         opener: "module:function" that the process calls once, with `arguments`; what it returns is
             called with each request, and returns JSON.
         arguments: JSON.
-        memory_gib: what the process may allocate.
+        memory_gib: memory that the process may allocate.
     """
 
     def __init__(self, opener: str, arguments: list[Any], *, memory_gib: float) -> None:
@@ -167,7 +167,7 @@ class Worker:
         return buffer
 
     def _death(self) -> str:
-        """How a process that closed its end of the channel died."""
+        """Describe how a process that closed its end of the channel died."""
         assert self._process is not None
         try:
             code = self._process.wait(timeout=2)

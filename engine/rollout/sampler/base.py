@@ -1,4 +1,4 @@
-"""What the engine asks of a sampler: to sample, to take weights, and to lend its KV cache."""
+"""Protocols of a sampler: to sample, to take weights, and to lend its KV cache."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingOptions:
-    """How completions are drawn.
+    """Settings by which completions are drawn.
 
     Attributes:
         group_size: completions of each prompt.
@@ -54,7 +54,7 @@ class Sampler(Protocol):
     """Prompts in, token ids and logprobs out: what sampling needs.
 
     Attributes:
-        weight_version: of the weights, as `WeightTarget.weights_changed` was told.
+        weight_version: version of the weights, as given to `WeightTarget.weights_changed`.
     """
 
     weight_version: int
@@ -82,7 +82,7 @@ class Sampler(Protocol):
 
 @runtime_checkable
 class WeightTarget(Protocol):
-    """Where weights are published to.
+    """Destination of published weights.
 
     Attributes:
         module: the model that samples. Its parameters are read anew by every forward pass, so
@@ -132,7 +132,7 @@ class ColocatedSampler(Sampler, WeightTarget, KvCache, Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplerSettings:
-    """What a sampler is built of.
+    """Settings that a sampler is built from.
 
     Attributes:
         model_path: folder of a Hugging Face checkpoint.
@@ -141,7 +141,7 @@ class SamplerSettings:
         max_model_len: most tokens of a prompt and its completion together.
         eos_token_ids: the ids that end a completion.
         kv_cache_gib: memory of the KV cache, GiB, where it holds one between calls.
-        device: where it runs, where it may choose.
+        device: the device it runs on, if it has a choice.
     """
 
     model_path: str
@@ -154,7 +154,7 @@ class SamplerSettings:
 
 
 class SamplerMemory(Protocol):
-    """What a sampler with a KV cache will take on its device besides its weights and that cache."""
+    """Device memory of a sampler with a KV cache, besides its weights and that cache."""
 
     def cache_tokens(self, tokens: int) -> int:
         """Tokens that the KV cache must hold for one sequence of this many."""
@@ -169,7 +169,7 @@ class SamplerMemory(Protocol):
         ...
 
     def probe_cache_bytes(self, tokens: int) -> int:
-        """Of a released KV cache what the probe's sequences of this many tokens bring back."""
+        """Bytes of a released KV cache that probe sequences of this many tokens bring back."""
         ...
 
 
@@ -203,7 +203,7 @@ def open_sampler(name: str, settings: SamplerSettings) -> ColocatedSampler:
 def plan_sampler_memory(
     config: Config, hf_config: PretrainedConfig, device: torch.device
 ) -> SamplerMemory | None:
-    """What the config's sampler will hold in memory, where that is planned."""
+    """Predict the memory of the config's sampler, if it has a plan."""
     kind = SAMPLERS[config.sampler]
     if not kind.memory:
         return None

@@ -1,4 +1,4 @@
-"""Sampling with transformers alone, where vLLM is not installed."""
+"""Sampling with transformers only, where vLLM is not installed."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ class TransformersSampler:
     def _decode(
         self, prompts: Sequence[Sequence[int]], rows: list[_Row], options: SamplingOptions
     ) -> Iterator[int]:
-        """Fill the rows, a token a step; yields before the first step and after each one how many
+        """Fill the rows, a token per step; yields before the first step and after each one how many
         rows it finished."""
         yield 0
         group = len(rows) // len(prompts)

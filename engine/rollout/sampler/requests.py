@@ -1,4 +1,4 @@
-"""What every sampler checks before it draws, and the seeds it draws with."""
+"""Checks that every sampler makes before it draws, and the seeds it draws with."""
 
 from __future__ import annotations
 

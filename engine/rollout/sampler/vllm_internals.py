@@ -226,7 +226,7 @@ def torch_generators_kept() -> AbstractContextManager[None]:
 
 @contextmanager
 def _process_state_kept() -> Iterator[None]:
-    """What building vLLM changes in the process and the learner needs as it was.
+    """Restore what building vLLM changes in the process and the learner needs as it was.
 
     It seeds all random generators, replaces torch.set_num_threads by a function that does
     nothing, overwrites torchrun's LOCAL_WORLD_SIZE, adds to the LD_PRELOAD that child processes
@@ -350,7 +350,7 @@ def is_cpu_build() -> bool:
 
 
 def can_release_kv() -> bool:
-    """Whether this platform can free the KV cache and keep the weights."""
+    """True if this platform can free the KV cache and keep the weights."""
     from vllm.platforms import current_platform
 
     return is_cpu_build() or bool(current_platform.is_sleep_mode_available())

@@ -1,4 +1,4 @@
-"""What vLLM will hold in memory besides its weights and its KV cache, by formulas."""
+"""Memory of vLLM besides its weights and its KV cache, by formulas."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ class VllmMemory:
                        product, hidden states, residual and the attention's output
 
         for S sequences of vocabulary V and T tokens of width H and MLP width I that it takes
-        together. Of a prompt's further completions T counts the last, incomplete block of the KV
-        cache alone.
+        together. Of a prompt's further completions T counts only the last, incomplete block of
+        the KV cache.
         """
         model, rollout = self.hf_config.get_text_config(), self.config.rollout
         limit, sequences, block = _BATCH_LIMITS[_hardware(self.device)]
@@ -90,7 +90,7 @@ class VllmMemory:
 
 
 def _mlp_width(model: PretrainedConfig) -> int:
-    """Of the widest layer."""
+    """MLP width of the widest layer."""
     names = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "mlp_hidden_size")
     widths = [width for name in names if (width := getattr(model, name, None))]
     width = widths[0] if widths else 4 * model.hidden_size

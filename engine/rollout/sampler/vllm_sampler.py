@@ -110,7 +110,7 @@ class VllmSampler:
         self._can_release_kv = can_release_kv()
         if not self._can_release_kv:
             logger.warning(
-                "vLLM %s cannot release its KV cache alone on this platform: %g GiB stay taken "
+                "vLLM %s cannot release only its KV cache on this platform: %g GiB stay taken "
                 "during updates",
                 vllm.__version__,
                 kv_cache_gib,
@@ -179,7 +179,7 @@ class VllmSampler:
         )
 
     def _version_of(self, sample: Any) -> int:
-        """The version that vLLM noted beside the tokens; one for the whole completion."""
+        """The version that vLLM noted next to the tokens; one for the whole completion."""
         versions = {span.version for span in sample.weight_versions}
         if versions != {str(self.weight_version)}:
             raise WeightMismatch(

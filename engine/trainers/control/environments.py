@@ -160,7 +160,7 @@ def make(name: str) -> gymnasium.Env:
     """The environment with observations as one vector, whatever their space.
 
     Raises:
-        ConfigError: it needs what is not installed, or its observations are no vector of numbers.
+        ConfigError: it needs a missing package, or its observations are not a vector of numbers.
     """
     try:
         env = gymnasium.make(name)
@@ -177,7 +177,7 @@ def make(name: str) -> gymnasium.Env:
 
 
 def spaces_of(config: ControlConfig) -> Spaces:
-    """What the networks of the algorithm need to know of the environment.
+    """Return what the networks of the algorithm need to know of the environment.
 
     Raises:
         ConfigError: the algorithm has no policy for its actions; or as `make`.
@@ -189,9 +189,13 @@ def spaces_of(config: ControlConfig) -> Spaces:
     size, nothing = int(observation.shape[0]), np.zeros(0, np.float32)
     if isinstance(action, Discrete) and config.algorithm == "ppo_gymnasium":
         return Spaces(
-            observation=size, actions="discrete", action=int(action.n), low=nothing, high=nothing,
+            observation=size,
+            actions="discrete",
+            action=int(action.n),
+            low=nothing,
+            high=nothing,
             first=int(action.start),
-        )  # fmt: skip
+        )
     continuous = isinstance(action, Box) and len(action.shape) == 1
     if not isinstance(action, Box) or not continuous:
         wanted = "continuous" if config.algorithm == "sac" else "discrete or continuous"

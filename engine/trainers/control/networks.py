@@ -33,8 +33,8 @@ class Stack(nn.Module):
     560 one after the other (AMD EPYC, 2 cores).
 
     Attributes:
-        weights: of each layer, (count, inputs, outputs).
-        biases: of each layer, (count, 1, outputs).
+        weights: weights of each layer, (count, inputs, outputs).
+        biases: biases of each layer, (count, 1, outputs).
     """
 
     def __init__(self, count: int, sizes: list[int], activation: Activation) -> None:

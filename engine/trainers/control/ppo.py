@@ -50,7 +50,7 @@ class PpoLearner:
         Panel("KL to the old policy (nats)", (("kl/mean", "train"),)),
         Panel("clip fraction", (("ratio/clip_frac", "train"),), limits=(0, None)),
         Panel("entropy (nats)", (("entropy/mean", "train"),)),
-        Panel("environment steps a second", (("perf/env_steps_per_s", "train"),), (0, None)),
+        Panel("environment steps per second", (("perf/env_steps_per_s", "train"),), (0, None)),
     )
 
     def __init__(
@@ -64,9 +64,11 @@ class PpoLearner:
         self._config, self._spaces, self._environments = config, spaces, environments
         self._discrete = spaces.actions == "discrete"
         self.network = ActorCritic(
-            spaces.observation, spaces.action, self._discrete,
+            spaces.observation,
+            spaces.action,
+            self._discrete,
             [ppo.hidden_size] * ppo.hidden_layers,
-        ).to(device)  # fmt: skip
+        ).to(device)
         # eps: detail 3 of iclr-blog-track.github.io/2022/03/25/ppo-implementation-details
         self._optimizer = Adam(self.network, config.lr, eps=1e-5)
         self._objective = ops.get_objective("ppo").replace(
@@ -97,7 +99,7 @@ class PpoLearner:
 
     @torch.inference_mode()
     def outputs(self, observations: np.ndarray) -> Tensor:
-        """What the networks give for observations (N, D), as one vector."""
+        """Return the networks' outputs for observations (N, D), as one vector."""
         inputs = torch.from_numpy(observations.astype(np.float32)).to(self._device)
         return self.network.stack(inputs).flatten()
 
@@ -116,10 +118,11 @@ class PpoLearner:
                 inputs = torch.from_numpy(rollout.observations[t]).to(self._device)
                 actions = self.network.sample(inputs, noise[t]).cpu().numpy()
                 rollout.actions[t] = actions
-                (
-                    rollout.rewards[t], rollout.terminated[t], rollout.truncated[t],
-                    rollout.last_observations[t],
-                ) = environments.step(self._to_environment(actions))  # fmt: skip
+                rewards, terminated, truncated, last = environments.step(
+                    self._to_environment(actions)
+                )
+                rollout.rewards[t], rollout.last_observations[t] = rewards, last
+                rollout.terminated[t], rollout.truncated[t] = terminated, truncated
                 progress(t + 1, steps)
 
     @torch.no_grad()
@@ -129,10 +132,13 @@ class PpoLearner:
         observations, actions, rewards, terminated, truncated = (
             torch.from_numpy(array).to(self._device)
             for array in (
-                rollout.observations, rollout.actions, rollout.rewards, rollout.terminated,
+                rollout.observations,
+                rollout.actions,
+                rollout.rewards,
+                rollout.terminated,
                 rollout.truncated,
             )
-        )  # fmt: skip
+        )
         flat_observations, flat_actions = observations.flatten(0, 1), actions.flatten(0, 1)
         logprobs, _, values = self.network.evaluate(flat_observations, flat_actions)
         last = torch.from_numpy(rollout.last_observations).to(self._device)
@@ -140,14 +146,24 @@ class PpoLearner:
         if rollout.truncated.any():
             final_values[truncated] = self.network.values(last[truncated])
         advantages, returns = ops.gae(
-            rewards, values.view_as(rewards), gamma=self._config.gamma,
-            gae_lambda=self._config.ppo.gae_lambda, terminated=terminated, truncated=truncated,
-            final_values=final_values, last_values=self.network.values(last[-1]), time_dim=0,
-        )  # fmt: skip
+            rewards,
+            values.view_as(rewards),
+            gamma=self._config.gamma,
+            gae_lambda=self._config.ppo.gae_lambda,
+            terminated=terminated,
+            truncated=truncated,
+            final_values=final_values,
+            last_values=self.network.values(last[-1]),
+            time_dim=0,
+        )
         return (
-            flat_observations, flat_actions, logprobs, advantages.flatten(), returns.flatten(),
+            flat_observations,
+            flat_actions,
+            logprobs,
+            advantages.flatten(),
+            returns.flatten(),
             values,
-        )  # fmt: skip
+        )
 
     def _update(self, *samples: Tensor) -> dict[str, float]:
         """epochs x minibatches optimizer steps, and their mean metrics."""
@@ -188,13 +204,18 @@ class PpoLearner:
         logprobs, entropy, values = self.network.evaluate(observations, actions)
         # The operations take rows of tokens: a minibatch is one row.
         policy = ops.policy_loss(
-            logprobs[None], old_logprobs[None], advantages[None], self._objective,
+            logprobs[None],
+            old_logprobs[None],
+            advantages[None],
+            self._objective,
             entropy=entropy[None],
-        )  # fmt: skip
+        )
         value = ops.value_loss(
-            values[None], old_values[None], returns[None],
+            values[None],
+            old_values[None],
+            returns[None],
             clip_range=None if ppo.value_clip_range == "none" else ppo.value_clip_range,
-        )  # fmt: skip
+        )
         self._optimizer.zero_grad()
         (policy.loss + ppo.value_coef * value.loss).backward()
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), ppo.max_grad_norm)

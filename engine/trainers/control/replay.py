@@ -42,9 +42,10 @@ class ReplayBuffer:
     ) -> None:
         """N steps, (N, ...) each; the oldest give way."""
         rows = np.concatenate(
-            [observations, actions, next_observations, rewards[:, None], terminated[:, None]], 1,
+            [observations, actions, next_observations, rewards[:, None], terminated[:, None]],
+            1,
             dtype=np.float32,
-        )  # fmt: skip
+        )
         size, start = len(self._rows), self._count % len(self._rows)
         first = min(len(rows), size - start)
         new = torch.from_numpy(rows)

@@ -8,7 +8,7 @@ https://arxiv.org/abs/1812.05905.
     J(alpha)  = mean of -log(alpha) (log pi(a | s) + target entropy)               eq. 18
     target_i  = (1 - polyak) target_i + polyak Q_i
 
-with a ~ pi(s), a' ~ pi(s'). Equation 18 has alpha in the place of log(alpha), as which it is
+with a ~ pi(s), a' ~ pi(s'). Equation 18 has alpha instead of log(alpha), as which it is
 stored: both have the same sign and the same zero.
 """
 
@@ -51,7 +51,7 @@ class SacLearner:
         Panel("Q", (("q/mean", "train"),)),
         Panel("temperature", (("temperature", "train"),), limits=(0, None)),
         Panel("entropy (nats)", (("entropy/mean", "train"),)),
-        Panel("environment steps a second", (("perf/env_steps_per_s", "train"),), (0, None)),
+        Panel("environment steps per second", (("perf/env_steps_per_s", "train"),), (0, None)),
     )
 
     def __init__(
@@ -107,7 +107,7 @@ class SacLearner:
 
     @torch.inference_mode()
     def outputs(self, observations: np.ndarray) -> Tensor:
-        """What the networks give for observations (N, D), as one vector."""
+        """Return the networks' outputs for observations (N, D), as one vector."""
         inputs = torch.from_numpy(observations.astype(np.float32)).to(self._device)
         gaussian = self.policy.stack.only(0, inputs)
         values = self.q(inputs, gaussian[:, : self._spaces.action].tanh())
@@ -156,9 +156,14 @@ class SacLearner:
             )
             next_q = self.target_q(steps.next_observations, next_actions)
             targets = ops.soft_q_targets(
-                steps.rewards, steps.terminated, next_q[0], next_q[1], next_logprobs,
-                alpha=alpha, gamma=self._config.gamma,
-            )  # fmt: skip
+                steps.rewards,
+                steps.terminated,
+                next_q[0],
+                next_q[1],
+                next_logprobs,
+                alpha=alpha,
+                gamma=self._config.gamma,
+            )
         q = self.q(steps.observations, steps.actions)
         # the sum over both, each a mean of squares / 2
         loss = nn.functional.mse_loss(q, targets.expand_as(q))

@@ -30,7 +30,7 @@ LEARNERS: dict[str, type[SacLearner] | type[PpoLearner]] = {
 
 
 class ControlRun:
-    """What a run works with, and how many environment steps it has done."""
+    """Parts of a run, and the number of environment steps it has done."""
 
     def __init__(self, config: ControlConfig) -> None:
         spaces, device = spaces_of(config), learner_device(config)
@@ -138,7 +138,7 @@ def _evaluation(state: ControlRun, log: Log) -> Metrics:
 
 
 def _due(state: ControlRun, before: int, every: int) -> bool:
-    """Whether the run ends or passed a multiple of `every`."""
+    """True if the run ends or passed a multiple of `every`."""
     passed = every > 0 and state.step // every > before // every
     return passed or state.step >= state.config.steps
 

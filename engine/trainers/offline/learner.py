@@ -70,7 +70,7 @@ class OfflineLearner:
 
     @property
     def stateful(self) -> dict[str, Stateful]:
-        """What a checkpoint keeps beside the weights."""
+        """State that a checkpoint keeps next to the weights."""
         return {"optimizer": self.optimizer, "schedule": self.schedule, "stream": self.stream}
 
     def update(self) -> Metrics:

@@ -1,4 +1,4 @@
-"""How each row packs its examples into micro-batches, and reads its metrics."""
+"""Objectives of the rows: how each packs its examples into micro-batches, and reads its metrics."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ class OfflineObjective:
 
     Attributes:
         gradients: adds the gradient of an optimizer step; returns a vector of metrics.
-        read: the vector as {"loss", "accuracy", "margin"}, those that there are.
+        read: returns the vector as {"loss", "accuracy", "margin"}, as far as it has them.
         reference: whether examples need logprobs of the model that training starts from.
-        scalar: whether the model has one number a token instead of logits.
+        scalar: whether the model has one number per token instead of logits.
         normalise: whether the mean of these numbers is free, and made 0 at the end.
     """
 
@@ -82,12 +82,16 @@ def make_objective(config: OfflineConfig) -> OfflineObjective:
     if name == "kto":
         return OfflineObjective(
             gradients=lambda model, micro, ranks: losses.kto_gradients(
-                model, [m.batch for m in micro], [m.unrelated for m in micro if m.unrelated],
-                [m.values.bool() for m in micro], ranks=ranks, **options,
+                model,
+                [m.batch for m in micro],
+                [m.unrelated for m in micro if m.unrelated],
+                [m.values.bool() for m in micro],
+                ranks=ranks,
+                **options,
             ),
             read=lambda vector: _short(ops.kto_metrics(vector), "kto"),
             reference=True,
-        )  # fmt: skip
+        )
     if name == "bradley_terry":
         return OfflineObjective(
             gradients=lambda model, micro, ranks: losses.pair_gradients(

@@ -55,7 +55,7 @@ PANELS = (
     plot.Panel("margin", (("train/margin", "train"), ("eval/margin", "held out"))),
     plot.Panel("gradient norm", (("grad_norm", "train"),), limits=(0, None)),
     plot.Panel("learning rate", (("lr", "train"),), limits=(0, None)),
-    plot.Panel("seconds a step", (("perf/step_s", "train"),), limits=(0, None)),
+    plot.Panel("seconds per step", (("perf/step_s", "train"),), limits=(0, None)),
 )
 
 
@@ -110,7 +110,7 @@ def build(config: OfflineConfig, run: Run) -> OfflineLearner:
     if objective.scalar:
         _describe_scalar(config, model, tokenizer)
     if objective.reference:
-        # The model is still the reference, so none has to be held beside it.
+        # The model is still the reference, so none has to be held next to it.
         count = len(data.examples)
         both = _with_reference(config, run, model, [*data.examples, *data.eval_examples])
         data = data._replace(examples=both[:count], eval_examples=both[count:])
@@ -226,7 +226,7 @@ def _prepare(
 
 
 def _report(metrics_path: Path, log: Log) -> None:
-    """What was learned, in a line and in a picture."""
+    """Report what was learned, in a line and in a picture."""
     evaluated = [row for row in read_rows(metrics_path) if "eval/loss" in row]
     if len(evaluated) > 1:
         first, last = evaluated[0], evaluated[-1]

@@ -34,7 +34,7 @@ from warpo.engine.weights.sync import WeightSync
 
 
 class Data(NamedTuple):
-    """What a run reads: prompts to learn from and to be measured on, and examples of
+    """Data that a run reads: prompts to learn from and to be measured on, and examples of
     pretraining.data, None without.
     """
 

@@ -105,7 +105,7 @@ def _evaluate_anew(config: Config, log: Log, rollouts: Rollouts, learner: Learne
 
 
 def _report(metrics_path: Path, log: Log) -> None:
-    """What was learned, in a line and in a picture."""
+    """Report what was learned, in a line and in a picture."""
     evaluated = [row for row in read_rows(metrics_path) if "eval/accuracy" in row]
     if len(evaluated) > 1:
         first, last = evaluated[0], evaluated[-1]

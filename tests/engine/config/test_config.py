@@ -128,7 +128,7 @@ def test_the_tree_has_at_most_64_keys_each_with_a_text():
         ("seed: {a: 1}\n", r"seed = a mapping or a list in a list: wanted an integer"),
         ("update: &u {lr: *u}\n", r"update\.lr = a mapping or a list in a list: wanted a number"),
         ("seed: " + "[" * 3000 + "\n", r"run\.yaml: nested too deep"),
-        ("? [a]\n: 3\n", r"yaml:9: not YAML: a key is no text"),
+        ("? [a]\n: 3\n", r"yaml:9: not YAML: a key is not text"),
         ("seed: \x07\n", r"run\.yaml: not YAML: character 145 is '\\x07': special characters"),
     ],
 )

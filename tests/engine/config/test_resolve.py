@@ -1,6 +1,4 @@
-"""What a config makes of a row: where each setting lands, and what is refused before a model is
-loaded.
-"""
+"""Rows under a config: where each setting lands, and what is refused before a model is loaded."""
 
 from __future__ import annotations
 
@@ -67,17 +65,17 @@ def test_without_settings_a_row_is_itself(resolved: Resolve, name: str) -> None:
 
 CRITIC = {"ppo", "ppo_dual_clip", "ppo_kl", "ppo_length_adaptive", "ppo_ptx"}
 NO_BOUNDS = {
-    "reinforce", "rloo", "remax", "gpg", "off_policy_first_order", "ppo_kl", "sapo",
-    "iterative_dpo",
-}  # fmt: skip
+    *("reinforce", "rloo", "remax", "gpg", "off_policy_first_order"),
+    *("ppo_kl", "sapo", "iterative_dpo"),
+}
 KL_IN_REWARD = (CRITIC - {"ppo_kl"}) | {
-    "reinforce", "rloo", "remax", "reinforce_plus_plus", "off_policy_first_order",
-    "off_policy_prefix",
-}  # fmt: skip
+    *("reinforce", "rloo", "remax", "reinforce_plus_plus"),
+    *("off_policy_first_order", "off_policy_prefix"),
+}
 GROUP_STD = {
-    "grpo", "grpo_token", "grpo_process", "iterative_grpo", "dr_grpo", "dapo", "gspo", "cispo",
-    "gmpo", "sapo", "grpo_tis", "grpo_mis", "grpo_icepop",
-}  # fmt: skip
+    *("grpo", "grpo_token", "grpo_process", "iterative_grpo", "dr_grpo"),
+    *("dapo", "gspo", "cispo", "gmpo", "sapo", "grpo_tis", "grpo_mis", "grpo_icepop"),
+}
 REDRAWN = (GROUP_STD - {"grpo_process"}) | {"rloo", "gpg", "reinforce_plus_plus_baseline"}
 PAIRS = {"iterative_dpo"}
 EVERY = set(ROWS)
@@ -87,39 +85,50 @@ KL = ("--loss.kl_coef", "0.625")
 # setting: (its words, rows that read it, the fields it changes)
 SETTINGS: dict[str, tuple[tuple[str, ...], set[str], dict[str, Any]]] = {
     "loss.clip_range": (
-        ("--loss.clip_range", "0.11", "0.37"), EVERY - NO_BOUNDS,
+        ("--loss.clip_range", "0.11", "0.37"),
+        EVERY - NO_BOUNDS,
         {"objective.clip_low": 0.11, "objective.clip_high": 0.37},
     ),
     "loss.entropy_coef": (
-        ("--loss.entropy_coef", "0.5"), EVERY - PAIRS, {"objective.entropy_coef": 0.5}
+        ("--loss.entropy_coef", "0.5"),
+        EVERY - PAIRS,
+        {"objective.entropy_coef": 0.5},
     ),
     "loss.kl_target": (("--loss.kl_target", "0.33", *KL), EVERY - PAIRS, {"kl_target": 0.33}),
     "loss.reference_every_steps": (
-        ("--loss.reference_every_steps", "7", *KL), EVERY - PAIRS - {"ppo_kl"},
+        ("--loss.reference_every_steps", "7", *KL),
+        EVERY - PAIRS - {"ppo_kl"},
         {"reference_every_steps": 7},
     ),
     "loss.gamma": (("--loss.gamma", "0.97"), CRITIC, {"gamma": 0.97}),
     "loss.gae_lambda": (
-        ("--loss.gae_lambda", "length:0.1", "0.5"), CRITIC, {"gae_lambda": ("length:0.1", 0.5)}
+        ("--loss.gae_lambda", "length:0.1", "0.5"),
+        CRITIC,
+        {"gae_lambda": ("length:0.1", 0.5)},
     ),
     "loss.advantage_std": (
-        ("--loss.advantage_std", "population"), GROUP_STD, {"advantage_std": "population"}
+        ("--loss.advantage_std", "population"),
+        GROUP_STD,
+        {"advantage_std": "population"},
     ),
     "loss.correction": (
         ("--loss.correction", "truncate_sequence", "--loss.correction_range", "0.3", "1.7"),
         EVERY - PAIRS,
         {
-            "objective.correction": "truncate", "objective.correction_level": "sequence",
-            "objective.correction_low": 0.3, "objective.correction_high": 1.7,
+            "objective.correction": "truncate",
+            "objective.correction_level": "sequence",
+            "objective.correction_low": 0.3,
+            "objective.correction_high": 1.7,
         },
     ),
     "rollout.max_draws": (("--rollout.max_draws", "3"), REDRAWN, {"max_draws": 3}),
     "pretraining.coef": (
-        ("--pretraining.coef", "0.5", "--pretraining.data", "examples.jsonl"), EVERY,
+        ("--pretraining.coef", "0.5", "--pretraining.data", "examples.jsonl"),
+        EVERY,
         {"pretraining_coef": 0.5},
     ),
     "critic.lr": (("--critic.lr", "1e-3"), CRITIC, {}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -158,7 +167,7 @@ def test_the_kl_lands_in_the_reward_or_in_the_loss(resolved: Resolve, name: str)
 
 
 def no_renewal(name: str) -> tuple[str, ...]:
-    """What goes with a coefficient of 0."""
+    """Settings that go with a coefficient of 0."""
     if ALGORITHMS[name].reference_every_steps:
         return ("--loss.reference_every_steps", "0")
     return ("--loss.kl_target", "fixed") if ALGORITHMS[name].kl_target else ()
@@ -196,89 +205,107 @@ def test_a_target_may_be_fixed(resolved: Resolve) -> None:
         ("dpo", [], r"algorithm = 'dpo' trains from given data or environments"),
         ("ppo_gymnasium", [], r"algorithm = 'ppo_gymnasium' trains from given data or env"),
         (
-            "ppo", ["--critic.model", "none"],
+            "ppo",
+            ["--critic.model", "none"],
             r"critic\.model = 'none', but algorithm = 'ppo' takes its advantages from a critic: "
             r"set critic\.model to policy, shared or a directory, or choose .* reinforce_plus_plus",
         ),
         ("ppo", ["--critic.model", "./absent"], r"critic\.model: there is no directory ./absent"),
         (
-            "ppo", ["--critic.model", "shared", "--critic.lr", "1e-3"],
+            "ppo",
+            ["--critic.model", "shared", "--critic.lr", "1e-3"],
             r"critic\.lr = 0\.001 has no effect on critic\.model = 'shared': remove it$",
         ),
         (
-            "ppo", ["--critic.model", "shared", "--critic.warmup_steps", "1"],
+            "ppo",
+            ["--critic.model", "shared", "--critic.warmup_steps", "1"],
             r"critic\.warmup_steps = 1 has no effect on critic\.model = 'shared': remove it$",
         ),
         (
-            "ppo", ["--critic.coef", "0.1"],
+            "ppo",
+            ["--critic.coef", "0.1"],
             r"critic\.coef = 0\.1 has no effect on critic\.model = 'policy': remove it$",
         ),
         (
-            "grpo", ["--critic.model", "shared"],
+            "grpo",
+            ["--critic.model", "shared"],
             r"critic\.model = 'shared' has no effect on algorithm = 'grpo': remove it \(it has no",
         ),
         (
-            "ppo", ["--critic.warmup_steps", "3"],
+            "ppo",
+            ["--critic.warmup_steps", "3"],
             r"critic\.warmup_steps = 3 leaves no step of steps = 3 to the policy",
         ),
         *(
             (
-                name, ["--rollout.group_size", "1"],
+                name,
+                ["--rollout.group_size", "1"],
                 rf"group_size = 1 is too small for algorithm = '{name}': its advantages compare "
                 r"the completions of a prompt.*Set rollout\.group_size to 2 or more",
             )
             for name in sorted((GROUP_STD | REDRAWN | PAIRS) - {"grpo_process"})
         ),
         (
-            "grpo", ["--rollout.group_size", "1"],
+            "grpo",
+            ["--rollout.group_size", "1"],
             r"the standard deviation of one is 0 \(loss\.advantage_std = 'sample'\)",
         ),
         (
-            "ppo", ["--loss.gae_lambda", "length:0", "1"],
+            "ppo",
+            ["--loss.gae_lambda", "length:0", "1"],
             r"loss\.gae_lambda = length:0 1\.0: ALPHA must be above 0",
         ),
         (
-            "iterative_dpo", ["--rollout.max_model_len", "600", "--update.token_budget", "1000"],
+            "iterative_dpo",
+            ["--rollout.max_model_len", "600", "--update.token_budget", "1000"],
             r"budget = 1000 cannot hold a pair of algorithm = 'iterative_dpo': raise it to 1200",
         ),
         ("iterative_dpo", ["--loss.kl_coef", "0"], r"beta of algorithm = 'iterative_dpo': set it"),
         ("dapo", ["--loss.kl_estimator", "k1"], r"no effect: .* is 0 in algorithm 'dapo'"),
         (
-            "grpo", ["--loss.kl_coef", "0", "--loss.kl_estimator", "k1"],
+            "grpo",
+            ["--loss.kl_coef", "0", "--loss.kl_estimator", "k1"],
             r"kl_estimator = 'k1' has no effect: loss\.kl_coef is 0$",
         ),
         ("dapo", ["--loss.kl_target", "0.1"], r"kl_target = 0\.1 needs a loss\.kl_coef above 0"),
         (
-            "iterative_grpo", ["--loss.kl_coef", "0"],
+            "iterative_grpo",
+            ["--loss.kl_coef", "0"],
             r"reference_every_steps = 50 has no effect on algorithm = 'iterative_grpo': it has no",
         ),
         (
-            "ppo_ptx", ["--pretraining.data", ""],
+            "ppo_ptx",
+            ["--pretraining.data", ""],
             r"pretraining\.coef = 27\.8 of algorithm = 'ppo_ptx' needs pretraining\.data: give",
         ),
         (
-            "grpo", ["--pretraining.data", "a.jsonl"],
+            "grpo",
+            ["--pretraining.data", "a.jsonl"],
             r"pretraining\.data has no effect on algorithm = 'grpo': set pretraining\.coef",
         ),
         (
-            "grpo", ["--loss.correction_range", "0.5", "2"],
+            "grpo",
+            ["--loss.correction_range", "0.5", "2"],
             r"range = 0\.5 2 has no effect: loss\.correction is none in algorithm 'grpo'",
         ),
         (
-            "grpo_tis", ["--loss.correction", "none", "--loss.correction_range", "0.5", "2"],
+            "grpo_tis",
+            ["--loss.correction", "none", "--loss.correction_range", "0.5", "2"],
             r"has no effect: loss\.correction is none$",
         ),
         (
-            "grpo", ["--loss.correction", "mask_token", "--loss.correction_range", "2", "0.5"],
+            "grpo",
+            ["--loss.correction", "mask_token", "--loss.correction_range", "2", "0.5"],
             r"2 0\.5: the lowest w must be below the highest",
         ),
         (
-            "grpo_process", ["--reward.sources", "math"],
+            "grpo_process",
+            ["--reward.sources", "math"],
             r"algorithm = 'grpo_process' learns from rewards of steps, and reward\.sources = math "
             r"gives none: add process_model:DIR, or a function or server",
         ),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_run_is_refused_with_row_setting_and_fix(
     resolved: Resolve, name: str, overrides: list[str], message: str
 ) -> None:

@@ -68,7 +68,7 @@ def completions(tmp_path: Path, tokenizer, algorithm: str, row: dict) -> list[st
         (byte_level(eos_token="</s>", template=PLAIN), "</s>", "</s>"),
     ],
     ids=["gemma", "qwen base", "llama 2", "cohere 2", "no token of a turn"],
-)  # fmt: skip
+)
 def test_a_completion_ends_with_the_token_that_ends_a_turn(tmp_path, tokenizer, end, eos):
     pair = {"prompt": QUESTION, "chosen": "5", "rejected": "6"}
     for algorithm in ("dpo", "bradley_terry"):

@@ -60,8 +60,10 @@ def test_kto_pairs_each_prompt_with_the_next_completion_of_another(tmp_path, tok
     ]
     found = load(tmp_path, tokenizer, "kto", *rows)
     assert [texts(tokenizer, example) for example in found] == [
-        ["1<eos>", "3<eos>"], ["2<eos>", "3<eos>"], ["3<eos>", "1<eos>"]
-    ]  # fmt: skip
+        ["1<eos>", "3<eos>"],
+        ["2<eos>", "3<eos>"],
+        ["3<eos>", "1<eos>"],
+    ]
     assert [example.values for example in found] == [[1.0], [0.0], [1.0]]
 
 
@@ -88,7 +90,7 @@ STEPS = {"prompt": "1=", "steps": ["1=", "2"], "labels": [1, 0]}
         ("dpo", PAIR | {"chosen": "1" * 70}, "positions for 64"),
         ("dpo", PAIR | {"chosen": "1" * 50, "rejected": "1" * 50}, "update.token_budget = 100"),
         ("bradley_terry", PAIR | {"margin": -1}, "margin must be a number >= 0, got -1"),
-        ("bradley_terry", PAIR | {"margin": float("nan")}, "NaN is no finite number"),
+        ("bradley_terry", PAIR | {"margin": float("nan")}, "NaN is not a finite number"),
         ("kto", {"prompt": "1=", "completion": "1", "label": 1}, "label must be true or false"),
         ("kto", {"prompt": "1=", "completion": "1", "label": True}, "two prompts that differ"),
         ("k_wise", {"prompt": "1=", "completions": ["1"]}, "2 texts or more"),
@@ -107,7 +109,7 @@ def test_a_bad_line_is_refused_by_its_place(tmp_path, tokenizer, algorithm, row,
 
 
 def test_a_step_that_is_more_than_a_token_is_no_token(tmp_path, tokenizer):
-    with pytest.raises(DataError, match="3 tokens are in 2 steps: wanted one token a step"):
+    with pytest.raises(DataError, match="3 tokens are in 2 steps: wanted one token per step"):
         load(tmp_path, tokenizer, "process_reward", STEPS, step_separator="")
 
 

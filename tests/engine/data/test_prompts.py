@@ -109,9 +109,9 @@ FINE = {"prompt": "ab", "answer": "c"}
         ),
         ('{"prompt": "a", "answer": {"a": 1, "a": 1}}', r":2: the key 'a' stands twice"),
         (f'{{"prompt": "a", "answer": {"1" * 5000}}}', r":2: an integer has more than 4300 digits"),
-        ('{"prompt": "a", "answer": NaN}', r":2: not JSON: NaN is no finite number"),
-        ('{"prompt": "a", "answer": -Infinity}', r":2: not JSON: -Infinity is no finite number"),
-        ('{"prompt": "a", "answer": 1e999}', r":2: not JSON: 1e999 is no finite number"),
+        ('{"prompt": "a", "answer": NaN}', r":2: not JSON: NaN is not a finite number"),
+        ('{"prompt": "a", "answer": -Infinity}', r":2: not JSON: -Infinity is not a finite number"),
+        ('{"prompt": "a", "answer": 1e999}', r":2: not JSON: 1e999 is not a finite number"),
         (f'{{"prompt": "a", "answer": {"[" * 3000}', r":2: values are nested deeper than 100"),
         (
             f'{{"prompt": "a", "answer": {"[" * 100 + "]" * 100}}}',

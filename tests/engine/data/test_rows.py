@@ -177,7 +177,7 @@ def test_jsonl_may_be_gzipped(tmp_path):
 )
 def test_another_format_is_told_which_there_are(tmp_path, content):
     (tmp_path / "d").write_bytes(content)
-    formats = r"data is JSONL \(one JSON object a line, gzipped or not\) or Parquet"
+    formats = r"data is JSONL \(one JSON object per line, gzipped or not\) or Parquet"
     with pytest.raises(DataError, match=rf"d:1: not (JSON|UTF-8).*; {formats}"):
         read_rows(tmp_path / "d", required=())
     os.mkfifo(tmp_path / "pipe")

@@ -54,10 +54,12 @@ def sample(
     rewards = np.round(rng.normal(size=count) * 8) / 8
     lengths = rng.integers(1, longest + 1, count)
     steps = [
-        [(int(end), float(round(rng.normal() * 8) / 8))
-         for end in sorted(rng.choice(n, min(n, rng.integers(0, 4)), replace=False))]
+        [
+            (int(end), float(round(rng.normal() * 8) / 8))
+            for end in sorted(rng.choice(n, min(n, rng.integers(0, 4)), replace=False))
+        ]
         for n in lengths
-    ]  # fmt: skip
+    ]
     for group in range(min(equal, groups)):
         members = range(group * group_size, (group + 1) * group_size)
         for i in members:
@@ -68,9 +70,14 @@ def sample(
         return [rng.uniform(low, high, n).astype(np.float32).astype(float) for n in lengths]
 
     return Sampled(
-        rewards=rewards, group_size=group_size, logprobs=tokens(-3, 0), ref_logprobs=tokens(-3, 0),
-        values=tokens(-1, 1), steps=steps, greedy_rewards=rng.integers(0, 2, count).astype(float),
-    )  # fmt: skip
+        rewards=rewards,
+        group_size=group_size,
+        logprobs=tokens(-3, 0),
+        ref_logprobs=tokens(-3, 0),
+        values=tokens(-1, 1),
+        steps=steps,
+        greedy_rewards=rng.integers(0, 2, count).astype(float),
+    )
 
 
 def rollouts(s: Sampled, *, by_sampler: bool = False) -> StepRollouts:
@@ -118,9 +125,12 @@ def compare(found: Sequence[torch.Tensor | None], expected: Tokens, what: str) -
     assert [len(x) for x in found] == [len(x) for x in expected]
     together = torch.tensor(np.concatenate(expected))
     assert_close(
-        torch.cat(list(found)), together, what=what,
-        relative=SCAN_RELATIVE, absolute=SCAN_ABSOLUTE * (1 + together.abs().max().item()),
-    )  # fmt: skip
+        torch.cat(list(found)),
+        together,
+        what=what,
+        relative=SCAN_RELATIVE,
+        absolute=SCAN_ABSOLUTE * (1 + together.abs().max().item()),
+    )
 
 
 def test_every_estimator_has_a_row_and_an_oracle() -> None:
@@ -130,9 +140,13 @@ def test_every_estimator_has_a_row_and_an_oracle() -> None:
 @pytest.mark.parametrize("name", ROWS)
 @settings(max_examples=15)
 @given(
-    st.integers(0, 10_000), st.integers(1, 4), st.integers(2, 5), st.integers(1, 60),
-    st.integers(0, 2), st.booleans(),
-)  # fmt: skip
+    st.integers(0, 10_000),
+    st.integers(1, 4),
+    st.integers(2, 5),
+    st.integers(1, 60),
+    st.integers(0, 2),
+    st.booleans(),
+)
 def test_advantages_are_those_of_the_paper(
     name: str, seed: int, groups: int, group_size: int, longest: int, equal: int, by_sampler: bool
 ) -> None:
@@ -242,7 +256,7 @@ def test_the_baseline_is_the_moving_average_of_earlier_steps() -> None:
 
 
 def test_the_coefficient_in_the_reward_is_that_of_the_state() -> None:
-    """Where it adapts, the row's is the first one only."""
+    """Only the first one is the row's, where it adapts."""
     s, row = sample(7), with_kl("ppo", kl_target=0.1)
     found, _ = estimated(row, s, AdaptiveState(0.7))
     expected, _ = oracle.ppo(s, 0.7, "k1", row.gamma, row.gae_lambda)
@@ -298,7 +312,7 @@ def test_the_state_goes_round() -> None:
 
 
 def test_process_supervision_is_biased_where_the_policy_ends_the_steps() -> None:
-    """Which is what the row's caution says. Each step pays 0.5, and after it the policy goes on
+    """As the row's caution says. Each step pays 0.5, and after it the policy goes on
     with probability p = sigmoid(theta), for 5 steps at most: the gradient in theta is known
     exactly, and the estimate is 0, as no step is above the mean of all.
     """
@@ -317,8 +331,13 @@ def test_process_supervision_is_biased_where_the_policy_ends_the_steps() -> None
     total = int(lengths.sum())
     advantages = ops.process_advantages(
         torch.full((total,), pay),
-        offsets, ends, total, size, cu_seqlens=offsets.int(), std="none",
-    ).advantages.numpy()  # fmt: skip
+        offsets,
+        ends,
+        total,
+        size,
+        cu_seqlens=offsets.int(),
+        std="none",
+    ).advantages.numpy()
     last = np.zeros(total, bool)
     last[offsets[1:].numpy() - 1] = True
     at_most = np.concatenate([np.arange(1, n + 1) for n in lengths]) == most

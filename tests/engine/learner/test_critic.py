@@ -225,10 +225,9 @@ PPO = (
 
 
 def test_warm_up_leaves_the_policy_bit_for_bit(folder: Path) -> None:
-    table = train(
-        folder, *PPO, "--sampler", "transformers", "--critic.warmup_steps", "2", "--steps", "3",
-        "--checkpoint.every_steps", "1", "--checkpoint.keep", "0",
-    )  # fmt: skip
+    steps = ("--critic.warmup_steps", "2", "--steps", "3")
+    saves = ("--checkpoint.every_steps", "1", "--checkpoint.keep", "0")
+    table = train(folder, *PPO, "--sampler", "transformers", *steps, *saves)
     policies, critics = zip(*saved(folder), strict=True)
     assert [equal(policies[0], policy) for policy in policies] == [True, True, True, False]
     assert not any(equal(a, b) for a, b in zip(critics, critics[1:], strict=False))

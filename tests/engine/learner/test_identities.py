@@ -1,4 +1,4 @@
-"""What algorithms of the table have in common, as identities of their advantages and of the
+"""Common ground of the table's algorithms, as identities of their advantages and of the
 gradient that a model gets from them.
 """
 
@@ -62,7 +62,7 @@ def parts_of(made: StepRollouts, column: Tensor) -> tuple[Tensor, ...]:
 
 
 def gradient(learner: nn.Module, row: Algorithm, made: StepRollouts) -> Tensor:
-    """Of the first optimizer step, in which every ratio is 1."""
+    """Gradient of the first optimizer step, in which every ratio is 1."""
     learner.zero_grad()
     batches = [made.batch(range(5)), made.batch(range(5, len(made)))]
     accumulate_gradients(learner, batches, row.objective, temperature=1.0, max_new_tokens=16)

@@ -68,9 +68,13 @@ def make_examples(algorithm: str) -> list[Example]:
 
 def make_config(algorithm: str, folder: str, **loss: float) -> OfflineConfig:
     return OfflineConfig(
-        algorithm=algorithm, model=folder, output_dir="out", steps=1,
-        data=OfflineData(train="train.jsonl"), loss=OfflineLoss(**loss),
-    )  # fmt: skip
+        algorithm=algorithm,
+        model=folder,
+        output_dir="out",
+        steps=1,
+        data=OfflineData(train="train.jsonl"),
+        loss=OfflineLoss(**loss),
+    )
 
 
 def pair_loss(name, chosen, rejected, ref_chosen, ref_rejected, options):
@@ -168,7 +172,7 @@ def exact_model(algorithm: str, path: str) -> transformers.PreTrainedModel:
 
 
 def gradient(model: torch.nn.Module) -> torch.Tensor:
-    """Of all parameters as one vector."""
+    """Gradients of all parameters as one vector."""
     ordered = sorted(model.named_parameters())
     return torch.cat([parameter.grad.double().flatten() for _, parameter in ordered])
 

@@ -81,9 +81,12 @@ def test_the_master_weights_are_those_of_torch_adamw(dtype, staged):
     for name, parameter in named.items():
         master = optimizer.state[parameter].get("master", parameter)
         assert_close(
-            master, copies[name], relative=4 * ADAMW_RELATIVE,
-            absolute=ADAMW_ABSOLUTE + 4 * STEP_RELATIVE * OPTIONS["lr"], what=name,
-        )  # fmt: skip
+            master,
+            copies[name],
+            relative=4 * ADAMW_RELATIVE,
+            absolute=ADAMW_ABSOLUTE + 4 * STEP_RELATIVE * OPTIONS["lr"],
+            what=name,
+        )
         assert torch.equal(parameter, master.to(dtype))
 
 
@@ -299,7 +302,7 @@ def test_a_state_of_other_parameters_is_refused():
     learn(named, optimizer, range(1))
     state = saved(optimizer)
     renamed = {f"other.{name}": p for name, p in parameters(torch.bfloat16).items()}
-    with pytest.raises(ValueError, match="it keeps a parameter 'matrix' in the place of 'other.m"):
+    with pytest.raises(ValueError, match="it has parameter 'matrix' where 'other.m"):
         new(renamed).load_state_dict(state)
     with pytest.raises(ValueError, match="matrix, which is torch.float32, .*resume with the dtype"):
         new(parameters(torch.float32)).load_state_dict(state)

@@ -24,7 +24,7 @@ COEF = 0.75
 
 @pytest.fixture
 def ptx(folder: Path) -> Iterator[Learner]:
-    """That of a run of ppo_ptx before its first step.
+    """Learner of a run of ppo_ptx before its first step.
 
     It has 20 examples of one to five tokens and their end.
     """
@@ -51,9 +51,13 @@ def test_the_gradient_is_that_of_the_policy_and_coef_times_the_supervised_one(
     names = [name for name, _ in model.named_parameters()]
 
     accumulate_gradients(
-        model, batches, ptx.algorithm.objective, temperature=1.0, max_new_tokens=6,
+        model,
+        batches,
+        ptx.algorithm.objective,
+        temperature=1.0,
+        max_new_tokens=6,
         critic=ptx.critic,
-    )  # fmt: skip
+    )
     policy = {name: p.grad.double() for name, p in model.named_parameters()}
     ptx.optimizer.zero_grad()
 

@@ -282,9 +282,14 @@ def test_a_damaged_reward_model_is_refused_in_one_line(
         shutil.copy(whole / "generation_config.json", folder)
     damage(folder)
     context = SourceContext(
-        settings=RewardSettings(sources="math"), fields=[], tokenizer=load_tokenizer(str(whole)),
-        max_new_tokens=8, dtype="float32", device=CPU, token_budget=64,
-    )  # fmt: skip
+        settings=RewardSettings(sources="math"),
+        fields=[],
+        tokenizer=load_tokenizer(str(whole)),
+        max_new_tokens=8,
+        dtype="float32",
+        device=CPU,
+        token_budget=64,
+    )
     refused(lambda path: RewardModel(path, context), folder, message)
 
 

@@ -15,9 +15,15 @@ CPU = torch.device("cpu")
 
 def save_classifier(folder, num_labels: int = 1):
     config = transformers.Qwen2Config(
-        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=2, num_labels=num_labels, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_labels=num_labels,
+        pad_token_id=0,
+    )
     model = transformers.Qwen2ForSequenceClassification(config)
     torch.nn.init.normal_(model.score.weight)
     model.save_pretrained(folder)

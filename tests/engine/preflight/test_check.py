@@ -244,10 +244,12 @@ def test_critic_and_reward_models_are_held(folder):
             load_config(folder / "config.yaml", words), [8], torch.device("cpu"), resync="alias"
         ).held
         for name, words in {
-            "grpo": [], "own": ppo, "shared": [*ppo, "--critic.model", "shared"],
+            "grpo": [],
+            "own": ppo,
+            "shared": [*ppo, "--critic.model", "shared"],
             "model": [*ppo, *reward_model],
         }.items()
-    }  # fmt: skip
+    }
     trunk = transformers.AutoModel.from_pretrained(folder / "model")
     weights = sum(parameter.nbytes for parameter in trunk.parameters())
     assert "critic weights" not in plans["grpo"] and "critic weights" not in plans["shared"]

@@ -43,7 +43,7 @@ Collect = Callable[..., tuple[StepRollouts, dict[str, float], PromptStream]]
 
 @pytest.fixture
 def collected(folder: Path) -> Iterator[Collect]:
-    """What step 1 of a run with these settings collects, and a fresh stream of its prompts."""
+    """Collect step 1 of a run with these settings, and open a fresh stream of its prompts."""
     (folder / "some_rewards.py").write_text(REWARDS)
     number = count()
     with ExitStack() as stack:
@@ -52,7 +52,7 @@ def collected(folder: Path) -> Iterator[Collect]:
             words = [
                 *("--sampler", "transformers", "--output_dir", f"out-{next(number)}"),
                 *("--reward.sources", f"some_rewards:{reward}", *overrides),
-            ]  # fmt: skip
+            ]
             config = load_config(folder / "config.yaml", words)
             rollouts, _, weights = stack.enter_context(build(config, Run(log=NoLog())))
             weights.publish(0)

@@ -1,4 +1,4 @@
-"""What a run finds in its output_dir, and when it is saved."""
+"""State of a run's output_dir, and when it is saved."""
 
 from __future__ import annotations
 
@@ -135,8 +135,10 @@ def test_changes_are_named_by_key() -> None:
     before = {"a": 1, "loss": {"kl": 0.1, "clip": [1, 2]}, "gone": 3}
     after = {"a": 1, "loss": {"kl": 0.2, "clip": [1, 2]}, "new": 4}
     assert changes(before, after) == [
-        "gone: 3 -> absent", "loss.kl: 0.1 -> 0.2", "new: absent -> 4",
-    ]  # fmt: skip
+        "gone: 3 -> absent",
+        "loss.kl: 0.1 -> 0.2",
+        "new: absent -> 4",
+    ]
 
 
 def test_a_checkpoint_is_due_by_steps_or_by_minutes(

@@ -1,4 +1,4 @@
-"""What parts sampler and learner, cause by cause, and what is done about it."""
+"""Differences between sampler and learner, cause by cause, and what is done about them."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def connect_a_learner_with_one_other_row(
 
 
 def test_logprobs_of_tens_of_thousands_are_compared_by_what_they_are(build, learner):
-    """What a learning rate of 10 leaves: rounding alone is past any absolute tolerance."""
+    """After a learning rate of 10 even rounding is past any absolute tolerance."""
     sampler = build("vllm", "qwen2")
     with torch.no_grad():
         learner.get_parameter("model.norm.weight").mul_(1e5)

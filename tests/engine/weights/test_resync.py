@@ -209,9 +209,12 @@ def test_the_copy_rounds_to_the_samplers_dtype() -> None:
 def test_buckets_of_any_size_write_the_same(bucket_bytes: int) -> None:
     learner, sampler = new_learner("llama"), new_learner("llama")
     resync = Resync(
-        lambda weights: load_by_name(sampler, weights), sampler, learner, "copy",
+        lambda weights: load_by_name(sampler, weights),
+        sampler,
+        learner,
+        "copy",
         bucket_bytes=bucket_bytes,
-    )  # fmt: skip
+    )
     perturb(learner)
     resync.publish()
     resync.verify()

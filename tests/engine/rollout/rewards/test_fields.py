@@ -30,7 +30,7 @@ def test_math_needs_an_answer_in_every_row(tmp_path, answer):
 def test_a_server_needs_json(tmp_path, value):
     path = write_parquet(tmp_path / "d", [{"prompt": "a", "tests": value}])
     with pytest.raises(
-        DataError, match=r"d: row 0: reward server: the field 'tests' is no JSON but"
+        DataError, match=r"d: row 0: reward server: the field 'tests' is not JSON but"
     ):
         load_prompts(path, character_tokenizer(), 5, check_fields(["http://localhost"]))
     assert len(load_prompts(path, character_tokenizer(), 5, check_fields(["math"]))) == 1

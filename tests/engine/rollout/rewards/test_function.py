@@ -218,7 +218,10 @@ def test_what_goes_wrong_in_a_call_is_told(name, message):
         ("scores:constant", r"scores has no function 'constant'"),
         ("broken:exact", r"(?s)fails to import.*No module named 'absent_dependency'"),
         ("raising:exact", r"(?s)fails to import.*ValueError: at import"),
-        ("scores:wants", r"wants 'anwser', which is no field of the data: did you mean 'answer'"),
+        (
+            "scores:wants",
+            r"wants 'anwser', which is not a field of the data: did you mean 'answer'",
+        ),
         ("scores:no_completions", r"must have a parameter named completions"),
     ],
 )
@@ -256,9 +259,8 @@ def test_workers_share_a_call_in_order():
         # a worker that is free takes the next part, neighbours all
         assert {len({*part}) for part in (pids[:2], pids[2:4], pids[4:])} == {1}
     fields = {"answer": completions}
-    assert call("exact", completions=["0", "x", *completions[2:]], fields=fields, workers=2) == [
-        1.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0
-    ]  # fmt: skip
+    scores = call("exact", completions=["0", "x", *completions[2:]], fields=fields, workers=2)
+    assert scores == [1.0, 0.0, *[1.0] * 5]
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -347,8 +349,14 @@ def test_nothing_outlives_an_engine_that_is_killed(directory):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    ["handles SIGALRM", "ignores signals", "stops its keeper", "a shell that starts others",
-     "leaves a process", "leaves a thread"],
-)  # fmt: skip
+    [
+        "handles SIGALRM",
+        "ignores signals",
+        "stops its keeper",
+        "a shell that starts others",
+        "leaves a process",
+        "leaves a thread",
+    ],
+)
 def test_nothing_of_a_hostile_function_outlives_an_engine_that_is_killed(name, directory):
     assert hostile.check_killed_engine(directory, name) is None

@@ -91,8 +91,10 @@ def test_the_request_and_the_reply_are_as_documented(url, folder):
     assert ask(f"{url}/lengths") == [2.0, 3.0]
     request = json.loads((folder / "seen.jsonl").read_text().splitlines()[-1])
     assert request == {
-        "completions": ["ab", "cdé"], "prompts": FIELDS["prompt"], "answer": ["5", 6]
-    }  # fmt: skip
+        "completions": ["ab", "cdé"],
+        "prompts": FIELDS["prompt"],
+        "answer": ["5", 6],
+    }
     assert ask(f"{url}/steps") == [[(2, 0.5)], [(3, 0.5)]]
 
 
@@ -142,9 +144,8 @@ def test_requests_run_at_the_same_time_and_replies_stay_in_order(url, folder):
     fields = {"answer": [str(i) for i in range(5)]}
     completions = ["x" * i for i in range(5)]
     seen = len((folder / "seen.jsonl").read_text().splitlines())
-    assert ask(f"{url}/lengths", fields=fields, completions=completions, workers=3) == [
-        0.0, 1.0, 2.0, 3.0, 4.0
-    ]  # fmt: skip
+    scores = ask(f"{url}/lengths", fields=fields, completions=completions, workers=3)
+    assert scores == [0.0, 1.0, 2.0, 3.0, 4.0]
     lines = (folder / "seen.jsonl").read_text().splitlines()[seen:]
     assert sorted(json.loads(line)["answer"] for line in lines) == [["0"], ["1", "2"], ["3", "4"]]
 
@@ -196,7 +197,7 @@ def test_credentials_come_from_the_url_or_netrc(hostile, tmp_path, monkeypatch):
 
 
 def test_what_cannot_be_sent_is_refused(url):
-    with pytest.raises(RewardError, match=r"field 'answer' of completion 1 is no JSON but bytes"):
+    with pytest.raises(RewardError, match=r"field 'answer' of completion 1 is not JSON but bytes"):
         ask(url + "/lengths", fields={"prompt": ["a", "b"], "answer": ["5", b"6"]})
     with pytest.raises(RewardError, match="rename the data field 'prompts'"):
         RewardServer(url, deadline_s=1, fields=["prompt", "prompts"])

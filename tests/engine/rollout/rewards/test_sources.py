@@ -173,7 +173,7 @@ def test_kinds_and_what_workers_import_load_no_models():
     ("texts", "message"),
     [
         (["rewards.exact"], r"'rewards.exact': wanted module:function, http://"),
-        (["x * math"], r"'x \* math': the weight 'x' is no number"),
+        (["x * math"], r"'x \* math': the weight 'x' is not a number"),
         (["nan * math"], r"the weight must be finite"),
         (["overlong:0"], r"'overlong:0': wanted overlong:N, N tokens >= 1"),
         (["overlong:-3"], r"wanted overlong:N"),
@@ -246,8 +246,11 @@ def test_steps_of_a_function_end_at_tokens_and_count_in_the_total(open_sources, 
     # 7 of "t10 t11 t12 t13" is the end of t11, 1 of "t20" lies within it. The length of the whole
     # counts to the last step.
     assert rewards.steps == [
-        [(1, 3.0), (3, 21.0)], [(0, 3.0), (0, 9.0)], [(3, 3.0), (7, 37.0)], [(1, 3.0), (3, 21.0)]
-    ]  # fmt: skip
+        [(1, 3.0), (3, 21.0)],
+        [(0, 3.0), (0, 9.0)],
+        [(3, 3.0), (7, 37.0)],
+        [(1, 3.0), (3, 21.0)],
+    ]
     assert rewards.totals == [9.0 + 15, 9.0 + 3, 9.0 + 31, 9.0 + 15]
     with pytest.raises(RewardError, match="some_scores:whole scores steps and so does another so"):
         open_sources("some_scores:halves", "some_scores:whole")(owners, completions)
@@ -290,7 +293,7 @@ def test_without_separator_each_token_is_a_step(open_sources, sampled, reward_mo
 
 def test_checkpoints_that_cannot_score_are_refused(open_sources, folder, reward_model):
     with pytest.raises(
-        ConfigError, match="is no reward model but Qwen2ForCausalLM: train one with"
+        ConfigError, match="is not a reward model but Qwen2ForCausalLM: train one with"
     ):
         open_sources("model:model")
     reward_model(labels=2)
@@ -355,20 +358,17 @@ def test_a_run_logs_the_mean_of_each_source_and_no_password(folder, reward_model
         servers = [f"http://me:hunter-2@{place}/{path}?key=letmein-7" for path in "ab"]
         sources = ["token_rewards:low", "0.1 * model:rm", "math", "2 * overlong:4", *servers]
         (folder / "picky.py").write_text(PICKY)
-        rows = train(
-            folder, "--sampler", "transformers", "--reward.on_error", "zero",
-            "--reward.sources", "0 * picky:short", *sources,
-        )  # fmt: skip
+        scored = ("--reward.on_error", "zero", "--reward.sources", "0 * picky:short", *sources)
+        rows = train(folder, "--sampler", "transformers", *scored)
         server.shutdown()
     for row in rows[1:]:
-        names = {name: row[f"reward/{name}"] for name in (
-            "token_rewards:low", "model", "math", "overlong",
-            f"http://***@{place}/a?key=***", f"http://***@{place}/b?key=***")}  # fmt: skip
-        assert list(names.values())[-2:] == [2.0, 2.0]
-        assert row["reward/mean"] == pytest.approx(
-            names["token_rewards:low"] + 0.1 * names["model"] + names["math"]
-            + 2 * names["overlong"] + 4.0
-        )  # fmt: skip
+        hidden = [f"http://***@{place}/{path}?key=***" for path in "ab"]
+        assert [row[f"reward/{name}"] for name in hidden] == [2.0, 2.0]
+        low, model, right, overlong = (
+            row[f"reward/{name}"] for name in ("token_rewards:low", "model", "math", "overlong")
+        )
+        mean = low + 0.1 * model + right + 2 * overlong + 4.0
+        assert row["reward/mean"] == pytest.approx(mean)
         if "eval/accuracy" not in row:
             assert row["reward/failed"] > 0
             assert row["reward/failed"] == pytest.approx(12 * (1 - row["reward/picky:short"]))

@@ -40,10 +40,15 @@ def test_advantages_of_a_rollout_are_those_of_the_oracle(learner, environment):
     table, after = values.view(8, 4).double().numpy(), after.view(8, 4).double().numpy()
     for env in range(4):
         expected = gae(
-            rollout.rewards[:, env].astype(np.float64), table[:, env], gamma=0.9, gae_lambda=0.8,
-            terminated=rollout.terminated[:, env], truncated=rollout.truncated[:, env],
-            final_values=after[:, env], last_values=after[-1, env],
-        )  # fmt: skip
+            rollout.rewards[:, env].astype(np.float64),
+            table[:, env],
+            gamma=0.9,
+            gae_lambda=0.8,
+            terminated=rollout.terminated[:, env],
+            truncated=rollout.truncated[:, env],
+            final_values=after[:, env],
+            last_values=after[-1, env],
+        )
         for mine, theirs in zip((advantages, returns), expected, strict=True):
             np.testing.assert_allclose(mine.view(8, 4)[:, env], theirs, rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(observations.view(8, 4, 2), rollout.observations)
@@ -77,8 +82,13 @@ def test_unbounded_actions_are_taken_as_drawn_and_bounded_ones_are_clipped(learn
 @pytest.mark.parametrize("clip", ["none", 0.05])
 def test_an_optimizer_step_takes_the_gradient_of_equation_9(learner, environment, clip):
     """Clipped surrogate, value loss and entropy in plain float64."""
-    options = {"entropy_coef": 0.03, "value_coef": 0.7, "value_clip_range": clip,
-               "max_grad_norm": 1e9, "clip_range": 0.1}  # fmt: skip
+    options = {
+        "entropy_coef": 0.03,
+        "value_coef": 0.7,
+        "value_clip_range": clip,
+        "max_grad_norm": 1e9,
+        "clip_range": 0.1,
+    }
     ppo = learner(environment=environment, num_envs=4, ppo=options)
     ppo._collect(quiet)
     samples = ppo._samples()

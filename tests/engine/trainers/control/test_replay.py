@@ -49,7 +49,9 @@ def test_a_restored_buffer_draws_and_forgets_the_same():
 def test_a_buffer_of_another_size_is_refused():
     state = ReplayBuffer(7, 2, 1, torch.device("cpu"))
     state.add(*steps_from(0, 7))
-    for other in (ReplayBuffer(5, 2, 1, torch.device("cpu")),
-                  ReplayBuffer(7, 3, 1, torch.device("cpu"))):  # fmt: skip
+    for other in (
+        ReplayBuffer(5, 2, 1, torch.device("cpu")),
+        ReplayBuffer(7, 3, 1, torch.device("cpu")),
+    ):
         with pytest.raises(CheckpointError, match="set sac.buffer_size and environment as they"):
             other.load_state_dict(state.state_dict())

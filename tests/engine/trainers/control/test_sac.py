@@ -25,9 +25,12 @@ def learner(config):
 def steps():
     torch.manual_seed(1)
     return Steps(
-        torch.randn(8, 2), torch.rand(8, 2) * 2 - 1, torch.randn(8, 2), torch.randn(8),
+        torch.randn(8, 2),
+        torch.rand(8, 2) * 2 - 1,
+        torch.randn(8, 2),
+        torch.randn(8),
         torch.tensor([True] + [False] * 7),
-    )  # fmt: skip
+    )
 
 
 def forward(stack, index, x):
@@ -64,9 +67,13 @@ def test_the_losses_are_those_of_the_paper(learner, steps, temperature):
     next_actions, next_logprobs = sample(sac.policy, steps.next_observations, noise_after)
     next_q = q_values(sac.target_q, steps.next_observations, next_actions)
     targets = soft_q_targets(
-        steps.rewards.double().numpy(), steps.terminated.numpy(), *next_q, next_logprobs,
-        alpha=alpha, gamma=0.99,
-    )  # fmt: skip
+        steps.rewards.double().numpy(),
+        steps.terminated.numpy(),
+        *next_q,
+        next_logprobs,
+        alpha=alpha,
+        gamma=0.99,
+    )
     q = q_values(sac.q, steps.observations, steps.actions.double().numpy())
     q_loss = sum(((one - targets) ** 2).mean() / 2 for one in q)
     actions, logprobs = sample(sac.policy, steps.observations, noise)

@@ -67,17 +67,19 @@ def test_a_resumed_run_is_the_whole_run_bit_for_bit(config, tmp_path, algorithm)
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_a_run_leaves_metrics_plot_and_checkpoints(config, algorithm, capsys):
     settings = config(
-        algorithm, evaluation={"every_steps": 20, "episodes": 3},
+        algorithm,
+        evaluation={"every_steps": 20, "episodes": 3},
         checkpoint={"every_steps": 16, "keep": 2},
-    )  # fmt: skip
+    )
     train.run(settings)
     rows, out = rows_of(settings), Path(settings.output_dir)
     assert [row["step"] for row in rows] == [16, 32, 48]
     assert ["eval/return" in row for row in rows] == [False, True, True]
     assert rows[0]["episode/count"] > 0 and 3 <= rows[0]["episode/length"] <= 5
     assert sorted(entry.name for entry in (out / "checkpoints").iterdir()) == [
-        "step-000032", "step-000048",
-    ]  # fmt: skip
+        "step-000032",
+        "step-000048",
+    ]
     assert (out / "learning.png").stat().st_size > 10_000
     assert list((out / "tensorboard").iterdir())
     said = capsys.readouterr().out
@@ -169,13 +171,17 @@ def test_a_closed_terminal_leaves_a_checkpoint(tmp_path):
         signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup's children ignore it
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
+    words = "train config.yaml --output_dir out --steps 100000 --sac.steps_per_row 20"
     process = subprocess.Popen(
-        [sys.executable, "-m", "warpo.engine.cli", "train", "config.yaml", "--output_dir", "out",
-         "--steps", "100000", "--sac.steps_per_row", "20", "--sac.learning_starts", "10"],
-        cwd=tmp_path, stdin=its, stdout=its, stderr=its, start_new_session=True,
+        [sys.executable, "-m", "warpo.engine.cli", *words.split(), "--sac.learning_starts", "10"],
+        cwd=tmp_path,
+        stdin=its,
+        stdout=its,
+        stderr=its,
+        start_new_session=True,
         preexec_fn=take_the_terminal,
         env=os.environ | {"TERM": "xterm"},
-    )  # fmt: skip
+    )
     os.close(its)
     metrics, deadline = tmp_path / "out/metrics.jsonl", time.monotonic() + 120
     try:
@@ -192,7 +198,7 @@ def test_a_closed_terminal_leaves_a_checkpoint(tmp_path):
 
 
 def mean_return(config: ControlConfig) -> float:
-    """Of the last evaluation."""
+    """Mean return of the last evaluation."""
     train.run(config)
     rows = read_rows(Path(config.output_dir) / "metrics.jsonl")
     print(json.dumps([[row["step"], row["eval/return"]] for row in rows if "eval/return" in row]))

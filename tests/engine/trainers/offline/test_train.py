@@ -131,8 +131,8 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_the_step(task, tmp_p
     model.model.norm.weight.data.fill_(1e38)
     model.save_pretrained(broken)
     with pytest.raises(TrainingError, match="gradient norm is nan"):
-        train("sft", task, tmp_path / "out", "--model", str(broken), "--steps", "2",
-              "--evaluation.every_steps", "0")  # fmt: skip
+        steps = ["--steps", "2", "--evaluation.every_steps", "0"]
+        train("sft", task, tmp_path / "out", "--model", str(broken), *steps)
     assert (tmp_path / "out/checkpoints/step-000000").is_dir()
     model.model.norm.weight.data.fill_(torch.inf)
     model.save_pretrained(broken)
@@ -145,11 +145,14 @@ def test_a_diverged_state_is_not_saved_and_the_last_good_one_stays(task, tmp_pat
     settings = ["--evaluation.every_steps", "0", "--update.warmup_steps", "0", "--batch_size", "4"]
     settings += ["--checkpoint.every_steps", "1", "--checkpoint.keep", "1"]
     train(algorithm, task, tmp_path / "out", *settings, "--steps", "1")
+    refusal = (
+        "step . is not saved, since the run has diverged.*"
+        "--resume from the last good one, step-000001"
+    )
+    settings += ["--steps", "9", "--resume"]
     for lr in ("1e20", "1e3"):
-        with pytest.raises(TrainingError, match="step . is not saved, since the run has diverged.*"
-                           "--resume from the last good one, step-000001"):  # fmt: skip
-            train(algorithm, task, tmp_path / "out", *settings, "--steps", "9", "--resume",
-                  "--update.lr", lr)  # fmt: skip
+        with pytest.raises(TrainingError, match=refusal):
+            train(algorithm, task, tmp_path / "out", *settings, "--update.lr", lr)
         assert [path.name for path in (tmp_path / "out/checkpoints").iterdir()] == ["step-000001"]
 
 
@@ -201,8 +204,9 @@ def test_the_mean_reward_of_the_training_completions_is_zero(task, tmp_path, alg
     plain = transformers.AutoModelForSequenceClassification.from_pretrained(saved)
     padded = tokenizer.pad(
         {"input_ids": [[*prompt, *ids] for prompt, ids in sequences[:7]]},
-        padding_side="right", return_tensors="pt",
-    )  # fmt: skip
+        padding_side="right",
+        return_tensors="pt",
+    )
     with torch.no_grad():
         logits = plain(**padded).logits[:, 0] + plain.config.reward_bias
     torch.testing.assert_close(logits, scores[:7], rtol=1e-4, atol=1e-5)

@@ -63,14 +63,16 @@ def test_the_smallest_kv_cache_that_is_accepted_holds_a_sequence(model_path) -> 
             {
                 "max_position_embeddings": 32,
                 "rope_parameters": {
-                    "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,
+                    "rope_type": "yarn",
+                    "rope_theta": 1e4,
+                    "factor": 4.0,
                     "original_max_position_embeddings": 32,
                 },
             },
             128,
         ),
     ],
-)  # fmt: skip
+)
 def test_positions_are_those_that_rope_is_stretched_to(settings, positions) -> None:
     assert max_positions(transformers.Qwen2Config(**settings)) == positions
 

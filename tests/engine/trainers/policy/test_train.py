@@ -252,10 +252,9 @@ def test_bad_input_is_refused_in_one_line_before_a_model_is_loaded(folder):
 
 
 def test_an_evaluation_of_several_samples_estimates_pass_at_k(folder, kind):
-    table = train(
-        folder, "--sampler", kind, "--steps", "1", "--evaluation.every_steps", "1",
-        "--evaluation.samples", "6", "--data.eval", "4", "--reward.success", "0.6",
-    )  # fmt: skip
+    evaluation = ("--evaluation.every_steps", "1", "--evaluation.samples", "6", "--data.eval", "4")
+    success = ("--reward.success", "0.6")
+    table = train(folder, "--sampler", kind, "--steps", "1", *evaluation, *success)
     assert len(table) == 2
     for row in table:
         passed = [row[f"eval/pass@{k}"] for k in (1, 2, 4, 6)]

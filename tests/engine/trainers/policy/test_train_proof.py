@@ -57,8 +57,8 @@ def run_with_fault(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..
 def test_a_publish_that_does_not_arrive(
     folder: Path, monkeypatch: pytest.MonkeyPatch, resumed: bool
 ) -> None:
-    """That after step 2; and the first of a run that resumes after it, with a learner that has
-    moved away from the model that the sampler has loaded.
+    """The publish after step 2; and the first of a run that resumes after it, with a learner that
+    has moved away from the model that the sampler has loaded.
     """
     settings = ["--sampler", "transformers", "--resync", "copy"]
     if resumed:
@@ -164,4 +164,4 @@ def test_a_stale_prefix_cache(
     with pytest.raises(WeightMismatch, match=r"vLLM found 32 of \d+ tokens in its prefix cache"):
         run_with_fault(
             "vllm", "auto", "resume_kv", keep_cache, "--rollout.max_new_tokens", "48", version=1
-        )  # fmt: skip
+        )
