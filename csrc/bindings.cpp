@@ -44,8 +44,9 @@ bool read_tensors(py::type type, py::capsule capsule) {
 // A call of a named tuple's class with its fields in their order: in place, without the dict that
 // `type` makes of keywords, which takes 0.4 us.
 PyObject* make_named_tuple(PyObject* cls, PyObject* const* given, size_t flags, PyObject* names) {
-    const py::tuple fields =
-        py::reinterpret_steal<py::tuple>(PyObject_GetAttrString(cls, "_fields"));
+    // interned: the attribute cache of types finds no other string, 0.07 us
+    static PyObject* const attribute = PyUnicode_InternFromString("_fields");
+    const py::tuple fields = py::reinterpret_steal<py::tuple>(PyObject_GetAttr(cls, attribute));
     if (!fields) return nullptr;
     const Py_ssize_t count = PyTuple_GET_SIZE(fields.ptr()), first = PyVectorcall_NARGS(flags);
     const Py_ssize_t named = names ? PyTuple_GET_SIZE(names) : 0;
