@@ -32,10 +32,6 @@ ROOMS = (
 )
 MAX_POSITIONAL = 8
 MAX_FORMATTER_SKIPS = 60
-# tests of rules that the tree does not keep yet
-NOT_YET = (
-    "test_the_formatter_is_seldom_overruled",
-)
 
 
 def imports(path: Path) -> set[str]:
@@ -164,7 +160,3 @@ def test_calls_give_most_arguments_by_name():
 def test_the_formatter_is_seldom_overruled():
     skips = sum(formatter_skips(path.read_text()) for path in python_files(ROOT))
     assert skips <= MAX_FORMATTER_SKIPS
-
-
-for _name in NOT_YET:
-    del globals()[_name]
