@@ -27,10 +27,10 @@ import torch
 from torch import Tensor
 
 from warpo.kernels import dispatch, reference
+from warpo.kernels._arguments.objective import ObjectiveArguments
 from warpo.kernels._arguments.policy_loss import (
     MIN_PARTIALS,
     KlPenaltyArguments,
-    ObjectiveArguments,
     PolicyLossArguments,
 )
 from warpo.kernels._checks import FLOATS, check_mask, check_no_grad, check_tensor

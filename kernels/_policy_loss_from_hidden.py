@@ -16,7 +16,8 @@ from torch import Tensor
 
 from warpo.kernels import dispatch
 from warpo.kernels._arguments.logprobs import LogprobsArguments
-from warpo.kernels._arguments.policy_loss import KlPenaltyArguments, ObjectiveArguments
+from warpo.kernels._arguments.objective import ObjectiveArguments
+from warpo.kernels._arguments.policy_loss import KlPenaltyArguments
 from warpo.kernels._arguments.policy_loss_from_logits import PolicyLossFromLogitsArguments
 from warpo.kernels._linear_head import LinearHead, check_chunking, check_head, valid_tokens
 from warpo.kernels._linear_logprobs import linear_logprobs_and_entropy

@@ -26,7 +26,8 @@ from torch import Tensor
 
 from warpo.kernels import dispatch
 from warpo.kernels._arguments.logprobs import LogprobsArguments
-from warpo.kernels._arguments.policy_loss import KlPenaltyArguments, ObjectiveArguments
+from warpo.kernels._arguments.objective import ObjectiveArguments
+from warpo.kernels._arguments.policy_loss import KlPenaltyArguments
 from warpo.kernels._arguments.policy_loss_from_logits import (
     PolicyLossFromLogitsArguments,
     ScaleGradientArguments,

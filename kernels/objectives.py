@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from warpo.kernels._arguments.policy_loss import ObjectiveArguments
+from warpo.kernels._arguments.objective import ObjectiveArguments
 
 # In the order of the enumerations in csrc/arguments/policy_loss.h.
 RATIO_LEVELS = ("token", "sequence", "prefix")

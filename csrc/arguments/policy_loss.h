@@ -1,4 +1,5 @@
 #pragma once
+#include "arguments/objective.h"
 #include "view.h"
 
 namespace warpo {
@@ -60,22 +61,6 @@ enum Metric : int {
 // A GPU splits the sequences of a small batch into parts, each with a row of partial sums: at most
 // this many rows, unless there are more sequences.
 constexpr int64_t kMinPartials = 512;
-
-// The numbers of an `objectives.Objective`, but for its KL coefficient.
-struct Objective {
-    int ratio_level, surrogate;
-    float ratio_low, ratio_high;  // 1 - clip_low, 1 + clip_high (which may be inf)
-    float dual_clip;              // c > 1
-    float tau_positive, tau_negative;
-    int correction;
-    bool correction_sequence;  // w from the sum of its logarithm over the sequence
-    float correction_low, correction_high;
-    bool kl_straight_through;  // value of the estimator, gradient of k2
-    float entropy_coef;
-    float log_ratio_limit;  // log ratios are clamped to +-limit, the exponent of k3 from above
-                            // only; gradient 0 where clamped
-    bool sequence_mean;     // weight = 1 / (valid tokens of the sequence * denominator)
-};
 
 struct KlPenalty {
     int kl;  // of Kl

@@ -4,26 +4,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from warpo.kernels._arguments.objective import ObjectiveArguments
+
 # kMinPartials: rows of the workspace at least
 MIN_PARTIALS = 512
-
-
-class ObjectiveArguments(NamedTuple):
-    ratio_level: int
-    surrogate: int
-    ratio_low: float
-    ratio_high: float
-    dual_clip: float
-    tau_positive: float
-    tau_negative: float
-    correction: int
-    correction_sequence: bool
-    correction_low: float
-    correction_high: float
-    kl_straight_through: bool
-    entropy_coef: float
-    log_ratio_limit: float
-    sequence_mean: bool
 
 
 class KlPenaltyArguments(NamedTuple):

@@ -5,7 +5,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from warpo.kernels._arguments.logprobs import LogprobsArguments
-from warpo.kernels._arguments.policy_loss import KlPenaltyArguments, ObjectiveArguments
+from warpo.kernels._arguments.objective import ObjectiveArguments
+from warpo.kernels._arguments.policy_loss import KlPenaltyArguments
 
 
 class PolicyLossFromLogitsArguments(NamedTuple):

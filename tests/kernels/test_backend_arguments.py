@@ -19,7 +19,8 @@ from torch import Tensor
 from warpo.kernels import objectives
 from warpo.kernels._arguments import backend as backends
 from warpo.kernels._arguments.aggregate import MIN_PARTS
-from warpo.kernels._arguments.policy_loss import MIN_PARTIALS, ObjectiveArguments
+from warpo.kernels._arguments.objective import ObjectiveArguments
+from warpo.kernels._arguments.policy_loss import MIN_PARTIALS
 from warpo.kernels._arguments.reward_model_loss import PAIRS_PER_BLOCK
 from warpo.kernels._policy_metrics import METRICS
 
@@ -85,7 +86,7 @@ def test_every_tuple_has_a_struct():
 
 
 def test_two_fields_of_one_type_that_are_exchanged_are_seen():
-    header = HEADERS["policy_loss"].read_text()
+    header = HEADERS["objective"].read_text()
     exchanged = header.replace("float ratio_low, ratio_high;", "float ratio_high, ratio_low;")
     assert header != exchanged
     (problem,) = differences(ObjectiveArguments, read_structs(exchanged)["Objective"])

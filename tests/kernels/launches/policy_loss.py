@@ -7,10 +7,10 @@ from functools import partial
 import torch
 
 from tests.kernels.launches import flags
+from warpo.kernels._arguments.objective import ObjectiveArguments
 from warpo.kernels._arguments.policy_loss import (
     MIN_PARTIALS,
     KlPenaltyArguments,
-    ObjectiveArguments,
     PolicyLossArguments,
 )
 from warpo.kernels._policy_metrics import METRICS

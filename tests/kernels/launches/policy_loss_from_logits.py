@@ -7,7 +7,8 @@ import torch
 
 from tests.kernels.launches.logprobs import ALIGNED_VOCAB, ODD_VOCAB
 from warpo.kernels._arguments.logprobs import LogprobsArguments
-from warpo.kernels._arguments.policy_loss import KlPenaltyArguments, ObjectiveArguments
+from warpo.kernels._arguments.objective import ObjectiveArguments
+from warpo.kernels._arguments.policy_loss import KlPenaltyArguments
 from warpo.kernels._arguments.policy_loss_from_logits import (
     PolicyLossFromLogitsArguments,
     ScaleGradientArguments,

@@ -1,0 +1,24 @@
+"""The struct of csrc/arguments/objective.h, which describes the fields.
+
+Without torch: `objectives`, which configs read, makes one for each row.
+"""
+
+from typing import NamedTuple
+
+
+class ObjectiveArguments(NamedTuple):
+    ratio_level: int
+    surrogate: int
+    ratio_low: float
+    ratio_high: float
+    dual_clip: float
+    tau_positive: float
+    tau_negative: float
+    correction: int
+    correction_sequence: bool
+    correction_low: float
+    correction_high: float
+    kl_straight_through: bool
+    entropy_coef: float
+    log_ratio_limit: float
+    sequence_mean: bool
