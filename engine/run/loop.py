@@ -17,6 +17,7 @@ from warpo.engine.run import checkpoint
 from warpo.engine.run.checkpoint import Saved, Stateful
 from warpo.engine.run.log import COLUMNS, Column, Log, NoLog, RunLog, plain
 from warpo.engine.run.resume import RunSettings, claim, tell
+from warpo.engine.types import Metrics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -233,6 +234,16 @@ class Checkpoints:
             say(f"--resume continues after step {self.saved}, the last that was saved")
         else:
             say("no checkpoint was saved: the same command begins the run anew")
+
+
+def evaluate_before_first_step(log: Log, step: int, evaluate: Callable[[], Metrics]) -> None:
+    """Put an evaluation into the row of `step`, where it has none: a run may have ended within the
+    evaluation after its checkpoint.
+    """
+    if not log.is_evaluated(step):
+        log.start_step()
+        if evaluated := evaluate():
+            log.add(step, evaluated)
 
 
 def check_state(step: int, loss: float, grad_norm: float, output_dir: str) -> None:

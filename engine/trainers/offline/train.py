@@ -23,7 +23,7 @@ from warpo.engine.ranks import ONE_RANK, Ranks
 from warpo.engine.run import checkpoint, plot
 from warpo.engine.run.device import learner_device
 from warpo.engine.run.log import Column, Log, read_rows
-from warpo.engine.run.loop import Checkpoints, Contents, Run, open_run
+from warpo.engine.run.loop import Checkpoints, Contents, Run, evaluate_before_first_step, open_run
 from warpo.engine.run.resume import is_complete
 from warpo.engine.trainers.offline.learner import OfflineLearner
 from warpo.engine.trainers.offline.objectives import (
@@ -218,11 +218,7 @@ def _prepare(
     else:
         checkpoint.rehearse(config.output_dir, model, learner.tokenizer, model.parameters())
     learner.progress.mark()
-    # a run may have ended within the evaluation after its checkpoint
-    if config.evaluation.every_steps and not log.is_evaluated(learner.step):
-        log.start_step()
-        if evaluated := learner.evaluate():
-            log.add(learner.step, evaluated)
+    evaluate_before_first_step(log, learner.step, learner.evaluate)
 
 
 def _report(metrics_path: Path, log: Log) -> None:

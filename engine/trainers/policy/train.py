@@ -7,6 +7,7 @@ one samples from.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from warpo.engine.config.policy import Config
@@ -15,7 +16,7 @@ from warpo.engine.ranks import ONE_RANK, Ranks
 from warpo.engine.rollout.collect import Rollouts
 from warpo.engine.run import checkpoint, plot
 from warpo.engine.run.log import Log, read_rows
-from warpo.engine.run.loop import Checkpoints, Contents, Run, open_run
+from warpo.engine.run.loop import Checkpoints, Contents, Run, evaluate_before_first_step, open_run
 from warpo.engine.run.resume import is_complete
 from warpo.engine.trainers.policy.build import build
 
@@ -40,7 +41,9 @@ def run(config: Config, ranks: Ranks = ONE_RANK) -> None:
                 _prepare(config, run, rollouts, learner, checkpoints)
                 weights.publish(learner.step)
                 weights.verify(rollouts.probe_sequences)
-                _evaluate_anew(config, log, rollouts, learner)
+                evaluate_before_first_step(
+                    log, learner.step, partial(rollouts.evaluate, learner.step)
+                )
                 while learner.step < config.steps:
                     log.start_step()
                     batch, metrics = rollouts.collect(learner.step + 1)
@@ -92,16 +95,6 @@ def _prepare(
     checkpoint.rehearse(config.output_dir, learner.model, learner.tokenizer, learned)
     learner.reference.begin(learner.model)
     checkpoints.save()
-
-
-def _evaluate_anew(config: Config, log: Log, rollouts: Rollouts, learner: Learner) -> None:
-    """Evaluate before the first step; a run may have ended within the evaluation after its
-    checkpoint too.
-    """
-    if config.evaluation.every_steps and not log.is_evaluated(learner.step):
-        log.start_step()
-        if evaluated := rollouts.evaluate(learner.step):
-            log.add(learner.step, evaluated)
 
 
 def _report(metrics_path: Path, log: Log) -> None:
