@@ -55,6 +55,8 @@ def build(config: Config, run: Run) -> Iterator[tuple[Rollouts, Learner, WeightS
         rewards = _rewards(config, data, tokenizer)
     with rewards:
         with run.log.phase("load"):
+            if resolve(config).estimator.needs_steps:
+                _check_steps(config, rewards, data.prompts[0])
             built = _build(config, run, data, rewards, tokenizer)
         yield built
 
@@ -100,10 +102,7 @@ def _rewards(config: Config, data: Data, tokenizer: PreTrainedTokenizerBase) -> 
         device=learner_device(config),
         token_budget=config.update.token_budget,
     )
-    rewards = RewardSources(context)
-    if resolve(config).estimator.needs_steps:
-        _check_steps(config, rewards, data.prompts[0])
-    return rewards
+    return RewardSources(context)
 
 
 def _build(
