@@ -19,7 +19,7 @@ from torch import Tensor
 from warpo.engine.data.chat import end_of_turn, render
 from warpo.engine.data.json_lines import Row
 from warpo.engine.data.rows import Rows, read_rows
-from warpo.engine.data.stream import RowKeys, ranks
+from warpo.engine.data.stream import RowKeys, random_keys
 from warpo.engine.data.tokens import Encoder, Ragged
 from warpo.engine.errors import DataError
 from warpo.engine.types import Prompt
@@ -189,7 +189,7 @@ def split_prompts(prompts: Prompts, count: int, seed: int) -> tuple[Prompts, lis
         )
     # as texts: a template may write today's date into the tokens
     numbers = prompts.keys[first, 0].numpy().view(np.uint64)
-    chosen = np.argsort(ranks(numbers, seed, 0), kind="stable")[:count]
+    chosen = np.argsort(random_keys(numbers, seed, 0), kind="stable")[:count]
     rest = prompts.select(np.flatnonzero(~np.isin(group, chosen)))
     return rest, [prompts[int(first[i])] for i in chosen]
 

@@ -48,7 +48,7 @@ def draw_keys(keys: Tensor) -> np.ndarray:
     return _copies(keys[:, 0].numpy())
 
 
-def ranks(numbers: np.ndarray, *entropy: int) -> np.ndarray:
+def random_keys(numbers: np.ndarray, *entropy: int) -> np.ndarray:
     """A random number for each of these, uint64, that only it and `entropy` determine."""
     (word,) = np.random.SeedSequence(entropy).generate_state(1, np.uint64)
     return _mix(numbers ^ word)
@@ -157,7 +157,7 @@ class PromptStream(Generic[T]):
         return self._record.changes
 
     def _begin(self, epoch: int) -> None:
-        found = ranks(self._numbers, self._seed, epoch + 1)
+        found = random_keys(self._numbers, self._seed, epoch + 1)
         order = np.argsort(found, kind="stable")
         self._epoch, self._place, self._order, self._ranks = epoch, 0, order, found[order]
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from warpo.engine.config.policy import Config
 from warpo.engine.config.resolve import resolve
 from warpo.engine.data.examples import Examples
-from warpo.engine.data.stream import RowRecord, draw_keys, ranks
+from warpo.engine.data.stream import RowRecord, draw_keys, random_keys
 from warpo.engine.errors import TrainingError
 from warpo.engine.learner.advantages import AdaptiveState, estimate
 from warpo.engine.learner.critic import Critic
@@ -50,7 +50,7 @@ class Pretraining:
     def batches(self, count: int, step: int, update: int) -> list[Batch]:
         """Micro-batches of `count` examples, drawn by seed, step and update only."""
         config = self._config
-        drawn = ranks(draw_keys(self._examples.keys), config.seed, step, update)
+        drawn = random_keys(draw_keys(self._examples.keys), config.seed, step, update)
         chosen = [self._examples[int(i)] for i in np.argsort(drawn, kind="stable")[:count]]
         sequences = [TokenSequence.of(e.prompt_ids, e.completions[0], e.prompt_id) for e in chosen]
         return [pack(micro) for micro in split_by_tokens(sequences, config.update.token_budget)]
@@ -210,7 +210,7 @@ class Learner:
         self, batches: Sequence[Batch], step: int, update: int, result: StepResult
     ) -> StepResult:
         """Add the gradients of the policy's losses."""
-        algorithm, config, run_ranks = self.algorithm, self._config, self._run.ranks
+        algorithm, config, ranks = self.algorithm, self._config, self._run.ranks
         if algorithm.previous_reference:
             batches = [replace(batch, ref_logprobs=batch.old_logprobs) for batch in batches]
         if isinstance(algorithm.objective, Preference):
@@ -219,7 +219,7 @@ class Learner:
                 batches,
                 algorithm.objective,
                 config.rollout.temperature,
-                ranks=run_ranks,
+                ranks=ranks,
             )
             result = result._replace(pairs=pairs)
         elif algorithm.objective is not None:
@@ -232,7 +232,7 @@ class Learner:
                 max_new_tokens=config.rollout.max_new_tokens,
                 kl_coef=self.adaptive.kl_coef if algorithm.kl_adapts_in_loss else None,
                 critic=shared,
-                ranks=run_ranks,
+                ranks=ranks,
             )
             result = result._replace(policy=policy)
             result = result if values is None else result._replace(values=values)
@@ -243,7 +243,7 @@ class Learner:
                 self.model,
                 [batch.to(self.device) for batch in drawn],
                 coef=algorithm.pretraining_coef,
-                ranks=run_ranks,
+                ranks=ranks,
             )
             result = result._replace(pretraining=loss)
         return result

@@ -70,11 +70,6 @@ class Batch:
         return replace(self, **tensors)
 
 
-def cumulative_lengths(lengths: Sequence[int]) -> Tensor:
-    """(B + 1,) int32: where each of B parts starts."""
-    return torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0).to(torch.int32)
-
-
 class _Row:
     """The row of a micro-batch as it grows, a stretch of tokens at a time."""
 
@@ -122,8 +117,13 @@ def pack(sequences: Sequence[TokenSequence]) -> Batch:
         scatter_index=_joined(row.places),
         logit_positions=_joined(logit_positions),
         targets=_joined(targets),
-        cu_seqlens=cumulative_lengths([sequence.num_trained for sequence in sequences]),
+        cu_seqlens=torch.from_numpy(starts_of(sequences)).to(torch.int32),
     )
+
+
+def starts_of(sequences: Sequence[TokenSequence]) -> np.ndarray:
+    """(B + 1,) int64: where the trained tokens of each sequence start among all."""
+    return np.cumsum([0, *(sequence.num_trained for sequence in sequences)])
 
 
 def _joined(parts: Sequence[np.ndarray]) -> Tensor:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from warpo.engine.models.batch import Batch, cumulative_lengths, pack
+from warpo.engine.models.batch import Batch, pack, starts_of
 from warpo.engine.types import Completion, Prompt, TokenSequence, TokenSteps
 
 COLUMNS = ("sampler_logprobs", "old_logprobs", "ref_logprobs", "values", "advantages", "returns")
@@ -51,7 +51,7 @@ class StepRollouts:
     probed: Sequence[int] = ()
 
     def __post_init__(self) -> None:
-        self._starts = np.cumsum([0, *(sequence.num_trained for sequence in self.sequences)])
+        self._starts = starts_of(self.sequences)
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -68,7 +68,7 @@ class StepRollouts:
     @property
     def cu_seqlens(self) -> Tensor:
         """(B + 1,) int32, where the tokens of each start, on the device of the columns."""
-        return cumulative_lengths(self.lengths.tolist()).to(self.device)
+        return torch.from_numpy(self._starts).to(self.device, torch.int32)
 
     @property
     def num_tokens(self) -> int:

@@ -35,7 +35,7 @@ from warpo.engine.models.architectures import shape_model, shapes_only
 from warpo.engine.models.batch import Batch
 from warpo.engine.models.files import read_config
 from warpo.engine.models.model import set_lm_head_dtype
-from warpo.engine.models.score import score
+from warpo.engine.models.score import device_of, score
 from warpo.engine.models.step_rollouts import StepRollouts
 from warpo.engine.rollout.sampler.base import plan_sampler_memory
 from warpo.engine.types import TokenSequence
@@ -235,7 +235,7 @@ def _fake_batch(
         if isinstance(value := getattr(batch, field.name), Tensor)
     }
     with fake:
-        return replace(batch, **tensors).to(next(model.parameters()).device)
+        return replace(batch, **tensors).to(device_of(model))
 
 
 class _LiveBytes(TorchDispatchMode):
