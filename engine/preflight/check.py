@@ -25,10 +25,13 @@ from warpo.engine.preflight.invariance import (
     LAYOUTS,
     MAX_LAYERS,
     MAX_VOCABULARY,
+    REPEATED_BOUND,
+    REPEATS,
     Divergence,
     divergences,
     eager_attention,
     load_cut_model,
+    repeated_divergence,
 )
 from warpo.engine.preflight.memory import MIB, PHASES, MemoryPlan, plan_memory, resync_of
 from warpo.engine.preflight.peak_memory import PeakMemory
@@ -216,6 +219,8 @@ def _report_invariance(
     )
     model, cut = load_cut_model(config.model, sequences, device, torch.float32)
     rounding = divergences(model, cut, {name: own}, **options)
+    model, cut = load_cut_model(config.model, sequences, device, getattr(torch, config.dtype))
+    repeated = repeated_divergence(model, cut, own, **options)
     report.head(
         "loss invariance: gradient of an optimizer step against that of one micro-batch, relative "
         f"L2, worst of {len(objectives)} objectives\n  ({len(sequences)} rollouts; of the model at "
@@ -235,6 +240,16 @@ def _report_invariance(
                 "update.token_budget changes what is learned. Do not train with this build",
             )
         )
+    report.add(
+        Line(
+            name="repeated",
+            text=f"{repeated:.1e} <= {REPEATED_BOUND:g}, one micro-batch {REPEATS} times over, in "
+            f"{config.dtype}",
+            ok=repeated <= REPEATED_BOUND,
+            cure=f"gradients do not accumulate in float32: with dtype = {config.dtype} "
+            "update.token_budget changes what is learned. Do not train with this build",
+        )
+    )
 
 
 def worst_of(found: Sequence[Divergence], layout: str) -> Divergence:

@@ -30,6 +30,7 @@ from transformers import (
 from warpo.engine.config.policy import Config
 from warpo.engine.config.resolve import resolve
 from warpo.engine.config.reward_sources import parse_sources
+from warpo.engine.learner.optimizer import float32_gradients
 from warpo.engine.learner.step import accumulate_gradients
 from warpo.engine.models.architectures import shape_model, shapes_only
 from warpo.engine.models.batch import Batch
@@ -219,6 +220,7 @@ def _fake_model(
     with fake:
         model = shape_model(hf_config, device, _dtype(config.dtype))
     set_lm_head_dtype(model, config.lm_head_dtype)
+    float32_gradients(model.parameters())
     return model
 
 

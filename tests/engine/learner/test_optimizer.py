@@ -40,7 +40,8 @@ def parameters(dtype: torch.dtype, seed: int = 0) -> dict[str, nn.Parameter]:
 def set_gradients(named: dict[str, nn.Parameter], step: int) -> None:
     generator = torch.Generator().manual_seed(100 + step)
     for parameter in named.values():
-        parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+        gradient = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+        parameter.grad = gradient.to(parameter.grad_dtype)
 
 
 def new(named: dict[str, nn.Parameter], staged: bool = False, **options) -> AdamW:
@@ -62,6 +63,16 @@ def saved(optimizer: AdamW) -> dict:
     torch.save(optimizer.state_dict(), file)
     file.seek(0)
     return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def test_gradients_accumulate_in_float32():
+    weight = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    optimizer = AdamW([("weight", weight)], lr=0.0)
+    for _ in range(1000):
+        weight.sum().backward()
+    # in bfloat16 the sum of ones stays at 256
+    assert weight.grad.dtype == torch.float32 and weight.grad.tolist() == [1000.0] * 4
+    assert optimizer.step().grad_norm == 2000.0
 
 
 @staged_or_not
