@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import deterministic
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
 
@@ -122,7 +123,7 @@ def packed_attention(
         return rows.view(*gather_index.shape, x.shape[1], x.shape[3]).transpose(1, 2)
 
     if softcap is None and s_aux is None:
-        out = F.scaled_dot_product_attention(
+        out = _attention(
             unpack(query),
             unpack(key),
             unpack(value),
@@ -138,6 +139,47 @@ def packed_attention(
         )
     rows = _take(out.transpose(1, 2).flatten(2).flatten(0, 1), scatter_index)
     return rows.view(1, -1, heads, value.shape[3]), None
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    """torch's attention, with a gradient that is the same in every run.
+
+    On a GPU the backward of the flash and the memory-efficient kernel add with atomics unless
+    deterministic algorithms are asked for, and that of cuDNN always may.
+    """
+    cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        out = F.scaled_dot_product_attention(query, key, value, **options)
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
+    node = out.grad_fn
+    # Not where it is composed of products: cuBLAS would ask for a workspace of its own.
+    if node is not None and "ScaledDotProduct" in node.name():
+        backward_is_deterministic(node)
+    return out
+
+
+def backward_is_deterministic(node: Any) -> None:
+    """Let the backward pass of one node of the graph, and no other, take the algorithms of
+    `torch.use_deterministic_algorithms`.
+    """
+    before: list[tuple[int, bool]] = []
+
+    def start(_: object) -> None:
+        before.append(
+            (torch.get_deterministic_debug_mode(), deterministic.fill_uninitialized_memory)
+        )
+        # what is written whole need not be filled first
+        deterministic.fill_uninitialized_memory = False
+        torch.set_deterministic_debug_mode("error")
+
+    def stop(*_: object) -> None:
+        mode, deterministic.fill_uninitialized_memory = before.pop()
+        torch.set_deterministic_debug_mode(mode)
+
+    node.register_prehook(start)
+    node.register_hook(stop)
 
 
 def _by_formula(
