@@ -1,4 +1,4 @@
-"""Device on which the learner runs."""
+"""Device on which the learner runs, and the wait for it."""
 
 from __future__ import annotations
 
@@ -22,3 +22,9 @@ def learner_device(config: DeviceSetting) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
+
+
+def finish_device_work() -> None:
+    """Wait for what a GPU has been given to do, so that a clock read next has it behind it."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()

@@ -24,6 +24,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from warpo.engine.errors import CheckpointError
 from warpo.engine.redact import redact
+from warpo.engine.run.device import finish_device_work
 from warpo.engine.run.terminal import OutputConsole
 from warpo.engine.types import ReportProgress
 
@@ -184,7 +185,9 @@ class RunLog:
         """Time a phase of the step and show it; yields a function to report (done, total).
 
         Its seconds join the metrics of the next row as perf/<name>_s, added up if it comes again.
+        What a GPU was given to do before it is not in them, and what the phase gave it is.
         """
+        finish_device_work()
         start = time.perf_counter()
         if self._step_start is None:
             self._step_start = start
@@ -197,6 +200,7 @@ class RunLog:
         try:
             with _nvtx_range(name):
                 yield report
+                finish_device_work()
         finally:
             seconds = time.perf_counter() - start
             metric = f"perf/{name.replace(' ', '_')}_s"

@@ -256,6 +256,23 @@ def test_phases_work_without_nvtx(open_log, monkeypatch):
     assert log._seconds["perf/sample_s"] > 0
 
 
+def test_a_phase_has_the_seconds_of_what_it_gave_a_gpu_and_no_others(open_log, monkeypatch):
+    given: list[float] = []
+
+    def finish():
+        time.sleep(given.pop() if given else 0)
+
+    monkeypatch.setattr(metrics, "finish_device_work", finish)
+    with open_log() as log:
+        given.append(0.05)
+        with log.phase("sample"):
+            pass
+        with log.phase("update"):
+            given.append(0.05)
+        row = log.write(1, {})
+    assert row["perf/sample_s"] < 0.04 and row["perf/update_s"] >= 0.05
+
+
 def test_a_phase_that_fails_leaves_the_live_line_clean(open_log):
     with open_log(terminal=True) as log:
         with pytest.raises(ZeroDivisionError), log.phase("sample"):
