@@ -248,7 +248,7 @@ class AdamW(torch.optim.Optimizer):
         return module.Stream(self._device), module.Stream(self._device)
 
     def _landing_places(self, parameters: Sequence[Tensor]) -> list[Tensor]:
-        size = max((p.numel() * p.grad_dtype.itemsize for p in parameters), default=0)
+        size = max((p.grad.nbytes for p in parameters if p.grad is not None), default=0)
         if not self._landing or self._landing[0].numel() < size:
             self._landing = [self._host_tensor((size,), torch.uint8) for _ in range(IN_FLIGHT)]
         return self._landing

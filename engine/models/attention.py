@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils import deterministic
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
 
@@ -164,18 +163,18 @@ def backward_is_deterministic(node: Any) -> None:
     """Let the backward pass of one node of the graph, and no other, take the algorithms of
     `torch.use_deterministic_algorithms`.
     """
+    # a module that answers by property, which its stub does not have
+    fill: Any = torch.utils.deterministic
     before: list[tuple[int, bool]] = []
 
     def start(_: object) -> None:
-        before.append(
-            (torch.get_deterministic_debug_mode(), deterministic.fill_uninitialized_memory)
-        )
+        before.append((torch.get_deterministic_debug_mode(), fill.fill_uninitialized_memory))
         # what is written whole need not be filled first
-        deterministic.fill_uninitialized_memory = False
+        fill.fill_uninitialized_memory = False
         torch.set_deterministic_debug_mode("error")
 
     def stop(*_: object) -> None:
-        mode, deterministic.fill_uninitialized_memory = before.pop()
+        mode, fill.fill_uninitialized_memory = before.pop()
         torch.set_deterministic_debug_mode(mode)
 
     node.register_prehook(start)
