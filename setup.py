@@ -4,12 +4,14 @@ warpo.kernels._cpu   always: each file of csrc/cpu once for each instruction set
 warpo.kernels._cuda  where nvcc is found, on the PATH or under CUDA_HOME; needs no GPU or driver
 
 WARPO_CUDA=0       leaves _cuda out
-WARPO_CUDA_ARCHS   compute capabilities for _cuda, such as "90" or "80,90"; the last one also as PTX
+WARPO_CUDA_ARCHS   compute capabilities for _cuda, such as "90" or "80,90", in place of those of
+                   80, 90 and 100 that nvcc knows; the newest also as PTX
 """
 
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -19,10 +21,12 @@ from pathlib import Path
 import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import PlatformError
 
 ROOT = Path(__file__).parent
-JOBS = 2
-CUDA_ARCHS = "80,90,100"
+# the biggest job takes 0.25 GiB
+JOBS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+CUDA_ARCHS = (80, 90, 100)
 
 CXX = os.environ.get("CXX", "g++").split()
 # no-trapping-math: without it conditionals on floats do not vectorise. NaN and inf stay.
@@ -48,11 +52,42 @@ def find_nvcc() -> Path | None:
     return Path(found) if found else None
 
 
-def nvcc_flags() -> list[str]:
-    archs = os.environ.get("WARPO_CUDA_ARCHS", CUDA_ARCHS).split(",")
+def known_archs(nvcc: Path) -> list[int]:
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True)
+    return sorted({int(arch) for arch in re.findall(r"\bcompute_(\d+)\b", listed.stdout)})
+
+
+def cuda_archs(known: list[int]) -> list[int]:
+    """What to compile for, ascending: WARPO_CUDA_ARCHS, else the defaults that nvcc knows."""
+    given = os.environ.get("WARPO_CUDA_ARCHS")
+    knows = f"nvcc knows {', '.join(map(str, known))}"
+    if given:
+        wanted = [arch.strip() for arch in given.split(",")]
+        wrong = [arch for arch in wanted if arch not in map(str, known)]
+        if wrong:
+            raise PlatformError(
+                f"WARPO_CUDA_ARCHS={given}: {knows} and not {', '.join(wrong)}: "
+                "choose of these, or another nvcc by CUDA_HOME"
+            )
+        return sorted(map(int, set(wanted)))
+    archs = [arch for arch in CUDA_ARCHS if arch in known]
+    if not archs:
+        raise PlatformError(
+            f"{knows} and none of {', '.join(map(str, CUDA_ARCHS))}: choose another nvcc by "
+            "CUDA_HOME, one of these by WARPO_CUDA_ARCHS, or set WARPO_CUDA=0"
+        )
+    return archs
+
+
+def nvcc_flags(archs: list[int]) -> list[str]:
     codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
-    return ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Icsrc", *codes]
+    # ncu shows the source by -lineinfo, which leaves the machine code as it is and, compressed, the
+    # module at a third of the size
+    return [
+        "-O3", "-std=c++17", "-lineinfo", "-Xfatbin=-compress-all",
+        "-Xcompiler=-fPIC,-fvisibility=hidden", "-Icsrc", *codes,
+    ]  # fmt: skip
 
 
 def cuda_library_folder(nvcc: Path) -> Path:
@@ -66,14 +101,14 @@ def cuda_library_folder(nvcc: Path) -> Path:
                 folder = Path(option.strip('"').removeprefix("-L").strip('"'))
                 if (folder / "libcudart_static.a").exists():
                     return folder
-    raise RuntimeError(
+    raise PlatformError(
         f"{nvcc} names no folder with libcudart_static.a: "
         "install the CUDA runtime, or set WARPO_CUDA=0"
     )
 
 
 class Build(build_ext):
-    """Compiles what changed, two files at a time, and links each module from its objects."""
+    """Compiles what changed, a file on each core, and links each module from its objects."""
 
     def build_extension(self, extension: Extension) -> None:
         self.objects = Path(self.build_temp) / "objects"
@@ -105,8 +140,12 @@ class Build(build_ext):
 
     def cuda_jobs(self) -> tuple[list[tuple[str, list[str]]], list[str]]:
         nvcc = find_nvcc()
-        kernels = sorted(ROOT.glob("csrc/cuda/*.cu"))
-        jobs = [(str(path.relative_to(ROOT)), [str(nvcc), *nvcc_flags()]) for path in kernels]
+        archs = cuda_archs(known_archs(nvcc))
+        if not os.environ.get("WARPO_CUDA_ARCHS") and len(archs) < len(CUDA_ARCHS):
+            left_out = [str(arch) for arch in CUDA_ARCHS if arch not in archs]
+            self.warn(f"{nvcc} does not know {', '.join(left_out)}: _cuda is built without")
+        sources = sorted(ROOT.glob("csrc/cuda/*.c*"))
+        jobs = [(str(path.relative_to(ROOT)), [str(nvcc), *nvcc_flags(archs)]) for path in sources]
         jobs.append(("csrc/bindings.cpp", [*CXX, *CXX_FLAGS, *BINDING_FLAGS, "-DWARPO_CUDA"]))
         folder = cuda_library_folder(nvcc)
         return jobs, [f"-L{folder}", "-lcudart_static", "-lrt", "-lpthread", "-ldl"]

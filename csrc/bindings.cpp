@@ -214,7 +214,14 @@ void define(py::module_& m, const char* name, void (*operation)(const Arguments&
 PYBIND11_MODULE(WARPO_MODULE, m) {
     m.def("read_tensors", &read_tensors);
     m.def("call_in_place", &call_in_place);
-#ifndef WARPO_CUDA
+#ifdef WARPO_CUDA
+    m.def("build", [] {
+        const library::Build found = library::build();
+        py::tuple capabilities(found.capabilities.size());
+        for (size_t i = 0; i < capabilities.size(); ++i) capabilities[i] = found.capabilities[i];
+        return py::make_tuple(capabilities, found.runtime, found.driver);
+    });
+#else
     m.def("instruction_set", &library::instruction_set);
     define_function(m, "first_and_last", &first_and_last);
     define_function(m, "first_malformed", &first_malformed);

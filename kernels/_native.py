@@ -102,4 +102,4 @@ def _arguments() -> set[Any]:
     return classes | {kind for kind in inner if hasattr(kind, "_fields")}
 
 
-_HELPERS = ("instruction_set", "read_tensors", "call_in_place")
+_HELPERS = ("instruction_set", "read_tensors", "call_in_place", "build")

@@ -37,6 +37,17 @@ def head_gradient(weight: torch.Tensor) -> float:
     return HEAD_GRADIENT + (ROUNDING[weight.dtype] if low else 0.0)
 
 
+def assert_same_product(actual: torch.Tensor, expected: torch.Tensor, *, what: str) -> None:
+    """Results of one product, or of what follows from it: of the same bits on a CPU; on a GPU BLAS
+    may choose another kernel for other strides or another shape, which adds in another order."""
+    if actual.is_cuda:
+        largest = expected.detach().nan_to_num(0.0, 0.0, 0.0).abs().amax().item()
+        absolute = HEAD_GRADIENT * max(largest, 1.0)
+        assert_close(actual, expected, relative=0.0, absolute=absolute, what=what)
+    else:
+        assert torch.equal(actual.nan_to_num(7e7), expected.nan_to_num(7e7)), what
+
+
 # Recursions of at most a few hundred float32 steps with gamma lambda <= 1: errors add up linearly.
 SCAN_RELATIVE = 2e-5
 SCAN_ABSOLUTE = 2e-5

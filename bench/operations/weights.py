@@ -28,6 +28,8 @@ def _make(device: str, dtype: torch.dtype, sizes: Sizes) -> Inputs:
         "exp_avg": 0.1 * torch.randn(count, device=device),
         "exp_avg_sq": torch.rand(count, device=device),
         "published": weights.to(dtype),
+        # of the optimizer of torch, which a fused one has on the device
+        "steps": torch.full((), float(_NUMBERS["step"]), device=device),
         "dtype": dtype,
     }
 
@@ -36,7 +38,9 @@ _STATE = ("grad", "master", "exp_avg", "exp_avg_sq", "published")
 
 
 def _first(inputs: Inputs) -> Inputs:
-    return {k: v[:1024].clone() if isinstance(v, Tensor) else v for k, v in inputs.items()}
+    return {
+        k: v[:1024].clone() if isinstance(v, Tensor) and v.dim() else v for k, v in inputs.items()
+    }
 
 
 def _weights(inputs: Inputs) -> Tensor:
@@ -68,7 +72,7 @@ def _eager(inputs: Inputs) -> Tensor:
         [inputs["exp_avg"]],
         [inputs["exp_avg_sq"]],
         [],
-        [torch.tensor(float(_NUMBERS["step"]))],
+        [inputs["steps"]],
         lr=_NUMBERS["lr"],
         beta1=_NUMBERS["beta1"],
         beta2=_NUMBERS["beta2"],

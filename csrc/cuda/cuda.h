@@ -2,9 +2,20 @@
 // capture. A failure to launch throws std::runtime_error with the operation and the reason.
 #pragma once
 
+#include <vector>
+
 #include "kernels.h"
 
 namespace warpo::cuda {
+
+// Versions of CUDA are 1000 major + 10 minor.
+struct Build {
+    std::vector<int> capabilities;  // 10 major + minor of the machine code; the last also as PTX
+    int runtime = 0;                // linked in
+    int driver = 0;                 // the newest that the driver knows; 0 without a driver
+};
+
+Build build();
 
 struct Stream {
     int device;

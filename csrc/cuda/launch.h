@@ -10,6 +10,16 @@
 
 namespace warpo::cuda {
 
+// What nvcc compiles for, as "8.0, 9.0, 10.0".
+inline std::string capabilities() {
+    std::string list;
+    for (const int arch : {__CUDA_ARCH_LIST__}) {
+        list += (list.empty() ? "" : ", ") + std::to_string(arch / 100) + ".";
+        list += std::to_string(arch / 10 % 10);
+    }
+    return list;
+}
+
 inline void check(cudaError_t status, const char* operation) {
     if (status == cudaSuccess) return;
     std::string message = std::string(operation) + ": " + cudaGetErrorString(status);
@@ -20,9 +30,8 @@ inline void check(cudaError_t status, const char* operation) {
         message +=
             ": move the tensors to the CPU, or install an NVIDIA driver and make a GPU visible";
     } else if (status == cudaErrorNoKernelImageForDevice) {
-        message +=
-            ". The library is built for compute capability 8.0, 9.0 and 10.0: rebuild it for this "
-            "GPU";
+        message += ". The kernels are built for compute capability " + capabilities() +
+                   ": rebuild them for this GPU: WARPO_CUDA_ARCHS=... pip install -e .";
     }
     throw std::runtime_error(message);
 }

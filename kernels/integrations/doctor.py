@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
-from warpo.kernels import dispatch
+from warpo.kernels import _cuda_images, dispatch
 from warpo.kernels.integrations.patching import Library
 
 LIBRARIES = ("trl", "verl", "openrlhf", "torchrl", "stable_baselines3")
@@ -52,9 +52,15 @@ def _backends() -> list[str]:
     triton = "not installed: pip install triton"
     if _is_there("triton"):
         triton = f"{importlib.metadata.version('triton')}, {gpu}"
-    cuda = f"built, {gpu}" if built["cuda"] else "not built: pip install -e . with nvcc on the PATH"
+    cuda = "not built: pip install -e . with nvcc on the PATH"
+    if built["cuda"]:
+        build = _cuda_images.Build(*importlib.import_module("warpo.kernels._cuda").build())
+        cuda = f"built for {_cuda_images.built_for(build)}, {gpu}"
+    problem = dispatch.cuda_problem(None)
     chosen = os.environ.get("WARPO_BACKEND")
     lines = [f"  cpu     {cpu}", f"  triton  {triton}", f"  cuda    {cuda}"]
+    if problem:
+        lines.append(f"          not run here, triton takes its place: {problem}")
     return lines + ([f"  WARPO_BACKEND={chosen} chooses for all tensors"] if chosen else [])
 
 
@@ -88,7 +94,7 @@ def _library(name: str) -> list[str]:
 
 
 def _backend(device: str) -> str:
-    return os.environ.get("WARPO_BACKEND") or dispatch.default(device)
+    return os.environ.get("WARPO_BACKEND") or dispatch.default(torch.device(device))
 
 
 def _indented(text: str) -> list[str]:

@@ -2,6 +2,8 @@ import dataclasses
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from warpo.bench.correctness import TOLERANCE, exact_of
 from warpo.bench.limits import bound, limits
@@ -175,3 +177,27 @@ def test_torch_compile_compiles_at_each_of_many_sizes():
         wanted = plan(wanted=lambda point, name: name == "compile")
         (row,) = rows_of(one, wanted)
         assert "problem" not in row and "host_us" not in row and row["ms"] > 0
+
+
+class Factories(TorchFunctionMode):
+    """Devices of the tensors that a call is given or makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.devices = set()
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for x in tree_leaves((args, kwargs, result)):
+            if isinstance(x, torch.Tensor):
+                self.devices.add(x.device.type)
+        return result
+
+
+@pytest.mark.parametrize("dtype", OPERATIONS["adamw_publish"].dtypes)
+def test_the_step_of_torch_has_all_of_its_state_on_the_device(dtype):
+    operation = OPERATIONS["adamw_publish"]
+    inputs = operation.make("meta", dtype, sizes_of(operation))
+    with Factories() as seen:
+        operation.eager(inputs)
+    assert seen.devices == {"meta"}

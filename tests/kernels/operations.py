@@ -31,7 +31,8 @@ class Operation:
         packed: the same arguments packed, with elements of no sequence at both ends.
         packed_options: options that differ then.
         offsets: which of those hold offsets, and of how many elements.
-        same_bits: also with other strides; not where a dense tensor is reduced as one long row.
+        same_bits: also with other strides; not where a dense tensor is reduced as one long row, nor
+            where the BLAS of a GPU may choose another kernel for them.
     """
 
     name: str
@@ -312,6 +313,7 @@ OPERATIONS = [
         masked=("hidden",),
         wrong=("logits_dtype", "float64"),
         not_promised={1: _MATRIX_PRODUCT, 3: "it composes logprobs", 12: _MATRIX_TIME},
+        same_bits=DEVICE == "cpu",
     ),
     Operation(
         name="linear_logprobs_and_entropy",
@@ -322,6 +324,7 @@ OPERATIONS = [
         masked=("hidden",),
         wrong=("logits_dtype", "float64"),
         not_promised={1: _MATRIX_PRODUCT, 3: "it composes logprobs", 12: _MATRIX_TIME},
+        same_bits=DEVICE == "cpu",
     ),
     Operation(
         name="kept_set_logprobs",
@@ -374,6 +377,7 @@ OPERATIONS = [
             3: "it composes policy_loss_from_logits",
             12: _MATRIX_TIME,
         },
+        same_bits=DEVICE == "cpu",
         **_packed(_head_of_policy),
     ),
     Operation(name="gae", **_SCAN),
