@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from warpo.kernels import dispatch, reference
-from warpo.kernels._linear_head import check_chunking, check_head
+from warpo.kernels._linear_head import check_head
+from warpo.kernels._linear_head_plan import check_chunking
 from warpo.kernels._linear_logprobs_operator import LinearLogprobsInputs, linear_logprobs_operator
 from warpo.kernels._logprobs import LogprobsAndEntropy
 from warpo.kernels._vocab_parallel import check_group

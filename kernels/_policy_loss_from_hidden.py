@@ -19,7 +19,8 @@ from warpo.kernels._arguments.logprobs import LogprobsArguments
 from warpo.kernels._arguments.objective import ObjectiveArguments
 from warpo.kernels._arguments.policy_loss import KlPenaltyArguments
 from warpo.kernels._arguments.policy_loss_from_logits import PolicyLossFromLogitsArguments
-from warpo.kernels._linear_head import LinearHead, check_chunking, check_head, valid_tokens
+from warpo.kernels._linear_head import LinearHead, check_head, valid_tokens
+from warpo.kernels._linear_head_plan import APART, NONE, OVER, check_chunking
 from warpo.kernels._linear_logprobs import linear_logprobs_and_entropy
 from warpo.kernels._logprobs_operator import NO_INDEX, workspace
 from warpo.kernels._offsets import in_a_sequence
@@ -205,6 +206,9 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss, metrics, logprobs and entropy of every token, gradients of hidden, weight, bias."""
     hidden, shape = inputs.hidden, inputs.targets.shape
+    gradients = NONE
+    if any(inputs.wanted):
+        gradients = APART if inputs.softcap else OVER
     head = LinearHead(
         hidden,
         inputs.weight,
@@ -214,7 +218,7 @@ def _forward(
         inputs.num_valid,
         inputs.workspace_bytes,
         inputs.float32_logits,
-        gradient_buffer=inputs.softcap != 0 and any(inputs.wanted),
+        gradients=gradients,
     )
     logp, entropy = _chunks(head, inputs)
     logp, entropy = logp.view(shape), entropy.view(shape)
@@ -271,7 +275,6 @@ def _chunks(head: LinearHead, inputs: PolicyLossFromHiddenInputs) -> tuple[Tenso
     head.start_gradients(inputs.wanted)
     every = _compact(head, inputs)
     buffer = head.new_buffer()
-    grad_buffer = head.new_buffer() if head.softcap and wanted else buffer
     for start, stop in head.chunks():
         tokens = every.part(start, stop)
         logits = head.logits(start, stop, buffer)
@@ -283,7 +286,7 @@ def _chunks(head: LinearHead, inputs: PolicyLossFromHiddenInputs) -> tuple[Tenso
             )
             continue
         forward = _logprobs_arguments(inputs, tokens, logits[None])
-        grad_logits = grad_buffer[: stop - start]
+        grad_logits = head.grad_logits(start, stop, logits)
         kernels.policy_loss_from_logits(_arguments(inputs, tokens, forward, grad_logits[None]))
         head.add_gradients(start, stop, logits, grad_logits)
     return head.spread(every.logprobs[0]), head.spread(every.entropy[0])

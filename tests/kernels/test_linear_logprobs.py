@@ -31,6 +31,7 @@ from tests.tolerance import (
 from warpo.bench.timing import peak_bytes
 from warpo.kernels import _linear_head, ops, reference
 from warpo.kernels._linear_logprobs_operator import LinearLogprobsInputs, linear_logprobs_operator
+from warpo.kernels._matrix_product import own_product
 
 WORKER = Path(__file__).with_name("linear_logprobs_worker.py")
 
@@ -170,7 +171,7 @@ def problem(dtype=torch.float32, tokens=64, vocab=301, size=24):
 def new_head(hidden: Tensor, weight: Tensor, room: int) -> _linear_head.LinearHead:
     valid = torch.ones(hidden.shape[0], dtype=torch.bool, device=DEVICE)
     return _linear_head.LinearHead(
-        hidden.detach()[None], weight.detach(), None, 0.0, valid, -1, room, True
+        hidden.detach()[None], weight.detach(), None, 0.0, valid, -1, room, True, gradients="over"
     )
 
 
@@ -183,7 +184,7 @@ def test_the_number_of_chunks_does_not_change_the_gradient_of_the_weight(backend
         # room for 64 / chunks tokens, with what the plan puts aside
         bytes_per_token = 4 * 301 + 8 * 24
         room = 64 // chunks * bytes_per_token + bytes_per_token // 2
-        converts = dtype != torch.float32 and _linear_head.own_product(weight) is None
+        converts = dtype != torch.float32 and own_product(weight) is None
         room = room * 8 // (6 if converts else 7) + 16
         assert len(new_head(hidden, weight, room).chunks()) == chunks
         logp = ops.linear_logprobs(hidden, weight, targets, workspace_bytes=room, backend=backend)
@@ -208,7 +209,9 @@ def test_gradients_are_summed_in_float32_and_rounded_once(dtype, room):
     head = new_head(hidden, weight, room)
     head.start_gradients([True, True, False])
     for start, stop in head.chunks():
-        head.add_gradients(start, stop, None, grad_logits[start:stop].clone())
+        given = grad_logits[start:stop].clone()
+        grad = head.grad_logits(start, stop, given)
+        head.add_gradients(start, stop, None, grad.copy_(given))
     exact = [x.detach().double() for x in (grad_logits, hidden, weight)]
     for actual, wanted in zip(
         head.gradients(), (exact[0] @ exact[2], exact[0].T @ exact[1]), strict=False

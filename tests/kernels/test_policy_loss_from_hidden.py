@@ -7,7 +7,7 @@ from torch import Tensor
 from tests.kernels.backends import BACKENDS, DEVICE, dtypes, each_backend, examples
 from tests.kernels.opcheck import opcheck
 from tests.tolerance import SUM_RELATIVE, assert_close, head_gradient
-from warpo.kernels import _linear_head, ops, reference
+from warpo.kernels import _matrix_product, ops, reference
 
 
 def problem(
@@ -143,13 +143,13 @@ def test_loss_and_gradients_of_every_objective_equal_float64(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS[:1])
 def test_three_matrix_products_where_a_token_knows_its_coefficient(backend, monkeypatch):
-    multiply, calls = _linear_head._multiply, []
+    multiply, calls = _matrix_product.multiply, []
 
     def counted(*arguments, **options):
         calls.append(arguments)
         multiply(*arguments, **options)
 
-    monkeypatch.setattr(_linear_head, "_multiply", counted)
+    monkeypatch.setattr(_matrix_product, "multiply", counted)
     cases = (
         ("grpo", True, None, 3),
         ("gspo", False, None, 3),
