@@ -63,7 +63,7 @@ class LinearHead:
         self.logits_dtype = torch.float32 if float32_logits else hidden.dtype
         self._mixes = _matrix_product.own_product(weight) is not None
         request = Request(
-            count=self.count,
+            num_tokens=self.count,
             vocab=self.vocab,
             hidden_size=weight.shape[1],
             dtype=weight.dtype,

@@ -29,7 +29,7 @@ class Request(NamedTuple):
     elsewhere, and the head has no room for any; mixes: products take operands of two dtypes.
     """
 
-    count: int
+    num_tokens: int
     vocab: int
     hidden_size: int
     dtype: torch.dtype
@@ -76,7 +76,7 @@ def _plan_on_cpu(r: Request) -> Plan:
     buffers = max(1, (not r.kept) + (r.gradients == APART))
     per_token = r.vocab * r.logits_dtype.itemsize * buffers
     room = r.workspace_bytes // per_token if r.kept else share // (per_token + 8 * r.hidden_size)
-    tokens = _split(r.count, max(1, min(room, r.count)))
+    tokens = _split(r.num_tokens, max(1, min(room, r.num_tokens)))
     columns, left = r.vocab, r.workspace_bytes - share
     if low:
         columns = max(1, min(left // (12 * tokens + 4 * r.hidden_size), r.vocab))
@@ -110,8 +110,8 @@ def _plan_on_gpu(r: Request) -> Plan:
         tokens = GPU_TOKENS
         block = (room - tokens * of_logits) // of_block
     elif r.kept and not apart:
-        block = r.count
-    block = _split(r.count, _down(min(block, r.count), r.count))
+        block = r.num_tokens
+    block = _split(r.num_tokens, _down(min(block, r.num_tokens), r.num_tokens))
     if not (apart and of_logits):
         tokens = block
     return Plan(

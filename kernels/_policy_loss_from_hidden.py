@@ -114,9 +114,10 @@ def policy_loss_from_hidden(
     Raises:
         ValueError: a shape, dtype, stride, device or option is not as above.
 
-    Source: the row of the objective. Memory beyond arguments and results: workspace_bytes, 4 V H
-    bytes for the gradient of a weight that is not float32, and from the loss to its backward the
-    gradients.
+    Source: the row of the objective. Memory beyond arguments and results: workspace_bytes; 4 V H
+    bytes for the gradient of a weight that is not float32, on a GPU only where the gradients of the
+    logits of all tokens do not fit workspace_bytes (8192 tokens of a vocabulary of 151936 take 3.2
+    GB); and from the loss to its backward the gradients.
     """
     objective = get_objective(objective)
     rows, targets, temperature = check_head(

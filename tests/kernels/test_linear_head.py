@@ -35,7 +35,7 @@ def requests(draw):
     dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
     on_cpu = draw(st.booleans())
     return Request(
-        count=draw(st.integers(0, 40000)),
+        num_tokens=draw(st.integers(0, 40000)),
         vocab=draw(st.sampled_from([1, 33, 1000, *(vocab for vocab, _ in HEADS.values())])),
         hidden_size=draw(st.sampled_from([1, 64, 4096])),
         dtype=dtype,
@@ -63,7 +63,7 @@ def test_buffers_fit_the_workspace_and_chunks_are_whole_tiles(request):
     assert found.gradient_dtype == found.product_dtype == request.dtype
     if request.logits_dtype != request.dtype and request.gradients != NONE:
         assert found.apart
-    for part, whole in ((found.tokens, found.block), (found.block, request.count)):
+    for part, whole in ((found.tokens, found.block), (found.block, request.num_tokens)):
         assert part >= whole or part % plans.TILE == 0 or part < plans.TILE
 
 
