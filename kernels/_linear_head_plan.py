@@ -164,6 +164,9 @@ def default_workspace_bytes(device: torch.device) -> int:
     return min(CUDA_WORKSPACE_BYTES, _memory_bytes(device.index) // CUDA_SHARE)
 
 
-@torch.compiler.assume_constant_result
 def _memory_bytes(card: int | None) -> int:
     return torch.cuda.get_device_properties(card).total_memory
+
+
+# what torch.compiler.assume_constant_result does, which loads the compiler, and with it Triton
+setattr(_memory_bytes, "_dynamo_marked_constant", True)  # noqa: B010
