@@ -1,21 +1,17 @@
 """A linear head in chunks of tokens: logits = hidden @ weight.T + bias, capped to c tanh(logits /
 c), and the gradients back through it. No tensor of tokens x vocabulary exists.
 
-Masked and ignored tokens are compacted away before the matrix products. The products are those of
-torch (BLAS), or our own on a CPU that has the instructions: of float32 with AVX-512, of bfloat16
-with AVX512_BF16, both with float32 sums; gradients of weight and bias accumulate in float32 over
-the chunks and are rounded once. Where products are of bfloat16 or float16, the gradients of the
-logits are rounded to it for them.
+Masked and ignored tokens are compacted away before the matrix products. Gradients of weight and
+bias accumulate in float32 over the tokens and are rounded once. Where products are of bfloat16 or
+float16, the gradients of the logits are rounded to it for them.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
 
-from warpo.kernels import dispatch
-from warpo.kernels._arguments.matrix_product import MatrixProductArguments
+from warpo.kernels import _matrix_product
 from warpo.kernels._checks import (
     FLOATS,
     as_int64,
@@ -25,12 +21,7 @@ from warpo.kernels._checks import (
     check_number,
     check_tensor,
 )
-
-# 64 MiB hold 96 tokens of a vocabulary of 151936 in float32: enough for a CPU's matrix
-# product. A GPU wants a thousand tokens or more, since every chunk reads and writes the whole
-# float32 gradient of the weight once.
-CPU_WORKSPACE_BYTES = 64 << 20
-CUDA_WORKSPACE_BYTES = 1 << 30
+from warpo.kernels._linear_head_plan import NONE, Request, plan
 
 
 class LinearHead:
@@ -38,12 +29,12 @@ class LinearHead:
 
     Args:
         hidden: (rows, steps, H), any strides of the leading two.
-        weight: (V, H).
+        weight: (V, H). On a GPU, products with one whose rows are no multiple of 16 bytes are slow.
         valid: (rows * steps,) bool: tokens that count.
         num_valid: upper bound of their number where the device cannot be asked, -1 if not known.
         float32_logits: logits in float32, else in the dtype of hidden.
-        gradient_buffer: the gradient of the logits is not written over the logits.
-        kept: the logits of all chunks are kept, so a chunk may take all of workspace_bytes.
+        gradients: where those of the logits go: NONE | OVER | APART.
+        kept: the logits of all tokens are kept, outside of workspace_bytes.
         float32_gradients: those of hidden, weight and bias, whatever the dtype of these.
     """
 
@@ -58,50 +49,50 @@ class LinearHead:
         workspace_bytes: int,
         float32_logits: bool,
         *,
-        gradient_buffer: bool = False,
+        gradients: str = NONE,
         kept: bool = False,
         float32_gradients: bool = False,
     ) -> None:
         self._float32_gradients = float32_gradients
-        self._hidden, self._weight, self._bias, self.softcap = hidden, weight, bias, softcap
+        self._hidden, self._weight, self._bias, self._softcap = hidden, weight, bias, softcap
         self.vocab = weight.shape[0]
-        self.on_cpu = hidden.device.type == "cpu"
-        self._index, self._flags = _compact(valid, num_valid, self.on_cpu)
+        self._on_cpu = is_on_cpu(hidden)
+        self._index, self._flags = _compact(valid, num_valid, self._on_cpu)
         self.count = valid.numel() if self._index is None else self._index.numel()
         self._valid = valid
         self.logits_dtype = torch.float32 if float32_logits else hidden.dtype
-        self._mixes = own_product(weight) is not None
-        # BLAS of a CPU sums in the dtype of its operands, that of a GPU in float32
-        self._product_dtype = weight.dtype if self._mixes or not self.on_cpu else torch.float32
-        self._plan(workspace_bytes, gradient_buffer, kept)
-
-    def _plan(self, workspace_bytes: int, gradient_buffer: bool, kept: bool) -> None:
-        """Tokens of a chunk, and the columns of it that are converted at a time."""
-        low = self._weight.dtype != torch.float32 and not self._mixes
-        converts = low and (self.on_cpu or self.logits_dtype != self._weight.dtype)
-        hidden_size = self._weight.shape[1]
-        # what is left is for converted parts, and for the copies that BLAS makes of its operands
-        share = workspace_bytes // 8 * (6 if converts or self.softcap else 7)
-        per_token = self.vocab * self.logits_dtype.itemsize * (1 + gradient_buffer)
-        room = workspace_bytes // per_token if kept else share // (per_token + 8 * hidden_size)
-        tokens = max(1, min(room, self.count))
-        chunks = -(-self.count // tokens)
-        self._tokens = max(1, -(-self.count // max(1, chunks)))
-        self._columns = self.vocab
-        if converts or self.softcap:
-            per_column = 12 * self._tokens + 4 * hidden_size * (low and self.on_cpu)
-            self._columns = max(1, min((workspace_bytes - share) // per_column, self.vocab))
-        self._low_on_cpu = low and self.on_cpu
+        self._mixes = _matrix_product.own_product(weight) is not None
+        request = Request(
+            num_tokens=self.count,
+            vocab=self.vocab,
+            hidden_size=weight.shape[1],
+            dtype=weight.dtype,
+            logits_dtype=self.logits_dtype,
+            workspace_bytes=workspace_bytes,
+            on_cpu=self._on_cpu,
+            mixes=self._mixes,
+            softcap=softcap != 0,
+            gradients=gradients,
+            kept=kept,
+        )
+        self.plan = plan(request)
 
     def chunks(self) -> list[tuple[int, int]]:
+        """Those of a block, then those of the next."""
+        tokens, block, count = self.plan.tokens, self.plan.block, self.count
         return [
-            (start, min(start + self._tokens, self.count))
-            for start in range(0, self.count, self._tokens)
+            (start, min(start + tokens, first + block, count))
+            for first in range(0, count, block)
+            for start in range(first, min(first + block, count), tokens)
         ]
 
     def new_buffer(self) -> Tensor:
         """Room for the logits of a chunk."""
-        return self._hidden.new_empty((self._tokens, self.vocab), dtype=self.logits_dtype)
+        return self._new_rows(self.plan.tokens, self.logits_dtype)
+
+    def _new_rows(self, tokens: int, dtype: torch.dtype) -> Tensor:
+        rows = self._hidden.new_empty((tokens, self.plan.stride), dtype=dtype)
+        return rows[:, : self.vocab]
 
     def compact(self, per_token: Tensor | None) -> Any:
         """One number a token -> (1, count): of the compacted tokens."""
@@ -119,16 +110,17 @@ class LinearHead:
 
     def logits(self, start: int, stop: int, out: Tensor) -> Tensor:
         hidden, out = self._rows(start, stop), out[: stop - start]
-        if self._low_on_cpu and self.logits_dtype == torch.float32:
+        multiply = _matrix_product.multiply
+        if self.plan.product_dtype == self.logits_dtype != self._weight.dtype:
             hidden = hidden.float()
             for part in self._parts():
-                _multiply(out[:, part], hidden, self._weight[part].float().t())
+                multiply(out[:, part], hidden, self._weight[part].float().t())
         else:
-            _multiply(out, hidden, self._weight.t())
+            multiply(out, hidden, self._weight.t())
         if self._bias is not None:
             out.add_(self._bias)
-        if self.softcap:
-            out.div_(self.softcap).tanh_().mul_(self.softcap)
+        if self._softcap:
+            out.div_(self._softcap).tanh_().mul_(self._softcap)
         return out
 
     def start_gradients(
@@ -148,46 +140,80 @@ class LinearHead:
             self._grad_hidden = new_hidden((rows * steps, hidden_size), dtype=dtype)
         self._grad_weight = self._weight_sums = None
         if with_weight:
-            dtype = self._gradient_dtype(self._weight) if self._mixes else torch.float32
+            # to float32 sums our own products add and round in one, those of BLAS do not
+            blocks = self.plan.block < self.count
+            rounds = self._mixes or not (blocks or self._on_cpu)
+            dtype = self._gradient_dtype(self._weight) if rounds else torch.float32
             self._grad_weight = self._weight_sums = new(self._weight.shape, dtype=dtype)
-            if dtype != torch.float32 and self._tokens < self.count:
+            if dtype != torch.float32 and blocks:
                 self._weight_sums = new(self._weight.shape, dtype=torch.float32)
         zeros = self._hidden.new_zeros
         self._grad_bias = zeros((self.vocab,), dtype=torch.float32) if with_bias else None
-        self._group = group
+        self._group, self._block = group, None
+        # a product on a CPU by BLAS has float32 results
+        rounds = self._mixes or not self._on_cpu or self._gradient_dtype(self._hidden).itemsize == 4
+        self._in_place = self._index is None and group is None and rounds
+        if self.plan.apart and any(wanted):
+            self._block = self._new_rows(self.plan.block, self.plan.gradient_dtype)
+
+    def grad_logits(self, start: int, stop: int, logits: Tensor) -> Tensor:
+        """Where the gradient of the logits of a chunk goes."""
+        if self._block is None:
+            return logits
+        first = start % self.plan.block
+        return self._block[first : first + stop - start]
 
     def add_gradients(
         self, start: int, stop: int, logits: Tensor | None, grad_logits: Tensor
     ) -> None:
-        """Overwrites grad_logits. The logits are read with a softcap only."""
-        hidden = self._rows(start, stop).to(self._product_dtype)
-        grad_hidden = None
-        if self._grad_hidden is not None:
-            grad_hidden = hidden.new_empty(hidden.shape, dtype=torch.float32)
+        """Overwrites grad_logits. The logits are read with a softcap only. The products are those
+        of a block, with its last chunk.
+        """
+        if self._softcap and logits is not None:
+            rows = max(1, self.plan.scratch_bytes // (8 * self.vocab))
+            for grad, x in zip(grad_logits.split(rows), logits.split(rows), strict=True):
+                grad.mul_(1 - (x.float() / self._softcap).square_())
+        first = start // self.plan.block * self.plan.block
+        if stop < min(first + self.plan.block, self.count):
+            return
+        if first < start:
+            assert self._block is not None
+            grad_logits = self._block[: stop - first]
+        self._add_block(first, stop, grad_logits)
+
+    def _add_block(self, start: int, stop: int, grad_logits: Tensor) -> None:
+        hidden = self._rows(start, stop).to(self.plan.product_dtype)
+        grad_hidden = self._new_grad_hidden(start, stop)
+        if self._grad_bias is not None:
+            self._grad_bias += grad_logits.sum(0, dtype=torch.float32)
         for part in self._parts():
             grad = grad_logits[:, part]
-            if self.softcap and logits is not None:
-                grad.mul_(1 - (logits[:, part].float() / self.softcap).square_())
-            if self._grad_bias is not None:
-                self._grad_bias[part] += grad.sum(0, dtype=torch.float32)
-            grad = grad if self._mixes else grad.to(self._product_dtype)
+            grad = grad if self._mixes else grad.to(self.plan.product_dtype)
             if grad_hidden is not None:
-                weight = self._weight[part].to(self._product_dtype)
-                _multiply(grad_hidden, grad, weight, grad_hidden if part.start > 0 else None)
+                weight = self._weight[part].to(self.plan.product_dtype)
+                addend = grad_hidden if part.start > 0 else None
+                _matrix_product.multiply(grad_hidden, grad, weight, addend)
             if self._grad_weight is not None and self._weight_sums is not None:
-                sums = self._weight_sums[part]
-                out = self._grad_weight[part] if stop == self.count else sums
-                _multiply(out, grad.t(), hidden, sums if start > 0 else None)
+                out = sums = self._weight_sums[part]
+                if stop == self.count and self._grad_weight is not self._weight_sums:
+                    out = self._grad_weight[part]
+                _matrix_product.multiply(out, grad.t(), hidden, sums if start > 0 else None)
         if grad_hidden is None or self._grad_hidden is None:
             return
         if self._group is not None:
             distributed.all_reduce(grad_hidden, group=self._group)
-        if self._index is None:
+        if self._index is not None:
+            grad_hidden = grad_hidden.to(self._grad_hidden.dtype)
+            self._grad_hidden.index_copy_(0, self._index[start:stop], grad_hidden)
+        elif not self._in_place:
             self._grad_hidden[start:stop] = grad_hidden
-        else:
-            self._grad_hidden.index_copy_(
-                0, self._index[start:stop], grad_hidden.to(self._grad_hidden.dtype)
-            )
+
+    def _new_grad_hidden(self, start: int, stop: int) -> Tensor | None:
+        """The result itself where products can write it."""
+        result = self._grad_hidden
+        if result is None or self._in_place:
+            return None if result is None else result[start:stop]
+        return result.new_empty((stop - start, result.shape[1]), dtype=torch.float32)
 
     def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Of hidden, weight and bias, in their dtypes or float32."""
@@ -205,8 +231,8 @@ class LinearHead:
 
     def _parts(self) -> list[slice]:
         return [
-            slice(start, min(start + self._columns, self.vocab))
-            for start in range(0, self.vocab, self._columns)
+            slice(start, min(start + self.plan.columns, self.vocab))
+            for start in range(0, self.vocab, self.plan.columns)
         ]
 
     def _rows(self, start: int, stop: int) -> Tensor:
@@ -226,6 +252,10 @@ class LinearHead:
         return result
 
 
+def is_on_cpu(hidden: Tensor) -> bool:
+    return hidden.device.type == "cpu"
+
+
 def _compact(valid: Tensor, num_valid: int, on_cpu: bool) -> tuple[Tensor | None, Tensor | None]:
     """Places of the valid tokens (None: all places), and which of these do count (None: all)."""
     if on_cpu:
@@ -236,37 +266,6 @@ def _compact(valid: Tensor, num_valid: int, on_cpu: bool) -> tuple[Tensor | None
     # a stable sort rather than nonzero, whose size only the device knows
     index = torch.sort(valid, descending=True, stable=True).indices[:num_valid]
     return index, valid[index]
-
-
-OWN_PRODUCTS = {torch.float32: "float32_product", torch.bfloat16: "bfloat16_product"}
-
-
-def own_product(b: Tensor) -> Callable[[MatrixProductArguments], None] | None:
-    """Ours of a matrix in float32 or the dtype of b with b: of processors that have it."""
-    if not b.is_cpu or b.dtype not in OWN_PRODUCTS:
-        return None
-    return getattr(dispatch.load("cpu"), OWN_PRODUCTS[b.dtype], None)
-
-
-def _multiply(out: Tensor, a: Tensor, b: Tensor, addend: Tensor | None = None) -> None:
-    """out = a @ b, or addend + a @ b, summed in float32 whatever the dtype of a."""
-    product = own_product(b)
-    if product is not None:
-        rows, columns = out.shape
-        product(
-            MatrixProductArguments(
-                rows=rows, columns=columns, depth=a.shape[1], a=a, b=b, addend=addend, out=out
-            )
-        )
-    elif out.dtype == a.dtype:
-        if addend is not None:
-            torch.addmm(addend, a, b, out=out)
-        else:
-            torch.mm(a, b, out=out)
-    elif addend is not None:
-        torch.addmm(addend, a, b, out_dtype=out.dtype, out=out)
-    else:
-        torch.mm(a, b, out_dtype=out.dtype, out=out)
 
 
 def valid_tokens(targets: Tensor, mask: Tensor | None, ignore_index: int) -> Tensor:
@@ -318,19 +317,3 @@ def check_head(
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be > 0, got {softcap}: pass None for no cap")
     return as_rows("hidden", hidden, keep=1), targets, temperature
-
-
-def check_chunking(
-    hidden: Tensor, num_valid: int | None, workspace_bytes: int | None, logits_dtype: str
-) -> tuple[int, int, bool]:
-    """num_valid or -1, the bytes, whether the logits are float32."""
-    if logits_dtype not in ("float32", "input"):
-        raise ValueError(f"logits_dtype must be one of float32, input; got {logits_dtype!r}")
-    if workspace_bytes is None:
-        cuda = hidden.device.type == "cuda"
-        workspace_bytes = CUDA_WORKSPACE_BYTES if cuda else CPU_WORKSPACE_BYTES
-    if workspace_bytes <= 0:
-        raise ValueError(f"workspace_bytes must be > 0, got {workspace_bytes}")
-    if num_valid is not None and num_valid < 0:
-        raise ValueError(f"num_valid must be >= 0, got {num_valid}")
-    return -1 if num_valid is None else num_valid, workspace_bytes, logits_dtype == "float32"

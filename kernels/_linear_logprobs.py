@@ -10,8 +10,9 @@ Backward, with G = d loss / d logits as `logprobs` gives it, times 1 - (logits /
     d hidden = G weight,   d weight = G.T hidden,   d bias = sum over tokens of G
 
 Tokens go through in chunks. Where the logits of all tokens fit in workspace_bytes they are kept for
-the backward pass, which writes their gradients over them: three matrix products. Otherwise the
-backward pass computes the logits of a chunk anew: four.
+the backward pass, which writes their gradients over them, or on a GPU, where these are rounded to
+the dtype of hidden, beside them: three matrix products. Otherwise the backward pass computes the
+logits of a chunk anew: four.
 """
 
 import torch
@@ -19,7 +20,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from warpo.kernels import dispatch, reference
-from warpo.kernels._linear_head import check_chunking, check_head
+from warpo.kernels._linear_head import check_head
+from warpo.kernels._linear_head_plan import check_chunking
 from warpo.kernels._linear_logprobs_operator import LinearLogprobsInputs, linear_logprobs_operator
 from warpo.kernels._logprobs import LogprobsAndEntropy
 from warpo.kernels._vocab_parallel import check_group
@@ -62,8 +64,8 @@ def linear_logprobs(
         num_valid: CUDA only: an upper bound, known to the host, of the number of tokens that count.
             Without it masked tokens are multiplied too, since to count them would stop the host. A
             bound too low leaves NaN at the tokens that it cut off. The CPU counts for itself.
-        workspace_bytes: room for the chunks, 64 MiB on a CPU and 1 GiB on a GPU by default. At
-            least one token is taken at a time.
+        workspace_bytes: room for the chunks, by default 64 MiB on a CPU, and a sixteenth of the
+            memory of a GPU, 4 GiB at most. At least one token is taken at a time.
         logits_dtype: "float32", or "input": the logits of a chunk rounded to the dtype of hidden,
             half the room, and what a head of that dtype would give.
         cache_logits: keep the logits for backward: tokens x V elements, masked ones included, for
@@ -82,8 +84,10 @@ def linear_logprobs(
 
     Source: online softmax, https://arxiv.org/abs/1805.02867. Memory beyond arguments and results:
     workspace_bytes and 16 bytes a token; backward, 4 V H bytes for the gradient of a weight that is
-    not float32, and workspace_bytes beside kept logits that are not overwritten, as with a softcap
-    and in a graph that is kept.
+    not float32, on a GPU where the gradients of the logits of all tokens do not fit workspace_bytes
+    (8192 tokens of a vocabulary of 151936 take 3.2 GB); and workspace_bytes beside kept logits that
+    are not overwritten, as with a softcap, in a graph that is kept, and on a GPU where they are
+    float32 and hidden is not.
     """
     return _run(
         hidden,

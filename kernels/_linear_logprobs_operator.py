@@ -7,7 +7,8 @@ from torch import Tensor
 
 from warpo.kernels import dispatch
 from warpo.kernels._arguments.logprobs import LogprobsArguments, LogprobsBackwardArguments
-from warpo.kernels._linear_head import LinearHead, valid_tokens
+from warpo.kernels._linear_head import LinearHead, is_on_cpu, valid_tokens
+from warpo.kernels._linear_head_plan import APART, NONE, OVER, row_stride
 from warpo.kernels._logprobs_operator import workspace
 from warpo.kernels._registration import Operator, keeps_graph
 from warpo.kernels._vocab_parallel import resolve_group, split_backward, split_forward
@@ -66,7 +67,7 @@ class _Tokens(NamedTuple):
         return _Tokens._make([None if x is None else x[:, start:stop] for x in self])
 
 
-def _head(inputs: LinearLogprobsInputs, *, kept: bool, gradient_buffer: bool = False) -> LinearHead:
+def _head(inputs: LinearLogprobsInputs, *, kept: bool, gradients: str = NONE) -> LinearHead:
     return LinearHead(
         inputs.hidden,
         inputs.weight,
@@ -76,7 +77,7 @@ def _head(inputs: LinearLogprobsInputs, *, kept: bool, gradient_buffer: bool = F
         inputs.num_valid,
         inputs.workspace_bytes,
         inputs.float32_logits,
-        gradient_buffer=gradient_buffer,
+        gradients=gradients,
         kept=kept,
     )
 
@@ -123,7 +124,7 @@ def _forward(inputs: LinearLogprobsInputs) -> tuple[Tensor, Tensor, Tensor, Tens
     )
     buffer = cache if inputs.cache_logits else head.new_buffer()
     for start, stop in head.chunks():
-        out = buffer[start:stop] if inputs.cache_logits else buffer
+        out = buffer[start:stop, : head.vocab] if inputs.cache_logits else buffer
         logits = head.logits(start, stop, out)[None]
         tokens = every.part(start, stop)
         results = (logp[None, start:stop], entropy[None, start:stop], stats[None, start:stop])
@@ -150,14 +151,14 @@ def _forward(inputs: LinearLogprobsInputs) -> tuple[Tensor, Tensor, Tensor, Tens
 
 def _allocate(inputs: LinearLogprobsInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     hidden, tokens = inputs.hidden, inputs.targets.shape[0]
-    kept = (tokens if inputs.cache_logits else 0, inputs.weight.shape[0])
+    stride = row_stride(inputs.weight.shape[0], is_on_cpu(hidden))
     dtype = torch.float32 if inputs.float32_logits else hidden.dtype
     return (
         hidden.new_empty((tokens,), dtype=torch.float32),
         hidden.new_empty((tokens if inputs.with_entropy else 0,), dtype=torch.float32),
         # fewer are written where some are masked
         hidden.new_zeros((tokens, 2), dtype=torch.float32),
-        hidden.new_empty(kept, dtype=dtype),
+        hidden.new_empty((tokens if inputs.cache_logits else 0, stride), dtype=dtype),
     )
 
 
@@ -166,9 +167,8 @@ def _backward(inputs: LinearLogprobsBackwardInputs) -> tuple[Tensor, Tensor, Ten
     overwrites not for `torch.library`, whose schema says that nothing is written to.
     """
     given, cache = inputs.forward, inputs.cache
-    apart = bool(given.softcap) and cache is None
-    overwrites = inputs.overwrites and cache is not None and not given.softcap
-    head = _head(given, kept=cache is not None, gradient_buffer=apart)
+    over = not given.softcap and (cache is None or inputs.overwrites)
+    head = _head(given, kept=cache is not None, gradients=OVER if over else APART)
     kernels, group = dispatch.load(given.backend), resolve_group(given.group_name)
     head.start_gradients(inputs.wanted, group)
     every = _Tokens(
@@ -179,11 +179,11 @@ def _backward(inputs: LinearLogprobsBackwardInputs) -> tuple[Tensor, Tensor, Ten
         grad_logprobs=head.compact(inputs.grad_logprobs),
         grad_entropy=head.compact(inputs.grad_entropy),
     )
-    buffer: Any = None if overwrites else head.new_buffer()
-    grad_buffer = head.new_buffer() if apart else buffer
+    buffer: Any = head.new_buffer() if cache is None else None
     for start, stop in head.chunks():
-        logits = head.logits(start, stop, buffer) if cache is None else cache[start:stop]
-        grad_logits = logits if overwrites else grad_buffer[: stop - start]
+        kept = None if cache is None else cache[start:stop, : head.vocab]
+        logits = head.logits(start, stop, buffer) if kept is None else kept
+        grad_logits = head.grad_logits(start, stop, logits)
         tokens, stats = every.part(start, stop), inputs.stats[None, start:stop]
         arguments = LogprobsBackwardArguments(
             forward=_arguments(given, tokens, logits[None], entropy=tokens.entropy, stats=stats),

@@ -19,7 +19,8 @@ from warpo.kernels._arguments.logprobs import LogprobsArguments
 from warpo.kernels._arguments.objective import ObjectiveArguments
 from warpo.kernels._arguments.policy_loss import KlPenaltyArguments
 from warpo.kernels._arguments.policy_loss_from_logits import PolicyLossFromLogitsArguments
-from warpo.kernels._linear_head import LinearHead, check_chunking, check_head, valid_tokens
+from warpo.kernels._linear_head import LinearHead, check_head, valid_tokens
+from warpo.kernels._linear_head_plan import APART, NONE, OVER, check_chunking
 from warpo.kernels._linear_logprobs import linear_logprobs_and_entropy
 from warpo.kernels._logprobs_operator import NO_INDEX, workspace
 from warpo.kernels._offsets import in_a_sequence
@@ -113,9 +114,10 @@ def policy_loss_from_hidden(
     Raises:
         ValueError: a shape, dtype, stride, device or option is not as above.
 
-    Source: the row of the objective. Memory beyond arguments and results: workspace_bytes, 4 V H
-    bytes for the gradient of a weight that is not float32, and from the loss to its backward the
-    gradients.
+    Source: the row of the objective. Memory beyond arguments and results: workspace_bytes; 4 V H
+    bytes for the gradient of a weight that is not float32, on a GPU only where the gradients of the
+    logits of all tokens do not fit workspace_bytes (8192 tokens of a vocabulary of 151936 take 3.2
+    GB); and from the loss to its backward the gradients.
     """
     objective = get_objective(objective)
     rows, targets, temperature = check_head(
@@ -205,6 +207,9 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss, metrics, logprobs and entropy of every token, gradients of hidden, weight, bias."""
     hidden, shape = inputs.hidden, inputs.targets.shape
+    gradients = NONE
+    if any(inputs.wanted):
+        gradients = APART if inputs.softcap else OVER
     head = LinearHead(
         hidden,
         inputs.weight,
@@ -214,7 +219,7 @@ def _forward(
         inputs.num_valid,
         inputs.workspace_bytes,
         inputs.float32_logits,
-        gradient_buffer=inputs.softcap != 0 and any(inputs.wanted),
+        gradients=gradients,
     )
     logp, entropy = _chunks(head, inputs)
     logp, entropy = logp.view(shape), entropy.view(shape)
@@ -271,7 +276,6 @@ def _chunks(head: LinearHead, inputs: PolicyLossFromHiddenInputs) -> tuple[Tenso
     head.start_gradients(inputs.wanted)
     every = _compact(head, inputs)
     buffer = head.new_buffer()
-    grad_buffer = head.new_buffer() if head.softcap and wanted else buffer
     for start, stop in head.chunks():
         tokens = every.part(start, stop)
         logits = head.logits(start, stop, buffer)
@@ -283,7 +287,7 @@ def _chunks(head: LinearHead, inputs: PolicyLossFromHiddenInputs) -> tuple[Tenso
             )
             continue
         forward = _logprobs_arguments(inputs, tokens, logits[None])
-        grad_logits = grad_buffer[: stop - start]
+        grad_logits = head.grad_logits(start, stop, logits)
         kernels.policy_loss_from_logits(_arguments(inputs, tokens, forward, grad_logits[None]))
         head.add_gradients(start, stop, logits, grad_logits)
     return head.spread(every.logprobs[0]), head.spread(every.entropy[0])

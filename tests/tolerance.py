@@ -2,7 +2,7 @@
 
 import torch
 
-from warpo.kernels._linear_head import own_product
+from warpo.kernels._matrix_product import own_product
 
 # Rounding to the nearest value of the result type, as a relative error at the start of a binade.
 ROUNDING = {

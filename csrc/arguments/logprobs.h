@@ -26,7 +26,9 @@ struct Logprobs {
 struct LogprobsBackward {
     Logprobs forward;                  // without its outputs, but for entropy and stats
     View grad_logprobs, grad_entropy;  // float32, optional
-    View grad_logits;                  // dtype of logits; may be the logits themselves
+    // dtype of logits, and may be the logits themselves; of float32 logits also bfloat16 | float16,
+    // in memory of its own
+    View grad_logits;
 };
 
 }  // namespace warpo

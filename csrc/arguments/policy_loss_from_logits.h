@@ -16,7 +16,9 @@ struct PolicyLossFromLogits : Objective, KlPenalty {
     View ref_logprobs, sampler_logprobs;  // float; absent unless kl, correction ask for them
     View valid_tokens;                    // float32, of the sequence; absent unless sequence_mean
     const float* denominator;
-    View grad_logits;  // dtype of logits; may be the logits themselves
+    // dtype of logits, and may be the logits themselves; of float32 logits also bfloat16 | float16,
+    // in memory of its own
+    View grad_logits;
 };
 
 // A gradient of the logits times one number on the device, in place; 1 costs no pass over it.

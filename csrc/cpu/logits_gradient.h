@@ -4,6 +4,8 @@
 
 #include <math.h>
 
+#include <type_traits>
+
 #include "cpu/huge_pages.h"
 #include "cpu/load.h"
 
@@ -32,8 +34,8 @@ struct TokenSoftmax {
 };
 
 // In place is allowed: element i is read before it is written.
-template <class T, bool kEntropy>
-inline void piece_gradient(const TokenSoftmax& token, const T* logits, T* out, int64_t count) {
+template <class T, class G, bool kEntropy>
+inline void piece_gradient(const TokenSoftmax& token, const T* logits, G* out, int64_t count) {
     const TokenSoftmax local = token;
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i)
@@ -54,24 +56,39 @@ inline TokenSoftmax token_softmax(float max, float log_sum, float entropy, float
 }
 
 // Of `count` logits from `start` on.
-template <class T>
-inline void write_piece(const TokenSoftmax& token, const T* row, T* gradient, int64_t start,
+template <class T, class G>
+inline void write_piece(const TokenSoftmax& token, const T* row, G* gradient, int64_t start,
                         int64_t count, int64_t target) {
     const bool has_target = target >= start && target < start + count;
     const float at_target =
         has_target ? token.gradient<true>(to_float(row[target])) + token.at_target : 0.0f;
     if (token.linear == 0)
-        piece_gradient<T, false>(token, row + start, gradient + start, count);
+        piece_gradient<T, G, false>(token, row + start, gradient + start, count);
     else
-        piece_gradient<T, true>(token, row + start, gradient + start, count);
+        piece_gradient<T, G, true>(token, row + start, gradient + start, count);
     if (has_target) from_float(at_target, gradient[target]);
 }
 
-template <class T>
+template <class G>
 inline void advise_huge_pages(const Logprobs& a, const View& gradient) {
     if (gradient.data != a.logits.data)
         cpu::advise_huge_pages(gradient.data,
-                               address<T>(gradient, a.rows - 1, a.steps - 1) + a.vocab);
+                               address<G>(gradient, a.rows - 1, a.steps - 1) + a.vocab);
+}
+
+// use(logit, gradient), null pointers of their types: those of float32 logits may have 16 bits.
+template <class Use>
+inline void with_types(const View& logits, const View& gradient, Use use) {
+    BFloat16* const bfloat16 = nullptr;
+    Float16* const float16 = nullptr;
+    float* const float32 = nullptr;
+    if (logits.dtype == kBFloat16) return use(bfloat16, bfloat16);
+    if (logits.dtype == kFloat16) return use(float16, float16);
+    switch (gradient.dtype) {
+        case kBFloat16: return use(float32, bfloat16);
+        case kFloat16: return use(float32, float16);
+        default: return use(float32, float32);
+    }
 }
 
 }  // namespace warpo::cpu::WARPO_ISA

@@ -7,13 +7,13 @@ namespace {
 
 constexpr int64_t kPiece = 32768;  // of a row: the unit of work of a thread
 
-template <class T>
+template <class T, class G>
 void backward_piece(const Logprobs& a, const LogprobsBackward& g, int64_t b, int64_t t,
                     int64_t start) {
     const int64_t left = a.vocab - start, count = left < kPiece ? left : kPiece;
     const T* logits = address<T>(a.logits, b, t);
-    T* gradient = address<T>(g.grad_logits, b, t);
-    T* out = gradient + start;
+    G* gradient = address<G>(g.grad_logits, b, t);
+    G* out = gradient + start;
     const int64_t target = *address<int64_t>(a.targets, b, t);
     if (!element<uint8_t>(a.mask, b, t, 1) || target == a.ignore_index)
         return fill(out, count, 0.0f);
@@ -30,16 +30,16 @@ void backward_piece(const Logprobs& a, const LogprobsBackward& g, int64_t b, int
                 logits, gradient, start, count, target);
 }
 
-template <class T>
+template <class T, class G>
 void backward(const Logprobs& a, const LogprobsBackward& g) {
-    advise_huge_pages<T>(a, g.grad_logits);
+    advise_huge_pages<G>(a, g.grad_logits);
     const int64_t pieces = (a.vocab + kPiece - 1) / kPiece;
     const int64_t units = a.rows * a.steps * pieces;
     const int64_t grain = 1 + kParallelWork / (a.vocab + 1);
 #pragma omp parallel for schedule(dynamic, grain) if (a.rows * a.steps * a.vocab >= kParallelWork)
     for (int64_t unit = 0; unit < units; ++unit) {
         const int64_t token = unit / pieces;
-        backward_piece<T>(a, g, token / a.steps, token % a.steps, unit % pieces * kPiece);
+        backward_piece<T, G>(a, g, token / a.steps, token % a.steps, unit % pieces * kPiece);
     }
 }
 
@@ -47,11 +47,9 @@ void backward(const Logprobs& a, const LogprobsBackward& g) {
 
 void logprobs_backward(const LogprobsBackward& g) {
     const Logprobs& a = g.forward;
-    switch (a.logits.dtype) {
-        case kFloat32: return backward<float>(a, g);
-        case kBFloat16: return backward<BFloat16>(a, g);
-        default: return backward<Float16>(a, g);
-    }
+    with_types(a.logits, g.grad_logits, [&](auto* logit, auto* gradient) {
+        backward<std::decay_t<decltype(*logit)>, std::decay_t<decltype(*gradient)>>(a, g);
+    });
 }
 
 }  // namespace warpo::cpu::WARPO_ISA

@@ -16,11 +16,11 @@ float load_if_present(const View& view, int64_t b, int64_t t) {
     return view.data ? load_one(view, b, t) : 0.0f;
 }
 
-template <class T>
+template <class T, class G>
 void one_token(const PolicyLossFromLogits& a, int64_t b, int64_t t, bool split) {
     const Logprobs& forward = a.forward;
     const TokenLogprob token = read_token<T, true>(forward, b, t, in_a_sequence(a, t), split);
-    T* gradient = address<T>(a.grad_logits, b, t);
+    G* gradient = address<G>(a.grad_logits, b, t);
     if (!token.read || token.log_sum != token.log_sum)
         return fill(gradient, forward.vocab, token.log_sum);  // 0 or NaN
 
@@ -45,17 +45,17 @@ void one_token(const PolicyLossFromLogits& a, int64_t b, int64_t t, bool split) 
     }
 }
 
-template <class T>
+template <class T, class G>
 void all_tokens(const PolicyLossFromLogits& a) {
     const Logprobs& forward = a.forward;
-    advise_huge_pages<T>(forward, a.grad_logits);
+    advise_huge_pages<G>(forward, a.grad_logits);
     const int64_t tokens = forward.rows * forward.steps;
     const bool split = splits_rows(forward);
     const int64_t grain = 1 + kParallelWork / (forward.vocab + 1);
     const bool parallel = !split && tokens * forward.vocab >= kParallelWork;
 #pragma omp parallel for schedule(dynamic, grain) if (parallel)
     for (int64_t token = 0; token < tokens; ++token)
-        one_token<T>(a, token / forward.steps, token % forward.steps, split);
+        one_token<T, G>(a, token / forward.steps, token % forward.steps, split);
 }
 
 template <class T>
@@ -72,11 +72,9 @@ void scale(const ScaleGradient& a) {
 }  // namespace
 
 void policy_loss_from_logits(const PolicyLossFromLogits& a) {
-    switch (a.forward.logits.dtype) {
-        case kFloat32: return all_tokens<float>(a);
-        case kBFloat16: return all_tokens<BFloat16>(a);
-        default: return all_tokens<Float16>(a);
-    }
+    with_types(a.forward.logits, a.grad_logits, [&](auto* logit, auto* gradient) {
+        all_tokens<std::decay_t<decltype(*logit)>, std::decay_t<decltype(*gradient)>>(a);
+    });
 }
 
 void scale_gradient(const ScaleGradient& a) {

@@ -6,6 +6,8 @@ and CUDA on the GPU.
 
 import importlib.util
 import os
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -34,6 +36,39 @@ each_backend_slow_triton = pytest.mark.parametrize(
 def dtypes(backend: str) -> tuple[torch.dtype, ...]:
     """Triton's interpreter truncates where a GPU rounds, so it is held to float32 alone."""
     return (torch.float32,) if DEVICE == "cpu" and backend == "triton" else DTYPES
+
+
+def roundings(backend: str) -> tuple[torch.dtype, ...]:
+    """Dtypes of 16 bits to which it rounds float32."""
+    return (torch.float16,) if DEVICE == "cpu" and backend == "triton" else DTYPES[1:]
+
+
+def last_arguments(module: ModuleType, operation: str, monkeypatch: pytest.MonkeyPatch) -> list:
+    """Fills with what a module hands to an operation of its backend, call by call."""
+    load, seen = module.dispatch.load, []
+
+    def recording(name: str) -> Any:
+        kernels = load(name)
+
+        def record(arguments: Any) -> None:
+            seen.append(arguments)
+            getattr(kernels, operation)(arguments)
+
+        class Recording:
+            def __getattr__(self, name: str) -> Any:
+                return record if name == operation else getattr(kernels, name)
+
+        return Recording()
+
+    monkeypatch.setattr(module.dispatch, "load", recording)
+    return seen
+
+
+def apart(like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Of its shape, between NaN, with rows that are further apart than they are long."""
+    *lead, columns = like.shape
+    wide = torch.full((*lead, columns + 8 + -columns % 8), torch.nan, dtype=dtype, device=DEVICE)
+    return wide[..., :columns]
 
 
 def examples(backend: str, number: int) -> int:

@@ -2,6 +2,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,11 +13,13 @@ from torch import Tensor
 from tests.kernels.backends import (
     BACKENDS,
     DEVICE,
+    DTYPES,
     dtypes,
     each_backend,
     each_backend_slow_triton,
     examples,
 )
+from tests.kernels.gpu_products import as_on_a_gpu
 from tests.kernels.opcheck import opcheck
 from tests.oracles import linear_logprobs as oracle
 from tests.tolerance import (
@@ -25,13 +28,15 @@ from tests.tolerance import (
     HEAD_LOGIT_ROUNDING,
     LOGPROB_ABSOLUTE,
     LOGPROB_RELATIVE,
+    ROUNDING,
     assert_close,
     assert_same_product,
     head_gradient,
 )
 from warpo.bench.timing import peak_bytes
-from warpo.kernels import _linear_head, ops, reference
+from warpo.kernels import _linear_head, _linear_head_plan, ops, reference
 from warpo.kernels._linear_logprobs_operator import LinearLogprobsInputs, linear_logprobs_operator
+from warpo.kernels._matrix_product import own_product
 
 WORKER = Path(__file__).with_name("linear_logprobs_worker.py")
 
@@ -41,14 +46,14 @@ def leaf(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | No
 
 
 @st.composite
-def cases(draw, backend: str):
+def cases(draw, backend: str, dtype: torch.dtype | None = None):
     """Hidden states with NaN where nobody may look, and every option."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     random = partial(torch.randn, generator=generator)
     lead = draw(st.sampled_from([(), (0,), (7,), (3, 5), (2, 9)]))
     vocab = draw(st.sampled_from([1, 2, 33, 257, 1000]))
     size = draw(st.sampled_from([1, 3, 16, 40]))
-    dtype = draw(st.sampled_from(dtypes(backend)))
+    dtype = dtype or draw(st.sampled_from(dtypes(backend)))
     hidden, weight = random(*lead, size), random(vocab, size)
     bias = random(vocab) if draw(st.booleans()) else None
     targets = torch.randint(0, vocab, lead, generator=generator)
@@ -98,39 +103,60 @@ def exactly(hidden, weight, bias, targets, options, grads):
     return results, [None if x is None else x.grad for x in leaves]
 
 
+def check_values_and_gradients(case, backend: str, gradient_absolute: float) -> None:
+    """Against float64; gradient_absolute: for a gradient whose largest element is 1."""
+    hidden, weight, bias, targets, options, grads = case
+    wanted, wanted_grads = exactly(*case)
+    leaves = [leaf(x) for x in (hidden, weight, bias)]
+    arguments = (*leaves[:2], targets)
+    results = ops.linear_logprobs_and_entropy(
+        *arguments, bias=leaves[2], **options, backend=backend
+    )
+    alone = ops.linear_logprobs(*arguments, bias=leaves[2], **options, backend=backend)
+    assert torch.equal(alone, results.logprobs)
+    for name, actual, exact in zip(("logp", "entropy"), results, wanted, strict=True):
+        assert_close(
+            actual,
+            exact,
+            what=name,
+            relative=10 * LOGPROB_RELATIVE,
+            absolute=LOGPROB_ABSOLUTE + HEAD_LOGIT_ROUNDING * hidden.shape[-1],
+        )
+    torch.autograd.backward(results, grads)
+    for name, x, exact in zip(("hidden", "weight", "bias"), leaves, wanted_grads, strict=True):
+        if x is not None:
+            scale = exact.abs().max().item() if exact.numel() else 0.0
+            assert_close(
+                x.grad,
+                exact,
+                what=f"gradient of {name}",
+                relative=GRADIENT_RELATIVE,
+                absolute=gradient_absolute * (1 + scale),
+            )
+
+
 @each_backend
 def test_values_and_gradients_equal_float64(backend):
     @settings(max_examples=examples(backend, 60), deadline=None)
     @given(cases(backend))
     def check(case):
-        hidden, weight, bias, targets, options, grads = case
-        wanted, wanted_grads = exactly(*case)
-        leaves = [leaf(x) for x in (hidden, weight, bias)]
-        arguments = (*leaves[:2], targets)
-        results = ops.linear_logprobs_and_entropy(
-            *arguments, bias=leaves[2], **options, backend=backend
-        )
-        alone = ops.linear_logprobs(*arguments, bias=leaves[2], **options, backend=backend)
-        assert torch.equal(alone, results.logprobs)
-        for name, actual, exact in zip(("logp", "entropy"), results, wanted, strict=True):
-            assert_close(
-                actual,
-                exact,
-                what=name,
-                relative=10 * LOGPROB_RELATIVE,
-                absolute=LOGPROB_ABSOLUTE + HEAD_LOGIT_ROUNDING * hidden.shape[-1],
-            )
-        torch.autograd.backward(results, grads)
-        for name, x, exact in zip(("hidden", "weight", "bias"), leaves, wanted_grads, strict=True):
-            if x is not None:
-                scale = exact.abs().max().item() if exact.numel() else 0.0
-                assert_close(
-                    x.grad,
-                    exact,
-                    what=f"gradient of {name}",
-                    relative=GRADIENT_RELATIVE,
-                    absolute=head_gradient(weight) * (1 + scale),
-                )
+        check_values_and_gradients(case, backend, head_gradient(case[1]))
+
+    check()
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="what the other tests show on a GPU")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_values_and_gradients_with_the_plan_of_a_gpu_equal_float64(dtype):
+    """Gradients of the logits in the dtype of the products, in blocks of chunks."""
+    # a softcap rounds them once more
+    absolute = HEAD_GRADIENT + (2 * ROUNDING[dtype] if dtype != torch.float32 else 0.0)
+
+    @settings(max_examples=60, deadline=None)
+    @given(cases("cpu", dtype), st.sampled_from([1, 2, 128]), st.sampled_from([1, 3, 1024]))
+    def check(case, tile, chunk):
+        with as_on_a_gpu(), patch.multiple(_linear_head_plan, TILE=tile, GPU_TOKENS=chunk):
+            check_values_and_gradients(case, "cpu", absolute)
 
     check()
 
@@ -171,7 +197,7 @@ def problem(dtype=torch.float32, tokens=64, vocab=301, size=24):
 def new_head(hidden: Tensor, weight: Tensor, room: int) -> _linear_head.LinearHead:
     valid = torch.ones(hidden.shape[0], dtype=torch.bool, device=DEVICE)
     return _linear_head.LinearHead(
-        hidden.detach()[None], weight.detach(), None, 0.0, valid, -1, room, True
+        hidden.detach()[None], weight.detach(), None, 0.0, valid, -1, room, True, gradients="over"
     )
 
 
@@ -184,7 +210,7 @@ def test_the_number_of_chunks_does_not_change_the_gradient_of_the_weight(backend
         # room for 64 / chunks tokens, with what the plan puts aside
         bytes_per_token = 4 * 301 + 8 * 24
         room = 64 // chunks * bytes_per_token + bytes_per_token // 2
-        converts = dtype != torch.float32 and _linear_head.own_product(weight) is None
+        converts = dtype != torch.float32 and own_product(weight) is None
         room = room * 8 // (6 if converts else 7) + 16
         assert len(new_head(hidden, weight, room).chunks()) == chunks
         logp = ops.linear_logprobs(hidden, weight, targets, workspace_bytes=room, backend=backend)
@@ -209,7 +235,9 @@ def test_gradients_are_summed_in_float32_and_rounded_once(dtype, room):
     head = new_head(hidden, weight, room)
     head.start_gradients([True, True, False])
     for start, stop in head.chunks():
-        head.add_gradients(start, stop, None, grad_logits[start:stop].clone())
+        given = grad_logits[start:stop].clone()
+        grad = head.grad_logits(start, stop, given)
+        head.add_gradients(start, stop, None, grad.copy_(given))
     exact = [x.detach().double() for x in (grad_logits, hidden, weight)]
     for actual, wanted in zip(
         head.gradients(), (exact[0] @ exact[2], exact[0].T @ exact[1]), strict=False

@@ -6,7 +6,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.kernels.backends import BACKENDS, DEVICE, dtypes, each_backend, examples, strided
+from tests.kernels.backends import (
+    BACKENDS,
+    DEVICE,
+    apart,
+    dtypes,
+    each_backend,
+    examples,
+    last_arguments,
+    roundings,
+    strided,
+)
 from tests.kernels.opcheck import opcheck
 from tests.tolerance import (
     GRADIENT_ABSOLUTE,
@@ -16,7 +26,7 @@ from tests.tolerance import (
     assert_close,
 )
 from warpo.kernels import _logprobs_operator as operator_module
-from warpo.kernels import ops, reference
+from warpo.kernels import dispatch, ops, reference
 from warpo.kernels._logprobs_operator import LogprobsInputs, logprobs_operator
 
 
@@ -293,6 +303,31 @@ def test_inplace_backward_overwrites_the_logits_and_refuses_a_second_backward(ba
     assert torch.equal(leaf.grad, plain.grad)
     with pytest.raises(RuntimeError, match="inplace_backward=False to go through the graph twice"):
         loss.backward()
+
+
+@each_backend
+@pytest.mark.parametrize("vocab", [7, 1000, 8193, 33000])
+def test_a_gradient_of_16_bits_is_that_of_float32_logits_rounded(backend, vocab, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 4, vocab, generator=generator).to(DEVICE)
+    logits[1, 2, 3], logits[1, 0, :5] = torch.nan, -torch.inf
+    logits.requires_grad_()
+    targets = torch.full((2, 4), 6, device=DEVICE)
+    targets[0, 0] = vocab
+    mask = torch.tensor([[1, 0, 1, 1], [1, 1, 1, 1]], dtype=torch.bool, device=DEVICE)
+    upstream = torch.randn(2, 2, 4, generator=generator).to(DEVICE)
+    upstream[:, 0, 3] = 0
+    seen = last_arguments(operator_module, "logprobs_backward", monkeypatch)
+    results = ops.logprobs_and_entropy(logits, targets, mask=mask, backend=backend)
+    torch.autograd.backward(results, list(upstream))
+    (wanted,) = seen
+    for dtype in roundings(backend):
+        gradient = apart(wanted.grad_logits, dtype)
+        dispatch.load(backend).logprobs_backward(wanted._replace(grad_logits=gradient))
+        rounded = wanted.grad_logits.to(dtype)
+        torch.testing.assert_close(gradient, rounded, rtol=0, atol=0, equal_nan=True)
+        assert gradient._base[..., vocab:].isnan().all()
+    assert rounded.isnan().any(-1).sum() == 2 and (rounded[0, 1] == 0).all()
 
 
 @each_backend

@@ -11,7 +11,7 @@ from torch import Tensor
 from tests.kernels.backends import DEVICE
 from tests.tolerance import assert_close
 from warpo.kernels._arguments.matrix_product import MatrixProductArguments
-from warpo.kernels._linear_head import OWN_PRODUCTS, own_product
+from warpo.kernels._matrix_product import OWN_PRODUCTS, own_product
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="a GPU has them from BLAS")
 each_dtype = pytest.mark.parametrize("dtype", OWN_PRODUCTS, ids=str)

@@ -1,13 +1,16 @@
+from unittest.mock import patch
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.kernels.backends import BACKENDS, DEVICE, dtypes, each_backend, examples
+from tests.kernels.backends import BACKENDS, DEVICE, DTYPES, dtypes, each_backend, examples
+from tests.kernels.gpu_products import as_on_a_gpu
 from tests.kernels.opcheck import opcheck
-from tests.tolerance import SUM_RELATIVE, assert_close, head_gradient
-from warpo.kernels import _linear_head, ops, reference
+from tests.tolerance import HEAD_GRADIENT, ROUNDING, SUM_RELATIVE, assert_close, head_gradient
+from warpo.kernels import _linear_head_plan, _matrix_product, ops, reference
 
 
 def problem(
@@ -92,64 +95,82 @@ def exactly(leaves, rest, objective, denominator: float, softcap: float | None):
     return loss, metrics, {k: x.grad for k, x in exact.items()}
 
 
+def check_loss_and_gradients(data, backend: str, dtype: torch.dtype, rounding: float) -> None:
+    """Against float64; rounding: of a gradient whose largest element is 1."""
+    choice = st.booleans()
+    softcap = data.draw(st.sampled_from([None, 4.0]))
+    leaves, rest = problem(
+        data.draw(st.integers(0, 2**31)), *(data.draw(choice) for _ in range(3)), dtype, softcap
+    )
+    name = data.draw(st.sampled_from(sorted(ops.OBJECTIVES)))
+    objective = ops.OBJECTIVES[name]
+    if data.draw(choice):
+        objective = objective.replace(entropy_coef=0.05)
+    if objective.correction != "none" and data.draw(choice):
+        objective = objective.replace(correction_nan="mask")
+        rest["sampler_logprobs"].view(-1)[::5] = torch.nan
+    result = ops.policy_loss_from_hidden(
+        leaves["hidden"],
+        leaves["weight"],
+        objective=objective,
+        bias=leaves["bias"],
+        softcap=softcap,
+        denominator=17.0,
+        workspace_bytes=3000,
+        backend=backend,
+        **rest,
+    )
+    wanted, metrics, gradients = exactly(leaves, rest, objective, 17.0, softcap)
+    assert_close(result.loss, wanted, relative=1e-4, absolute=1e-5, what="loss")
+    # counts of what a bound holds are exact: no ratio here lies within rounding of one
+    assert_close(result.metrics, metrics, relative=10 * SUM_RELATIVE, absolute=2e-4, what="metrics")
+    (2 * result.loss).backward()
+    for key, x in leaves.items():
+        scale = gradients[key].abs().max().item()
+        assert_close(
+            x.grad,
+            gradients[key],
+            relative=1e-4,
+            what=f"gradient of {key}",
+            absolute=4 * rounding * (0.1 + scale),
+        )
+
+
 @each_backend
 def test_loss_and_gradients_of_every_objective_equal_float64(backend):
     @settings(max_examples=examples(backend, 100), deadline=None)
-    @given(st.data())
-    def check(data):
-        choice = st.booleans()
-        dtype = data.draw(st.sampled_from(dtypes(backend)[:2]))
-        softcap = data.draw(st.sampled_from([None, 4.0]))
-        leaves, rest = problem(
-            data.draw(st.integers(0, 2**31)), *(data.draw(choice) for _ in range(3)), dtype, softcap
-        )
-        name = data.draw(st.sampled_from(sorted(ops.OBJECTIVES)))
-        objective = ops.OBJECTIVES[name]
-        if data.draw(choice):
-            objective = objective.replace(entropy_coef=0.05)
-        if objective.correction != "none" and data.draw(choice):
-            objective = objective.replace(correction_nan="mask")
-            rest["sampler_logprobs"].view(-1)[::5] = torch.nan
-        result = ops.policy_loss_from_hidden(
-            leaves["hidden"],
-            leaves["weight"],
-            objective=objective,
-            bias=leaves["bias"],
-            softcap=softcap,
-            denominator=17.0,
-            workspace_bytes=3000,
-            backend=backend,
-            **rest,
-        )
-        wanted, metrics, gradients = exactly(leaves, rest, objective, 17.0, softcap)
-        assert_close(result.loss, wanted, relative=1e-4, absolute=1e-5, what="loss")
-        # counts of what a bound holds are exact: no ratio here lies within rounding of one
-        assert_close(
-            result.metrics, metrics, relative=10 * SUM_RELATIVE, absolute=2e-4, what="metrics"
-        )
-        (2 * result.loss).backward()
-        for key, x in leaves.items():
-            scale = gradients[key].abs().max().item()
-            assert_close(
-                x.grad,
-                gradients[key],
-                relative=1e-4,
-                what=f"gradient of {key}",
-                absolute=4 * head_gradient(leaves["weight"]) * (0.1 + scale),
-            )
+    @given(st.data(), st.sampled_from(dtypes(backend)[:2]))
+    def check(data, dtype):
+        rounding = head_gradient(torch.empty(0, dtype=dtype, device=DEVICE))
+        check_loss_and_gradients(data, backend, dtype, rounding)
+
+    check()
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="what the other tests show on a GPU")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_loss_and_gradients_with_the_plan_of_a_gpu_equal_float64(dtype):
+    """Gradients of the logits in the dtype of the products, in blocks of chunks."""
+    rounding = HEAD_GRADIENT + (ROUNDING[dtype] if dtype != torch.float32 else 0.0)
+
+    @settings(max_examples=60, deadline=None)
+    @given(st.data(), st.sampled_from([1, 2, 128]), st.sampled_from([1, 3, 1024]))
+    def check(data, tile, chunk):
+        with as_on_a_gpu(), patch.multiple(_linear_head_plan, TILE=tile, GPU_TOKENS=chunk):
+            check_loss_and_gradients(data, "cpu", dtype, rounding)
 
     check()
 
 
 @pytest.mark.parametrize("backend", BACKENDS[:1])
 def test_three_matrix_products_where_a_token_knows_its_coefficient(backend, monkeypatch):
-    multiply, calls = _linear_head._multiply, []
+    multiply, calls = _matrix_product.multiply, []
 
     def counted(*arguments, **options):
         calls.append(arguments)
         multiply(*arguments, **options)
 
-    monkeypatch.setattr(_linear_head, "_multiply", counted)
+    monkeypatch.setattr(_matrix_product, "multiply", counted)
     cases = (
         ("grpo", True, None, 3),
         ("gspo", False, None, 3),

@@ -7,7 +7,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.kernels.backends import BACKENDS, DEVICE, dtypes, each_backend, examples, strided
+from tests.kernels.backends import (
+    BACKENDS,
+    DEVICE,
+    apart,
+    dtypes,
+    each_backend,
+    examples,
+    last_arguments,
+    roundings,
+    strided,
+)
 from tests.kernels.opcheck import opcheck
 from tests.kernels.policy_loss_cases import exact_loss, near_a_bound, objectives
 from tests.tolerance import (
@@ -18,7 +28,8 @@ from tests.tolerance import (
     SUM_RELATIVE,
     assert_close,
 )
-from warpo.kernels import ops, reference
+from warpo.kernels import _policy_loss_from_logits as operator_module
+from warpo.kernels import dispatch, ops, reference
 from warpo.kernels._arguments.policy_loss import KlPenaltyArguments
 from warpo.kernels._policy_loss_from_logits import PolicyLossFromLogitsInputs, _operator
 from warpo.kernels.objectives import OBJECTIVES, Objective
@@ -223,6 +234,33 @@ def test_inplace_has_the_same_bits_and_no_second_backward(backend, objective):
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="to go through the graph twice"):
         loss.backward()
+
+
+@each_backend
+@pytest.mark.parametrize("vocab", [7, 1000, 8193])
+def test_a_gradient_of_16_bits_is_that_of_float32_logits_rounded(backend, vocab, monkeypatch):
+    given = arguments(vocab=vocab)
+    given["logits"][1, 2, 3], given["logits"][2, 0, :5] = torch.nan, -torch.inf
+    given["targets"][0, 0], given["targets"][2, 0] = -1, 6
+    mask = torch.ones(3, 4, dtype=torch.bool, device=DEVICE)
+    mask[0, 1] = False
+    seen = last_arguments(operator_module, "policy_loss_from_logits", monkeypatch)
+    objective = OBJECTIVES["grpo"].replace(entropy_coef=0.1)
+    run(backend, objective, mask=mask, **given)
+    (wanted,) = seen
+    for dtype in roundings(backend):
+        gradient = apart(wanted.grad_logits, dtype)
+        logprobs = torch.empty_like(wanted.forward.logprobs)
+        forward = wanted.forward._replace(logprobs=logprobs)
+        launch = wanted._replace(forward=forward, grad_logits=gradient)
+        dispatch.load(backend).policy_loss_from_logits(launch)
+        rounded = wanted.grad_logits.to(dtype)
+        torch.testing.assert_close(gradient, rounded, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(
+            logprobs, wanted.forward.logprobs, rtol=0, atol=0, equal_nan=True
+        )
+        assert gradient._base[..., vocab:].isnan().all()
+    assert rounded.isnan().any(-1).sum() == 2 and (rounded[0, 1] == 0).all()
 
 
 @each_backend

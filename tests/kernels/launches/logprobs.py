@@ -15,7 +15,12 @@ ALIGNED_VOCAB, ODD_VOCAB = 8192 + 512, 8191
 
 
 def logprobs(
-    dtype: torch.dtype, vocab: int, full: bool, tokens: int = 4, temperature: float = 0.7
+    dtype: torch.dtype,
+    vocab: int,
+    full: bool,
+    tokens: int = 4,
+    temperature: float = 0.7,
+    gradient_dtype: torch.dtype | None = None,
 ) -> None:
     from warpo.kernels import _triton
 
@@ -44,7 +49,7 @@ def logprobs(
         forward=forward,
         grad_logprobs=row,
         grad_entropy=entropy,
-        grad_logits=torch.empty_like(logits),
+        grad_logits=torch.empty_like(logits, dtype=gradient_dtype),
     )
     _triton.logprobs_backward(backward)
 
@@ -55,6 +60,8 @@ def configurations(all_of_them: bool) -> Iterator[Launch]:
             for full in (False, True) if all_of_them else (True,):
                 label = f"{short} {alignment}{' entropy mask' if full else ''}"
                 yield label, partial(logprobs, dtype, vocab, full)
+    rounding = partial(logprobs, torch.float32, gradient_dtype=torch.bfloat16)
+    yield "f32, gradients of bf16", partial(rounding, ALIGNED_VOCAB, True)
 
 
 def variations() -> Iterator[Callable[[], None]]:

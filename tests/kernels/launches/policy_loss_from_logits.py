@@ -24,6 +24,7 @@ def policy_loss_from_logits(
     surrogate: int = 0,
     tokens: int = 4,
     number: float = 0.7,
+    gradient_dtype: torch.dtype | None = None,
 ) -> None:
     """full: with all optional tensors, correction, KL and entropy bonus."""
     from warpo.kernels import _triton
@@ -76,7 +77,7 @@ def policy_loss_from_logits(
         sampler_logprobs=optional,
         valid_tokens=optional,
         denominator=scalar,
-        grad_logits=torch.empty_like(logits),
+        grad_logits=torch.empty_like(logits, dtype=gradient_dtype),
     )
     _triton.policy_loss_from_logits(arguments)
     scale = ScaleGradientArguments(
@@ -91,6 +92,8 @@ def configurations(all_of_them: bool) -> Iterator[Launch]:
             for full in (False, True) if all_of_them else (True,):
                 label = f"{short} {alignment}{' all' if full else ''}"
                 yield label, partial(policy_loss_from_logits, dtype, vocab, full)
+    rounding = partial(policy_loss_from_logits, torch.float32, gradient_dtype=torch.bfloat16)
+    yield "f32, gradients of bf16", partial(rounding, ALIGNED_VOCAB, True)
     if all_of_them:
         for surrogate in range(1, 8):
             launch = partial(
