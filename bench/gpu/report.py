@@ -10,6 +10,10 @@ from warpo.bench.report.rows import Row, is_ours, size, timed
 
 SHOWN = 15  # of what failed
 COLUMNS = ("cuda", "triton", "cpu", "eager", "compile")
+COUNTERS = (
+    *("us", "read_bytes", "written_bytes", "l2_hit_percent", "occupancy_percent"),
+    *("dram_percent", "registers"),
+)
 
 
 def text(out: Path) -> str:
@@ -76,12 +80,10 @@ def variants(bench: Sequence[Row]) -> str:
 
 
 def counters(rows: Sequence[Row]) -> str:
-    names = ("us", "read_bytes", "written_bytes", "l2_hit_percent", "occupancy_percent")
-    names += ("dram_percent", "registers")
-    lines = [["kernel", *names]]
+    lines = [["kernel", *COUNTERS]]
     for row in rows:
         if row["row"] == "ncu":
-            lines.append([row["kernel"][:50], *(_number(row.get(name)) for name in names)])
+            lines.append([row["kernel"][:50], *(_number(row.get(name)) for name in COUNTERS)])
     return aligned(lines, 1) if len(lines) > 1 else ""
 
 

@@ -15,8 +15,6 @@ from warpo.bench.gpu.results import LOG, record
 
 # Between the signal that a program can answer and the one that it cannot.
 GRACE_S = 2.0
-# With less than this a program would do nothing but start.
-LEAST_S = 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +73,7 @@ class Runner:
 
     def _step(self, step: Step) -> bool:
         limit_s = min(step.limit_s, self._left_s())
-        if limit_s < min(LEAST_S, step.limit_s):
+        if limit_s <= 0:
             return self._ended(step, "not run: no time left", 0.0)
         start = time.monotonic()
         status = self._status(step, limit_s)
@@ -92,7 +90,7 @@ class Runner:
         try:
             process.wait(limit_s)
         except subprocess.TimeoutExpired:
-            return f"ended at its limit of {limit_s:.0f} s"
+            return f"ended at its limit of {limit_s:.3g} s"
         finally:
             end(process)
         with self._lock:

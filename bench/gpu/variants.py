@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -93,7 +93,7 @@ def optimizer(plan: Plan) -> Iterator[Row]:
             master.grad = gradient.float()
         nn.utils.clip_grad_norm_(masters, 1.0)
         theirs.step()
-        torch._foreach_copy_(weights, masters)
+        torch._foreach_copy_(list[Tensor](weights), list[Tensor](masters))
 
     total = sum(weight.numel() for weight in weights)
     # as of adamw_publish, and the gradient once more for its norm
@@ -120,19 +120,26 @@ def attention(plan: Plan) -> Iterator[Row]:
 
     packed = [leaf(1, count, batch * length, width) for count in (heads, kv, kv)]
     padded = [leaf(batch, count, length, width) for count in (heads, kv, kv)]
+    causal = Mask(cast(Callable[..., Tensor], causal_mask_function), None)
 
     def ours() -> None:
+        query, key, value = packed
         out, _ = packed_attention(
             nn.Module(),
-            *packed,
-            Mask(causal_mask_function, None),
+            query,
+            key,
+            value,
+            causal,
             gather_index=places.view(batch, length),
             scatter_index=places,
         )
         torch.autograd.grad(out.sum(), packed)
 
     def eager() -> None:
-        out = functional.scaled_dot_product_attention(*padded, is_causal=True, enable_gqa=True)
+        query, key, value = padded
+        out = functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, enable_gqa=True
+        )
         torch.autograd.grad(out.sum(), padded)
 
     # two products forward and five backward, over the half that the causal mask leaves
@@ -140,7 +147,7 @@ def attention(plan: Plan) -> Iterator[Row]:
         read=sum(x.nbytes for x in packed), flops=7 * batch * heads * length * length * width
     )
     sizes = {"sequences": batch, "steps": length, "heads": heads}
-    calls = {plan.device: ours, "eager": eager}
+    calls: dict[str, Call] = {plan.device: ours, "eager": eager}
     yield from _timed(plan, "packed attention", sizes, calls, work, mode="fwd+bwd")
 
 
