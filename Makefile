@@ -14,7 +14,13 @@
 #              undefined-behaviour sanitizers
 # make torture environment, build, then attacks: damaged configs, data and checkpoints, hostile rewards,
 #              runs killed at any moment; prints how many were survived
-# make gpu     on a CUDA machine that has torch: build, tests on CUDA, timings as JSON in OUT
+# make gpu     on a CUDA machine that has torch, in at most 8 minutes: versions, build for this GPU
+#              alone, smoke test, times beside goals, hardware counters, tests on CUDA, training end to
+#              end; all of it in OUT as it is measured
+# make gpu-sanitize  after it, in at most 200 seconds: compute-sanitizer's tools beside the tests of
+#              the Triton kernels, then the goals with longer timings, in OUT/sanitize
+# make gpu-wheels    here, for a CUDA machine without a network: the wheels that `make gpu` needs there
+#              beside torch and transformers, in .wheels, to be carried to it
 PYTHON ?= python3
 PIP_FLAGS ?=
 OUT ?= bench/results/latest
@@ -26,7 +32,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: train test test-integrations test-upstream bench bench-train bench-control bench-dropin peers gpu sanitize torture lint types clean
+.PHONY: train test test-integrations test-upstream bench bench-train bench-control bench-dropin peers gpu gpu-sanitize gpu-wheels links sanitize torture lint types clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/built
@@ -83,28 +89,31 @@ peers: $(PEERS:%=.peers/%/built)
 	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --no-deps --no-build-isolation --target $(@D)/site-packages $(PIP_FLAGS) -r $<
 	touch $@
 
-# Timings are taken even where a test fails: time on a GPU is scarce. Tests share the cores, since
-# most of their time is Triton's compiler.
-gpu:
-	@$(PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make gpu needs a CUDA device that torch sees; on this machine use make test")'
-	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable .
-	mkdir -p $(OUT)
-	status=0; \
-	WARPO_TEST_DEVICE=cuda $(PYTHON) -m pytest tests/kernels -q --junitxml=$(OUT)/tests.xml \
-	    $$($(PYTHON) -c 'import xdist' 2>/dev/null && printf -- '-n 8 --dist loadfile') || status=1; \
-	$(PYTHON) -m warpo.bench --device cuda --shapes h200 --quick --out $(OUT) || status=1; \
-	$(PYTHON) -m warpo.bench logprobs policy_loss policy_loss_from_logits --device cuda --shapes h200 \
-	    --quick --compile --out $(OUT)/compile || status=1; \
-	exit $$status
+# Without an installation, which a read-only environment would refuse: `warpo` is the folder of links.
+GPU_PYTHON ?= 3.12
+GPU_RUN = PYTHONPATH=$(CURDIR)/.typing:$$PYTHONPATH $(PYTHON) -m warpo.bench.gpu
+gpu: links
+	$(GPU_RUN) --out $(OUT)
+
+gpu-sanitize: links
+	$(GPU_RUN) sanitize --out $(OUT)
+
+gpu-wheels:
+	rm -rf .wheels
+	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --python-version $(GPU_PYTHON) \
+	    --implementation cp --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 \
+	    --dest .wheels $(PIP_FLAGS) --requirement bench/gpu/requirements.txt
 
 lint: $(VENV)/built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# mypy does not see the mapping of folders to packages that setup.py makes
-types: $(VENV)/built
+# The mapping of folders to packages that setup.py makes, for who does not see that.
+links:
 	mkdir -p .typing/warpo
 	for folder in kernels engine bench; do ln -sfn ../../$$folder .typing/warpo/$$folder; done
+
+types: $(VENV)/built links
 	MYPYPATH=.typing $(BIN)/mypy --namespace-packages --explicit-package-bases -p warpo.kernels -p warpo.engine -p warpo.bench -m examples.arithmetic
 
 clean:

@@ -27,6 +27,7 @@ COMMANDS = {
     "train": "warpo.bench.train.__main__",
     "dropin": "warpo.bench.dropin.__main__",
     "control": "warpo.bench.control.__main__",
+    "gpu": "warpo.bench.gpu.__main__",
 }
 BUDGET_S = {"quick": 0.06, "laptop": 0.5, "h200": 0.3}
 
@@ -43,6 +44,7 @@ most, measured in the same run. A provider that is wrong against float64 gets no
     warpo bench train                              # a GRPO step against TRL's; weight sync; scaling
     warpo bench dropin                             # what trl.patch() and others replace, against it
     warpo bench control                            # SAC and PPO against Stable-Baselines3
+    warpo bench gpu                                # on a GPU: goals, counters, tests, training
 
 OUT gets bench.jsonl, plots as PNG, and index.html, one page with all of it. Ctrl-C ends the run and
 keeps what was measured.

@@ -79,8 +79,17 @@ def _eager_linear(inputs: Inputs) -> Tensor:
     return logp.gather(-1, inputs["targets"][:, None])[:, 0]
 
 
+def _eager_with_entropy(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    logp = functional.linear(inputs["hidden"], inputs["weight"]).float().log_softmax(-1)
+    return logp.gather(-1, inputs["targets"][:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+
+
 def _exact_linear(inputs: Inputs) -> Tensor:
-    return reference.linear_logprobs(inputs["hidden"], inputs["weight"], inputs["targets"])[0]
+    return _exact_with_entropy(inputs)[0]
+
+
+def _exact_with_entropy(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    return reference.linear_logprobs(inputs["hidden"], inputs["weight"], inputs["targets"])
 
 
 def _logits_twice(inputs: Inputs) -> Tensor:
@@ -237,6 +246,18 @@ OPERATIONS = (
             "verl": Provider(load=_verl_linear),
         },
         # forward one product; backward those of both gradients
+        work=_products(1, 2),
+    ),
+    Operation(
+        name="linear_logprobs_and_entropy",
+        **_HEAD,
+        make=_hidden,
+        part=_rows(4),
+        ours=lambda inputs, backend: ops.linear_logprobs_and_entropy(
+            inputs["hidden"], inputs["weight"], inputs["targets"], backend=backend
+        ),
+        eager=_eager_with_entropy,
+        exact=_exact_with_entropy,
         work=_products(1, 2),
     ),
     Operation(
