@@ -84,19 +84,20 @@ __global__ void finish_kernel(const Logprobs a, int chunks) {
     if (lane == 0) finish_token(a, blockIdx.x, state, chosen);
 }
 
-template <int kDType, bool kEntropy>
+template <int kDType, int kOutDType, bool kEntropy>
 __global__ __launch_bounds__(kBackwardThreads, 6) void backward_kernel(const LogprobsBackward b,
                                                                        int chunks) {
     const Logprobs& a = b.forward;
-    using E = Element<kDType>;
+    using Out = Element<kOutDType>;
     const unsigned index = blockIdx.x / static_cast<unsigned>(chunks);
     const int chunk = static_cast<int>(blockIdx.x % static_cast<unsigned>(chunks));
     const Token token = load_token(a, index);
     const int vocab = static_cast<int>(a.vocab);
-    typename E::Bits* gradient = row_of<kDType>(b.grad_logits, token);
-    const Columns own = own_columns<kDType, kBackwardThreads>(gradient, vocab, chunk);
+    typename Out::Bits* gradient = row_of<kOutDType>(b.grad_logits, token);
+    const Columns own = own_columns<kDType, kOutDType, kBackwardThreads>(gradient, vocab, chunk);
     if (!token.valid || !token.in_range) {
-        fill_columns<kDType, kBackwardThreads>(gradient, own, token.valid ? E::kNaN : 0u);
+        fill_columns<kDType, kOutDType, kBackwardThreads>(gradient, own,
+                                                          token.valid ? Out::kNaN : 0u);
         return;
     }
     const float2 stats = reinterpret_cast<const float2*>(a.stats)[index];
@@ -106,13 +107,13 @@ __global__ __launch_bounds__(kBackwardThreads, 6) void backward_kernel(const Log
         kEntropy ? load_float32(b.grad_entropy, token.row, token.step) : 0.0f;
     // A row of weight 0 is not read, unless its gradient is NaN: 0 times a NaN probability.
     if (grad_logp == 0.0f && grad_entropy == 0.0f && isfinite(stats.x) && isfinite(stats.y)) {
-        fill_columns<kDType, kBackwardThreads>(gradient, own, 0u);
+        fill_columns<kDType, kOutDType, kBackwardThreads>(gradient, own, 0u);
         return;
     }
     const float entropy = kEntropy ? load_float32(a.entropy, token.row, token.step) : 0.0f;
     const SoftmaxGradient g = softmax_gradient(stats.x, stats.y, load_temperature(a, token),
                                                grad_logp, entropy, grad_entropy);
-    write_columns<kDType, kBackwardThreads, kEntropy>(
+    write_columns<kDType, kOutDType, kBackwardThreads, kEntropy>(
         row_of<kDType>(a.logits, token), gradient, own, g, vocab, static_cast<int>(token.target));
 }
 
@@ -136,13 +137,13 @@ void forward(const Logprobs& a, Stream stream) {
     forward<kDType, false>(a, stream);
 }
 
-template <int kDType>
+template <int kDType, int kOutDType>
 void backward(const LogprobsBackward& b, Stream stream) {
     const Logprobs& a = b.forward;
     const int64_t columns = int64_t{kLoads} * kBackwardThreads * Element<kDType>::kPerVector;
     const int chunks = static_cast<int>((a.vocab + columns - 1) / columns);
-    const auto kernel =
-        b.grad_entropy.data ? backward_kernel<kDType, true> : backward_kernel<kDType, false>;
+    const auto kernel = b.grad_entropy.data ? backward_kernel<kDType, kOutDType, true>
+                                            : backward_kernel<kDType, kOutDType, false>;
     launch("logprobs_backward", stream, a.rows * a.steps * chunks, kBackwardThreads, kernel, b,
            chunks);
 }
@@ -166,9 +167,13 @@ void logprobs_backward(const LogprobsBackward& b, Stream stream) {
     check_sizes(a, "logprobs_backward");
     if (a.rows * a.steps == 0) return;
     switch (a.logits.dtype) {
-        case kBFloat16: return backward<kBFloat16>(b, stream);
-        case kFloat16: return backward<kFloat16>(b, stream);
-        default: return backward<kFloat32>(b, stream);
+        case kBFloat16: return backward<kBFloat16, kBFloat16>(b, stream);
+        case kFloat16: return backward<kFloat16, kFloat16>(b, stream);
+    }
+    switch (b.grad_logits.dtype) {
+        case kBFloat16: return backward<kFloat32, kBFloat16>(b, stream);
+        case kFloat16: return backward<kFloat32, kFloat16>(b, stream);
+        default: return backward<kFloat32, kFloat32>(b, stream);
     }
 }
 
