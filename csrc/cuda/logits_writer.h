@@ -110,24 +110,23 @@ __device__ __forceinline__ void load_columns(uint4 (&v)[kVectors],
     }
 }
 
-// Every element is read by the thread that writes it, before it does: gradients may be the logits.
-template <int kDType, int kOutDType, int kThreads, bool kEntropy, int kVectors = kLoads>
-__device__ __forceinline__ void write_columns(const typename Element<kDType>::Bits* row,
+// Of loaded vectors.
+template <int kDType, int kOutDType, int kThreads, bool kEntropy, int kVectors>
+__device__ __forceinline__ void store_columns(const uint4 (&v)[kVectors],
+                                              const typename Element<kDType>::Bits* row,
                                               typename Element<kOutDType>::Bits* gradient,
                                               const Columns& own, const SoftmaxGradient& g,
-                                              int vocab, int target) {
+                                              int target) {
     constexpr int kPerVector = Element<kDType>::kPerVector, kStride = kThreads * kPerVector;
-    uint4 v[kVectors];
-    load_columns<kDType, kThreads>(v, row, own, vocab);
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) {
         const int column = own.first + k * kStride;
         if (column >= own.end) break;
         // One vector of a row holds the target: the others skip the comparisons.
-        auto out = gradient_vector<kDType, kOutDType, kEntropy>(g, v[k], -1);
         const int place = target - column;
-        if (place >= 0 && place < kPerVector)
-            out = gradient_vector<kDType, kOutDType, kEntropy>(g, v[k], place);
+        const auto out = place >= 0 && place < kPerVector
+                             ? gradient_vector<kDType, kOutDType, kEntropy>(g, v[k], place)
+                             : gradient_vector<kDType, kOutDType, kEntropy>(g, v[k], -1);
         store_streaming(gradient + column, out);
     }
     if (own.single >= 0) {
@@ -136,6 +135,17 @@ __device__ __forceinline__ void write_columns(const typename Element<kDType>::Bi
             gradient_vector<kDType, kOutDType, kEntropy>(g, word, target == own.single ? 0 : -1);
         gradient[own.single] = static_cast<typename Element<kOutDType>::Bits>(out.x);
     }
+}
+
+// Every element is read by the thread that writes it, before it does: gradients may be the logits.
+template <int kDType, int kOutDType, int kThreads, bool kEntropy>
+__device__ __forceinline__ void write_columns(const typename Element<kDType>::Bits* row,
+                                              typename Element<kOutDType>::Bits* gradient,
+                                              const Columns& own, const SoftmaxGradient& g,
+                                              int vocab, int target) {
+    uint4 v[kLoads];
+    load_columns<kDType, kThreads>(v, row, own, vocab);
+    store_columns<kDType, kOutDType, kThreads, kEntropy>(v, row, gradient, own, g, target);
 }
 
 }  // namespace warpo::cuda
