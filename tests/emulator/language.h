@@ -80,7 +80,10 @@ inline struct ThreadIndices {
     emulator::ThreadIndex x;
 } threadIdx;
 
-inline void __syncthreads() { emulator::wait_as(emulator::kAtBlockBarrier); }
+inline void __syncthreads() {
+    emulator::fibers[emulator::current].fenced = false;
+    emulator::wait_as(emulator::kAtBlockBarrier);
+}
 inline void __syncwarp() { emulator::wait_as(emulator::kAtWarpBarrier); }
 
 template <typename T>
@@ -118,6 +121,18 @@ inline bool __any_sync(unsigned mask, bool vote) { return __ballot_sync(mask, vo
 
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
 inline int __clz(int bits) { return bits == 0 ? 32 : __builtin_clz(bits); }
+
+inline void __threadfence() { emulator::fibers[emulator::current].fenced = true; }
+
+// Only counts what other blocks read: without a fence since the last barrier they may not see it.
+inline unsigned atomicInc(unsigned* address, unsigned most) {
+    if (!emulator::fibers[emulator::current].fenced) {
+        emulator::fail("atomicInc without __threadfence between it and the barrier before");
+    }
+    const unsigned old = *address;
+    *address = old >= most ? 0 : old + 1;
+    return old;
+}
 
 inline int atomicAdd(int* address, int value) {
     const int old = *address;
