@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from warpo.kernels import dispatch, reference
-from warpo.kernels._arguments.preference_loss import KtoLossArguments
+from warpo.kernels._arguments.preference_loss import COMPLETION_SLICES, KtoLossArguments
 from warpo.kernels._checks import (
     FLOATS,
     as_rows,
@@ -105,7 +105,7 @@ def kto_loss(
     Raises:
         ValueError: a shape, dtype, device or option is not as above.
 
-    Memory beyond arguments and results: 4 bytes a token (the gradient) and 28 bytes an example.
+    Memory beyond arguments and results: 4 bytes a token (the gradient) and 0.5 KiB an example.
     """
     examples = _check(logprobs, ref_logprobs, mask, cu_seqlens)
     check_mask("desirable", desirable, (examples,), logprobs)
@@ -242,7 +242,7 @@ def _forward(inputs: KtoLossInputs) -> tuple[Tensor, Tensor, Tensor]:
         desirable_weight=inputs.desirable_weight,
         undesirable_weight=inputs.undesirable_weight,
         denominator=inputs.denominator,
-        partials=inputs.denominator.new_empty(examples, len(KTO_METRICS)),
+        partials=inputs.denominator.new_empty(examples, len(KTO_METRICS) + 4 * COMPLETION_SLICES),
         loss=loss,
         metrics=metrics,
     )

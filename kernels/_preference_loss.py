@@ -21,7 +21,11 @@ import torch
 from torch import Tensor
 
 from warpo.kernels import dispatch, reference
-from warpo.kernels._arguments.preference_loss import CompletionsArguments, PreferenceLossArguments
+from warpo.kernels._arguments.preference_loss import (
+    COMPLETION_SLICES,
+    CompletionsArguments,
+    PreferenceLossArguments,
+)
 from warpo.kernels._checks import FLOATS, as_rows, check_mask, check_no_grad, check_tensor
 from warpo.kernels._offsets import check_values
 from warpo.kernels._registration import Operator
@@ -124,7 +128,7 @@ def preference_loss(
     Raises:
         ValueError: a shape, dtype, device or option is not as above.
 
-    Memory beyond arguments and results: 4 bytes a token (the gradients) and 32 bytes a pair.
+    Memory beyond arguments and results: 4 bytes a token (the gradients) and 1 KiB a pair.
     """
     row = get_preference(loss)
     chosen = (chosen_logprobs, ref_chosen_logprobs, chosen_mask, chosen_cu_seqlens)
@@ -273,7 +277,9 @@ def _forward(inputs: PreferenceLossInputs) -> tuple[Tensor, Tensor, Tensor, Tens
         negative_weight=inputs.negative_weight,
         nll_coef=inputs.nll_coef,
         denominator=inputs.denominator,
-        partials=inputs.denominator.new_empty(pairs, len(PREFERENCE_METRICS)),
+        partials=inputs.denominator.new_empty(
+            pairs, len(PREFERENCE_METRICS) + 2 * 4 * COMPLETION_SLICES
+        ),
         loss=loss,
         metrics=metrics,
     )

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from warpo.kernels import dispatch, reference
-from warpo.kernels._arguments.value_loss import ValueLossArguments
+from warpo.kernels._arguments.value_loss import MIN_VALUE_PARTIALS, ValueLossArguments
 from warpo.kernels._checks import (
     FLOATS,
     as_rows,
@@ -118,7 +118,8 @@ def value_loss(
     Raises:
         ValueError: a shape, dtype, device or option is not as above.
 
-    Memory beyond arguments and results: 4 bytes a token (the gradient) and 28 bytes a sequence.
+    Memory beyond arguments and results: 4 bytes a token (the gradient) and 28 bytes a sequence, 14
+    KiB at least.
     """
     sequences = _check(values, old_values, returns, mask, cu_seqlens, clip_range)
     delta = _delta(loss, huber_delta)
@@ -239,7 +240,7 @@ def _forward(inputs: ValueLossInputs) -> tuple[Tensor, Tensor, Tensor]:
         huber_delta=inputs.huber_delta,
         denominator=denominator,
         grad_values=gradient if inputs.with_gradient else None,
-        partials=denominator.new_empty(sequences, len(VALUE_METRICS)),
+        partials=denominator.new_empty(max(sequences, MIN_VALUE_PARTIALS), len(VALUE_METRICS)),
         loss=loss,
         metrics=metrics,
     )

@@ -13,6 +13,9 @@ struct Completions {
     float* grad_logprobs;       // contiguous (rows * steps), float32; nullptr: not wanted
 };
 
+// A GPU sums a completion in so many slices, by the place of a token alone: four floats each.
+constexpr int64_t kCompletionSlices = 32;
+
 // Order of the metrics vector and, each of its own pair, of a row of partials.
 enum PreferenceMetric : int {
     kPreferenceLoss,  // sum of loss / denominator
@@ -41,9 +44,10 @@ struct PreferenceLoss {
     float negative_weight;     // ... of -log sigmoid(-x)
     float nll_coef;            // weight of the mean -log p of the tokens of the chosen completion
     const float* denominator;  // one float on the device; 0 gives loss 0 and gradients 0
-    float* partials;           // (pairs, kNumPreferenceMetrics) float32 workspace
-    float* loss;               // ()
-    float* metrics;            // (kNumPreferenceMetrics)
+    // float32 workspace: pairs times kNumPreferenceMetrics, and 4 kCompletionSlices a completion
+    float* partials;
+    float* loss;     // ()
+    float* metrics;  // (kNumPreferenceMetrics)
 };
 
 enum KtoMetric : int {
@@ -64,9 +68,10 @@ struct KtoLoss {
     const float* kl;  // the reference point, one float on the device
     float beta, desirable_weight, undesirable_weight;
     const float* denominator;  // one float on the device; 0 gives loss 0 and gradients 0
-    float* partials;           // (examples, kNumKtoMetrics) float32 workspace
-    float* loss;               // ()
-    float* metrics;            // (kNumKtoMetrics)
+    // float32 workspace: examples times kNumKtoMetrics, and 4 kCompletionSlices a completion
+    float* partials;
+    float* loss;     // ()
+    float* metrics;  // (kNumKtoMetrics)
 };
 
 }  // namespace warpo

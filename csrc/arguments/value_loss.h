@@ -3,8 +3,9 @@
 
 namespace warpo {
 
-// Order of the metrics vector and, each of its own sequence, of a row of partials. Means and sums
-// of squared differences from them merge without cancellation; sums of squares would not.
+// Order of the metrics vector and, each of its own sequence or part of one, of a row of partials.
+// Means and sums of squared differences from them merge without cancellation; sums of squares would
+// not.
 enum ValueMetric : int {
     kValueLoss,     // sum of weight * loss
     kValueTokens,   // valid tokens
@@ -16,6 +17,10 @@ enum ValueMetric : int {
     kNumValueMetrics
 };
 
+// A GPU splits the sequences of a small batch into parts, each with a row of partials: at most this
+// many rows, unless there are more sequences.
+constexpr int64_t kMinValuePartials = 512;
+
 struct ValueLoss {
     int64_t sequences, steps;          // steps: length of a row; with cu_seqlens: total tokens
     const int32_t* cu_seqlens;         // (sequences + 1), or nullptr
@@ -26,9 +31,9 @@ struct ValueLoss {
     float huber_delta;                 // errors above it count linearly; inf: squared everywhere
     const float* denominator;          // one float on the device; 0 gives loss 0 and gradients 0
     float* grad_values;                // contiguous (rows * steps), float32; nullptr: not wanted
-    float* partials;                   // (sequences, kNumValueMetrics) float32 workspace
-    float* loss;                       // ()
-    float* metrics;                    // (kNumValueMetrics)
+    float* partials;  // (max(sequences, kMinValuePartials), kNumValueMetrics) float32 workspace
+    float* loss;      // ()
+    float* metrics;   // (kNumValueMetrics)
 };
 
 }  // namespace warpo

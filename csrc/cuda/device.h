@@ -165,4 +165,19 @@ __device__ __forceinline__ T block_sum(T value, T* scratch) {
     return total;
 }
 
+// Whether this block is the last of its launch to come here: then it sees what the others had
+// written when they came. The same in every thread. counter: of `counter_of`; back at 0 after the
+// last block. What a block writes must not depend on which one is last: add up in a fixed order.
+__device__ __forceinline__ bool last_block(unsigned* counter, unsigned blocks) {
+    __shared__ bool last;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        __threadfence();  // with the barrier before it: of the writes of the whole block
+        last = atomicInc(counter, blocks - 1) == blocks - 1;
+        __threadfence();
+    }
+    __syncthreads();
+    return last;
+}
+
 }  // namespace warpo::cuda

@@ -10,6 +10,7 @@ namespace warpo::cuda {
 namespace {
 
 constexpr int kForwardThreads = 512, kBackwardThreads = 256;
+constexpr int kBackwardVectors = 2 * kLoads;  // a thread
 
 // chosen: the logit of the target.
 __device__ __forceinline__ void finish_token(const Logprobs& a, unsigned index,
@@ -84,36 +85,59 @@ __global__ void finish_kernel(const Logprobs a, int chunks) {
     if (lane == 0) finish_token(a, blockIdx.x, state, chosen);
 }
 
-template <int kDType, bool kEntropy>
-__global__ __launch_bounds__(kBackwardThreads, 6) void backward_kernel(const LogprobsBackward b,
+// What the gradient of a token depends on beside its logits. All of it is loaded at once, also of a
+// token that turns out to be masked: only its logits cost more than the wait for the mask.
+struct TokenStats {
+    Token token;
+    float2 stats;
+    float temperature, entropy, grad_logp, grad_entropy;
+};
+
+template <bool kEntropy>
+__device__ __forceinline__ TokenStats load_stats(const LogprobsBackward& b, unsigned index) {
+    const Logprobs& a = b.forward;
+    const int64_t row = index / static_cast<unsigned>(a.steps);
+    const int64_t step = index % static_cast<unsigned>(a.steps);
+    TokenStats s;
+    s.stats = reinterpret_cast<const float2*>(a.stats)[index];
+    s.grad_logp = b.grad_logprobs.data ? load_float32(b.grad_logprobs, row, step) : 0.0f;
+    s.grad_entropy = kEntropy ? load_float32(b.grad_entropy, row, step) : 0.0f;
+    s.entropy = kEntropy ? load_float32(a.entropy, row, step) : 0.0f;
+    s.token = load_token(a, index);
+    s.temperature = load_temperature(a, s.token);
+    return s;
+}
+
+// Four blocks per multiprocessor: with eight 16-byte loads a thread, 128 KiB can be in flight.
+template <int kDType, int kOutDType, bool kEntropy>
+__global__ __launch_bounds__(kBackwardThreads, 4) void backward_kernel(const LogprobsBackward b,
                                                                        int chunks) {
     const Logprobs& a = b.forward;
-    using E = Element<kDType>;
+    using Out = Element<kOutDType>;
     const unsigned index = blockIdx.x / static_cast<unsigned>(chunks);
     const int chunk = static_cast<int>(blockIdx.x % static_cast<unsigned>(chunks));
-    const Token token = load_token(a, index);
+    const TokenStats s = load_stats<kEntropy>(b, index);
+    const Token& token = s.token;
     const int vocab = static_cast<int>(a.vocab);
-    typename E::Bits* gradient = row_of<kDType>(b.grad_logits, token);
-    const Columns own = own_columns<kDType, kBackwardThreads>(gradient, vocab, chunk);
-    if (!token.valid || !token.in_range) {
-        fill_columns<kDType, kBackwardThreads>(gradient, own, token.valid ? E::kNaN : 0u);
-        return;
-    }
-    const float2 stats = reinterpret_cast<const float2*>(a.stats)[index];
-    const float grad_logp =
-        b.grad_logprobs.data ? load_float32(b.grad_logprobs, token.row, token.step) : 0.0f;
-    const float grad_entropy =
-        kEntropy ? load_float32(b.grad_entropy, token.row, token.step) : 0.0f;
+    typename Out::Bits* gradient = row_of<kOutDType>(b.grad_logits, token);
+    const Columns own =
+        own_columns<kDType, kOutDType, kBackwardThreads, kBackwardVectors>(gradient, vocab, chunk);
+    const bool unread = !token.valid || !token.in_range;
     // A row of weight 0 is not read, unless its gradient is NaN: 0 times a NaN probability.
-    if (grad_logp == 0.0f && grad_entropy == 0.0f && isfinite(stats.x) && isfinite(stats.y)) {
-        fill_columns<kDType, kBackwardThreads>(gradient, own, 0u);
+    const bool weightless =
+        s.grad_logp == 0.0f && s.grad_entropy == 0.0f && isfinite(s.stats.x) && isfinite(s.stats.y);
+    if (unread || weightless) {
+        const uint32_t pattern = unread && token.valid ? Out::kNaN : 0u;
+        fill_columns<kDType, kOutDType, kBackwardThreads, kBackwardVectors>(gradient, own, pattern);
         return;
     }
-    const float entropy = kEntropy ? load_float32(a.entropy, token.row, token.step) : 0.0f;
-    const SoftmaxGradient g = softmax_gradient(stats.x, stats.y, load_temperature(a, token),
-                                               grad_logp, entropy, grad_entropy);
-    write_columns<kDType, kBackwardThreads, kEntropy>(
-        row_of<kDType>(a.logits, token), gradient, own, g, vocab, static_cast<int>(token.target));
+    const typename Element<kDType>::Bits* row = row_of<kDType>(a.logits, token);
+    uint4 v[kBackwardVectors];
+    load_columns<kDType, kBackwardThreads>(v, row, own, vocab);
+    const SoftmaxGradient g = softmax_gradient(s.stats.x, s.stats.y, s.temperature, s.grad_logp,
+                                               s.entropy, s.grad_entropy);
+    store_columns<kDType, kOutDType, kBackwardThreads, kEntropy>(v, row, gradient, own, g,
+                                                                 static_cast<int>(token.target));
 }
 
 template <int kDType, bool kEntropy>
@@ -136,13 +160,14 @@ void forward(const Logprobs& a, Stream stream) {
     forward<kDType, false>(a, stream);
 }
 
-template <int kDType>
+template <int kDType, int kOutDType>
 void backward(const LogprobsBackward& b, Stream stream) {
     const Logprobs& a = b.forward;
-    const int64_t columns = int64_t{kLoads} * kBackwardThreads * Element<kDType>::kPerVector;
+    const int64_t columns =
+        int64_t{kBackwardVectors} * kBackwardThreads * Element<kDType>::kPerVector;
     const int chunks = static_cast<int>((a.vocab + columns - 1) / columns);
-    const auto kernel =
-        b.grad_entropy.data ? backward_kernel<kDType, true> : backward_kernel<kDType, false>;
+    const auto kernel = b.grad_entropy.data ? backward_kernel<kDType, kOutDType, true>
+                                            : backward_kernel<kDType, kOutDType, false>;
     launch("logprobs_backward", stream, a.rows * a.steps * chunks, kBackwardThreads, kernel, b,
            chunks);
 }
@@ -166,9 +191,13 @@ void logprobs_backward(const LogprobsBackward& b, Stream stream) {
     check_sizes(a, "logprobs_backward");
     if (a.rows * a.steps == 0) return;
     switch (a.logits.dtype) {
-        case kBFloat16: return backward<kBFloat16>(b, stream);
-        case kFloat16: return backward<kFloat16>(b, stream);
-        default: return backward<kFloat32>(b, stream);
+        case kBFloat16: return backward<kBFloat16, kBFloat16>(b, stream);
+        case kFloat16: return backward<kFloat16, kFloat16>(b, stream);
+    }
+    switch (b.grad_logits.dtype) {
+        case kBFloat16: return backward<kFloat32, kBFloat16>(b, stream);
+        case kFloat16: return backward<kFloat32, kFloat16>(b, stream);
+        default: return backward<kFloat32, kFloat32>(b, stream);
     }
 }
 

@@ -24,13 +24,13 @@ __device__ __forceinline__ TokenInputs load_inputs(const PolicyLossFromLogits& a
             load_if_present(a.valid_tokens, token)};
 }
 
-template <int kDType>
-__device__ __forceinline__ void fill_row(typename Element<kDType>::Bits* gradient, int vocab,
+template <int kDType, int kOutDType>
+__device__ __forceinline__ void fill_row(typename Element<kOutDType>::Bits* gradient, int vocab,
                                          uint32_t pattern) {
     constexpr int kColumns = kLoads * kThreads * Element<kDType>::kPerVector;
     for (int chunk = 0; chunk * kColumns < vocab; ++chunk)
-        fill_columns<kDType, kThreads>(
-            gradient, own_columns<kDType, kThreads>(gradient, vocab, chunk), pattern);
+        fill_columns<kDType, kOutDType, kThreads>(
+            gradient, own_columns<kDType, kOutDType, kThreads>(gradient, vocab, chunk), pattern);
 }
 
 // What thread 0 finds and all threads use.
@@ -54,9 +54,10 @@ __device__ __forceinline__ Found find_gradient(const PolicyLossFromLogits& a,
             by.by_logp == 0.0f && by.by_entropy == 0.0f && isfinite(row.log_sum)};
 }
 
-template <int kDType, bool kEntropy>
+template <int kDType, int kOutDType, bool kEntropy>
 __global__ __launch_bounds__(kThreads, 1) void loss_kernel(const PolicyLossFromLogits a) {
     using E = Element<kDType>;
+    using Out = Element<kOutDType>;
     __shared__ Chunks<kThreads> parts;
     __shared__ float chosen;
     __shared__ TokenInputs inputs;
@@ -66,8 +67,8 @@ __global__ __launch_bounds__(kThreads, 1) void loss_kernel(const PolicyLossFromL
         Token token = load_token(a.forward, blockIdx.x);
         token.valid = token.valid && in_a_sequence(a, token.step);
         if (!token.valid || !token.in_range) {
-            fill_row<kDType>(row_of<kDType>(a.grad_logits, token), vocab,
-                             token.valid ? E::kNaN : 0u);
+            fill_row<kDType, kOutDType>(row_of<kOutDType>(a.grad_logits, token), vocab,
+                                        token.valid ? Out::kNaN : 0u);
             if (threadIdx.x == 0) store_unread(a.forward, token, blockIdx.x);
             return;
         }
@@ -84,16 +85,16 @@ __global__ __launch_bounds__(kThreads, 1) void loss_kernel(const PolicyLossFromL
     }
     // Loaded for the second time: held over the loop it would take registers of it.
     const Token token = load_token(a.forward, blockIdx.x);
-    typename E::Bits* gradient = row_of<kDType>(a.grad_logits, token);
-    if (found.is_zero) return fill_row<kDType>(gradient, vocab, 0u);
+    typename Out::Bits* gradient = row_of<kOutDType>(a.grad_logits, token);
+    if (found.is_zero) return fill_row<kDType, kOutDType>(gradient, vocab, 0u);
 
     const SoftmaxGradient softmax = found.gradient;
     constexpr int kColumns = kLoads * kThreads * E::kPerVector;
     // From the end: what was read last is the surest to be in the cache.
     for (int chunk = (vocab - 1) / kColumns; chunk >= 0; --chunk) {
-        write_columns<kDType, kThreads, kEntropy>(
+        write_columns<kDType, kOutDType, kThreads, kEntropy>(
             row_of<kDType>(a.forward.logits, token), gradient,
-            own_columns<kDType, kThreads>(gradient, vocab, chunk), softmax, vocab,
+            own_columns<kDType, kOutDType, kThreads>(gradient, vocab, chunk), softmax, vocab,
             static_cast<int>(token.target));
     }
 }
@@ -112,7 +113,7 @@ __global__ __launch_bounds__(kScaleThreads) void scale_kernel(const ScaleGradien
         typename E::Bits* row = static_cast<typename E::Bits*>(a.gradient.data) +
                                 offset_of(a.gradient, token / a.steps, token % a.steps);
         const Columns own =
-            own_columns<kDType, kScaleThreads>(row, vocab, static_cast<int>(unit % chunks));
+            own_columns<kDType, kDType, kScaleThreads>(row, vocab, static_cast<int>(unit % chunks));
         auto scaled = [factor](uint32_t word) {
             float x[E::kPerWord];
             E::unpack(word, x);
@@ -132,10 +133,10 @@ __global__ __launch_bounds__(kScaleThreads) void scale_kernel(const ScaleGradien
     }
 }
 
-template <int kDType>
+template <int kDType, int kOutDType>
 void loss(const PolicyLossFromLogits& a, Stream stream) {
-    const auto kernel =
-        a.entropy_coef != 0.0f ? loss_kernel<kDType, true> : loss_kernel<kDType, false>;
+    const auto kernel = a.entropy_coef != 0.0f ? loss_kernel<kDType, kOutDType, true>
+                                               : loss_kernel<kDType, kOutDType, false>;
     launch("policy_loss_from_logits", stream, a.forward.rows * a.forward.steps, kThreads, kernel,
            a);
 }
@@ -157,9 +158,13 @@ void policy_loss_from_logits(const PolicyLossFromLogits& a, Stream stream) {
     check_sizes(a.forward, "policy_loss_from_logits");
     if (a.forward.rows * a.forward.steps == 0) return;
     switch (a.forward.logits.dtype) {
-        case kBFloat16: return loss<kBFloat16>(a, stream);
-        case kFloat16: return loss<kFloat16>(a, stream);
-        default: return loss<kFloat32>(a, stream);
+        case kBFloat16: return loss<kBFloat16, kBFloat16>(a, stream);
+        case kFloat16: return loss<kFloat16, kFloat16>(a, stream);
+    }
+    switch (a.grad_logits.dtype) {
+        case kBFloat16: return loss<kFloat32, kBFloat16>(a, stream);
+        case kFloat16: return loss<kFloat32, kFloat16>(a, stream);
+        default: return loss<kFloat32, kFloat32>(a, stream);
     }
 }
 

@@ -27,8 +27,9 @@ __device__ __forceinline__ uint4 load_once(const void* address) {
     return v;
 }
 
-__device__ __forceinline__ void store_streaming(void* address, uint4 v) {
-    __stcs(static_cast<uint4*>(address), v);
+template <typename Vector>
+__device__ __forceinline__ void store_streaming(void* address, Vector v) {
+    __stcs(static_cast<Vector*>(address), v);
 }
 
 // Makes the compiler compute again what depends on the value, where it would rather keep results of

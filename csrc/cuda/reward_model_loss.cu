@@ -1,5 +1,8 @@
 // Losses of a reward model: one thread a pair of scores, one warp a group of ranked scores; what
-// the blocks found is merged in their order, by a second launch where there are several.
+// the blocks found is merged in their order by the last one.
+#include <algorithm>
+
+#include "cuda/counter.h"
 #include "cuda/sequences.h"
 #include "math/reward_model_loss.h"
 
@@ -27,24 +30,26 @@ __device__ __forceinline__ bool is_valid(const View& mask, int64_t i) {
     return !mask.data || load_flag(mask, 0, i);
 }
 
-// is_last: the only block, whose partial is the result.
-__global__ __launch_bounds__(kThreads) void pairs_kernel(const RewardModelLoss a, bool is_last) {
+__device__ __forceinline__ void write_pairs(const RewardModelLoss& a) {
     __shared__ float scratch[kWarps];
     const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
     const float weight = inverse_or_zero(*a.denominator);
-    const bool valid = i < a.pairs && is_valid(a.mask, i);
+    bool valid = i < a.pairs;
     PairTerm term = {0.0f, 0.0f, 0.0f};
     float better = 0.0f, worse = 0.0f;
     if (valid) {
+        // Loaded with the mask, so that no load waits for it.
         better = load_float(a.chosen_scores, 0, i);
         worse = load_float(a.rejected_scores, 0, i);
         const float margin = a.margins.data ? load_float(a.margins, 0, i) : 0.0f;
-        term = bradley_terry(better, worse, margin, a.centering_coef);
+        valid = is_valid(a.mask, i);
+        if (valid) term = bradley_terry(better, worse, margin, a.centering_coef);
+        if (a.grad_chosen) {
+            a.grad_chosen[i] = weighted(weight, term.grad_better);
+            a.grad_rejected[i] = weighted(weight, term.grad_worse);
+        }
     }
-    if (i < a.pairs && a.grad_chosen) {
-        a.grad_chosen[i] = weighted(weight, term.grad_better);
-        a.grad_rejected[i] = weighted(weight, term.grad_worse);
-    }
+    if (!valid) better = worse = 0.0f;
     Partial p;
     p.loss = weighted(weight, block_sum<kWarps>(term.loss, scratch));
     p.pairs = block_sum<kWarps>(valid ? 1.0f : 0.0f, scratch);
@@ -54,12 +59,16 @@ __global__ __launch_bounds__(kThreads) void pairs_kernel(const RewardModelLoss a
     p.mean = block_sum<kWarps>(better + worse, scratch) * inverse_or_zero(p.scores);
     const float above = better - p.mean, below = worse - p.mean;
     p.m2 = block_sum<kWarps>(valid ? above * above + below * below : 0.0f, scratch);
-    if (threadIdx.x != 0) return;
-    write(p, a.partials + static_cast<int64_t>(blockIdx.x) * kNumRewardMetrics);
-    if (is_last) {
-        write(p, a.metrics);
-        *a.loss = p.loss;
-    }
+    if (threadIdx.x == 0)
+        write(p, a.partials + static_cast<int64_t>(blockIdx.x) * kNumRewardMetrics);
+}
+
+// rows: blocks with a partial. blocks: as many, and 1 without any.
+__global__ __launch_bounds__(kThreads) void pairs_kernel(const RewardModelLoss a, unsigned rows,
+                                                         unsigned blocks, unsigned* counter) {
+    if (blockIdx.x < rows) write_pairs(a);
+    if (!last_block(counter, blocks)) return;
+    merge_rows<kWarps, kNumRewardMetrics, kScores, kScoreMean>(a.partials, rows, a.loss, a.metrics);
 }
 
 // The scores of a group, a lane for every 32nd of them: each lane compares its own with all.
@@ -91,9 +100,8 @@ __device__ __forceinline__ float compare(const RankingLoss& a, const Group& g, i
     return grad;
 }
 
-__global__ __launch_bounds__(32 * kWarpsPerBlock) void groups_kernel(const RankingLoss a) {
-    const int64_t index = static_cast<int64_t>(blockIdx.x) * kWarpsPerBlock + threadIdx.x / 32;
-    if (index >= a.groups) return;
+// By a warp.
+__device__ __forceinline__ void write_group(const RankingLoss& a, int64_t index) {
     const int lane = static_cast<int>(threadIdx.x % 32);
     const Extent extent = extent_of(a.cu_groups, a.groups, index, a.num_scores);
     const Group g = {extent.first, extent.end - extent.first};
@@ -106,9 +114,9 @@ __global__ __launch_bounds__(32 * kWarpsPerBlock) void groups_kernel(const Ranki
     }
     p.scores = warp_sum(p.scores);
     p.mean = warp_sum(sum) * inverse_or_zero(p.scores);
-    const float weight = poison_if(
-        extent.malformed,
-        inverse_or_zero(*a.denominator) * inverse_or_zero(0.5f * p.scores * (p.scores - 1.0f)));
+    const float weight =
+        poison_if(extent.malformed, inverse_or_zero(*a.denominator) *
+                                        inverse_or_zero(0.5f * p.scores * (p.scores - 1.0f)));
     for (int64_t i = lane; i < g.size; i += 32) {
         float grad = 0.0f;
         if (is_valid(a.mask, g.first + i)) {
@@ -126,27 +134,31 @@ __global__ __launch_bounds__(32 * kWarpsPerBlock) void groups_kernel(const Ranki
     if (lane == 0) write(p, a.partials + index * kNumRewardMetrics);
 }
 
+__global__ __launch_bounds__(32 * kWarpsPerBlock) void groups_kernel(const RankingLoss a,
+                                                                     unsigned blocks,
+                                                                     unsigned* counter) {
+    const int64_t index = static_cast<int64_t>(blockIdx.x) * kWarpsPerBlock + threadIdx.x / 32;
+    if (index < a.groups) write_group(a, index);
+    if (!last_block(counter, blocks)) return;
+    merge_rows<kWarpsPerBlock, kNumRewardMetrics, kScores, kScoreMean>(a.partials, a.groups, a.loss,
+                                                                       a.metrics);
+}
+
 }  // namespace
 
 void reward_model_loss(const RewardModelLoss& a, Stream stream) {
     DeviceGuard guard(stream.device, "reward_model_loss");
-    const int64_t blocks = (a.pairs + kThreads - 1) / kThreads;
-    if (blocks > 0) {
-        launch("reward_model_loss", stream, blocks, kThreads, pairs_kernel, a, blocks == 1);
-    }
-    if (blocks == 1) return;
-    launch_merge<kNumRewardMetrics, kScores, kScoreMean>("reward_model_loss", stream, a.partials,
-                                                         blocks, a.loss, a.metrics);
+    const int64_t rows = (a.pairs + kThreads - 1) / kThreads, blocks = std::max<int64_t>(rows, 1);
+    launch("reward_model_loss", stream, blocks, kThreads, pairs_kernel, a,
+           static_cast<unsigned>(rows), static_cast<unsigned>(blocks),
+           counter_of(stream, "reward_model_loss"));
 }
 
 void ranking_loss(const RankingLoss& a, Stream stream) {
     DeviceGuard guard(stream.device, "ranking_loss");
-    if (a.groups > 0) {
-        launch("ranking_loss", stream, (a.groups + kWarpsPerBlock - 1) / kWarpsPerBlock,
-               32 * kWarpsPerBlock, groups_kernel, a);
-    }
-    launch_merge<kNumRewardMetrics, kScores, kScoreMean>("ranking_loss", stream, a.partials,
-                                                         a.groups, a.loss, a.metrics);
+    const int64_t blocks = std::max<int64_t>((a.groups + kWarpsPerBlock - 1) / kWarpsPerBlock, 1);
+    launch("ranking_loss", stream, blocks, 32 * kWarpsPerBlock, groups_kernel, a,
+           static_cast<unsigned>(blocks), counter_of(stream, "ranking_loss"));
 }
 
 }  // namespace warpo::cuda

@@ -4,6 +4,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+# kCompletionSlices: each has four floats of the workspace
+COMPLETION_SLICES = 32
+
 
 class CompletionsArguments(NamedTuple):
     steps: int

@@ -4,6 +4,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+# kMinValuePartials: rows of the workspace at least
+MIN_VALUE_PARTIALS = 512
+
 
 class ValueLossArguments(NamedTuple):
     sequences: int

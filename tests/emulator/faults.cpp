@@ -1,11 +1,11 @@
-// One kernel, and the faults that the emulator must see in it: `faults NAME` says on stderr what it
-// saw and fails; `faults none` passes.
+// Two kernels, and the faults that the emulator must see in them: `faults NAME` says on stderr what
+// it saw and fails; `faults none` passes.
 #include <cstdio>
 #include <exception>
 #include <string>
 
-#include "cuda/launch.h"
-#include "cuda/ptx.h"
+#include "cuda/counter.h"
+#include "cuda/device.h"
 
 namespace warpo::cuda {
 namespace {
@@ -21,6 +21,8 @@ enum Fault {
     kMisalignedVector,
     kPastSharedMemory,
     kNoBlocks,
+    kCountBeforeFence,
+    kCounterLeft,
     kNumFaults
 };
 
@@ -33,6 +35,8 @@ const char* const kNames[kNumFaults] = {
     "misaligned_vector",
     "past_shared_memory",
     "no_blocks",
+    "count_before_fence",
+    "counter_left",
 };
 
 // Reverses the values in each warp, and in the block, twice: to where they were.
@@ -51,6 +55,28 @@ __global__ void reverse_twice(int* values, Fault fault) {
     }
 }
 
+// A sum whose bits depend on the order: 1e8, 1, ..., 1.
+__global__ void sum_blocks(float* partials, float* sum, unsigned* counter, unsigned blocks,
+                           Fault fault) {
+    if (threadIdx.x == 0) partials[blockIdx.x] = blockIdx.x == 0 ? 1e8f : 1.0f;
+    if (fault == kCountBeforeFence && threadIdx.x == 0) atomicInc(counter, blocks - 1);
+    if (!last_block(counter, fault == kCounterLeft ? blocks + 1 : blocks)) return;
+    if (threadIdx.x != 0) return;
+    *sum = 0.0f;
+    for (unsigned block = 0; block < blocks; ++block) *sum += partials[block];
+}
+
+void run_sums(Fault fault) {
+    constexpr unsigned kBlocks = 40;
+    for (int round = 0; round < 2; ++round) {
+        float partials[kBlocks], sum = 0.0f;
+        unsigned* const counter = counter_of(Stream{}, "sum_blocks");
+        launch("sum_blocks", Stream{}, kBlocks, kThreads, sum_blocks, static_cast<float*>(partials),
+               &sum, counter, kBlocks, fault);
+        if (sum != 1e8f && fault != kCounterLeft) throw std::runtime_error("wrong result");
+    }
+}
+
 void run(Fault fault) {
     alignas(16) int values[kThreads];
     for (int i = 0; i < kThreads; ++i) values[i] = i + 1;
@@ -59,6 +85,7 @@ void run(Fault fault) {
     for (int i = 0; i < kThreads; ++i) {
         if (values[i] != i + 1) throw std::runtime_error("wrong result");
     }
+    run_sums(fault);
 }
 
 }  // namespace

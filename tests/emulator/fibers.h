@@ -38,6 +38,7 @@ struct Fiber {
     bool started;
     State state;
     unsigned exchanges;  // shuffles and votes so far
+    bool fenced;         // since the last barrier of the block
 };
 
 inline Fiber fibers[kMaxThreads];
@@ -82,6 +83,7 @@ inline void start(int thread) {
     fiber.started = false;
     fiber.state = kReady;
     fiber.exchanges = 0;
+    fiber.fenced = false;
 }
 
 inline int count(int first, int threads, State state) {
@@ -96,8 +98,9 @@ inline void release(int first, int threads, State from) {
     }
 }
 
-// The order in which warps, and the threads of a warp, get their turn: WARPO_EMULATOR_ORDER, one of
-// forward (default), reverse and random, which is drawn anew at each barrier from a fixed seed.
+// The order in which blocks, warps, and the threads of a warp get their turn: WARPO_EMULATOR_ORDER,
+// one of forward (default), reverse and random, which is drawn anew at each barrier from a fixed
+// seed.
 class Order {
 public:
     Order() {
@@ -122,6 +125,11 @@ private:
     std::mt19937 generator_{1};
 };
 
+inline Order& wanted_order() {
+    static Order order;
+    return order;
+}
+
 // Until no thread of the warp can go on.
 inline void run_warp(int warp, Order& order) {
     const int first = warp * kWarp;
@@ -135,7 +143,7 @@ inline void run_warp(int warp, Order& order) {
 }
 
 inline void run_block(const char* operation, int threads) {
-    static Order order;
+    Order& order = wanted_order();
     fault.clear();
     for (int thread = 0; thread < threads; ++thread) start(thread);
     for (int done = 0; done < threads; done = count(0, threads, kDone)) {

@@ -29,11 +29,15 @@ struct alignas(8) float2 {
 struct alignas(16) float4 {
     float x, y, z, w;
 };
+struct alignas(8) uint2 {
+    uint32_t x, y;
+};
 struct alignas(16) uint4 {
     uint32_t x, y, z, w;
 };
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 
 // Of a named class: variables of an unnamed one would be one for each source file.
@@ -76,7 +80,10 @@ inline struct ThreadIndices {
     emulator::ThreadIndex x;
 } threadIdx;
 
-inline void __syncthreads() { emulator::wait_as(emulator::kAtBlockBarrier); }
+inline void __syncthreads() {
+    emulator::fibers[emulator::current].fenced = false;
+    emulator::wait_as(emulator::kAtBlockBarrier);
+}
 inline void __syncwarp() { emulator::wait_as(emulator::kAtWarpBarrier); }
 
 template <typename T>
@@ -114,6 +121,18 @@ inline bool __any_sync(unsigned mask, bool vote) { return __ballot_sync(mask, vo
 
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
 inline int __clz(int bits) { return bits == 0 ? 32 : __builtin_clz(bits); }
+
+inline void __threadfence() { emulator::fibers[emulator::current].fenced = true; }
+
+// Only counts what other blocks read: without a fence since the last barrier they may not see it.
+inline unsigned atomicInc(unsigned* address, unsigned most) {
+    if (!emulator::fibers[emulator::current].fenced) {
+        emulator::fail("atomicInc without __threadfence between it and the barrier before");
+    }
+    const unsigned old = *address;
+    *address = old >= most ? 0 : old + 1;
+    return old;
+}
 
 inline int atomicAdd(int* address, int value) {
     const int old = *address;

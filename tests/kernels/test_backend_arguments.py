@@ -21,7 +21,9 @@ from warpo.kernels._arguments import backend as backends
 from warpo.kernels._arguments.aggregate import MIN_PARTS
 from warpo.kernels._arguments.objective import ObjectiveArguments
 from warpo.kernels._arguments.policy_loss import MIN_PARTIALS
+from warpo.kernels._arguments.preference_loss import COMPLETION_SLICES
 from warpo.kernels._arguments.reward_model_loss import PAIRS_PER_BLOCK
+from warpo.kernels._arguments.value_loss import MIN_VALUE_PARTIALS
 from warpo.kernels._policy_metrics import METRICS
 
 ROOT = Path(__file__).parents[2]
@@ -189,6 +191,8 @@ def test_constants_are_those_of_csrc():
     for header, constant in (
         ("policy_loss", f"kMinPartials = {MIN_PARTIALS};"),
         ("aggregate", f"kMinAggregateParts = {MIN_PARTS};"),
+        ("preference_loss", f"kCompletionSlices = {COMPLETION_SLICES};"),
+        ("value_loss", f"kMinValuePartials = {MIN_VALUE_PARTIALS};"),
         ("reward_model_loss", f"kPairsPerBlock = {PAIRS_PER_BLOCK};"),
     ):
         assert constant in HEADERS[header].read_text()

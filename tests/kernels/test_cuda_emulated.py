@@ -111,6 +111,8 @@ def faults(tmp_path_factory) -> Path:
         ("misaligned_vector", "16-byte access 4 bytes past a boundary"),
         ("past_shared_memory", "index 64 out of bounds"),
         ("no_blocks", "a launch of 0 blocks of 64 threads"),
+        ("count_before_fence", "atomicInc without __threadfence"),
+        ("counter_left", "a launch has left its counter at 40"),
     ],
 )
 def test_the_emulator_sees_a_fault(faults, fault, message, order):

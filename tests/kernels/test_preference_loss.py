@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -236,6 +238,65 @@ def test_without_pairs_loss_and_gradient_are_zero(backend):
         loss.backward()
         assert loss == 0 and (logprobs.grad == 0).all()
         assert all(value == 0 for value in ops.preference_metrics(metrics).values())
+
+
+def long_sides():
+    """Packed and as padded rows with a mask: a GPU sums a completion in slices of 256 tokens of
+    every 8192, whose ends those of the completions are beside, and has two blocks for a gradient.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for lengths in ([0, 256, 257, 8192, 8193], [1, 255, 0, 9000, 512]):
+        mask = torch.arange(9001)[None] < torch.tensor(lengths)[:, None]
+        starts = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+        logprobs, ref = -torch.rand(2, 5, 9001, generator=generator) / 100
+        logprobs, ref = (x.masked_fill(~mask, torch.nan).to(DEVICE) for x in (logprobs, ref))
+        mask = mask.to(DEVICE)
+        padded = {"logprobs": logprobs, "ref_logprobs": ref, "mask": mask, "cu_seqlens": None}
+        packed = {"logprobs": logprobs[mask], "ref_logprobs": ref[mask], "mask": None}
+        yield padded, packed | {"cu_seqlens": starts.to(DEVICE)}
+
+
+@each_backend
+def test_long_completions_equal_float64(backend):
+    row = PREFERENCES["dpo"]
+    chosen, rejected = long_sides()
+    for sides in zip(chosen, rejected, strict=True):
+        exact, loss_64, metrics_64 = exact_loss(*sides, row, 5.0)
+        tensors, options = arguments(*sides, lambda x: x.clone().requires_grad_())
+        options |= {"loss": row, "denominator": 5.0, "backend": backend}
+        loss, metrics = ops.preference_loss(*tensors, **options)
+        loss.backward()
+        assert_close(loss, loss_64, what="loss", relative=SUM_RELATIVE, absolute=1e-5)
+        assert_close(metrics, metrics_64, what="metrics", relative=SUM_RELATIVE, absolute=1e-4)
+        for mine, wanted in zip(tensors, torch.autograd.grad(loss_64, exact), strict=False):
+            assert_close(mine.grad, wanted, what="gradient", relative=2e-5, absolute=1e-9)
+        if sides[0]["cu_seqlens"] is not None:
+            continue
+        for i in range(5):  # a pair does not know how many there are
+            alone = [{k: x if x is None else x[i : i + 1] for k, x in s.items()} for s in sides]
+            own, masks = arguments(*alone, lambda x: x.clone().requires_grad_())
+            ops.preference_loss(*own, **options | masks).loss.backward()
+            assert all(
+                torch.equal(a.grad[0], b.grad[i]) for a, b in zip(own[:2], tensors, strict=False)
+            )
+
+
+@each_backend
+def test_long_completions_with_a_verdict_equal_float64(backend):
+    desirable = torch.tensor([True, False, True, True, False], device=DEVICE)
+    options = {"kl": 0.5, "beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.33}
+    for side in next(long_sides()):
+        exact, loss_64, metrics_64 = exact_kto_loss(side, desirable, options, 5.0)
+        leaf = side["logprobs"].clone().requires_grad_()
+        rest = {"mask": side["mask"], "cu_seqlens": side["cu_seqlens"], "denominator": 5.0}
+        loss, metrics = ops.kto_loss(
+            leaf, side["ref_logprobs"], desirable, **options, **rest, backend=backend
+        )
+        loss.backward()
+        (wanted,) = torch.autograd.grad(loss_64, exact)
+        assert_close(loss, loss_64, what="loss", relative=SUM_RELATIVE, absolute=1e-5)
+        assert_close(metrics, metrics_64, what="metrics", relative=SUM_RELATIVE, absolute=1e-4)
+        assert_close(leaf.grad, wanted, what="gradient", relative=2e-5, absolute=1e-9)
 
 
 @each_backend

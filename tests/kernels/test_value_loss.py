@@ -250,6 +250,77 @@ def test_packed_equals_padded_bit_for_bit_in_the_gradient(backend):
     assert torch.allclose(one.metrics, two.metrics, rtol=1e-6, atol=1e-6)
 
 
+def long_sequences():
+    """Padded: a GPU takes a row in parts. Of the second row a whole part is masked, of the third
+    all but the last token, and of the fourth all. Packed: ends at the end of a part and beside it.
+    """
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.rand(4, 3073, generator=generator) < 0.7
+    mask[1, 1024:2048] = False
+    mask[2:] = False
+    mask[2, -1] = True
+    starts = itertools.accumulate([0, 1024, 0, 1025, 1023, 2049, 1, 3000, 0], initial=0)
+    yield torch.randn(3, 4, 3073, generator=generator), mask, None
+    packed = torch.randn(3, 8122, generator=generator)
+    yield packed, torch.rand(8122, generator=generator) < 0.9, torch.tensor(list(starts)).int()
+
+
+@each_backend
+def test_long_sequences_equal_float64(backend):
+    for tensors, mask, starts in long_sequences():
+        values, old, returns = tensors.to(DEVICE)
+        rest = {
+            "mask": mask.to(DEVICE),
+            "cu_seqlens": None if starts is None else starts.to(DEVICE),
+        }
+        options = {
+            "clip_range": None,
+            "loss": "huber",
+            "huber_delta": 1.0,
+            "aggregation": "sequence-mean-token-mean",
+            "denominator": 7.0,
+        }
+        named = {"values": values, "old_values": old, "returns": returns, **rest}
+        exact, loss_64, metrics_64 = exact_loss(named, options)
+        leaf = values.clone().requires_grad_()
+        loss, metrics = ops.value_loss(leaf, old, returns, **options, **rest, backend=backend)
+        loss.backward()
+        (wanted,) = torch.autograd.grad(loss_64, exact)
+        assert_close(loss, loss_64, what="loss", relative=SUM_RELATIVE, absolute=1e-6)
+        assert_close(metrics, metrics_64, what="metrics", relative=SUM_RELATIVE, absolute=2e-5)
+        assert_close(leaf.grad, wanted, what="gradient", relative=SUM_RELATIVE, absolute=1e-9)
+        if starts is not None:
+            continue
+        for row in range(len(values)):  # alone, a row is cut into as many parts as there can be
+            alone = values[row : row + 1].clone().requires_grad_()
+            others = (old[row : row + 1], returns[row : row + 1])
+            own = mask[row : row + 1].to(DEVICE)
+            ops.value_loss(alone, *others, mask=own, **options, backend=backend).loss.backward()
+            assert torch.equal(alone.grad[0], leaf.grad[row])
+
+
+@each_backend
+def test_more_sequences_than_parts_equal_float64(backend):
+    """Beyond as many as a GPU would cut into parts, and past one round of the merge of rows."""
+    values, old, returns = torch.randn(3, 530, 2, generator=torch.Generator().manual_seed(0)).to(
+        DEVICE
+    )
+    loss, metrics = ops.value_loss(values, old, returns, clip_range=None, backend=backend)
+    wanted, metrics_64 = reference.value_loss(
+        values.double(),
+        None,
+        returns.double(),
+        torch.tensor(1060.0, dtype=torch.float64, device=DEVICE),
+        mask=None,
+        cu_seqlens=None,
+        clip_range=None,
+        huber_delta=torch.inf,
+        sequence_mean=False,
+    )
+    assert_close(loss, wanted, what="loss", relative=SUM_RELATIVE, absolute=1e-6)
+    assert_close(metrics, metrics_64, what="metrics", relative=SUM_RELATIVE, absolute=2e-5)
+
+
 @each_backend
 def test_runs_are_equal_bit_for_bit(backend):
     values, old, returns = torch.randn(3, 9, 300, device=DEVICE)

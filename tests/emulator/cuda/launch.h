@@ -25,7 +25,7 @@ void launch(const char* operation, Stream, int64_t blocks, int threads,
                                  " threads");
     }
     emulator::body = [&] { kernel(arguments...); };
-    for (int64_t block = 0; block < blocks; ++block) {
+    for (int block : emulator::wanted_order().of(static_cast<int>(blocks))) {
         blockIdx.x = static_cast<unsigned>(block);
         emulator::run_block(operation, threads);
     }

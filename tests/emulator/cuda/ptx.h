@@ -10,24 +10,26 @@
 
 namespace warpo::cuda {
 
-inline void check_alignment(const void* address) {
-    const auto past = reinterpret_cast<uintptr_t>(address) % 16;
+inline void check_alignment(const void* address, size_t bytes) {
+    const auto past = reinterpret_cast<uintptr_t>(address) % bytes;
     if (past != 0) {
-        emulator::fail("16-byte access " + std::to_string(past) + " bytes past a boundary");
+        emulator::fail(std::to_string(bytes) + "-byte access " + std::to_string(past) +
+                       " bytes past a boundary");
     }
 }
 
 inline uint4 load_read_only(const void* address) {
-    check_alignment(address);
     uint4 v;
+    check_alignment(address, sizeof v);
     memcpy(&v, address, sizeof v);
     return v;
 }
 
 inline uint4 load_once(const void* address) { return load_read_only(address); }
 
-inline void store_streaming(void* address, uint4 v) {
-    check_alignment(address);
+template <typename Vector>
+void store_streaming(void* address, Vector v) {
+    check_alignment(address, sizeof v);
     memcpy(address, &v, sizeof v);
 }
 
