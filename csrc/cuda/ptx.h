@@ -1,4 +1,5 @@
-// Instructions that C++ has no words for: cache hints, packed maxima and packed conversions.
+// Instructions that C++ has no words for: cache hints, packed maxima, packed conversions and what
+// the blocks of a cluster share.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -38,6 +39,39 @@ __device__ __forceinline__ void compute_anew(int64_t& value) { asm volatile("" :
 // Bits [8 * bytes, 8 * bytes + 32) of the 64 bits high:low, bytes < 4.
 __device__ __forceinline__ uint32_t shift_bytes(uint32_t low, uint32_t high, int bytes) {
     return __funnelshift_r(low, high, 8 * bytes);
+}
+
+// The dynamic shared memory of the block.
+__device__ __forceinline__ void* dynamic_shared() {
+    extern __shared__ uint4 memory[];
+    return memory;
+}
+
+// The barrier of all threads of a cluster, in two halves: what is written to shared memory before
+// the first is seen after the second. Clusters begin with compute capability 9.0.
+__device__ __forceinline__ void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+#endif
+}
+
+// What another block of the cluster has at the place in its shared memory of `own` in this one's.
+__device__ __forceinline__ float load_from_block(const float* own, int block) {
+#if __CUDA_ARCH__ >= 900
+    uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(own));
+    asm("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(address) : "r"(block));
+    float value;
+    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
+    return value;
+#else
+    return *own;
+#endif
 }
 
 template <typename Pair>
