@@ -1,8 +1,9 @@
 // A row of logits that stays in shared memory between its two passes, and its gradient.
 //
-// The vocabulary and the dtype alone cut a row into shares. A team of threads reads a share, and the
-// states of its warps, then those of the shares, are merged in their order: over how many blocks of
-// a cluster a row is spread, how many teams they have and how much they keep changes no bit.
+// The vocabulary and the dtype alone cut a row into shares. A team of threads reads a share, and
+// the states of its warps, then those of the shares, are merged in their order: over how many
+// blocks of a cluster a row is spread, how many teams they have and how much they keep changes no
+// bit.
 #pragma once
 
 #include <algorithm>
@@ -112,51 +113,83 @@ __device__ __forceinline__ void add_vectors(SoftmaxState& state, const uint4 (&t
     }
 }
 
-// `count` vectors of a thread, from column `column` of a row on, whose address is `at`. The first
-// `room` vectors stay at `kept`.
+// A share as one block has it.
+struct Share {
+    int column;  // the first
+    int left;    // vectors of this thread's and after them
+    int copied;  // so many of those are copied to `kept`
+    int room;    // so many fit
+    uint4* kept;
+};
+
+// Share `share` of block `rank`, from this thread's first vector on. Whole vectors at 16-byte
+// boundaries of the row are copied, as far as there is room.
 template <int kDType>
-__device__ __forceinline__ void read_tile(uint4 (&tile)[kLoads], uint4* kept, int room,
-                                          const typename Element<kDType>::Bits* at, int column,
-                                          int vocab, int count) {
-    constexpr int kPerVector = Element<kDType>::kPerVector, kStride = kTeamThreads * kPerVector;
-    constexpr int kColumns = (kLoads - 1) * kStride + kPerVector;
-    const int misalignment = misalignment_of(at);
-    if (misalignment == 0 && vocab - column >= kColumns && count == kLoads) {
+__device__ __forceinline__ Share share_of(const RowPlan& plan, uint4* kept, int share, int rank,
+                                          int vocab, int misalignment) {
+    constexpr int kPerVector = Element<kDType>::kPerVector;
+    const int own = share * plan.share, thread = static_cast<int>(threadIdx.x) % kTeamThreads;
+    const int vector = rank * (kShares / plan.blocks) * plan.share + own + thread;
+    Share result;
+    result.column = vector * kPerVector;
+    result.left = min(plan.share - thread, (vocab - 1) / kPerVector + 1 - vector);
+    result.room = plan.kept - own - thread;
+    result.copied =
+        misalignment == 0 ? min(result.room, min(result.left, vocab / kPerVector - vector)) : 0;
+    result.kept = kept + own + thread;
+    return result;
+}
+
+template <int kDType>
+__device__ __forceinline__ void copy_share(const Share& share,
+                                           const typename Element<kDType>::Bits* row) {
+    for (int at = 0; at < share.copied; at += kTeamThreads) {
+        copy_async(share.kept + at, row + share.column + at * Element<kDType>::kPerVector);
+    }
+}
+
+// `count` vectors of the thread from vector `at` of the share on; they are kept where there is
+// room.
+template <int kDType>
+__device__ __forceinline__ void load_tile(uint4 (&tile)[kLoads], const Share& share, int at,
+                                          int count, const typename Element<kDType>::Bits* row,
+                                          int vocab) {
+    constexpr int kPerVector = Element<kDType>::kPerVector, kLast = (kLoads - 1) * kTeamThreads;
+    const int column = share.column + at * kPerVector, misalignment = misalignment_of(row);
+    if (at + kLast < share.copied) {
 #pragma unroll
-        for (int k = 0; k < kLoads; ++k) tile[k] = load_read_only(at + k * kStride);
+        for (int k = 0; k < kLoads; ++k) tile[k] = share.kept[at + k * kTeamThreads];
+    } else if (at >= share.room && misalignment == 0 &&
+               vocab - column >= (kLast + 1) * kPerVector && count == kLoads) {
+#pragma unroll
+        for (int k = 0; k < kLoads; ++k)
+            tile[k] = load_read_only(row + column + k * kTeamThreads * kPerVector);
     } else {
 #pragma unroll
         for (int k = 0; k < kLoads; ++k) {
-            if (k < count)
-                tile[k] = load_vector<kDType>(at + k * kStride, column + k * kStride, vocab,
-                                              misalignment);
+            const int slot = at + k * kTeamThreads, first = share.column + slot * kPerVector;
+            if (k >= count) break;
+            if (slot < share.copied) {
+                tile[k] = share.kept[slot];
+            } else {
+                tile[k] = load_vector<kDType>(row + first, first, vocab, misalignment);
+                if (slot < share.room) share.kept[slot] = tile[k];
+            }
         }
     }
-#pragma unroll
-    for (int k = 0; k < kLoads; ++k)
-        if (k < count && k * kTeamThreads < room) kept[k * kTeamThreads] = tile[k];
 }
 
-// A thread's state of the share that begins at column `column` of a row.
+// The thread's state of a share.
 template <int kDType>
-__device__ __forceinline__ SoftmaxState read_share(const RowPlan& plan, uint4* kept, int room,
+__device__ __forceinline__ SoftmaxState read_share(const Share& share,
                                                    const typename Element<kDType>::Bits* row,
-                                                   int column, int vocab, float scale) {
-    constexpr int kPerVector = Element<kDType>::kPerVector, kTile = kLoads * kTeamThreads;
-    const int thread = static_cast<int>(threadIdx.x) % kTeamThreads;
-    int left = min(plan.share, (vocab - column - 1) / kPerVector + 1) - thread;
+                                                   int vocab, float scale) {
     SoftmaxState state = softmax_empty();
-    kept += thread;
-    room -= thread;
-    column += thread * kPerVector;
-    for (; left > 0; left -= kTile) {
+    for (int at = 0; at < share.left; at += kLoads * kTeamThreads) {
         uint4 tile[kLoads];
-        const int count = min((left - 1) / kTeamThreads + 1, kLoads);
-        read_tile<kDType>(tile, kept, room, row + column, column, vocab, count);
+        const int count = min((share.left - at - 1) / kTeamThreads + 1, kLoads);
+        load_tile<kDType>(tile, share, at, count, row, vocab);
         add_vectors<kDType>(state, tile, count, scale);
-        kept += kTile;
-        room -= kTile;
-        column += kTile * kPerVector;
     }
     return state;
 }
@@ -167,14 +200,20 @@ template <int kDType>
 __device__ __forceinline__ void read_shares(const RowPlan& plan, const RowMemory& memory,
                                             const typename Element<kDType>::Bits* row, int rank,
                                             int vocab, float scale) {
-    constexpr int kPerVector = Element<kDType>::kPerVector;
-    const int shares = kShares / plan.blocks, start = rank * shares * plan.share;
+    const int shares = kShares / plan.blocks, teams = plan.threads / kTeamThreads;
     const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
-    for (int share = thread / kTeamThreads; share < shares; share += plan.threads / kTeamThreads) {
-        const int first = share * plan.share, column = (start + first) * kPerVector;
-        SoftmaxState state = read_share<kDType>(plan, memory.kept + first, plan.kept - first,
-                                                row, column, vocab, scale);
-        state = merge_lanes<true>(state, scale);
+    const int misalignment = misalignment_of(row);
+    const auto own = [&](int share) {
+        return share_of<kDType>(plan, memory.kept, share, rank, vocab, misalignment);
+    };
+    copy_share<kDType>(own(thread / kTeamThreads), row);
+    commit_copies();
+    for (int share = thread / kTeamThreads; share < shares; share += teams) {
+        if (share + teams < shares) copy_share<kDType>(own(share + teams), row);
+        commit_copies();
+        wait_copies<1>();
+        const SoftmaxState state =
+            merge_lanes<true>(read_share<kDType>(own(share), row, vocab, scale), scale);
         if (lane == 0) memory.warps[share][warp % kTeamWarps] = state;
     }
     __syncthreads();

@@ -1,6 +1,6 @@
-// Log-probabilities, and the gradient of the policy loss from one read of the logits: a row stays in
-// the shared memory of a block, or of a cluster of blocks, until its gradient is written. Where there
-// are no clusters a part of it does, and the rest is read again from the L2 cache.
+// Log-probabilities, and the gradient of the policy loss from one read of the logits: a row stays
+// in the shared memory of a block, or of a cluster of blocks, until its gradient is written. Where
+// there are no clusters a part of it does, and the rest is read again from the L2 cache.
 #include "cuda/kept_row_writer.h"
 #include "cuda/logits_writer.h"
 #include "math/policy_loss_from_logits.h"
@@ -97,7 +97,7 @@ __global__ __launch_bounds__(kTeamThreads* kMaxTeams, 1) void loss_kernel(
         }
         __syncthreads();
         // The shares of other blocks have been read: they may end when all are here.
-        if (plan.blocks > 1) cluster_arrive();
+        if (plan.blocks > 1) cluster_arrive_relaxed();
     }
     // Loaded for the second time: held over the loop it would take registers of it.
     const Token token = load_token(a.forward, index);

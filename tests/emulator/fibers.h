@@ -34,6 +34,13 @@ constexpr size_t kStackBytes = 1 << 16;
 
 enum State { kReady, kAtWarpBarrier, kAtBlockBarrier, kAtClusterBarrier, kDone };
 
+// To shared memory, beside the thread: done when it is waited for, and no sooner.
+struct Copy {
+    void* to;
+    const void* from;
+    unsigned group;
+};
+
 struct Fiber {
     std::unique_ptr<char[]> stack;
     ucontext_t start;
@@ -42,6 +49,8 @@ struct Fiber {
     State state;
     unsigned exchanges;  // shuffles and votes so far
     unsigned arrivals;   // at barriers of the cluster so far
+    unsigned groups;     // of copies so far
+    std::vector<Copy> copies;
 };
 
 inline Fiber fibers[kMaxCluster * kMaxThreads];
@@ -92,7 +101,8 @@ inline void start(int thread) {
     makecontext(&fiber.start, run_body, 0);
     fiber.started = false;
     fiber.state = kReady;
-    fiber.exchanges = fiber.arrivals = 0;
+    fiber.exchanges = fiber.arrivals = fiber.groups = 0;
+    fiber.copies.clear();
 }
 
 inline int count(int first, int threads, State state) {

@@ -90,13 +90,16 @@ def test_logits_move_16_bytes_at_a_time(compiled, operation):
     # these merge what others have read of the logits, count tokens, or scale what is written
     helpers = ("finish_kernel", "count_kernel", "scale_kernel")
     of_logits = {n: code for n, code in kernels.items() if not any(h in n for h in helpers)}
-    # three dtypes, with and without entropy; logprobs has forward, its chunks and backward
-    assert len(of_logits) == (18 if operation == "logprobs" else 6), sorted(of_logits)
+    # three dtypes, with and without entropy; logprobs has forward, its chunks and backward, and the
+    # loss two dtypes more for the gradient of float32 logits
+    assert len(of_logits) == (18 if operation == "logprobs" else 10), sorted(of_logits)
     for name, code in of_logits.items():
         writes = "backward" in name or operation == "policy_loss_from_logits"
         assert len(re.findall(r"\bLDG\.E\S*\.128\b", code)) >= 4, name
         assert not writes or re.search(r"\bSTG\.E\S*\.128\b", code), name
         assert not re.search(r"\b(LDL|STL)\b", code), name
+        if operation == "policy_loss_from_logits":
+            assert re.search(r"\bLDGSTS\.E\S*\.128\b", code), name
 
 
 @pytest.mark.skipif(

@@ -43,6 +43,30 @@ inline int rank_in_cluster() { return emulator::current / emulator::block_thread
 
 inline void* dynamic_shared() { return emulator::shared_memory[rank_in_cluster()]; }
 
+inline void copy_async(void* shared, const void* global) {
+    check_alignment(shared);
+    check_alignment(global);
+    emulator::Fiber& fiber = emulator::fibers[emulator::current];
+    fiber.copies.push_back({shared, global, fiber.groups});
+}
+
+inline void commit_copies() { ++emulator::fibers[emulator::current].groups; }
+
+template <int kGroups>
+void wait_copies() {
+    emulator::Fiber& fiber = emulator::fibers[emulator::current];
+    const auto waits = [&](const emulator::Copy& copy) {
+        return copy.group + kGroups >= fiber.groups;
+    };
+    for (const emulator::Copy& copy : fiber.copies) {
+        if (!waits(copy)) memcpy(copy.to, copy.from, 16);
+    }
+    const auto first = std::find_if(fiber.copies.begin(), fiber.copies.end(), waits);
+    fiber.copies.erase(fiber.copies.begin(), first);
+}
+
+inline void cluster_arrive_relaxed() { ++emulator::fibers[emulator::current].arrivals; }
+
 inline void cluster_arrive() { ++emulator::fibers[emulator::current].arrivals; }
 
 inline void cluster_wait() { emulator::wait_as(emulator::kAtClusterBarrier); }
