@@ -98,11 +98,8 @@ __device__ __forceinline__ int misalignment_of(const void* address) {
     return static_cast<int>(reinterpret_cast<uintptr_t>(address) & 15);
 }
 
-// 16 bytes at an address whose misalignment is not 0, out of the two aligned vectors that hold
-// them.
-__device__ __forceinline__ uint4 load_across(const void* address, int misalignment) {
-    const char* aligned = static_cast<const char*>(address) - misalignment;
-    const uint4 low = load_read_only(aligned), high = load_read_only(aligned + 16);
+// Of the 32 bytes low, high the 16 from byte `misalignment` on, which is 1 to 15.
+__device__ __forceinline__ uint4 cut_across(uint4 low, uint4 high, int misalignment) {
     const bool two = misalignment & 8, one = misalignment & 4;
     const uint32_t a0 = two ? low.z : low.x, a1 = two ? low.w : low.y, a2 = two ? high.x : low.z;
     const uint32_t a3 = two ? high.y : low.w, a4 = two ? high.z : high.x,
@@ -112,6 +109,13 @@ __device__ __forceinline__ uint4 load_across(const void* address, int misalignme
     const int bytes = misalignment & 3;
     return {shift_bytes(b0, b1, bytes), shift_bytes(b1, b2, bytes), shift_bytes(b2, b3, bytes),
             shift_bytes(b3, b4, bytes)};
+}
+
+// 16 bytes at an address whose misalignment is not 0, out of the two aligned vectors that hold
+// them.
+__device__ __forceinline__ uint4 load_across(const void* address, int misalignment) {
+    const char* aligned = static_cast<const char*>(address) - misalignment;
+    return cut_across(load_read_only(aligned), load_read_only(aligned + 16), misalignment);
 }
 
 // Columns first, first + 1, ... of a row, one vector of them; those past the end are `fill`.

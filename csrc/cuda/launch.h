@@ -55,13 +55,17 @@ private:
     bool changed_ = false;
 };
 
-template <typename... Parameters>
-void launch(const char* operation, Stream stream, int64_t blocks, int threads,
-            void (*kernel)(Parameters...), Parameters... arguments) {
+inline void check_blocks(const char* operation, int64_t blocks) {
     if (blocks > INT32_MAX) {
         throw std::runtime_error(std::string(operation) + ": needs " + std::to_string(blocks) +
                                  " blocks, a launch has at most 2147483647: split the batch");
     }
+}
+
+template <typename... Parameters>
+void launch(const char* operation, Stream stream, int64_t blocks, int threads,
+            void (*kernel)(Parameters...), Parameters... arguments) {
+    check_blocks(operation, blocks);
     kernel<<<static_cast<unsigned>(blocks), threads, 0, static_cast<cudaStream_t>(stream.stream)>>>(
         arguments...);
     check(cudaGetLastError(), operation);

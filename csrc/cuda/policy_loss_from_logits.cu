@@ -1,13 +1,14 @@
-// Log-probabilities, and the gradient of the policy loss from a second read of the row that hits
-// the L2 cache: one block a row and a multiprocessor, so that the rows between their two reads are
-// about 300 KB for each multiprocessor, less than the L2 cache holds.
+// Log-probabilities, and the gradient of the policy loss from one read of the logits: a row stays
+// in the shared memory of a block, or of a cluster of blocks, until its gradient is written. Where
+// there are no clusters a part of it does, and the rest is read again from the L2 cache.
+#include "cuda/kept_row_writer.h"
 #include "cuda/logits_writer.h"
 #include "math/policy_loss_from_logits.h"
 
 namespace warpo::cuda {
 namespace {
 
-constexpr int kThreads = 1024, kScaleThreads = 256, kScaleBlocks = 2048;
+constexpr int kScaleThreads = 256, kScaleBlocks = 2048;
 
 __device__ __forceinline__ bool in_a_sequence(const PolicyLossFromLogits& a, int64_t step) {
     return !a.cu_seqlens || (step >= a.cu_seqlens[0] && step < a.cu_seqlens[a.sequences]);
@@ -24,15 +25,6 @@ __device__ __forceinline__ TokenInputs load_inputs(const PolicyLossFromLogits& a
             load_if_present(a.valid_tokens, token)};
 }
 
-template <int kDType, int kOutDType>
-__device__ __forceinline__ void fill_row(typename Element<kOutDType>::Bits* gradient, int vocab,
-                                         uint32_t pattern) {
-    constexpr int kColumns = kLoads * kThreads * Element<kDType>::kPerVector;
-    for (int chunk = 0; chunk * kColumns < vocab; ++chunk)
-        fill_columns<kDType, kOutDType, kThreads>(
-            gradient, own_columns<kDType, kOutDType, kThreads>(gradient, vocab, chunk), pattern);
-}
-
 // What thread 0 finds and all threads use.
 struct Found {
     SoftmaxGradient gradient;
@@ -41,62 +33,85 @@ struct Found {
 
 __device__ __forceinline__ Found find_gradient(const PolicyLossFromLogits& a,
                                                const SoftmaxState& state, float chosen,
-                                               const TokenInputs& inputs) {
+                                               const TokenInputs& inputs, unsigned index,
+                                               bool stores) {
     const Logprobs& forward = a.forward;
-    const Token token = load_token(forward, blockIdx.x);
+    const Token token = load_token(forward, index);
     const float temperature = load_temperature(forward, token);
     const SoftmaxRow row = softmax_finish(state);
     const float logp = logp_of(chosen, state.max, row.log_sum, temperature);
-    store_token(forward, token, blockIdx.x, logp, row.entropy, state.max, row.log_sum);
+    if (stores) store_token(forward, token, index, logp, row.entropy, state.max, row.log_sum);
     const TokenGradient by = token_gradient(a, inputs, logp);
     return {softmax_gradient(state.max, row.log_sum, temperature, by.by_logp, row.entropy,
                              by.by_entropy),
             by.by_logp == 0.0f && by.by_entropy == 0.0f && isfinite(row.log_sum)};
 }
 
-template <int kDType, int kOutDType, bool kEntropy>
-__global__ __launch_bounds__(kThreads, 1) void loss_kernel(const PolicyLossFromLogits a) {
-    using E = Element<kDType>;
-    using Out = Element<kOutDType>;
-    __shared__ Chunks<kThreads> parts;
-    __shared__ float chosen;
-    __shared__ TokenInputs inputs;
-    __shared__ Found found;
+struct alignas(16) Header {
+    TokenInputs inputs;
+    float chosen;
+    Found found;
+};
+
+// Each block of a cluster finds the same gradient and writes its part of it.
+template <int kDType, int kGradient, bool kEntropy>
+__global__ __launch_bounds__(kTeamThreads* kMaxTeams, 1) void loss_kernel(
+    const PolicyLossFromLogits a, const RowPlan plan) {
+    const unsigned index = blockIdx.x / static_cast<unsigned>(plan.blocks);
+    const int rank = static_cast<int>(blockIdx.x % static_cast<unsigned>(plan.blocks));
     const int vocab = static_cast<int>(a.forward.vocab);
+    const int columns = kShares / plan.blocks * plan.share * Element<kDType>::kPerVector;
+    Header& header = *static_cast<Header*>(dynamic_shared());
+    const RowMemory memory = row_memory(plan, sizeof(Header));
     {
-        Token token = load_token(a.forward, blockIdx.x);
+        Token token = load_token(a.forward, index);
         token.valid = token.valid && in_a_sequence(a, token.step);
         if (!token.valid || !token.in_range) {
-            fill_row<kDType, kOutDType>(row_of<kOutDType>(a.grad_logits, token), vocab,
-                                        token.valid ? Out::kNaN : 0u);
-            if (threadIdx.x == 0) store_unread(a.forward, token, blockIdx.x);
+            const auto gradient = row_of<kGradient>(a.grad_logits, token);
+            fill_part<kGradient>(plan, gradient,
+                                 part_of<kGradient>(gradient, rank, columns, vocab),
+                                 token.valid ? Element<kGradient>::kNaN : 0u);
+            if (rank == 0 && threadIdx.x == 0) store_unread(a.forward, token, index);
             return;
         }
-        const typename E::Bits* row = row_of<kDType>(a.forward.logits, token);
+        const typename Element<kDType>::Bits* row = row_of<kDType>(a.forward.logits, token);
         // Here, so that they are there when the row has been read.
         if (threadIdx.x == 0) {
-            chosen = load_logit<kDType>(row, token.target);
-            inputs = load_inputs(a, token);
+            header.chosen = load_logit<kDType>(row, token.target);
+            header.inputs = load_inputs(a, token);
         }
-        const SoftmaxState state = read_row<kDType, kThreads, true>(
-            parts, row, vocab, kLog2e / load_temperature(a.forward, token));
-        if (threadIdx.x == 0) found = find_gradient(a, state, chosen, inputs);
+        const float scale = kLog2e / load_temperature(a.forward, token);
+        read_shares<kDType>(plan, memory, row, rank, vocab, scale);
+        if (plan.blocks > 1) {
+            cluster_arrive();
+            cluster_wait();
+        } else {
+            __syncthreads();
+        }
+        if (threadIdx.x < 32) {
+            const SoftmaxState state = merge_shares(plan, memory, scale);
+            if (threadIdx.x == 0) {
+                header.found =
+                    find_gradient(a, state, header.chosen, header.inputs, index, rank == 0);
+            }
+        }
         __syncthreads();
+        // The shares of other blocks have been read: they may end when all are here.
+        if (plan.blocks > 1) cluster_arrive_relaxed();
     }
     // Loaded for the second time: held over the loop it would take registers of it.
-    const Token token = load_token(a.forward, blockIdx.x);
-    typename Out::Bits* gradient = row_of<kOutDType>(a.grad_logits, token);
-    if (found.is_zero) return fill_row<kDType, kOutDType>(gradient, vocab, 0u);
-
-    const SoftmaxGradient softmax = found.gradient;
-    constexpr int kColumns = kLoads * kThreads * E::kPerVector;
-    // From the end: what was read last is the surest to be in the cache.
-    for (int chunk = (vocab - 1) / kColumns; chunk >= 0; --chunk) {
-        write_columns<kDType, kOutDType, kThreads, kEntropy>(
-            row_of<kDType>(a.forward.logits, token), gradient,
-            own_columns<kDType, kOutDType, kThreads>(gradient, vocab, chunk), softmax, vocab,
-            static_cast<int>(token.target));
+    const Token token = load_token(a.forward, index);
+    const auto gradient = row_of<kGradient>(a.grad_logits, token);
+    const Part part = part_of<kGradient>(gradient, rank, columns, vocab);
+    if (header.found.is_zero) {
+        fill_part<kGradient>(plan, gradient, part, 0u);
+    } else {
+        const SoftmaxGradient softmax = header.found.gradient;
+        write_part<kDType, kGradient, kEntropy>(
+            plan, memory.kept, row_of<kDType>(a.forward.logits, token), gradient, part,
+            rank * columns, softmax, vocab, static_cast<int>(token.target));
     }
+    if (plan.blocks > 1) cluster_wait();
 }
 
 // A grid of fixed size: where the factor is 1 it ends at once.
@@ -133,12 +148,16 @@ __global__ __launch_bounds__(kScaleThreads) void scale_kernel(const ScaleGradien
     }
 }
 
-template <int kDType, int kOutDType>
+template <int kDType, int kGradient>
 void loss(const PolicyLossFromLogits& a, Stream stream) {
-    const auto kernel = a.entropy_coef != 0.0f ? loss_kernel<kDType, kOutDType, true>
-                                               : loss_kernel<kDType, kOutDType, false>;
-    launch("policy_loss_from_logits", stream, a.forward.rows * a.forward.steps, kThreads, kernel,
-           a);
+    constexpr int kPerVector = Element<kDType>::kPerVector;
+    const auto kernel = a.entropy_coef != 0.0f ? loss_kernel<kDType, kGradient, true>
+                                               : loss_kernel<kDType, kGradient, false>;
+    const Logprobs& forward = a.forward;
+    const RowPlan plan = plan_row((forward.vocab - 1) / kPerVector + 1, sizeof(Header),
+                                  chip_for("policy_loss_from_logits", kernel));
+    const Grid grid = {forward.rows * forward.steps, plan.blocks, plan.threads, plan.shared_bytes};
+    launch_clusters("policy_loss_from_logits", stream, grid, kernel, a, plan);
 }
 
 template <int kDType>
@@ -160,6 +179,7 @@ void policy_loss_from_logits(const PolicyLossFromLogits& a, Stream stream) {
     switch (a.forward.logits.dtype) {
         case kBFloat16: return loss<kBFloat16, kBFloat16>(a, stream);
         case kFloat16: return loss<kFloat16, kFloat16>(a, stream);
+        default: break;
     }
     switch (a.grad_logits.dtype) {
         case kBFloat16: return loss<kFloat32, kBFloat16>(a, stream);

@@ -1,4 +1,5 @@
-// Instructions that C++ has no words for: cache hints, packed maxima and packed conversions.
+// Instructions that C++ has no words for: cache hints, copies beside the thread, packed maxima,
+// packed conversions, and what the blocks of a cluster share.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -32,6 +33,28 @@ __device__ __forceinline__ void store_streaming(void* address, Vector v) {
     __stcs(static_cast<Vector*>(address), v);
 }
 
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// Copies 16 bytes into shared memory while the thread goes on; they may be read after wait_copies,
+// and by other threads after a barrier more.
+__device__ __forceinline__ void copy_async(void* shared, const void* global) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
+                 :
+                 : "r"(shared_address(shared)), "l"(global)
+                 : "memory");
+}
+
+// Makes one group of the thread's copies so far.
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;"); }
+
+// Until all groups of the thread but the last kGroups are there.
+template <int kGroups>
+__device__ __forceinline__ void wait_copies() {
+    asm volatile("cp.async.wait_group %0;" : : "n"(kGroups) : "memory");
+}
+
 // Makes the compiler compute again what depends on the value, where it would rather keep results of
 // 64 bits in registers for the length of a loop.
 __device__ __forceinline__ void compute_anew(int64_t& value) { asm volatile("" : "+l"(value)); }
@@ -39,6 +62,46 @@ __device__ __forceinline__ void compute_anew(int64_t& value) { asm volatile("" :
 // Bits [8 * bytes, 8 * bytes + 32) of the 64 bits high:low, bytes < 4.
 __device__ __forceinline__ uint32_t shift_bytes(uint32_t low, uint32_t high, int bytes) {
     return __funnelshift_r(low, high, 8 * bytes);
+}
+
+// The dynamic shared memory of the block.
+__device__ __forceinline__ void* dynamic_shared() {
+    extern __shared__ uint4 memory[];
+    return memory;
+}
+
+// The barrier of all threads of a cluster, in two halves: what is written to shared memory before
+// the first is seen after the second. Clusters begin with compute capability 9.0.
+__device__ __forceinline__ void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+#endif
+}
+
+// The same for a thread that has read what it needs, and whose writes no other block waits for.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+#endif
+}
+
+// What another block of the cluster has at the place in its shared memory of `own` in this one's.
+__device__ __forceinline__ float load_from_block(const float* own, int block) {
+#if __CUDA_ARCH__ >= 900
+    uint32_t address = shared_address(own);
+    asm("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(address) : "r"(block));
+    float value;
+    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
+    return value;
+#else
+    return *own;
+#endif
 }
 
 template <typename Pair>

@@ -1,16 +1,18 @@
-// Two kernels, and the faults that the emulator must see in them: `faults NAME` says on stderr what
+// Three kernels, and the faults that the emulator must see in them: `faults NAME` says on stderr what
 // it saw and fails; `faults none` passes.
 #include <cstdio>
 #include <exception>
 #include <string>
 
+#include "cuda/cluster.h"
 #include "cuda/counter.h"
 #include "cuda/device.h"
+#include "cuda/ptx.h"
 
 namespace warpo::cuda {
 namespace {
 
-constexpr int kThreads = 64;
+constexpr int kThreads = 64, kBlocks = 4, kSharedBytes = 4 * kThreads + 16;
 
 enum Fault {
     kNone,
@@ -23,6 +25,11 @@ enum Fault {
     kNoBlocks,
     kCountBeforeFence,
     kCounterLeft,
+    kNeighbourReadBeforeWritten,
+    kNeighbourReadAfterItsEnd,
+    kABlockStaysAway,
+    kCopyReadBeforeWaitedFor,
+    kPastDynamicSharedMemory,
     kNumFaults
 };
 
@@ -37,6 +44,11 @@ const char* const kNames[kNumFaults] = {
     "no_blocks",
     "count_before_fence",
     "counter_left",
+    "neighbour_read_before_written",
+    "neighbour_read_after_its_end",
+    "a_block_stays_away",
+    "copy_read_before_waited_for",
+    "past_dynamic_shared_memory",
 };
 
 // Reverses the values in each warp, and in the block, twice: to where they were.
@@ -77,7 +89,43 @@ void run_sums(Fault fault) {
     }
 }
 
+// To the values of each block of a cluster adds those of the next one.
+__global__ void add_next(int* values, Fault fault) {
+    const int thread = static_cast<int>(threadIdx.x), block = static_cast<int>(blockIdx.x);
+    uint4* vectors = static_cast<uint4*>(dynamic_shared());
+    float* shared = static_cast<float*>(dynamic_shared());
+    int* own = values + block * kThreads;
+    if (thread < kThreads / 4) copy_async(vectors + thread, own + 4 * thread);
+    commit_copies();
+    if (fault != kCopyReadBeforeWaitedFor) wait_copies<0>();
+    __syncthreads();
+    int value;
+    memcpy(&value, shared + thread, sizeof value);
+    const bool past = fault == kPastDynamicSharedMemory && thread == 0;
+    shared[past ? kSharedBytes / 4 : thread] = static_cast<float>(value + past);
+    if (fault == kABlockStaysAway && block == 1) return;
+    cluster_arrive();
+    if (fault != kNeighbourReadBeforeWritten) cluster_wait();
+    own[thread] = value + static_cast<int>(load_from_block(shared + thread, (block + 1) % kBlocks));
+    if (fault == kNeighbourReadAfterItsEnd) return;
+    cluster_arrive_relaxed();
+    cluster_wait();
+}
+
+void run_cluster(Fault fault) {
+    alignas(16) int values[kBlocks * kThreads];
+    for (int i = 0; i < kBlocks * kThreads; ++i) values[i] = i;
+    const Grid grid = {1, kBlocks, kThreads, kSharedBytes};
+    launch_clusters("add_next", Stream{}, grid, add_next, static_cast<int*>(values), fault);
+    for (int i = 0; i < kBlocks * kThreads; ++i) {
+        if (values[i] != i + (i + kThreads) % (kBlocks * kThreads))
+            throw std::runtime_error("wrong result");
+    }
+}
+
 void run(Fault fault) {
+    if (fault == kNone || fault >= kNeighbourReadBeforeWritten) run_cluster(fault);
+    if (fault >= kNeighbourReadBeforeWritten) return;
     alignas(16) int values[kThreads];
     for (int i = 0; i < kThreads; ++i) values[i] = i + 1;
     launch("reverse_twice", Stream{}, fault == kNoBlocks ? 0 : 1, kThreads, reverse_twice,

@@ -40,20 +40,19 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 
-// Of a named class: variables of an unnamed one would be one for each source file.
-inline struct BlockIndex {
-    unsigned x;
-} blockIdx;
-
 namespace emulator {
 
 struct ThreadIndex {
-    operator unsigned() const { return static_cast<unsigned>(current); }
+    operator unsigned() const { return thread_index; }
+};
+
+struct BlockIndex {
+    operator unsigned() const { return block_index; }
 };
 
 // What the lanes of a warp exchange. Two buffers in turn: a lane may put its next value before
 // another has taken the last one.
-inline uint64_t exchanged[kMaxThreads / kWarp][2][kWarp];
+inline uint64_t exchanged[kMaxCluster * kMaxThreads / kWarp][2][kWarp];
 
 // The values of all lanes of the warp.
 inline const uint64_t* exchange(uint64_t value) {
@@ -76,9 +75,14 @@ inline int own_lane() { return current % kWarp; }
 
 }  // namespace emulator
 
+// Of named classes: variables of an unnamed one would be one for each source file.
 inline struct ThreadIndices {
     emulator::ThreadIndex x;
 } threadIdx;
+
+inline struct BlockIndices {
+    emulator::BlockIndex x;
+} blockIdx;
 
 inline void __syncthreads() {
     emulator::fibers[emulator::current].fenced = false;

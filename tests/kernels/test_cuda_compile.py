@@ -99,6 +99,8 @@ def test_logits_move_16_bytes_at_a_time(compiled, operation):
         assert len(re.findall(r"\bLDG\.E\S*\.128\b", code)) >= 4, name
         assert not writes or re.search(rf"\bSTG\.E\S*\.{stored}\b", code), name
         assert not re.search(r"\b(LDL|STL)\b", code), name
+        if operation == "policy_loss_from_logits":
+            assert re.search(r"\bLDGSTS\.E\S*\.128\b", code), name
 
 
 @pytest.mark.skipif(

@@ -10,6 +10,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -91,6 +92,41 @@ def test_the_tests_of_the_operations_pass(emulated, operations):
     assert all(test in said for test in tests), said
 
 
+# Shared memory of a block in bytes, and whether the chip has clusters: compute capability 9.0, 8.0
+# and 8.6, and chips so small that rows of the tests take clusters of 2, 4 and 8 blocks, or stay in
+# part.
+CHIPS = [
+    *((232448, True), (166912, False), (101376, False)),
+    *((60000, True), (20000, True), (8000, True), (2000, True), (2000, False)),
+]
+
+
+def of_chip(shared_bytes: int, clusters: bool) -> dict[str, str]:
+    return {
+        "WARPO_EMULATOR_SHARED": str(shared_bytes),
+        "WARPO_EMULATOR_CLUSTERS": str(int(clusters)),
+        "WARPO_EMULATOR_ORDER": os.environ.get("WARPO_EMULATOR_ORDER", "random"),
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+@pytest.mark.slow(minutes=1)
+def test_a_row_has_the_same_bits_on_every_chip(emulated):
+    worker = [sys.executable, "-m", "tests.kernels.kept_row_worker"]
+    digests = set()
+    for chip in CHIPS:
+        environment = {**os.environ, "PYTHONPATH": str(emulated), **of_chip(*chip)}
+        digests.add(builds.run(worker, cwd=ROOT, env=environment).stdout)
+    assert len(digests) == 1, digests
+
+
+@pytest.mark.slow(minutes=1)
+@pytest.mark.parametrize("clusters", [False, True])
+def test_the_loss_from_logits_passes_on_a_chip_that_keeps_little_of_a_row(emulated, clusters):
+    tests = ["tests/kernels/test_policy_loss_from_logits.py"]
+    builds.run_tests(emulated, tests, SELECTION, **of_chip(2000, clusters))
+
+
 @pytest.fixture(scope="session")
 def faults(tmp_path_factory) -> Path:
     """A program with a kernel that is wrong in the way that its argument names."""
@@ -113,6 +149,11 @@ def faults(tmp_path_factory) -> Path:
         ("no_blocks", "a launch of 0 blocks of 64 threads"),
         ("count_before_fence", "atomicInc without __threadfence"),
         ("counter_left", "a launch has left its counter at 40"),
+        ("neighbour_read_before_written", "wrong result"),
+        ("neighbour_read_after_its_end", "reads the shared memory of block"),
+        ("a_block_stays_away", "192 wait for the cluster, and others do not come"),
+        ("copy_read_before_waited_for", "wrong result"),
+        ("past_dynamic_shared_memory", "writes past shared memory"),
     ],
 )
 def test_the_emulator_sees_a_fault(faults, fault, message, order):

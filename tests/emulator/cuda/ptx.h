@@ -1,5 +1,6 @@
 // In place of csrc/cuda/ptx.h: the same functions in C++, with the alignment that the instructions
-// ask for checked. Not shown: the text of the real file, and cache hints.
+// ask for checked, and that a block whose shared memory is read has not ended. Not shown: the text
+// of the real file, and cache hints.
 #pragma once
 
 #include <cmath>
@@ -38,6 +39,51 @@ inline void compute_anew(int64_t&) {}
 inline uint32_t shift_bytes(uint32_t low, uint32_t high, int bytes) {
     const uint64_t both = static_cast<uint64_t>(high) << 32 | low;
     return static_cast<uint32_t>(both >> (8 * bytes));
+}
+
+inline int rank_in_cluster() { return emulator::current / emulator::block_threads; }
+
+inline void* dynamic_shared() { return emulator::shared_memory[rank_in_cluster()]; }
+
+inline void copy_async(void* shared, const void* global) {
+    check_alignment(shared, 16);
+    check_alignment(global, 16);
+    emulator::Fiber& fiber = emulator::fibers[emulator::current];
+    fiber.copies.push_back({shared, global, fiber.groups});
+}
+
+inline void commit_copies() { ++emulator::fibers[emulator::current].groups; }
+
+template <int kGroups>
+void wait_copies() {
+    emulator::Fiber& fiber = emulator::fibers[emulator::current];
+    const auto waits = [&](const emulator::Copy& copy) {
+        return copy.group + kGroups >= fiber.groups;
+    };
+    for (const emulator::Copy& copy : fiber.copies) {
+        if (!waits(copy)) memcpy(copy.to, copy.from, 16);
+    }
+    const auto first = std::find_if(fiber.copies.begin(), fiber.copies.end(), waits);
+    fiber.copies.erase(fiber.copies.begin(), first);
+}
+
+inline void cluster_arrive_relaxed() { ++emulator::fibers[emulator::current].arrivals; }
+
+inline void cluster_arrive() { ++emulator::fibers[emulator::current].arrivals; }
+
+inline void cluster_wait() { emulator::wait_as(emulator::kAtClusterBarrier); }
+
+inline float load_from_block(const float* own, int block) {
+    const int threads = emulator::block_threads;
+    if (emulator::count(block * threads, threads, emulator::kDone) > 0) {
+        emulator::fail("reads the shared memory of block " + std::to_string(block) +
+                       " of the cluster, which has ended");
+    }
+    const char* place = reinterpret_cast<const char*>(own);
+    float value;
+    memcpy(&value, place - emulator::shared_memory[rank_in_cluster()] + emulator::shared_memory[block],
+           sizeof value);
+    return value;
 }
 
 template <typename Value>
