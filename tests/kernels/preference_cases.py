@@ -45,7 +45,7 @@ def lists_of(side: dict) -> list[tuple]:
     else:
         bounds = itertools.pairwise(side["cu_seqlens"].tolist())
         rows = ((pi[a:b], ref[a:b], mask[a:b]) for a, b in bounds)
-    return [(p[m].numpy(), r[m].numpy()) for p, r, m in rows]
+    return [(p[m].cpu().numpy(), r[m].cpu().numpy()) for p, r, m in rows]
 
 
 def magnitude(*sides: dict) -> float:

@@ -135,7 +135,7 @@ def on_rows(
     options = dict(arguments)
     bounds, time_dim = options.pop("cu_seqlens", None), options.pop("time_dim", -1)
     arrays = {
-        name: options.pop(name).numpy() for name in (*per_step, *PER_ROW) if name in arguments
+        name: options.pop(name).cpu().numpy() for name in (*per_step, *PER_ROW) if name in arguments
     }
     first = arrays[per_step[0]]
     if bounds is not None:

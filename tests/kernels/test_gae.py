@@ -256,7 +256,7 @@ def test_the_reference_equals_the_definition_of_the_paper(case):
     found = reference.gae(**exact, **options)
     wanted = on_rows(oracle.gae, exact | options, ("rewards", "values"))
     for a, b in zip(found, wanted, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(a.cpu(), b, rtol=1e-10, atol=1e-10)
 
 
 @each_backend

@@ -114,7 +114,7 @@ def problem(tokens: int = 12, vocab: int = 50, size: int = 16, seed: int = 3):
 
 
 def test_the_reference_equals_the_oracle():
-    hidden, weight, bias, targets, ids, offsets = (x.detach() for x in problem())
+    hidden, weight, bias, targets, ids, offsets = (x.detach().cpu() for x in problem())
     warm = 0.5 + torch.rand(12, dtype=torch.float64)
     for offset in (None, bias.double()):
         actual = reference.kept_set_logprobs(
