@@ -29,6 +29,9 @@ struct alignas(8) float2 {
 struct alignas(16) float4 {
     float x, y, z, w;
 };
+struct alignas(8) uint2 {
+    uint32_t x, y;
+};
 struct alignas(16) uint4 {
     uint32_t x, y, z, w;
 };
@@ -115,8 +118,9 @@ inline bool __any_sync(unsigned mask, bool vote) { return __ballot_sync(mask, vo
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
 inline int __clz(int bits) { return bits == 0 ? 32 : __builtin_clz(bits); }
 
-inline int atomicAdd(int* address, int value) {
-    const int old = *address;
+template <typename T>
+T atomicAdd(T* address, T value) {
+    const T old = *address;
     *address += value;
     return old;
 }
