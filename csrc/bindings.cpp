@@ -2,10 +2,13 @@
 // a struct within it is a tuple too. Compiled twice: for _cpu, and with WARPO_CUDA for _cuda, whose
 // operations take device and stream at the end.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <algorithm>
 #include <string>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #include "dlpack.h"
 #include "kernels.h"
@@ -100,6 +103,11 @@ constexpr size_t count_fields() {
         return N - 1;
 }
 
+template <class T>
+constexpr bool is_list = false;
+template <class T>
+constexpr bool is_list<std::vector<T>> = true;
+
 // Reads a tuple from left to right into whatever type is asked for.
 class Reader {
 public:
@@ -109,6 +117,10 @@ public:
     T read() {
         if constexpr (std::is_same_v<T, View>)
             return view(next());
+        else if constexpr (std::is_same_v<T, Matrix>)
+            return matrix(next());
+        else if constexpr (is_list<T>)
+            return read_list<T>();
         else if constexpr (std::is_same_v<T, void*>)
             return PyLong_AsVoidPtr(next());
         else if constexpr (std::is_pointer_v<T>)
@@ -152,24 +164,51 @@ private:
         return found;
     }
 
+    template <class T>
+    T read_list() {
+        PyObject* const source = next();
+        if (!PyList_Check(source))
+            fail("argument " + std::to_string(position_) + " must be a list");
+        const py::tuple items = py::reinterpret_steal<py::tuple>(PyList_AsTuple(source));
+        Reader reader(operation_, items);
+        T found(items.size());
+        for (auto& item : found) item = reader.read<typename T::value_type>();
+        return found;
+    }
+
     PyObject* next() {
         if (PyErr_Occurred()) throw py::error_already_set();
         if (position_ == PyTuple_GET_SIZE(tuple_)) fail("too few arguments");
         return PyTuple_GET_ITEM(tuple_, position_++);
     }
 
-    // A tensor, (data_ptr, stride0, stride1, dtype) or None
+    bool is_tensor(PyObject* source) const {
+        return exchange_api && PyObject_TypeCheck(source, tensor_class);
+    }
+
+    dlpack::Tensor tensor(PyObject* source) const {
+        dlpack::Tensor tensor;
+        if (exchange_api->read(source, &tensor)) throw py::error_already_set();
+        if (dlpack::dtype_of(tensor) < 0)
+            fail("argument " + std::to_string(position_) + " is of an unknown dtype");
+        return tensor;
+    }
+
+    // A tensor, or (data_ptr, stride0, stride1, dtype, rows, columns)
+    Matrix matrix(PyObject* source) const {
+        if (is_tensor(source)) return dlpack::matrix_of(tensor(source));
+        const View found = view(source);
+        if (!found.data || PyTuple_GET_SIZE(source) != 6)
+            fail("argument " + std::to_string(position_) + " must be a tensor");
+        return {found, PyLong_AsLongLong(PyTuple_GET_ITEM(source, 4)),
+                PyLong_AsLongLong(PyTuple_GET_ITEM(source, 5))};
+    }
+
+    // A tensor, (data_ptr, stride0, stride1, dtype, ...) or None
     View view(PyObject* source) const {
         if (source == Py_None) return {};
-        if (exchange_api && PyObject_TypeCheck(source, tensor_class)) {
-            dlpack::Tensor tensor;
-            if (exchange_api->read(source, &tensor)) throw py::error_already_set();
-            const View found = dlpack::view_of(tensor);
-            if (found.dtype < 0)
-                fail("argument " + std::to_string(position_) + " is of an unknown dtype");
-            return found;
-        }
-        if (!PyTuple_Check(source) || PyTuple_GET_SIZE(source) != 4)
+        if (is_tensor(source)) return dlpack::view_of(tensor(source));
+        if (!PyTuple_Check(source) || PyTuple_GET_SIZE(source) < 4)
             fail("argument " + std::to_string(position_) + " must be a tensor or None");
         return {PyLong_AsVoidPtr(PyTuple_GET_ITEM(source, 0)),
                 PyLong_AsLongLong(PyTuple_GET_ITEM(source, 1)),
@@ -185,6 +224,63 @@ private:
     PyObject* tuple_;
     Py_ssize_t position_ = 0;
 };
+
+// Whether a tensor is of the class Tensor or `parameter`, not empty, and its memory what pointer
+// and strides say.
+bool read_plain(PyObject* source, py::handle parameter, dlpack::Tensor* found) {
+    static PyObject* const is_neg = PyObject_GetAttrString((PyObject*)tensor_class, "is_neg");
+    PyTypeObject* const type = Py_TYPE(source);
+    if (type != tensor_class && (PyObject*)type != parameter.ptr()) return false;
+    if (exchange_api->read(source, found)) {
+        PyErr_Clear();
+        return false;
+    }
+    const auto negative = py::reinterpret_steal<py::object>(PyObject_CallOneArg(is_neg, source));
+    if (!negative) throw py::error_already_set();
+    return found->data && negative.ptr() == Py_False && dlpack::size_of(*found) > 0 &&
+           dlpack::dtype_of(*found) >= 0;
+}
+
+// Whether `tensor` is dense, or rows of dense columns that do not overlap.
+bool has_rows(const dlpack::Tensor& tensor) {
+    return dlpack::is_dense(tensor) ||
+           (tensor.ndim == 2 && tensor.strides[1] == 1 && tensor.strides[0] >= tensor.shape[1]);
+}
+
+// Whether `tensor` is dense, of the shape of `like` or flat, and on its device.
+bool fits(const dlpack::Tensor& tensor, const dlpack::Tensor& like) {
+    if (tensor.device_type != like.device_type || tensor.device_id != like.device_id) return false;
+    if (!dlpack::is_dense(tensor)) return false;
+    if (tensor.ndim == 1) return tensor.shape[0] == dlpack::size_of(like);
+    return tensor.ndim == like.ndim &&
+           std::equal(tensor.shape, tensor.shape + tensor.ndim, like.shape);
+}
+
+// A fast look at lists of hundreds of tensors, all of one length: for each list its dtypes, as the
+// bits 1 << DType, if all tensors are plain and on one device, those of the first list are as
+// `has_rows` says, and the others fit the one at their place there. Else zeros: one of them is to
+// be looked at closely.
+std::vector<int> plain_dtypes(py::handle parameter, const std::vector<py::list>& lists) {
+    const size_t count = lists.at(0).size();
+    const std::vector<int> none(lists.size());
+    std::vector<int> dtypes(none);
+    dlpack::Tensor first, at_place, tensor;
+    for (size_t i = 0; i < count && exchange_api; ++i) {
+        if (!read_plain(PyList_GET_ITEM(lists[0].ptr(), i), parameter, &at_place)) return none;
+        if (i == 0) first = at_place;
+        if (at_place.device_type != first.device_type || at_place.device_id != first.device_id ||
+            !has_rows(at_place))
+            return none;
+        dtypes[0] |= 1 << dlpack::dtype_of(at_place);
+        for (size_t k = 1; k < lists.size(); ++k) {
+            if (!read_plain(PyList_GET_ITEM(lists[k].ptr(), i), parameter, &tensor) ||
+                !fits(tensor, at_place))
+                return none;
+            dtypes[k] |= 1 << dlpack::dtype_of(tensor);
+        }
+    }
+    return dtypes;
+}
 
 template <class Result, class... Arguments>
 void define_function(py::module_& m, const char* name, Result (*function)(Arguments...)) {
@@ -222,6 +318,11 @@ PYBIND11_MODULE(WARPO_MODULE, m) {
         return py::make_tuple(capabilities, found.runtime, found.driver);
     });
 #else
+    m.def("plain_dtypes", [](py::handle parameter, py::args given) {
+        std::vector<py::list> lists;
+        for (const py::handle list : given) lists.push_back(list.cast<py::list>());
+        return plain_dtypes(parameter, lists);
+    });
     m.def("instruction_set", &library::instruction_set);
     define_function(m, "first_and_last", &first_and_last);
     define_function(m, "first_malformed", &first_malformed);

@@ -55,4 +55,26 @@ inline View view_of(const Tensor& tensor) {
     return {data, 0, first, dtype_of(tensor)};
 }
 
+inline bool is_dense(const Tensor& tensor) {
+    int64_t size = 1;
+    for (int i = tensor.ndim - 1; i >= 0; --i) {
+        if (tensor.shape[i] != 1 && tensor.strides[i] != size) return false;
+        size *= tensor.shape[i];
+    }
+    return true;
+}
+
+inline int64_t size_of(const Tensor& tensor) {
+    int64_t size = 1;
+    for (int i = 0; i < tensor.ndim; ++i) size *= tensor.shape[i];
+    return size;
+}
+
+// Dense, or of two dimensions.
+inline Matrix matrix_of(const Tensor& tensor) {
+    const View view = view_of(tensor);
+    if (is_dense(tensor)) return {view, 1, size_of(tensor)};
+    return {view, tensor.shape[0], tensor.shape[1]};
+}
+
 }  // namespace warpo::dlpack

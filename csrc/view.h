@@ -1,6 +1,7 @@
 // How an array is passed: raw pointer and strides, no torch.
 #pragma once
 #include <cstdint>
+#include <vector>
 
 namespace warpo {
 
@@ -13,5 +14,14 @@ struct View {
     int64_t stride0 = 0, stride1 = 0;
     int dtype = kFloat32;
 };
+
+// A tensor with its shape: element (row, column) lies at data[row * view.stride0 + column]. A dense
+// tensor is one row, of any other the leading dimensions are merged to rows.
+struct Matrix {
+    View view;
+    int64_t rows, columns;
+};
+
+using Matrices = std::vector<Matrix>;
 
 }  // namespace warpo

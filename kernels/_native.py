@@ -6,9 +6,9 @@ allocated by the caller. The Triton backend has the same functions with the same
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -27,12 +27,15 @@ DTYPE_CODES = {
 }
 
 
-def _view(x: Tensor) -> tuple[int, int, int, int]:
-    """The C++ View of the leading two dimensions; a vector is one row."""
-    stride = x.stride()
+def _view(x: Tensor) -> tuple[int, int, int, int, int, int]:
+    """The C++ View of the leading two dimensions, and rows and columns of the C++ Matrix; a vector
+    is one row, and so is a dense Matrix.
+    """
+    stride, code = x.stride(), DTYPE_CODES[x.dtype]
+    shape = (1, x.numel()) if x.is_contiguous() else x.shape[:2]
     if len(stride) >= 2:
-        return (x.data_ptr(), stride[0], stride[1], DTYPE_CODES[x.dtype])
-    return (x.data_ptr(), 0, stride[0] if stride else 0, DTYPE_CODES[x.dtype])
+        return (x.data_ptr(), stride[0], stride[1], code, shape[0], shape[-1])
+    return (x.data_ptr(), 0, stride[0] if stride else 0, code, 1, x.numel())
 
 
 # told by their type alone: isinstance of a Tensor takes 0.1 us for each that is none
@@ -42,6 +45,8 @@ _NUMBERS = frozenset((int, float, bool, type(None)))
 def _field(x: Any) -> Any:
     if isinstance(x, Tensor):
         return _view(x)
+    if isinstance(x, list):
+        return [_field(item) for item in x]
     return _views(x) if isinstance(x, tuple) else x
 
 
@@ -56,9 +61,9 @@ def _of_views(function: Callable[..., None]) -> Callable[..., None]:
     return call
 
 
-def _first_tensor(arguments: tuple[Any, ...]) -> Tensor | None:
+def _first_tensor(arguments: Sequence[Any]) -> Tensor | None:
     for x in arguments:
-        found = _first_tensor(x) if isinstance(x, tuple) else x
+        found = _first_tensor(x) if isinstance(x, (tuple, list)) else x
         if isinstance(found, Tensor):
             return found
     return None
@@ -98,7 +103,8 @@ def _arguments() -> set[Any]:
     members = (*vars(Backend).values(), *vars(CpuBackend).values())
     taken = [inspect.get_annotations(x) for x in members if callable(x)]
     classes = {x["arguments"] for x in taken if "arguments" in x}
-    inner = {kind for x in classes for kind in inspect.get_annotations(x).values()}
+    kinds = {kind for x in classes for kind in inspect.get_annotations(x).values()}
+    inner = kinds | {item for kind in kinds for item in get_args(kind)}
     return classes | {kind for kind in inner if hasattr(kind, "_fields")}
 
 

@@ -1,6 +1,6 @@
 """An operation as a `torch.library` operator, and the short way to it in eager mode."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,12 +23,22 @@ def check_transforms(name: str, arguments: Sequence[Any]) -> None:
             "use torch.autograd, or backend='reference', which is plain PyTorch"
         )
     if forward_ad._current_level >= 0 and any(
-        isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in arguments
+        isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None
+        for x in _tensors_in(arguments)
     ):
         raise RuntimeError(
             f"{name} has no forward-mode derivative: use reverse mode, or backend='reference', "
             "which is plain PyTorch"
         )
+
+
+def _tensors_in(arguments: Sequence[Any]) -> Iterator[Any]:
+    """The arguments, those of a list one by one."""
+    for x in arguments:
+        if isinstance(x, list):
+            yield from x
+        else:
+            yield x
 
 
 def keeps_graph() -> bool:
@@ -65,7 +75,8 @@ class Operator:
             `save` saved, so that it may overwrite it.
         differentiate_again: instead of it where the backward pass is recorded (create_graph=True):
             in differentiable operations of torch. Without it there is no second derivative.
-        mutates: names of the tensors that `body` changes, each of them optional; not the first one.
+        mutates: names of the tensors, or lists of them, that `body` changes, each of them optional;
+            not the first one.
         returned: a call returns the first N of the results, one of them not as a tuple; the others
             are for `save`, which takes 2 us less in eager mode than to return them. All if not
             given.
@@ -117,6 +128,8 @@ class Operator:
 
     def __call__(self, inputs: Any) -> Any:
         first, count = inputs[0], self._differentiable
+        if type(first) is list:
+            first = first[0]
         if is_dynamo_compiling() or torch.compiler._is_compiling_flag:
             return self._public(self._through_library(inputs))
         if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
@@ -136,7 +149,7 @@ class Operator:
         results = self._body(inputs)
         if self._mutated:
             # so that a graph that has saved one of them refuses its backward
-            changed = [inputs[i] for i in self._mutated if inputs[i] is not None]
+            changed = list(_tensors_in([inputs[i] for i in self._mutated if inputs[i] is not None]))
             torch.autograd.graph.increment_version(changed)
         return self._public(results)
 

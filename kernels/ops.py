@@ -11,10 +11,10 @@ device.
     advantages, returns = ops.gae(rewards, values, gamma=1.0, gae_lambda=0.95, mask=mask)
 """
 
-from warpo.kernels._adamw_publish import AdamwPublish, adamw_publish
+from warpo.kernels._adamw_publish import AdamwPublish, adamw_publish, adamw_publish_foreach
 from warpo.kernels._aggregate import aggregate
 from warpo.kernels._approx_kl import approx_kl
-from warpo.kernels._fingerprint import fingerprint
+from warpo.kernels._fingerprint import fingerprint, fingerprint_foreach
 from warpo.kernels._gae import Gae, gae
 from warpo.kernels._group_advantages import GroupAdvantages, group_advantages
 from warpo.kernels._kept_set_logprobs import kept_set_logprobs
@@ -88,10 +88,12 @@ __all__ = [
     "ValueLoss",
     "Vtrace",
     "adamw_publish",
+    "adamw_publish_foreach",
     "aggregate",
     "approx_kl",
     "discounted_returns",
     "fingerprint",
+    "fingerprint_foreach",
     "gae",
     "get_objective",
     "get_preference",

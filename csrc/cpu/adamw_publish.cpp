@@ -1,9 +1,10 @@
-// AdamW on float32 master weights, rounded into the published ones, in one pass over memory.
+// AdamW on float32 master weights, rounded into the published ones, in one pass over memory, of
+// many tensors.
 #include "cpu/bits.h"
 #include "cpu/cpu.h"
+#include "cpu/parts.h"
 #include "math/adamw.h"
 #include "math/stochastic_rounding.h"
-#include "math/tiles.h"
 
 namespace warpo::cpu::WARPO_ISA {
 namespace {
@@ -66,6 +67,15 @@ T total(const T* lanes) {
     return sum;
 }
 
+// A step of one tensor.
+struct Step {
+    const AdamwTensor& tensor;
+    AdamwNumbers numbers;
+    float grad_scale;
+    bool stochastic;
+    uint64_t key;  // of the random numbers
+};
+
 // The arrays of a block as float32: where they are, or in buffers.
 struct Block {
     const float* grad;
@@ -86,24 +96,25 @@ float* as_floats(const View& view, int64_t index, int count, float* buffer) {
 }
 
 template <int kSize>
-Block load_block(const AdamwPublish& a, int64_t index, int count, Buffers<kSize>& buffers) {
-    if (a.stochastic) {
-        const uint64_t key = random_key(a.seed, a.step);
+Block load_block(const Step& s, int64_t index, int count, Buffers<kSize>& buffers) {
+    if (s.stochastic) {
+        const uint64_t key = s.key;
 #pragma omp simd
         for (int i = 0; i < count; ++i) buffers.random[i] = random_bits(key, index + i);
     }
-    return {as_floats(a.grad, index, count, buffers.grad),
-            a.master ? a.master + index : nullptr,
-            as_floats(a.exp_avg, index, count, buffers.exp_avg),
-            as_floats(a.exp_avg_sq, index, count, buffers.exp_avg_sq), buffers.random};
+    const AdamwTensor& tensor = s.tensor;
+    return {as_floats(tensor.grad, index, count, buffers.grad),
+            tensor.master ? tensor.master + index : nullptr,
+            as_floats(tensor.exp_avg, index, count, buffers.exp_avg),
+            as_floats(tensor.exp_avg_sq, index, count, buffers.exp_avg_sq), buffers.random};
 }
 
 // `shift`: of its random bits, see math/stochastic_rounding.h.
-void store_moment(const AdamwPublish& a, const View& moment, int64_t index, int count,
+void store_moment(bool stochastic, const View& moment, int64_t index, int count,
                   const float* values, const uint64_t* random, int shift) {
     if (moment.dtype == kFloat32) return;
     BFloat16* const out = (BFloat16*)moment.data + index;
-    if (!a.stochastic) return store_dense(values, count, out);
+    if (!stochastic) return store_dense(values, count, out);
 #pragma omp simd
     for (int i = 0; i < count; ++i)
         out[i].bits = bfloat16_bits_at_random(values[i], (uint32_t)(random[i] >> shift) & 0xffffu);
@@ -116,8 +127,8 @@ WARPO_HD void from_float_at_random(float x, uint64_t random, BFloat16& out) {
 
 // Elements [first, first + count) of a block, at most a group.
 template <class T, bool kOwn>
-WARPO_HD void step(const AdamwPublish& a, float grad_scale, const Block& b, int first, int count,
-                   T* published, Lanes& lanes) {
+WARPO_HD void step(const AdamwNumbers& numbers, float grad_scale, const Block& b, int first,
+                   int count, T* published, Lanes& lanes) {
     constexpr bool kRounded = !kOwn || sizeof(T) < sizeof(float);
     alignas(64) float master_update[kGroup<T>] = {}, published_update[kGroup<T>] = {};
     alignas(64) int32_t changed[kGroup<T>] = {};
@@ -127,7 +138,7 @@ WARPO_HD void step(const AdamwPublish& a, float grad_scale, const Block& b, int 
         const uint32_t old_bits = bits_of(published[k]);
         const float old = to_float(published[k]), weight = kOwn ? old : b.master[i];
         const AdamwState next =
-            adamw_step(a, {weight, b.exp_avg[i], b.exp_avg_sq[i]}, b.grad[i] * grad_scale);
+            adamw_step(numbers, {weight, b.exp_avg[i], b.exp_avg_sq[i]}, b.grad[i] * grad_scale);
         b.exp_avg[i] = next.exp_avg;
         b.exp_avg_sq[i] = next.exp_avg_sq;
         if constexpr (kOwn) {
@@ -167,15 +178,15 @@ struct Fingerprints {
 // Whole groups of a block, which starts at element `start` of its tile. The arguments by value: a
 // store to the arrays could change those behind a reference.
 template <class T, bool kOwn>
-__attribute__((noinline)) void step_groups(const AdamwPublish a, float grad_scale, const Block b,
-                                           T* tile, int start, int groups,
+__attribute__((noinline)) void step_groups(const AdamwNumbers numbers, float grad_scale,
+                                           const Block b, T* tile, int start, int groups,
                                            Fingerprints<T>& fingerprints, Sums& sums) {
     Fingerprints<T> own = fingerprints;
     Lanes lanes;
     for (int g = 0; g < groups; ++g) {
         const int at = start + g * kGroup<T>;
         if (at - own.taken == kLag<T>) own.add(tile);
-        step<T, kOwn>(a, grad_scale, b, g * kGroup<T>, kGroup<T>, tile + at, lanes);
+        step<T, kOwn>(numbers, grad_scale, b, g * kGroup<T>, kGroup<T>, tile + at, lanes);
     }
     fingerprints = own;
     sums.add(lanes);
@@ -183,80 +194,105 @@ __attribute__((noinline)) void step_groups(const AdamwPublish a, float grad_scal
 
 // `published` holds the elements of the tile, one after the other.
 template <class T, bool kOwn>
-void update_tile(const AdamwPublish& a, int64_t index, int count, float grad_scale, T* published,
-                 Sums& sums) {
+void update_tile(const Step& s, int64_t index, int count, T* published, Sums& sums) {
     Buffers<kBlock<T>> buffers;
     Fingerprints<T> fingerprints(index);
     for (int start = 0; start < count; start += kBlock<T>) {
         const int block_count = count - start < kBlock<T> ? count - start : kBlock<T>;
-        const Block block = load_block(a, index + start, block_count, buffers);
+        const Block block = load_block(s, index + start, block_count, buffers);
         const int groups = block_count / kGroup<T>, whole = groups * kGroup<T>;
-        step_groups<T, kOwn>(a, grad_scale, block, published, start, groups, fingerprints, sums);
+        step_groups<T, kOwn>(s.numbers, s.grad_scale, block, published, start, groups, fingerprints,
+                             sums);
         if (whole < block_count) {
             Lanes lanes;
-            step<T, kOwn>(a, grad_scale, block, whole, block_count - whole,
+            step<T, kOwn>(s.numbers, s.grad_scale, block, whole, block_count - whole,
                           published + start + whole, lanes);
             sums.add(lanes);
         }
-        store_moment(a, a.exp_avg, index + start, block_count, block.exp_avg, block.random, 16);
-        store_moment(a, a.exp_avg_sq, index + start, block_count, block.exp_avg_sq, block.random,
-                     32);
+        store_moment(s.stochastic, s.tensor.exp_avg, index + start, block_count, block.exp_avg,
+                     block.random, 16);
+        store_moment(s.stochastic, s.tensor.exp_avg_sq, index + start, block_count,
+                     block.exp_avg_sq, block.random, 32);
     }
     for (int w = 0; w < kVectorBytes / 8; ++w) sums.fingerprint += fingerprints.sum[w];
     const int taken = fingerprints.taken;
     sums.fingerprint += fingerprint_of(published + taken, count - taken, index + taken);
 }
 
-// Tiles of the elements in row-major order, so that words of the fingerprint may cross rows.
+// Tiles `first`, first + tiles.partials, ... of the elements in row-major order, so that words of
+// the fingerprint may cross rows.
 template <class T, bool kOwn>
-void update(const AdamwPublish& a) {
-    const int64_t size = a.rows * a.columns;
-    const Tiles tiles = tiles_of(1, size);
-    const float grad_scale = a.grad_scale * (a.grad_scale_factor ? *a.grad_scale_factor : 1.0f);
-#pragma omp parallel for if (size >= kParallelWork)
-    for (int64_t p = 0; p < tiles.partials; ++p) {
-        Sums sums;
-        alignas(64) T gathered[kTileSize];
-        for (int64_t t = p; t < tiles.count; t += tiles.partials) {
-            const Tile tile = tile_at(tiles, size, t);
-            if (a.rows == 1) {
-                update_tile<T, kOwn>(a, tile.first, tile.count, grad_scale,
-                                     address<T>(a.published, 0, tile.first), sums);
-                continue;
-            }
-            gather(a.published, a.columns, tile.first, tile.count, gathered);
-            update_tile<T, kOwn>(a, tile.first, tile.count, grad_scale, gathered, sums);
-            scatter(a.published, a.columns, tile.first, tile.count, gathered);
+Sums update_tiles(const Step& s, int64_t first) {
+    const Matrix& published = s.tensor.published;
+    const int64_t size = published.rows * published.columns;
+    const Tiles tiles = tiles_of(published);
+    Sums sums;
+    alignas(64) T gathered[kTileSize];
+    for (int64_t t = first; t < tiles.count; t += tiles.partials) {
+        const Tile tile = tile_at(tiles, size, t);
+        if (published.rows == 1) {
+            update_tile<T, kOwn>(s, tile.first, tile.count, (T*)published.view.data + tile.first,
+                                 sums);
+            continue;
         }
-        a.partial_counts[2 * p] = (int64_t)sums.fingerprint;
-        a.partial_counts[2 * p + 1] = total(sums.changed);
-        a.partial_updates[2 * p] = (float)total(sums.master_update);
-        a.partial_updates[2 * p + 1] = (float)total(sums.published_update);
+        gather(published.view, published.columns, tile.first, tile.count, gathered);
+        update_tile<T, kOwn>(s, tile.first, tile.count, gathered, sums);
+        scatter(published.view, published.columns, tile.first, tile.count, gathered);
     }
+    return sums;
+}
+
+// Without a master, published is its own: float32, or bfloat16 that is rounded stochastically.
+Sums update(const Step& s, int64_t first) {
+    const bool own = !s.tensor.master;
+    switch (s.tensor.published.view.dtype) {
+        case kFloat32:
+            return own ? update_tiles<float, true>(s, first) : update_tiles<float, false>(s, first);
+        case kBFloat16:
+            return own ? update_tiles<BFloat16, true>(s, first)
+                       : update_tiles<BFloat16, false>(s, first);
+        default: return update_tiles<Float16, false>(s, first);
+    }
+}
+
+// Of partial results [first, end), into the results of tensor i.
+void add_partials(const AdamwPublish& a, int64_t i, int64_t first, int64_t end) {
     uint64_t fingerprint = 0;
     int64_t changed = 0;
     double master_update = 0, published_update = 0;
-    for (int64_t p = 0; p < tiles.partials; ++p) {
+    for (int64_t p = first; p < end; ++p) {
         fingerprint += (uint64_t)a.partial_counts[2 * p];
         changed += a.partial_counts[2 * p + 1];
         master_update += a.partial_updates[2 * p];
         published_update += a.partial_updates[2 * p + 1];
     }
-    a.counts[0] = (int64_t)fingerprint;
-    a.counts[1] = changed;
-    a.updates[0] = (float)master_update;
-    a.updates[1] = (float)published_update;
+    const auto tensors = (int64_t)a.tensors.size();
+    a.counts[i] = (int64_t)fingerprint;
+    a.counts[tensors + i] = changed;
+    a.updates[i] = (float)master_update;
+    a.updates[tensors + i] = (float)published_update;
 }
 
 }  // namespace
 
-// Without a master, published is its own: float32, or bfloat16 that is rounded stochastically.
 void adamw_publish(const AdamwPublish& a) {
-    switch (a.published.dtype) {
-        case kFloat32: return a.master ? update<float, false>(a) : update<float, true>(a);
-        case kBFloat16: return a.master ? update<BFloat16, false>(a) : update<BFloat16, true>(a);
-        default: return update<Float16, false>(a);
-    }
+    Parts parts;
+    for (const AdamwTensor& tensor : a.tensors)
+        parts.add(tensor.published, tiles_of(tensor.published).partials);
+    const float grad_scale = a.grad_scale * (a.grad_scale_factor ? *a.grad_scale_factor : 1.0f);
+    for_each_part(parts, [&](int64_t i, int64_t part) {
+        const AdamwTensor& tensor = a.tensors[i];
+        const Step step = {tensor, adamw_numbers(a, tensor), grad_scale, a.stochastic != 0,
+                           random_key(tensor.seed, tensor.step)};
+        const Sums sums = update(step, part);
+        const int64_t p = 2 * (parts.first[i] + part);
+        a.partial_counts[p] = (int64_t)sums.fingerprint;
+        a.partial_counts[p + 1] = total(sums.changed);
+        a.partial_updates[p] = (float)total(sums.master_update);
+        a.partial_updates[p + 1] = (float)total(sums.published_update);
+    });
+    for (size_t i = 0; i < a.tensors.size(); ++i)
+        add_partials(a, i, parts.first[i], parts.first[i + 1]);
 }
 
 }  // namespace warpo::cpu::WARPO_ISA

@@ -127,48 +127,79 @@ class AdamW(torch.optim.Optimizer):
         return update
 
     def _step(self, grad_norm: Tensor, grad_scale: Tensor) -> WeightUpdate:
-        fingerprints: dict[str, Tensor] = {}
-        named, groups, total = [], [], 0
-        for name, parameter, group in self._parameters():
-            total += parameter.numel()
-            if parameter.grad is None:
-                fingerprints[name] = ops.fingerprint(parameter)
-            else:
-                named.append((name, parameter))
-                groups.append(group)
-        parameters = [parameter for _, parameter in named]
-        if self._staged:
-            results = self._step_on_host(parameters, groups, grad_scale)
-        else:
-            results = [
-                self._update(parameter, group, _gradient(parameter), parameter, grad_scale)
-                for parameter, group in zip(parameters, groups, strict=True)
+        total = sum(parameter.numel() for _, parameter, _ in self._parameters())
+        stepped, fingerprints = [], self._fingerprints_without_gradient()
+        for group in self.param_groups:
+            named = [
+                (name, parameter)
+                for name, parameter in zip(group["param_names"], group["params"], strict=True)
+                if parameter.grad is not None
             ]
-        for (name, _), result in zip(named, results, strict=True):
-            fingerprints[name] = result.fingerprint
+            if not named:
+                continue
+            names, parameters = [name for name, _ in named], [parameter for _, parameter in named]
+            step = self._step_on_host if self._staged else self._step_on_device
+            results = step(parameters, group, grad_scale)
+            fingerprints |= zip(names, results.fingerprint.unbind(), strict=True)
+            stepped.append(results)
         return WeightUpdate(
             fingerprints,
-            _sum([result.changed for result in results], torch.int64),
+            _sum([results.changed for results in stepped], torch.int64),
             total,
-            _sum([result.master_update for result in results], torch.float32),
-            _sum([result.published_update for result in results], torch.float32),
+            _sum([results.master_update for results in stepped], torch.float32),
+            _sum([results.published_update for results in stepped], torch.float32),
             grad_norm,
         )
+
+    def _fingerprints_without_gradient(self) -> dict[str, Tensor]:
+        resting = {name: x for name, x, _ in self._parameters() if x.grad is None}
+        if not resting:
+            return {}
+        fingerprints = ops.fingerprint_foreach(list(resting.values()))
+        return dict(zip(resting, fingerprints.unbind(), strict=True))
 
     def _parameters(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
         for group in self.param_groups:
             for name, parameter in zip(group["param_names"], group["params"], strict=True):
                 yield name, parameter, group
 
+    def _step_on_device(
+        self, parameters: Sequence[Tensor], group: dict[str, Any], grad_scale: Tensor
+    ) -> ops.AdamwPublish:
+        grads = [_gradient(parameter) for parameter in parameters]
+        return self._update(parameters, group, grads, parameters, grad_scale)
+
     def _update(
         self,
-        parameter: Tensor,
+        parameters: Sequence[Tensor],
         group: dict[str, Any],
-        grad: Tensor,
-        weights: Tensor,
+        grads: Sequence[Tensor],
+        weights: Sequence[Tensor],
         grad_scale: Tensor,
     ) -> ops.AdamwPublish:
-        """Step `weights`, which are the parameter or its copy on the host."""
+        """Step `weights`, which are the parameters of a group or their copies on the host."""
+        states = [self._state(x, weight) for x, weight in zip(parameters, weights, strict=True)]
+        result = ops.adamw_publish_foreach(
+            grads,
+            [state.get("master") for state in states],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            weights,
+            lr=group["lr"],
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            steps=[state["step"] + 1 for state in states],
+            grad_scale=grad_scale,
+            backend="cpu" if self._staged else None,
+        )
+        for state in states:
+            state["step"] += 1
+        return result
+
+    def _state(self, parameter: Tensor, weights: Tensor) -> dict[str, Any]:
+        """That of a parameter, made at its first step."""
         state = self.state[parameter]
         if not state:
             state["step"] = 0
@@ -179,30 +210,11 @@ class AdamW(torch.optim.Optimizer):
             if parameter.dtype != torch.float32:
                 dense = torch.contiguous_format
                 state["master"] = weights.to(torch.float32, memory_format=dense)
-        result = ops.adamw_publish(
-            grad,
-            state.get("master"),
-            state["exp_avg"],
-            state["exp_avg_sq"],
-            weights,
-            lr=group["lr"],
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            step=state["step"] + 1,
-            grad_scale=grad_scale,
-            backend="cpu" if self._staged else None,
-        )
-        state["step"] += 1
-        return result
+        return state
 
     def _step_on_host(
-        self,
-        parameters: Sequence[Tensor],
-        groups: Sequence[dict[str, Any]],
-        grad_scale: Tensor,
-    ) -> list[ops.AdamwPublish]:
+        self, parameters: Sequence[Tensor], group: dict[str, Any], grad_scale: Tensor
+    ) -> ops.AdamwPublish:
         """Gradients down, a step on the CPU, weights up: a parameter at a time, overlapped.
 
         A landing place is free again once its step is computed, which blocks; the copies of the
@@ -229,17 +241,17 @@ class AdamW(torch.optim.Optimizer):
 
         results = []
         coming = [fetch(i) for i in range(min(IN_FLIGHT, len(parameters)))]
-        for i, (parameter, group) in enumerate(zip(parameters, groups, strict=True)):
+        for i, parameter in enumerate(parameters):
             weights = self._weights_on_host(parameter)
             landed, arrived = coming[i]
             arrived.synchronize()
-            results.append(self._update(parameter, group, landed, weights, scale))
+            results.append(self._update([parameter], group, [landed], [weights], scale))
             if i + IN_FLIGHT < len(parameters):
                 coming.append(fetch(i + IN_FLIGHT))
             with streams.stream(up):
                 parameter.copy_(weights, non_blocking=True)
         current.wait_stream(up)
-        return results
+        return ops.AdamwPublish(*[torch.cat(parts) for parts in zip(*results, strict=True)])
 
     @cached_property
     def _streams(self) -> tuple[Any, Any]:
@@ -353,7 +365,7 @@ def _gradient(parameter: Tensor) -> Tensor:
 
 
 def _sum(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    return torch.stack(list(parts)).sum() if parts else torch.zeros((), dtype=dtype)
+    return torch.cat(list(parts)).sum() if parts else torch.zeros((), dtype=dtype)
 
 
 def _check_numbers(**numbers: float) -> None:

@@ -210,10 +210,11 @@ def _moved(before: Mapping[str, Any], module: nn.Module) -> list[str]:
     return [name for name in {**before, **now} if before.get(name) != now.get(name)]
 
 
-def _fingerprint(tensor: Tensor) -> Tensor:
-    """Fingerprint any view: one that the kernel cannot read is made dense first."""
-    dense = tensor.dim() == 0 or tensor.stride(-1) == 1 or tensor.is_contiguous()
-    return ops.fingerprint(tensor if dense else tensor.contiguous())
+def _fingerprints(tensors: Iterable[Tensor]) -> Tensor:
+    """Fingerprint any views: those that the kernel cannot read are made dense first."""
+    return ops.fingerprint_foreach(
+        [x if x.is_contiguous() or x.stride(-1) == 1 else x.contiguous() for x in tensors]
+    )
 
 
 class Resync:
@@ -315,9 +316,21 @@ class Resync:
 
     def fingerprints(self) -> dict[str, Tensor]:
         """Fingerprint the learner's bits as the sampler should hold them, by parameter name."""
-        return {
-            name: _fingerprint(write.source.to(write.target.dtype)) for name, write in self._named()
-        }
+        parts = [
+            _fingerprints(
+                source.to(target.dtype) for target, source in zip(targets, sources, strict=True)
+            )
+            for targets, sources in self._places_to_read()
+        ]
+        names = [name for name, _ in self._named()]
+        return dict(zip(names, torch.cat(parts).unbind(), strict=True))
+
+    def _places_to_read(self) -> list[tuple[list[Tensor], list[Tensor]]]:
+        """Targets and sources: with "copy" in buckets, since reading may convert or copy them."""
+        if self.mode == "copy":
+            return self._buckets
+        targets = [write.target for write in self._writes]
+        return [(targets, targets)]
 
     def _named(self) -> Iterator[tuple[str, Write]]:
         """The writes by the name of their parameter, numbered where there are several."""
@@ -352,7 +365,7 @@ class Resync:
             raise WeightMismatch("nothing has been published yet: call publish first")
         names = [name for name, _ in self._named()]
         noted = self._noted if self.mode == "alias" else self.fingerprints()
-        held = torch.stack([_fingerprint(write.target) for write in self._writes])
+        held = torch.cat([_fingerprints(targets) for targets, _ in self._places_to_read()])
         expected = torch.stack([noted[name].to(held.device) for name in names])
         differ = (expected != held).nonzero().flatten().tolist()
         if differ:

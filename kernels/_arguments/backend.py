@@ -86,8 +86,11 @@ class Backend(Protocol):
 
 
 class CpuBackend(Backend, Protocol):
-    """What the CPU has besides: looks at offsets, and matrix products of some instruction sets."""
+    """What the CPU has besides: looks at tensors and offsets, and matrix products of some
+    instruction sets.
+    """
 
+    def plain_dtypes(self, parameter: type, /, *lists: list[Tensor]) -> list[int]: ...
     def first_and_last(self, count: int, offsets: Tensor, /) -> tuple[int, int]: ...
     def first_malformed(self, count: int, bound: int, offsets: Tensor, /) -> int: ...
     def first_malformed_end(

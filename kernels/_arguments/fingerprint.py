@@ -6,8 +6,5 @@ from torch import Tensor
 
 
 class FingerprintArguments(NamedTuple):
-    rows: int
-    columns: int
-    tensor: Tensor
-    partials: Tensor
-    fingerprint: Tensor
+    tensors: list[Tensor]
+    fingerprints: Tensor

@@ -1,23 +1,28 @@
-"""AdamW rounded into the published weights in one pass; a second launch adds up the counts.
+"""AdamW rounded into the published weights in one pass, of all tensors whose dtypes are alike; a
+last launch adds up the counts.
 
 The published weights pass as bits: they are what the fingerprint reads, and Triton's interpreter
 would truncate where a GPU rounds.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 
-from warpo.kernels._arguments.adamw_publish import AdamwPublishArguments
+from warpo.kernels._arguments.adamw_publish import AdamwPublishArguments, AdamwTensorArguments
 from warpo.kernels._triton.fingerprint import (
     INCREMENT,
-    as_bits,
     fingerprint_terms,
     offset_of,
+    pointer,
+    shape_of,
     splitmix64,
     unsigned,
 )
 from warpo.kernels._triton.launch import kernel
+from warpo.kernels._triton.tables import send
 
 BLOCK = 1024
 MAX_PROGRAMS = 1024
@@ -76,33 +81,51 @@ def _value_of(bits, DTYPE: tl.constexpr):
     return value
 
 
+@triton.jit
+def _floats(address, DTYPE: tl.constexpr):
+    if DTYPE == BFLOAT16:
+        result = address.to(tl.pointer_type(tl.bfloat16))
+    elif DTYPE == FLOAT16:
+        result = address.to(tl.pointer_type(tl.float16))
+    else:
+        result = address.to(tl.pointer_type(tl.float32))
+    return result
+
+
 @kernel()
 def _adamw_publish_kernel(
-    grad_ptr,
-    master_ptr,
-    exp_avg_ptr,
-    exp_avg_sq_ptr,
-    published_ptr,
-    published_stride: tl.int64,
-    columns: tl.int64,
-    size: tl.int64,
+    addresses_ptr,
+    numbers_ptr,
     decay: tl.float32,
     grad_weight: tl.float32,
     beta2: tl.float32,
     square_weight: tl.float32,
-    step_size: tl.float32,
-    root_scale: tl.float32,
     eps: tl.float32,
     grad_scale: tl.float32,
     grad_scale_factor_ptr,
-    seed: tl.int64,
-    step: tl.int64,
     partial_counts_ptr,
     partial_updates_ptr,
     STOCHASTIC: tl.constexpr,
+    MASTER: tl.constexpr,
     DTYPE: tl.constexpr,
+    GRAD: tl.constexpr,
+    MOMENTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    MAX_PROGRAMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    row = addresses_ptr + COLUMNS * tl.program_id(1).to(tl.int64)
+    stride, columns, size = tl.load(row + 5), tl.load(row + 6), tl.load(row + 7)
+    seed, step = tl.load(row + 8), tl.load(row + 9)
+    published_ptr = pointer(tl.load(row), 4 if DTYPE == 0 else 2)
+    grad_ptr = _floats(tl.load(row + 1), GRAD)
+    master_ptr = _floats(tl.load(row + 2), 0)
+    if MOMENTS == BFLOAT16:
+        exp_avg_ptr, exp_avg_sq_ptr = pointer(tl.load(row + 3), 2), pointer(tl.load(row + 4), 2)
+    else:
+        exp_avg_ptr, exp_avg_sq_ptr = _floats(tl.load(row + 3), 0), _floats(tl.load(row + 4), 0)
+    step_size = tl.load(numbers_ptr + 2 * tl.program_id(1))
+    root_scale = tl.load(numbers_ptr + 2 * tl.program_id(1) + 1)
     program = tl.program_id(0).to(tl.int64)
     if grad_scale_factor_ptr is not None:
         grad_scale *= tl.load(grad_scale_factor_ptr)
@@ -120,9 +143,9 @@ def _adamw_publish_kernel(
         exp_avg = _load_moment(exp_avg_ptr + at, inside)
         exp_avg_sq = _load_moment(exp_avg_sq_ptr + at, inside)
         random = splitmix64(key + (at + 1).to(tl.uint64) * INCREMENT)
-        pointers = published_ptr + offset_of(at, columns, size, published_stride)
+        pointers = published_ptr + offset_of(at, columns, size, stride)
         before = unsigned(tl.load(pointers, mask=inside, other=0))
-        if master_ptr is None:
+        if not MASTER:
             old = _value_of(before, DTYPE)
         else:
             old = tl.load(master_ptr + at, mask=inside, other=0)
@@ -131,13 +154,13 @@ def _adamw_publish_kernel(
         exp_avg_sq = beta2 * exp_avg_sq + square_weight * (grad * grad)
         root = tl.sqrt_rn(exp_avg_sq) * root_scale + eps
         new = decay * old - step_size * tl.div_rn(exp_avg, root)
-        if STOCHASTIC and master_ptr is None and DTYPE == BFLOAT16:
+        if STOCHASTIC and not MASTER and DTYPE == BFLOAT16:
             bits = _round_at_random(new, random)
         else:
             bits = _round_to_bits(new, DTYPE)
         bits = tl.where(inside, bits, 0)
 
-        if master_ptr is not None:
+        if MASTER:
             tl.store(master_ptr + at, new, mask=inside)
         _store_moment(exp_avg_ptr + at, exp_avg, random >> 16, inside, STOCHASTIC)
         _store_moment(exp_avg_sq_ptr + at, exp_avg_sq, random >> 32, inside, STOCHASTIC)
@@ -150,67 +173,95 @@ def _adamw_publish_kernel(
         master_update += tl.where(inside, tl.abs(new - old), 0.0)
         difference = _value_of(bits, DTYPE) - _value_of(before, DTYPE)
         published_update += tl.where(inside, tl.abs(difference), 0.0)
-    tl.store(partial_counts_ptr + 2 * program, tl.sum(fingerprint))
-    tl.store(partial_counts_ptr + 2 * program + 1, tl.sum(changed))
-    tl.store(partial_updates_ptr + 2 * program, tl.sum(master_update))
-    tl.store(partial_updates_ptr + 2 * program + 1, tl.sum(published_update))
+    partial = 2 * (tl.load(row + 10) * MAX_PROGRAMS + program)
+    tl.store(partial_counts_ptr + partial, tl.sum(fingerprint))
+    tl.store(partial_counts_ptr + partial + 1, tl.sum(changed))
+    tl.store(partial_updates_ptr + partial, tl.sum(master_update))
+    tl.store(partial_updates_ptr + partial + 1, tl.sum(published_update))
 
 
 @kernel()
 def _adamw_sum_kernel(
+    addresses_ptr,
     partial_counts_ptr,
     partial_updates_ptr,
-    programs: tl.int64,
+    tensors: tl.int64,
     counts_ptr,
     updates_ptr,
+    COLUMNS: tl.constexpr,
     MAX_PROGRAMS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
+    row = addresses_ptr + COLUMNS * tl.program_id(0).to(tl.int64)
+    size, tensor = tl.load(row + 7), tl.load(row + 10)
     part = tl.arange(0, MAX_PROGRAMS)
-    exists = part < programs
+    exists = part < (size + BLOCK - 1) // BLOCK
+    partial = 2 * (tensor * MAX_PROGRAMS + part)
     for which in tl.static_range(2):
-        counts = tl.load(partial_counts_ptr + 2 * part + which, mask=exists, other=0)
-        updates = tl.load(partial_updates_ptr + 2 * part + which, mask=exists, other=0.0)
-        tl.store(counts_ptr + which, tl.sum(counts))
-        tl.store(updates_ptr + which, tl.sum(updates))
+        counts = tl.load(partial_counts_ptr + partial + which, mask=exists, other=0)
+        updates = tl.load(partial_updates_ptr + partial + which, mask=exists, other=0.0)
+        tl.store(counts_ptr + which * tensors + tensor, tl.sum(counts))
+        tl.store(updates_ptr + which * tensors + tensor, tl.sum(updates))
+
+
+# of the table of addresses
+COLUMNS = 11
 
 
 def adamw_publish(a: AdamwPublishArguments) -> None:
-    size = a.rows * a.columns
-    programs = min(MAX_PROGRAMS, triton.cdiv(size, BLOCK))
-    exp_avg, exp_avg_sq = a.exp_avg, a.exp_avg_sq
-    if exp_avg.dtype == torch.bfloat16:
-        exp_avg, exp_avg_sq = as_bits(exp_avg), as_bits(exp_avg_sq)
-    numbers = (a.decay, a.grad_weight, a.beta2, a.square_weight, a.step_size, a.root_scale, a.eps)
-    with torch.cuda.device_of(exp_avg):
-        _adamw_publish_kernel[(programs,)](
-            a.grad,
-            a.master,
-            exp_avg,
-            exp_avg_sq,
-            as_bits(a.published),
-            a.published.stride(0),
-            a.columns,
-            size,
-            *map(float, numbers),
-            float(a.grad_scale),
-            a.grad_scale_factor,
-            a.seed,
-            a.step,
-            a.partial_counts,
-            a.partial_updates,
-            STOCHASTIC=a.stochastic,
-            DTYPE=DTYPES[a.published.dtype],
-            BLOCK=BLOCK,
-            num_warps=WARPS,
-            enable_fp_fusion=True,
-        )
-        _adamw_sum_kernel[(1,)](
-            a.partial_counts,
-            a.partial_updates,
-            programs,
-            a.counts,
-            a.updates,
-            MAX_PROGRAMS=MAX_PROGRAMS,
-            num_warps=4,
-            enable_fp_fusion=True,
-        )
+    alike: dict[tuple[int, int, int, bool], list[int]] = {}
+    for i, x in enumerate(a.tensors):
+        published, grad, moments = (DTYPES[t.dtype] for t in (x.published, x.grad, x.exp_avg))
+        kind = (published, grad, moments, x.master is not None)
+        alike.setdefault(kind, []).append(i)
+    with torch.cuda.device_of(a.counts):
+        for kind, places in alike.items():
+            _update(a, places, kind)
+
+
+def _row(x: AdamwTensorArguments, place: int) -> tuple[int, ...]:
+    addresses = [t.data_ptr() for t in (x.published, x.grad, x.exp_avg, x.exp_avg_sq)]
+    addresses.insert(2, 0 if x.master is None else x.master.data_ptr())
+    return (*addresses, *shape_of(x.published), x.seed, x.step, place)
+
+
+def _update(
+    a: AdamwPublishArguments, places: Sequence[int], kind: tuple[int, int, int, bool]
+) -> None:
+    rows = [_row(a.tensors[i], i) for i in places]
+    scales = [(a.tensors[i].step_size, a.tensors[i].root_scale) for i in places]
+    addresses = send(rows, torch.int64, "adamw_publish", a.counts)
+    most = max(row[7] for row in rows)
+    numbers = (a.decay, a.grad_weight, a.beta2, a.square_weight, a.eps, a.grad_scale)
+    published, grad, moments, master = kind
+    _adamw_publish_kernel[(max(1, min(MAX_PROGRAMS, triton.cdiv(most, BLOCK))), len(rows))](
+        addresses,
+        send(scales, torch.float32, "adamw_publish", a.counts),
+        *map(float, numbers),
+        a.grad_scale_factor,
+        a.partial_counts,
+        a.partial_updates,
+        STOCHASTIC=bool(a.stochastic),
+        MASTER=master,
+        DTYPE=published,
+        GRAD=grad,
+        MOMENTS=moments,
+        COLUMNS=COLUMNS,
+        MAX_PROGRAMS=MAX_PROGRAMS,
+        BLOCK=BLOCK,
+        num_warps=WARPS,
+        enable_fp_fusion=True,
+    )
+    _adamw_sum_kernel[(len(rows),)](
+        addresses,
+        a.partial_counts,
+        a.partial_updates,
+        len(a.tensors),
+        a.counts,
+        a.updates,
+        COLUMNS=COLUMNS,
+        MAX_PROGRAMS=MAX_PROGRAMS,
+        BLOCK=BLOCK,
+        num_warps=4,
+        enable_fp_fusion=True,
+    )

@@ -1,4 +1,4 @@
-"""A 64-bit fingerprint of the bits of a tensor: partial sums, and a launch that adds them up."""
+"""64-bit fingerprints of the bits of tensors: each program adds its part, in any order."""
 
 import torch
 import triton
@@ -7,6 +7,7 @@ from torch import Tensor
 
 from warpo.kernels._arguments.fingerprint import FingerprintArguments
 from warpo.kernels._triton.launch import kernel
+from warpo.kernels._triton.tables import send
 
 BLOCK = 4096
 MAX_PROGRAMS = 1024
@@ -61,60 +62,62 @@ def unsigned(bits):
     return result
 
 
-def as_bits(tensor: Tensor) -> Tensor:
-    """The bits of the elements, as signed integers: Triton's interpreter knows no bfloat16."""
-    return tensor.view(torch.int16 if tensor.element_size() == 2 else torch.int32)
+@triton.jit
+def pointer(address, ELEMENT_BYTES: tl.constexpr):
+    """To the bits of elements, as signed integers: Triton's interpreter knows no bfloat16."""
+    if ELEMENT_BYTES == 2:
+        result = address.to(tl.pointer_type(tl.int16))
+    else:
+        result = address.to(tl.pointer_type(tl.int32))
+    return result
+
+
+def shape_of(tensor: Tensor) -> tuple[int, int, int]:
+    """Stride of the rows, columns, and elements in all; a dense tensor is one row."""
+    if tensor.is_contiguous():
+        return 0, tensor.numel(), tensor.numel()
+    return tensor.stride(0), tensor.shape[1], tensor.numel()
 
 
 @kernel()
 def _fingerprint_kernel(
-    bits_ptr,
-    bits_stride: tl.int64,
-    columns: tl.int64,
-    size: tl.int64,
-    partials_ptr,
-    PER_WORD: tl.constexpr,
-    BLOCK: tl.constexpr,
+    table_ptr, fingerprints_ptr, ELEMENT_BYTES: tl.constexpr, BLOCK: tl.constexpr
 ):
+    tensor = tl.program_id(1).to(tl.int64)
     program = tl.program_id(0).to(tl.int64)
+    size = tl.load(table_ptr + 5 * tensor + 3)
+    columns = tl.load(table_ptr + 5 * tensor + 2)
+    stride = tl.load(table_ptr + 5 * tensor + 1)
+    bits_ptr = pointer(tl.load(table_ptr + 5 * tensor), ELEMENT_BYTES)
+    PER_WORD: tl.constexpr = 8 // ELEMENT_BYTES
     total = tl.zeros([BLOCK // PER_WORD], tl.int64)
     for tile in range(program, (size + BLOCK - 1) // BLOCK, tl.num_programs(0)):
         at = tile * BLOCK + tl.arange(0, BLOCK)
-        pointers = bits_ptr + offset_of(at, columns, size, bits_stride)
+        pointers = bits_ptr + offset_of(at, columns, size, stride)
         bits = unsigned(tl.load(pointers, mask=at < size, other=0))
         total += fingerprint_terms(tile, size, bits, PER_WORD, BLOCK)
-    tl.store(partials_ptr + program, tl.sum(total))
-
-
-@kernel()
-def _fingerprint_sum_kernel(
-    partials_ptr, programs: tl.int64, fingerprint_ptr, MAX_PROGRAMS: tl.constexpr
-):
-    part = tl.arange(0, MAX_PROGRAMS)
-    tl.store(fingerprint_ptr, tl.sum(tl.load(partials_ptr + part, mask=part < programs, other=0)))
+    if program * BLOCK < size:
+        which = tl.load(table_ptr + 5 * tensor + 4)
+        tl.atomic_add(fingerprints_ptr + which, tl.sum(total))
 
 
 def fingerprint(a: FingerprintArguments) -> None:
-    size = a.rows * a.columns
-    programs = min(MAX_PROGRAMS, triton.cdiv(size, BLOCK))
-    bits = as_bits(a.tensor)
-    with torch.cuda.device_of(bits):
-        _fingerprint_kernel[(programs,)](
-            bits,
-            bits.stride(0),
-            a.columns,
-            size,
-            a.partials,
-            PER_WORD=8 // bits.element_size(),
-            BLOCK=BLOCK,
-            num_warps=WARPS,
-            enable_fp_fusion=True,
-        )
-        _fingerprint_sum_kernel[(1,)](
-            a.partials,
-            programs,
-            a.fingerprint,
-            MAX_PROGRAMS=MAX_PROGRAMS,
-            num_warps=4,
-            enable_fp_fusion=True,
-        )
+    for element_bytes in (2, 4):
+        rows = [
+            (x.data_ptr(), *shape_of(x), i)
+            for i, x in enumerate(a.tensors)
+            if x.element_size() == element_bytes and x.numel()
+        ]
+        if not rows:
+            continue
+        table = send(rows, torch.int64, "fingerprint", a.fingerprints)
+        programs = min(MAX_PROGRAMS, triton.cdiv(max(row[3] for row in rows), BLOCK))
+        with torch.cuda.device_of(table):
+            _fingerprint_kernel[(programs, len(rows))](
+                table,
+                a.fingerprints,
+                ELEMENT_BYTES=element_bytes,
+                BLOCK=BLOCK,
+                num_warps=WARPS,
+                enable_fp_fusion=True,
+            )

@@ -138,8 +138,9 @@ inline unsigned atomicInc(unsigned* address, unsigned most) {
     return old;
 }
 
-inline int atomicAdd(int* address, int value) {
-    const int old = *address;
+template <typename T>
+T atomicAdd(T* address, T value) {
+    const T old = *address;
     *address += value;
     return old;
 }

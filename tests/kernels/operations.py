@@ -27,6 +27,7 @@ class Operation:
         not_promised: number of a promise -> why it has no meaning here.
         kernels: the file of its tests and launches.
         mutates: it writes to its arguments.
+        lists: it takes a list of each of the tensors.
         twice: it has a second derivative.
         packed: the same arguments packed, with elements of no sequence at both ends.
         packed_options: options that differ then.
@@ -48,6 +49,7 @@ class Operation:
     wrong: tuple[str, Any] = ("backend", "fastest")
     not_promised: dict[int, str] = field(default_factory=dict)
     mutates: bool = False
+    lists: bool = False
     twice: bool = False
     same_bits: bool = True
     packed: Callable[[], dict[str, Tensor]] | None = None
@@ -58,11 +60,14 @@ class Operation:
         """All results, in order; an optional one that was not asked for is left out."""
         if self.mutates:
             tensors = {n: x.clone() if x.numel() else x for n, x in tensors.items()}
-        arguments = {**tensors, **self.options, "backend": backend, **options}
+        arguments = {**self.arguments(tensors), **self.options, "backend": backend, **options}
         results = getattr(ops, self.name)(**arguments)
         if isinstance(results, Tensor):
             return [results]
         return [x for x in results if x is not None]
+
+    def arguments(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        return {name: [x] for name, x in tensors.items()} if self.lists else dict(tensors)
 
 
 def _generator() -> torch.Generator:
@@ -144,6 +149,7 @@ _LOGPROBS: dict[str, Any] = {
     "vocabulary": "logits",
     "twice": True,
 }
+_DENSE = "master and moments are dense; a strided gradient raises"
 _NO_MASK = "it takes no mask"
 _MASK_OF_MEMBERS = "the members that its mask leaves out are in its own tests"
 _SCAN: dict[str, Any] = {
@@ -273,6 +279,12 @@ def _verdicts() -> dict[str, Tensor]:
 
 def _masked_values() -> dict[str, Tensor]:
     return {"values": _numbers(B, T), "mask": _mask(B, T)}
+
+
+def _lists_of_moments() -> dict[str, Tensor]:
+    names = {"grad": "grads", "master": "masters", "exp_avg": "exp_avgs"}
+    names["exp_avg_sq"] = "exp_avg_sqs"
+    return {names.get(name, name): x for name, x in _moments().items()}
 
 
 def _moments() -> dict[str, Tensor]:
@@ -559,6 +571,14 @@ OPERATIONS = [
         not_promised={1: "the bits of another dtype are other bits", 4: _NO_MASK},
     ),
     Operation(
+        name="fingerprint_foreach",
+        kernels="fingerprint",
+        tensors=lambda: {"tensors": _numbers(B, T)},
+        floats=("tensors",),
+        lists=True,
+        not_promised={1: "the bits of another dtype are other bits", 4: _NO_MASK},
+    ),
+    Operation(
         name="adamw_publish",
         kernels="adamw_publish",
         tensors=_moments,
@@ -572,10 +592,24 @@ OPERATIONS = [
         },
         floats=("grad",),
         mutates=True,
-        not_promised={
-            2: "master and moments are dense; a strided gradient raises",
-            4: _NO_MASK,
+        not_promised={2: _DENSE, 4: _NO_MASK},
+    ),
+    Operation(
+        name="adamw_publish_foreach",
+        kernels="adamw_publish",
+        tensors=_lists_of_moments,
+        options={
+            "lr": 1e-3,
+            "beta1": 0.9,
+            "beta2": 0.99,
+            "eps": 1e-8,
+            "weight_decay": 0.1,
+            "steps": [3],
         },
+        floats=("grads",),
+        mutates=True,
+        lists=True,
+        not_promised={2: _DENSE, 4: _NO_MASK},
     ),
 ]
 

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -296,6 +298,86 @@ def test_random_numbers_depend_on_seed_step_and_position_only(backend):
         assert ((other != whole).float().mean(1) > 0.1).all()
 
 
+@st.composite
+def lists(draw, backend: str):
+    """Of parameters that differ in everything: lists for `adamw_publish_foreach`, and seeds."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    seeded = draw(st.booleans())
+    grads, masters, firsts, seconds, published = [], [], [], [], []
+    for _ in range(draw(st.integers(1, 6))):
+        shape = draw(st.sampled_from([(), (1,), (0, 3), (37,), (4099,), (3, 5, 7), (20, 300)]))
+        weights = torch.randn(shape, generator=generator)
+        layout = draw(st.sampled_from(["dense", "sliced"])) if len(shape) in (1, 2) else "dense"
+        own = draw(st.booleans())
+        dtype = torch.bfloat16 if seeded else torch.float32
+        published.append(
+            strided(weights.to(dtype if own else draw(st.sampled_from(DTYPES))), layout)
+        )
+        masters.append(None if own else weights.to(DEVICE))
+        moments = torch.bfloat16 if seeded or draw(st.booleans()) else torch.float32
+        moment = torch.randn(shape, generator=generator).to(DEVICE, moments)
+        firsts.append(moment)
+        seconds.append(moment.abs())
+        grad = torch.randn(shape, generator=generator).to(
+            DEVICE, draw(st.sampled_from(dtypes(backend)))
+        )
+        grads.append(grad.view(-1) if draw(st.booleans()) else grad)
+    numbers = range(1, len(grads) + 1)
+    return (grads, masters, firsts, seconds, published), numbers, numbers if seeded else None
+
+
+def copy_of(tensors: tuple[list, ...]) -> list[list]:
+    """With the same strides between rows."""
+    copied = [[None if x is None else x.clone() for x in column] for column in tensors]
+    copied[4] = [x.clone() if x.is_contiguous() else strided(x, "sliced") for x in tensors[4]]
+    return copied
+
+
+@each_backend
+def test_many_are_stepped_as_each_alone_bit_for_bit(backend):
+    @settings(max_examples=examples(backend, 100))
+    @given(lists(backend), st.sampled_from([1.0, 0.25]))
+    def check(case, scale):
+        tensors, steps, seeds = case
+        scale = torch.tensor(scale, device=DEVICE)
+        arguments = HYPER | {"grad_scale": scale, "backend": backend}
+        together, alone = copy_of(tensors), copy_of(tensors)
+        results = ops.adamw_publish_foreach(*together, **arguments, steps=steps, seeds=seeds)
+        for i, (parameter, step) in enumerate(zip(zip(*alone, strict=True), steps, strict=True)):
+            seed = None if seeds is None else seeds[i]
+            single = ops.adamw_publish(*parameter, **arguments, step=step, seed=seed)
+            for mine, wanted in zip(results, single, strict=True):
+                assert mine.dtype == wanted.dtype and torch.equal(mine[i], wanted)
+            for column, wanted in zip(together, parameter, strict=True):
+                assert wanted is None or torch.equal(column[i], wanted)
+
+    check()
+
+
+@each_backend
+def test_hundreds_of_parameters_at_once(backend):
+    """More than a launch takes; the reference gives the same, up to rounding."""
+    count = 20 if backend == "triton" else 1100
+    shapes = [(i % 5, i % 7 + 1) for i in range(count)]
+    weights = [torch.randn(shape, device=DEVICE) for shape in shapes]
+    runs = []
+    for chosen in (backend, "reference"):
+        grads = [x.flip(0) for x in weights]
+        moments = [[torch.zeros_like(x) for x in weights] for _ in range(2)]
+        published = [x.bfloat16() if i % 3 else x.clone() for i, x in enumerate(weights)]
+        masters = [x.clone() if i % 3 else None for i, x in enumerate(weights)]
+        lists = (grads, masters, *moments, published)
+        results = ops.adamw_publish_foreach(
+            *lists, **HYPER, steps=range(1, count + 1), backend=chosen
+        )
+        assert torch.equal(
+            results.fingerprint, torch.stack([reference.fingerprint(x) for x in published])
+        )
+        runs.append((*moments[0], *moments[1], 1e-3 * results.master_update))
+    # a step of 1e-3 is known to a unit in the last place of a weight, 1e-7
+    torch.testing.assert_close(*runs, rtol=1e-5, atol=1e-7)
+
+
 @each_backend
 def test_a_graph_that_saved_a_weight_refuses_its_backward(backend):
     weights = torch.randn(10, device=DEVICE)
@@ -320,28 +402,29 @@ def test_a_parameter_can_be_published_without_grad_mode(backend):
 @each_backend
 def test_opcheck(backend):
     grad, master, exp_avg, exp_avg_sq = (torch.randn(150, device=DEVICE).abs() for _ in range(4))
+    small = [torch.ones(5, device=DEVICE) for _ in range(4)]
     inputs = AdamwPublishInputs(
-        grad=grad,
-        master=master,
-        exp_avg=exp_avg,
-        exp_avg_sq=exp_avg_sq,
-        published=torch.randn(3, 60, device=DEVICE)[:, :50],
-        decay=1.0,
-        grad_weight=0.1,
+        grads=[grad, small[0]],
+        masters=[master],
+        exp_avgs=[exp_avg, small[1]],
+        exp_avg_sqs=[exp_avg_sq, small[2]],
+        published=[torch.randn(3, 60, device=DEVICE)[:, :50], small[3]],
+        master_places=[0, -1],
+        lr=1e-3,
+        beta1=0.9,
         beta2=0.9,
-        square_weight=0.1,
-        step_size=1e-3,
-        root_scale=1.0,
         eps=1e-8,
+        weight_decay=0.1,
         grad_scale=1.0,
         grad_scale_factor=None,
-        seed=None,
-        step=1,
+        stochastic=False,
+        seeds=[0, 0],
+        steps=[1, 2],
         backend=backend,
     )
     utils = ("test_schema", "test_autograd_registration", "test_faketensor")
     opcheck(_operator, inputs, test_utils=utils)
-    own = inputs._replace(master=None, exp_avg=master, exp_avg_sq=exp_avg)
+    own = inputs._replace(masters=[], master_places=[-1, -1])
     opcheck(_operator, own, test_utils=utils)
 
 
@@ -364,6 +447,34 @@ def test_compiles_without_a_graph_break(backend):
 
 
 W = torch.zeros(2, 3)
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"grads": [W, W[:1]]}, r"grads\[1\] must be of the shape of published\[1\], \(2, 3\), or"),
+        ({"masters": [W, W.half()]}, r"masters\[1\] must be float32, got float16"),
+        ({"masters": [W]}, "masters must have an entry for each of the 2 published, got 1"),
+        ({"steps": [1]}, "steps must have an entry for each of the 2 published"),
+        ({"steps": [1, 0]}, "step must be >= 1"),
+        ({"seeds": [1, 2]}, r"would have no effect: the moments are float32, and published\[0\]"),
+        ({"published": [W, W.t()]}, r"of the shape of published\[1\]"),
+        ({name: [] for name in ("grads", "masters", "published")}, "pass at least one parameter"),
+    ],
+)
+def test_of_many_the_bad_one_is_named(changed, message):
+    tensors = ("grads", "masters", "exp_avgs", "exp_avg_sqs", "published")
+    arguments = {name: [W.clone(), W.clone()] for name in tensors} | {"steps": [1, 1]} | changed
+    with pytest.raises(ValueError, match=message):
+        ops.adamw_publish_foreach(**arguments, **HYPER)
+
+
+def test_a_table_of_addresses_is_not_captured(monkeypatch):
+    from warpo.kernels._triton import tables
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="fingerprint: .*a CUDA graph cannot.*backend='cuda'"):
+        tables.send([[1]], torch.int64, "fingerprint", SimpleNamespace(is_cuda=True))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import pytest
 from torch import Tensor
@@ -28,7 +28,15 @@ from warpo.kernels._policy_metrics import METRICS
 
 ROOT = Path(__file__).parents[2]
 HEADERS = {path.stem: path for path in sorted((ROOT / "csrc/arguments").glob("*.h"))}
-KINDS = {"int64_t": int, "int": int, "float": float, "bool": bool, "View": Tensor}
+KINDS = {
+    "int64_t": int,
+    "int": int,
+    "float": float,
+    "bool": bool,
+    "View": Tensor,
+    "Matrix": Tensor,
+    "Matrices": list[Tensor],
+}
 
 
 def read_structs(header: str) -> dict[str, list[tuple[str, str]]]:
@@ -66,7 +74,12 @@ def is_of_kind(annotation: Any, kind: str) -> bool:
     if isinstance(annotation, UnionType):
         return kind == "View" and set(get_args(annotation)) == {Tensor, NoneType}
     wanted = KINDS.get(kind)
-    return annotation is wanted if wanted else annotation.__name__ == f"{kind}Arguments"
+    if wanted:
+        return annotation == wanted
+    if get_origin(annotation) is list:
+        (item,) = get_args(annotation)
+        return f"{item.__name__}s" == kind.replace("Tensors", "TensorArgumentss")
+    return annotation.__name__ == f"{kind}Arguments"
 
 
 def structs() -> Iterator[tuple[str, str, list[tuple[str, str]]]]:
@@ -108,7 +121,7 @@ def test_the_protocol_and_the_stubs_have_every_operation():
         assert taken.__name__ == f"{struct}Arguments", name
     helpers = {"read_tensors", "call_in_place"}
     of_the_cpu = {"instruction_set", "first_and_last", "first_malformed", "first_malformed_end"}
-    of_the_cpu |= {"float32_product", "bfloat16_product"}
+    of_the_cpu |= {"plain_dtypes", "float32_product", "bfloat16_product"}
     for module, others in (("_cpu", helpers | of_the_cpu), ("_cuda", helpers | {"build"})):
         stubs = {}
         for node in ast.parse((ROOT / f"kernels/{module}.pyi").read_text()).body:

@@ -409,7 +409,7 @@ def test_promise_13_foreign_tensors(operation, backend):
     for name, tensor in given.items():
         for stranger, message in foreign(tensor):
             with pytest.raises(ValueError, match=rf"\b{name}\b.*{message}"):
-                call(**{**given, name: stranger}, **options)
+                call(**operation.arguments({**given, name: stranger}), **options)
 
 
 @cells(14)
@@ -418,8 +418,9 @@ def test_promise_14_derivatives(operation, backend):
     before = {name: x._version for name, x in tensors.items()}
     leaves = [tensors[name].requires_grad_() for name in operation.differentiable]
     if operation.mutates:
-        getattr(ops, operation.name)(**tensors, **operation.options, backend=backend)
-        assert all(x._version > before[n] for n, x in tensors.items() if n != "grad")
+        arguments = {**operation.arguments(tensors), **operation.options, "backend": backend}
+        getattr(ops, operation.name)(**arguments)
+        assert all(x._version > before[n] for n, x in tensors.items() if n not in ("grad", "grads"))
     for name in operation.differentiable:
         tangent = torch.ones_like(tensors[name])
         with forward_ad.dual_level():

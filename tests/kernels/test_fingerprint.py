@@ -47,6 +47,29 @@ def test_values_are_those_of_the_reference(backend):
     check()
 
 
+@each_backend
+def test_many_have_the_fingerprints_of_each(backend):
+    @settings(max_examples=examples(backend, 100))
+    @given(st.lists(tensors(), min_size=1, max_size=6))
+    def check(several):
+        wanted = torch.stack([reference.fingerprint(x) for x in several])
+        assert torch.equal(ops.fingerprint_foreach(several, backend=backend), wanted)
+
+    check()
+
+
+@each_backend
+def test_hundreds_of_tensors_and_views_that_start_anywhere(backend):
+    """More than a launch takes, and at addresses that are no multiple of a vector."""
+    many = [torch.randn(5000, device=DEVICE)[i % 7 : 7 + 13 * i] for i in range(1, 200)]
+    if backend != "triton":
+        many = [x.to(DTYPES[i % 3]) if i % 2 else x for i, x in enumerate(many)]
+        many += [x.bfloat16()[i % 9 :] for i, x in enumerate(many)]
+    wanted = torch.stack([reference.fingerprint(x) for x in many])
+    assert torch.equal(ops.fingerprint_foreach(many, backend=backend), wanted)
+    assert torch.equal(ops.fingerprint_foreach(many, backend="reference"), wanted)
+
+
 @settings(max_examples=30)
 @given(tensors())
 def test_the_reference_equals_the_oracle(tensor):
@@ -107,7 +130,8 @@ def test_more_tiles_than_partial_results(backend, monkeypatch):
 
 @each_backend
 def test_opcheck(backend):
-    inputs = FingerprintInputs(rows=torch.randn(3, 50, device=DEVICE), backend=backend)
+    tensors = [torch.randn(3, 50, device=DEVICE), torch.randn(7, device=DEVICE)]
+    inputs = FingerprintInputs(tensors=tensors, backend=backend)
     utils = ("test_schema", "test_autograd_registration", "test_faketensor")
     opcheck(_operator, inputs, test_utils=utils)
 
@@ -134,3 +158,13 @@ def test_compiles_without_a_graph_break(backend):
 def test_bad_arguments_are_named(tensor, message):
     with pytest.raises(ValueError, match=message):
         ops.fingerprint(tensor)
+
+
+def test_of_many_the_bad_one_is_named():
+    good = torch.zeros(3, device=DEVICE)
+    with pytest.raises(ValueError, match=r"tensors\[1\] must be dense in its last dimension"):
+        ops.fingerprint_foreach([good, torch.zeros(3, 4, device=DEVICE).t()])
+    with pytest.raises(ValueError, match=r"tensors\[0\] must be float32"):
+        ops.fingerprint_foreach([good.int(), good])
+    with pytest.raises(ValueError, match="tensors is empty: pass at least one"):
+        ops.fingerprint_foreach([])

@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 
-from warpo.kernels._arguments.adamw_publish import AdamwPublishArguments
+from warpo.kernels._arguments.adamw_publish import AdamwPublishArguments, AdamwTensorArguments
 
 Launch = tuple[str, Callable[[], None]]
 
@@ -25,30 +25,31 @@ def adamw_publish(
 
     state, number = torch.empty(rows * columns), 1 / columns
     moment = state.to(moments)
-    arguments = AdamwPublishArguments(
-        rows=rows,
-        columns=columns,
+    tensor = AdamwTensorArguments(
+        published=torch.empty(rows, columns, dtype=published),
         grad=state.to(grad),
         master=state if master else None,
         exp_avg=moment,
         exp_avg_sq=moment,
-        published=torch.empty(rows, columns, dtype=published),
+        step_size=number,
+        root_scale=number,
+        seed=columns,
+        step=rows,
+    )
+    arguments = AdamwPublishArguments(
+        tensors=[tensor, tensor],
         decay=number,
         grad_weight=number,
         beta2=number,
         square_weight=number,
-        step_size=number,
-        root_scale=number,
         eps=number,
         grad_scale=number,
         grad_scale_factor=torch.empty(()) if on_device else None,
         stochastic=stochastic,
-        seed=columns,
-        step=rows,
-        partial_counts=torch.empty(1024, 2, dtype=torch.int64),
-        partial_updates=torch.empty(1024, 2),
-        counts=torch.empty(2, dtype=torch.int64),
-        updates=torch.empty(2),
+        partial_counts=torch.empty(2048, 2, dtype=torch.int64),
+        partial_updates=torch.empty(2048, 2),
+        counts=torch.empty(2, 2, dtype=torch.int64),
+        updates=torch.empty(2, 2),
     )
     _triton.adamw_publish(arguments)
 

@@ -13,11 +13,9 @@ Launch = tuple[str, Callable[[], None]]
 def fingerprint(dtype: torch.dtype, rows: int = 3, columns: int = 100) -> None:
     from warpo.kernels import _triton
 
-    integers = torch.empty(1024, dtype=torch.int64)
-    tensor = torch.empty(rows, columns, dtype=dtype)
-    arguments = FingerprintArguments(
-        rows=rows, columns=columns, tensor=tensor, partials=integers, fingerprint=integers
-    )
+    tensors = [torch.empty(rows, columns, dtype=dtype), torch.empty(rows, 7, dtype=dtype)]
+    sums = torch.zeros(2, dtype=torch.int64)
+    arguments = FingerprintArguments(tensors=tensors, fingerprints=sums)
     _triton.fingerprint(arguments)
 
 
