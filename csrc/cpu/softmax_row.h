@@ -129,9 +129,18 @@ struct TokenLogprob {
     float max, log_sum, logp, entropy;
 };
 
+// One copy for all callers: in another, GCC may contract other products to fused multiply-adds, and
+// logprobs would not have the bits of those of a loss from logits.
+#ifdef __clang__
+#define WARPO_ONE_COPY __attribute__((noinline))
+#else
+#define WARPO_ONE_COPY __attribute__((noipa))
+#endif
+
 // Reads the row of a token, if it is valid and its target is in range, and stores its results.
 template <class T, bool kEntropy>
-inline TokenLogprob read_token(const Logprobs& a, int64_t b, int64_t t, bool valid, bool split) {
+WARPO_ONE_COPY TokenLogprob read_token(const Logprobs& a, int64_t b, int64_t t, bool valid,
+                                       bool split) {
     const int64_t target = *address<int64_t>(a.targets, b, t);
     valid = valid && element<uint8_t>(a.mask, b, t, 1) && target != a.ignore_index;
     TokenLogprob token = {false, 0.0f, 0.0f, 0.0f, 0.0f};
