@@ -1,5 +1,6 @@
 """Losses of preferences: a program a pair of completions, or a completion with a verdict, then one
-that merges them.
+that merges them. Where these are few and long, several programs each sum all tokens, in the same
+order, and write the gradients of a part of them.
 
 The formulas are those of `csrc/math/preference_loss.h`.
 """
@@ -25,8 +26,9 @@ from warpo.kernels._triton.sequences import (
     weighted,
 )
 
-BLOCK = 512
-WARPS = 4
+BLOCK = 2048
+WARPS = 8
+MANY_PROGRAMS = 256
 # columns of the metrics vectors, `kernels.preference_loss`
 NUM_METRICS = tl.constexpr(8)
 NUM_KTO_METRICS = tl.constexpr(7)
@@ -84,12 +86,13 @@ def _store_gradient(
     gradient,
     BLOCK: tl.constexpr,
 ):
-    """All valid tokens of a completion have the same gradient."""
+    """All valid tokens of a completion have the same gradient; those of the program's part."""
+    part, parts = tl.program_id(1).to(tl.int64), tl.num_programs(1).to(tl.int64)
     first, length, grad_start, _ = bounds(completion, tl.num_programs(0), steps, cu_seqlens_ptr)
     grad_ptr += grad_start
     if mask_ptr is not None:
         mask_ptr += completion * mask_stride_b + first * mask_stride_t
-    for start in range(0, length, BLOCK):
+    for start in range(part * BLOCK, length, parts * BLOCK):
         token = start + tl.arange(0, BLOCK)
         keep = valid_tokens(mask_ptr, token, mask_stride_t, length)
         tl.store(grad_ptr + token, tl.where(keep, gradient, 0.0), mask=token < length)
@@ -244,15 +247,16 @@ def _preference_loss_kernel(
             weighted(weight, tl.where(counts, gradient, 0.0)),
             BLOCK,
         )
-    partials_ptr += pair * NUM_METRICS
-    tl.store(partials_ptr, weighted(weight, tl.where(counts, loss, 0.0)))
-    tl.store(partials_ptr + 1, tl.where(counts, 1.0, 0.0))
-    tl.store(partials_ptr + 2, tl.where(counts & (x > y), 1.0, 0.0))
-    tl.store(partials_ptr + 3, tl.where(counts, beta * x, 0.0))
-    tl.store(partials_ptr + 4, tl.where(counts, beta * y, 0.0))
-    tl.store(partials_ptr + 5, tl.where(counts, logp, 0.0))
-    tl.store(partials_ptr + 6, tl.where(counts, other_logp, 0.0))
-    tl.store(partials_ptr + 7, tl.where(counts, nll, 0.0))
+    if tl.program_id(1) == 0:
+        partials_ptr += pair * NUM_METRICS
+        tl.store(partials_ptr, weighted(weight, tl.where(counts, loss, 0.0)))
+        tl.store(partials_ptr + 1, tl.where(counts, 1.0, 0.0))
+        tl.store(partials_ptr + 2, tl.where(counts & (x > y), 1.0, 0.0))
+        tl.store(partials_ptr + 3, tl.where(counts, beta * x, 0.0))
+        tl.store(partials_ptr + 4, tl.where(counts, beta * y, 0.0))
+        tl.store(partials_ptr + 5, tl.where(counts, logp, 0.0))
+        tl.store(partials_ptr + 6, tl.where(counts, other_logp, 0.0))
+        tl.store(partials_ptr + 7, tl.where(counts, nll, 0.0))
 
 
 @kernel()
@@ -316,14 +320,20 @@ def _kto_loss_kernel(
             gradient,
             BLOCK,
         )
-    partials_ptr += example * NUM_KTO_METRICS
-    tl.store(partials_ptr, weighted(weight, tl.where(count > 0, loss, 0.0)))
-    tl.store(partials_ptr + 1, tl.where(good, 1.0, 0.0))
-    tl.store(partials_ptr + 2, tl.where(bad, 1.0, 0.0))
-    tl.store(partials_ptr + 3, tl.where(good, beta * ratio, 0.0))
-    tl.store(partials_ptr + 4, tl.where(bad, beta * ratio, 0.0))
-    tl.store(partials_ptr + 5, tl.where(good, logp, 0.0))
-    tl.store(partials_ptr + 6, tl.where(bad, logp, 0.0))
+    if tl.program_id(1) == 0:
+        partials_ptr += example * NUM_KTO_METRICS
+        tl.store(partials_ptr, weighted(weight, tl.where(count > 0, loss, 0.0)))
+        tl.store(partials_ptr + 1, tl.where(good, 1.0, 0.0))
+        tl.store(partials_ptr + 2, tl.where(bad, 1.0, 0.0))
+        tl.store(partials_ptr + 3, tl.where(good, beta * ratio, 0.0))
+        tl.store(partials_ptr + 4, tl.where(bad, beta * ratio, 0.0))
+        tl.store(partials_ptr + 5, tl.where(good, logp, 0.0))
+        tl.store(partials_ptr + 6, tl.where(bad, logp, 0.0))
+
+
+def _count_parts(rows: int, steps: int) -> int:
+    """Programs per pair or completion."""
+    return max(1, min(MANY_PROGRAMS // rows, triton.cdiv(steps, BLOCK)))
 
 
 def _completions(a: CompletionsArguments) -> tuple:
@@ -335,7 +345,8 @@ def _completions(a: CompletionsArguments) -> tuple:
 def preference_loss(a: PreferenceLossArguments) -> None:
     with torch.cuda.device_of(a.loss):
         if a.pairs:
-            _preference_loss_kernel[(a.pairs,)](
+            parts = _count_parts(a.pairs, max(a.chosen.steps, a.rejected.steps))
+            _preference_loss_kernel[(a.pairs, parts)](
                 *_completions(a.chosen),
                 *_completions(a.rejected),
                 float(a.beta),
@@ -358,7 +369,8 @@ def preference_loss(a: PreferenceLossArguments) -> None:
 def kto_loss(a: KtoLossArguments) -> None:
     with torch.cuda.device_of(a.loss):
         if a.examples:
-            _kto_loss_kernel[(a.examples,)](
+            parts = _count_parts(a.examples, a.completions.steps)
+            _kto_loss_kernel[(a.examples, parts)](
                 *_completions(a.completions),
                 a.desirable,
                 a.desirable.stride(0),

@@ -1,13 +1,15 @@
-"""Clipped value loss, gradient and metrics: a program a sequence, then one that merges them.
+"""Clipped value loss, gradient and metrics: a program a sequence, or a part of one where sequences
+are few and long, then one that merges them.
 
-The formulas are those of `csrc/math/value_loss.h`.
+No gradient depends on the number of parts: of its sequence it needs the count of valid tokens,
+which each program finds for itself. The formulas are those of `csrc/math/value_loss.h`.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from warpo.kernels._arguments.value_loss import ValueLossArguments
+from warpo.kernels._arguments.value_loss import MIN_VALUE_PARTIALS, ValueLossArguments
 from warpo.kernels._triton.launch import kernel, strided
 from warpo.kernels._triton.sequences import (
     bounds,
@@ -50,6 +52,20 @@ def _clipped_value_loss(value, old, target, clip_range, delta):
     return loss, tl.where(inside | larger, slope, outside), ~inside & smaller
 
 
+@triton.jit
+def _count_valid(mask_ptr, stride, length, BLOCK: tl.constexpr):
+    """Of a whole sequence."""
+    if mask_ptr is None:
+        count = length.to(tl.float32)
+    else:
+        valid = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, length, BLOCK):
+            token = start + tl.arange(0, BLOCK)
+            valid += tl.where(valid_tokens(mask_ptr, token, stride, length), 1.0, 0.0)
+        count = tl.sum(valid)
+    return count
+
+
 @kernel()
 def _value_loss_kernel(
     values_ptr,
@@ -75,6 +91,7 @@ def _value_loss_kernel(
     BLOCK: tl.constexpr,
 ):
     sequence = tl.program_id(0).to(tl.int64)
+    part, parts = tl.program_id(1).to(tl.int64), tl.num_programs(1).to(tl.int64)
     first, length, grad_start, malformed = bounds(
         sequence, tl.num_programs(0), steps, cu_seqlens_ptr
     )
@@ -89,7 +106,7 @@ def _value_loss_kernel(
 
     zeros = tl.zeros([BLOCK], tl.float32)
     valid_sum, return_sum, error_sum = zeros, zeros, zeros
-    for start in range(0, length, BLOCK):
+    for start in range(part * BLOCK, length, parts * BLOCK):
         token = start + tl.arange(0, BLOCK)
         keep = valid_tokens(mask_ptr, token, mask_stride_t, length)
         target = load_tokens(returns_ptr, token, returns_stride_t, keep)
@@ -101,11 +118,11 @@ def _value_loss_kernel(
     return_mean, error_mean = tl.sum(return_sum) * share, tl.sum(error_sum) * share
     weight = inverse_or_zero(tl.load(denominator_ptr))
     if SEQUENCE_MEAN:
-        weight *= share
+        weight *= inverse_or_zero(_count_valid(mask_ptr, mask_stride_t, length, BLOCK))
     weight = poison_if(malformed, weight)
 
     loss_sum, clipped_sum, return_m2, error_m2 = zeros, zeros, zeros, zeros
-    for start in range(0, length, BLOCK):
+    for start in range(part * BLOCK, length, parts * BLOCK):
         token = start + tl.arange(0, BLOCK)
         keep = valid_tokens(mask_ptr, token, mask_stride_t, length)
         value = load_tokens(values_ptr, token, values_stride_t, keep)
@@ -123,7 +140,7 @@ def _value_loss_kernel(
             gradient = tl.where(keep, weighted(weight, derivative), 0.0)
             tl.store(grad_ptr + token, gradient, mask=token < length)
 
-    partials_ptr += sequence * NUM_METRICS
+    partials_ptr += (sequence * parts + part) * NUM_METRICS
     tl.store(partials_ptr, weighted(weight, tl.sum(loss_sum)))
     tl.store(partials_ptr + 1, count)
     tl.store(partials_ptr + 2, tl.sum(clipped_sum))
@@ -134,9 +151,12 @@ def _value_loss_kernel(
 
 
 def value_loss(a: ValueLossArguments) -> None:
+    parts = 1
+    if a.sequences:
+        parts = max(1, min(MIN_VALUE_PARTIALS // a.sequences, -(-a.steps // BLOCK)))
     with torch.cuda.device_of(a.values):
         if a.sequences:
-            _value_loss_kernel[(a.sequences,)](
+            _value_loss_kernel[(a.sequences, parts)](
                 *strided(a.values),
                 *strided(a.old_values),
                 *strided(a.returns),
@@ -153,4 +173,5 @@ def value_loss(a: ValueLossArguments) -> None:
                 num_warps=WARPS,
                 enable_fp_fusion=True,
             )
-        merge_partials(a.partials, a.sequences, a.loss, a.metrics, TOKENS, RETURN_MEAN)
+        rows = a.sequences * parts
+        merge_partials(a.partials, rows, a.loss, a.metrics, TOKENS, RETURN_MEAN)

@@ -241,8 +241,8 @@ def test_without_pairs_loss_and_gradient_are_zero(backend):
 
 
 def long_sides():
-    """Packed and as padded rows with a mask: a GPU sums a completion in slices of 256 tokens of
-    every 8192, whose ends those of the completions are beside, and has two blocks for a gradient.
+    """Packed and as padded rows with a mask: CUDA C++ sums a completion in slices of 256 tokens of
+    every 8192, whose ends those of the completions are beside; several blocks write a gradient.
     """
     generator = torch.Generator().manual_seed(0)
     for lengths in ([0, 256, 257, 8192, 8193], [1, 255, 0, 9000, 512]):
