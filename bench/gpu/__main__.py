@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from warpo.bench.gpu import report, steps
+from warpo.bench.gpu import steps
 from warpo.bench.gpu.build import ROOT, SITE
 from warpo.bench.gpu.results import BENCH, LOG, ROWS
 from warpo.bench.gpu.runner import Runner
@@ -55,7 +55,7 @@ def main(words: Sequence[str]) -> int:
     if args.part == "sanitize":
         out /= "sanitize"
     if args.part == "show":
-        print(report.text(out))
+        _show(out)
         return 0
     if args.device == "cuda" and not sees_cuda():
         parser.error("torch sees no CUDA device; on this machine use make test")
@@ -70,18 +70,27 @@ def sees_cuda() -> bool:
 
 def run(part: str, out: Path, device: str, budget_s: float) -> int:
     """Run the steps of a part, from a folder without earlier results; the exit status."""
-    out.mkdir(parents=True, exist_ok=True)
-    for name in (LOG, ROWS, BENCH):
-        (out / name).unlink(missing_ok=True)
     os.chdir(ROOT)
     os.environ.update(steps.environment(ROOT, SITE))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     plan: Callable[[Path, str], steps.Stages] = steps.gpu if part == "gpu" else steps.sanitize
+    stages = plan(out, device)
+    out.mkdir(parents=True, exist_ok=True)
+    for name in {LOG, ROWS, BENCH, *(step.log for stage in stages for step in stage)}:
+        (out / name).unlink(missing_ok=True)
     try:
-        good = Runner(out, budget_s, tell=_tell).run(plan(out, device))
+        good = Runner(out, budget_s, tell=_tell).run(stages)
     finally:
-        print(f"\n{report.text(out)}\n\n{out}", flush=True)
+        print(flush=True)
+        _show(out)
+        print(f"\n{out}", flush=True)
     return 0 if good else 1
+
+
+def _show(out: Path) -> None:
+    from warpo.bench.gpu import report  # imports torch, which a run does not wait for
+
+    print(report.text(out), flush=True)
 
 
 def _tell(line: str) -> None:

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from tests.kernels import small_calls, smoke
+from warpo.bench.environment import environment
 from warpo.bench.gpu import __main__ as gpu
 from warpo.bench.gpu import counters, report, results, steps, table, versions
 from warpo.bench.gpu.build import ROOT, SITE
@@ -36,11 +37,16 @@ for number in range({ROWS}):
 # The run as `python -m warpo.bench.gpu` does it, of stubs.
 RUN = """
 import sys
+from dataclasses import replace
 from pathlib import Path
-from tests.bench import test_gpu
 from warpo.bench.gpu import __main__ as gpu
-gpu.steps.gpu = lambda out, device: test_gpu.stubs(test_gpu.PLANS[sys.argv[1]], out)
-sys.exit(gpu.run("gpu", Path(sys.argv[2]), "cpu", 60.0))
+part, out, stub = sys.argv[1:]
+plan = getattr(gpu.steps, part)
+gpu.steps.gpu = lambda out, device: [
+    [replace(s, command=[sys.executable, "-S", "-c", stub, s.name, str(out)]) for s in stage]
+    for stage in plan(out, device)
+]
+sys.exit(gpu.run("gpu", Path(out), "cpu", 60.0))
 """
 PLANS = {"gpu": steps.gpu, "sanitize": steps.sanitize}
 
@@ -84,9 +90,8 @@ def test_each_row_of_each_step_lands(name, tmp_path):
 
 
 def started(name, out):
-    return subprocess.Popen(
-        [sys.executable, "-c", RUN, name, str(out)], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
+    words = [sys.executable, "-c", RUN, name, str(out), STUB]
+    return subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
 
 
 def wait_for(condition):
@@ -120,6 +125,20 @@ def test_a_run_that_is_told_to_end_takes_its_steps_along_and_shows_what_there_is
         text, _ = process.communicate()
     assert process.returncode == 128 + signal.SIGTERM and str(tmp_path) in text
     assert not any(is_alive(row["pid"]) for row in rows_of(tmp_path, "stub"))
+
+
+def test_a_run_starts_without_what_an_earlier_one_left(tmp_path, monkeypatch):
+    logs = {step.log for plan in PLANS.values() for stage in plan(tmp_path, "cpu") for step in stage}
+    assert {"tests.txt", "memcheck.txt", results.LOG} <= logs
+    for name in (*logs, results.ROWS, results.BENCH):
+        (tmp_path / name).write_text("earlier\n")
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(gpu.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    for name, plan in PLANS.items():
+        monkeypatch.setattr(gpu.steps, name, lambda out, device, plan=plan: stubs(plan, out))
+        assert gpu.run(name, tmp_path, "cpu", 60.0) == 0
+    assert not any("earlier" in file.read_text() for file in tmp_path.iterdir())
 
 
 def test_a_step_past_its_limit_is_ended_with_its_children_and_stops_no_other(tmp_path):
@@ -205,6 +224,11 @@ def test_versions_and_counters_run_here(tmp_path):
     assert row["torch"] == torch.__version__ and row["packages"]["pytest"] and row["commit"]
     for operation in counters.KERNELS:
         counters.launch(operation, "cpu")
+
+
+def test_the_commit_is_unknown_without_git(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert environment(["true"], "cpu")["commit"] == "unknown"
 
 
 def test_counters_are_read_from_what_ncu_prints():
