@@ -45,7 +45,8 @@ def fingerprint(tensor: Tensor, *, backend: str | None = None) -> Tensor:
     Raises:
         ValueError: a dtype, device or layout is not as above.
 
-    Memory beyond arguments and results: none.
+    Memory beyond arguments and results: with Triton 40 bytes, and no capture into a CUDA graph;
+    else none.
     """
     check_tensor("tensor", tensor, FLOATS)
     rows = rows_of("tensor", tensor.detach())
@@ -68,7 +69,8 @@ def fingerprint_foreach(tensors: Sequence[Tensor], *, backend: str | None = None
     Raises:
         ValueError: a dtype, device or layout is not as above; the tensor is named.
 
-    Memory beyond arguments and results: with Triton 32 bytes a tensor, else none.
+    Memory beyond arguments and results: with Triton 40 bytes a tensor, and no capture into a CUDA
+    graph; else none.
     """
     tensors = list(tensors)
     if not tensors:
