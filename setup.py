@@ -82,8 +82,8 @@ def cuda_archs(known: list[int]) -> list[int]:
 def nvcc_flags(archs: list[int]) -> list[str]:
     codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
-    # ncu shows the source by -lineinfo, which leaves the machine code as it is and, compressed, the
-    # module at a third of the size
+    # ncu shows the source by -lineinfo, which leaves the machine code as it is but takes
+    # space, hence the compression
     return [
         "-O3", "-std=c++17", "-lineinfo", "-Xfatbin=-compress-all",
         "-Xcompiler=-fPIC,-fvisibility=hidden", "-Icsrc", *codes,
