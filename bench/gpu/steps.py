@@ -30,12 +30,10 @@ TOOLS = ("memcheck", "racecheck", "synccheck")
 
 def gpu(out: Path, device: str) -> Stages:
     """Those of `make gpu`, 480 seconds; first what cannot be had elsewhere."""
-    graphs = Path("tests/kernels/test_cuda_graphs.py")
-    smoke = _python("smoke", 30, "tests.kernels.smoke", out, device)
     return [
         [_program("versions", 10, out, device)],
         [_program("build", 80, out, device)],
-        [smoke] if not graphs.exists() else [smoke, _graphs(graphs, out, device)],
+        [_python("smoke", 30, "tests.kernels.smoke", out, device), _graphs(out, device)],
         [_program("table", 130, out, device)],
         [_program("counters", 55, out, device)],
         [_tests("tests", 90, "cuda", out, device)],
@@ -68,8 +66,10 @@ def _python(name: str, limit_s: float, program: str, out: Path, device: str, *wo
     return Step(name=name, limit_s=limit_s, command=command)
 
 
-def _graphs(file: Path, out: Path, device: str) -> Step:
-    return _pytest("graphs", 30, [str(file)], out, device)
+def _graphs(out: Path, device: str) -> Step:
+    """What the smoke test leaves to pytest: replays with other inputs, on CUDA."""
+    words = ["tests/kernels/test_cuda_graphs.py", "-k", "replay and cuda", "-n", "0"]
+    return _pytest("graphs", 30, words, out, device)
 
 
 def _tests(name: str, limit_s: float, backend: str, out: Path, device: str) -> Step:

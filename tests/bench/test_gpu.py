@@ -128,7 +128,9 @@ def test_a_run_that_is_told_to_end_takes_its_steps_along_and_shows_what_there_is
 
 
 def test_a_run_starts_without_what_an_earlier_one_left(tmp_path, monkeypatch):
-    logs = {step.log for plan in PLANS.values() for stage in plan(tmp_path, "cpu") for step in stage}
+    logs = {
+        step.log for plan in PLANS.values() for stage in plan(tmp_path, "cpu") for step in stage
+    }
     assert {"tests.txt", "memcheck.txt", results.LOG} <= logs
     for name in (*logs, results.ROWS, results.BENCH):
         (tmp_path / name).write_text("earlier\n")

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 # Relative to the largest value, or to 1: float32 arithmetic in another order.
 TOLERANCE = 1e-4
@@ -46,12 +47,20 @@ def on_a_thread(call: Callable[[], Outcome]) -> Outcome:
         return pool.submit(call).result()
 
 
-def captured(call: Callable[[], Outcome]) -> Outcome:
+def capture(call: Callable[[], Outcome]) -> tuple[Any, Outcome]:
+    """The graph, and what a replay of it fills."""
     import torch
 
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         found = call()
+    return graph, found
+
+
+def captured(call: Callable[[], Outcome]) -> Outcome:
+    import torch
+
+    graph, found = capture(call)
     graph.replay()
     torch.cuda.synchronize()
     return found
