@@ -1,12 +1,12 @@
 // Policy loss: a block a sequence, or a part of one where sequences are few and long, gives
-// gradients and partial sums; a second launch adds the sums up in the order of the sequences.
+// gradients and partial sums; the last one adds the sums up in the order of the sequences.
 //
 // Where a term needs the whole sequence, each of its blocks reads all of it (from the L2 cache), in
 // one order: no gradient depends on the number of blocks.
 #include <algorithm>
 
-#include "cuda/device.h"
-#include "cuda/launch.h"
+#include "cuda/counter.h"
+#include "cuda/policy_loss_sums.h"
 #include "math/offsets.h"
 #include "math/policy_loss.h"
 
@@ -14,11 +14,8 @@ namespace warpo::cuda {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr int kReduceThreads = 32 * kNumMetrics;
 // Tokens that a thread reads at once where it sums over a whole sequence.
 constexpr int kAtOnce = 4;
-// Rows of partial sums that a thread reads at once.
-constexpr int kRowsAtOnce = 8;
 
 // The tokens of a block: steps [begin, end) of a sequence, whose step 0 lies at `first` of its row.
 struct Part {
@@ -204,25 +201,6 @@ struct Sums {
     float values[kNumMetrics];
 };
 
-__device__ __forceinline__ float first_of(int metric) {
-    return metric == kRatioMin ? INFINITY : metric == kRatioMax ? -INFINITY : 0.0f;
-}
-
-__device__ __forceinline__ float reduce_pair(int metric, float a, float b) {
-    // fminf and fmaxf would drop a NaN
-    if (metric == kRatioMin) return b < a || b != b ? b : a;
-    if (metric == kRatioMax) return b > a || b != b ? b : a;
-    return a + b;
-}
-
-__device__ __forceinline__ float reduce_warp(int metric, float value) {
-#pragma unroll
-    for (int lanes = 16; lanes > 0; lanes >>= 1) {
-        value = reduce_pair(metric, value, __shfl_down_sync(kAllLanes, value, lanes));
-    }
-    return value;
-}
-
 // A valid token.
 struct Token {
     float logp, old, advantage, log_ratio;  // log_ratio: at the level of the objective
@@ -280,7 +258,7 @@ __device__ __forceinline__ float add_token(Sums& sums, const PolicyLoss& a, cons
 }
 
 template <int kSurrogate>
-__global__ __launch_bounds__(kThreads) void part_kernel(const PolicyLoss a, unsigned parts) {
+__device__ __forceinline__ void write_part(const PolicyLoss& a, unsigned parts) {
     __shared__ float scratch[kWarps];
     __shared__ float partial[kWarps][kNumMetrics];
     const Part p = find_part(a, parts);
@@ -334,33 +312,13 @@ __global__ __launch_bounds__(kThreads) void part_kernel(const PolicyLoss a, unsi
     }
 }
 
-// One block: warp m adds up metric m.
-__global__ __launch_bounds__(kReduceThreads) void reduce_kernel(const PolicyLoss a, int64_t rows) {
-    __shared__ float totals[kNumMetrics];
-    const int metric = static_cast<int>(threadIdx.x / 32),
-              lane = static_cast<int>(threadIdx.x % 32);
-    float value = first_of(metric);
-    for (int64_t start = lane; start < rows; start += 32 * kRowsAtOnce) {
-        float values[kRowsAtOnce];
-#pragma unroll
-        for (int i = 0; i < kRowsAtOnce; ++i) {
-            const int64_t row = start + 32 * i;
-            values[i] = row < rows ? a.partials[row * kNumMetrics + metric] : first_of(metric);
-        }
-#pragma unroll
-        for (int i = 0; i < kRowsAtOnce; ++i) value = reduce_pair(metric, value, values[i]);
-    }
-    value = reduce_warp(metric, value);
-    if (lane == 0) a.metrics[metric] = totals[metric] = value;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        const float kl_coef = a.adaptive_kl_coef ? *a.adaptive_kl_coef : a.kl_coef;
-        float loss = totals[kPolicyLoss];
-        if (a.kl != kNoKl) loss = fmaf(kl_coef, totals[kKlLoss], loss);
-        if (a.entropy.data && a.entropy_coef != 0.0f)
-            loss = fmaf(-a.entropy_coef, totals[kEntropyLoss], loss);
-        *a.loss = loss;
-    }
+// rows: sequences * parts. blocks: as many, and 1 without a sequence.
+template <int kSurrogate>
+__global__ __launch_bounds__(kThreads) void policy_loss_kernel(const PolicyLoss a, unsigned parts,
+                                                               unsigned rows, unsigned blocks,
+                                                               unsigned* counter) {
+    if (blockIdx.x < rows) write_part<kSurrogate>(a, parts);
+    if (last_block(counter, blocks)) add_rows<kWarps>(a, rows);
 }
 
 // Blocks a sequence: one where the rows of partial sums are taken, or where sums up to a token are
@@ -372,29 +330,28 @@ int64_t count_parts(const PolicyLoss& a) {
 }
 
 template <int kSurrogate>
-void launch_parts(const PolicyLoss& a, Stream stream, int64_t parts) {
-    launch("policy_loss", stream, a.sequences * parts, kThreads, part_kernel<kSurrogate>, a,
-           static_cast<unsigned>(parts));
+void launch_surrogate(const PolicyLoss& a, Stream stream) {
+    const int64_t parts = a.sequences > 0 ? count_parts(a) : 1, rows = a.sequences * parts;
+    const int64_t blocks = std::max<int64_t>(rows, 1);
+    launch("policy_loss", stream, blocks, kThreads, policy_loss_kernel<kSurrogate>, a,
+           static_cast<unsigned>(parts), static_cast<unsigned>(rows), static_cast<unsigned>(blocks),
+           counter_of(stream, "policy_loss"));
 }
 
 }  // namespace
 
 void policy_loss(const PolicyLoss& a, Stream stream) {
     DeviceGuard guard(stream.device, "policy_loss");
-    const int64_t parts = a.sequences > 0 ? count_parts(a) : 0;
-    if (parts > 0) {
-        switch (a.surrogate) {
-            case kClip: launch_parts<kClip>(a, stream, parts); break;
-            case kDualClip: launch_parts<kDualClip>(a, stream, parts); break;
-            case kStopGradient: launch_parts<kStopGradient>(a, stream, parts); break;
-            case kMaskOutside: launch_parts<kMaskOutside>(a, stream, parts); break;
-            case kReinforce: launch_parts<kReinforce>(a, stream, parts); break;
-            case kGeometric: launch_parts<kGeometric>(a, stream, parts); break;
-            case kSoftGate: launch_parts<kSoftGate>(a, stream, parts); break;
-            default: launch_parts<kUnclipped>(a, stream, parts);
-        }
+    switch (a.surrogate) {
+        case kClip: return launch_surrogate<kClip>(a, stream);
+        case kDualClip: return launch_surrogate<kDualClip>(a, stream);
+        case kStopGradient: return launch_surrogate<kStopGradient>(a, stream);
+        case kMaskOutside: return launch_surrogate<kMaskOutside>(a, stream);
+        case kReinforce: return launch_surrogate<kReinforce>(a, stream);
+        case kGeometric: return launch_surrogate<kGeometric>(a, stream);
+        case kSoftGate: return launch_surrogate<kSoftGate>(a, stream);
+        default: return launch_surrogate<kUnclipped>(a, stream);
     }
-    launch("policy_loss", stream, 1, kReduceThreads, reduce_kernel, a, a.sequences * parts);
 }
 
 }  // namespace warpo::cuda
