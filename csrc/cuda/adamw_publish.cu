@@ -82,8 +82,8 @@ __device__ __forceinline__ void load_four(const void* data, int dtype, int64_t a
 __device__ __forceinline__ void store_four(float* data, int64_t at, int count, bool whole,
                                            const float (&values)[kAtOnce]) {
     if (whole) {
-        store_streaming(data + at, {as_word(values[0]), as_word(values[1]), as_word(values[2]),
-                                    as_word(values[3])});
+        store_streaming(data + at, make_uint4(as_word(values[0]), as_word(values[1]),
+                                              as_word(values[2]), as_word(values[3])));
         return;
     }
 #pragma unroll
