@@ -326,9 +326,9 @@ class Resync:
         return dict(zip(names, torch.cat(parts).unbind(), strict=True))
 
     def _places_to_read(self) -> list[tuple[list[Tensor], list[Tensor]]]:
-        """Targets and sources: with "copy" in buckets, since reading may convert or copy them."""
+        """Targets and sources: with "copy" one by one, since reading may convert or copy them."""
         if self.mode == "copy":
-            return self._buckets
+            return [([write.target], [write.source]) for write in self._writes]
         targets = [write.target for write in self._writes]
         return [(targets, targets)]
 
