@@ -11,7 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from warpo.engine.config.algorithms import ALGORITHMS, Algorithm
+from warpo.engine.config.algorithm import Algorithm
+from warpo.engine.config.algorithms import ALGORITHMS
 from warpo.engine.config.file import Key, keys, peek, read_tree, sections
 from warpo.engine.config.policy import Config, load_config
 from warpo.engine.config.resolve import find

@@ -9,7 +9,8 @@ import difflib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from warpo.engine.config.algorithms import ALGORITHMS, Algorithm
+from warpo.engine.config.algorithm import Algorithm
+from warpo.engine.config.algorithms import ALGORITHMS
 from warpo.engine.config.reward_sources import parse_sources
 from warpo.engine.errors import ConfigError
 from warpo.kernels.objectives import Objective

@@ -8,7 +8,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from warpo.engine.config.algorithms import ALGORITHMS, Algorithm
+from warpo.engine.config.algorithm import Algorithm
+from warpo.engine.config.algorithms import ALGORITHMS
 from warpo.engine.config.offline import LOSS_KEYS
 from warpo.engine.config.resolve import has_effect
 from warpo.kernels.objectives import Objective

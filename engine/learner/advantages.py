@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from warpo.engine.config.algorithms import Algorithm
+from warpo.engine.config.algorithm import Algorithm
 from warpo.engine.errors import RewardError
 from warpo.engine.models.step_rollouts import StepRollouts
 from warpo.engine.types import Metrics

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from warpo.engine.config.algorithms import Algorithm
+from warpo.engine.config.algorithm import Algorithm
 from warpo.engine.config.policy import Config
 from warpo.engine.errors import CheckpointError, ConfigError
 from warpo.engine.models.batch import Batch

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from warpo.engine.config.algorithms import Algorithm
+from warpo.engine.config.algorithm import Algorithm
 from warpo.engine.config.policy import Config
 from warpo.engine.data.prompts import Prompts
 from warpo.engine.data.stream import PromptStream

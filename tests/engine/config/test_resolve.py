@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from warpo.engine.config.algorithms import ALGORITHMS, Algorithm
+from warpo.engine.config.algorithm import Algorithm
+from warpo.engine.config.algorithms import ALGORITHMS
 from warpo.engine.config.policy import load_config
 from warpo.engine.config.resolve import find, resolve
 from warpo.engine.errors import ConfigError

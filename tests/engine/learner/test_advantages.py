@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from tests.oracles import advantages as oracle
 from tests.oracles.advantages import Sampled, Tokens
 from tests.tolerance import SCAN_ABSOLUTE, SCAN_RELATIVE, assert_close
-from warpo.engine.config.algorithms import ALGORITHMS, Algorithm
+from warpo.engine.config.algorithm import Algorithm
+from warpo.engine.config.algorithms import ALGORITHMS
 from warpo.engine.config.estimators import ESTIMATORS
 from warpo.engine.errors import RewardError
 from warpo.engine.learner.advantages import BASELINE_DECAY, AdaptiveState, estimate

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from tests.engine.random_models import rollouts_of
-from warpo.engine.config.algorithms import ALGORITHMS, Algorithm
+from warpo.engine.config.algorithm import Algorithm
+from warpo.engine.config.algorithms import ALGORITHMS
 from warpo.engine.learner.advantages import AdaptiveState, estimate
 from warpo.engine.learner.step import accumulate_gradients
 from warpo.engine.models.model import inputs_of, load_model

@@ -1,0 +1,115 @@
+"""What a row of the table of algorithms says.
+
+A row of the policy family is what it is made of: an estimator of advantages (estimators.py), an
+objective (kernels/objectives.py), where the KL penalty stands, and which models it needs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from warpo.engine.config.estimators import ESTIMATORS, Estimator
+from warpo.kernels.objectives import Objective
+from warpo.kernels.preferences import Preference
+
+Std = Literal["sample", "population", "none"]
+Family = Literal["policy", "supervised", "preference", "reward model", "control"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Algorithm:
+    """One row.
+
+    Attributes:
+        family: the data that the row trains from, which decides its settings.
+        title, url: the paper, with the equation.
+        trained, others: the models of a row that is not of the policy family.
+        loss: the loss that such a row minimises, in words.
+        objective: of the policy, or the loss of pairs.
+        advantages: key of ESTIMATORS.
+        advantage_std: divisor of the group's advantages.
+        reward_kl_coef: weight of the KL to the reference that is taken off the reward of each
+            token. The KL in the loss is the objective's.
+        reward_kl_estimator: of that KL.
+        previous_reference: the reference is the policy that the step began with.
+        kl_rule: rule by which the coefficient of the KL follows kl_target: "proportional",
+            https://arxiv.org/abs/1909.08593 section 2.2, or "doubling",
+            https://arxiv.org/abs/1707.06347 section 4.
+        kl_target: nats per token; None: the coefficient is fixed.
+        reference_every_steps: replace the reference with the policy every N steps; 0: never.
+        gamma: discount of "gae".
+        gae_lambda: lambda of the advantages, and of the returns that the critic learns.
+            "length:ALPHA": 1 - 1 / (ALPHA x length of the completion), at least 0,
+            https://arxiv.org/abs/2504.05118.
+        max_draws: how often prompts are drawn until all groups of a step have unequal rewards. 1:
+            groups of equal rewards are kept.
+        pretraining_coef: weight of the supervised loss on pre-training data, next to the policy's.
+        caution: a warning to read before relying on the row.
+    """
+
+    name: str = ""
+    family: Family = "policy"
+    title: str
+    url: str
+    trained: str = "actor"
+    others: tuple[str, ...] = ()
+    loss: str = ""
+    objective: Objective | Preference | None = None
+    advantages: str = ""
+    advantage_std: Std = "none"
+    reward_kl_coef: float = 0.0
+    reward_kl_estimator: str = "k1"
+    previous_reference: bool = False
+    kl_rule: Literal["proportional", "doubling"] = "proportional"
+    kl_target: float | None = None
+    reference_every_steps: int = 0
+    gamma: float = 1.0
+    gae_lambda: tuple[float | str, float] = (0.95, 0.95)
+    max_draws: int = 1
+    pretraining_coef: float = 0.0
+    caution: str = ""
+
+    @property
+    def estimator(self) -> Estimator:
+        """The facts of its advantages; those of a row that has none are all False."""
+        return ESTIMATORS.get(self.advantages, Estimator(text=""))
+
+    @property
+    def has_critic(self) -> bool:
+        """True if the advantages need values of states."""
+        return self.estimator.needs_critic
+
+    @property
+    def kl_in_reward(self) -> bool:
+        """True if the KL is subtracted from the rewards instead of added to the loss."""
+        return self.estimator.shapes_rewards and not self.previous_reference
+
+    @property
+    def kl_coef(self) -> float:
+        """Weight of the KL, wherever it stands."""
+        if self.kl_in_reward:
+            return self.reward_kl_coef
+        return self.objective.kl_coef if isinstance(self.objective, Objective) else 0.0
+
+    @property
+    def kl_adapts_in_loss(self) -> bool:
+        """True if the objective's kl_coef changes from step to step."""
+        return self.kl_target is not None and not self.kl_in_reward
+
+    @property
+    def has_reference(self) -> bool:
+        """True if a frozen model is held next to the policy."""
+        return self.kl_coef > 0 and not self.previous_reference
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The models that a run holds, the trained one first."""
+        if self.family != "policy":
+            return (self.trained, *self.others)
+        critic = ("critic",) if self.has_critic else ()
+        return ("actor", *critic, "reward", *(("reference",) if self.has_reference else ()))
+
+    def replace(self, **changes: Any) -> Algorithm:
+        """The same row with some fields changed."""
+        return replace(self, **changes)
