@@ -264,7 +264,7 @@ __device__ __forceinline__ void write_part(const PolicyLoss& a, unsigned parts) 
     const Part p = find_part(a, parts);
     const SequenceTerms s = find_sequence_terms<kSurrogate>(a, p, scratch);
     const float weight =
-        p.malformed ? NAN : token_weight(*a.denominator, a.sequence_mean, s.tokens);
+        p.malformed ? NAN : token_weight(value_of(a.denominator), a.sequence_mean, s.tokens);
     const float kl_coef = a.adaptive_kl_coef ? *a.adaptive_kl_coef : a.kl_coef;
 
     Sums sums;

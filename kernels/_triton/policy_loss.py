@@ -17,7 +17,7 @@ from warpo.kernels._triton.policy_part import INF, NUM_METRICS, RATIO_MAX, RATIO
 from warpo.kernels._triton.policy_sequence import sequence_sums, sum_by_log_ratio
 from warpo.kernels._triton.policy_terms import GEOMETRIC, PREFIX_RATIO, SEQUENCE_RATIO
 from warpo.kernels._triton.sequences import bounds as bounds_of
-from warpo.kernels._triton.sequences import inverse_or_zero, poison_if
+from warpo.kernels._triton.sequences import inverse_denominator, poison_if
 
 BLOCK = 256
 WARPS = 4
@@ -61,6 +61,7 @@ def _policy_loss_kernel(
     adaptive_kl_coef_ptr,
     entropy_coef: tl.float32,
     limit: tl.float32,
+    denominator: tl.float32,
     denominator_ptr,
     grad_ptr,
     grad_entropy_ptr,
@@ -137,7 +138,7 @@ def _policy_loss_kernel(
                 BLOCK,
             )
             shared_derivative /= tokens
-    weight = inverse_or_zero(tl.load(denominator_ptr))
+    weight = inverse_denominator(denominator, denominator_ptr)
     if SEQUENCE_MEAN:
         weight /= tokens
     weight = poison_if(malformed, weight)
@@ -239,7 +240,8 @@ def policy_loss(a: PolicyLossArguments) -> None:
                 term.adaptive_kl_coef,
                 float(o.entropy_coef),
                 float(o.log_ratio_limit),
-                a.denominator,
+                a.denominator.number,
+                a.denominator.tensor,
                 a.grad_logprobs,
                 a.grad_entropy,
                 a.partials,

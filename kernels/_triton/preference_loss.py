@@ -18,6 +18,7 @@ from warpo.kernels._triton.launch import kernel, strided
 from warpo.kernels._triton.logistic import expm1, log1mexp, log_sigmoid
 from warpo.kernels._triton.sequences import (
     bounds,
+    inverse_denominator,
     inverse_or_zero,
     load_tokens,
     merge_partials,
@@ -167,6 +168,7 @@ def _preference_loss_kernel(
     positive_weight: tl.float32,
     negative_weight: tl.float32,
     nll_coef: tl.float32,
+    denominator: tl.float32,
     denominator_ptr,
     partials_ptr,
     LINK: tl.constexpr,
@@ -220,7 +222,7 @@ def _preference_loss_kernel(
     )
     nll = -logp * inverse_or_zero(n)
     loss = tl.where(nll_coef != 0, loss + nll_coef * nll, loss)
-    weight = inverse_or_zero(tl.load(denominator_ptr))
+    weight = inverse_denominator(denominator, denominator_ptr)
     weight = poison_if(chosen_malformed | rejected_malformed, weight)
     if grad_chosen_ptr is not None:
         gradient = slope * better_slope * chosen_share - nll_coef * inverse_or_zero(n)
@@ -279,6 +281,7 @@ def _kto_loss_kernel(
     beta: tl.float32,
     desirable_weight: tl.float32,
     undesirable_weight: tl.float32,
+    denominator: tl.float32,
     denominator_ptr,
     partials_ptr,
     BLOCK: tl.constexpr,
@@ -306,7 +309,7 @@ def _kto_loss_kernel(
     _, wrong = log_sigmoid(x)
     _, right = log_sigmoid(-x)
     loss = tl.where(desirable, desirable_weight, undesirable_weight) * wrong
-    weight = poison_if(malformed, inverse_or_zero(tl.load(denominator_ptr)))
+    weight = poison_if(malformed, inverse_denominator(denominator, denominator_ptr))
     if grad_ptr is not None:
         gradient = weighted(-weight, tl.where(count > 0, loss * slope * right, 0.0))
         _store_gradient(
@@ -354,7 +357,8 @@ def preference_loss(a: PreferenceLossArguments) -> None:
                 float(a.positive_weight),
                 float(a.negative_weight),
                 float(a.nll_coef),
-                a.denominator,
+                a.denominator.number,
+                a.denominator.tensor,
                 a.partials,
                 LINK=a.link,
                 LENGTH_NORMALISE=a.length_normalise,
@@ -378,7 +382,8 @@ def kto_loss(a: KtoLossArguments) -> None:
                 float(a.beta),
                 float(a.desirable_weight),
                 float(a.undesirable_weight),
-                a.denominator,
+                a.denominator.number,
+                a.denominator.tensor,
                 a.partials,
                 BLOCK=BLOCK,
                 num_warps=WARPS,
