@@ -75,7 +75,9 @@ def test_unbounded_actions_are_taken_as_drawn_and_bounded_ones_are_clipped(learn
     unbounded = learner(environment="warpo-tests/WalkUnbounded-v0")
     np.testing.assert_array_equal(unbounded.rollouts.to_environment(far), far)
     bounded = learner(environment=WALKS[1])
-    np.testing.assert_array_equal(bounded.rollouts.to_environment(far), np.float32([[-1, 0], [3, 0.5]]))
+    np.testing.assert_array_equal(
+        bounded.rollouts.to_environment(far), np.float32([[-1, 0], [3, 0.5]])
+    )
 
 
 @pytest.mark.parametrize("environment", WALKS)
