@@ -5,7 +5,8 @@
 #              limits of the machine: a table, plots and a page in OUT
 # make bench-train  the same, then a training step against TRL's by phase, weight sync, and how the
 #              learner's step grows: tables, goals, and pictures in OUT
-# make bench-control  the same, then control with gymnasium against Stable-Baselines3, and in OUT
+# make bench-control  the same, then control with gymnasium against Stable-Baselines3 and
+#              sb3-contrib, and in OUT
 # make bench-dropin  the same, then each function of another trainer that warpo replaces, against the
 #              trainer's own, as a table and in OUT
 # make test-integrations  environment, build, peers, then the drop-ins against the real trainers

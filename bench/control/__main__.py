@@ -1,9 +1,11 @@
-"""Control beside Stable-Baselines3: same settings, same number of environment steps, several seeds.
+"""Control beside Stable-Baselines3 and sb3-contrib, which has its TRPO: same settings, same number
+of environment steps, several seeds.
 
     make bench-control, or, where `make peers` has been run: warpo bench control --out DIR
 
-The settings are those of examples/sac.yaml (Pendulum-v1) and examples/ppo_gymnasium.yaml
-(CartPole-v1). Each run is a process of its own with one thread; the trainers take turns. Both are
+The settings are those of examples/sac.yaml (Pendulum-v1), examples/ppo_gymnasium.yaml and
+examples/trpo_gymnasium.yaml (CartPole-v1). Neither has SAC of discrete actions, nor SAC with a
+value function. Each run is a process of its own with one thread; the trainers take turns. Both are
 evaluated without exploration in the same episodes. Prints the returns, the time and the goals.
 Writes OUT/control.jsonl, one row for each trainer, algorithm and seed, with versions, date, machine
 and command, and OUT/control.png, the learning curves of both.
@@ -33,9 +35,13 @@ from warpo.bench.progress import Progress, shown
 from warpo.engine.config.control import ControlConfig
 from warpo.engine.config.file import read_tree
 
-EXAMPLES = {"sac": "examples/sac.yaml", "ppo_gymnasium": "examples/ppo_gymnasium.yaml"}
+EXAMPLES = {name: f"examples/{name}.yaml" for name in ("sac", "ppo_gymnasium", "trpo_gymnasium")}
 # Environment steps, and those between two evaluations.
-STEPS = {"sac": (8_000, 1_000), "ppo_gymnasium": (51_200, 5_120)}
+STEPS = {
+    "sac": (8_000, 1_000),
+    "ppo_gymnasium": (51_200, 5_120),
+    "trpo_gymnasium": (51_200, 5_120),
+}
 COLORS = {"warpo": "#2563a8", "stable-baselines3": "#d9730d"}
 
 
@@ -170,8 +176,9 @@ def plot(rows: Sequence[dict], path: Path) -> None:
 def versions(peers: Path) -> dict[str, str]:
     found = {name: importlib.metadata.version(name) for name in ("gymnasium", "numpy")}
     for distribution in importlib.metadata.distributions(path=[str(peers)]):
-        if distribution.metadata["Name"].replace("_", "-") == "stable-baselines3":
-            found["stable-baselines3"] = distribution.version
+        name = distribution.metadata["Name"].replace("_", "-")
+        if name in ("stable-baselines3", "sb3-contrib"):
+            found[name] = distribution.version
     return found
 
 

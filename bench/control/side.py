@@ -36,7 +36,9 @@ def stable_baselines3_curve(config: ControlConfig) -> Curve:
     env = make_vec_env(config.environment, n_envs=config.num_envs, seed=config.seed)
     common = {"seed": config.seed, "device": config.device, "gamma": config.gamma}
     common["learning_rate"] = config.lr
-    model = _sac(config, env, common) if config.algorithm == "sac" else _ppo(config, env, common)
+    model = {"sac": _sac, "ppo_gymnasium": _ppo, "trpo_gymnasium": _trpo}[config.algorithm](
+        config, env, common
+    )
     curve: Curve = []
     model.learn(config.steps, callback=_evaluation(config, curve))
     return curve
@@ -75,6 +77,27 @@ def _ppo(config: ControlConfig, env: Any, common: dict[str, Any]) -> Any:
         ent_coef=ppo.entropy_coef,
         vf_coef=ppo.value_coef / 2,  # of the squared error, not of half of it
         max_grad_norm=ppo.max_grad_norm,
+        policy_kwargs={"net_arch": {"pi": layers, "vf": layers}},
+    )
+
+
+def _trpo(config: ControlConfig, env: Any, common: dict[str, Any]) -> Any:
+    """Of sb3-contrib, whose KL is that of the new policy to the old."""
+    trpo, layers = config.trpo, [config.trpo.hidden_size] * config.trpo.hidden_layers
+    return peers.load("sb3_contrib", "TRPO")(
+        "MlpPolicy",
+        env,
+        **common,
+        n_steps=trpo.rollout_steps,
+        batch_size=trpo.minibatch_size,
+        cg_max_steps=trpo.cg_iterations,
+        cg_damping=trpo.cg_damping,
+        line_search_shrinking_factor=trpo.line_search_shrink,
+        line_search_max_iter=trpo.line_search_iterations,
+        n_critic_updates=trpo.value_epochs,
+        gae_lambda=trpo.gae_lambda,
+        normalize_advantage=trpo.normalize_advantages,
+        target_kl=trpo.max_kl,
         policy_kwargs={"net_arch": {"pi": layers, "vf": layers}},
     )
 
@@ -122,7 +145,9 @@ def main() -> None:
     name, config_path, result, *overrides = sys.argv[1:]
     config = read_tree(ControlConfig, Path(config_path), overrides)
     if name != "warpo":
-        peers.load("stable_baselines3", "PPO")  # its import is no part of the run
+        # their imports are no part of the run
+        peers.load("stable_baselines3", "PPO")
+        peers.load("sb3_contrib", "TRPO")
     import warpo.engine.trainers.control.train  # noqa: F401
 
     start, cpu_start = time.perf_counter(), time.process_time()

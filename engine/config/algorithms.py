@@ -189,9 +189,24 @@ _ROWS: dict[str, Algorithm] = {
         family="control", title="soft actor-critic", url="https://arxiv.org/abs/1812.05905",
         others=("two critics", "their Polyak averages"), loss="soft Q and soft policy improvement",
     ),
+    "sac_v": Algorithm(
+        family="control", title="soft actor-critic with a value function, algorithm 1",
+        url="https://arxiv.org/abs/1801.01290",
+        others=("two critics", "value function", "its Polyak average"),
+        loss="soft V, soft Q and soft policy improvement",
+    ),
+    "sac_discrete": Algorithm(
+        family="control", title="soft actor-critic of discrete actions, algorithm 1",
+        url="https://arxiv.org/abs/1910.07207", others=("two critics", "their Polyak averages"),
+        loss="soft Q and soft policy improvement, expectations over the actions in closed form",
+    ),
     "ppo_gymnasium": Algorithm(
         family="control", title="PPO of N actors x T steps, algorithm 1", url=_PPO,
         others=("critic",), objective=OBJECTIVES["ppo"], loss="clipped surrogate",
+    ),
+    "trpo_gymnasium": Algorithm(
+        family="control", title="TRPO, eq. 14", url="https://arxiv.org/abs/1502.05477",
+        others=("critic",), loss="surrogate, the mean KL at most max_kl",
     ),
 }  # fmt: skip
 

@@ -32,7 +32,7 @@ PositiveShare = Annotated[float, Field(gt=0, le=1)]
 
 @dataclass(frozen=True, kw_only=True, config=checked)
 class Sac:
-    """Settings of algorithm sac only."""
+    """Settings of algorithms sac, sac_v and sac_discrete."""
 
     hidden_size: Count = 256
     """Units per hidden layer of policy and Q-functions."""
@@ -47,12 +47,14 @@ class Sac:
     updates_per_step: Count = 1
     """Updates after each step of all environments together."""
     polyak: PositiveShare = 0.005
-    """Weight of the Q-functions in the moving average that is their target: tau of the paper."""
+    """Weight of the Q-functions, in sac_v of V, in the moving average that is the target: tau of
+    the paper."""
     temperature: Literal["learned"] | NonNegative = "learned"
     """Weight of the entropy. "learned": starts at 1 and is adapted so that the entropy
-    meets target_entropy."""
+    meets target_entropy; sac_v in its paper has a fixed one."""
     target_entropy: Literal["auto"] | float = "auto"
-    """Entropy that a learned temperature aims at, nats. "auto": minus the action's dimension."""
+    """Entropy that a learned temperature aims at, nats. "auto": minus the action's dimension, in
+    sac_discrete 0.98 log(number of actions)."""
     steps_per_row: Count = 1000
     """Environment steps between two rows of metrics.jsonl; a run stops or saves between rows."""
 
@@ -88,6 +90,36 @@ class Ppo:
 
 
 @dataclass(frozen=True, kw_only=True, config=checked)
+class Trpo:
+    """Settings of algorithm trpo_gymnasium only."""
+
+    hidden_size: Count = 64
+    """Units per hidden layer of policy and value function."""
+    hidden_layers: Count = 2
+    """Hidden layers of each, with tanh."""
+    rollout_steps: Count = 2048
+    """Steps of each environment in a rollout."""
+    gae_lambda: Share = 0.95
+    """Lambda of generalised advantage estimation."""
+    max_kl: Positive = 0.01
+    """Mean KL(old policy, new policy) that a step may reach, nats: delta of the paper."""
+    cg_iterations: Count = 10
+    """Iterations of conjugate gradient for the direction of a step."""
+    cg_damping: NonNegative = 0.1
+    """Multiple of the identity that is added to the Fisher matrix; 0 in the paper."""
+    line_search_iterations: Count = 10
+    """Lengths of a step that are tried until one is accepted; the policy stays where none is."""
+    line_search_shrink: Annotated[float, Field(gt=0, lt=1)] = 0.8
+    """Length of a try, as a share of the one before it."""
+    value_epochs: Count = 10
+    """Passes of the value function over a rollout."""
+    minibatch_size: Annotated[int, Field(ge=2)] = 64
+    """Environment steps per optimizer step of the value function."""
+    normalize_advantages: bool = True
+    """Normalise the advantages of a rollout to mean 0 and standard deviation 1."""
+
+
+@dataclass(frozen=True, kw_only=True, config=checked)
 class ControlEvaluation:
     """Episodes without exploration, in an environment of their own and always the same."""
 
@@ -101,15 +133,16 @@ class ControlEvaluation:
 class ControlConfig:
     """One run of an algorithm for control."""
 
-    algorithm: Literal["sac", "ppo_gymnasium"]
-    """sac: continuous actions, off-policy. ppo_gymnasium: discrete or continuous actions."""
+    algorithm: Literal["sac", "sac_v", "sac_discrete", "ppo_gymnasium", "trpo_gymnasium"]
+    """sac, sac_v: continuous actions, off-policy. sac_discrete: discrete actions, off-policy.
+    ppo_gymnasium, trpo_gymnasium: discrete or continuous actions."""
     environment: Text
     """Id of a gymnasium environment, or module:id, where the module registers it."""
     output_dir: FilePath
     """Where metrics, plot and checkpoints go."""
     steps: Count
-    """Total environment steps, over all environments. The last rollout of ppo_gymnasium is
-    completed."""
+    """Total environment steps, over all environments. The last rollout of ppo_gymnasium and
+    trpo_gymnasium is completed."""
     seed: Seed = 0
     """Fixes the environments and every draw."""
     device: Literal["auto", "cpu", "cuda"] = "cpu"
@@ -119,11 +152,12 @@ class ControlConfig:
     gamma: Share = 0.99
     """Discount."""
     lr: Positive = 3e-4
-    """Learning rate of Adam."""
+    """Learning rate of Adam, which trpo_gymnasium uses for the value function only."""
     resume: bool = False
     """Continue from the newest checkpoint in output_dir; begin where there is none."""
     sac: Sac = field(default_factory=Sac)
     ppo: Ppo = field(default_factory=Ppo)
+    trpo: Trpo = field(default_factory=Trpo)
     evaluation: ControlEvaluation = field(default_factory=ControlEvaluation)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
 
@@ -131,7 +165,7 @@ class ControlConfig:
         _check_environment(self.environment)
         _check_sections(self)
         _check_sac(self)
-        _check_ppo(self)
+        _check_rollout(self)
 
 
 def _check_environment(name: str) -> None:
@@ -144,20 +178,31 @@ def _check_environment(name: str) -> None:
         raise ConfigError(f"environment = {name!r} is unknown, {hint} ({why})") from None
 
 
+# The section of each algorithm.
+SECTIONS = {
+    "sac": "sac",
+    "sac_v": "sac",
+    "sac_discrete": "sac",
+    "ppo_gymnasium": "ppo",
+    "trpo_gymnasium": "trpo",
+}
+
+
 def _check_sections(config: ControlConfig) -> None:
-    other, default = ("ppo", Ppo()) if config.algorithm == "sac" else ("sac", Sac())
-    given = getattr(config, other)
-    for name in default.__dataclass_fields__:
-        if getattr(given, name) != getattr(default, name):
-            raise ConfigError(
-                f"{other}.{name} = {getattr(given, name)!r} has no effect with "
-                f"algorithm = {config.algorithm!r}: remove it"
-            )
+    for section in dict.fromkeys(SECTIONS.values()):
+        given = getattr(config, section)
+        for name, default in type(given).__dataclass_fields__.items():
+            value = getattr(given, name)
+            if section != SECTIONS[config.algorithm] and value != default.default:
+                raise ConfigError(
+                    f"{section}.{name} = {value!r} has no effect with "
+                    f"algorithm = {config.algorithm!r}: remove it"
+                )
 
 
 def _check_sac(config: ControlConfig) -> None:
     sac = config.sac
-    if config.algorithm != "sac":
+    if SECTIONS[config.algorithm] != "sac":
         return
     if sac.batch_size > sac.buffer_size:
         raise ConfigError(
@@ -176,12 +221,14 @@ def _check_sac(config: ControlConfig) -> None:
         )
 
 
-def _check_ppo(config: ControlConfig) -> None:
-    samples = config.ppo.rollout_steps * config.num_envs
-    if config.algorithm != "ppo_gymnasium":
+def _check_rollout(config: ControlConfig) -> None:
+    section = SECTIONS[config.algorithm]
+    if section == "sac":
         return
-    if samples % config.ppo.minibatch_size:
+    settings = config.ppo if section == "ppo" else config.trpo
+    samples = settings.rollout_steps * config.num_envs
+    if samples % settings.minibatch_size:
         raise ConfigError(
-            f"ppo.minibatch_size = {config.ppo.minibatch_size} does not divide the {samples} steps "
-            "of a rollout (ppo.rollout_steps x num_envs)"
+            f"{section}.minibatch_size = {settings.minibatch_size} does not divide the {samples} "
+            f"steps of a rollout ({section}.rollout_steps x num_envs)"
         )

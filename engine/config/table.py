@@ -32,7 +32,9 @@ EXAMPLES = (
     "ppo",
     "ppo_ptx",
     "sac",
+    "sac_discrete",
     "ppo_gymnasium",
+    "trpo_gymnasium",
 )
 _COLUMNS = ("config line", "advantages or loss", "models", "paper")
 
@@ -96,7 +98,9 @@ def example_of(row: Algorithm) -> str:
     if row.name in EXAMPLES:
         return f"examples/{row.name}.yaml"
     policy = "ppo" if "critic" in row.models else "grpo"
-    nearest = {"preference": "dpo", "reward model": "bradley_terry"}.get(row.family, policy)
+    nearest = {"preference": "dpo", "reward model": "bradley_terry", "control": "sac"}.get(
+        row.family, policy
+    )
     return f"examples/{nearest}.yaml, with algorithm: {row.name}"
 
 

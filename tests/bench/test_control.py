@@ -71,9 +71,16 @@ def test_both_trainers_run_the_same_steps(tmp_path):
     runs = [(row["algorithm"], row["trainer"], row["steps"]) for row in rows]
     assert runs == [
         (algorithm, trainer, 1024)
-        for algorithm in ("sac", "ppo_gymnasium")
+        for algorithm in ("sac", "ppo_gymnasium", "trpo_gymnasium")
         for trainer in ("warpo", "stable-baselines3")
     ]
     for row in rows:
         assert row["run_s"] > row["cpu_s"] / 2 > 0 and row["threads"] == 1
-        assert {"gymnasium", "stable-baselines3", "machine", "date", "commit"} <= row.keys()
+        assert {
+            "gymnasium",
+            "stable-baselines3",
+            "sb3-contrib",
+            "machine",
+            "date",
+            "commit",
+        } <= row.keys()

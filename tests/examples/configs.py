@@ -52,6 +52,7 @@ _OTHERS = {
     "process_reward": (
         f"bradley_terry --batch_size 64 {_DATA.format('steps')} --data.step_separator ''"
     ),
+    "sac_v": "sac --sac.temperature 0.2",
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,7 +12,7 @@ import numpy as np
 from gymnasium.spaces import Box, Discrete
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
-from warpo.engine.config.control import ControlConfig
+from warpo.engine.config.control import SECTIONS, ControlConfig
 from warpo.engine.errors import CheckpointError, ConfigError, TrainingError
 
 # Of the seeds of evaluation: apart from those of training for any number of its environments.
@@ -176,6 +177,33 @@ def make(name: str) -> gymnasium.Env:
     return gymnasium.wrappers.FlattenObservation(env)
 
 
+_ACTIONS = {
+    "sac": ("continuous",),
+    "sac_v": ("continuous",),
+    "sac_discrete": ("discrete",),
+    "ppo_gymnasium": ("discrete", "continuous"),
+    "trpo_gymnasium": ("discrete", "continuous"),
+}
+
+
+def _advice(action: Any) -> str:
+    """The algorithms that act in such a space, for the end of a message."""
+    kind = "discrete" if isinstance(action, Discrete) else "continuous"
+    if kind == "continuous" and not (isinstance(action, Box) and len(action.shape) == 1):
+        return ""
+    *names, last = [name for name, kinds in _ACTIONS.items() if kind in kinds]
+    return f"; set algorithm to {', '.join(names)} or {last}"
+
+
+def _check_target_entropy(config: ControlConfig, actions: int) -> None:
+    target, most = config.sac.target_entropy, math.log(actions)
+    if config.algorithm == "sac_discrete" and target != "auto" and not 0 <= target < most:
+        raise ConfigError(
+            f"sac.target_entropy = {target:g}: the entropy of {actions} actions is from 0 to "
+            f"log({actions}) = {most:.3g} nats: set it below that"
+        )
+
+
 def spaces_of(config: ControlConfig) -> Spaces:
     """Return what the networks of the algorithm need to know of the environment.
 
@@ -187,7 +215,9 @@ def spaces_of(config: ControlConfig) -> Spaces:
     env.close()
     assert observation.shape is not None
     size, nothing = int(observation.shape[0]), np.zeros(0, np.float32)
-    if isinstance(action, Discrete) and config.algorithm == "ppo_gymnasium":
+    kinds = _ACTIONS[config.algorithm]
+    if isinstance(action, Discrete) and "discrete" in kinds:
+        _check_target_entropy(config, int(action.n))
         return Spaces(
             observation=size,
             actions="discrete",
@@ -196,18 +226,16 @@ def spaces_of(config: ControlConfig) -> Spaces:
             high=nothing,
             first=int(action.start),
         )
-    continuous = isinstance(action, Box) and len(action.shape) == 1
-    if not isinstance(action, Box) or not continuous:
-        wanted = "continuous" if config.algorithm == "sac" else "discrete or continuous"
-        advice = "; set algorithm to ppo_gymnasium" if isinstance(action, Discrete) else ""
+    if "continuous" not in kinds or not isinstance(action, Box) or len(action.shape) != 1:
         raise ConfigError(
-            f"algorithm = {config.algorithm!r} needs {wanted} actions, one vector; "
-            f"environment = {config.environment!r} has {action}{advice}"
+            f"algorithm = {config.algorithm!r} needs {' or '.join(kinds)} actions, "
+            f"{'one number' if kinds == ('discrete',) else 'one vector'}; "
+            f"environment = {config.environment!r} has {action}{_advice(action)}"
         )
-    if config.algorithm == "sac" and not action.is_bounded():
+    if SECTIONS[config.algorithm] == "sac" and not action.is_bounded():
         raise ConfigError(
-            f"algorithm = 'sac' needs bounded actions; environment = {config.environment!r} has "
-            f"{action}; set algorithm to ppo_gymnasium"
+            f"algorithm = {config.algorithm!r} needs bounded actions; environment = "
+            f"{config.environment!r} has {action}; set algorithm to ppo_gymnasium or trpo_gymnasium"
         )
     low, high = action.low.astype(np.float32), action.high.astype(np.float32)
     return Spaces(

@@ -1,4 +1,4 @@
-"""The small networks of control: policies, value function and twin Q-functions."""
+"""The small networks of control: policies, value functions and twin Q-functions."""
 
 from __future__ import annotations
 
@@ -76,8 +76,8 @@ class Stack(nn.Module):
 
 
 class ActorCritic(nn.Module):
-    """Policy and value function of PPO, in one stack: outputs of the first are the logits of the
-    actions or the mean of a Gaussian, the first output of the second is the value.
+    """Policy and value function of PPO and TRPO, in one stack: outputs of the first are the logits
+    of the actions or the mean of a Gaussian, the first output of the second is the value.
 
     The standard deviation of the Gaussian is a parameter of its own for each component
     (https://arxiv.org/abs/1502.05477 appendix D).
@@ -96,10 +96,17 @@ class ActorCritic(nn.Module):
     def evaluate(self, observations: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logprobs of actions, entropies in nats and values, each (B,)."""
         heads = self.stack(observations)
-        policy, values = heads[0], heads[1, :, 0]
+        return *self.likelihood(heads[0], actions), heads[1, :, 0]
+
+    def likelihood(self, policy: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """Logprobs of actions and entropies in nats, (B,), under the outputs `policy` (B, A)."""
         if self.log_std is None:
-            return *ops.logprobs_and_entropy(policy, actions), values
-        return *gaussian(policy, self.log_std, actions), values
+            return ops.logprobs_and_entropy(policy, actions)
+        return gaussian(policy, self.log_std, actions)
+
+    def policy(self, observations: Tensor) -> Tensor:
+        """Logits of the actions or mean of the Gaussian, (B, A)."""
+        return self.stack.only(0, observations)
 
     def values(self, observations: Tensor) -> Tensor:
         return self.stack.only(1, observations)[:, 0]
@@ -107,7 +114,7 @@ class ActorCritic(nn.Module):
     def sample(self, observations: Tensor, noise: Tensor) -> Tensor:
         """Actions: (B,) numbers from 0, or (B, A). noise: (B, A), of `draw_noise`, zeros for
         the most probable action."""
-        policy = self.stack.only(0, observations)
+        policy = self.policy(observations)
         if self.log_std is None:
             return (policy + noise).argmax(-1)
         return torch.addcmul(policy, self.log_std.exp(), noise)
@@ -158,3 +165,15 @@ class TwinQ(nn.Module):
     def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
         """(2, B)."""
         return self.stack(torch.cat([observations, actions], 1))[:, :, 0]
+
+
+class Value(nn.Module):
+    """A value function of observations."""
+
+    def __init__(self, observation: int, hidden: list[int]) -> None:
+        super().__init__()
+        self.stack = Stack(1, [observation, *hidden, 1], torch.relu)
+
+    def forward(self, observations: Tensor) -> Tensor:
+        """(B,)."""
+        return self.stack.only(0, observations)[:, 0]

@@ -15,19 +15,8 @@ from warpo.engine.run.log import Column, ReportProgress
 from warpo.engine.run.plot import Panel
 from warpo.engine.trainers.control.environments import Environments, Spaces
 from warpo.engine.trainers.control.networks import ActorCritic, Adam
+from warpo.engine.trainers.control.rollouts import Rollouts, Samples
 from warpo.kernels import ops
-
-
-class RolloutBuffer:
-    """T steps of N environments, (T, N, ...)."""
-
-    def __init__(self, steps: int, envs: int, observation: int, action: tuple[int, ...]) -> None:
-        self.observations = np.empty((steps, envs, observation), np.float32)
-        self.last_observations = np.empty((steps, envs, observation), np.float32)
-        self.actions = np.empty((steps, envs, *action), np.float32 if action else np.int64)
-        self.rewards = np.empty((steps, envs), np.float32)
-        self.terminated = np.empty((steps, envs), np.bool_)
-        self.truncated = np.empty((steps, envs), np.bool_)
 
 
 class PpoLearner:
@@ -61,12 +50,11 @@ class PpoLearner:
         device: torch.device,
     ) -> None:
         ppo = config.ppo
-        self._config, self._spaces, self._environments = config, spaces, environments
-        self._discrete = spaces.actions == "discrete"
+        self._config, self._device = config, device
         self.network = ActorCritic(
             spaces.observation,
             spaces.action,
-            self._discrete,
+            spaces.actions == "discrete",
             [ppo.hidden_size] * ppo.hidden_layers,
         ).to(device)
         # eps: detail 3 of iclr-blog-track.github.io/2022/03/25/ppo-implementation-details
@@ -74,10 +62,13 @@ class PpoLearner:
         self._objective = ops.get_objective("ppo").replace(
             clip_low=ppo.clip_range, clip_high=ppo.clip_range, entropy_coef=ppo.entropy_coef
         )
-        self._device = device
-        action = () if self._discrete else (spaces.action,)
-        self._rollout = RolloutBuffer(
-            ppo.rollout_steps, config.num_envs, spaces.observation, action
+        self.rollouts = Rollouts(
+            config,
+            spaces,
+            environments,
+            self.network,
+            steps=ppo.rollout_steps,
+            gae_lambda=ppo.gae_lambda,
         )
 
     @property
@@ -86,88 +77,21 @@ class PpoLearner:
 
     def iterate(self, step: int, progress: ReportProgress) -> tuple[int, dict[str, float]]:
         """A rollout and its updates; returns the steps that it took, and metrics."""
-        self._collect(progress)
-        tensors = self._samples()
-        return self._config.ppo.rollout_steps * self._config.num_envs, self._update(*tensors)
+        self.rollouts.collect(progress)
+        samples = self.rollouts.samples()
+        return self._config.ppo.rollout_steps * self._config.num_envs, self._update(samples)
 
     def act(self, observation: np.ndarray) -> np.ndarray:
         """The most probable action."""
-        with torch.inference_mode():
-            inputs = torch.from_numpy(observation.astype(np.float32)[None]).to(self._device)
-            noise = torch.zeros(1, self._spaces.action, device=self._device)
-            return self._to_environment(self.network.sample(inputs, noise).cpu().numpy())[0]
+        return self.rollouts.act(observation)
 
-    @torch.inference_mode()
     def outputs(self, observations: np.ndarray) -> Tensor:
         """Return the networks' outputs for observations (N, D), as one vector."""
-        inputs = torch.from_numpy(observations.astype(np.float32)).to(self._device)
-        return self.network.stack(inputs).flatten()
+        return self.rollouts.outputs(observations)
 
-    def _to_environment(self, actions: np.ndarray) -> np.ndarray:
-        if self._discrete:
-            return actions + self._spaces.first
-        return np.clip(actions, self._spaces.low, self._spaces.high)
-
-    def _collect(self, progress: ReportProgress) -> None:
-        rollout, environments = self._rollout, self._environments
-        steps, envs = rollout.rewards.shape
-        noise = self.network.draw_noise(steps, envs)
-        with torch.inference_mode():
-            for t in range(steps):
-                rollout.observations[t] = environments.observations
-                inputs = torch.from_numpy(rollout.observations[t]).to(self._device)
-                actions = self.network.sample(inputs, noise[t]).cpu().numpy()
-                rollout.actions[t] = actions
-                rewards, terminated, truncated, last = environments.step(
-                    self._to_environment(actions)
-                )
-                rollout.rewards[t], rollout.last_observations[t] = rewards, last
-                rollout.terminated[t], rollout.truncated[t] = terminated, truncated
-                progress(t + 1, steps)
-
-    @torch.no_grad()
-    def _samples(self) -> tuple[Tensor, ...]:
-        """Observations, actions, old logprobs, advantages, returns and old values, (T N, ...)."""
-        rollout = self._rollout
-        observations, actions, rewards, terminated, truncated = (
-            torch.from_numpy(array).to(self._device)
-            for array in (
-                rollout.observations,
-                rollout.actions,
-                rollout.rewards,
-                rollout.terminated,
-                rollout.truncated,
-            )
-        )
-        flat_observations, flat_actions = observations.flatten(0, 1), actions.flatten(0, 1)
-        logprobs, _, values = self.network.evaluate(flat_observations, flat_actions)
-        last = torch.from_numpy(rollout.last_observations).to(self._device)
-        final_values = torch.zeros_like(rewards)
-        if rollout.truncated.any():
-            final_values[truncated] = self.network.values(last[truncated])
-        advantages, returns = ops.gae(
-            rewards,
-            values.view_as(rewards),
-            gamma=self._config.gamma,
-            gae_lambda=self._config.ppo.gae_lambda,
-            terminated=terminated,
-            truncated=truncated,
-            final_values=final_values,
-            last_values=self.network.values(last[-1]),
-            time_dim=0,
-        )
-        return (
-            flat_observations,
-            flat_actions,
-            logprobs,
-            advantages.flatten(),
-            returns.flatten(),
-            values,
-        )
-
-    def _update(self, *samples: Tensor) -> dict[str, float]:
+    def _update(self, samples: Samples) -> dict[str, float]:
         """epochs x minibatches optimizer steps, and their mean metrics."""
-        ppo, count = self._config.ppo, len(samples[0])
+        ppo, count = self._config.ppo, len(samples.returns)
         results = []
         for _ in range(ppo.epochs):
             order = torch.randperm(count, device=self._device)

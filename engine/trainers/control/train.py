@@ -21,11 +21,19 @@ from warpo.engine.run.resume import is_complete
 from warpo.engine.trainers.control.environments import Environments, evaluate, spaces_of
 from warpo.engine.trainers.control.ppo import PpoLearner
 from warpo.engine.trainers.control.sac import SacLearner
+from warpo.engine.trainers.control.sac_discrete import SacDiscreteLearner
+from warpo.engine.trainers.control.sac_v import SacVLearner
+from warpo.engine.trainers.control.trpo import TrpoLearner
 from warpo.engine.types import Metrics
 
-LEARNERS: dict[str, type[SacLearner] | type[PpoLearner]] = {
+Learner = SacLearner | SacVLearner | SacDiscreteLearner | PpoLearner | TrpoLearner
+
+LEARNERS: dict[str, type[Learner]] = {
     "sac": SacLearner,
+    "sac_v": SacVLearner,
+    "sac_discrete": SacDiscreteLearner,
     "ppo_gymnasium": PpoLearner,
+    "trpo_gymnasium": TrpoLearner,
 }
 
 

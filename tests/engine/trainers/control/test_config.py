@@ -18,7 +18,7 @@ def test_every_key_has_a_text_and_there_are_at_most_60():
     assert len(known) <= 60 and all(key.text for key in known.values())
 
 
-@pytest.mark.parametrize("name", ["sac", "ppo_gymnasium"])
+@pytest.mark.parametrize("name", ["sac", "sac_discrete", "ppo_gymnasium", "trpo_gymnasium"])
 def test_the_examples_are_valid(name):
     config = read_tree(ControlConfig, EXAMPLES / f"{name}.yaml", [])
     assert config.algorithm == name
@@ -36,6 +36,14 @@ def test_the_examples_are_valid(name):
         ({"algorithm": "sac", "ppo": {"epochs": 3}}, "ppo.epochs = 3 has no effect"),
         ({"algorithm": "sac", "sac": {"batch_size": 50}}, "sac.batch_size = 50 is more than sac.b"),
         ({"algorithm": "sac", "num_envs": 41}, "num_envs = 41 is more than sac.buffer_size = 40"),
+        ({"algorithm": "trpo_gymnasium", "ppo": {"epochs": 3}}, "ppo.epochs = 3 has no effect"),
+        ({"trpo": {"max_kl": 0.1}}, "trpo.max_kl = 0.1 has no effect with algorithm = 'ppo_gymn"),
+        ({"algorithm": "sac_v", "trpo": {"max_kl": 0.1}}, "trpo.max_kl = 0.1 has no effect"),
+        ({"algorithm": "sac_discrete", "num_envs": 41}, "num_envs = 41 is more than sac.buffer_si"),
+        (
+            {"algorithm": "trpo_gymnasium", "trpo": {"minibatch_size": 5}},
+            "trpo.minibatch_size = 5 does not divide the 16 steps",
+        ),
         (
             {"algorithm": "sac", "sac": {"temperature": 0.2, "target_entropy": -1.0}},
             "sac.target_entropy = -1 has no effect with sac.temperature = 0.2",
@@ -57,7 +65,20 @@ def test_a_file_with_such_a_setting_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("algorithm", "environment", "message"),
     [
-        ("sac", "CartPole-v1", r"'sac' needs continuous actions.*set algorithm to ppo_gymnasium"),
+        (
+            "sac",
+            "CartPole-v1",
+            "'sac' needs continuous actions.*set algorithm to sac_discrete, ppo_gymnasium or trpo_",
+        ),
+        ("sac_v", "CartPole-v1", "'sac_v' needs continuous actions"),
+        ("sac_v", "warpo-tests/WalkUnbounded-v0", "'sac_v' needs bounded actions"),
+        (
+            "sac_discrete",
+            "Pendulum-v1",
+            "'sac_discrete' needs discrete actions, one number.*set algorithm to sac, sac_v",
+        ),
+        ("sac_discrete", "warpo-tests/WalkSeveral-v0", "MultiDiscrete.*$"),
+        ("trpo_gymnasium", "warpo-tests/WalkSeveral-v0", "needs discrete or continuous actions"),
         ("sac", "warpo-tests/WalkUnbounded-v0", "'sac' needs bounded actions"),
         ("ppo_gymnasium", "warpo-tests/WalkSeveral-v0", "needs discrete or continuous actions"),
         ("ppo_gymnasium", "warpo-tests/Varying-v0", "no fixed number of components"),
@@ -70,6 +91,14 @@ def test_environments_that_the_algorithm_cannot_act_in_are_refused_before_anythi
     with pytest.raises(ConfigError, match=message):
         run(refused)
     assert not Path(refused.output_dir).exists()
+
+
+@pytest.mark.parametrize("target", [1.1, -1.0])
+def test_an_entropy_that_the_actions_cannot_have_is_refused(config, target):
+    with pytest.raises(
+        ConfigError, match=r"target_entropy = -?1.*of 3 actions .* log\(3\) = 1.1 nats"
+    ):
+        run(config("sac_discrete", sac={"target_entropy": target}))
 
 
 def test_an_environment_whose_package_is_missing_says_which(config):

@@ -31,9 +31,9 @@ WALKS = ("warpo-tests/Walk-v0", "warpo-tests/WalkContinuous-v0")
 @pytest.mark.parametrize("environment", WALKS)
 def test_advantages_of_a_rollout_are_those_of_the_oracle(learner, environment):
     ppo = learner(environment=environment, num_envs=4, gamma=0.9, ppo={"gae_lambda": 0.8})
-    ppo._collect(quiet)
-    observations, _, logprobs, advantages, returns, values = ppo._samples()
-    rollout, network = ppo._rollout, ppo.network
+    ppo.rollouts.collect(quiet)
+    observations, _, logprobs, advantages, returns, values = ppo.rollouts.samples()
+    rollout, network = ppo.rollouts.buffer, ppo.network
     assert rollout.terminated.any() and rollout.truncated.any()
     with torch.no_grad():
         after = network.values(torch.from_numpy(rollout.last_observations).flatten(0, 1))
@@ -58,9 +58,9 @@ def test_advantages_of_a_rollout_are_those_of_the_oracle(learner, environment):
 def test_a_rollout_goes_on_where_the_last_one_ended(learner):
     ppo = learner(num_envs=3)
     for _ in range(3):
-        start = ppo._environments.observations.copy()
-        ppo._collect(quiet)
-        rollout = ppo._rollout
+        start = ppo.rollouts._environments.observations.copy()
+        ppo.rollouts.collect(quiet)
+        rollout = ppo.rollouts.buffer
         np.testing.assert_array_equal(rollout.observations[0], start)
         goes_on = ~(rollout.terminated | rollout.truncated)[:-1]
         np.testing.assert_array_equal(
@@ -73,9 +73,11 @@ def test_a_rollout_goes_on_where_the_last_one_ended(learner):
 def test_unbounded_actions_are_taken_as_drawn_and_bounded_ones_are_clipped(learner):
     far = np.float32([[-9, -9], [9, 9]])
     unbounded = learner(environment="warpo-tests/WalkUnbounded-v0")
-    np.testing.assert_array_equal(unbounded._to_environment(far), far)
+    np.testing.assert_array_equal(unbounded.rollouts.to_environment(far), far)
     bounded = learner(environment=WALKS[1])
-    np.testing.assert_array_equal(bounded._to_environment(far), np.float32([[-1, 0], [3, 0.5]]))
+    np.testing.assert_array_equal(
+        bounded.rollouts.to_environment(far), np.float32([[-1, 0], [3, 0.5]])
+    )
 
 
 @pytest.mark.parametrize("environment", WALKS)
@@ -90,8 +92,8 @@ def test_an_optimizer_step_takes_the_gradient_of_equation_9(learner, environment
         "clip_range": 0.1,
     }
     ppo = learner(environment=environment, num_envs=4, ppo=options)
-    ppo._collect(quiet)
-    samples = ppo._samples()
+    ppo.rollouts.collect(quiet)
+    samples = ppo.rollouts.samples()
     observations, actions, old_logprobs, advantages, returns, old_values = samples
     with torch.no_grad():
         for parameter in ppo.network.parameters():
@@ -148,9 +150,9 @@ def test_each_epoch_takes_every_step_once(learner):
         return torch.zeros(16), torch.zeros(7), torch.zeros(())
 
     ppo._optimizer_step = step
-    ppo._collect(quiet)
-    samples = ppo._samples()
-    ppo._update(*samples)
+    ppo.rollouts.collect(quiet)
+    samples = ppo.rollouts.samples()
+    ppo._update(samples)
     assert len(seen) == 12
     for epoch in range(3):
         rows = torch.cat(seen[4 * epoch : 4 * epoch + 4])

@@ -7,7 +7,8 @@ import torch
 from tests.oracles.soft_q_targets import soft_q_targets
 from warpo.engine.trainers.control.environments import Environments, spaces_of
 from warpo.engine.trainers.control.replay import Steps
-from warpo.engine.trainers.control.sac import SacLearner, polyak_
+from warpo.engine.trainers.control.sac import SacLearner
+from warpo.engine.trainers.control.soft import polyak_
 
 
 @pytest.fixture

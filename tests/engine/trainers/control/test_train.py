@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.examples.configs import config_of
 from warpo.engine.config.control import ControlConfig
 from warpo.engine.config.file import read_tree
 from warpo.engine.errors import CheckpointError, ConfigError, TrainingError
@@ -23,7 +24,9 @@ from warpo.engine.run.log import read_rows
 from warpo.engine.trainers.control import train
 
 EXAMPLES = Path(__file__).parents[4] / "examples"
-ALGORITHMS = ("sac", "ppo_gymnasium")
+ALGORITHMS = ("sac", "sac_v", "sac_discrete", "ppo_gymnasium", "trpo_gymnasium")
+# One of each kind of loop, for what the learners do not decide.
+LOOPS = ("sac", "ppo_gymnasium")
 
 
 def rows_of(config):
@@ -64,7 +67,7 @@ def test_a_resumed_run_is_the_whole_run_bit_for_bit(config, tmp_path, algorithm)
     assert_equal(weights_of(resumed), weights_of(whole))
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", LOOPS)
 def test_a_run_leaves_metrics_plot_and_checkpoints(config, algorithm, capsys):
     settings = config(
         algorithm,
@@ -86,7 +89,7 @@ def test_a_run_leaves_metrics_plot_and_checkpoints(config, algorithm, capsys):
     assert "return in training" in said and "eval" in said and "steps/s" in said
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", LOOPS)
 def test_ctrl_c_ends_a_run_after_a_row_and_keeps_it(config, tmp_path, algorithm, monkeypatch):
     whole = config(algorithm)
     train.run(whole)
@@ -146,7 +149,7 @@ def test_a_checkpoint_of_other_networks_is_refused(config):
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_a_run_that_diverges_stops_and_says_what_to_lower(config, algorithm):
-    with pytest.raises(TrainingError, match="(loss/policy.*|actions.*) not finite.*: lower lr"):
+    with pytest.raises(TrainingError, match="(loss/.*|actions.*) not finite.*: lower lr"):
         train.run(config(algorithm, lr=1e30))
 
 
@@ -213,9 +216,33 @@ def test_ppo_balances_the_pole_in_40_thousand_steps(tmp_path):
     assert mean_return(config) > 450
 
 
+@pytest.mark.timeout(240)
+@pytest.mark.slow
+def test_trpo_balances_the_pole_in_40_thousand_steps(tmp_path):
+    overrides = ["--output_dir", str(tmp_path / "run"), "--steps", "40000"]
+    config = read_tree(ControlConfig, EXAMPLES / "trpo_gymnasium.yaml", overrides)
+    assert mean_return(config) > 450
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_sac_swings_the_pendulum_up_in_8_thousand_steps(tmp_path):
     overrides = ["--output_dir", str(tmp_path / "run")]
     config = read_tree(ControlConfig, EXAMPLES / "sac.yaml", overrides)
     assert mean_return(config) > -250
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_sac_with_a_value_function_swings_the_pendulum_up_in_6_thousand_steps(tmp_path):
+    file, overrides = config_of("sac_v")
+    overrides = [*overrides, "--output_dir", str(tmp_path / "run"), "--steps", "6000"]
+    assert mean_return(read_tree(ControlConfig, file, overrides)) > -250
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_discrete_sac_balances_the_pole_in_5_thousand_steps(tmp_path):
+    overrides = ["--output_dir", str(tmp_path / "run"), "--steps", "5000"]
+    config = read_tree(ControlConfig, EXAMPLES / "sac_discrete.yaml", overrides)
+    assert mean_return(config) > 450
