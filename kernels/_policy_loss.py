@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from warpo.kernels import dispatch, reference
+from warpo.kernels._arguments.denominator import DenominatorArguments
 from warpo.kernels._arguments.objective import ObjectiveArguments
 from warpo.kernels._arguments.policy_loss import (
     MIN_PARTIALS,
@@ -40,7 +41,9 @@ from warpo.kernels._registration import Operator
 from warpo.kernels._sequences import (
     check_sequences,
     count_denominator,
+    denominator_tensor,
     empty_float32,
+    empty_results,
     scaled,
 )
 from warpo.kernels.objectives import Objective, get_objective
@@ -59,7 +62,7 @@ class PolicyLossInputs(NamedTuple):
     cu_seqlens: Tensor | None
     objective: ObjectiveArguments
     kl_penalty: KlPenaltyArguments
-    denominator: Tensor
+    denominator: DenominatorArguments
     with_gradient: bool
     with_entropy_gradient: bool
     backend: str
@@ -154,7 +157,7 @@ def policy_loss(
         raise ValueError(
             f"entropy_coef = {objective.entropy_coef} needs entropy; or set entropy_coef to 0"
         )
-    denominator = count_denominator(
+    scale = count_denominator(
         denominator, objective.aggregation, logprobs, mask, cu_seqlens, num_sequences
     )
     name = dispatch.choose(logprobs, backend)
@@ -165,7 +168,7 @@ def policy_loss(
             old_logprobs.float(),
             _per_token(advantages.float(), logprobs, cu_seqlens),
             objective,
-            denominator,
+            denominator_tensor(scale, logprobs),
             mask=mask,
             cu_seqlens=cu_seqlens,
             kl_coef=term.kl_coef if term.adaptive_kl_coef is None else term.adaptive_kl_coef,
@@ -186,7 +189,7 @@ def policy_loss(
         cu_seqlens=cu_seqlens,
         objective=objective.arguments,
         kl_penalty=term,
-        denominator=denominator,
+        denominator=scale,
         with_gradient=recording and logprobs.requires_grad,
         with_entropy_gradient=recording and objective.entropy_coef != 0 and _requires_grad(entropy),
         backend=name,
@@ -285,7 +288,6 @@ def _per_token(advantages: Tensor, logprobs: Tensor, cu_seqlens: Tensor | None) 
 def launch_policy_loss(inputs: PolicyLossInputs) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, metrics and the gradients with respect to logprobs and entropy, as wanted."""
     logprobs, advantages, cu_seqlens = inputs.logprobs, inputs.advantages, inputs.cu_seqlens
-    denominator = inputs.denominator
     check_values("cu_seqlens", cu_seqlens, logprobs.shape[-1])
     loss, metrics, gradients = _allocate(inputs)
     steps = logprobs.shape[-1]
@@ -313,10 +315,10 @@ def launch_policy_loss(inputs: PolicyLossInputs) -> tuple[Tensor, Tensor, Tensor
         sampler_logprobs=inputs.sampler_logprobs,
         entropy=inputs.entropy,
         mask=inputs.mask,
-        denominator=denominator,
+        denominator=inputs.denominator,
         grad_logprobs=grad_logprobs if inputs.with_gradient else None,
         grad_entropy=grad_entropy if inputs.with_entropy_gradient else None,
-        partials=denominator.new_empty(max(sequences, MIN_PARTIALS), len(METRICS)),
+        partials=metrics.new_empty(max(sequences, MIN_PARTIALS), len(METRICS)),
         loss=loss,
         metrics=metrics,
     )
@@ -325,16 +327,16 @@ def launch_policy_loss(inputs: PolicyLossInputs) -> tuple[Tensor, Tensor, Tensor
 
 
 def _allocate(inputs: PolicyLossInputs) -> tuple[Tensor, Tensor, Tensor]:
-    float32 = inputs.denominator  # new tensors from it take half the time of those with a dtype
+    loss, metrics = empty_results(inputs.denominator, inputs.logprobs, len(METRICS))
     gradients = inputs.with_gradient + inputs.with_entropy_gradient
     return (
-        torch.empty_like(float32),
-        float32.new_empty(len(METRICS)),
-        float32.new_empty(0)
+        loss,
+        metrics,
+        metrics.new_empty(0)
         if gradients == 0
         else empty_float32(inputs.logprobs)
         if gradients == 1
-        else float32.new_empty((2, *inputs.logprobs.shape)),
+        else metrics.new_empty((2, *inputs.logprobs.shape)),
     )
 
 

@@ -354,7 +354,8 @@ void one_sequence(const PolicyLoss& a, int64_t sequence, bool parallel) {
     const Span span = span_of(a, sequence);
     const Shared shared =
         sum_parts<Shared>(span, parallel, [&](const Span& part) { return share(a, part); });
-    const float weight = token_weight(*a.denominator, a.sequence_mean, (float)shared.valid);
+    const float weight =
+        token_weight(value_of(a.denominator), a.sequence_mean, (float)shared.valid);
     const Weights weights = {weight, weight * kl_coefficient(a), weight * a.entropy_coef};
     // A prefix runs through the whole sequence.
     Sums sums = a.ratio_level == kPrefixRatio
