@@ -9,10 +9,12 @@ s_t the derivative of the surrogate with respect to the log ratio (0 where a bou
 
     d loss / d logp_t = -w_t c_t s_t                       token level
                       = -(1 / n) sum_u w_u c_u s_u         sequence level, n valid tokens
+                      = -sum_u w_u c_u s_u                 product of the sequence
                       = -w_t c_t clip(ratio_t) A_t         stop gradient, any level
                       = -w_t c_t A_t                       reinforce
-    plus kl_coef w_t (1 | -d | 1 - e^d) for k1 | k2 | k3, with d = ref_t - logp_t (k3: 0 where d
-    is above log_ratio_limit)
+    plus kl_coef w_t (1 | -d | 1 - e^d | -d e^d) for k1 | k2 | k3 | reverse_k3, with d = ref_t -
+    logp_t (the latter two: 0 where d is above log_ratio_limit); of samples of the reference
+    d = logp_t - ref_t, and the signs change; of a KL of the sequence d is its sum, times n
     d loss / d H_t    = -entropy_coef w_t
 
 Sources: the rows of `objectives.OBJECTIVES`; PPO, https://arxiv.org/abs/1707.06347 eq. 7;
@@ -46,7 +48,7 @@ from warpo.kernels._sequences import (
     empty_results,
     scaled,
 )
-from warpo.kernels.objectives import KL_ESTIMATORS, Objective, get_objective
+from warpo.kernels.objectives import Objective, get_objective
 
 
 class PolicyLossInputs(NamedTuple):
@@ -269,7 +271,7 @@ def kl_penalty(
         value = "a tensor" if adaptive is not None else kl_coef
         raise ValueError(f"kl_coef = {value} needs ref_logprobs; or set kl_coef to 0")
     return KlPenaltyArguments(
-        kl=1 + KL_ESTIMATORS.index(objective.kl_estimator),
+        kl=objective.kl_code,
         kl_coef=kl_coef,
         adaptive_kl_coef=adaptive,
     )
