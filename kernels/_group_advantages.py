@@ -3,7 +3,7 @@
     A_i = (r_i - b_i) / (std + eps)
 
     baseline   mean              b_i = mean
-               leave_one_out     b_i = mean_{j != i} r_j, so that r_i - b_i = n / (n - 1) (r_i - mean)
+               leave_one_out     b_i = mean_{j != i} r_j;  r_i - b_i = n / (n - 1) (r_i - mean)
                length_weighted   b_i = sum_j |o_j| r_j / sum_j |o_j|
 
 std is that of the group (sample: divided by n - 1; population: by n) or left out. A group whose
@@ -21,8 +21,8 @@ for the only success of a group.
 
 Sources: GRPO, https://arxiv.org/abs/2402.03300 section 4.1.2; without std, Dr. GRPO,
 https://arxiv.org/abs/2503.20783; leave-one-out, RLOO, https://arxiv.org/abs/2402.14740 eq. 8; with
-its std, `use_leave_one_out_baseline` of NeMo RL, https://github.com/NVIDIA-NeMo/RL; length-weighted,
-OPO, https://arxiv.org/abs/2505.23585 section 3.
+its std, `use_leave_one_out_baseline` of NeMo RL, https://github.com/NVIDIA-NeMo/RL;
+length-weighted, OPO, https://arxiv.org/abs/2505.23585 section 3.
 """
 
 from typing import Any, NamedTuple
@@ -115,8 +115,8 @@ def group_advantages(
 
     Returns:
         advantages: (B,) float32.
-        mean, std: (groups,) float32, whatever the baseline; std is 0 where it is "none" or all rewards are equal, and the
-            sample std of the group with "leave_one_out".
+        mean, std: (groups,) float32, whatever the baseline; std is 0 where it is "none" or all
+            rewards are equal, and the sample std of the group with "leave_one_out".
         num_degenerate: () int32, on the device: groups whose rewards are all equal.
 
     Raises:
@@ -226,7 +226,7 @@ def _check_baseline(rewards: Tensor, baseline: str, lengths: Tensor | None, std:
     check_no_grad("lengths", lengths)
     if std == "leave_one_out":
         raise ValueError(
-            "std='leave_one_out' goes with baseline='mean' or 'leave_one_out', got 'length_weighted'"
+            f"std='leave_one_out' goes with baseline='mean' or 'leave_one_out', got {baseline!r}"
         )
 
 

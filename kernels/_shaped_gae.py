@@ -1,5 +1,4 @@
-"""Generalised advantage estimation on rewards with a KL penalty and an entropy bonus, in one reverse
-scan.
+"""Generalised advantage estimation on rewards less a KL, plus an entropy, in one reverse scan.
 
     R_t = r_t - kl_coef KL_t - entropy_coef log p_t  [+ terminal reward, on the last valid token]
     A_t = R_t + gamma V_{t+1} - V_t + gamma lambda A_{t+1}            returns_t = A_t + V_t
@@ -107,8 +106,8 @@ def shaped_gae(
     Raises:
         ValueError: a shape, dtype, device or option is not as above, or a tensor requires grad.
 
-    Source: https://arxiv.org/abs/2203.02155 eq. 2; the entropy, https://arxiv.org/abs/1702.08165 eq.
-    1. Memory beyond arguments and results: none.
+    Source: https://arxiv.org/abs/2203.02155 eq. 2; entropy, https://arxiv.org/abs/1702.08165 eq. 1.
+    Memory beyond arguments and results: none.
     """
     steps = Steps(mask, mask_mode, cu_seqlens, last_values=last_values)
     _scan.check_steps("logprobs", logprobs, steps)

@@ -65,4 +65,10 @@ struct Vtrace {
     bool weighs_advantages;
 };
 
+// advantages_t = sum_{l < n} gamma^l (r_t+l + gamma V_t+l+1 - V_t+l), of a Gae without ends.
+struct NStepAdvantages {
+    Gae gae;
+    int64_t n;
+};
+
 }  // namespace warpo

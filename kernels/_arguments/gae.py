@@ -62,3 +62,8 @@ class VtraceArguments(NamedTuple):
     pg_rho_max: float
     log_ratio_limit: float
     weighs_advantages: bool
+
+
+class NStepAdvantagesArguments(NamedTuple):
+    gae: GaeArguments
+    n: int

@@ -439,6 +439,15 @@ OPERATIONS = [
         },
     ),
     Operation(
+        name="n_step_advantages",
+        **_SCAN
+        | {
+            "kernels": "n_step_advantages",
+            "options": {"n": 3, "gamma": 0.9},
+            "differentiable": (),
+        },
+    ),
+    Operation(
         name="off_policy_returns",
         **_SCAN
         | {

@@ -1,4 +1,4 @@
-"""One row of off-policy returns in NumPy, as the sum over later rewards of Precup, Sutton and Singh,
+"""One row of off-policy returns in NumPy, as the sum of later rewards of Precup, Sutton and Singh,
 "Eligibility traces for off-policy policy evaluation", 2000, section 3, for the step itself given:
 
 G_t = sum_{u >= t} gamma^(u - t) (prod_{t < v <= u} w_v) r_u
