@@ -10,6 +10,8 @@ reward of the largest spread decides. The last line keeps the scale whatever the
 Source: GDPO, https://arxiv.org/abs/2601.05242 section 3.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -60,12 +62,12 @@ def decoupled_advantages(
         check_no_grad("weights", weights)
     if group_size is not None and (group_size < 1 or count % group_size):
         raise ValueError(f"group_size must divide the number of rows, {count}, got {group_size}")
-    options = {"std": std, "eps": eps, "backend": backend}
+    options: dict[str, Any] = {"std": std, "eps": eps, "backend": backend}
     if group_ids is not None and num_groups:
         outside = (group_ids < 0) | (group_ids >= num_groups)
         first = num_groups * torch.arange(kinds, device=rewards.device)[:, None]
         ids = torch.where(outside, -1, group_ids + first).flatten()
-        where = {"group_ids": ids, "num_groups": kinds * num_groups}
+        where: dict[str, Any] = {"group_ids": ids, "num_groups": kinds * num_groups}
     else:
         where = {"group_size": group_size, "group_ids": group_ids, "num_groups": num_groups}
     every_mask = None if mask is None else mask.expand(kinds, count).flatten()

@@ -640,14 +640,17 @@ OPERATIONS = [
     ),
 ]
 
-# public functions that only look something up, or read a result
+# public functions that look something up, read a result, or are made of operations above and of
+# PyTorch's, with tests of their own
 HELPERS = (
+    "decoupled_advantages",
     "get_objective",
     "get_preference",
     "kto_metrics",
     "kto_reference_point",
     "merge_reward_model_metrics",
     "merge_value_metrics",
+    "pass_at_k_advantages",
     "policy_metrics",
     "preference_metrics",
     "reward_model_metrics",
