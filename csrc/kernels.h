@@ -35,6 +35,7 @@
     X(gae_backward, GaeBackward)                            \
     X(shaped_gae, ShapedGae)                                \
     X(vtrace, Vtrace)                                       \
+    X(n_step_advantages, NStepAdvantages)                   \
     X(policy_loss, PolicyLoss)                              \
     X(policy_loss_from_logits, PolicyLossFromLogits)        \
     X(scale_gradient, ScaleGradient)                        \

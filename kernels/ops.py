@@ -14,6 +14,7 @@ device.
 from warpo.kernels._adamw_publish import AdamwPublish, adamw_publish, adamw_publish_foreach
 from warpo.kernels._aggregate import aggregate
 from warpo.kernels._approx_kl import approx_kl
+from warpo.kernels._decoupled_advantages import decoupled_advantages
 from warpo.kernels._fingerprint import fingerprint, fingerprint_foreach
 from warpo.kernels._gae import Gae, gae
 from warpo.kernels._group_advantages import GroupAdvantages, group_advantages
@@ -27,6 +28,9 @@ from warpo.kernels._kto_loss import (
 )
 from warpo.kernels._linear_logprobs import linear_logprobs, linear_logprobs_and_entropy
 from warpo.kernels._logprobs import LogprobsAndEntropy, logprobs, logprobs_and_entropy
+from warpo.kernels._n_step_advantages import NStepAdvantages, n_step_advantages
+from warpo.kernels._off_policy_returns import off_policy_returns
+from warpo.kernels._pass_at_k import pass_at_k_advantages
 from warpo.kernels._policy_loss import PolicyLoss, policy_loss
 from warpo.kernels._policy_loss_from_hidden import PolicyLossFromHidden, policy_loss_from_hidden
 from warpo.kernels._policy_loss_from_logits import PolicyLossFromLogits, policy_loss_from_logits
@@ -75,6 +79,7 @@ __all__ = [
     "GroupAdvantages",
     "KtoLoss",
     "LogprobsAndEntropy",
+    "NStepAdvantages",
     "Objective",
     "PolicyLoss",
     "PolicyLossFromHidden",
@@ -91,6 +96,7 @@ __all__ = [
     "adamw_publish_foreach",
     "aggregate",
     "approx_kl",
+    "decoupled_advantages",
     "discounted_returns",
     "fingerprint",
     "fingerprint_foreach",
@@ -109,6 +115,9 @@ __all__ = [
     "logprobs_and_entropy",
     "merge_reward_model_metrics",
     "merge_value_metrics",
+    "n_step_advantages",
+    "off_policy_returns",
+    "pass_at_k_advantages",
     "policy_loss",
     "policy_loss_from_hidden",
     "policy_loss_from_logits",

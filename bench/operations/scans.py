@@ -13,6 +13,7 @@ from warpo.bench.operation import Inputs, Operation, Provider, Sizes, Work, firs
 from warpo.kernels import ops, reference
 
 GAMMA, LAMBDA = 0.99, 0.95
+STEPS = 8  # of n_step_advantages
 _SIZES: dict[str, Any] = {
     "sizes": ("sequences", "steps"),
     "tiny": {"sequences": 2, "steps": 4},
@@ -303,6 +304,48 @@ OPERATIONS = (
         ),
         # read rewards, values (4 bytes each) and mask (1), write returns (4)
         work=_moves(9, 4),
+    ),
+    Operation(
+        name="n_step_advantages",
+        **_SIZES,
+        make=tokens,
+        mask="mask",
+        ours=lambda inputs, backend: ops.n_step_advantages(
+            inputs["rewards"],
+            inputs["values"],
+            n=STEPS,
+            gamma=GAMMA,
+            mask=inputs["mask"],
+            backend=backend,
+        ),
+        eager=None,
+        exact=lambda inputs: reference.n_step_advantages(
+            inputs["rewards"], inputs["values"], STEPS, GAMMA, mask=inputs["mask"]
+        ),
+        # read rewards, values (4 bytes each) and mask (1), write advantages and returns (4 each)
+        work=_moves(9, 8),
+    ),
+    Operation(
+        name="off_policy_returns",
+        **_SIZES,
+        make=tokens,
+        mask="mask",
+        ours=lambda inputs, backend: ops.off_policy_returns(
+            inputs["rewards"],
+            inputs["logprobs"],
+            inputs["old_logprobs"],
+            mask=inputs["mask"],
+            backend=backend,
+        ),
+        eager=None,
+        exact=lambda inputs: reference.off_policy_returns(
+            inputs["rewards"],
+            inputs["logprobs"],
+            inputs["old_logprobs"],
+            mask=inputs["mask"],
+        ),
+        # read rewards, two logprobs (4 bytes each) and mask (1), write returns (4)
+        work=_moves(13, 4),
     ),
     Operation(
         name="vtrace",

@@ -168,7 +168,7 @@ def _rescaled_group(algorithm: Algorithm, tokens: _Tokens, state: AdaptiveState)
 
 def _leave_one_out(algorithm: Algorithm, tokens: _Tokens, state: AdaptiveState) -> Estimate:
     rewards = _shaped_rewards(algorithm, tokens, state)
-    found = ops.group_advantages(rewards, tokens.group_size, std="none", leave_one_out=True)
+    found = ops.group_advantages(rewards, tokens.group_size, std="none", baseline="leave_one_out")
     return Estimate(_per_token(found.advantages, tokens), None, found.num_degenerate)
 
 

@@ -21,6 +21,7 @@ from warpo.kernels._triton.kept_set_logprobs import (
     kept_set_weight_gradient,
 )
 from warpo.kernels._triton.logprobs import logprobs_backward, logprobs_forward
+from warpo.kernels._triton.n_step_advantages import n_step_advantages
 from warpo.kernels._triton.policy_loss import policy_loss
 from warpo.kernels._triton.policy_loss_from_logits import policy_loss_from_logits, scale_gradient
 from warpo.kernels._triton.preference_loss import kto_loss, preference_loss
@@ -53,6 +54,7 @@ __all__ = [
     "kto_loss",
     "logprobs_backward",
     "logprobs_forward",
+    "n_step_advantages",
     "policy_loss",
     "policy_loss_from_logits",
     "preference_loss",

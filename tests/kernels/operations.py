@@ -180,6 +180,10 @@ def _log_ratios() -> dict[str, Tensor]:
     return _token_level() | {n: policy[n] for n in ("logprobs", "old_logprobs")}
 
 
+def _off_policy() -> dict[str, Tensor]:
+    return {name: x for name, x in _log_ratios().items() if name != "values"}
+
+
 def _shaped() -> dict[str, Tensor]:
     policy = _policy()
     return _token_level() | {n: policy[n] for n in ("logprobs", "ref_logprobs")}
@@ -435,6 +439,29 @@ OPERATIONS = [
         },
     ),
     Operation(
+        name="n_step_advantages",
+        **_SCAN
+        | {
+            "kernels": "n_step_advantages",
+            "options": {"n": 3, "gamma": 0.9},
+            "differentiable": (),
+        },
+    ),
+    Operation(
+        name="off_policy_returns",
+        **_SCAN
+        | {
+            "kernels": "off_policy_returns",
+            "tensors": _off_policy,
+            "options": {"gamma": 0.9},
+            "floats": ("rewards", "logprobs", "old_logprobs"),
+            "differentiable": (),
+            "masked": ("rewards", "logprobs", "old_logprobs"),
+            "batched": ("rewards", "logprobs", "old_logprobs", "mask"),
+            **_packed(_off_policy),
+        },
+    ),
+    Operation(
         name="whiten",
         kernels="whiten",
         tensors=lambda: {"x": _numbers(B, T), "mask": _mask(B, T)},
@@ -613,14 +640,17 @@ OPERATIONS = [
     ),
 ]
 
-# public functions that only look something up, or read a result
+# public functions that look something up, read a result, or are made of operations above and of
+# PyTorch's, with tests of their own
 HELPERS = (
+    "decoupled_advantages",
     "get_objective",
     "get_preference",
     "kto_metrics",
     "kto_reference_point",
     "merge_reward_model_metrics",
     "merge_value_metrics",
+    "pass_at_k_advantages",
     "policy_metrics",
     "preference_metrics",
     "reward_model_metrics",
