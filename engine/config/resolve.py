@@ -52,7 +52,7 @@ def resolve(config: Config) -> Algorithm:
         )
     row = _structure(row, config.loss)
     _check_effects(config, row)
-    own = {
+    own: dict[str, Any] = {
         "max_draws": config.rollout.max_draws,
         "baseline_decay": config.loss.baseline_decay,
         "advantage_std": config.loss.advantage_std,
@@ -66,7 +66,7 @@ def resolve(config: Config) -> Algorithm:
         "pretraining_coef": config.pretraining.coef,
         "kl_target": config.loss.kl_target,
     }
-    changes: dict[str, Any] = {name: value for name, value in own.items() if value != "algorithm"}
+    changes = {name: value for name, value in own.items() if value != "algorithm"}
     if changes.get("kl_target") == "fixed":
         changes["kl_target"] = None
     kl = {

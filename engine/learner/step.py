@@ -87,6 +87,7 @@ def accumulate_gradients(
         assert batch.advantages is not None
         advantages = batch.advantages
         if causal_gamma is not None:
+            assert batch.old_logprobs is not None
             advantages = ops.off_policy_returns(
                 advantages,
                 current.logprobs.detach(),
