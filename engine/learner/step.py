@@ -37,13 +37,13 @@ class StepResult(NamedTuple):
 
 
 def denominator(
-    batches: Sequence[Batch], objective: Objective, max_new_tokens: int, ranks: Ranks = ONE_RANK
+    batches: Sequence[Batch], aggregation: str, max_new_tokens: int, ranks: Ranks = ONE_RANK
 ) -> float:
     """Return the divisor of an optimizer step's loss, counted over all of its micro-batches."""
-    if objective.aggregation == "token-mean":
+    if aggregation == "token-mean":
         return ranks.sum(sum(batch.num_trained for batch in batches))
     sequences = ranks.sum(sum(batch.num_sequences for batch in batches))
-    if objective.aggregation == "sequence-mean-token-sum-norm":
+    if aggregation == "sequence-mean-token-sum-norm":
         return sequences * max_new_tokens
     return sequences
 
@@ -56,6 +56,7 @@ def accumulate_gradients(
     temperature: float,
     max_new_tokens: int,
     kl_coef: float | None = None,
+    causal_gamma: float | None = None,
     critic: Critic | None = None,
     ranks: Ranks = ONE_RANK,
 ) -> tuple[Tensor, Tensor | None]:
@@ -67,13 +68,15 @@ def accumulate_gradients(
 
     Args:
         kl_coef: instead of the objective's.
+        causal_gamma: the advantages are rewards of tokens, of which `ops.off_policy_returns` makes
+            advantages with this discount.
         critic: one that shares the model's trunk: its loss is added, times its coef.
 
     Returns:
         The vector of `ops.policy_loss`, summed over the micro-batches; that of `ops.value_loss`.
     """
-    total = denominator(batches, objective, max_new_tokens, ranks)
-    num_tokens = ranks.sum(sum(batch.num_trained for batch in batches))
+    total = denominator(batches, objective.aggregation, max_new_tokens, ranks)
+    value_total = 0.0 if critic is None else critic.denominator(batches)
     metrics, value_metrics = [], []
     for batch in batches:
         if critic is None:
@@ -82,10 +85,20 @@ def accumulate_gradients(
             head = critic.value_head
             current, values = token_logprobs_and_values(model, head, batch, temperature)
         assert batch.advantages is not None
+        advantages = batch.advantages
+        if causal_gamma is not None:
+            assert batch.old_logprobs is not None
+            advantages = ops.off_policy_returns(
+                advantages,
+                current.logprobs.detach(),
+                batch.old_logprobs,
+                gamma=causal_gamma,
+                cu_seqlens=batch.cu_seqlens,
+            )
         loss, batch_metrics = ops.policy_loss(
             current.logprobs,
             batch.old_logprobs,
-            batch.advantages,
+            advantages,
             objective,
             cu_seqlens=batch.cu_seqlens,
             ref_logprobs=batch.ref_logprobs,
@@ -96,7 +109,7 @@ def accumulate_gradients(
             denominator=total,
         )
         if critic is not None:
-            value_loss, batch_values = critic.loss(values, batch, num_tokens)
+            value_loss, batch_values = critic.loss(values, batch, value_total)
             loss = loss + critic.coef * value_loss
             value_metrics.append(batch_values)
         loss.backward()
