@@ -80,16 +80,17 @@ class Critic:
         return token_scores(self._network, batch, batch.logit_positions)
 
     def loss(self, values: Tensor, batch: Batch, num_tokens: int) -> tuple[Tensor, Tensor]:
-        """Clipped value loss of a micro-batch, a mean over the tokens of the optimizer step; and
-        the vector of `ops.value_loss`.
+        """Value loss of a micro-batch, clipped where critic.clip_range says so, a mean over the
+        tokens of the optimizer step; and the vector of `ops.value_loss`.
         """
         assert batch.returns is not None
+        clip_range = self._settings.clip_range
         return ops.value_loss(
             values,
             batch.values,
             batch.returns,
             cu_seqlens=batch.cu_seqlens,
-            clip_range=self._settings.clip_range,
+            clip_range=None if clip_range == "none" else clip_range,
             denominator=num_tokens,
         )
 
