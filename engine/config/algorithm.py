@@ -98,6 +98,11 @@ class Algorithm:
         return self.kl_target is not None and not self.kl_in_reward
 
     @property
+    def kl_adapts_to_step(self) -> bool:
+        """True if kl_coef follows the KL to the policy that the step began with."""
+        return self.kl_target is not None and self.previous_reference
+
+    @property
     def has_reference(self) -> bool:
         """True if a frozen model is held next to the policy."""
         return self.kl_coef > 0 and not self.previous_reference

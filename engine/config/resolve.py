@@ -168,7 +168,22 @@ def _shown(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else repr(value)
 
 
+def _check_updates(config: Config, row: Algorithm) -> None:
+    update = config.update
+    if update.max_kl != "none" and update.epochs == 1:
+        raise ConfigError(
+            f"update.max_kl = {update.max_kl:g} has no effect: it ends the epochs of a step, and "
+            "update.epochs is 1"
+        )
+    if row.previous_reference and row.kl_coef and update.epochs * update.minibatches == 1:
+        raise ConfigError(
+            f"algorithm = {row.name!r} has no penalty in the first optimizer step of a step, where "
+            "the policy is its reference: set update.epochs or update.minibatches to 2 or more"
+        )
+
+
 def _check_combinations(config: Config, row: Algorithm) -> None:
+    _check_updates(config, row)
     group, critic = config.rollout.group_size, config.critic
     if row.estimator.needs_group and group < 2:
         std = ", and the standard deviation of one is 0" if row.advantage_std != "none" else ""

@@ -138,7 +138,8 @@ class LossSettings:
     kl_estimator: Literal["algorithm", "k1", "k2", "k3"] = "algorithm"
     """Estimator of that KL."""
     kl_target: Positive | Literal["algorithm", "fixed"] = "algorithm"
-    """KL in nats per token that kl_coef is adapted to after every step. fixed: kl_coef stays."""
+    """KL in nats per token that kl_coef is adapted to after every step. fixed: kl_coef stays. In
+    ppo_kl the KL is measured after the last optimizer step, on one completion of each prompt."""
     reference_every_steps: NonNegativeInt | Literal["algorithm"] = "algorithm"
     """Replace the reference with the policy every N steps; 0: never."""
     entropy_coef: NonNegative | Literal["algorithm"] = "algorithm"
@@ -209,7 +210,11 @@ class UpdateSettings:
     warmup_steps: NonNegativeInt = 0
     """Optimizer steps in which the learning rate rises linearly to lr."""
     epochs: Count = 1
-    """Passes over the rollouts of a step."""
+    """Passes over the rollouts of a step, each in an order of its own."""
+    max_kl: Positive | Literal["none"] = "none"
+    """Ends the epochs of a step, of the critic too, after the first that brings the KL of the
+    policy that the step began with to the present one above this, in nats per token. It takes a
+    forward pass over one completion of each prompt after every epoch."""
     minibatches: Count = 1
     """Optimizer steps in a pass."""
     token_budget: Count = 16384

@@ -27,7 +27,10 @@ reward: {sources: "rewards:exact"}
 """
 ROWS = [name for name, row in ALGORITHMS.items() if row.family == "policy"]
 # what a row cannot run without
-NEEDS = {"ppo_ptx": ("--pretraining.data", "examples.jsonl")}
+NEEDS = {
+    "ppo_ptx": ("--pretraining.data", "examples.jsonl"),
+    "ppo_kl": ("--update.epochs", "2"),
+}
 
 Resolve = Callable[..., Algorithm]
 
@@ -269,6 +272,12 @@ def test_a_target_may_be_fixed(resolved: Resolve) -> None:
             r"kl_estimator = 'k1' has no effect: loss\.kl_coef is 0$",
         ),
         ("dapo", ["--loss.kl_target", "0.1"], r"kl_target = 0\.1 needs a loss\.kl_coef above 0"),
+        (
+            "ppo_kl",
+            ["--update.epochs", "1"],
+            r"'ppo_kl' has no penalty in the first optimizer step .* or update\.minibatches to 2",
+        ),
+        ("grpo", ["--update.max_kl", "0.1"], r"max_kl = 0\.1 has no effect: it ends the epochs"),
         (
             "iterative_grpo",
             ["--loss.kl_coef", "0"],
