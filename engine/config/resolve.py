@@ -175,7 +175,7 @@ def _check_updates(config: Config, row: Algorithm) -> None:
             f"update.max_kl = {update.max_kl:g} has no effect: it ends the epochs of a step, and "
             "update.epochs is 1"
         )
-    if row.previous_reference and row.kl_coef and update.epochs * update.minibatches == 1:
+    if row.previous_reference and row.kl_coef and update.per_step == 1:
         raise ConfigError(
             f"algorithm = {row.name!r} has no penalty in the first optimizer step of a step, where "
             "the policy is its reference: set update.epochs or update.minibatches to 2 or more"

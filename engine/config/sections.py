@@ -209,6 +209,10 @@ class UpdateSettings:
     (bfloat16) bytes per weight less on the GPU, for a step on the CPU."""
     warmup_steps: NonNegativeInt = 0
     """Optimizer steps in which the learning rate rises linearly to lr."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After warm-up the learning rate stays, or falls to 0 at the end of the run, linearly or by
+    half a cosine. Optimizer steps that a step does without, by max_kl or for want of pairs, count
+    as taken."""
     epochs: Count = 1
     """Passes over the rollouts of a step, each in an order of its own."""
     max_kl: Positive | Literal["none"] = "none"
@@ -219,6 +223,11 @@ class UpdateSettings:
     """Optimizer steps in a pass."""
     token_budget: Count = 16384
     """Tokens of a micro-batch. Changes memory and speed, never the gradient."""
+
+    @property
+    def per_step(self) -> int:
+        """Optimizer steps of a step."""
+        return self.epochs * self.minibatches
 
 
 @dataclass(frozen=True, kw_only=True, config=checked)

@@ -51,6 +51,7 @@ class Critic:
         self._optimizer, self._schedule = make_optimizer(
             self._network.named_parameters(),
             config.update,
+            config.steps * config.update.per_step,
             lr=config.critic.lr,
             setting="critic.lr",
             ranks=ranks,
@@ -112,6 +113,11 @@ class Critic:
         self._optimizer.step(self._max_grad_norm)
         self._schedule.step()
         return ops.merge_value_metrics(self._ranks.gather(metrics))
+
+    def skip(self, steps: int) -> None:
+        """Go on as if so many optimizer steps had been taken."""
+        if self._optimizer is not None:
+            self._schedule.skip(steps)
 
     def state_dict(self) -> dict[str, Any]:
         module = self._head if self._network is None else self._network

@@ -67,7 +67,10 @@ class Learner:
         self.critic = Critic(config, model, run.ranks) if algorithm.has_critic else None
         learned = [*model.named_parameters()]
         learned += [] if self.critic is None else self.critic.named_parameters()
-        self.optimizer, self.schedule = make_optimizer(learned, config.update, ranks=run.ranks)
+        updates = (config.steps - config.critic.warmup_steps) * config.update.per_step
+        self.optimizer, self.schedule = make_optimizer(
+            learned, config.update, updates, ranks=run.ranks
+        )
         self.adaptive = AdaptiveState(algorithm.kl_coef, adapts=algorithm.kl_target is not None)
         self.reference = Reference(config, algorithm)
         self.pretraining = None if examples is None else Pretraining(config, examples)
@@ -143,10 +146,18 @@ class Learner:
                 kl = step_kl(self.model, rollouts, self._config, self._run.ranks)
                 if kl > limit:
                     break
+        self._skip(config.per_step - len(results))
         metrics = step_metrics(results, self._run.ranks)
         if limit < math.inf:
             metrics["update/epochs"] = float(epoch)
         return metrics if kl is None else metrics | {"kl/step": kl}
+
+    def _skip(self, updates: int) -> None:
+        """Let the learning rates go on over optimizer steps of this step that are not taken."""
+        if self.step >= self._config.critic.warmup_steps:
+            self.schedule.skip(updates)
+        if self.critic is not None:
+            self.critic.skip(updates)
 
     def score(self, rollouts: StepRollouts, recompute_old: bool) -> Metrics:
         """Fill the columns of logprobs and values that the algorithm reads; returns what not

@@ -107,3 +107,23 @@ def test_a_kl_above_the_limit_ends_the_epochs(folder: Path, limit: str, epochs: 
     assert (metrics["kl/step"] > float(limit)) == (epochs == 1)
     # before the last update that was taken
     assert metrics["mismatch/staleness_max"] > 1e-4
+
+
+@pytest.mark.parametrize("limit", ["1e-9", "none"])
+def test_the_learning_rates_fall_to_0_at_the_end_of_the_run(folder: Path, limit: str) -> None:
+    """Of the critic too, whether or not all epochs are taken."""
+    words = ("--algorithm", "ppo", "--critic.warmup_steps", "1", "--update.schedule", "linear")
+    config = load_config(
+        folder / "config.yaml", [*PLAIN, *words, "--update.max_kl", limit, "--steps", "3"]
+    )
+    with build(config, Run(log=NoLog())) as (rollouts, learner, weights):
+        learner.reference.begin(learner.model)
+        made, _ = rollouts.collect(1)
+        rates = []
+        for _ in range(3):
+            learner.update(made)
+            assert learner.critic is not None
+            critic = learner.critic._schedule.get_last_lr()[0] / config.critic.lr
+            rates.append((learner.schedule.get_last_lr()[0] / config.update.lr, critic))
+    expected = [(1, 2 / 3), (1 / 2, 1 / 3), (0, 0)]
+    torch.testing.assert_close(torch.tensor(rates), torch.tensor(expected))
