@@ -54,6 +54,7 @@ def resolve(config: Config) -> Algorithm:
     own = {
         "max_draws": config.rollout.max_draws,
         "advantage_std": config.loss.advantage_std,
+        "pairs": config.loss.pairs,
         "reference_every_steps": config.loss.reference_every_steps,
         "gamma": config.loss.gamma,
         "gae_lambda": config.loss.gae_lambda,
@@ -74,12 +75,8 @@ def resolve(config: Config) -> Algorithm:
         changes["objective"] = _objective(
             row.objective, config.loss, {} if row.kl_in_reward else kl, row.name
         )
-    elif isinstance(row.objective, Preference) and "kl_coef" in kl:
-        if not kl["kl_coef"]:
-            raise ConfigError(
-                f"loss.kl_coef = 0, which is the beta of algorithm = {row.name!r}: set it above 0"
-            )
-        changes["objective"] = row.objective.replace(beta=kl["kl_coef"])
+    elif isinstance(row.objective, Preference):
+        changes["objective"] = _preference(row.objective, config.loss, row.name)
     resolved = row.replace(**changes)
     _check_combinations(config, resolved)
     return resolved
@@ -112,6 +109,20 @@ def _objective(
     return objective.replace(**given)
 
 
+def _preference(preference: Preference, loss: LossSettings, name: str) -> Preference:
+    """The loss of pairs of the row with the overrides of `loss`."""
+    given: dict[str, float] = {}
+    if loss.kl_coef == 0:
+        raise ConfigError(
+            f"loss.kl_coef = 0, which is the beta of algorithm = {name!r}: set it above 0"
+        )
+    if loss.kl_coef != "algorithm":
+        given["beta"] = loss.kl_coef
+    if loss.nll_coef != "algorithm":
+        given["nll_coef"] = loss.nll_coef
+    return preference.replace(**given)
+
+
 def has_effect(row: Algorithm) -> dict[str, bool]:
     """True if a row of the policy family reads a setting, for those that not all rows read."""
     no_bounds = ("none", "reinforce", "soft_gate")
@@ -124,6 +135,8 @@ def has_effect(row: Algorithm) -> dict[str, bool]:
         "loss.entropy_coef": not estimator.makes_pairs,
         "loss.correction": not estimator.makes_pairs,
         "loss.correction_range": not estimator.makes_pairs,
+        "loss.nll_coef": estimator.makes_pairs,
+        "loss.pairs": estimator.makes_pairs,
         "loss.gamma": row.has_critic,
         "loss.gae_lambda": row.has_critic,
         "loss.advantage_std": estimator.reads_std,

@@ -152,6 +152,13 @@ class LossSettings:
     advantage_std: Literal["algorithm", "sample", "population", "none"] = "algorithm"
     """Divisor of reward - group mean: the group's standard deviation (n - 1 or n in the
     denominator) or none."""
+    nll_coef: NonNegative | Literal["algorithm"] = "algorithm"
+    """In iterative_dpo the weight of the negative log-likelihood of the chosen completions, in nats
+    per token."""
+    pairs: Literal["algorithm", "ranked", "extremes", "all"] = "algorithm"
+    """In iterative_dpo the completions of a prompt that are compared. ranked: best with worst,
+    second best with second worst, and so on. extremes: best with worst. all: each with every
+    worse one, at the cost of as many forward and backward passes."""
     correction: Literal[
         "algorithm", "none", "truncate_token", "truncate_sequence", "mask_token", "mask_sequence"
     ] = "algorithm"

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -266,7 +267,9 @@ class Learner:
 
     def _minibatches(self, rollouts: StepRollouts, epoch: int) -> list[list[Batch]]:
         """Those of an epoch, dealt by seed, step and epoch only."""
-        make = pair_minibatches if self.algorithm.estimator.makes_pairs else make_minibatches
+        make = make_minibatches
+        if self.algorithm.estimator.makes_pairs:
+            make = partial(pair_minibatches, choice=self.algorithm.pairs)
         update = self._config.update
         seed = self._config.seed + self.step + 1 + (epoch - 1) * 1_000_003
         return [

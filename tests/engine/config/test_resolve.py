@@ -125,6 +125,8 @@ SETTINGS: dict[str, tuple[tuple[str, ...], set[str], dict[str, Any]]] = {
             "objective.correction_high": 1.7,
         },
     ),
+    "loss.nll_coef": (("--loss.nll_coef", "0.2"), PAIRS, {"objective.nll_coef": 0.2}),
+    "loss.pairs": (("--loss.pairs", "all"), PAIRS, {"pairs": "all"}),
     "rollout.max_draws": (("--rollout.max_draws", "3"), REDRAWN, {"max_draws": 3}),
     "pretraining.coef": (
         ("--pretraining.coef", "0.5", "--pretraining.data", "examples.jsonl"),
