@@ -243,6 +243,11 @@ def _check_combinations(config: Config, row: Algorithm) -> None:
         raise ConfigError(
             f"pretraining.data has no effect on algorithm = {row.name!r}: set pretraining.coef"
         )
+    if config.pretraining.aggregation != "token-mean" and not row.pretraining_coef:
+        raise ConfigError(
+            f"pretraining.aggregation = {config.pretraining.aggregation!r} has no effect on "
+            f"algorithm = {row.name!r}: its pretraining.coef is 0"
+        )
     if row.reference_every_steps and not row.has_reference:
         raise ConfigError(
             f"loss.reference_every_steps = {row.reference_every_steps} has no effect on algorithm "

@@ -194,9 +194,12 @@ class PretrainingSettings:
     """Supervised examples that are mixed into every optimizer step of the policy (ppo_ptx)."""
 
     data: FilePathOrEmpty = ""
-    """Lines like {"prompt", "completion"}. Empty: none."""
+    """Lines {"prompt", "completion"}, or {"text"}, of which every token is learned. Empty: none."""
     coef: NonNegative | Literal["algorithm"] = "algorithm"
-    """Weight of their mean -log pi per token. "algorithm": 27.8 for ppo_ptx, 0 for the others."""
+    """Weight of their mean -log pi. "algorithm": 27.8 for ppo_ptx, 0 for the others."""
+    aggregation: Literal["token-mean", "sequence-mean-token-sum"] = "token-mean"
+    """That mean: over all tokens, or over the examples of the sum over their tokens, as in eq. 2 of
+    InstructGPT."""
 
 
 @dataclass(frozen=True, kw_only=True, config=checked)

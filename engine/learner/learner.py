@@ -253,6 +253,7 @@ class Learner:
                 self.model,
                 [batch.to(self.device) for batch in drawn],
                 coef=algorithm.pretraining_coef,
+                aggregation=config.pretraining.aggregation,
                 ranks=ranks,
             )
             result = result._replace(pretraining=loss)

@@ -297,6 +297,11 @@ def test_a_target_may_be_fixed(resolved: Resolve) -> None:
         ),
         (
             "grpo",
+            ["--pretraining.aggregation", "sequence-mean-token-sum"],
+            r"pretraining\.aggregation = .* has no effect on algorithm = 'grpo': its pretraining",
+        ),
+        (
+            "grpo",
             ["--loss.correction_range", "0.5", "2"],
             r"range = 0\.5 2 has no effect: loss\.correction is none in algorithm 'grpo'",
         ),
