@@ -43,7 +43,7 @@ from warpo.kernels._sequences import (
     empty_float32,
     scaled,
 )
-from warpo.kernels.objectives import KL_ESTIMATORS, Objective, get_objective
+from warpo.kernels.objectives import Objective, get_objective
 
 
 class PolicyLossInputs(NamedTuple):
@@ -266,7 +266,7 @@ def kl_penalty(
         value = "a tensor" if adaptive is not None else kl_coef
         raise ValueError(f"kl_coef = {value} needs ref_logprobs; or set kl_coef to 0")
     return KlPenaltyArguments(
-        kl=1 + KL_ESTIMATORS.index(objective.kl_estimator),
+        kl=objective.kl_code,
         kl_coef=kl_coef,
         adaptive_kl_coef=adaptive,
     )

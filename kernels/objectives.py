@@ -1,7 +1,7 @@
 """Published objectives as data: what a policy loss is made of, and one row for each paper.
 
-ratio      = exp(logp - old), of a token, its geometric mean over the sequence, or its product up to
-             the token
+ratio      = exp(logp - old), of a token, its geometric mean or its product over the sequence, or
+             its product up to the token
 surrogate  = of ratio and advantage, one of SURROGATES
 correction = weight from exp(old - sampler), for a sampler that is not quite the old policy
 loss_t     = -correction surrogate + kl_coef kl(logp, ref) - entropy_coef entropy
@@ -15,7 +15,7 @@ from typing import Any
 from warpo.kernels._arguments.objective import ObjectiveArguments
 
 # In the order of the enumerations in csrc/arguments/policy_loss.h.
-RATIO_LEVELS = ("token", "sequence", "prefix")
+RATIO_LEVELS = ("token", "sequence", "prefix", "product")
 SURROGATES = (
     "clip",
     "dual_clip",
@@ -27,9 +27,12 @@ SURROGATES = (
     "soft_gate",
 )
 CORRECTIONS = ("none", "truncate", "mask")
-KL_ESTIMATORS = ("k1", "k2", "k3")
+# Those of samples of the policy in the order of the enumeration, and then again of the reference.
+KL_ESTIMATORS = ("k1", "k2", "k3", "reverse_k3")
 
 KL_GRADIENTS = ("estimator", "k2")
+KL_LEVELS = ("token", "sequence")
+KL_SAMPLED_FROM = ("policy", "reference")
 CORRECTION_LEVELS = ("token", "sequence")
 CORRECTION_NANS = ("propagate", "mask")
 AGGREGATIONS = (
@@ -48,7 +51,8 @@ class Objective:
     Attributes:
         ratio_level: "token": exp(logp_t - old_t). "sequence": exp of the mean of logp_t - old_t
             over the valid tokens, the same for each of them. "prefix": exp of the sum over the
-            valid tokens up to t, with "stop_gradient" alone.
+            valid tokens up to t, with "stop_gradient" alone. "product": exp of the sum over the
+            valid tokens, the ratio of the probabilities of the whole sequence, for each of them.
         surrogate:
             "clip"           min(r A, clip(r, low, high) A)
             "dual_clip"      the same, and where A < 0 not below dual_clip A
@@ -64,10 +68,16 @@ class Objective:
         dual_clip: above 1, of "dual_clip".
         tau_positive, tau_negative: tau of "soft_gate" where A > 0, and elsewhere.
         kl_coef: weight of the KL term; 0 leaves it out, and no reference is needed.
-        kl_estimator: with d = ref - logp: k1 = -d, k2 = d^2 / 2, k3 = e^d - 1 - d
-            (http://joschu.net/blog/kl-approx.html), where d is at most log_ratio_limit in k3.
+        kl_estimator: with d = ref - logp: k1 = -d, k2 = d^2 / 2, k3 = e^d - 1 - d of KL(policy ||
+            reference); reverse_k3 = d e^d - (e^d - 1) of KL(reference || policy)
+            (http://joschu.net/blog/kl-approx.html). d is at most log_ratio_limit in e^d.
         kl_gradient: of the "estimator", or of "k2" whatever the estimator: the expectation of that
-            is the gradient of the KL.
+            is the gradient of the KL. That of k1 is 0, so it takes "k2".
+        kl_level: "token": d of the token. "sequence": the sum of d over the valid tokens, so that
+            each of them has the KL of the whole sequence.
+        kl_sampled_from: who drew the tokens. "reference": d = logp - ref, so that k1, k2 and k3 are
+            of KL(reference || policy) and reverse_k3 of KL(policy || reference); the expectations
+            of the gradients of k1 and k3, -1 and e^d - 1, are the gradient of that KL.
         entropy_coef: weight of the entropy bonus; 0 leaves it out.
         correction: with w = exp(old - sampler): "none"; "truncate": clip(w, correction_low,
             correction_high); "mask": w between the bounds, else 0. A constant.
@@ -102,6 +112,8 @@ class Objective:
     kl_coef: float = 0.0
     kl_estimator: str = "k3"
     kl_gradient: str = "estimator"
+    kl_level: str = "token"
+    kl_sampled_from: str = "policy"
     entropy_coef: float = 0.0
     correction: str = "none"
     correction_level: str = "token"
@@ -133,11 +145,18 @@ class Objective:
             correction_low=self.correction_low,
             correction_high=self.correction_high,
             kl_straight_through=self.kl_gradient == "k2",
+            kl_sequence=self.kl_level == "sequence",
             entropy_coef=self.entropy_coef,
             log_ratio_limit=self.log_ratio_limit,
             sequence_mean=self.aggregation == "sequence-mean-token-mean",
         )
         object.__setattr__(self, "arguments", arguments)
+
+    @property
+    def kl_code(self) -> int:
+        """Of the estimator, in the enumeration of csrc/arguments/policy_loss.h."""
+        code = 1 + KL_ESTIMATORS.index(self.kl_estimator)
+        return code + len(KL_ESTIMATORS) * KL_SAMPLED_FROM.index(self.kl_sampled_from)
 
     def replace(self, **changes: Any) -> "Objective":
         """The same objective with some fields changed."""
@@ -149,6 +168,8 @@ class Objective:
             ("surrogate", SURROGATES),
             ("kl_estimator", KL_ESTIMATORS),
             ("kl_gradient", KL_GRADIENTS),
+            ("kl_level", KL_LEVELS),
+            ("kl_sampled_from", KL_SAMPLED_FROM),
             ("correction", CORRECTIONS),
             ("correction_level", CORRECTION_LEVELS),
             ("correction_nan", CORRECTION_NANS),
@@ -193,6 +214,18 @@ class Objective:
                 "surrogate 'geometric' is a mean over the sequence: "
                 f"set ratio_level to 'sequence', got {self.ratio_level!r}"
             )
+        of_policy, of_k2 = self.kl_sampled_from == "policy", self.kl_gradient == "k2"
+        if self.kl_estimator == "k1" and of_policy and not of_k2:
+            raise ValueError(
+                "kl_estimator 'k1' of samples of the policy has a gradient whose expectation is 0: "
+                "set kl_gradient to 'k2', got 'estimator'"
+            )
+        if of_k2 and not (of_policy and self.kl_estimator != "reverse_k3"):
+            raise ValueError(
+                "kl_gradient 'k2' is that of KL(policy || reference) from samples of the policy: "
+                f"set it to 'estimator' with kl_estimator {self.kl_estimator!r} and "
+                f"kl_sampled_from {self.kl_sampled_from!r}"
+            )
 
 
 # The baseline is in the advantages, so these papers share one loss: REINFORCE, Williams 1992,
@@ -201,6 +234,14 @@ _REINFORCE = Objective(surrogate="reinforce", aggregation="sequence-mean-token-s
 # https://arxiv.org/abs/2402.03300 eq. 3 and 4. Outcome and process supervision differ in the
 # advantages, one a completion or one a token.
 _GRPO = Objective(kl_coef=0.04, aggregation="sequence-mean-token-mean")
+
+_OFF_POLICY = Objective(
+    ratio_level="prefix",
+    surrogate="stop_gradient",
+    clip_low=1.0,
+    clip_high=math.inf,
+    aggregation="sequence-mean-token-sum",
+)
 
 OBJECTIVES: dict[str, Objective] = {
     "reinforce": _REINFORCE,
@@ -223,10 +264,11 @@ OBJECTIVES: dict[str, Objective] = {
     # https://arxiv.org/abs/1912.09729 eq. 8
     "ppo_dual_clip": Objective(surrogate="dual_clip", dual_clip=3.0),
     # https://arxiv.org/abs/1707.06347 eq. 8, with ref_logprobs = old_logprobs; pass kl_coef to
-    # `policy_loss` to adapt it. The samples are the old policy's, so KL(old || new) is estimated by
-    # k2, which to second order serves both directions
-    "ppo_kl": Objective(surrogate="none", kl_coef=1.0, kl_estimator="k2"),
+    # `policy_loss` to adapt it. The samples are the old policy's: k3 of KL(old || new)
+    "ppo_kl": Objective(surrogate="none", kl_coef=1.0, kl_sampled_from="reference"),
     "grpo": _GRPO,
+    # https://arxiv.org/abs/2501.12948 eq. 1 and 2: ratio and KL of the whole completion
+    "grpo_response": _GRPO.replace(ratio_level="product", kl_level="sequence"),
     # https://arxiv.org/abs/2503.20783 section 3.2: no length and no std normalisation
     "dr_grpo": Objective(aggregation="sequence-mean-token-sum-norm"),
     # https://arxiv.org/abs/2503.14476 eq. 8: clip-higher, token-level loss, no KL
@@ -251,16 +293,14 @@ OBJECTIVES: dict[str, Objective] = {
     ),
     # https://arxiv.org/abs/2511.20347 eq. 5 and 6, temperatures of its experiments
     "sapo": Objective(surrogate="soft_gate", aggregation="sequence-mean-token-mean"),
-    # Off-policy policy gradient with per-step causality: the gradient at a step is weighed by the
-    # ratios of the steps up to it, https://arxiv.org/abs/1205.4839 and
+    # Off-policy policy gradient: every step is weighed by the ratio of the whole trajectory,
     # https://rail.eecs.berkeley.edu/deeprlcourse/ lecture 5
-    "off_policy_prefix": Objective(
-        ratio_level="prefix",
-        surrogate="stop_gradient",
-        clip_low=1.0,
-        clip_high=math.inf,
-        aggregation="sequence-mean-token-sum",
-    ),
+    "off_policy_trajectory": _OFF_POLICY.replace(ratio_level="product"),
+    # the same lecture and https://arxiv.org/abs/1205.4839, with per-step causality: the gradient at
+    # a step is weighed by the ratios of the steps up to it
+    "off_policy_prefix": _OFF_POLICY,
+    # and the rewards from it on by the ratios between: those are in the advantages
+    "off_policy_causal": _OFF_POLICY,
     # its first-order approximation, by the ratio of the step alone
     "off_policy_first_order": Objective(surrogate="none", aggregation="sequence-mean-token-sum"),
     # GRPO where sampler and learner disagree. Truncated importance sampling:

@@ -13,6 +13,7 @@ struct Objective {
     bool correction_sequence;  // w from the sum of its logarithm over the sequence
     float correction_low, correction_high;
     bool kl_straight_through;  // value of the estimator, gradient of k2
+    bool kl_sequence;          // of the difference summed over the sequence
     float entropy_coef;
     float log_ratio_limit;  // log ratios are clamped to +-limit, the exponent of k3 from above
                             // only; gradient 0 where clamped

@@ -4,13 +4,16 @@
 
 namespace warpo {
 
-enum Kl : int { kNoKl = 0, kK1 = 1, kK2 = 2, kK3 = 3 };
+// Estimators of the KL from tokens that the policy drew; with kOfReference more, from tokens that the
+// reference drew.
+enum Kl : int { kNoKl = 0, kK1 = 1, kK2 = 2, kK3 = 3, kReverseK3 = 4, kOfReference = 4 };
 
 // Of what the log ratio of a token is made of l_t = logprobs_t - old_logprobs_t.
 enum RatioLevel : int {
     kTokenRatio = 0,     // l_t
     kSequenceRatio = 1,  // mean of l over the valid tokens of the sequence
     kPrefixRatio = 2,    // sum of l over the valid tokens up to t; with kStopGradient only
+    kProductRatio = 3,   // sum of l over the valid tokens of the sequence
 };
 
 // With ratio r, advantage A, bounds low and high:

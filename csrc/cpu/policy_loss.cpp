@@ -12,10 +12,11 @@ namespace {
 
 // What the tokens of a sequence share, and must be known before any of them is evaluated.
 struct Shared {
-    double valid = 0, log_ratio = 0, log_weight = 0;  // sums
+    double valid = 0, log_ratio = 0, log_weight = 0, kl_difference = 0;  // sums
 
     void add(const Shared& other) {
         valid += other.valid;
+        kl_difference += other.kl_difference;
         log_ratio += other.log_ratio;
         log_weight += other.log_weight;
     }
@@ -45,20 +46,22 @@ float sum_log_ratio(const PolicyLoss& a, int count, const Tile& tile) {
     return sum;
 }
 
-float sum_log_weight(int count, const Tile& tile) {
-    const float *old = tile.old, *sampler = tile.sampler;
+float sum_difference(int count, const Tile& tile, const float* a, const float* b) {
     float sum = 0;
 #pragma omp simd reduction(+ : sum)
-    for (int i = 0; i < count; ++i) sum += tile.keep[i] ? old[i] - sampler[i] : 0.0f;
+    for (int i = 0; i < count; ++i) sum += tile.keep[i] ? a[i] - b[i] : 0.0f;
     return sum;
 }
 
+bool has_sequence_kl(const PolicyLoss& a) { return a.kl != kNoKl && a.kl_sequence; }
+
 Shared share(const PolicyLoss& a, const Span& span) {
-    const bool ratio = a.ratio_level == kSequenceRatio;
+    const bool ratio = shares_ratio(a.ratio_level);
     const bool weight = a.correction != kNoCorrection && a.correction_sequence;
+    const bool kl = has_sequence_kl(a);
     Shared shared;
     if (!a.mask.data) shared.valid = (double)span.count;
-    if (!a.mask.data && !ratio && !weight) return shared;
+    if (!a.mask.data && !ratio && !weight && !kl) return shared;
     Tile tile;
     for_each_tile(span, [&](int64_t start, int count) {
         tile.load_keep(a, span, start, count);
@@ -71,7 +74,12 @@ Shared share(const PolicyLoss& a, const Span& span) {
         if (weight) {
             tile.old = tile.old_storage.load(a.old_logprobs, span, start, count);
             tile.sampler = tile.sampler_storage.load(a.sampler_logprobs, span, start, count);
-            shared.log_weight += sum_log_weight(count, tile);
+            shared.log_weight += sum_difference(count, tile, tile.old, tile.sampler);
+        }
+        if (kl) {
+            tile.ref = tile.ref_storage.load(a.ref_logprobs, span, start, count);
+            tile.logp = tile.logp_storage.load(a.logprobs, span, start, count);
+            shared.kl_difference += sum_difference(count, tile, tile.ref, tile.logp);
         }
     });
     return shared;
@@ -105,12 +113,16 @@ struct Weights {
     float policy, kl, entropy;
 };
 
+// An estimator that is chosen at run time: those that few objectives have.
+constexpr int kAnyKl = -1;
+
 // Sums of a tile of surrogates and KLs, and the gradient of each token by itself.
 template <int kSurrogate, int kKl, bool kStraightThrough>
 void evaluate(const PolicyLoss& a, const Weights& weights, int count, const Tile& tile, float* grad,
               Sums& sums) {
     const SurrogateOptions options = surrogate_options(a);
-    const bool of_sequence = a.ratio_level == kSequenceRatio;
+    const bool of_sequence = shares_ratio(a.ratio_level);
+    const int any_kl = a.kl;
     const float policy_weight = weights.policy, kl_weight = weights.kl;
     // Read from the tile within the loop, pointers would keep it from vectorising.
     const float *logp = tile.logp, *advantage = tile.advantage, *ref = tile.ref;
@@ -125,7 +137,8 @@ void evaluate(const PolicyLoss& a, const Weights& weights, int count, const Tile
         float own = -policy_weight * ((of_sequence ? 0.0f : terms.by_log_ratio) + terms.by_logp);
         if (kKl != kNoKl) {
             const KlTerm term =
-                kl_estimate(logp[i], ref[i], kKl, kStraightThrough, options.log_ratio_limit);
+                kl_estimate(logp[i], ref[i], kKl == kAnyKl ? any_kl : kKl, kStraightThrough,
+                            options.log_ratio_limit);
             own += kl_weight * term.derivative;
             kl += keep ? term.value : 0.0f;
         }
@@ -162,13 +175,12 @@ template <int kSurrogate>
 Evaluate choose_kl(int kl, bool straight_through) {
     switch (kl) {
         case kNoKl: return evaluate<kSurrogate, kNoKl, false>;
-        case kK1:
-            return straight_through ? evaluate<kSurrogate, kK1, true>
-                                    : evaluate<kSurrogate, kK1, false>;
+        case kK1: return evaluate<kSurrogate, kK1, true>;
         case kK2: return evaluate<kSurrogate, kK2, true>;
-        default:
+        case kK3:
             return straight_through ? evaluate<kSurrogate, kK3, true>
                                     : evaluate<kSurrogate, kK3, false>;
+        default: return evaluate<kSurrogate, kAnyKl, false>;
     }
 }
 
@@ -216,10 +228,11 @@ void add_log_ratios(const PolicyLoss& a, int count, const Tile& tile, Sums& sums
 // Replaces the log ratios of the tokens by those of the objective's level.
 void raise_level(const PolicyLoss& a, const Shared& shared, int count, double& prefix, Tile& tile,
                  Sums& sums) {
-    if (a.ratio_level == kSequenceRatio) {
+    if (shares_ratio(a.ratio_level)) {
         if (a.surrogate == kGeometric) count_cut(a, count, tile, sums);
-        const float mean = (float)(shared.log_ratio / (shared.valid > 0 ? shared.valid : 1));
-        for (int i = 0; i < count; ++i) tile.log_ratio[i] = mean;
+        const bool mean = a.ratio_level == kSequenceRatio && shared.valid > 0;
+        const float of_sequence = (float)(shared.log_ratio / (mean ? shared.valid : 1));
+        for (int i = 0; i < count; ++i) tile.log_ratio[i] = of_sequence;
     } else if (a.ratio_level == kPrefixRatio) {
         for (int i = 0; i < count; ++i) {
             prefix += tile.keep[i] ? tile.log_ratio[i] : 0.0f;
@@ -263,7 +276,8 @@ void add_entropy(const PolicyLoss& a, const Weights& weights, const Span& span, 
 
 Sums evaluate_part(const PolicyLoss& a, const Shared& shared, const Weights& weights,
                    const Span& span) {
-    const Evaluate evaluate_tile = choose(a.surrogate, a.kl, a.kl_straight_through);
+    const int kl = a.kl_sequence ? kNoKl : a.kl;
+    const Evaluate evaluate_tile = choose(a.surrogate, kl, a.kl_straight_through);
     Tile tile;
     Sums sums;
     double prefix = 0;
@@ -272,7 +286,7 @@ Sums evaluate_part(const PolicyLoss& a, const Shared& shared, const Weights& wei
         tile.load_keep(a, span, start, count);
         tile.load_log_ratio(a, span, start, count);
         tile.load_advantage(a, span, start, count);
-        if (a.kl != kNoKl) tile.ref = tile.ref_storage.load(a.ref_logprobs, span, start, count);
+        if (kl != kNoKl) tile.ref = tile.ref_storage.load(a.ref_logprobs, span, start, count);
         if (a.correction != kNoCorrection) {
             tile.sampler = tile.sampler_storage.load(a.sampler_logprobs, span, start, count);
             correct(a, shared, count, tile, sums);
@@ -286,8 +300,8 @@ Sums evaluate_part(const PolicyLoss& a, const Shared& shared, const Weights& wei
     return sums;
 }
 
-// Adds to each valid token what it moves the ratio of the sequence by, times `grad`.
-void spread(const PolicyLoss& a, const Span& span, float grad) {
+// Adds to each valid token what it moves the ratio of the sequence by times `by_ratio`, and by_kl.
+void spread(const PolicyLoss& a, const Span& span, float by_ratio, float by_kl) {
     Tile tile;
     const GeometricBounds bounds = geometric_bounds(a);
     for_each_tile(span, [&](int64_t start, int count) {
@@ -302,11 +316,12 @@ void spread(const PolicyLoss& a, const Span& span, float grad) {
                 const GeometricTerm term = geometric_log_ratio(tile.log_ratio[i], advantage[i],
                                                                bounds.log_low, bounds.log_high);
                 const bool cut = term.clipped_low + term.clipped_high > 0.0f;
-                out[i] += tile.keep[i] && !cut ? grad : 0.0f;
+                const float own = cut ? by_kl : by_ratio + by_kl;
+                out[i] += tile.keep[i] ? own : 0.0f;
             }
         } else {
 #pragma omp simd
-            for (int i = 0; i < count; ++i) out[i] += tile.keep[i] ? grad : 0.0f;
+            for (int i = 0; i < count; ++i) out[i] += tile.keep[i] ? by_ratio + by_kl : 0.0f;
         }
     });
 }
@@ -342,20 +357,32 @@ void one_sequence(const PolicyLoss& a, int64_t sequence, bool parallel) {
     const float weight = token_weight(*a.denominator, a.sequence_mean, (float)shared.valid);
     const Weights weights = {weight, weight * kl_coefficient(a), weight * a.entropy_coef};
     // A prefix runs through the whole sequence.
-    const Sums sums = a.ratio_level == kPrefixRatio
+    Sums sums = a.ratio_level == kPrefixRatio
                           ? evaluate_part(a, shared, weights, span)
                           : sum_parts<Sums>(span, parallel, [&](const Span& part) {
                                 return evaluate_part(a, shared, weights, part);
                             });
+    float by_kl = 0, by_ratio = 0;
+    if (has_sequence_kl(a)) {
+        const KlTerm kl = kl_of_difference((float)shared.kl_difference, a.kl,
+                                           a.kl_straight_through, a.log_ratio_limit);
+        // the KL of each token is this one, which every token moves
+        if (shared.valid > 0) sums.kl = shared.valid * kl.value;
+        by_kl = (float)weighted(weights.kl, shared.valid * kl.derivative);
+    }
     write_partials(a, sums, shared.valid, weight, a.partials + sequence * kNumMetrics);
-    if (!a.grad_logprobs || a.ratio_level != kSequenceRatio || shared.valid == 0) return;
-    // Every valid token moves the mean log ratio by 1 / valid.
-    const float grad = (float)weighted(-weight, sums.by_log_ratio / shared.valid);
+    if (shares_ratio(a.ratio_level) && shared.valid > 0) {
+        // Every valid token moves the mean log ratio by 1 / valid, the sum by 1.
+        const double share = a.ratio_level == kSequenceRatio ? shared.valid : 1;
+        by_ratio = (float)weighted(-weight, sums.by_log_ratio / share);
+    }
+    const bool shares = shares_ratio(a.ratio_level) || has_sequence_kl(a);
+    if (!a.grad_logprobs || !shares || shared.valid == 0) return;
     struct Nothing {
         void add(const Nothing&) {}
     };
     sum_parts<Nothing>(span, parallel, [&](const Span& part) {
-        spread(a, part, grad);
+        spread(a, part, by_ratio, by_kl);
         return Nothing();
     });
 }

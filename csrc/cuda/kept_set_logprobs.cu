@@ -114,12 +114,14 @@ __global__ __launch_bounds__(kThreads) void forward_kernel(const KeptSetLogprobs
     __shared__ float chosen;
     const int64_t token = blockIdx.x;
     const Extent kept = kept_of(a, token);
-    float2* stats = reinterpret_cast<float2*>(a.stats) + token;
+    const auto finish = [&](float value, float top, float log_sum) {
+        a.logprobs[token] = value;
+        reinterpret_cast<float2*>(a.stats)[token] = make_float2(top, log_sum);
+    };
     if (kept.malformed || kept.first == kept.end) {
         if (threadIdx.x == 0) {
             const float result = kept.malformed ? NAN : 0.0f;
-            a.logprobs[token] = result;
-            *stats = make_float2(result, result);
+            finish(result, result, result);
         }
         return;
     }
@@ -146,8 +148,7 @@ __global__ __launch_bounds__(kThreads) void forward_kernel(const KeptSetLogprobs
         // no kept target: NaN for the gradient too
         const float log_sum = chosen == chosen ? logf(sum) : NAN;
         const float value = (chosen - top) * inverse - log_sum;
-        a.logprobs[token] = value > 0.0f ? 0.0f : value;
-        *stats = make_float2(top, log_sum);
+        finish(value > 0.0f ? 0.0f : value, top, log_sum);
     }
 }
 

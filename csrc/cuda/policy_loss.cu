@@ -7,7 +7,7 @@
 
 #include "cuda/counter.h"
 #include "cuda/policy_loss_sums.h"
-#include "math/offsets.h"
+#include "cuda/sequences.h"
 #include "math/policy_loss.h"
 
 namespace warpo::cuda {
@@ -17,64 +17,21 @@ constexpr int kThreads = 256, kWarps = kThreads / 32;
 // Tokens that a thread reads at once where it sums over a whole sequence.
 constexpr int kAtOnce = 4;
 
-// The tokens of a block: steps [begin, end) of a sequence, whose step 0 lies at `first` of its row.
+// The tokens of a block: steps [begin, end) of a sequence.
 struct Part {
-    int64_t row, first, grad;  // grad: where the gradients of step 0 lie
-    int length, begin, end;
-    bool malformed;  // its loss and gradients are NaN
+    Span sequence;
+    int begin, end;
 };
 
 __device__ __forceinline__ Part find_part(const PolicyLoss& a, unsigned parts) {
     const unsigned sequence = blockIdx.x / parts, index = blockIdx.x % parts;
-    Part p = {sequence, 0, sequence * a.steps, static_cast<int>(a.steps), 0, 0, false};
-    if (a.cu_seqlens) {
-        // The arrays see the sequence as their row: per token with stride 0, per sequence with
-        // stride 1.
-        const Extent e = extent_of(a.cu_seqlens, a.sequences, sequence, a.steps);
-        p.grad = p.first = e.first;
-        p.length = static_cast<int>(e.end - e.first);
-        p.malformed = e.malformed;
-    }
-    const unsigned tiles = (p.length + kThreads - 1u) / kThreads;
+    Part p = {find_span(a.cu_seqlens, a.sequences, a.steps, sequence), 0, 0};
+    const int length = static_cast<int>(p.sequence.count);
+    const unsigned tiles = (length + kThreads - 1u) / kThreads;
     const unsigned size = (tiles + parts - 1) / parts * kThreads;
-    p.begin = static_cast<int>(min(static_cast<int64_t>(index) * size, int64_t{p.length}));
-    p.end = static_cast<int>(min(static_cast<int64_t>(p.begin) + size, int64_t{p.length}));
+    p.begin = static_cast<int>(min(static_cast<int64_t>(index) * size, int64_t{length}));
+    p.end = static_cast<int>(min(static_cast<int64_t>(p.begin) + size, int64_t{length}));
     return p;
-}
-
-// Elements t, t + kThreads, ... of a sequence as they lie in memory, so that no load waits for the
-// conversion of another; 0, and not read, where not kept.
-template <int kItems>
-__device__ __forceinline__ void load_steps(uint32_t (&bits)[kItems], const View& view,
-                                           const Part& p, int t, const bool (&keep)[kItems]) {
-    const int64_t offset = offset_of(view, p.row, p.first + t), apart = kThreads * view.stride1;
-    if (view.dtype == kFloat32) {
-        const uint32_t* data = static_cast<const uint32_t*>(view.data) + offset;
-#pragma unroll
-        for (int i = 0; i < kItems; ++i) bits[i] = keep[i] ? data[i * apart] : 0;
-    } else {
-        const uint16_t* data = static_cast<const uint16_t*>(view.data) + offset;
-#pragma unroll
-        for (int i = 0; i < kItems; ++i) bits[i] = keep[i] ? data[i * apart] : 0;
-    }
-}
-
-__device__ __forceinline__ float to_float(const View& view, uint32_t bits) {
-    if (view.dtype == kFloat16) return unpack_f16x2(bits).x;
-    return float_from_bits(view.dtype == kFloat32 ? bits : bits << 16);
-}
-
-template <int kItems>
-__device__ __forceinline__ void load_keep(bool (&keep)[kItems], const PolicyLoss& a, const Part& p,
-                                          int t, int end) {
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) keep[i] = t + i * kThreads < end;
-    if (!a.mask.data) return;
-    const uint8_t* flags =
-        static_cast<const uint8_t*>(a.mask.data) + offset_of(a.mask, p.row, p.first + t);
-    const int64_t apart = kThreads * a.mask.stride1;
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) keep[i] = keep[i] && flags[i * apart] != 0;
 }
 
 __device__ __forceinline__ GeometricTerm clip_geometric(const PolicyLoss& a, float log_ratio,
@@ -102,16 +59,20 @@ __device__ __forceinline__ void sum_logarithms(const PolicyLoss& a, const Part& 
     const bool with_ratio = a.ratio_level == kSequenceRatio;
     const bool with_weight = a.correction != kNoCorrection && a.correction_sequence;
     float tokens = 0.0f, log_ratio = 0.0f, log_weight = 0.0f;
-    for (int start = 0; start < p.length; start += kThreads * kAtOnce) {
+    const int length = static_cast<int>(p.sequence.count);
+    for (int start = 0; start < length; start += kThreads * kAtOnce) {
         const int t = start + static_cast<int>(threadIdx.x);
+        const auto load = [&](auto& bits, const View& view) {
+            load_tokens<kThreads>(bits, view, p.sequence, t, length);
+        };
         bool keep[kAtOnce];
         uint32_t logp[kAtOnce] = {}, old[kAtOnce] = {}, advantage[kAtOnce] = {};
         uint32_t sampler[kAtOnce] = {};
-        load_keep(keep, a, p, t, p.length);
-        if (with_ratio || with_weight) load_steps(old, a.old_logprobs, p, t, keep);
-        if (with_ratio) load_steps(logp, a.logprobs, p, t, keep);
-        if (kSurrogate == kGeometric) load_steps(advantage, a.advantages, p, t, keep);
-        if (with_weight) load_steps(sampler, a.sampler_logprobs, p, t, keep);
+        if (with_ratio || with_weight) load(old, a.old_logprobs);
+        if (with_ratio) load(logp, a.logprobs);
+        if (kSurrogate == kGeometric) load(advantage, a.advantages);
+        if (with_weight) load(sampler, a.sampler_logprobs);
+        load_valid<kThreads>(keep, a.mask, p.sequence, t, length);
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) {
             if (!keep[i]) continue;
@@ -135,16 +96,20 @@ __device__ __forceinline__ void sum_derivatives(const PolicyLoss& a, const Part&
                                                 SequenceTerms& s, float* scratch) {
     const bool with_weight = a.correction != kNoCorrection && !a.correction_sequence;
     float total = 0.0f;
-    for (int start = 0; start < p.length; start += kThreads * kAtOnce) {
+    const int length = static_cast<int>(p.sequence.count);
+    for (int start = 0; start < length; start += kThreads * kAtOnce) {
         const int t = start + static_cast<int>(threadIdx.x);
+        const auto load = [&](auto& bits, const View& view) {
+            load_tokens<kThreads>(bits, view, p.sequence, t, length);
+        };
         bool keep[kAtOnce];
         uint32_t advantage[kAtOnce], old[kAtOnce] = {}, sampler[kAtOnce] = {};
-        load_keep(keep, a, p, t, p.length);
-        load_steps(advantage, a.advantages, p, t, keep);
+        load(advantage, a.advantages);
         if (with_weight) {
-            load_steps(old, a.old_logprobs, p, t, keep);
-            load_steps(sampler, a.sampler_logprobs, p, t, keep);
+            load(old, a.old_logprobs);
+            load(sampler, a.sampler_logprobs);
         }
+        load_valid<kThreads>(keep, a.mask, p.sequence, t, length);
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) {
             if (!keep[i]) continue;
@@ -164,7 +129,7 @@ __device__ __forceinline__ void sum_derivatives(const PolicyLoss& a, const Part&
 template <int kSurrogate>
 __device__ __forceinline__ SequenceTerms find_sequence_terms(const PolicyLoss& a, const Part& p,
                                                              float* scratch) {
-    SequenceTerms s = {fmaxf(static_cast<float>(p.length), 1.0f), 0.0f, 0.0f, 0.0f};
+    SequenceTerms s = {fmaxf(static_cast<float>(p.sequence.count), 1.0f), 0.0f, 0.0f, 0.0f};
     if (p.begin == p.end) return s;
     const bool with_ratio = a.ratio_level == kSequenceRatio;
     const bool with_weight = a.correction != kNoCorrection && a.correction_sequence;
@@ -211,11 +176,13 @@ template <int kSurrogate>
 __device__ __forceinline__ float add_token(Sums& sums, const PolicyLoss& a, const Part& p, int t,
                                            const Token& token, const SequenceTerms& s,
                                            float kl_coef) {
-    const bool keep[1] = {true};
+    const auto load = [&](auto& bits, const View& view) {
+        load_tokens<kThreads>(bits, view, p.sequence, t, p.end);
+    };
     uint32_t sampler[1] = {}, ref[1] = {}, entropy[1] = {};
-    if (a.correction != kNoCorrection) load_steps(sampler, a.sampler_logprobs, p, t, keep);
-    if (a.kl != kNoKl) load_steps(ref, a.ref_logprobs, p, t, keep);
-    if (a.entropy.data) load_steps(entropy, a.entropy, p, t, keep);
+    if (a.correction != kNoCorrection) load(sampler, a.sampler_logprobs);
+    if (a.kl != kNoKl) load(ref, a.ref_logprobs);
+    if (a.entropy.data) load(entropy, a.entropy);
     const CorrectionTerm correction =
         correct(a, s.log_weight, token.old, to_float(a.sampler_logprobs, sampler[0]));
     TokenTerms terms = token_terms<kSurrogate>(surrogate_options(a), token.log_ratio, token.logp,
@@ -264,7 +231,7 @@ __device__ __forceinline__ void write_part(const PolicyLoss& a, unsigned parts) 
     const Part p = find_part(a, parts);
     const SequenceTerms s = find_sequence_terms<kSurrogate>(a, p, scratch);
     const float weight =
-        p.malformed ? NAN : token_weight(*a.denominator, a.sequence_mean, s.tokens);
+        poison_if(p.sequence.malformed, token_weight(*a.denominator, a.sequence_mean, s.tokens));
     const float kl_coef = a.adaptive_kl_coef ? *a.adaptive_kl_coef : a.kl_coef;
 
     Sums sums;
@@ -273,15 +240,19 @@ __device__ __forceinline__ void write_part(const PolicyLoss& a, unsigned parts) 
     float carry = 0.0f;
     for (int start = p.begin; start < p.end; start += kThreads) {
         const int t = start + static_cast<int>(threadIdx.x);
+        const auto load = [&](auto& bits, const View& view) {
+            load_tokens<kThreads>(bits, view, p.sequence, t, p.end);
+        };
         bool keep[1];
         uint32_t logp[1], old[1], advantage[1];
-        load_keep(keep, a, p, t, p.end);
-        load_steps(logp, a.logprobs, p, t, keep);
-        load_steps(old, a.old_logprobs, p, t, keep);
-        load_steps(advantage, a.advantages, p, t, keep);
+        load(logp, a.logprobs);
+        load(old, a.old_logprobs);
+        load(advantage, a.advantages);
+        load_valid<kThreads>(keep, a.mask, p.sequence, t, p.end);
         Token token = {to_float(a.logprobs, logp[0]), to_float(a.old_logprobs, old[0]),
                        to_float(a.advantages, advantage[0]), s.log_ratio};
-        if (a.ratio_level != kSequenceRatio) token.log_ratio = token.logp - token.old;
+        if (a.ratio_level != kSequenceRatio)
+            token.log_ratio = keep[0] ? token.logp - token.old : 0.0f;
         if (kSurrogate == kStopGradient && a.ratio_level == kPrefixRatio) {
             token.log_ratio = scan_block(token.log_ratio, carry, scratch);
         }
@@ -290,8 +261,9 @@ __device__ __forceinline__ void write_part(const PolicyLoss& a, unsigned parts) 
             grad = weighted(weight, add_token<kSurrogate>(sums, a, p, t, token, s, kl_coef));
         }
         if (t >= p.end) continue;
-        if (a.grad_logprobs) a.grad_logprobs[p.grad + t] = grad;
-        if (a.grad_entropy) a.grad_entropy[p.grad + t] = keep[0] ? -weight * a.entropy_coef : 0.0f;
+        const int64_t out = p.sequence.offset + t;
+        if (a.grad_logprobs) a.grad_logprobs[out] = grad;
+        if (a.grad_entropy) a.grad_entropy[out] = keep[0] ? -weight * a.entropy_coef : 0.0f;
     }
 
     sums.values[kPolicyLoss] = weighted(weight, sums.values[kPolicyLoss]);

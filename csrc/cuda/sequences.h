@@ -29,10 +29,10 @@ __device__ __forceinline__ float poison_if(bool malformed, float weight) {
 
 // Tokens t, t + kApart, ... before `end` as they lie in memory, so that no load waits for the
 // conversion of another; 0 past the end. Masked ones too, so that no load waits for the mask: what
-// they hold must not count.
-template <int kApart, int kItems>
+// they hold must not count. Index: of 32 bits where that saves registers.
+template <int kApart, int kItems, typename Index>
 __device__ __forceinline__ void load_tokens(uint32_t (&bits)[kItems], const View& view,
-                                            const Span& s, int64_t t, int64_t end) {
+                                            const Span& s, Index t, Index end) {
     const int64_t offset = offset_of(view, s.row, s.first + t), apart = kApart * view.stride1;
     if (view.dtype == kFloat32) {
         const uint32_t* data = static_cast<const uint32_t*>(view.data) + offset;
@@ -51,9 +51,9 @@ __device__ __forceinline__ float to_float(const View& view, uint32_t bits) {
 }
 
 // Which of the tokens are before `end` and valid. After other loads: this one waits.
-template <int kApart, int kItems>
+template <int kApart, int kItems, typename Index>
 __device__ __forceinline__ void load_valid(bool (&valid)[kItems], const View& mask, const Span& s,
-                                           int64_t t, int64_t end) {
+                                           Index t, Index end) {
     uint32_t flags[kItems];
     if (mask.data) {
         const uint8_t* data =

@@ -70,8 +70,9 @@ struct TokenTerms {
 
 // log_ratio: at the level of the objective, not yet clamped; for kGeometric the mean of the clipped
 // ones, whose bounds geometric_log_ratio reports. correction: from correction_weight, or 1. With a
-// token-level ratio the gradient in logp is by_log_ratio + by_logp; at sequence level every valid
-// token has the mean of by_log_ratio over the sequence in its place.
+// token-level ratio the gradient in logp is by_log_ratio + by_logp; where a sequence shares its
+// ratio every valid token has the mean of by_log_ratio over the sequence in its place, or at
+// kProductRatio the sum.
 //
 // kClip: PPO, https://arxiv.org/abs/1707.06347 eq. 7, with separate bounds as in DAPO,
 // https://arxiv.org/abs/2503.14476 eq. 10. kDualClip: https://arxiv.org/abs/1912.09729 eq. 8.
@@ -197,20 +198,44 @@ struct KlTerm {
     float derivative;  // with respect to logp
 };
 
-// Estimators of KL(policy || reference) from one sample of the policy, with kl = kK1, kK2, kK3.
-// straight_through: the gradient of k2, whose expectation is the gradient of the KL. limit: of the
-// exponent of k3, from above; the gradient is 0 beyond it.
-WARPO_HD KlTerm kl_estimate(float logp, float ref, int kl, bool straight_through, float limit) {
-    const float difference = ref - logp;
+// e^x x - (e^x - 1), e being that of x.
+WARPO_HD KlTerm reverse_k3(float x, const Exponential& e) {
+    const float bounded = x < -85.0f ? -85.0f : x;  // there e^x x is nothing next to 1
+    const bool near = x > -0.5f && x < 0.5f;
+    const float value = near ? e.less_1 * x - e.less_1_less_x : e.value * (bounded - 1.0f) + 1.0f;
+    return {value, -e.value * bounded};
+}
+
+// Estimators of the KL from one sample, kl being of Kl, by difference = ref - logp, or that summed
+// over a sequence. straight_through: the gradient of k2, whose expectation is the gradient of the
+// KL. limit: of exponents, from above; the gradient is 0 beyond it.
+WARPO_HD KlTerm kl_of_difference(float difference, int kl, bool straight_through, float limit) {
+    const bool of_reference = kl > kOfReference;
+    const int estimator = of_reference ? kl - kOfReference : kl;
+    // who drew the token stands first: the two change places
+    const float d = of_reference ? -difference : difference;
     // k3 needs a bound from above only: e^d overflows there; at ref = logp all digits matter
-    const Exponential k3 = exponential_of(clamp_above(difference, limit));
-    const float k3_derivative = difference > limit ? 0.0f : -k3.less_1;
-    const float k2 = 0.5f * difference * difference;
-    const float derivative = kl == kK1 ? 1.0f : kl == kK2 ? -difference : k3_derivative;
-    KlTerm term;
-    term.value = kl == kK1 ? -difference : kl == kK2 ? k2 : k3.less_1_less_x;
-    term.derivative = straight_through ? -difference : derivative;
+    const float bounded = clamp_above(d, limit);
+    const Exponential e = exponential_of(bounded);
+    KlTerm term = {e.less_1_less_x, d > limit ? 0.0f : -e.less_1};
+    if (estimator == kReverseK3) {
+        term = reverse_k3(bounded, e);
+        term.derivative = d > limit ? 0.0f : term.derivative;
+    }
+    if (estimator == kK2) term = {0.5f * d * d, -d};
+    if (estimator == kK1) term = {-d, 1.0f};
+    if (straight_through) term.derivative = -d;
+    if (of_reference) term.derivative = -term.derivative;
     return term;
+}
+
+WARPO_HD KlTerm kl_estimate(float logp, float ref, int kl, bool straight_through, float limit) {
+    return kl_of_difference(ref - logp, kl, straight_through, limit);
+}
+
+// True if the tokens of a sequence share one ratio.
+WARPO_HD bool shares_ratio(int ratio_level) {
+    return ratio_level == kSequenceRatio || ratio_level == kProductRatio;
 }
 
 // What the loss of each valid token of a sequence is multiplied by. A denominator of 0 gives 0.

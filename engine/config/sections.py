@@ -12,7 +12,9 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from warpo.engine.config import reward_kinds
+from warpo.engine.config.estimators import BASELINES
 from warpo.engine.config.samplers import SAMPLERS
+from warpo.kernels.objectives import AGGREGATIONS
 
 Text = Annotated[str, Field(min_length=1)]
 FilePathOrEmpty = Annotated[str, Field(pattern=r"^[^\x00]*$"), AfterValidator(os.path.expanduser)]
@@ -34,8 +36,12 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 Unit = Annotated[float, Field(ge=0, le=1)]
 if TYPE_CHECKING:
     SamplerName = str
+    BaselineName = str
+    Aggregation = str
 else:
     SamplerName = Literal[*SAMPLERS]
+    BaselineName = Literal[*BASELINES]
+    Aggregation = Literal[*AGGREGATIONS]
 LengthAdaptive = Annotated[str, Field(pattern=r"^length:\d*\.?\d+$")]
 
 # Bound on what rounding adds to a logprob, relative to logprobs beyond 1. Seen of random models
@@ -137,6 +143,11 @@ class LossSettings:
     In ppo_kl the initial weight; in iterative_dpo the beta of DPO."""
     kl_estimator: Literal["algorithm", "k1", "k2", "k3"] = "algorithm"
     """Estimator of that KL."""
+    kl_in: Literal["algorithm", "reward", "loss"] = "algorithm"
+    """Where that KL stands: subtracted from the reward of each token, or added to the loss."""
+    kl_gradient: Literal["algorithm", "estimator", "k2"] = "algorithm"
+    """Gradient of the KL in the loss: that of its estimator, or of k2, whose expectation is the
+    gradient of the KL."""
     kl_target: Positive | Literal["algorithm", "fixed"] = "algorithm"
     """KL in nats per token that kl_coef is adapted to after every step. fixed: kl_coef stays. In
     ppo_kl the KL is measured after the last optimizer step, on one completion of each prompt."""
@@ -144,14 +155,29 @@ class LossSettings:
     """Replace the reference with the policy every N steps; 0: never."""
     entropy_coef: NonNegative | Literal["algorithm"] = "algorithm"
     """Weight of the entropy bonus."""
+    aggregation: Aggregation | Literal["algorithm"] = "algorithm"
+    """How the losses of the tokens become one: token-mean: mean over all tokens of an optimizer
+    step. sequence-mean-...: mean over completions of the mean over their tokens (token-mean), the
+    sum (token-sum), or the sum / rollout.max_new_tokens (token-sum-norm)."""
     gamma: Unit | Literal["algorithm"] = "algorithm"
-    """Discount of rewards and values from token to token, where there is a critic."""
+    """Discount of rewards and values from token to token."""
     gae_lambda: tuple[Unit | LengthAdaptive, Unit] | Literal["algorithm"] = "algorithm"
     """Lambda of the advantages and lambda of the critic's returns, where there is a critic. Given
     as "length:ALPHA" the first is 1 - 1 / (ALPHA x tokens of the completion), at least 0."""
+    baseline: BaselineName | Literal["algorithm"] = "algorithm"
+    """What is subtracted from the reward of a completion. history: mean of the rewards of all
+    earlier steps. moving: their moving average. batch: mean of the step. group: mean of the
+    completions of the prompt. leave_one_out: of the others. optimal: of all, weighted by length.
+    greedy: reward of the most probable completion of the prompt."""
+    baseline_decay: Fraction | Literal["algorithm"] = "algorithm"
+    """Share of the old average in the new one, of baseline: moving."""
+    reward_to_go: bool | Literal["algorithm"] = "algorithm"
+    """A token has what is still to come of the rewards and the KL, instead of the whole."""
     advantage_std: Literal["algorithm", "sample", "population", "none"] = "algorithm"
-    """Divisor of reward - group mean: the group's standard deviation (n - 1 or n in the
-    denominator) or none."""
+    """Divisor of reward - baseline, for baselines of the group: the group's standard deviation
+    (n - 1 or n in the denominator) or none."""
+    whiten: bool | Literal["algorithm"] = "algorithm"
+    """Normalise the advantages to mean 0 and deviation 1 over the tokens of a step."""
     nll_coef: NonNegative | Literal["algorithm"] = "algorithm"
     """In iterative_dpo the weight of the negative log-likelihood of the chosen completions, in nats
     per token."""
@@ -187,6 +213,8 @@ class CriticSettings:
     coef: Positive = 0.5
     """Weight of the value loss next to the policy's, if the critic is shared. That loss is half the
     squared error: coef is twice the c1 of papers that write c1 (V - R)^2."""
+    aggregation: Aggregation = "token-mean"
+    """How the value losses of the tokens become one, as loss.aggregation."""
 
 
 @dataclass(frozen=True, kw_only=True, config=checked)

@@ -19,6 +19,7 @@ class ObjectiveArguments(NamedTuple):
     correction_low: float
     correction_high: float
     kl_straight_through: bool
+    kl_sequence: bool
     entropy_coef: float
     log_ratio_limit: float
     sequence_mean: bool

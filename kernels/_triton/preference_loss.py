@@ -1,6 +1,6 @@
-"""Losses of preferences: a program a pair of completions, or a completion with a verdict, then one
-that merges them. Where these are few and long, several programs each sum all tokens, in the same
-order, and write the gradients of a part of them.
+"""Losses of preferences, of pairs of completions or of completions with a verdict: one launch sums
+the tokens of all completions in slices, a second one finds the losses and gives every token its
+gradient, and a third one merges what they found.
 
 The formulas are those of `csrc/math/preference_loss.h`.
 """
@@ -9,93 +9,26 @@ import torch
 import triton
 import triton.language as tl
 
-from warpo.kernels._arguments.preference_loss import (
-    CompletionsArguments,
-    KtoLossArguments,
-    PreferenceLossArguments,
+from warpo.kernels._arguments.preference_loss import KtoLossArguments, PreferenceLossArguments
+from warpo.kernels._triton.completions import (
+    BLOCK,
+    WARPS,
+    count_parts,
+    destination,
+    slices_of,
+    store_gradient,
+    sum_completion,
+    sum_slices,
 )
-from warpo.kernels._triton.launch import kernel, strided
+from warpo.kernels._triton.launch import kernel
 from warpo.kernels._triton.logistic import expm1, log1mexp, log_sigmoid
-from warpo.kernels._triton.sequences import (
-    bounds,
-    inverse_or_zero,
-    load_tokens,
-    merge_partials,
-    poison_if,
-    valid_tokens,
-    weighted,
-)
+from warpo.kernels._triton.sequences import inverse_or_zero, merge_partials, poison_if, weighted
 
-BLOCK = 2048
-WARPS = 8
-MANY_PROGRAMS = 256
 # columns of the metrics vectors, `kernels.preference_loss`
 NUM_METRICS = tl.constexpr(8)
 NUM_KTO_METRICS = tl.constexpr(7)
 HINGE = tl.constexpr(1)
 SQUARE = tl.constexpr(2)
-
-
-@triton.jit
-def _sum_completion(
-    completion,
-    steps,
-    cu_seqlens_ptr,
-    logp_ptr,
-    logp_stride_b,
-    logp_stride_t,
-    ref_ptr,
-    ref_stride_b,
-    ref_stride_t,
-    mask_ptr,
-    mask_stride_b,
-    mask_stride_t,
-    BLOCK: tl.constexpr,
-):
-    """Valid tokens, sum of logp, sum of logp - ref, and whether the completion is malformed."""
-    first, length, _, malformed = bounds(completion, tl.num_programs(0), steps, cu_seqlens_ptr)
-    logp_ptr += completion * logp_stride_b + first * logp_stride_t
-    if ref_ptr is not None:
-        ref_ptr += completion * ref_stride_b + first * ref_stride_t
-    if mask_ptr is not None:
-        mask_ptr += completion * mask_stride_b + first * mask_stride_t
-    count = tl.zeros([BLOCK], tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
-    ratio = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, length, BLOCK):
-        token = start + tl.arange(0, BLOCK)
-        keep = valid_tokens(mask_ptr, token, mask_stride_t, length)
-        logp = load_tokens(logp_ptr, token, logp_stride_t, keep)
-        count += tl.where(keep, 1.0, 0.0)
-        total += logp
-        ratio += logp
-        if ref_ptr is not None:
-            ratio -= load_tokens(ref_ptr, token, ref_stride_t, keep)
-    return tl.sum(count), tl.sum(total), tl.sum(ratio), malformed
-
-
-@triton.jit
-def _store_gradient(
-    completion,
-    steps,
-    cu_seqlens_ptr,
-    mask_ptr,
-    mask_stride_b,
-    mask_stride_t,
-    grad_ptr,
-    gradient,
-    BLOCK: tl.constexpr,
-):
-    """All valid tokens of a completion have the same gradient; those of the program's part."""
-    part, parts = tl.program_id(1).to(tl.int64), tl.num_programs(1).to(tl.int64)
-    first, length, grad_start, _ = bounds(completion, tl.num_programs(0), steps, cu_seqlens_ptr)
-    grad_ptr += grad_start
-    if mask_ptr is not None:
-        mask_ptr += completion * mask_stride_b + first * mask_stride_t
-    for start in range(part * BLOCK, length, parts * BLOCK):
-        token = start + tl.arange(0, BLOCK)
-        keep = valid_tokens(mask_ptr, token, mask_stride_t, length)
-        tl.store(grad_ptr + token, tl.where(keep, gradient, 0.0), mask=token < length)
 
 
 @triton.jit
@@ -140,24 +73,12 @@ def _link_loss(
 def _preference_loss_kernel(
     chosen_steps: tl.int64,
     chosen_cu_ptr,
-    chosen_ptr,
-    chosen_stride_b: tl.int64,
-    chosen_stride_t: tl.int64,
-    chosen_ref_ptr,
-    chosen_ref_stride_b: tl.int64,
-    chosen_ref_stride_t: tl.int64,
     chosen_mask_ptr,
     chosen_mask_stride_b: tl.int64,
     chosen_mask_stride_t: tl.int64,
     grad_chosen_ptr,
     rejected_steps: tl.int64,
     rejected_cu_ptr,
-    rejected_ptr,
-    rejected_stride_b: tl.int64,
-    rejected_stride_t: tl.int64,
-    rejected_ref_ptr,
-    rejected_ref_stride_b: tl.int64,
-    rejected_ref_stride_t: tl.int64,
     rejected_mask_ptr,
     rejected_mask_stride_b: tl.int64,
     rejected_mask_stride_t: tl.int64,
@@ -175,35 +96,11 @@ def _preference_loss_kernel(
     BLOCK: tl.constexpr,
 ):
     pair = tl.program_id(0).to(tl.int64)
-    n, logp, x, chosen_malformed = _sum_completion(
-        pair,
-        chosen_steps,
-        chosen_cu_ptr,
-        chosen_ptr,
-        chosen_stride_b,
-        chosen_stride_t,
-        chosen_ref_ptr,
-        chosen_ref_stride_b,
-        chosen_ref_stride_t,
-        chosen_mask_ptr,
-        chosen_mask_stride_b,
-        chosen_mask_stride_t,
-        BLOCK,
+    n, logp, x, chosen_malformed = sum_completion(
+        pair, chosen_steps, chosen_cu_ptr, slices_of(partials_ptr, NUM_METRICS, pair, 0), BLOCK
     )
-    m, other_logp, y, rejected_malformed = _sum_completion(
-        pair,
-        rejected_steps,
-        rejected_cu_ptr,
-        rejected_ptr,
-        rejected_stride_b,
-        rejected_stride_t,
-        rejected_ref_ptr,
-        rejected_ref_stride_b,
-        rejected_ref_stride_t,
-        rejected_mask_ptr,
-        rejected_mask_stride_b,
-        rejected_mask_stride_t,
-        BLOCK,
+    m, other_logp, y, rejected_malformed = sum_completion(
+        pair, rejected_steps, rejected_cu_ptr, slices_of(partials_ptr, NUM_METRICS, pair, 1), BLOCK
     )
     counts = (n > 0) & (m > 0)
     chosen_share, rejected_share = 1.0, 1.0
@@ -224,7 +121,7 @@ def _preference_loss_kernel(
     weight = poison_if(chosen_malformed | rejected_malformed, weight)
     if grad_chosen_ptr is not None:
         gradient = slope * better_slope * chosen_share - nll_coef * inverse_or_zero(n)
-        _store_gradient(
+        store_gradient(
             pair,
             chosen_steps,
             chosen_cu_ptr,
@@ -236,7 +133,7 @@ def _preference_loss_kernel(
             BLOCK,
         )
         gradient = -slope * worse_slope * rejected_share
-        _store_gradient(
+        store_gradient(
             pair,
             rejected_steps,
             rejected_cu_ptr,
@@ -263,12 +160,6 @@ def _preference_loss_kernel(
 def _kto_loss_kernel(
     steps: tl.int64,
     cu_seqlens_ptr,
-    logp_ptr,
-    logp_stride_b: tl.int64,
-    logp_stride_t: tl.int64,
-    ref_ptr,
-    ref_stride_b: tl.int64,
-    ref_stride_t: tl.int64,
     mask_ptr,
     mask_stride_b: tl.int64,
     mask_stride_t: tl.int64,
@@ -284,20 +175,8 @@ def _kto_loss_kernel(
     BLOCK: tl.constexpr,
 ):
     example = tl.program_id(0).to(tl.int64)
-    count, logp, ratio, malformed = _sum_completion(
-        example,
-        steps,
-        cu_seqlens_ptr,
-        logp_ptr,
-        logp_stride_b,
-        logp_stride_t,
-        ref_ptr,
-        ref_stride_b,
-        ref_stride_t,
-        mask_ptr,
-        mask_stride_b,
-        mask_stride_t,
-        BLOCK,
+    count, logp, ratio, malformed = sum_completion(
+        example, steps, cu_seqlens_ptr, slices_of(partials_ptr, NUM_KTO_METRICS, example, 0), BLOCK
     )
     desirable = tl.load(desirable_ptr + example * desirable_stride) != 0
     good, bad = (count > 0) & desirable, (count > 0) & ~desirable
@@ -309,7 +188,7 @@ def _kto_loss_kernel(
     weight = poison_if(malformed, inverse_or_zero(tl.load(denominator_ptr)))
     if grad_ptr is not None:
         gradient = weighted(-weight, tl.where(count > 0, loss * slope * right, 0.0))
-        _store_gradient(
+        store_gradient(
             example,
             steps,
             cu_seqlens_ptr,
@@ -331,24 +210,14 @@ def _kto_loss_kernel(
         tl.store(partials_ptr + 6, tl.where(bad, logp, 0.0))
 
 
-def _count_parts(rows: int, steps: int) -> int:
-    """Programs per pair or completion."""
-    return max(1, min(MANY_PROGRAMS // rows, triton.cdiv(steps, BLOCK)))
-
-
-def _completions(a: CompletionsArguments) -> tuple:
-    """Steps, offsets and tensors as kernel arguments."""
-    tensors = (*strided(a.logprobs), *strided(a.ref_logprobs), *strided(a.mask))
-    return (a.steps, a.cu_seqlens, *tensors, a.grad_logprobs)
-
-
 def preference_loss(a: PreferenceLossArguments) -> None:
     with torch.cuda.device_of(a.loss):
         if a.pairs:
-            parts = _count_parts(a.pairs, max(a.chosen.steps, a.rejected.steps))
+            sum_slices((a.chosen, a.rejected), a.pairs, a.partials, a.metrics.shape[0])
+            parts = count_parts(a.pairs, max(a.chosen.steps, a.rejected.steps))
             _preference_loss_kernel[(a.pairs, parts)](
-                *_completions(a.chosen),
-                *_completions(a.rejected),
+                *destination(a.chosen),
+                *destination(a.rejected),
                 float(a.beta),
                 float(a.margin),
                 float(a.positive_weight),
@@ -369,9 +238,10 @@ def preference_loss(a: PreferenceLossArguments) -> None:
 def kto_loss(a: KtoLossArguments) -> None:
     with torch.cuda.device_of(a.loss):
         if a.examples:
-            parts = _count_parts(a.examples, a.completions.steps)
+            sum_slices((a.completions,), a.examples, a.partials, a.metrics.shape[0])
+            parts = count_parts(a.examples, a.completions.steps)
             _kto_loss_kernel[(a.examples, parts)](
-                *_completions(a.completions),
+                *destination(a.completions),
                 a.desirable,
                 a.desirable.stride(0),
                 a.kl,

@@ -60,7 +60,7 @@ def policy_loss(
 
     kl = torch.zeros_like(logp)
     if ref is not None:
-        kl = _kl_term(objective, logp, tokens.clean(ref))
+        kl = _kl_term(objective, tokens, tokens.clean(ref) - logp)
         kl = torch.where(tokens.valid, kl, 0)
     entropy = torch.zeros_like(logp) if entropy is None else tokens.clean(entropy)
     policy_part, kl_part, entropy_part = (
@@ -100,15 +100,18 @@ def policy_loss(
 
 
 def kl_estimate(logp: Tensor, ref: Tensor, estimator: str, limit: float) -> Tensor:
-    """k1, k2 or k3 of KL(policy || reference) from samples of the policy,
-    http://joschu.net/blog/kl-approx.html; the exponent of k3 is at most `limit`.
+    """k1, k2 or k3 of KL(policy || reference), or the reverse k3 of KL(reference || policy), from
+    samples of the policy, http://joschu.net/blog/kl-approx.html; exponents are at most `limit`.
     """
-    difference = ref - logp
+    return _estimate(ref - logp, estimator, limit)
+
+
+def _estimate(difference: Tensor, estimator: str, limit: float) -> Tensor:
     if estimator == "k1":
         return -difference
     if estimator == "k2":
         return difference.square() / 2
-    return _k3(difference, limit)
+    return (reverse_k3 if estimator == "reverse_k3" else _k3)(difference, limit)
 
 
 def _log_ratio(
@@ -123,6 +126,8 @@ def _log_ratio(
         log_ratio = torch.where(cut_low, low.log(), torch.where(cut_high, high.log(), log_ratio))
     if objective.ratio_level == "sequence":
         log_ratio = tokens.mean(log_ratio)
+    elif objective.ratio_level == "product":
+        log_ratio = tokens.spread(tokens.sum(log_ratio))
     elif objective.ratio_level == "prefix":
         log_ratio = tokens.prefix_sum(log_ratio)
     return log_ratio, cut_low & tokens.valid, cut_high & tokens.valid
@@ -170,12 +175,16 @@ def _correction(
     return weight, outside
 
 
-def _kl_term(objective: Objective, logp: Tensor, ref: Tensor) -> Tensor:
-    limit = objective.log_ratio_limit
-    value = kl_estimate(logp, ref, objective.kl_estimator, limit)
+def _kl_term(objective: Objective, tokens: Sequences, difference: Tensor) -> Tensor:
+    """difference: ref - logp of the tokens."""
+    if objective.kl_level == "sequence":
+        difference = tokens.spread(tokens.sum(difference))
+    if objective.kl_sampled_from == "reference":
+        difference = -difference
+    value = _estimate(difference, objective.kl_estimator, objective.log_ratio_limit)
     if objective.kl_gradient == "estimator":
         return value
-    k2 = kl_estimate(logp, ref, "k2", limit)
+    k2 = difference.square() / 2
     return k2 + (value - k2).detach()
 
 
@@ -183,6 +192,15 @@ def _k3(difference: Tensor, limit: float) -> Tensor:
     """Bounded from above only: e^d overflows there."""
     bounded = torch.where(difference > limit, limit, difference)
     return torch.expm1(bounded) - bounded
+
+
+def reverse_k3(difference: Tensor, limit: float) -> Tensor:
+    """r d - (r - 1) with r = e^d."""
+    bounded = torch.where(difference > limit, limit, difference)
+    bounded = torch.where(bounded < -85, -85, bounded)  # e^-85 is nothing next to 1
+    growth = torch.expm1(bounded)
+    near = growth * bounded - (growth - bounded)
+    return torch.where(bounded.abs() < 0.5, near, (growth + 1) * (bounded - 1) + 1)
 
 
 def _bounds(objective: Objective, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tests.kernels.backends import DEVICE, dtypes, strided
 from warpo.kernels import reference
-from warpo.kernels.objectives import AGGREGATIONS, SURROGATES, Objective
+from warpo.kernels.objectives import AGGREGATIONS, KL_LEVELS, SURROGATES, Objective
 from warpo.kernels.reference.sequences import sequences_of
 
 PER_TOKEN = (
@@ -22,9 +22,18 @@ PER_TOKEN = (
 # Every surrogate at every ratio level that takes it.
 LEVELS = [("sequence", "geometric"), ("prefix", "stop_gradient")] + [
     (level, surrogate)
-    for level in ("token", "sequence")
+    for level in ("token", "sequence", "product")
     for surrogate in SURROGATES
     if surrogate != "geometric"
+]
+# Every estimator of the KL with the gradients and the source of samples that it takes.
+KLS = [
+    {"kl_estimator": estimator, "kl_gradient": gradient, "kl_sampled_from": source}
+    for estimator, gradient, source in (
+        *(("k1", "k2", "policy"), ("k2", "k2", "policy"), ("k3", "k2", "policy")),
+        *((name, "estimator", "policy") for name in ("k2", "k3", "reverse_k3")),
+        *((name, "estimator", "reference") for name in ("k1", "k2", "k3", "reverse_k3")),
+    )
 ]
 # Ratios this close to a bound may be on its other side in float32.
 MARGIN = 1e-4
@@ -41,8 +50,8 @@ def objectives(draw):
         dual_clip=draw(st.sampled_from([1.5, 3.0])),
         tau_negative=draw(st.sampled_from([0.5, 1.05])),
         kl_coef=draw(st.sampled_from([0.0, 0.1, 1.0])),
-        kl_estimator=draw(st.sampled_from(["k1", "k2", "k3"])),
-        kl_gradient=draw(st.sampled_from(["estimator", "k2"])),
+        kl_level=draw(st.sampled_from(KL_LEVELS)),
+        **draw(st.sampled_from(KLS)),
         entropy_coef=draw(st.sampled_from([0.0, 0.5])),
         correction=draw(st.sampled_from(["none", "truncate", "mask"])),
         correction_level=draw(st.sampled_from(["token", "sequence"])),

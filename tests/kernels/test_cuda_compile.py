@@ -2,11 +2,14 @@
 
 import importlib
 import importlib.util
+import itertools
 import os
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +18,8 @@ from warpo.kernels._arguments.group_advantages import GroupAdvantagesArguments
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+ARCHITECTURES = (80, 90, 100)
+OF_LOGITS = ("logprobs", "policy_loss_from_logits")
 
 
 def _find(tool: str) -> str | None:
@@ -43,17 +48,17 @@ def _run(*command: str | Path) -> str:
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """Source to cubin for sm_90, each compiled once."""
+    """Source and architecture to cubin, each compiled once."""
     folder = tmp_path_factory.mktemp("cubin")
 
-    def compile_once(source: Path) -> Path:
-        cubin = folder / f"{source.stem}.cubin"
+    def compile_once(source: Path, arch: int) -> Path:
+        cubin = folder / f"{source.stem}.{arch}.cubin"
         if not cubin.exists():
             _run(
                 NVCC,
                 "-O3",
                 "-std=c++17",
-                "-arch=sm_90",
+                f"-arch=sm_{arch}",
                 "-cubin",
                 f"-I{ROOT / 'csrc'}",
                 "-o",
@@ -71,11 +76,21 @@ def _kernels(listing: str, header: str) -> dict[str, str]:
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
-@pytest.mark.slow
+def _each_source() -> Iterator[Any]:
+    """On each architecture; those that another test compiles too are not slow."""
+    for source, arch in itertools.product(SOURCES, ARCHITECTURES):
+        quick = arch == 90 and source.stem in OF_LOGITS
+        marks = () if quick else pytest.mark.slow
+        yield pytest.param(source, arch, id=f"{source.stem}-{arch}", marks=marks)
+
+
 @needs_tools
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
-def test_no_register_spills_and_no_local_memory(compiled, source):
-    kernels = _kernels(_run(CUOBJDUMP, "--dump-resource-usage", compiled(source)), "Function")
+@pytest.mark.parametrize("source, arch", _each_source())
+def test_no_register_spills_and_no_local_memory(compiled, source, arch):
+    if f"compute_{arch}" not in _run(NVCC, "--list-gpu-arch").split():
+        pytest.skip(f"{NVCC} does not know sm_{arch}, and builds without it")
+    cubin = compiled(source, arch)
+    kernels = _kernels(_run(CUOBJDUMP, "--dump-resource-usage", cubin), "Function")
     assert kernels
     for name, usage in kernels.items():
         used = dict(re.findall(r"\b([A-Z]+):(\d+)", usage))
@@ -83,10 +98,10 @@ def test_no_register_spills_and_no_local_memory(compiled, source):
 
 
 @needs_tools
-@pytest.mark.parametrize("operation", ["logprobs", "policy_loss_from_logits"])
+@pytest.mark.parametrize("operation", OF_LOGITS)
 def test_logits_move_16_bytes_at_a_time(compiled, operation):
     source = ROOT / "csrc" / "cuda" / f"{operation}.cu"
-    kernels = _kernels(_run(CUOBJDUMP, "--dump-sass", compiled(source)), "Function :")
+    kernels = _kernels(_run(CUOBJDUMP, "--dump-sass", compiled(source, 90)), "Function :")
     # these merge what others have read of the logits, count tokens, or scale what is written
     helpers = ("finish_kernel", "count_kernel", "scale_kernel")
     of_logits = {n: code for n, code in kernels.items() if not any(h in n for h in helpers)}

@@ -5,6 +5,8 @@ copies what is on the host to it. On a GPU: captured, replayed with other inputs
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -12,7 +14,6 @@ from unittest.mock import patch
 import pytest
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.kernels import smoke
@@ -31,7 +32,10 @@ WAITS = {
     *("bincount", "_unique2", "unique_dim", "unique_consecutive", "repeat_interleave"),
 }
 
-MADE_ON_THE_HOST = (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor)
+MADE_ON_THE_HOST = (
+    *((torch, name) for name in ("tensor", "as_tensor", "asarray")),
+    (Tensor, "new_tensor"),
+)
 
 
 class Recorded(TorchDispatchMode):
@@ -54,18 +58,26 @@ class Recorded(TorchDispatchMode):
         return result
 
 
-class Made(TorchFunctionMode):
-    """Tensors of numbers of Python, which torch fills on the host."""
+@contextmanager
+def made(found: list[str]) -> Iterator[None]:
+    """Adds the tensors of numbers of Python to `found`, which torch fills on the host. By other
+    functions in the place of torch's, since a backward pass runs outside of a TorchFunctionMode.
+    """
 
-    def __init__(self, found: list[str]) -> None:
-        super().__init__()
-        self.found = found
+    def watched(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            result = function(*arguments, **options)
+            if not result.is_cpu:
+                found.append(name)
+            return result
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
-        result = function(*args, **(kwargs or {}))
-        if function in MADE_ON_THE_HOST and not result.is_cpu:
-            self.found.append(str(function))
-        return result
+        return call
+
+    with ExitStack() as stack:
+        for owner, name in MADE_ON_THE_HOST:
+            call = watched(name, getattr(owner, name))
+            stack.enter_context(patch.object(owner, name, call))
+        yield
 
 
 def _is_tensor(x: Any) -> bool:
@@ -99,7 +111,7 @@ def recorded(operation: Any, tensors: dict[str, Tensor], leaves: tuple[str, ...]
         patch.object(_checks, "_check_memory", lambda *_: None),
         patch.object(dispatch, "load", lambda name: NoKernels()),
         Recorded() as record,
-        Made(record.found),
+        made(record.found),
     ):
         results = operation(inputs, "cuda", **options)
         chosen = [x for x in results[: operation.outputs] if x.requires_grad]
@@ -118,7 +130,7 @@ def test_no_call_waits_for_the_device_or_copies_to_it(operation):
             assert recorded(operation, operation.packed(), leaves, **options) == []
 
 
-@pytest.mark.parametrize(
+each_call = pytest.mark.parametrize(
     "call",
     [
         lambda x: torch.tensor(3.0, device=x.device),
@@ -133,12 +145,37 @@ def test_no_call_waits_for_the_device_or_copies_to_it(operation):
         lambda x: x.cpu(),
     ],
 )
+
+
+@each_call
 def test_a_wait_and_a_copy_are_found(call):
     x = torch.empty(3, device="meta")
-    with Recorded() as record, Made(record.found):
+    with Recorded() as record, made(record.found):
         try:
             call(x)
         except (RuntimeError, NotImplementedError):  # the device has no values
+            return
+    assert record.found
+
+
+@each_call
+def test_a_wait_and_a_copy_are_found_in_a_backward_pass(call):
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            call(grad)
+            return 2 * grad
+
+    x = torch.empty(3, device="meta", requires_grad=True)
+    y = Twice.apply(x)
+    with Recorded() as record, made(record.found):
+        try:
+            torch.autograd.grad(y, x, torch.empty_like(y))
+        except (RuntimeError, NotImplementedError):
             return
     assert record.found
 

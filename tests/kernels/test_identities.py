@@ -7,7 +7,7 @@ import torch
 
 from tests.kernels.backends import DEVICE, each_backend
 from warpo.kernels import ops
-from warpo.kernels.objectives import OBJECTIVES
+from warpo.kernels.objectives import KL_ESTIMATORS, OBJECTIVES
 
 LENGTHS = (5, 1, 9, 3)
 TOKENS = sum(LENGTHS)
@@ -84,7 +84,10 @@ def test_where_the_ratio_is_1_the_gradient_is_the_policy_gradient(backend, name)
         denominator=7.0 * len(LENGTHS) if is_norm else None,
         backend=backend,
     )
-    expected = -advantages * weight_of_token(objective.aggregation).to(DEVICE)
+    # a product moves by each of its tokens as a whole
+    product = objective.ratio_level == "product"
+    weight = weight_of_token("sequence-mean-token-sum" if product else objective.aggregation)
+    expected = -advantages * weight.to(DEVICE)
     torch.testing.assert_close(gradient, expected, rtol=2e-6, atol=1e-8)
 
 
@@ -132,7 +135,7 @@ def test_k3_is_not_negative_and_its_expectation_is_the_kl(backend, estimator):
     assert (expectation == pytest.approx(kl, rel=1e-5)) == (estimator != "k2")
     assert (found >= 0).all() == (estimator != "k1")
     # the same in the loss: a token's share of it is its estimate
-    row = OBJECTIVES["grpo"].replace(kl_coef=1.0, kl_estimator=estimator, aggregation="token-mean")
+    row = OBJECTIVES["gpg"].replace(kl_coef=1.0, kl_estimator=estimator, kl_gradient="k2")
     for i in (0, 7, 39):
         loss, _ = ops.policy_loss(
             logp[i : i + 1, None],
@@ -143,3 +146,75 @@ def test_k3_is_not_negative_and_its_expectation_is_the_kl(backend, estimator):
             backend=backend,
         )
         assert loss.item() == pytest.approx(found[i].item(), rel=1e-5)
+
+
+def expected_kl(backend, objective, logits, ref_logits, drawn_from):
+    """What the KL adds to a loss, and its gradient with respect to the logits, in expectation: over
+    every category, as `drawn_from` draws it.
+    """
+    logp, ref = logits.log_softmax(0)[:, None], ref_logits.log_softmax(0)[:, None]
+    row, zeros = objective.replace(kl_coef=1.0), torch.zeros_like(logp[:, 0])
+    options = {"denominator": 1.0, "backend": backend}
+    _, slopes = loss_and_gradient(logp, logp, zeros, row, ref_logprobs=ref, **options)
+    values = [
+        ops.policy_loss(*(x[i : i + 1] for x in (logp, logp, zeros)), row,
+                        ref_logprobs=ref[i : i + 1], **options).loss
+        for i in range(len(logp))
+    ]  # fmt: skip
+    weights = drawn_from.double().softmax(0)
+    slopes = weights * slopes[:, 0].double()
+    gradient = slopes - slopes.sum() * logits.double().softmax(0)
+    return (weights * torch.stack(values).double()).sum(), gradient
+
+
+def kl_to(of, to, differentiated):
+    """KL(of || to) of two vectors of logits, and its gradient with respect to one of them."""
+    of, to = (x.double().requires_grad_(x is differentiated) for x in (of, to))
+    kl = (of.softmax(0) * (of.log_softmax(0) - to.log_softmax(0))).sum()
+    kl.backward()
+    return kl.detach(), next(x.grad for x in (of, to) if x.requires_grad)
+
+
+# estimator, gradient, source of the samples: is the value unbiased, and is the gradient?
+ESTIMATED = [
+    ("k1", "k2", "policy", True, True),
+    ("k3", "k2", "policy", True, True),
+    ("k3", "estimator", "policy", True, False),
+    ("k2", "k2", "policy", False, True),
+    ("reverse_k3", "estimator", "policy", True, False),
+    ("k1", "estimator", "reference", True, True),
+    ("k2", "estimator", "reference", False, False),
+    ("k3", "estimator", "reference", True, True),
+    ("reverse_k3", "estimator", "reference", True, True),
+]
+
+
+@each_backend
+@pytest.mark.parametrize("estimator, gradient, source, unbiased, follows", ESTIMATED)
+def test_the_kl_in_the_loss_is_that_of_who_drew_the_tokens(
+    backend, estimator, gradient, source, unbiased, follows
+):
+    """A penalty whose direction or sign is wrong drives the policies apart."""
+    policy, reference = 0.5 * normal(40, seed=4), 0.5 * normal(40, seed=5)
+    # the reverse estimator is of the KL from the one that did not draw them
+    first, second = (policy, reference) if source == "policy" else (reference, policy)
+    if estimator == "reverse_k3":
+        first, second = second, first
+    kl, slope = kl_to(first, second, policy)
+    objective = OBJECTIVES["ppo_kl"].replace(
+        kl_estimator=estimator, kl_gradient=gradient, kl_sampled_from=source
+    )
+    drawn_from = policy if source == "policy" else reference
+    value, found = expected_kl(backend, objective, policy, reference, drawn_from)
+    assert kl > 0.1
+    assert (value.item() == pytest.approx(kl.item(), rel=1e-5)) == unbiased
+    assert (torch.nn.functional.cosine_similarity(found, slope, dim=0) > 1 - 1e-6) == follows
+    assert torch.nn.functional.cosine_similarity(found, slope, dim=0) > 0.8
+
+
+def test_ppo_kl_penalises_the_kl_from_the_policy_that_drew_the_tokens():
+    """And every estimator that a run may choose has a gradient that lowers it."""
+    row = OBJECTIVES["ppo_kl"]
+    assert (row.kl_sampled_from, row.kl_estimator) == ("reference", "k3")
+    for estimator in KL_ESTIMATORS:
+        row.replace(kl_estimator=estimator)

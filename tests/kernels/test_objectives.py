@@ -18,7 +18,7 @@ PER_TOKEN = ("logp", "old", "ref", "sampler", "advantages")
 
 
 def make_completions() -> list[Completion]:
-    random = np.random.default_rng(3)
+    random = np.random.default_rng(8)
     completions = []
     for length, spread, advantage in zip(LENGTHS, SPREADS, (1.3, 0.4, -0.9, -0.2), strict=True):
         old = -2 * random.random(length)
@@ -154,7 +154,7 @@ def test_process_supervision_is_grpo_with_an_advantage_a_token():
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"ratio_level": "group"}, "ratio_level must be one of token, sequence, prefix"),
+        ({"ratio_level": "group"}, "ratio_level must be one of token, sequence, prefix, product"),
         ({"surrogate": "cispo"}, "surrogate must be one of clip, dual_clip, stop_gradient"),
         ({"clip_low": 1.5}, r"clip_low must be in \[0, 1\], got 1.5"),
         ({"clip_high": -0.1}, "clip_high must be >= 0, got -0.1"),
@@ -162,7 +162,7 @@ def test_process_supervision_is_grpo_with_an_advantage_a_token():
         ({"tau_positive": 0.0}, r"tau_positive must be in \(0, 80\], got 0.0"),
         ({"tau_negative": float("nan")}, r"tau_negative must be in \(0, 80\], got nan"),
         ({"kl_coef": -1.0}, "kl_coef must be >= 0"),
-        ({"kl_estimator": "k4"}, "kl_estimator must be one of k1, k2, k3"),
+        ({"kl_estimator": "k4"}, "kl_estimator must be one of k1, k2, k3, reverse_k3"),
         ({"kl_gradient": "k3"}, "kl_gradient must be one of estimator, k2; got 'k3'"),
         ({"entropy_coef": -0.1}, "entropy_coef must be >= 0"),
         ({"correction": "clip"}, "correction must be one of none, truncate, mask"),
@@ -172,6 +172,11 @@ def test_process_supervision_is_grpo_with_an_advantage_a_token():
         ({"correction_low": 3.0}, "correction_high must be >= 3, got 2.0"),
         ({"aggregation": "mean"}, "aggregation must be one of token-mean"),
         ({"log_ratio_limit": 100.0}, "exp overflows float32"),
+        ({"kl_level": "prefix"}, "kl_level must be one of token, sequence; got 'prefix'"),
+        ({"kl_sampled_from": "old"}, "kl_sampled_from must be one of policy, reference"),
+        ({"kl_estimator": "k1"}, "whose expectation is 0: set kl_gradient to 'k2'"),
+        ({"kl_estimator": "reverse_k3", "kl_gradient": "k2"}, "set it to 'estimator' with"),
+        ({"kl_sampled_from": "reference", "kl_gradient": "k2"}, "set it to 'estimator' with"),
         ({"ratio_level": "prefix"}, "set surrogate to 'stop_gradient', got 'clip'"),
         ({"surrogate": "geometric"}, "set ratio_level to 'sequence', got 'token'"),
     ],

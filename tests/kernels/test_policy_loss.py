@@ -147,7 +147,7 @@ def test_a_nan_that_is_not_masked_reaches_loss_and_gradient(
     tensors = {"logprobs": torch.full((2, 3), -1.0), "advantages": torch.ones(2, 3)}
     tensors[poisoned][0, 1] = torch.nan
     logp = tensors["logprobs"].to(DEVICE).requires_grad_()
-    old = torch.full((2, 3), -1.1, device=DEVICE)
+    old = torch.full((2, 3), -1.05, device=DEVICE)  # no product of ratios is out of bounds
     loss, _ = ops.policy_loss(
         logp,
         old,

@@ -242,13 +242,15 @@ def test_without_pairs_loss_and_gradient_are_zero(backend):
 
 def long_sides():
     """Packed and as padded rows with a mask: CUDA C++ sums a completion in slices of 256 tokens of
-    every 8192, whose ends those of the completions are beside; several blocks write a gradient.
+    every 8192, Triton of 1024 of every 32768, whose ends those of the completions are beside;
+    several blocks write a gradient.
     """
     generator = torch.Generator().manual_seed(0)
-    for lengths in ([0, 256, 257, 8192, 8193], [1, 255, 0, 9000, 512]):
-        mask = torch.arange(9001)[None] < torch.tensor(lengths)[:, None]
+    for lengths in ([0, 256, 257, 8192, 8193], [1, 1025, 0, 32769, 512]):
+        steps = max(lengths) + 1
+        mask = torch.arange(steps)[None] < torch.tensor(lengths)[:, None]
         starts = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
-        logprobs, ref = -torch.rand(2, 5, 9001, generator=generator) / 100
+        logprobs, ref = -torch.rand(2, 5, steps, generator=generator) / 100
         logprobs, ref = (x.masked_fill(~mask, torch.nan).to(DEVICE) for x in (logprobs, ref))
         mask = mask.to(DEVICE)
         padded = {"logprobs": logprobs, "ref_logprobs": ref, "mask": mask, "cu_seqlens": None}
@@ -285,7 +287,7 @@ def test_long_completions_equal_float64(backend):
 def test_long_completions_with_a_verdict_equal_float64(backend):
     desirable = torch.tensor([True, False, True, True, False], device=DEVICE)
     options = {"kl": 0.5, "beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.33}
-    for side in next(long_sides()):
+    for side in itertools.chain(*long_sides()):
         exact, loss_64, metrics_64 = exact_kto_loss(side, desirable, options, 5.0)
         leaf = side["logprobs"].clone().requires_grad_()
         rest = {"mask": side["mask"], "cu_seqlens": side["cu_seqlens"], "denominator": 5.0}

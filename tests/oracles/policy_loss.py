@@ -109,10 +109,15 @@ def ppo_dual_clip(completions: Completions) -> float:
 
 
 def ppo_kl(completions: Completions) -> float:
-    """https://arxiv.org/abs/1707.06347 eq. 8 with beta = 1 and the KL estimated by k2."""
-    return -mean_over_tokens(
-        completions, lambda a: ratios(a) * a.advantages - 0.5 * (a.logp - a.ref) ** 2
-    )
+    """https://arxiv.org/abs/1707.06347 eq. 8 with beta = 1; KL(reference || policy), of which the
+    tokens are samples, is estimated by k3 with r = pi / reference: (r - 1) - log r.
+    """
+
+    def terms(a: Completion) -> np.ndarray:
+        quotient = np.exp(a.logp - a.ref)
+        return ratios(a) * a.advantages - ((quotient - 1) - np.log(quotient))
+
+    return -mean_over_tokens(completions, terms)
 
 
 def grpo_terms(completion: Completion) -> np.ndarray:
@@ -123,6 +128,18 @@ def grpo_terms(completion: Completion) -> np.ndarray:
 
 def grpo(completions: Completions) -> float:
     return -mean_over_completions(completions, lambda a: grpo_terms(a).mean())
+
+
+def grpo_response(completions: Completions) -> float:
+    """https://arxiv.org/abs/2501.12948 eq. 1 and 2: probabilities of completions."""
+
+    def value(a: Completion) -> float:
+        pi, old, ref = (np.prod(np.exp(x)) for x in (a.logp, a.old, a.ref))
+        ratio, advantage = pi / old, a.advantages[0]
+        surrogate = min(ratio * advantage, min(max(ratio, 0.8), 1.2) * advantage)
+        return surrogate - 0.04 * (ref / pi - np.log(ref / pi) - 1)
+
+    return -mean_over_completions(completions, value)
 
 
 def dr_grpo(completions: Completions) -> float:
@@ -179,6 +196,16 @@ def sapo(completions: Completions) -> float:
         tau = np.where(a.advantages > 0, 1.0, 1.05)
         gate = 4 / tau / (1 + np.exp(-tau * (ratios(a) - 1)))
         return (gate * a.advantages).mean()
+
+    return -mean_over_completions(completions, value)
+
+
+def off_policy_trajectory(completions: Completions) -> float:
+    """grad J = E (prod_t pi(a_t) / old(a_t)) (sum_t grad log pi(a_t)) A."""
+
+    def value(a: Completion) -> float:
+        weight = np.prod(np.exp(a.frozen - a.old))
+        return weight * (a.logp * a.advantages).sum()
 
     return -mean_over_completions(completions, value)
 
@@ -253,13 +280,16 @@ ORACLES: dict[str, Callable[[Completions], float]] = {
     "ppo_dual_clip": ppo_dual_clip,
     "ppo_kl": ppo_kl,
     "grpo": grpo,
+    "grpo_response": grpo_response,
     "dr_grpo": dr_grpo,
     "dapo": dapo,
     "gspo": gspo,
     "cispo": cispo,
     "gmpo": gmpo,
     "sapo": sapo,
+    "off_policy_trajectory": off_policy_trajectory,
     "off_policy_prefix": off_policy_prefix,
+    "off_policy_causal": off_policy_prefix,
     "off_policy_first_order": off_policy_first_order,
     "grpo_tis": grpo_tis,
     "grpo_mis": grpo_mis,

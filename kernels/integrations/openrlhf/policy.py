@@ -163,6 +163,7 @@ def _objective(
             clip_high=clip_high,
             dual_clip=3.0 if dual_clip is None else dual_clip,
             kl_estimator="k1",
+            kl_gradient="k2",
             correction=correction,
             correction_low=correction_low,
             correction_high=correction_high,

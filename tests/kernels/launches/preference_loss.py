@@ -7,6 +7,7 @@ import torch
 
 from tests.kernels.launches import flags
 from warpo.kernels._arguments.preference_loss import (
+    COMPLETION_SLICES,
     CompletionsArguments,
     KtoLossArguments,
     PreferenceLossArguments,
@@ -58,7 +59,7 @@ def preference_loss(
         negative_weight=beta,
         nll_coef=0.0,
         denominator=scalar,
-        partials=torch.empty(rows, len(PREFERENCE_METRICS)),
+        partials=torch.empty(rows, len(PREFERENCE_METRICS) + 2 * 4 * COMPLETION_SLICES),
         loss=scalar,
         metrics=torch.empty(len(PREFERENCE_METRICS)),
     )
@@ -78,7 +79,7 @@ def kto_loss(dtype: torch.dtype, packed: bool, mask: bool, rows: int = 4, steps:
         desirable_weight=1.0,
         undesirable_weight=1 / steps,
         denominator=scalar,
-        partials=torch.empty(rows, len(KTO_METRICS)),
+        partials=torch.empty(rows, len(KTO_METRICS) + 4 * COMPLETION_SLICES),
         loss=scalar,
         metrics=torch.empty(len(KTO_METRICS)),
     )
