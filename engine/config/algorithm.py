@@ -40,6 +40,10 @@ class Algorithm:
             loss.
         reward_kl_coef: weight of that KL in the reward. In the loss it is the objective's.
         reward_kl_estimator: of the KL in the reward.
+        reward_entropy_coef: weight of -log pi_old of each token, which is added to its reward.
+        reward_normalize: the rewards of completions are normalised by those of the step ("batch")
+            or of all steps ("running").
+        reward_clip: bound on the absolute value of a reward, after that; None: no bound.
         previous_reference: the reference is the policy that the step began with.
         kl_rule: rule by which the coefficient of the KL follows kl_target: "proportional",
             https://arxiv.org/abs/1909.08593 section 2.2, or "doubling",
@@ -75,6 +79,9 @@ class Algorithm:
     kl_in: Literal["reward", "loss"] = "loss"
     reward_kl_coef: float = 0.0
     reward_kl_estimator: str = "k1"
+    reward_entropy_coef: float = 0.0
+    reward_normalize: Literal["none", "batch", "running"] = "none"
+    reward_clip: float | None = None
     previous_reference: bool = False
     kl_rule: Literal["proportional", "doubling"] = "proportional"
     kl_target: float | None = None

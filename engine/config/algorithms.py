@@ -52,6 +52,7 @@ def _preference(row: str, title: str, url: str, loss: str) -> Algorithm:
 
 _GRPO = "https://arxiv.org/abs/2402.03300"
 _PPO = "https://arxiv.org/abs/1707.06347"
+_BERKELEY = "https://rail.eecs.berkeley.edu/deeprlcourse/"
 _RLHF = "https://arxiv.org/abs/2203.02155"
 # beta of InstructGPT, appendix C.4
 _RLHF_KL = 0.02
@@ -60,6 +61,14 @@ _ROWS: dict[str, Algorithm] = {
     "reinforce": _outcome(
         "reinforce", "moving", "REINFORCE, theorem 1; the baseline of its section 6",
         "https://doi.org/10.1007/BF00992696",
+    ),
+    "reinforce_reward_to_go": _outcome(
+        "reinforce", "history", "policy gradient, rewards to go less a baseline, lecture 5",
+        _BERKELEY, reward_to_go=True,
+    ),
+    "opo": _outcome(
+        "reinforce", "optimal", "OPO, the length-weighted baseline of its section 2",
+        "https://arxiv.org/abs/2505.23585", kl_in="loss",
     ),
     "rloo": _outcome(
         "rloo", "leave_one_out", "RLOO, eq. 8", "https://arxiv.org/abs/2402.14740",
@@ -79,13 +88,20 @@ _ROWS: dict[str, Algorithm] = {
     "gpg": _outcome(
         "gpg", "group", "GPG", "https://arxiv.org/abs/2504.02546", kl_in="loss", rescaled=True,
     ),
+    "off_policy_trajectory": _outcome(
+        "off_policy_trajectory", "moving", "off-policy policy gradient, ratio of the trajectory",
+        _BERKELEY,
+    ),
     "off_policy_first_order": _outcome(
-        "off_policy_first_order", "moving", "first-order off-policy policy gradient",
-        "https://rail.eecs.berkeley.edu/deeprlcourse/",
+        "off_policy_first_order", "moving", "first-order off-policy policy gradient", _BERKELEY,
     ),
     "off_policy_prefix": _outcome(
         "off_policy_prefix", "moving", "off-policy policy gradient, ratios of the prefix",
         "https://arxiv.org/abs/1205.4839",
+    ),
+    "a2c": _critic(
+        "reinforce", "advantage actor-critic, section 4 of A3C, with GAE",
+        "https://arxiv.org/abs/1602.01783", whiten=False,
     ),
     "ppo": _critic("ppo", "PPO, eq. 7, as in InstructGPT", _PPO, reward_kl_coef=_RLHF_KL),
     "ppo_dual_clip": _critic(
@@ -105,9 +121,13 @@ _ROWS: dict[str, Algorithm] = {
         reward_kl_coef=_RLHF_KL, pretraining_coef=27.8,
     ),
     "grpo": _group("grpo", "GRPO, eq. 3", _GRPO),
+    "grpo_response": _group(
+        "grpo_response", "GRPO of whole completions, DeepSeek-R1, eq. 1 and 2",
+        "https://arxiv.org/abs/2501.12948",
+    ),
     "grpo_token": _group(
         OBJECTIVES["grpo"].replace(aggregation="token-mean"),
-        "GRPO, a mean over the tokens of the batch", _GRPO,
+        "GRPO, eq. 3 as a mean over the tokens of the batch", _GRPO,
     ),
     "grpo_process": _policy(
         "grpo", "process", "GRPO with process supervision, section 4.1.3", _GRPO,

@@ -58,6 +58,9 @@ def resolve(config: Config) -> Algorithm:
         "advantage_std": config.loss.advantage_std,
         "pairs": config.loss.pairs,
         "whiten": config.loss.whiten,
+        "reward_entropy_coef": config.loss.reward_entropy_coef,
+        "reward_normalize": config.reward.normalize,
+        "reward_clip": "algorithm" if config.reward.clip == "none" else config.reward.clip,
         "reference_every_steps": config.loss.reference_every_steps,
         "gamma": config.loss.gamma,
         "gae_lambda": config.loss.gae_lambda,
@@ -113,7 +116,7 @@ def _objective(
     given: dict[str, Any] = dict(kl)
     if loss.clip_range != "algorithm":
         given["clip_low"], given["clip_high"] = loss.clip_range
-    for setting in ("entropy_coef", "aggregation", "kl_gradient"):
+    for setting in ("entropy_coef", "aggregation", "kl_gradient", "kl_level"):
         if (value := getattr(loss, setting)) != "algorithm":
             given[setting] = value
     if loss.correction != "algorithm":
@@ -131,7 +134,10 @@ def _objective(
                 f"loss.correction_range = {low:g} {high:g}: the lowest w must be below the highest"
             )
         given |= {"correction_low": low, "correction_high": high}
-    return objective.replace(**given)
+    try:
+        return objective.replace(**given)
+    except ValueError as error:
+        raise ConfigError(f"loss of algorithm = {name!r}: {error}") from None
 
 
 def _preference(preference: Preference, loss: LossSettings, name: str) -> Preference:
@@ -163,7 +169,11 @@ def has_effect(row: Algorithm) -> dict[str, bool]:
         "loss.kl_estimator": weighs_tokens,
         "loss.kl_in": estimator.shapes_rewards and not row.previous_reference,
         "loss.kl_gradient": weighs_tokens and not row.kl_in_reward,
+        "loss.kl_level": weighs_tokens and not row.kl_in_reward,
         "loss.entropy_coef": weighs_tokens,
+        "loss.reward_entropy_coef": estimator.shapes_rewards,
+        "reward.normalize": estimator.shapes_rewards,
+        "reward.clip": estimator.shapes_rewards,
         "loss.correction": weighs_tokens,
         "loss.correction_range": weighs_tokens,
         "loss.baseline": estimator.reads_baseline,
@@ -187,7 +197,7 @@ def _check_effects(config: Config, row: Algorithm) -> None:
         of_baseline = ("loss.baseline_decay", "loss.advantage_std", "rollout.max_draws")
         where |= dict.fromkeys(of_baseline, f"loss.baseline = {loss.baseline!r}")
     if loss.kl_in == "reward":
-        where["loss.kl_gradient"] = "loss.kl_in = 'reward'"
+        where["loss.kl_gradient"] = where["loss.kl_level"] = "loss.kl_in = 'reward'"
     if row.has_critic:
         shared = config.critic.model == "shared"
         # A head on the policy's trunk learns with it, at its rate and from the first step.
@@ -204,7 +214,7 @@ def _check_effects(config: Config, row: Algorithm) -> None:
                 f"{name} = {_shown(value)} has no effect on {where[name]}: remove it"
                 + (" (it has no critic)" if section == "critic" and not row.has_critic else "")
             )
-    for name in ("kl_estimator", "kl_gradient", "kl_in"):
+    for name in ("kl_estimator", "kl_gradient", "kl_level", "kl_in"):
         value = getattr(loss, name)
         unweighed = 0 in (loss.kl_coef, row.kl_coef) and loss.kl_coef in (0, "algorithm")
         if value != "algorithm" and unweighed:

@@ -123,6 +123,7 @@ def _settings(row: Algorithm) -> dict[str, str]:
             else objective.kl_estimator,
             "loss.kl_in": row.kl_in,
             "loss.kl_gradient": objective.kl_gradient,
+            "loss.kl_level": objective.kl_level,
             "loss.kl_target": "fixed" if row.kl_target is None else f"{row.kl_target:g}",
             "loss.entropy_coef": f"{objective.entropy_coef:g}",
             "loss.correction": correction
@@ -136,6 +137,7 @@ def _settings(row: Algorithm) -> dict[str, str]:
         "loss.baseline_decay": f"{row.baseline_decay:g}",
         "loss.reward_to_go": str(row.reward_to_go).lower(),
         "loss.whiten": str(row.whiten).lower(),
+        "loss.reward_entropy_coef": f"{row.reward_entropy_coef:g}",
         "loss.gamma": f"{row.gamma:g}",
         "loss.gae_lambda": " ".join(map(str, row.gae_lambda)),
         "loss.advantage_std": row.advantage_std,

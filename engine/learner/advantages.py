@@ -7,7 +7,7 @@ Out: one advantage for each token, and where there is a critic one return.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from warpo.engine.config.algorithm import Algorithm
 from warpo.engine.errors import RewardError
+from warpo.engine.learner.reward_scale import RewardMoments, scale
 from warpo.engine.models.step_rollouts import StepRollouts
 from warpo.engine.types import Metrics
 from warpo.kernels import ops
@@ -30,12 +31,14 @@ class AdaptiveState:
         baseline: mean of the rewards of earlier steps, or their moving average; None before the
             first step.
         rewards_seen: number of these rewards.
+        moments: of the rewards of all steps, where these are normalised by them.
         adapts: whether kl_coef is part of the state. A fixed kl_coef is always the config's.
     """
 
     kl_coef: float
     baseline: float | None = None
     rewards_seen: int = 0
+    moments: RewardMoments = field(default_factory=RewardMoments)
     adapts: bool = True
 
     def state_dict(self) -> dict[str, Any]:
@@ -43,11 +46,13 @@ class AdaptiveState:
             "kl_coef": self.kl_coef,
             "baseline": self.baseline,
             "rewards_seen": self.rewards_seen,
+            "moments": asdict(self.moments),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.baseline = state["baseline"]
         self.rewards_seen = state["rewards_seen"]
+        self.moments = RewardMoments(**state["moments"])
         if self.adapts:
             self.kl_coef = state["kl_coef"]
 
@@ -72,8 +77,8 @@ class AdaptiveState:
 class _Tokens(NamedTuple):
     """Inputs of an estimator: B rollouts, (B,), with their M trained tokens in one row, (M,).
 
-    rewards are of whole completions; step_rewards, (M,), are the same by steps, each at the last
-    token of its step, where a source scores steps.
+    rewards are of whole completions. token_rewards, (M,), and terminal_rewards, (B,), of their last
+    tokens, are their parts: of steps where a source scores these, and the entropy bonus.
     """
 
     rollouts: StepRollouts
@@ -81,7 +86,9 @@ class _Tokens(NamedTuple):
     lengths: Tensor
     cu_seqlens: Tensor
     rewards: Tensor
-    step_rewards: Tensor | None
+    greedy_rewards: Tensor | None
+    token_rewards: Tensor | None
+    terminal_rewards: Tensor | None
     logprobs: Tensor
     ref_logprobs: Tensor
     values: Tensor | None
@@ -104,7 +111,7 @@ def estimate(algorithm: Algorithm, rollouts: StepRollouts, state: AdaptiveState)
     Raises:
         RewardError: the estimator wants rewards of steps and a rollout has none.
     """
-    tokens = _tokens(rollouts)
+    tokens = _tokens(algorithm, rollouts, state)
     found = _ESTIMATORS[algorithm.advantages](algorithm, tokens, state)
     if algorithm.whiten:
         found = found._replace(advantages=ops.whiten(found.advantages))
@@ -118,16 +125,25 @@ def estimate(algorithm: Algorithm, rollouts: StepRollouts, state: AdaptiveState)
     return metrics
 
 
-def _tokens(rollouts: StepRollouts) -> _Tokens:
+def _tokens(algorithm: Algorithm, rollouts: StepRollouts, state: AdaptiveState) -> _Tokens:
     old, ref = rollouts.old_logprobs, rollouts.ref_logprobs
     old = rollouts.sampler_logprobs if old is None else old
+    rewards, greedy, state.moments = scale(algorithm, rollouts, state.moments)
+    rewards = rewards.to(rollouts.device, torch.float32)
+    steps = _at_their_tokens(rollouts)
+    by_token = steps
+    if algorithm.reward_entropy_coef:
+        bonus = -algorithm.reward_entropy_coef * old
+        by_token = bonus if steps is None else bonus + steps
     return _Tokens(
         rollouts=rollouts,
         group_size=rollouts.group_size,
         lengths=torch.from_numpy(rollouts.lengths).to(rollouts.device),
         cu_seqlens=rollouts.cu_seqlens,
-        rewards=rollouts.rewards.to(rollouts.device, torch.float32),
-        step_rewards=_at_their_tokens(rollouts),
+        rewards=rewards,
+        greedy_rewards=None if greedy is None else greedy.to(rewards),
+        token_rewards=by_token,
+        terminal_rewards=rewards if steps is None else None,
         logprobs=old,
         ref_logprobs=old if ref is None else ref,
         values=rollouts.values,
@@ -151,7 +167,8 @@ def _per_token(advantages: Tensor, tokens: _Tokens) -> Tensor:
 
 def _outcome(algorithm: Algorithm, tokens: _Tokens, state: AdaptiveState) -> Estimate:
     """Reward of the completion, or what is still to come of it, less the baseline."""
-    shaped = algorithm.gamma != 1 or (algorithm.kl_in_reward and algorithm.reward_kl_coef > 0)
+    kl = algorithm.kl_in_reward and algorithm.reward_kl_coef > 0
+    shaped = kl or algorithm.gamma != 1 or algorithm.reward_entropy_coef > 0
     rewards = tokens.rewards
     if shaped or algorithm.reward_to_go:
         to_go = _gae(algorithm, tokens, state, torch.zeros_like(tokens.logprobs), 1.0).advantages
@@ -178,9 +195,8 @@ def _less_baseline(
     if algorithm.baseline == "batch":
         return Estimate(rewards - rewards.mean())
     if algorithm.baseline == "greedy":
-        assert tokens.rollouts.baseline_rewards is not None
-        greedy = tokens.rollouts.baseline_rewards.to(rewards.device, torch.float32)
-        return Estimate(rewards - greedy)
+        assert tokens.greedy_rewards is not None
+        return Estimate(rewards - tokens.greedy_rewards)
     return Estimate(rewards)
 
 
@@ -223,8 +239,8 @@ def _gae(
         gae_lambda=gae_lambda,
         kl_coef=state.kl_coef if algorithm.kl_in_reward else 0.0,
         kl_estimator=algorithm.reward_kl_estimator,
-        rewards=tokens.step_rewards,
-        terminal_rewards=tokens.rewards if tokens.step_rewards is None else None,
+        rewards=tokens.token_rewards,
+        terminal_rewards=tokens.terminal_rewards,
         cu_seqlens=tokens.cu_seqlens,
     )
 
@@ -270,7 +286,8 @@ def _length_adaptive(
     """One scan for each length that occurs, since that has one lambda."""
     assert tokens.values is not None
     advantages = torch.empty_like(tokens.values)
-    starts, steps = tokens.cu_seqlens[:-1].long(), tokens.step_rewards
+    starts = tokens.cu_seqlens[:-1].long()
+    by_token, terminal = tokens.token_rewards, tokens.terminal_rewards
     for length in set(tokens.lengths.tolist()):
         mine = tokens.lengths == length
         index = starts[mine, None] + torch.arange(length, device=starts.device)
@@ -282,8 +299,8 @@ def _length_adaptive(
             gae_lambda=max(0.0, 1 - 1 / (alpha * length)),
             kl_coef=state.kl_coef if algorithm.kl_in_reward else 0.0,
             kl_estimator=algorithm.reward_kl_estimator,
-            rewards=None if steps is None else steps[index],
-            terminal_rewards=tokens.rewards[mine] if steps is None else None,
+            rewards=None if by_token is None else by_token[index],
+            terminal_rewards=None if terminal is None else terminal[mine],
         ).advantages
     return advantages
 

@@ -23,6 +23,7 @@ class Sampled:
     """B completions; those of a prompt follow each other.
 
     by_steps: the rewards stand at the ends of their steps, instead of at the last token.
+    entropy_coef: of the entropy in the reward.
     """
 
     rewards: np.ndarray
@@ -33,6 +34,7 @@ class Sampled:
     steps: list[list[tuple[int, float]]]
     greedy_rewards: np.ndarray
     by_steps: bool = False
+    entropy_coef: float = 0.0
 
     @property
     def lengths(self) -> list[int]:
@@ -49,11 +51,14 @@ class Sampled:
 
 def shaped_rewards(s: Sampled, kl_coef: float, kl_estimator: str) -> Tokens:
     """https://arxiv.org/abs/2203.02155 eq. 2, token by token: less the KL of each token, and with
-    the reward of the completion at the last one, or those of its steps at their ends.
+    the reward of the completion at the last one, or those of its steps at their ends. With an
+    entropy_coef each token has the entropy bonus -log pi of the soft reward,
+    https://arxiv.org/abs/1702.08165 eq. 1, by its sample.
     """
     shaped = []
     for i, (logp, ref) in enumerate(zip(s.logprobs, s.ref_logprobs, strict=True)):
         tokens = np.array([-kl_coef * KL[kl_estimator](d) for d in ref - logp])
+        tokens = tokens - s.entropy_coef * logp
         for end, reward in s.steps[i] if s.by_steps else [(-1, s.rewards[i])]:
             tokens[end] += reward
         shaped.append(tokens)

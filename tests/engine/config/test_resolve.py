@@ -67,24 +67,29 @@ def test_without_settings_a_row_is_itself(resolved: Resolve, name: str) -> None:
     assert resolved(name) == ALGORITHMS[name]
 
 
-CRITIC = {"ppo", "ppo_dual_clip", "ppo_kl", "ppo_length_adaptive", "ppo_ptx"}
+CRITIC = {"a2c", "ppo", "ppo_dual_clip", "ppo_kl", "ppo_length_adaptive", "ppo_ptx"}
 NO_BOUNDS = {
-    *("reinforce", "rloo", "remax", "gpg", "off_policy_first_order"),
+    *("reinforce", "reinforce_reward_to_go", "opo", "rloo", "remax", "gpg", "a2c"),
+    "off_policy_first_order",
     *("ppo_kl", "sapo", "iterative_dpo"),
 }
 KL_IN_REWARD = (CRITIC - {"ppo_kl"}) | {
-    *("reinforce", "rloo", "remax", "reinforce_plus_plus"),
-    *("off_policy_first_order", "off_policy_prefix"),
+    *("reinforce", "reinforce_reward_to_go", "rloo", "remax", "reinforce_plus_plus"),
+    *("off_policy_trajectory", "off_policy_first_order", "off_policy_prefix"),
 }
 GROUP_STD = {
-    *("grpo", "grpo_token", "grpo_process", "iterative_grpo", "dr_grpo"),
+    *("grpo", "grpo_response", "grpo_token", "grpo_process", "iterative_grpo", "dr_grpo"),
     *("dapo", "gspo", "cispo", "gmpo", "sapo", "grpo_tis", "grpo_mis", "grpo_icepop"),
 }
-REDRAWN = (GROUP_STD - {"grpo_process"}) | {"rloo", "gpg", "reinforce_plus_plus_baseline"}
+REDRAWN = (GROUP_STD - {"grpo_process"}) | {
+    *("opo", "rloo", "gpg", "reinforce_plus_plus_baseline"),
+}
 PAIRS = {"iterative_dpo"}
 EVERY = set(ROWS)
 OUTCOME = EVERY - CRITIC - PAIRS - {"grpo_process"}
-MOVING = {"reinforce", "off_policy_first_order", "off_policy_prefix"}
+MOVING = {
+    *("reinforce", "off_policy_trajectory", "off_policy_first_order", "off_policy_prefix"),
+}
 
 KL = ("--loss.kl_coef", "0.625")
 
@@ -119,10 +124,10 @@ SETTINGS: dict[str, tuple[tuple[str, ...], set[str], dict[str, Any]]] = {
     ),
     "loss.baseline_decay": (("--loss.baseline_decay", "0.5"), MOVING, {"baseline_decay": 0.5}),
     "loss.whiten": (("--loss.whiten", "true"), EVERY - PAIRS, {"whiten": True}),
-    "loss.kl_gradient": (
-        ("--loss.kl_gradient", "k2", *KL),
+    "loss.kl_level": (
+        ("--loss.kl_level", "sequence", *KL),
         EVERY - PAIRS - KL_IN_REWARD,
-        {"objective.kl_gradient": "k2"},
+        {"objective.kl_level": "sequence"},
     ),
     "loss.gae_lambda": (
         ("--loss.gae_lambda", "length:0.1", "0.5"),
@@ -152,6 +157,17 @@ SETTINGS: dict[str, tuple[tuple[str, ...], set[str], dict[str, Any]]] = {
         EVERY,
         {"pretraining_coef": 0.5},
     ),
+    "loss.reward_entropy_coef": (
+        ("--loss.reward_entropy_coef", "0.5"),
+        CRITIC | OUTCOME,
+        {"reward_entropy_coef": 0.5},
+    ),
+    "reward.normalize": (
+        ("--reward.normalize", "running"),
+        CRITIC | OUTCOME,
+        {"reward_normalize": "running"},
+    ),
+    "reward.clip": (("--reward.clip", "2.5"), CRITIC | OUTCOME, {"reward_clip": 2.5}),
     "critic.lr": (("--critic.lr", "1e-3"), CRITIC, {}),
 }
 
@@ -215,6 +231,15 @@ def test_the_coefficient_of_the_row_moves_too(resolved: Resolve) -> None:
     assert (ppo.reward_kl_coef, ppo.objective.kl_coef, ppo.models[-1]) == (0, 0.02, "reference")
 
 
+def test_the_gradient_of_the_kl_in_the_loss_may_be_that_of_k2(resolved: Resolve) -> None:
+    words = ("--loss.kl_estimator", "k1", "--loss.kl_gradient", "k2")
+    objective: Any = resolved("grpo", *words).objective
+    assert (objective.kl_estimator, objective.kl_gradient) == ("k1", "k2")
+    assert changes(ALGORITHMS["grpo"], resolved("grpo", *words[2:])) == {
+        "objective.kl_gradient": "k2"
+    }
+
+
 def test_a_baseline_decides_what_else_is_read(resolved: Resolve) -> None:
     std = ("--loss.advantage_std", "population")
     assert resolved("reinforce", "--loss.baseline", "group", *std).advantage_std == "population"
@@ -262,7 +287,11 @@ def test_a_target_may_be_fixed(resolved: Resolve) -> None:
 @pytest.mark.parametrize(
     ("name", "overrides", "message"),
     [
-        ("grop", [], r"'grop' is unknown, did you mean 'grpo'\? Known: reinforce, rloo, "),
+        (
+            "grop",
+            [],
+            r"'grop' is unknown, did you mean 'grpo'\? Known: reinforce, reinforce_reward_to_go, ",
+        ),
         ("dpo", [], r"algorithm = 'dpo' trains from given data or environments"),
         ("ppo_gymnasium", [], r"algorithm = 'ppo_gymnasium' trains from given data or env"),
         (
@@ -412,6 +441,11 @@ def test_a_target_may_be_fixed(resolved: Resolve) -> None:
             r"loss\.kl_in = 'reward' has no effect on algorithm = 'ppo_kl'",
         ),
         ("dapo", ["--loss.kl_in", "reward"], r"kl_in = 'reward' has no effect: .* in algorithm"),
+        (
+            "grpo",
+            ["--loss.kl_estimator", "k1"],
+            r"loss of algorithm = 'grpo': kl_estimator 'k1' .* set kl_gradient to 'k2'",
+        ),
         ("dapo", ["--loss.kl_gradient", "k2"], r"kl_gradient = 'k2' has no effect: .* is 0"),
         (
             "grpo",

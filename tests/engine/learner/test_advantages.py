@@ -22,6 +22,7 @@ from warpo.engine.learner.advantages import AdaptiveState, estimate
 from warpo.engine.models.step_rollouts import StepRollouts
 from warpo.engine.types import TokenSequence
 from warpo.kernels import ops
+from warpo.kernels.objectives import KL_ESTIMATORS
 
 ROWS = [name for name, row in ALGORITHMS.items() if row.family == "policy"]
 BASELINE = 0.3
@@ -29,11 +30,16 @@ BASELINE = 0.3
 # By row, what the paper says; a row's own numbers and the KL of `with_kl` come with it.
 ORACLES: dict[str, Callable[[Sampled, Algorithm], Tokens]] = {
     "reinforce": lambda s, row: oracle.reinforce(s, *kl_of(row), BASELINE),
+    "reinforce_reward_to_go": lambda s, row: oracle.outcome(
+        s, kl_of(row), baseline="history", earlier=BASELINE, reward_to_go=True
+    ),
+    "opo": lambda s, row: oracle.outcome(s, baseline="optimal"),
     "rloo": lambda s, row: oracle.rloo(s, *kl_of(row)),
     "reinforce_plus_plus": lambda s, row: oracle.reinforce_plus_plus(s, *kl_of(row)),
     "reinforce_plus_plus_baseline": lambda s, row: oracle.reinforce_plus_plus_baseline(s),
     "remax": lambda s, row: oracle.remax(s, *kl_of(row)),
     "gpg": lambda s, row: oracle.gpg(s),
+    "off_policy_trajectory": lambda s, row: oracle.reinforce(s, *kl_of(row), BASELINE),
     "off_policy_first_order": lambda s, row: oracle.reinforce(s, *kl_of(row), BASELINE),
     "off_policy_prefix": lambda s, row: oracle.reinforce(s, *kl_of(row), BASELINE),
     "grpo_process": lambda s, row: oracle.process(s, row.advantage_std),
@@ -168,6 +174,7 @@ def by_steps(s: Sampled) -> Sampled:
     st.booleans(),
     st.sampled_from([1.0, 0.97]),
     st.sampled_from([0.0, 0.2]),
+    st.sampled_from([0.0, 0.3]),
     st.booleans(),
 )
 def test_settings_of_the_outcome_are_those_of_the_formula(
@@ -178,9 +185,10 @@ def test_settings_of_the_outcome_are_those_of_the_formula(
     whitened: bool,
     gamma: float,
     kl_coef: float,
+    entropy_coef: float,
     stepwise: bool,
 ) -> None:
-    s = sample(seed, equal=0)
+    s = replace(sample(seed, equal=0), entropy_coef=entropy_coef)
     s = by_steps(s) if stepwise else s
     if reward_to_go or not BASELINES[baseline].of_group:
         std = "none"
@@ -191,6 +199,7 @@ def test_settings_of_the_outcome_are_those_of_the_formula(
         whiten=whitened,
         gamma=gamma,
         reward_kl_coef=kl_coef,
+        reward_entropy_coef=entropy_coef,
     )
     found, _ = estimated(row, s, AdaptiveState(kl_coef, BASELINE))
     expected = oracle.outcome(
@@ -219,9 +228,14 @@ def test_rewards_of_steps_stand_where_the_steps_end(name: str) -> None:
     assert whole.returns is not None and whole.returns.tolist() == [1, 1, 1, 1]
 
 
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.3])
+@pytest.mark.parametrize("stepwise", [True, False])
 @pytest.mark.parametrize("name", ["ppo", "ppo_length_adaptive"])
-def test_a_critic_reads_rewards_of_steps(name: str) -> None:
-    s, row = by_steps(sample(11)), with_kl(name)
+def test_a_critic_reads_rewards_of_steps_and_entropy(
+    name: str, stepwise: bool, entropy_coef: float
+) -> None:
+    s = replace(sample(11), entropy_coef=entropy_coef)
+    s, row = by_steps(s) if stepwise else s, with_kl(name, reward_entropy_coef=entropy_coef)
     found, _ = estimated(row, s)
     advantages, returns = oracle.ppo(s, *kl_of(row), row.gamma, row.gae_lambda)
     compare(by_row(found, "advantages"), advantages, "advantages")
@@ -265,7 +279,7 @@ def test_advantages_are_those_of_the_paper(
     assert (found.returns is not None) == row.has_critic
 
 
-@pytest.mark.parametrize("kl_estimator", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("kl_estimator", KL_ESTIMATORS)
 @pytest.mark.parametrize(
     "name", [name for name in ROWS if ALGORITHMS[name].kl_in_reward and name != "ppo_ptx"]
 )
