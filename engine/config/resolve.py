@@ -52,7 +52,7 @@ def resolve(config: Config) -> Algorithm:
         )
     row = _structure(row, config.loss)
     _check_effects(config, row)
-    own = {
+    own: dict[str, Any] = {
         "max_draws": config.rollout.max_draws,
         "baseline_decay": config.loss.baseline_decay,
         "advantage_std": config.loss.advantage_std,

@@ -98,6 +98,9 @@ class RewardSettings:
     all steps (running). Metrics and evaluations show them as they are."""
     clip: Positive | Literal["none"] = "none"
     """Bound on the absolute value of a reward that is learned from, after reward.normalize."""
+    truncated: Literal["score", "zero"] = "score"
+    """Reward of a completion that the length limit cut: what its sources give it, or 0 whatever
+    they do, so that a reward comes with an end-of-sequence token only."""
     success: float = 1.0
     """A completion with at least this reward counts as correct in the accuracy."""
 
@@ -227,6 +230,9 @@ class CriticSettings:
     squared error: coef is twice the c1 of papers that write c1 (V - R)^2."""
     aggregation: Aggregation = "token-mean"
     """How the value losses of the tokens become one, as loss.aggregation."""
+    bootstrap: bool = False
+    """Count what would still have come of a completion that the length limit cut: the value of the
+    state after its last token, instead of 0 (https://arxiv.org/abs/1712.00378)."""
 
 
 @dataclass(frozen=True, kw_only=True, config=checked)

@@ -242,6 +242,7 @@ def _gae(
         rewards=tokens.token_rewards,
         terminal_rewards=tokens.terminal_rewards,
         cu_seqlens=tokens.cu_seqlens,
+        last_values=tokens.rollouts.last_values,
     )
 
 
@@ -288,6 +289,7 @@ def _length_adaptive(
     advantages = torch.empty_like(tokens.values)
     starts = tokens.cu_seqlens[:-1].long()
     by_token, terminal = tokens.token_rewards, tokens.terminal_rewards
+    last_values = tokens.rollouts.last_values
     for length in set(tokens.lengths.tolist()):
         mine = tokens.lengths == length
         index = starts[mine, None] + torch.arange(length, device=starts.device)
@@ -301,6 +303,7 @@ def _length_adaptive(
             kl_estimator=algorithm.reward_kl_estimator,
             rewards=None if by_token is None else by_token[index],
             terminal_rewards=None if terminal is None else terminal[mine],
+            last_values=None if last_values is None else last_values[mine],
         ).advantages
     return advantages
 

@@ -75,12 +75,22 @@ class Critic:
             yield from self._head.named_parameters("critic_head")
 
     @torch.no_grad()
-    def values(self, batch: Batch, temperature: float) -> Tensor:
-        """(M,) float32, without gradient."""
+    def values(self, batch: Batch, temperature: float) -> tuple[Tensor, Tensor | None]:
+        """Without gradient (M,) float32, of the states before each token, and with critic.bootstrap
+        (B,), of the state after each sequence.
+        """
+        index = batch.logit_positions
+        if self._settings.bootstrap:
+            index = torch.cat([index, batch.gather_index[:, -1]])
         if self._head is not None:
-            return token_logprobs_and_values(self._policy, self._head, batch, temperature)[1]
-        assert self._network is not None
-        return token_scores(self._network, batch, batch.logit_positions)
+            model, head = self._policy, self._head
+            _, found = token_logprobs_and_values(model, head, batch, temperature, index=index)
+        else:
+            assert self._network is not None
+            found = token_scores(self._network, batch, index)
+        if not self._settings.bootstrap:
+            return found, None
+        return found[: batch.num_trained], found[batch.num_trained :]
 
     def denominator(self, batches: Sequence[Batch]) -> float:
         """The divisor of an optimizer step's loss, counted over all of its micro-batches."""

@@ -179,7 +179,10 @@ class Learner:
                     found = score(self.model, batch, temperature)
                     rollouts.fill("old_logprobs", rows, found)
                 if self.critic is not None:
-                    rollouts.fill("values", rows, self.critic.values(batch, temperature))
+                    values, last_values = self.critic.values(batch, temperature)
+                    rollouts.fill("values", rows, values)
+                    if last_values is not None:
+                        rollouts.fill_last_values(rows, last_values)
         saved = 0 if recompute_old else tokens_scored(rollouts.sequences, token_budget)
         return {
             "old_logprobs/recomputed": float(recompute_old),
