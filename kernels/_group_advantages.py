@@ -1,23 +1,28 @@
 """Group-relative advantages: mean, standard deviation and advantages of every group in one pass.
 
-    A_i = c (r_i - mean) / (std + eps)        c = 1, or n / (n - 1) with leave_one_out
+    A_i = (r_i - b_i) / (std + eps)
 
-std is that of the group (sample: divided by n - 1; population: by n) or left out. With
-leave_one_out the baseline of a completion is the mean of the other n - 1: r_i - mean_{j != i} r_j =
-n / (n - 1) (r_i - mean). A group whose rewards are all equal, of one completion too, teaches
-nothing: A = 0 exactly, std = 0, and it is counted.
+    baseline   mean              b_i = mean
+               leave_one_out     b_i = mean_{j != i} r_j, so that r_i - b_i = n / (n - 1) (r_i - mean)
+               length_weighted   b_i = sum_j |o_j| r_j / sum_j |o_j|
+
+std is that of the group (sample: divided by n - 1; population: by n) or left out. A group whose
+rewards are all equal, of one completion too, teaches nothing: A = 0 exactly, std = 0, and it is
+counted. The length-weighted baseline is that of the least variance of the gradient if the squared
+norm of the gradient of log p(o_j) is in proportion to the length |o_j|.
 
 With std "leave_one_out" each completion is divided by the sample standard deviation of the other n
 - 1:
 
     std_i = sqrt((sum_j (r_j - mean)^2 - n / (n - 1) (r_i - mean)^2) / (n - 2))
 
-0 where the others are all equal or fewer than two; the advantage is then c (r_i - mean), not
-divided: 1 for the only success of a group.
+0 where the others are all equal or fewer than two; the advantage is then r_i - b_i, not divided: 1
+for the only success of a group.
 
 Sources: GRPO, https://arxiv.org/abs/2402.03300 section 4.1.2; without std, Dr. GRPO,
 https://arxiv.org/abs/2503.20783; leave-one-out, RLOO, https://arxiv.org/abs/2402.14740 eq. 8; with
-its std, `use_leave_one_out_baseline` of NeMo RL, https://github.com/NVIDIA-NeMo/RL.
+its std, `use_leave_one_out_baseline` of NeMo RL, https://github.com/NVIDIA-NeMo/RL; length-weighted,
+OPO, https://arxiv.org/abs/2505.23585 section 3.
 """
 
 from typing import Any, NamedTuple
@@ -30,15 +35,18 @@ from warpo.kernels._arguments.group_advantages import (
     GroupAdvantagesArguments,
     GroupAdvantagesBackwardArguments,
 )
-from warpo.kernels._checks import FLOATS, check_mask, check_number, check_tensor
+from warpo.kernels._checks import FLOATS, check_mask, check_no_grad, check_number, check_tensor
 from warpo.kernels._registration import Operator
 
 # in the order of the enumeration in csrc/arguments/group_advantages.h
 STD_MODES = ("none", "sample", "population", "leave_one_out")
+BASELINES = ("mean", "leave_one_out", "length_weighted")
+LENGTHS = (torch.int64, torch.int32, torch.float32)
 
 
 class GroupAdvantagesInputs(NamedTuple):
     rewards: Tensor
+    lengths: Tensor | None
     group_size: int
     num_groups: int
     order: Tensor | None
@@ -51,6 +59,7 @@ class GroupAdvantagesInputs(NamedTuple):
 
 class GroupAdvantagesBackwardInputs(NamedTuple):
     rewards: Tensor
+    lengths: Tensor | None
     group_size: int
     order: Tensor | None
     offsets: Tensor | None
@@ -78,7 +87,8 @@ def group_advantages(
     num_groups: int | None = None,
     mask: Tensor | None = None,
     std: str = "sample",
-    leave_one_out: bool = False,
+    baseline: str = "mean",
+    lengths: Tensor | None = None,
     eps: float = 1e-6,
     backend: str | None = None,
 ) -> GroupAdvantages:
@@ -96,13 +106,16 @@ def group_advantages(
             masked one is never read (it may be NaN), is not counted in n, mean, std and
             num_degenerate, and has advantage and gradient 0.
         std: "sample" | "population" | "leave_one_out" | "none".
-        leave_one_out: baseline is the mean of the other completions.
+        baseline: "mean" | "leave_one_out" | "length_weighted", the last with a std of the group or
+            "none".
+        lengths: (B,) int64 | int32 | float32, the tokens of each completion, > 0; with
+            "length_weighted" only. A group whose lengths add up to 0 has NaN.
         eps: added to the standard deviation.
         backend: reference | cpu | triton | cuda; chosen by device if not given.
 
     Returns:
         advantages: (B,) float32.
-        mean, std: (groups,) float32; std is 0 where it is "none" or all rewards are equal, and the
+        mean, std: (groups,) float32, whatever the baseline; std is 0 where it is "none" or all rewards are equal, and the
             sample std of the group with "leave_one_out".
         num_degenerate: () int32, on the device: groups whose rewards are all equal.
 
@@ -110,15 +123,22 @@ def group_advantages(
         ValueError: a shape, dtype, device or option is not as above.
 
     Memory beyond arguments and results: none with group_size alone; 24 bytes a completion with
-    group_ids or mask.
+    group_ids or mask; 4 with lengths that are not float32.
     """
     groups = _check(rewards, group_size, group_ids, num_groups, mask, std, eps)
+    _check_baseline(rewards, baseline, lengths, std)
     name = dispatch.choose(rewards, backend)
     if name == "reference":
         ids = groups_of(rewards.numel(), group_size, group_ids, mask, rewards.device)
         return GroupAdvantages(
             *reference.group_advantages(
-                rewards.float(), ids, groups, std=std, leave_one_out=leave_one_out, eps=eps
+                rewards.float(),
+                ids,
+                groups,
+                std=std,
+                baseline=baseline,
+                lengths=None if lengths is None else lengths.float(),
+                eps=eps,
             )
         )
     if mask is not None:
@@ -126,12 +146,13 @@ def group_advantages(
     order, offsets = (None, None) if group_ids is None else members_of(group_ids, groups)
     inputs = GroupAdvantagesInputs(
         rewards=rewards,
+        lengths=None if lengths is None else lengths.float(),
         group_size=group_size or 0,
         num_groups=groups,
         order=order,
         offsets=offsets,
         std_mode=STD_MODES.index(std),
-        leave_one_out=leave_one_out,
+        leave_one_out=baseline == "leave_one_out",
         eps=eps,
         backend=name,
     )
@@ -194,12 +215,28 @@ def _check(
     raise ValueError("give either group_size or group_ids with num_groups")
 
 
+def _check_baseline(rewards: Tensor, baseline: str, lengths: Tensor | None, std: str) -> None:
+    if baseline not in BASELINES:
+        raise ValueError(f"baseline must be one of {', '.join(BASELINES)}; got {baseline!r}")
+    if (baseline == "length_weighted") != (lengths is not None):
+        raise ValueError(f"lengths go with baseline='length_weighted' only, got {baseline!r}")
+    if lengths is None:
+        return
+    check_tensor("lengths", lengths, LENGTHS, rewards.shape, rewards)
+    check_no_grad("lengths", lengths)
+    if std == "leave_one_out":
+        raise ValueError(
+            "std='leave_one_out' goes with baseline='mean' or 'leave_one_out', got 'length_weighted'"
+        )
+
+
 def _forward(inputs: GroupAdvantagesInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     advantages, mean, std, degenerate = _allocate(inputs)
     if inputs.num_groups:
         arguments = GroupAdvantagesArguments(
             groups=inputs.num_groups,
             rewards=inputs.rewards,
+            lengths=inputs.lengths,
             group_size=inputs.group_size,
             order=inputs.order,
             offsets=inputs.offsets,
@@ -233,6 +270,7 @@ def _backward(inputs: GroupAdvantagesBackwardInputs) -> Tensor:
         forward = GroupAdvantagesArguments(
             groups=mean.numel(),
             rewards=rewards,
+            lengths=inputs.lengths,
             group_size=inputs.group_size,
             order=inputs.order,
             offsets=inputs.offsets,
@@ -262,7 +300,9 @@ def _save(ctx: Any, inputs: GroupAdvantagesInputs, output: tuple[Tensor, ...]) -
     ctx.group_size, ctx.backend = inputs.group_size, inputs.backend
     ctx.std_mode, ctx.leave_one_out, ctx.eps = inputs.std_mode, inputs.leave_one_out, inputs.eps
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(inputs.rewards, inputs.order, inputs.offsets, *output[1:3])
+    ctx.save_for_backward(
+        inputs.rewards, inputs.lengths, inputs.order, inputs.offsets, *output[1:3]
+    )
 
 
 def _differentiate(
@@ -278,9 +318,10 @@ def _differentiate(
         )
     if grad_advantages is None:
         return (None,)
-    rewards, order, offsets, mean, std = ctx.saved_tensors
+    rewards, lengths, order, offsets, mean, std = ctx.saved_tensors
     inputs = GroupAdvantagesBackwardInputs(
         rewards=rewards,
+        lengths=lengths,
         group_size=ctx.group_size,
         order=order,
         offsets=offsets,

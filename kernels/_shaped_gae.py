@@ -1,6 +1,7 @@
-"""Generalised advantage estimation on rewards with a KL penalty, in one reverse scan.
+"""Generalised advantage estimation on rewards with a KL penalty and an entropy bonus, in one reverse
+scan.
 
-    R_t = r_t - kl_coef KL_t  [+ terminal reward, on the last valid token]
+    R_t = r_t - kl_coef KL_t - entropy_coef log p_t  [+ terminal reward, on the last valid token]
     A_t = R_t + gamma V_{t+1} - V_t + gamma lambda A_{t+1}            returns_t = A_t + V_t
 
 with KL_t an estimator (http://joschu.net/blog/kl-approx.html) of log p - log p_ref:
@@ -8,7 +9,8 @@ with KL_t an estimator (http://joschu.net/blog/kl-approx.html) of log p - log p_
     k1 = log p - log p_ref        k2 = k1^2 / 2        k3 = e^(-k1) + k1 - 1
 
 Source: the penalty in the reward, https://arxiv.org/abs/2203.02155 eq. 2 (there k1 on the whole
-response); advantages, https://arxiv.org/abs/1506.02438 eq. 16.
+response); the entropy, of which -log p_t is a sample, in the reward, https://arxiv.org/abs/1702.08165
+eq. 1; advantages, https://arxiv.org/abs/1506.02438 eq. 16.
 """
 
 from typing import NamedTuple
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from warpo.kernels import _scan, dispatch, reference
 from warpo.kernels._arguments.gae import ScanArguments, ShapedGaeArguments
-from warpo.kernels._checks import FLOATS, check_no_grad, check_tensor
+from warpo.kernels._checks import FLOATS, check_no_grad, check_number, check_tensor
 from warpo.kernels._registration import Operator
 from warpo.kernels._scan import (
     Steps,
@@ -42,6 +44,7 @@ class ShapedGaeInputs(NamedTuple):
     adaptive_kl_coef: Tensor | None
     kl: int
     kl_coef: float
+    entropy_coef: float
     log_ratio_limit: float
     return_rewards: bool
     backend: str
@@ -62,6 +65,7 @@ def shaped_gae(
     gae_lambda: float,
     kl_coef: float | Tensor,
     kl_estimator: str = "k1",
+    entropy_coef: float = 0.0,
     rewards: Tensor | None = None,
     terminal_rewards: Tensor | None = None,
     mask: Tensor | None = None,
@@ -72,7 +76,8 @@ def shaped_gae(
     return_rewards: bool = False,
     backend: str | None = None,
 ) -> ShapedGae:
-    """Advantages and returns of tokens whose rewards are penalised by the KL to a reference.
+    """Advantages and returns of tokens whose rewards are penalised by the KL to a reference, and
+    raised by what the policy did not expect.
 
     All arguments are constants: advantages of PPO are computed once, before its epochs.
 
@@ -85,10 +90,12 @@ def shaped_gae(
         gae_lambda: lambda in [0, 1].
         kl_coef: beta >= 0; a () float32 tensor on the device where it adapts (not checked).
         kl_estimator: "k1" | "k2" | "k3".
+        entropy_coef: alpha >= 0: -alpha logprobs[t] is added to the reward of token t.
         rewards: like logprobs: rewards of tokens, 0 if not given.
         terminal_rewards: (B,): reward of each sequence, added to its last valid token; nothing if
             it has none. One of the two rewards, or both.
-        mask, mask_mode, cu_seqlens, last_values: as in `gae`; with "zero" a masked token has no KL.
+        mask, mask_mode, cu_seqlens, last_values: as in `gae`; with "zero" a masked token has
+            neither KL nor entropy.
         log_ratio_limit: the exponent of k3 is at most this.
         return_rewards: also give R, 0 where masked.
         backend: reference | cpu | triton | cuda; chosen by device if not given.
@@ -100,7 +107,8 @@ def shaped_gae(
     Raises:
         ValueError: a shape, dtype, device or option is not as above, or a tensor requires grad.
 
-    Source: https://arxiv.org/abs/2203.02155 eq. 2. Memory beyond arguments and results: none.
+    Source: https://arxiv.org/abs/2203.02155 eq. 2; the entropy, https://arxiv.org/abs/1702.08165 eq.
+    1. Memory beyond arguments and results: none.
     """
     steps = Steps(mask, mask_mode, cu_seqlens, last_values=last_values)
     _scan.check_steps("logprobs", logprobs, steps)
@@ -108,6 +116,7 @@ def shaped_gae(
     _scan.check_discount("gae_lambda", gae_lambda)
     _scan.check_choice("kl_estimator", kl_estimator, KL_ESTIMATORS)
     _check_kl_coef(kl_coef, logprobs)
+    _check_entropy_coef(entropy_coef)
     _scan.check_log_ratio_limit(log_ratio_limit)
     _check_rewards(rewards, terminal_rewards, logprobs, cu_seqlens)
     for name, tensor in (("ref_logprobs", ref_logprobs), ("values", values)):
@@ -140,6 +149,7 @@ def shaped_gae(
             cu_seqlens=cu_seqlens,
             last_values=options["last_values"],
             log_ratio_limit=log_ratio_limit,
+            entropy_coef=entropy_coef,
         )
         return ShapedGae(advantages, returns, shaped if return_rewards else None)
     inputs = ShapedGaeInputs(
@@ -153,6 +163,7 @@ def shaped_gae(
         adaptive_kl_coef=kl_coef if isinstance(kl_coef, Tensor) else None,
         kl=KL_ESTIMATORS.index(kl_estimator) + 1,
         kl_coef=0.0 if isinstance(kl_coef, Tensor) else kl_coef,
+        entropy_coef=entropy_coef,
         log_ratio_limit=log_ratio_limit,
         return_rewards=return_rewards,
         backend=name,
@@ -166,6 +177,12 @@ def _check_kl_coef(kl_coef: float | Tensor, logprobs: Tensor) -> None:
         check_tensor("kl_coef", kl_coef, (torch.float32,), (), logprobs)
     elif not 0 <= kl_coef < float("inf"):
         raise ValueError(f"kl_coef must be finite and >= 0, got {kl_coef}")
+
+
+def _check_entropy_coef(entropy_coef: float) -> None:
+    check_number("entropy_coef", entropy_coef)
+    if not 0 <= entropy_coef < float("inf"):
+        raise ValueError(f"entropy_coef must be finite and >= 0, got {entropy_coef}")
 
 
 def _check_rewards(
@@ -204,6 +221,7 @@ def _forward(inputs: ShapedGaeInputs) -> tuple[Tensor, Tensor, Tensor]:
             kl=inputs.kl,
             kl_coef=inputs.kl_coef,
             adaptive_kl_coef=inputs.adaptive_kl_coef,
+            entropy_coef=inputs.entropy_coef,
             log_ratio_limit=inputs.log_ratio_limit,
             shaped_rewards=shaped if inputs.return_rewards else None,
         )

@@ -188,6 +188,7 @@ def _forward(inputs: VtraceInputs) -> tuple[Tensor, Tensor]:
             c_max=inputs.c_max,
             pg_rho_max=inputs.pg_rho_max,
             log_ratio_limit=inputs.log_ratio_limit,
+            weighs_advantages=True,
         )
         dispatch.load(inputs.backend).vtrace(arguments)
     return returns, advantages

@@ -27,6 +27,7 @@ from warpo.kernels._kto_loss import (
 )
 from warpo.kernels._linear_logprobs import linear_logprobs, linear_logprobs_and_entropy
 from warpo.kernels._logprobs import LogprobsAndEntropy, logprobs, logprobs_and_entropy
+from warpo.kernels._off_policy_returns import off_policy_returns
 from warpo.kernels._policy_loss import PolicyLoss, policy_loss
 from warpo.kernels._policy_loss_from_hidden import PolicyLossFromHidden, policy_loss_from_hidden
 from warpo.kernels._policy_loss_from_logits import PolicyLossFromLogits, policy_loss_from_logits
@@ -109,6 +110,7 @@ __all__ = [
     "logprobs_and_entropy",
     "merge_reward_model_metrics",
     "merge_value_metrics",
+    "off_policy_returns",
     "policy_loss",
     "policy_loss_from_hidden",
     "policy_loss_from_logits",

@@ -39,13 +39,15 @@ struct GaeBackward {
     View grad_last_values, grad_final_values;  // float32 out, optional
 };
 
-// GAE on the reward reward_t - kl_coef KL_t, with k1, k2 or k3 of logprobs against ref_logprobs.
+// GAE on the reward reward_t - kl_coef KL_t - entropy_coef logprobs_t, with k1, k2 or k3 of logprobs
+// against ref_logprobs.
 struct ShapedGae {
     Gae gae;
     View logprobs, ref_logprobs;  // float
     int kl;                       // Kl of policy_loss.h
     float kl_coef;
     const float* adaptive_kl_coef;  // (), optional: in place of kl_coef
+    float entropy_coef;
     float log_ratio_limit;
     View shaped_rewards;  // float32 out, optional: what the scan saw
 };
@@ -54,11 +56,13 @@ struct ShapedGae {
 // c_t = gae_lambda min(c_max, ratio_t):
 //     x_t = rho_t (r_t + gamma V_t+1 - V_t) + gamma c_t x_t+1,  returns_t = V_t + x_t,
 //     advantages_t = min(pg_rho_max, ratio_t) (r_t + gamma returns_t+1 - V_t)
+// and the last of them without its ratio unless weighs_advantages.
 struct Vtrace {
     Gae gae;
     View logprobs, old_logprobs;  // float
     float rho_max, c_max, pg_rho_max;
     float log_ratio_limit;
+    bool weighs_advantages;
 };
 
 }  // namespace warpo

@@ -9,6 +9,7 @@ enum Std : int { kNoStd = 0, kSampleStd = 1, kPopulationStd = 2, kLeaveOneOutStd
 struct GroupAdvantages {
     int64_t groups;
     View rewards;  // (0, i) float
+    View lengths;  // (0, i) float32, optional: their weights in the baseline, else the mean
     // group g holds g * group_size + [0, group_size), or order[offsets[g] .. offsets[g + 1])
     int64_t group_size;
     const int64_t *order, *offsets;  // both or neither

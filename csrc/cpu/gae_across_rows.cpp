@@ -55,8 +55,8 @@ State forward_tile(const Gae& a, const Vtrace* vtrace, int steps, Tiles& tile, S
             const Floats ratio = keep ? tile.logprobs[s] : one;
             const Floats rho = smaller(ratio, vtrace->rho_max), c = smaller(ratio, vtrace->c_max);
             x = rho * (reward + gamma * bootstrap - value) + decay * c * trace;
-            advantage =
-                smaller(ratio, vtrace->pg_rho_max) * (reward + gamma * (bootstrap + trace) - value);
+            advantage = reward + gamma * (bootstrap + trace) - value;
+            if (vtrace->weighs_advantages) advantage *= smaller(ratio, vtrace->pg_rho_max);
         } else {
             x = (reward + gamma * bootstrap - value) + decay * trace;
             advantage = x;

@@ -48,6 +48,9 @@ void shape(const ShapedGae& s, const Chunk& at, Buffers& b, float* rewards) {
     const float* const logp = load_chunk(s.logprobs, at, b.logprobs);
     const float* const ref = load_chunk(s.ref_logprobs, at, b.other_logprobs);
     const float coef = s.adaptive_kl_coef ? *s.adaptive_kl_coef : s.kl_coef;
+    if (s.entropy_coef != 0.0f)
+#pragma omp simd
+        for (int i = 0; i < at.count; ++i) rewards[i] -= s.entropy_coef * logp[i];
     switch (s.kl) {
         case kNoKl: return;
         case kK1: return subtract_kl<kK1>(logp, ref, coef, s.log_ratio_limit, at.count, rewards);
@@ -141,7 +144,8 @@ void scan_chunk(const Gae& a, const Vtrace* vtrace, const float* rewards, const 
         scan<true>(decay, x, at.count, state);
 }
 
-// min(pg_rho_max, ratio) (r + gamma (V' + x') - V), without x' where an episode ends.
+// min(pg_rho_max, ratio) (r + gamma (V' + x') - V), without x' where an episode ends, and without
+// the ratio unless it weighs them.
 const float* policy_advantages(const Vtrace& v, const float* rewards, const float* values,
                                const float* ratios, bool has_ends, const Chunk& at, float state,
                                Buffers& b) {
@@ -152,7 +156,8 @@ const float* policy_advantages(const Vtrace& v, const float* rewards, const floa
     for (int i = 0; i < at.count; ++i) {
         const float after = i + 1 < at.count ? x[i + 1] : state;
         const float target = next[i] + (ended[i] != 0.0f ? 0.0f : after);
-        out[i] = smaller(ratios[i], bound) * (rewards[i] + gamma * target - values[i]);
+        const float weight = v.weighs_advantages ? smaller(ratios[i], bound) : 1.0f;
+        out[i] = weight * (rewards[i] + gamma * target - values[i]);
     }
     return out;
 }

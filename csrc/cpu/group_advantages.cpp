@@ -1,5 +1,6 @@
 // Group-relative advantages: (r - mean) f / (std + eps) within each group, f = n / (n - 1) with
-// leave-one-out, else 1; std of the group, or for each member that of the others.
+// leave-one-out, else 1; std of the group, or for each member that of the others; the mean may be
+// weighted with lengths.
 #include "math/group_advantages.h"
 
 #include <math.h>
@@ -28,6 +29,8 @@ struct Stats {
     double mean = 0, std = 0;
     double squares = 0;  // sum of squared differences from the mean
     double degrees = 1;  // the variance is squares over this
+    double baseline = 0;      // what the rewards are compared with
+    double total_length = 1;  // of all members, with lengths
     bool all_equal = true;
 };
 
@@ -47,6 +50,22 @@ private:
     std::vector<float> gathered_;
 };
 
+double length_of(const GroupAdvantages& a, const Group& group, int64_t i) {
+    return load_one(a.lengths, 0, group.member(i));
+}
+
+void add_lengths(const GroupAdvantages& a, const Group& group, const float* rewards,
+                 Stats& stats) {
+    double total = 0, weighted = 0;
+    for (int64_t i = 0; i < group.count; ++i) {
+        const double length = length_of(a, group, i);
+        total += length;
+        weighted += length * (rewards[i] - stats.mean);
+    }
+    stats.total_length = total;
+    stats.baseline = stats.mean + weighted / total;
+}
+
 // Two passes: E[x^2] - E[x]^2 would lose all digits where the mean is large beside the spread.
 Stats stats_of(const GroupAdvantages& a, const Group& group, const float* rewards) {
     Stats stats;
@@ -61,7 +80,8 @@ Stats stats_of(const GroupAdvantages& a, const Group& group, const float* reward
     }
     stats.all_equal = different == 0;
     const double mean = stats.all_equal ? first : sum / (double)group.count;
-    stats.mean = mean;
+    stats.mean = stats.baseline = mean;
+    if (a.lengths.data) add_lengths(a, group, rewards, stats);
     if (stats.all_equal || a.std_mode == kNoStd) return stats;
 #pragma omp simd reduction(+ : squares)
     for (int64_t i = 0; i < group.count; ++i) {
@@ -132,23 +152,26 @@ bool forward_group(const GroupAdvantages& a, int64_t index, Rewards& storage) {
         forward_others(a, group, rewards, stats);
         return false;
     }
-    const double mean = stats.mean, factor = stats.all_equal ? 0.0 : factor_of(a, group, stats);
+    const double factor = stats.all_equal ? 0.0 : factor_of(a, group, stats);
+    const double baseline = stats.baseline;
     const bool all_equal = stats.all_equal;
     if (!group.order) {
         float* const out = a.advantages + group.first;
 #pragma omp simd
         for (int64_t i = 0; i < group.count; ++i)
-            out[i] = all_equal ? 0.0f : (float)((rewards[i] - mean) * factor);
+            out[i] = all_equal ? 0.0f : (float)((rewards[i] - baseline) * factor);
     } else {
         for (int64_t i = 0; i < group.count; ++i)
             a.advantages[group.member(i)] =
-                all_equal ? 0.0f : (float)((rewards[i] - mean) * factor);
+                all_equal ? 0.0f : (float)((rewards[i] - baseline) * factor);
     }
     return all_equal && group.count > 0;
 }
 
-// With c = r - mean and a = c f / (std + eps):
-//   dr_i = f / (std + eps) (g_i - mean(g)) - sum(g c) f / (std + eps)^2 c_i / (degrees std)
+// With c = r - mean, a = (r - baseline) f / (std + eps) and the shares w_i of the rewards in the
+// baseline, 1 / n without lengths:
+//   dr_i = f / (std + eps) (g_i - w_i sum(g)) - sum(g (r - baseline)) f / (std + eps)^2 c_i /
+//          (degrees std)
 void backward_group(const GroupAdvantages& a, const GroupAdvantagesBackward& g, int64_t index,
                     Rewards& storage) {
     const Group group = group_of(a, index);
@@ -156,12 +179,12 @@ void backward_group(const GroupAdvantages& a, const GroupAdvantagesBackward& g, 
     const Stats stats = stats_of(a, group, rewards);
     if (a.std_mode == kLeaveOneOutStd && !stats.all_equal)
         return backward_others(a, g, group, rewards, stats);
-    double mean_grad = 0, grad_dot_centred = 0;
+    double sum_grad = 0, grad_dot_centred = 0;
     for (int64_t i = 0; i < group.count; ++i) {
         const int64_t member = group.member(i);
         const double grad = load_one(g.grad_advantages, 0, member);
-        mean_grad += grad / (double)group.count;
-        grad_dot_centred += grad * (rewards[i] - stats.mean);
+        sum_grad += grad;
+        grad_dot_centred += grad * (rewards[i] - stats.baseline);
     }
     const double factor = stats.all_equal ? 0.0 : factor_of(a, group, stats);
     const double through_std =
@@ -170,7 +193,9 @@ void backward_group(const GroupAdvantages& a, const GroupAdvantagesBackward& g, 
             : grad_dot_centred * factor / ((stats.std + a.eps) * stats.degrees * stats.std);
     for (int64_t i = 0; i < group.count; ++i) {
         const int64_t member = group.member(i);
-        const double grad = load_one(g.grad_advantages, 0, member) - mean_grad;
+        const double share = a.lengths.data ? length_of(a, group, i) / stats.total_length
+                                            : 1.0 / (double)group.count;
+        const double grad = load_one(g.grad_advantages, 0, member) - share * sum_grad;
         const double centred = rewards[i] - stats.mean;
         g.grad_rewards[member] =
             stats.all_equal ? 0.0f : (float)(grad * factor - through_std * centred);

@@ -141,19 +141,24 @@ __device__ __forceinline__ Weights weights_of(const Vtrace& a, const float (&inp
     const float ratio = exp_f32(clamp_symmetric(log_ratio, a.log_ratio_limit));
     // fminf would drop a NaN
     return {ratio > a.rho_max ? a.rho_max : ratio, ratio > a.c_max ? a.c_max : ratio,
-            ratio > a.pg_rho_max ? a.pg_rho_max : ratio};
+            !a.weighs_advantages       ? 1.0f
+            : ratio > a.pg_rho_max ? a.pg_rho_max
+                                   : ratio};
 }
 
-// What the KL to the reference takes off the reward of a valid step.
-__device__ __forceinline__ float kl_cost(const Gae&, const float (&)[2][kItems], int, float) {
+// What the KL to the reference and the entropy take off the reward of a valid step.
+__device__ __forceinline__ float reward_cost(const Gae&, const float (&)[2][kItems], int, float) {
     return 0.0f;
 }
-__device__ __forceinline__ float kl_cost(const Vtrace&, const float (&)[4][kItems], int, float) {
+__device__ __forceinline__ float reward_cost(const Vtrace&, const float (&)[4][kItems], int, float) {
     return 0.0f;
 }
-__device__ __forceinline__ float kl_cost(const ShapedGae& a, const float (&inputs)[4][kItems],
+__device__ __forceinline__ float reward_cost(const ShapedGae& a, const float (&inputs)[4][kItems],
                                          int i, float kl_coef) {
-    return kl_coef * kl_estimate(inputs[2][i], inputs[3][i], a.kl, false, a.log_ratio_limit).value;
+    const float logp = inputs[2][i];
+    const float kl = kl_estimate(logp, inputs[3][i], a.kl, false, a.log_ratio_limit).value;
+    // 0 times a logprob of -inf would be NaN
+    return kl_coef * kl + (a.entropy_coef == 0.0f ? 0.0f : a.entropy_coef * logp);
 }
 
 __device__ __forceinline__ float kl_coef_of(const Gae&) { return 0.0f; }
@@ -258,7 +263,7 @@ __global__ __launch_bounds__(B::kThreads,
         for (int i = kItems - 1; i >= 0; --i) {
             // Masked slots may hold NaN: they are replaced, never multiplied.
             const bool keep = flags_of(flags, i) & kGaeKeep;
-            rewards[i] = keep ? rewards[i] - kl_cost(arguments, s.inputs, i, kl_coef) : 0.0f;
+            rewards[i] = keep ? rewards[i] - reward_cost(arguments, s.inputs, i, kl_coef) : 0.0f;
             values[i] = keep ? values[i] : 0.0f;
             if (!gae_is_transparent(flags_of(flags, i), carry)) first_value = {values[i], 1};
         }

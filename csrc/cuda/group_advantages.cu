@@ -39,23 +39,37 @@ __device__ __forceinline__ int own_lane() { return static_cast<int>(threadIdx.x 
 
 struct Centre {
     float mean;
+    float baseline;      // what the rewards are compared with
+    float total_length;  // of all members, with lengths
     bool all_equal;
 };
+
+__device__ __forceinline__ float load_length(const GroupAdvantages& a, const Group& g, int64_t i) {
+    return load_float(a.lengths, 0, member(a, g, i));
+}
 
 // Sums differences from the first reward, so that a common offset of the rewards costs the mean no
 // digits.
 __device__ __forceinline__ Centre find_centre(const GroupAdvantages& a, const Group& g) {
     const float first = load_reward(a, g, 0);
-    float sum = 0.0f;
+    float sum = 0.0f, weighted = 0.0f, total = 0.0f;
     bool differs = false;
     for (int64_t i = own_lane(); i < g.size; i += 32) {
         const float reward = load_reward(a, g, i);
         sum += reward - first;
         differs = differs || !(reward == first);
+        if (a.lengths.data) {
+            const float length = load_length(a, g, i);
+            total += length;
+            weighted = fmaf(length, reward - first, weighted);
+        }
     }
     const bool all_equal = !__any_sync(kAllLanes, differs);
     sum = warp_sum(sum);
-    return {all_equal ? first : first + sum / static_cast<float>(g.size), all_equal};
+    const float mean = all_equal ? first : first + sum / static_cast<float>(g.size);
+    if (!a.lengths.data) return {mean, mean, 1.0f, all_equal};
+    total = warp_sum(total);
+    return {mean, first + warp_sum(weighted) / total, total, all_equal};
 }
 
 __device__ __forceinline__ float degrees_of_freedom(const GroupAdvantages& a, const Group& g) {
@@ -148,7 +162,7 @@ __device__ __forceinline__ void backward_others(const GroupAdvantagesBackward& b
 __global__ __launch_bounds__(kThreads, kBlocksPerSm) void forward_kernel(const GroupAdvantages a) {
     const Group g = own_group(a);
     if (g.index >= a.groups) return;
-    Centre centre = {0.0f, true};
+    Centre centre = {0.0f, 0.0f, 1.0f, true};
     float std = 0.0f;
     if (g.size > 0) centre = find_centre(a, g);
     if (!centre.all_equal) std = find_std(a, g, centre.mean);
@@ -160,7 +174,7 @@ __global__ __launch_bounds__(kThreads, kBlocksPerSm) void forward_kernel(const G
     if (a.std_mode == kLeaveOneOutStd && !centre.all_equal) return forward_others(a, g);
     const float scale = centre.all_equal ? 0.0f : find_scale(a, g, std);
     for (int64_t i = own_lane(); i < g.size; i += 32) {
-        const float centred = load_reward(a, g, i) - centre.mean;
+        const float centred = load_reward(a, g, i) - centre.baseline;
         a.advantages[member(a, g, i)] = centre.all_equal ? 0.0f : centred * scale;
     }
 }
@@ -177,7 +191,7 @@ __global__ __launch_bounds__(kThreads) void backward_kernel(const GroupAdvantage
     for (int64_t i = own_lane(); i < g.size; i += 32) {
         const float grad = load_float(b.grad_advantages, 0, member(a, g, i));
         grad_sum += grad;
-        moment = fmaf(grad, load_reward(a, g, i) - centre.mean, moment);
+        moment = fmaf(grad, load_reward(a, g, i) - centre.baseline, moment);
     }
     grad_sum = warp_sum(grad_sum);
     moment = warp_sum(moment);
@@ -189,7 +203,9 @@ __global__ __launch_bounds__(kThreads) void backward_kernel(const GroupAdvantage
     for (int64_t i = own_lane(); i < g.size; i += 32) {
         const int64_t j = member(a, g, i);
         const float centred = load_reward(a, g, i) - centre.mean;
-        const float grad = load_float(b.grad_advantages, 0, j) - grad_mean - slope * centred;
+        float to_baseline = grad_mean;
+        if (a.lengths.data) to_baseline = load_length(a, g, i) / centre.total_length * grad_sum;
+        const float grad = load_float(b.grad_advantages, 0, j) - to_baseline - slope * centred;
         b.grad_rewards[j] = centre.all_equal ? 0.0f : scale * grad;
     }
 }

@@ -121,9 +121,10 @@ class Algorithm:
     @property
     def advantage_text(self) -> str:
         """The formula of its advantages, in words."""
-        if self.advantages != "outcome":
+        if not self.estimator.reads_baseline:
             return self.estimator.text
         text = "reward-to-go" if self.reward_to_go else "reward"
+        text = self.estimator.text or text
         text += f" - {self.subtracts.text}" if self.subtracts.text else ""
         text += ", over its standard deviation" if self.advantage_std != "none" else ""
         text += ", times groups over groups of unequal rewards" if self.rescaled else ""

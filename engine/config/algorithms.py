@@ -67,7 +67,7 @@ _ROWS: dict[str, Algorithm] = {
         _BERKELEY, reward_to_go=True,
     ),
     "opo": _outcome(
-        "reinforce", "optimal", "OPO, the length-weighted baseline of its section 2",
+        "reinforce", "optimal", "OPO, the length-weighted baseline",
         "https://arxiv.org/abs/2505.23585", kl_in="loss",
     ),
     "rloo": _outcome(
@@ -98,6 +98,11 @@ _ROWS: dict[str, Algorithm] = {
     "off_policy_prefix": _outcome(
         "off_policy_prefix", "moving", "off-policy policy gradient, ratios of the prefix",
         "https://arxiv.org/abs/1205.4839",
+    ),
+    "off_policy_causal": _policy(
+        "off_policy_causal", "causal",
+        "off-policy policy gradient, ratios up to the token and on to the reward", _BERKELEY,
+        baseline="moving", kl_in="reward",
     ),
     "a2c": _critic(
         "reinforce", "advantage actor-critic, section 4 of A3C, with GAE",

@@ -14,13 +14,15 @@ class Estimator:
     """Facts about an advantage estimator that other parts ask for.
 
     Attributes:
-        text: the formula, in words; of "outcome", the row composes it.
+        text: the formula, in words; the row adds its baseline, and composes that of "outcome".
         needs_critic: it reads values of states.
         needs_group: it compares a completion with others of its prompt, so there must be two.
         needs_steps: it reads rewards of steps.
         makes_pairs: it weighs no token: right and wrong completions are paired.
         shapes_rewards: it can take the KL to the reference off the rewards.
         reads_baseline: it subtracts loss.baseline.
+        is_causal: it gives rewards of tokens, of which every optimizer step makes returns, weighed
+            by the ratios of the policy that learns.
     """
 
     text: str
@@ -30,10 +32,17 @@ class Estimator:
     makes_pairs: bool = False
     shapes_rewards: bool = False
     reads_baseline: bool = False
+    is_causal: bool = False
 
 
 ESTIMATORS = {
     "outcome": Estimator(text="", shapes_rewards=True, reads_baseline=True),
+    "causal": Estimator(
+        text="reward-to-go, weighed by the ratios of its tokens",
+        shapes_rewards=True,
+        reads_baseline=True,
+        is_causal=True,
+    ),
     "process": Estimator(
         text="normalised rewards of the steps from here on",
         needs_group=True,

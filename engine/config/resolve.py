@@ -67,7 +67,7 @@ def resolve(config: Config) -> Algorithm:
         "pretraining_coef": config.pretraining.coef,
         "kl_target": config.loss.kl_target,
     }
-    changes: dict[str, Any] = {name: value for name, value in own.items() if value != "algorithm"}
+    changes = {name: value for name, value in own.items() if value != "algorithm"}
     if changes.get("kl_target") == "fixed":
         changes["kl_target"] = None
     kl = {
@@ -76,6 +76,11 @@ def resolve(config: Config) -> Algorithm:
         if getattr(config.loss, name) != "algorithm"
     }
     if row.kl_in_reward:
+        if kl.get("kl_estimator") == "reverse_k3":
+            raise ConfigError(
+                f"loss.kl_estimator = 'reverse_k3' stands in the loss, and the KL of algorithm = "
+                f"{row.name!r} in the reward: choose k1, k2 or k3, or set loss.kl_in to loss"
+            )
         changes |= {f"reward_{name}": value for name, value in kl.items()}
     if isinstance(row.objective, Objective):
         changes["objective"] = _objective(
@@ -178,8 +183,8 @@ def has_effect(row: Algorithm) -> dict[str, bool]:
         "loss.correction_range": weighs_tokens,
         "loss.baseline": estimator.reads_baseline,
         "loss.baseline_decay": row.baseline == "moving",
-        "loss.reward_to_go": estimator.reads_baseline,
-        "loss.whiten": weighs_tokens,
+        "loss.reward_to_go": estimator.reads_baseline and not estimator.is_causal,
+        "loss.whiten": weighs_tokens and not estimator.is_causal,
         "loss.gamma": estimator.shapes_rewards,
         "loss.gae_lambda": row.has_critic,
         "loss.advantage_std": row.divides_by_std,
@@ -244,7 +249,7 @@ def _check_updates(config: Config, row: Algorithm) -> None:
 
 def _check_baseline(config: Config, row: Algorithm) -> None:
     """Refuse what a row makes of its baseline and this baseline has not."""
-    if row.advantages != "outcome":
+    if not row.estimator.reads_baseline:
         return
     baseline = f"loss.baseline = {row.baseline!r}"
     if row.rescaled and not row.may_redraw:

@@ -21,6 +21,9 @@ from warpo.engine.models.step_rollouts import StepRollouts
 from warpo.engine.types import Metrics
 from warpo.kernels import ops
 
+# What the kernel calls the baselines of a group.
+_OF_GROUP = {"group": "mean", "leave_one_out": "leave_one_out", "optimal": "length_weighted"}
+
 
 @dataclass
 class AdaptiveState:
@@ -77,8 +80,8 @@ class AdaptiveState:
 class _Tokens(NamedTuple):
     """Inputs of an estimator: B rollouts, (B,), with their M trained tokens in one row, (M,).
 
-    rewards are of whole completions. token_rewards, (M,), and terminal_rewards, (B,), of their last
-    tokens, are their parts: of steps where a source scores these, and the entropy bonus.
+    rewards are of whole completions. They stand at the last tokens, as terminal_rewards, (B,), or
+    where a source scores steps at the ends of these, as step_rewards, (M,).
     """
 
     rollouts: StepRollouts
@@ -87,7 +90,7 @@ class _Tokens(NamedTuple):
     cu_seqlens: Tensor
     rewards: Tensor
     greedy_rewards: Tensor | None
-    token_rewards: Tensor | None
+    step_rewards: Tensor | None
     terminal_rewards: Tensor | None
     logprobs: Tensor
     ref_logprobs: Tensor
@@ -131,10 +134,6 @@ def _tokens(algorithm: Algorithm, rollouts: StepRollouts, state: AdaptiveState) 
     rewards, greedy, state.moments = scale(algorithm, rollouts, state.moments)
     rewards = rewards.to(rollouts.device, torch.float32)
     steps = _at_their_tokens(rollouts)
-    by_token = steps
-    if algorithm.reward_entropy_coef:
-        bonus = -algorithm.reward_entropy_coef * old
-        by_token = bonus if steps is None else bonus + steps
     return _Tokens(
         rollouts=rollouts,
         group_size=rollouts.group_size,
@@ -142,7 +141,7 @@ def _tokens(algorithm: Algorithm, rollouts: StepRollouts, state: AdaptiveState) 
         cu_seqlens=rollouts.cu_seqlens,
         rewards=rewards,
         greedy_rewards=None if greedy is None else greedy.to(rewards),
-        token_rewards=by_token,
+        step_rewards=steps,
         terminal_rewards=rewards if steps is None else None,
         logprobs=old,
         ref_logprobs=old if ref is None else ref,
@@ -163,6 +162,19 @@ def _at_their_tokens(rollouts: StepRollouts) -> Tensor | None:
 
 def _per_token(advantages: Tensor, tokens: _Tokens) -> Tensor:
     return advantages.repeat_interleave(tokens.lengths)
+
+
+def _causal(algorithm: Algorithm, tokens: _Tokens, state: AdaptiveState) -> Estimate:
+    """The reward of each token, the last of which carries the baseline. Every optimizer step makes
+    returns of them, with its own ratios.
+    """
+    shaped = _gae(algorithm, tokens, state, torch.zeros_like(tokens.logprobs), 1.0)
+    assert shaped.rewards is not None
+    rewards = shaped.advantages[tokens.cu_seqlens[:-1].long()]
+    found = _less_baseline(algorithm, tokens, rewards, state)
+    by_token = shaped.rewards.clone()
+    by_token[tokens.cu_seqlens[1:].long() - 1] -= rewards - found.advantages
+    return found._replace(advantages=by_token)
 
 
 def _outcome(algorithm: Algorithm, tokens: _Tokens, state: AdaptiveState) -> Estimate:
@@ -201,20 +213,15 @@ def _less_baseline(
 
 
 def _less_group(algorithm: Algorithm, tokens: _Tokens, rewards: Tensor) -> Estimate:
+    weighted = algorithm.baseline == "optimal"
     found = ops.group_advantages(
         rewards,
         tokens.group_size,
         std=algorithm.advantage_std,
-        leave_one_out=algorithm.baseline == "leave_one_out",
+        baseline=_OF_GROUP[algorithm.baseline],
+        lengths=tokens.lengths if weighted else None,
     )
-    advantages = found.advantages
-    if algorithm.baseline == "optimal":
-        # from the distances to the mean, which are exactly 0 where all rewards are equal
-        rows = advantages.view(-1, tokens.group_size)
-        weights = tokens.lengths.view_as(rows).to(rows.dtype)
-        weighted = (weights * rows).sum(1, keepdim=True) / weights.sum(1, keepdim=True)
-        advantages = (rows - weighted).flatten()
-    return Estimate(advantages, None, found.num_degenerate)
+    return Estimate(found.advantages, None, found.num_degenerate)
 
 
 def _earlier(algorithm: Algorithm, rewards: Tensor, state: AdaptiveState) -> float:
@@ -239,10 +246,12 @@ def _gae(
         gae_lambda=gae_lambda,
         kl_coef=state.kl_coef if algorithm.kl_in_reward else 0.0,
         kl_estimator=algorithm.reward_kl_estimator,
-        rewards=tokens.token_rewards,
+        entropy_coef=algorithm.reward_entropy_coef,
+        rewards=tokens.step_rewards,
         terminal_rewards=tokens.terminal_rewards,
         cu_seqlens=tokens.cu_seqlens,
         last_values=tokens.rollouts.last_values,
+        return_rewards=algorithm.estimator.is_causal,
     )
 
 
@@ -288,7 +297,7 @@ def _length_adaptive(
     assert tokens.values is not None
     advantages = torch.empty_like(tokens.values)
     starts = tokens.cu_seqlens[:-1].long()
-    by_token, terminal = tokens.token_rewards, tokens.terminal_rewards
+    steps, terminal = tokens.step_rewards, tokens.terminal_rewards
     last_values = tokens.rollouts.last_values
     for length in set(tokens.lengths.tolist()):
         mine = tokens.lengths == length
@@ -301,7 +310,8 @@ def _length_adaptive(
             gae_lambda=max(0.0, 1 - 1 / (alpha * length)),
             kl_coef=state.kl_coef if algorithm.kl_in_reward else 0.0,
             kl_estimator=algorithm.reward_kl_estimator,
-            rewards=None if by_token is None else by_token[index],
+            entropy_coef=algorithm.reward_entropy_coef,
+            rewards=None if steps is None else steps[index],
             terminal_rewards=None if terminal is None else terminal[mine],
             last_values=None if last_values is None else last_values[mine],
         ).advantages
@@ -316,6 +326,7 @@ def _pairs(algorithm: Algorithm, tokens: _Tokens, state: AdaptiveState) -> Estim
 
 _ESTIMATORS: dict[str, Callable[[Algorithm, _Tokens, AdaptiveState], Estimate]] = {
     "outcome": _outcome,
+    "causal": _causal,
     "process": _process,
     "gae": _critic,
     "pairs": _pairs,

@@ -244,6 +244,7 @@ class Learner:
                 temperature=config.rollout.temperature,
                 max_new_tokens=config.rollout.max_new_tokens,
                 kl_coef=self.adaptive.kl_coef if algorithm.kl_adapts_in_loss else None,
+                causal_gamma=algorithm.gamma if algorithm.estimator.is_causal else None,
                 critic=shared,
                 ranks=ranks,
             )

@@ -56,6 +56,7 @@ def accumulate_gradients(
     temperature: float,
     max_new_tokens: int,
     kl_coef: float | None = None,
+    causal_gamma: float | None = None,
     critic: Critic | None = None,
     ranks: Ranks = ONE_RANK,
 ) -> tuple[Tensor, Tensor | None]:
@@ -67,6 +68,8 @@ def accumulate_gradients(
 
     Args:
         kl_coef: instead of the objective's.
+        causal_gamma: the advantages are rewards of tokens, of which `ops.off_policy_returns` makes
+            advantages with this discount.
         critic: one that shares the model's trunk: its loss is added, times its coef.
 
     Returns:
@@ -82,10 +85,20 @@ def accumulate_gradients(
             head = critic.value_head
             current, values = token_logprobs_and_values(model, head, batch, temperature)
         assert batch.advantages is not None
+        advantages = batch.advantages
+        if causal_gamma is not None:
+            assert batch.old_logprobs is not None
+            advantages = ops.off_policy_returns(
+                advantages,
+                current.logprobs.detach(),
+                batch.old_logprobs,
+                gamma=causal_gamma,
+                cu_seqlens=batch.cu_seqlens,
+            )
         loss, batch_metrics = ops.policy_loss(
             current.logprobs,
             batch.old_logprobs,
-            batch.advantages,
+            advantages,
             objective,
             cu_seqlens=batch.cu_seqlens,
             ref_logprobs=batch.ref_logprobs,

@@ -48,6 +48,7 @@ class ShapedGaeArguments(NamedTuple):
     kl: int
     kl_coef: float
     adaptive_kl_coef: Tensor | None
+    entropy_coef: float
     log_ratio_limit: float
     shaped_rewards: Tensor | None
 
@@ -60,3 +61,4 @@ class VtraceArguments(NamedTuple):
     c_max: float
     pg_rho_max: float
     log_ratio_limit: float
+    weighs_advantages: bool

@@ -8,6 +8,7 @@ from torch import Tensor
 class GroupAdvantagesArguments(NamedTuple):
     groups: int
     rewards: Tensor
+    lengths: Tensor | None
     group_size: int
     order: Tensor | None
     offsets: Tensor | None

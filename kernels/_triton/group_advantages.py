@@ -8,7 +8,7 @@ from warpo.kernels._arguments.group_advantages import (
     GroupAdvantagesArguments,
     GroupAdvantagesBackwardArguments,
 )
-from warpo.kernels._triton.launch import kernel
+from warpo.kernels._triton.launch import column, kernel
 
 BLOCK = 128
 WARPS = 1
@@ -42,6 +42,30 @@ def _members(order_ptr, start, block, count, BLOCK: tl.constexpr):
 @triton.jit
 def _load(ptr, stride, index, inside):
     return tl.load(ptr + index * stride, mask=inside, other=0).to(tl.float32)
+
+
+@triton.jit
+def _weighted_baseline(
+    rewards_ptr,
+    rewards_stride,
+    lengths_ptr,
+    lengths_stride,
+    order_ptr,
+    start,
+    count,
+    mean,
+    BLOCK: tl.constexpr,
+):
+    """The mean weighted with lengths, and their sum."""
+    total, weighted = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    for block in range(0, count, BLOCK):
+        index, inside = _members(order_ptr, start, block, count, BLOCK)
+        reward = _load(rewards_ptr, rewards_stride, index, inside)
+        length = _load(lengths_ptr, lengths_stride, index, inside)
+        total += length
+        weighted += tl.where(inside, length * (reward - mean), 0.0)
+    sum_length = tl.sum(total)
+    return mean + tl.sum(weighted) / sum_length, sum_length
 
 
 @triton.jit
@@ -153,6 +177,8 @@ def _backward_others(
 def _group_advantages_fwd_kernel(
     rewards_ptr,
     rewards_stride: tl.int64,
+    lengths_ptr,
+    lengths_stride: tl.int64,
     group_size: tl.int64,
     order_ptr,
     offsets_ptr,
@@ -213,10 +239,23 @@ def _group_advantages_fwd_kernel(
     scale = 1.0 / (std + eps) if STD != 0 else 1.0
     if LEAVE_ONE_OUT:
         scale *= size / tl.maximum(size - 1.0, 1.0)
+    baseline = mean
+    if lengths_ptr is not None:
+        baseline, _ = _weighted_baseline(
+            rewards_ptr,
+            rewards_stride,
+            lengths_ptr,
+            lengths_stride,
+            order_ptr,
+            start,
+            count,
+            mean,
+            BLOCK,
+        )
     for block in range(0, count, BLOCK):
         index, inside = _members(order_ptr, start, block, count, BLOCK)
         reward = tl.load(rewards_ptr + index * rewards_stride, mask=inside, other=0).to(tl.float32)
-        advantage = tl.where(all_equal, 0.0, (reward - mean) * scale)
+        advantage = tl.where(all_equal, 0.0, (reward - baseline) * scale)
         tl.store(advantages_ptr + index, advantage, mask=inside)
 
 
@@ -224,6 +263,8 @@ def _group_advantages_fwd_kernel(
 def _group_advantages_bwd_kernel(
     rewards_ptr,
     rewards_stride: tl.int64,
+    lengths_ptr,
+    lengths_stride: tl.int64,
     group_size: tl.int64,
     order_ptr,
     offsets_ptr,
@@ -241,6 +282,19 @@ def _group_advantages_bwd_kernel(
     start, count = _bounds(group, group_size, offsets_ptr)
     mean = tl.load(mean_ptr + group)
     std = tl.load(std_ptr + group)
+    baseline = mean
+    if lengths_ptr is not None:
+        baseline, sum_length = _weighted_baseline(
+            rewards_ptr,
+            rewards_stride,
+            lengths_ptr,
+            lengths_stride,
+            order_ptr,
+            start,
+            count,
+            mean,
+            BLOCK,
+        )
     total = tl.zeros([BLOCK], tl.float32)
     projection = tl.zeros([BLOCK], tl.float32)
     different = tl.zeros([BLOCK], tl.int32)
@@ -250,7 +304,7 @@ def _group_advantages_bwd_kernel(
         pointers = grad_advantages_ptr + index * grad_advantages_stride
         grad = tl.load(pointers, mask=inside, other=0)
         total += grad
-        projection += tl.where(inside, grad * (reward - mean), 0.0)
+        projection += tl.where(inside, grad * (reward - baseline), 0.0)
         # the mean of equal rewards is exactly the reward
         different += (inside & (reward != mean)).to(tl.int32)
     size = tl.maximum(count, 1).to(tl.float32)
@@ -285,7 +339,11 @@ def _group_advantages_bwd_kernel(
         index, inside = _members(order_ptr, start, block, count, BLOCK)
         pointers = grad_advantages_ptr + index * grad_advantages_stride
         grad = tl.load(pointers, mask=inside, other=0)
-        result = grad - mean_grad
+        if lengths_ptr is not None:
+            length = _load(lengths_ptr, lengths_stride, index, inside)
+            result = grad - length / sum_length * tl.sum(total)
+        else:
+            result = grad - mean_grad
         if STD != 0:
             reward = tl.load(rewards_ptr + index * rewards_stride, mask=inside, other=0)
             result -= slope * (reward.to(tl.float32) - mean)
@@ -299,6 +357,7 @@ def group_advantages_forward(a: GroupAdvantagesArguments) -> None:
         _group_advantages_fwd_kernel[(a.groups,)](
             a.rewards,
             a.rewards.stride(0),
+            *column(a.lengths),
             a.group_size,
             a.order,
             a.offsets,
@@ -323,6 +382,7 @@ def group_advantages_backward(a: GroupAdvantagesBackwardArguments) -> None:
         _group_advantages_bwd_kernel[(f.groups,)](
             f.rewards,
             f.rewards.stride(0),
+            *column(f.lengths),
             f.group_size,
             f.order,
             f.offsets,

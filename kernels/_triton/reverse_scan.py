@@ -1,4 +1,4 @@
-"""The reverse scan behind gae, shaped_gae and vtrace: one kernel, by which tensors there are."""
+"""The reverse scan behind gae and its relatives: one kernel, by which tensors there are."""
 
 import torch
 import triton
@@ -109,6 +109,7 @@ def _reverse_scan_kernel(
     log_ratio_limit: tl.float32,
     kl_coef: tl.float32,
     kl_coef_ptr,
+    entropy_coef: tl.float32,
     shaped_ptr,
     shaped_stride_b: tl.int64,
     shaped_stride_t: tl.int64,
@@ -118,6 +119,7 @@ def _reverse_scan_kernel(
     MASK_MODE: tl.constexpr,
     STARTS_AT_T: tl.constexpr,
     KL: tl.constexpr,
+    WEIGHS_ADVANTAGES: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_T: tl.constexpr,
     TIME_AXIS: tl.constexpr,
@@ -252,6 +254,8 @@ def _reverse_scan_kernel(
             ref = load(other_ptr, row, step, other_stride_b, other_stride_t, keep, TIME_AXIS, DENSE)
             kl, _ = kl_estimate(logp, ref, log_ratio_limit, KL, False)
             reward -= tl.where(keep, kl_coef * kl, 0.0)
+            # 0 times a logprob of -inf would be NaN
+            reward -= tl.where(keep & (entropy_coef != 0), entropy_coef * logp, 0.0)
             store(
                 shaped_ptr,
                 row,
@@ -286,8 +290,9 @@ def _reverse_scan_kernel(
             rho = tl.where(ratio > rho_max, rho_max, ratio)
             x, after = scan_with_before(c, tl.where(counts, rho * delta, 0.0), state, TIME_AXIS)
             state = at(x, is_first, TIME_AXIS)
-            weight = tl.where(ratio > pg_rho_max, pg_rho_max, ratio)
-            advantage = weight * (delta + gamma * tl.where(cut, 0.0, after))
+            advantage = delta + gamma * tl.where(cut, 0.0, after)
+            if WEIGHS_ADVANTAGES:
+                advantage *= tl.where(ratio > pg_rho_max, pg_rho_max, ratio)
         else:
             c = tl.where(counts, c, 1.0)
             x = scan(c, tl.where(counts, delta, 0.0), state, TIME_AXIS)
@@ -326,8 +331,10 @@ def reverse_scan(
     log_ratio_limit: float = 0.0,
     kl_coef: float = 0.0,
     adaptive_kl_coef: Tensor | None = None,
+    entropy_coef: float = 0.0,
     shaped_rewards: Tensor | None = None,
     ratio_bounds: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    weighs_advantages: bool = True,
 ) -> None:
     """Of `Gae`, and what shaped_gae and vtrace have beyond."""
     if a.rows * a.steps == 0:
@@ -357,11 +364,13 @@ def reverse_scan(
             float(log_ratio_limit),
             float(kl_coef),
             adaptive_kl_coef,
+            float(entropy_coef),
             *strided(shaped_rewards),
             *map(float, ratio_bounds),
             MASK_MODE=a.scan.mask_mode,
             STARTS_AT_T=a.scan.starts_at_t,
             KL=kl,
+            WEIGHS_ADVANTAGES=weighs_advantages,
             **tile,
             enable_fp_fusion=True,
         )

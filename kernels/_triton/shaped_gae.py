@@ -12,6 +12,7 @@ def shaped_gae(a: ShapedGaeArguments) -> None:
         kl=a.kl,
         kl_coef=a.kl_coef,
         adaptive_kl_coef=a.adaptive_kl_coef,
+        entropy_coef=a.entropy_coef,
         log_ratio_limit=a.log_ratio_limit,
         shaped_rewards=a.shaped_rewards,
     )

@@ -11,4 +11,5 @@ def vtrace(a: VtraceArguments) -> None:
         other_logprobs=a.old_logprobs,
         log_ratio_limit=a.log_ratio_limit,
         ratio_bounds=(a.rho_max, a.c_max, a.pg_rho_max),
+        weighs_advantages=a.weighs_advantages,
     )

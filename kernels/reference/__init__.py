@@ -14,6 +14,7 @@ from warpo.kernels.reference.group_advantages import group_advantages
 from warpo.kernels.reference.kept_set_logprobs import kept_set_logprobs
 from warpo.kernels.reference.linear_logprobs import linear_logprobs
 from warpo.kernels.reference.logprobs import logprobs
+from warpo.kernels.reference.off_policy_returns import off_policy_returns
 from warpo.kernels.reference.policy_loss import kl_estimate, policy_loss
 from warpo.kernels.reference.preference_loss import kto_loss, preference_loss
 from warpo.kernels.reference.process_advantages import process_advantages
@@ -39,6 +40,7 @@ __all__ = [
     "lambda_returns",
     "linear_logprobs",
     "logprobs",
+    "off_policy_returns",
     "policy_loss",
     "preference_loss",
     "process_advantages",

@@ -10,7 +10,8 @@ def group_advantages(
     num_groups: int,
     *,
     std: str = "sample",
-    leave_one_out: bool = False,
+    baseline: str = "mean",
+    lengths: Tensor | None = None,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(advantages [B], mean [groups], std [groups], number of groups whose rewards are all
@@ -36,7 +37,11 @@ def group_advantages(
         if all_equal:
             degenerate += 1
             continue
-        centred = (r - mean) * (n / max(n - 1, 1) if leave_one_out else 1)
+        if lengths is None:
+            centred = (r - mean) * (n / max(n - 1, 1) if baseline == "leave_one_out" else 1)
+        else:
+            weights = lengths[members] / lengths[members].sum()
+            centred = r - (weights * r).sum()
         if std == "leave_one_out":
             others = _std_of_others(r)
             scaled = torch.where(others == 0, centred, centred / (others + eps))

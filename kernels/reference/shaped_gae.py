@@ -24,6 +24,7 @@ def shaped_gae(
     cu_seqlens: Tensor | None = None,
     last_values: Tensor | None = None,
     log_ratio_limit: float = 20.0,
+    entropy_coef: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(advantages, returns, shaped rewards)."""
     valid = valid_steps(logprobs, mask, cu_seqlens)
@@ -38,7 +39,8 @@ def shaped_gae(
             shaped = torch.cat([shaped[: span.start], row, shaped[span.stop :]])
     logp, ref = torch.where(valid, logprobs, 0), torch.where(valid, ref_logprobs, 0)
     kl = kl_estimate(logp, ref, kl_estimator, log_ratio_limit)
-    shaped = torch.where(valid, shaped - kl_coef * kl, 0)
+    surprise = entropy_coef * logp if entropy_coef else 0
+    shaped = torch.where(valid, shaped - kl_coef * kl - surprise, 0)
     advantages, returns = gae(
         shaped, values, gamma, gae_lambda, mask=mask, mask_mode=mask_mode, cu_seqlens=cu_seqlens,
         last_values=last_values,

@@ -26,6 +26,7 @@ _OTHERS = {
     "off_policy_first_order": f"{_OUTCOME} --update.minibatches 4",
     "off_policy_prefix": f"{_OUTCOME} --update.minibatches 4",
     "a2c": _CRITIC,
+    "off_policy_causal": f"{_OUTCOME} --update.minibatches 4",
     "ppo_dual_clip": "ppo",
     "ppo_kl": _CRITIC,
     # 0.05 of the paper is meant for thousands of tokens

@@ -74,7 +74,13 @@ def poisoned(operation: Operation, backend: str, generator: torch.Generator, tim
 # their gradient is poisoned as a whole
 WHOLE = ("policy_loss_from_logits", "policy_loss_from_hidden")
 # Triton's interpreter is slow, and these launch what others launch
-SAME = ("lambda_returns", "discounted_returns", "vtrace", "policy_loss_from_hidden")
+SAME = (
+    "lambda_returns",
+    "discounted_returns",
+    "vtrace",
+    "off_policy_returns",
+    "policy_loss_from_hidden",
+)
 
 
 def main(backend: str) -> None:

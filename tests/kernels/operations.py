@@ -180,6 +180,10 @@ def _log_ratios() -> dict[str, Tensor]:
     return _token_level() | {n: policy[n] for n in ("logprobs", "old_logprobs")}
 
 
+def _off_policy() -> dict[str, Tensor]:
+    return {name: x for name, x in _log_ratios().items() if name != "values"}
+
+
 def _shaped() -> dict[str, Tensor]:
     policy = _policy()
     return _token_level() | {n: policy[n] for n in ("logprobs", "ref_logprobs")}
@@ -432,6 +436,20 @@ OPERATIONS = [
             "masked": ("rewards", "values", "logprobs", "old_logprobs"),
             "batched": ("rewards", "values", "logprobs", "old_logprobs", "mask"),
             **_packed(_log_ratios),
+        },
+    ),
+    Operation(
+        name="off_policy_returns",
+        **_SCAN
+        | {
+            "kernels": "off_policy_returns",
+            "tensors": _off_policy,
+            "options": {"gamma": 0.9},
+            "floats": ("rewards", "logprobs", "old_logprobs"),
+            "differentiable": (),
+            "masked": ("rewards", "logprobs", "old_logprobs"),
+            "batched": ("rewards", "logprobs", "old_logprobs", "mask"),
+            **_packed(_off_policy),
         },
     ),
     Operation(

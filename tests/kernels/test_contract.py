@@ -308,6 +308,7 @@ def test_promise_12_host_cost(operation, backend):
     launch = GroupAdvantagesArguments(
         groups=1,
         rewards=one,
+        lengths=None,
         group_size=1,
         order=None,
         offsets=None,

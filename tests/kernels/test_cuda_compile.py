@@ -128,6 +128,7 @@ def test_without_a_gpu_the_library_imports_and_a_call_says_what_is_missing():
     arguments = GroupAdvantagesArguments(
         groups=1,
         rewards=(0, 0, 1, 0),
+        lengths=None,
         group_size=1,
         order=None,
         offsets=None,

@@ -31,7 +31,7 @@ def cases(draw, backend: str):
         rewards = rewards + 100
     options = {
         "std": draw(st.sampled_from(["none", "sample", "population", "leave_one_out"])),
-        "leave_one_out": draw(st.booleans()),
+        "baseline": draw(st.sampled_from(["mean", "leave_one_out", "length_weighted"])),
         "eps": draw(st.sampled_from([1e-6, 1e-4])),
     }
     ids = None
@@ -44,6 +44,12 @@ def cases(draw, backend: str):
         mask = torch.rand(count, generator=generator) < 0.7
         rewards, mask = rewards.masked_fill(~mask, torch.nan), mask.to(DEVICE)
     rewards = strided(rewards.to(dtype), draw(st.sampled_from(["dense", "sliced"])))
+    if options["baseline"] == "length_weighted":
+        lengths = torch.randint(1, 4000, (count,), generator=generator)
+        kind = draw(st.sampled_from([torch.int64, torch.int32, torch.float32]))
+        options["lengths"] = strided(lengths.to(kind), "sliced")
+        if options["std"] == "leave_one_out":
+            options["std"] = "none"
     return rewards, size, ids, groups, mask, options
 
 
@@ -61,6 +67,8 @@ def test_values_and_gradients_equal_float64(backend):
             ids = torch.arange(rewards.numel(), device=DEVICE) // size
         if mask is not None:
             ids = torch.where(mask, ids, groups)
+        if "lengths" in options:
+            options = options | {"lengths": options["lengths"].double()}
         wanted = reference.group_advantages(exact, ids, groups, **options)
         # rewards near 100 keep 1e-5 of their spread in float32
         for name, a, b in zip(("advantages", "mean", "std"), result, wanted, strict=False):
@@ -82,36 +90,51 @@ def test_values_and_gradients_equal_float64(backend):
 
 @each_backend
 @pytest.mark.parametrize("std", ["none", "sample", "population", "leave_one_out"])
-@pytest.mark.parametrize("leave_one_out", [False, True])
-def test_groups_without_a_difference_are_exactly_zero_and_counted(backend, std, leave_one_out):
+@pytest.mark.parametrize("baseline", ["mean", "leave_one_out"])
+def test_groups_without_a_difference_are_exactly_zero_and_counted(backend, std, baseline):
     # 0.1 summed seven times and divided by seven is not 0.1
     rewards = torch.tensor([0.1] * 7 + [5.0] * 7 + [1.0] * 6 + [0.0], device=DEVICE)
-    result = ops.group_advantages(rewards, 7, std=std, leave_one_out=leave_one_out, backend=backend)
+    result = ops.group_advantages(rewards, 7, std=std, baseline=baseline, backend=backend)
     assert (result.advantages[:14] == 0).all() and (result.advantages[14:] != 0).all()
     assert result.mean[0] == rewards[0] and (result.std[:2] == 0).all()
     assert int(result.num_degenerate) == 2
-    single = ops.group_advantages(rewards, 1, std=std, leave_one_out=leave_one_out, backend=backend)
+    single = ops.group_advantages(rewards, 1, std=std, baseline=baseline, backend=backend)
     assert (single.advantages == 0).all() and int(single.num_degenerate) == 21
 
 
 @each_backend
 def test_leave_one_out_is_the_mean_of_the_others(backend):
     rewards = torch.tensor([1.0, 0.0, 0.0, 3.0], device=DEVICE)
-    result = ops.group_advantages(rewards, 4, std="none", leave_one_out=True, backend=backend)
+    result = ops.group_advantages(rewards, 4, std="none", baseline="leave_one_out", backend=backend)
     others = (rewards.sum() - rewards) / 3
     assert torch.allclose(result.advantages, rewards - others)
 
 
-@pytest.mark.parametrize("leave_one_out", [False, True])
+@each_backend
+def test_the_length_weighted_baseline_is_that_of_opo(backend):
+    rewards = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 1.0], device=DEVICE, requires_grad=True)
+    lengths = torch.tensor([30, 10, 20, 5, 5, 7], device=DEVICE)
+    options = {"std": "none", "baseline": "length_weighted", "backend": backend}
+    result = ops.group_advantages(rewards, 3, lengths=lengths, **options)
+    assert torch.allclose(result.advantages[:3], torch.tensor([0.5, -0.5, -0.5], device=DEVICE))
+    assert (result.advantages[3:] == 0).all() and result.num_degenerate == 1
+    assert torch.allclose(result.mean, torch.tensor([1 / 3, 1.0], device=DEVICE))
+    result.advantages[0].backward()
+    wanted = torch.tensor([0.5, -1 / 6, -1 / 3, 0, 0, 0], device=DEVICE)
+    assert torch.allclose(rewards.grad, wanted)
+
+
+@pytest.mark.parametrize("baseline", ["mean", "leave_one_out"])
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
-def test_leave_one_out_std_equals_the_oracle(backend, leave_one_out):
+def test_leave_one_out_std_equals_the_oracle(backend, baseline):
     # of the first the others are equal, of the last few are an outlier's others; 0.35 is no float
     groups = [[1.0, 0.0, 0.0, 0.0], [0.35] * 4, [0.35, 0.35, 0.35, 0.0], [1e4, 0.0, 0.1, 0.3]]
     rewards = torch.tensor(groups, device=DEVICE)
     result = ops.group_advantages(
-        rewards.flatten(), 4, std="leave_one_out", leave_one_out=leave_one_out, backend=backend
+        rewards.flatten(), 4, std="leave_one_out", baseline=baseline, backend=backend
     )
-    wanted = [leave_one_out_std(row.double().cpu().numpy(), leave_one_out) for row in rewards]
+    of_others = baseline == "leave_one_out"
+    wanted = [leave_one_out_std(row.double().cpu().numpy(), of_others) for row in rewards]
     assert_close(
         result.advantages,
         torch.tensor(wanted).flatten(),
@@ -119,7 +142,7 @@ def test_leave_one_out_std_equals_the_oracle(backend, leave_one_out):
         absolute=1e-7,
         what="advantages",
     )
-    if leave_one_out:
+    if of_others:
         assert result.advantages[0] == 1 and result.advantages[11] == -rewards[2, 0]
     assert torch.allclose(result.std, rewards.std(1))
     # of two completions each has one other, which has no std
@@ -141,7 +164,7 @@ def test_an_excluded_completion_is_as_if_it_were_not_there(backend, by, std):
     if by == "ids":
         outside = torch.tensor([-1, 2], device=DEVICE).repeat(5)
         where = {"group_ids": torch.where(counts.bool(), ids, outside), "num_groups": 2}
-    options = {"std": std, "leave_one_out": True, "backend": backend}
+    options = {"std": std, "baseline": "leave_one_out", "backend": backend}
     result = ops.group_advantages(rewards, **where, **options)
     kept = counts.bool()
     alone = rewards.detach()[kept].requires_grad_()
@@ -203,6 +226,7 @@ def test_opcheck(backend):
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     of_size = GroupAdvantagesInputs(
         rewards=rewards,
+        lengths=None,
         group_size=4,
         num_groups=3,
         order=None,
@@ -213,7 +237,8 @@ def test_opcheck(backend):
         backend=backend,
     )
     by_id = of_size._replace(group_size=0, num_groups=2, order=order, offsets=offsets)
-    for inputs in (of_size, by_id):
+    weighted = of_size._replace(lengths=torch.rand(12, device=DEVICE), leave_one_out=False)
+    for inputs in (of_size, by_id, weighted):
         opcheck(_operator, inputs, test_utils=checks)
 
 
@@ -256,6 +281,19 @@ R, IDS = torch.zeros(6), torch.zeros(6, dtype=torch.int64)
             (R, 3),
             {"std": "unbiased"},
             "std must be one of none, sample, population, leave_one_out; got 'unbiased'",
+        ),
+        ((R, 3), {"baseline": "median"}, "baseline must be one of mean, leave_one_out, length_w"),
+        ((R, 3), {"baseline": "length_weighted"}, "lengths go with baseline='length_weighted'"),
+        ((R, 3), {"lengths": IDS}, "lengths go with baseline='length_weighted' only, got 'mean'"),
+        (
+            (R, 3),
+            {"baseline": "length_weighted", "lengths": IDS[:3]},
+            r"lengths must be of shape \(6,\), got \(3,\)",
+        ),
+        (
+            (R, 3),
+            {"baseline": "length_weighted", "lengths": IDS, "std": "leave_one_out"},
+            "std='leave_one_out' goes with baseline='mean' or 'leave_one_out'",
         ),
         ((R, 3), {"eps": -1.0}, "eps must be >= 0"),
         ((R[None], 3), {}, r"rewards must be \(B,\), got \(1, 6\)"),

@@ -35,8 +35,8 @@ _OPTIONS: dict[str, list[dict[str, Any]]] = {
     "value_loss": [{}, {"loss": "huber", "huber_delta": 0.5}, {"clip_range": None}],
     "preference_loss": [{"loss": name} for name in ("dpo", "robust_dpo", "ipo", "hinge", "orpo")],
     "approx_kl": [{}, {"estimator": "k1", "limit": 2.0}, {"estimator": "k2", "gradient": "k2"}],
-    "group_advantages": [{}, {"std": "none", "leave_one_out": True}, {"std": "population"}],
-    "shaped_gae": [{}, {"kl_estimator": "k3"}],
+    "group_advantages": [{}, {"std": "none", "baseline": "leave_one_out"}, {"std": "population"}],
+    "shaped_gae": [{}, {"kl_estimator": "k3"}, {"entropy_coef": 0.1}],
     "gae": [{}, {"mask_mode": "zero"}, {"whiten": True}],
     "whiten": [{}, {"shift_mean": False}],
 }

@@ -31,15 +31,18 @@ def test_logprobs_entropy_and_gradients(temperature):
 
 
 @pytest.mark.parametrize("std", ["sample", "population", "none"])
-@pytest.mark.parametrize("leave_one_out", [False, True])
-def test_group_advantages(std, leave_one_out):
+@pytest.mark.parametrize("baseline", ["mean", "leave_one_out", "length_weighted"])
+def test_group_advantages(std, baseline):
     generator = torch.Generator().manual_seed(2)
     ids = torch.randint(0, 6, (40,), generator=generator)
     ids[ids == 4] = 3  # a group without members
     rewards = torch.randn(40, generator=generator, dtype=torch.float64)
     rewards[ids == 2] = 0.5
-    found, *_ = reference.group_advantages(rewards, ids, 6, std=std, leave_one_out=leave_one_out)
+    lengths = torch.randint(1, 99, (40,), generator=generator).double()
+    options = {"std": std, "baseline": baseline}
+    given = lengths if baseline == "length_weighted" else None
+    found, *_ = reference.group_advantages(rewards, ids, 6, **options, lengths=given)
     wanted = groups_oracle.group_advantages(
-        rewards.numpy(), ids.numpy(), std=std, leave_one_out=leave_one_out
+        rewards.numpy(), ids.numpy(), **options, lengths=lengths.numpy()
     )
     torch.testing.assert_close(found, torch.from_numpy(wanted), rtol=1e-10, atol=1e-12)

@@ -25,6 +25,7 @@ NUMBERS = st.fixed_dictionaries(
         "gae_lambda": st.sampled_from([1.0, 0.95, 0.0]),
         "kl_coef": st.sampled_from([0.0, 0.05, 1.0]),
         "kl_estimator": st.sampled_from(["k1", "k2", "k3"]),
+        "entropy_coef": st.sampled_from([0.0, 0.1, 1.0]),
     }
 )
 
@@ -66,6 +67,7 @@ def test_values_equal_float64(backend):
 @pytest.mark.parametrize("kl_estimator", ["k1", "k2", "k3"])
 def test_every_mask_mode_in_every_layout_equals_float64(backend, kl_estimator):
     options = {"gamma": 0.9, "gae_lambda": 0.9, "kl_coef": 0.1, "kl_estimator": kl_estimator}
+    options["entropy_coef"] = 0.2
     for floats, others, _ in every_case(PER_STEP, ends=False):
         floats["terminal_rewards"] = floats["last_values"].flip(0)
         result = ops.shaped_gae(**floats, **others, **options, return_rewards=True, backend=backend)
@@ -136,6 +138,21 @@ def test_k3_far_above_the_reference_is_not_clamped(backend, steps):
 
 
 @each_backend
+@pytest.mark.parametrize("steps", [3, 40])
+def test_an_unexpected_token_has_a_bonus_of_its_surprise(backend, steps):
+    logp = torch.full((2, steps), -2.0, device=DEVICE)
+    logp[0, 1] = -torch.inf
+    options = {"gamma": 1.0, "gae_lambda": 1.0, "kl_coef": 0.0, "backend": backend}
+    zeros = torch.zeros_like(logp)
+    tensors = (logp, logp.clamp(min=-9.0), zeros)
+    rewards = ops.shaped_gae(
+        *tensors, rewards=zeros, entropy_coef=0.25, return_rewards=True, **options
+    ).rewards
+    assert (rewards[1] == 0.5).all() and rewards[0, 0] == 0.5
+    assert not rewards[0, 1].isfinite()
+
+
+@each_backend
 def test_shaped_rewards_are_given_on_request_alone(backend):
     tensors = torch.randn(4, 3, 40, device=DEVICE)
     options = {"gamma": 1.0, "gae_lambda": 0.9, "kl_coef": 0.1, "backend": backend}
@@ -171,6 +188,7 @@ def test_opcheck(backend):
             adaptive_kl_coef=coef,
             kl=1,
             kl_coef=0.0,
+            entropy_coef=0.1,
             log_ratio_limit=20.0,
             return_rewards=return_rewards,
             backend=backend,
@@ -210,6 +228,7 @@ X = torch.zeros(2, 3)
         ({"values": X.clone().requires_grad_()}, r"values requires grad.*values.detach\(\)"),
         ({"kl_coef": -1.0}, "kl_coef must be finite and >= 0, got -1.0"),
         ({"kl_coef": X}, r"kl_coef must be of shape \(\), got \(2, 3\)"),
+        ({"entropy_coef": -0.1}, "entropy_coef must be finite and >= 0, got -0.1"),
         ({"kl_estimator": "k4"}, "kl_estimator must be one of k1, k2, k3; got 'k4'"),
         ({"rewards": None}, r"give rewards \(one a token\), terminal_rewards"),
         ({"rewards": X[0]}, r"rewards must be of shape \(2, 3\), got \(3,\)"),

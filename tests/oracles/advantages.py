@@ -171,6 +171,14 @@ def outcome(
     return normalised(advantages) if whitened else advantages
 
 
+def causal(s: Sampled, kl_coef: float, kl_estimator: str, baseline: float) -> Tokens:
+    """The rewards of the tokens, the last of which carries the baseline."""
+    shaped = shaped_rewards(s, kl_coef, kl_estimator)
+    for tokens in shaped:
+        tokens[-1] -= baseline
+    return shaped
+
+
 def process(s: Sampled, std: str) -> Tokens:
     """https://arxiv.org/abs/2402.03300 section 4.1.3."""
     size = s.group_size

@@ -1,5 +1,6 @@
 """One row of KL-penalised rewards in NumPy, token by token: https://arxiv.org/abs/2203.02155 eq. 2,
-with the estimators of http://joschu.net/blog/kl-approx.html; then GAE.
+with the estimators of http://joschu.net/blog/kl-approx.html, and -log p_t as the sample of the
+entropy in the reward of https://arxiv.org/abs/1702.08165 eq. 1; then GAE.
 """
 
 import math
@@ -17,12 +18,13 @@ KL = {
 
 def shaped_gae(
     logprobs, ref_logprobs, values, *, gamma, gae_lambda, kl_coef, kl_estimator, rewards=None,
-    terminal_rewards=0.0, **options,
+    terminal_rewards=0.0, entropy_coef=0.0, **options,
 ):  # fmt: skip
     row = Row(len(logprobs), **options)
     shaped = row.rewards(np.zeros(row.length) if rewards is None else rewards)
     for t in np.flatnonzero(row.valid):
         shaped[t] -= kl_coef * KL[kl_estimator](ref_logprobs[t] - logprobs[t])
+        shaped[t] -= entropy_coef * logprobs[t]
     if row.valid.any():
         shaped[np.flatnonzero(row.valid)[-1]] += terminal_rewards
     if options.get("mask_mode") == "compact":

@@ -144,7 +144,7 @@ def compute_rloo_outcome_advantage(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
     groups = _groups(token_level_rewards, response_mask, index)
-    advantages = groups.centred(leave_one_out=True)
+    advantages = groups.centred("leave_one_out")
     return _spread(advantages, response_mask, token_level_rewards.dtype)
 
 
@@ -161,7 +161,7 @@ def compute_rloo_vectorized_outcome_advantage(
     # verl sums others than float32 in float64, and returns that
     require(token_level_rewards.dtype == torch.float32, "rewards that are not float32")
     groups = _groups(token_level_rewards, response_mask, index)
-    advantages = groups.centred(leave_one_out=True, alone=0.0)
+    advantages = groups.centred("leave_one_out", alone=0.0)
     return _spread(advantages, response_mask, torch.float32)
 
 
@@ -175,14 +175,9 @@ def compute_opo_outcome_advantage(
     config: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """The baseline is the mean of length times score over the mean of the length."""
     groups = _groups(token_level_rewards, response_mask, index)
-    scores = groups.scores
     lengths = response_mask.sum(dim=-1).float()
-    baseline = groups.mean(lengths * scores) / groups.mean(lengths)
-    advantages = scores - baseline[torch.from_numpy(groups.ids)]
-    if groups.alone is not None:
-        advantages = torch.where(groups.alone, scores, advantages)
+    advantages = groups.centred("length_weighted", lengths)
     return _spread(advantages, response_mask, token_level_rewards.dtype)
 
 
@@ -210,13 +205,11 @@ class _Groups(NamedTuple):
 
     Attributes:
         scores: (B,) float32 sums of the rewards of the tokens.
-        ids: (B,) int64, numbers of the prompts from 0.
         layout: as `ops.group_advantages` takes it.
         alone: (B,) bool: the only completion of its prompt; None if there is none such.
     """
 
     scores: Tensor
-    ids: np.ndarray
     layout: dict[str, Any]
     alone: Tensor | None
 
@@ -225,13 +218,12 @@ class _Groups(NamedTuple):
         found = ops.group_advantages(self.scores, **self.layout, eps=eps).advantages
         return self._or_alone(found, 1 / (1 + eps))
 
-    def centred(self, leave_one_out: bool = False, alone: float = 1.0) -> Tensor:
-        """score - mean; of one that is alone its score times `alone`."""
-        options = {"std": "none", "leave_one_out": leave_one_out, **self.layout}
+    def centred(
+        self, baseline: str = "mean", lengths: Tensor | None = None, alone: float = 1.0
+    ) -> Tensor:
+        """score - baseline; of one that is alone its score times `alone`."""
+        options = {"std": "none", "baseline": baseline, "lengths": lengths, **self.layout}
         return self._or_alone(ops.group_advantages(self.scores, **options).advantages, alone)
-
-    def mean(self, values: Tensor) -> Tensor:
-        return ops.group_advantages(values, **self.layout, std="none").mean
 
     def _or_alone(self, advantages: Tensor, share: float) -> Tensor:
         if self.alone is None:
@@ -259,7 +251,7 @@ def _groups(rewards: Tensor, mask: Tensor, index: Any) -> _Groups:
         smallest = np.bincount(ids).min()
     if smallest == 1:
         alone = torch.from_numpy(np.bincount(ids)[ids] == 1).to(rewards.device)
-    return _Groups(rewards.sum(dim=-1, dtype=torch.float32), ids, layout, alone)
+    return _Groups(rewards.sum(dim=-1, dtype=torch.float32), layout, alone)
 
 
 def _is_plain(index: np.ndarray) -> bool:

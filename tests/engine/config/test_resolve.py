@@ -75,7 +75,7 @@ NO_BOUNDS = {
 }
 KL_IN_REWARD = (CRITIC - {"ppo_kl"}) | {
     *("reinforce", "reinforce_reward_to_go", "rloo", "remax", "reinforce_plus_plus"),
-    *("off_policy_trajectory", "off_policy_first_order", "off_policy_prefix"),
+    *("off_policy_trajectory", "off_policy_first_order", "off_policy_prefix", "off_policy_causal"),
 }
 GROUP_STD = {
     *("grpo", "grpo_response", "grpo_token", "grpo_process", "iterative_grpo", "dr_grpo"),
@@ -89,7 +89,9 @@ EVERY = set(ROWS)
 OUTCOME = EVERY - CRITIC - PAIRS - {"grpo_process"}
 MOVING = {
     *("reinforce", "off_policy_trajectory", "off_policy_first_order", "off_policy_prefix"),
+    "off_policy_causal",
 }
+CAUSAL = {"off_policy_causal"}
 
 KL = ("--loss.kl_coef", "0.625")
 
@@ -123,7 +125,7 @@ SETTINGS: dict[str, tuple[tuple[str, ...], set[str], dict[str, Any]]] = {
         {"baseline": "leave_one_out"},
     ),
     "loss.baseline_decay": (("--loss.baseline_decay", "0.5"), MOVING, {"baseline_decay": 0.5}),
-    "loss.whiten": (("--loss.whiten", "true"), EVERY - PAIRS, {"whiten": True}),
+    "loss.whiten": (("--loss.whiten", "true"), EVERY - PAIRS - CAUSAL, {"whiten": True}),
     "loss.kl_level": (
         ("--loss.kl_level", "sequence", *KL),
         EVERY - PAIRS - KL_IN_REWARD,
@@ -445,6 +447,11 @@ def test_a_target_may_be_fixed(resolved: Resolve) -> None:
             "grpo",
             ["--loss.kl_estimator", "k1"],
             r"loss of algorithm = 'grpo': kl_estimator 'k1' .* set kl_gradient to 'k2'",
+        ),
+        (
+            "ppo",
+            ["--loss.kl_estimator", "reverse_k3"],
+            r"'reverse_k3' stands in the loss, and the KL of algorithm = 'ppo' in the reward",
         ),
         ("dapo", ["--loss.kl_gradient", "k2"], r"kl_gradient = 'k2' has no effect: .* is 0"),
         (

@@ -22,7 +22,6 @@ from warpo.engine.learner.advantages import AdaptiveState, estimate
 from warpo.engine.models.step_rollouts import StepRollouts
 from warpo.engine.types import TokenSequence
 from warpo.kernels import ops
-from warpo.kernels.objectives import KL_ESTIMATORS
 
 ROWS = [name for name, row in ALGORITHMS.items() if row.family == "policy"]
 BASELINE = 0.3
@@ -42,6 +41,7 @@ ORACLES: dict[str, Callable[[Sampled, Algorithm], Tokens]] = {
     "off_policy_trajectory": lambda s, row: oracle.reinforce(s, *kl_of(row), BASELINE),
     "off_policy_first_order": lambda s, row: oracle.reinforce(s, *kl_of(row), BASELINE),
     "off_policy_prefix": lambda s, row: oracle.reinforce(s, *kl_of(row), BASELINE),
+    "off_policy_causal": lambda s, row: oracle.causal(s, *kl_of(row), BASELINE),
     "grpo_process": lambda s, row: oracle.process(s, row.advantage_std),
     "iterative_dpo": lambda s, row: oracle.grpo(s, "none"),
 }
@@ -279,7 +279,7 @@ def test_advantages_are_those_of_the_paper(
     assert (found.returns is not None) == row.has_critic
 
 
-@pytest.mark.parametrize("kl_estimator", KL_ESTIMATORS)
+@pytest.mark.parametrize("kl_estimator", ["k1", "k2", "k3"])
 @pytest.mark.parametrize(
     "name", [name for name in ROWS if ALGORITHMS[name].kl_in_reward and name != "ppo_ptx"]
 )

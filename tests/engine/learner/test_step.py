@@ -185,3 +185,34 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(learner):
 def test_new_learner_is_the_model_on_disk(model_path, learner):
     for a, b in zip(new_learner("qwen2").parameters(), learner.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_causal_returns_are_those_of_the_policy_that_learns(learner):
+    """loss = -sum_t logp_t Q_t over B, with Q_t = C_t r_t + Q_{t+1} and C_t = prod_{u <= t} w_u."""
+    made = rollouts()
+    old = [score(learner, made.batch([i]), 1.0) for i in range(len(made))]
+    shift = torch.linspace(-0.3, 0.3, made.lengths.sum())
+    made = replace(made, old_logprobs=torch.cat(old) + shift)
+    batches = [made.batch([0, 1]), made.batch(range(2, len(made)))]
+    learner.zero_grad()
+    accumulate_gradients(
+        learner,
+        batches,
+        OBJECTIVES["off_policy_causal"],
+        temperature=1.0,
+        max_new_tokens=16,
+        causal_gamma=1.0,
+    )
+    found = [p.grad.clone() for p in learner.parameters()]
+    learner.zero_grad()
+    loss = torch.zeros(())
+    for i in range(len(made)):
+        batch = made.batch([i])
+        logprobs = token_logprobs(learner, batch, 1.0).logprobs
+        weights = (logprobs - batch.old_logprobs).detach().exp().cumprod(0)
+        returns = (weights * batch.advantages).flip(0).cumsum(0).flip(0)
+        loss = loss - (logprobs * returns).sum() / len(made)
+    loss.backward()
+    largest = max(p.grad.abs().max() for p in learner.parameters()).item()
+    for gradient, p in zip(found, learner.parameters(), strict=True):
+        torch.testing.assert_close(gradient, p.grad, rtol=1e-4, atol=1e-5 * largest)

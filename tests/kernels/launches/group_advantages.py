@@ -13,7 +13,9 @@ from warpo.kernels._arguments.group_advantages import (
 Launch = tuple[str, Callable[[], None]]
 
 
-def group_advantages(std: int, leave_one_out: bool, by_id: bool, groups: int = 4) -> None:
+def group_advantages(
+    std: int, leave_one_out: bool, by_id: bool, groups: int = 4, weighted: bool = False
+) -> None:
     from warpo.kernels import _triton
 
     completions = torch.empty(8 * groups)
@@ -22,6 +24,7 @@ def group_advantages(std: int, leave_one_out: bool, by_id: bool, groups: int = 4
     forward = GroupAdvantagesArguments(
         groups=groups,
         rewards=completions,
+        lengths=completions if weighted else None,
         group_size=0 if by_id else 8,
         order=order if by_id else None,
         offsets=offsets if by_id else None,
@@ -44,6 +47,7 @@ def configurations(all_of_them: bool) -> Iterator[Launch]:
     for std in range(4) if all_of_them else (1,):
         by_id = std == 1
         yield f"std {std}{' by id' * by_id}", partial(group_advantages, std, by_id, by_id)
+    yield "length weighted", partial(group_advantages, 0, False, True, weighted=True)
 
 
 def variations() -> Iterator[Callable[[], None]]:

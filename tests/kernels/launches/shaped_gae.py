@@ -39,6 +39,7 @@ def shaped_gae(
         kl=kl,
         kl_coef=coef,
         adaptive_kl_coef=adaptive,
+        entropy_coef=coef / 2,
         log_ratio_limit=100 * coef,
         shaped_rewards=token if full else None,
     )

@@ -48,6 +48,7 @@ def vtrace(
         c_max=1.0,
         pg_rho_max=2 * rho_max,
         log_ratio_limit=20.0,
+        weighs_advantages=True,
     )
     _triton.vtrace(arguments)
 
