@@ -250,6 +250,7 @@ def _gae(
         rewards=tokens.step_rewards,
         terminal_rewards=tokens.terminal_rewards,
         cu_seqlens=tokens.cu_seqlens,
+        last_values=tokens.rollouts.last_values,
         return_rewards=algorithm.estimator.is_causal,
     )
 
@@ -297,6 +298,7 @@ def _length_adaptive(
     advantages = torch.empty_like(tokens.values)
     starts = tokens.cu_seqlens[:-1].long()
     steps, terminal = tokens.step_rewards, tokens.terminal_rewards
+    last_values = tokens.rollouts.last_values
     for length in set(tokens.lengths.tolist()):
         mine = tokens.lengths == length
         index = starts[mine, None] + torch.arange(length, device=starts.device)
@@ -311,6 +313,7 @@ def _length_adaptive(
             entropy_coef=algorithm.reward_entropy_coef,
             rewards=None if steps is None else steps[index],
             terminal_rewards=None if terminal is None else terminal[mine],
+            last_values=None if last_values is None else last_values[mine],
         ).advantages
     return advantages
 

@@ -53,6 +53,7 @@ class Critic:
         self._optimizer, self._schedule = make_optimizer(
             self._network.named_parameters(),
             config.update,
+            config.steps * config.update.per_step,
             lr=config.critic.lr,
             setting="critic.lr",
             ranks=ranks,
@@ -74,28 +75,39 @@ class Critic:
             yield from self._head.named_parameters("critic_head")
 
     @torch.no_grad()
-    def values(self, batch: Batch, temperature: float) -> Tensor:
-        """(M,) float32, without gradient."""
+    def values(self, batch: Batch, temperature: float) -> tuple[Tensor, Tensor | None]:
+        """Without gradient (M,) float32, of the states before each token, and with critic.bootstrap
+        (B,), of the state after each sequence.
+        """
+        index = batch.logit_positions
+        if self._settings.bootstrap:
+            index = torch.cat([index, batch.gather_index[:, -1]])
         if self._head is not None:
-            return token_logprobs_and_values(self._policy, self._head, batch, temperature)[1]
-        assert self._network is not None
-        return token_scores(self._network, batch, batch.logit_positions)
+            model, head = self._policy, self._head
+            _, found = token_logprobs_and_values(model, head, batch, temperature, index=index)
+        else:
+            assert self._network is not None
+            found = token_scores(self._network, batch, index)
+        if not self._settings.bootstrap:
+            return found, None
+        return found[: batch.num_trained], found[batch.num_trained :]
 
     def denominator(self, batches: Sequence[Batch]) -> float:
         """The divisor of an optimizer step's loss, counted over all of its micro-batches."""
         return denominator(batches, self._settings.aggregation, self._max_new_tokens, self._ranks)
 
     def loss(self, values: Tensor, batch: Batch, total: float) -> tuple[Tensor, Tensor]:
-        """Clipped value loss of a micro-batch, over the denominator of the optimizer step; and the
-        vector of `ops.value_loss`.
+        """Value loss of a micro-batch, clipped where critic.clip_range says so, over the
+        denominator of the optimizer step; and the vector of `ops.value_loss`.
         """
         assert batch.returns is not None
+        clip_range = self._settings.clip_range
         return ops.value_loss(
             values,
             batch.values,
             batch.returns,
             cu_seqlens=batch.cu_seqlens,
-            clip_range=self._settings.clip_range,
+            clip_range=None if clip_range == "none" else clip_range,
             aggregation=self._settings.aggregation,
             denominator=total,
         )
@@ -118,6 +130,11 @@ class Critic:
         self._optimizer.step(self._max_grad_norm)
         self._schedule.step()
         return ops.merge_value_metrics(self._ranks.gather(metrics))
+
+    def skip(self, steps: int) -> None:
+        """Go on as if so many optimizer steps had been taken."""
+        if self._optimizer is not None:
+            self._schedule.skip(steps)
 
     def state_dict(self) -> dict[str, Any]:
         module = self._head if self._network is None else self._network

@@ -125,13 +125,19 @@ def token_logprobs(model: nn.Module, batch: Batch, temperature: float) -> ops.Lo
 
 
 def token_logprobs_and_values(
-    model: nn.Module, value_head: nn.Module, batch: Batch, temperature: float
+    model: nn.Module,
+    value_head: nn.Module,
+    batch: Batch,
+    temperature: float,
+    *,
+    index: Tensor | None = None,
 ) -> tuple[ops.LogprobsAndEntropy, Tensor]:
     """The same, and the values (M,) float32 that a head on the last hidden states gives to the
-    states before those tokens.
+    states before those tokens, or (K,) to those after the tokens of `index`.
     """
     output = forward(model, batch, output_hidden_states=True)
-    hidden = hidden_at(model, output.hidden_states[-1], batch, batch.logit_positions)
+    index = batch.logit_positions if index is None else index
+    hidden = hidden_at(model, output.hidden_states[-1], batch, index)
     logprobs = ops.logprobs_and_entropy(output.logits[0], batch.targets, temperature=temperature)
     return logprobs, value_head(hidden.float()).squeeze(-1)
 

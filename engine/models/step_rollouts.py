@@ -34,6 +34,9 @@ class StepRollouts:
             sampler serve.
         ref_logprobs, values, advantages, returns: (M,) float32, where there is such a model or
             estimate.
+        finished: (B,) bool, False for a completion that was cut at the length limit; None: all are.
+        last_values: (B,) float32, of the state after a completion that was cut, and 0 after one
+            that ended; None: 0.
         probed: rows that sampler and learner are compared on.
     """
 
@@ -48,6 +51,8 @@ class StepRollouts:
     values: Tensor | None = None
     advantages: Tensor | None = None
     returns: Tensor | None = None
+    finished: Tensor | None = None
+    last_values: Tensor | None = None
     probed: Sequence[int] = ()
 
     def __post_init__(self) -> None:
@@ -108,6 +113,14 @@ class StepRollouts:
             setattr(self, name, torch.full_like(self.sampler_logprobs, torch.nan))
         getattr(self, name)[self.tokens_of(rows)] = values
 
+    def fill_last_values(self, rows: Sequence[int], values: Tensor) -> None:
+        """Write the values of the states after some rows, of which those that were cut count."""
+        if self.last_values is None:
+            self.last_values = torch.zeros(len(self), device=self.device)
+        if self.finished is not None:
+            values = values.masked_fill(self.finished[rows].to(values.device), 0.0)
+            self.last_values[rows] = values
+
     def to(self, device: torch.device | str) -> StepRollouts:
         """The same rollouts with their columns on a device."""
         moved: dict[str, Any] = {
@@ -131,6 +144,7 @@ def step_rollouts(
         ],
         group_ids=np.repeat(np.arange(len(groups)), [len(group) for group in groups]),
         rewards=torch.tensor(rewards, dtype=torch.float64),
+        finished=torch.tensor([completion.finished for _, completion in pairs]),
         sampler_logprobs=torch.from_numpy(np.concatenate(logprobs)),
     )
 

@@ -18,7 +18,8 @@ class Rewards:
     """Scores that the sources give to B completions.
 
     Attributes:
-        totals: B weighted sums over sources and steps.
+        totals: B weighted sums over sources and steps; with reward.truncated = "zero" 0 for a
+            completion that was cut, whose steps have none either.
         steps: (index of the step's last token in the completion, weighted score) of each step of
             each completion; None if no source scores steps. What other sources say of a whole
             completion counts to its last step.
@@ -45,6 +46,7 @@ class RewardSources:
 
     def __init__(self, context: SourceContext) -> None:
         self._tokenizer = context.tokenizer
+        self._needs_end = context.settings.truncated == "zero"
         self._opened: list[tuple[Source, RewardSource]] = []
         try:
             for source in parse_sources(context.settings.sources):
@@ -81,6 +83,10 @@ class RewardSources:
             by_source[source.name] = scores
             totals = [t + source.weight * score for t, score in zip(totals, scores, strict=True)]
         _check_finite(totals)
+        if self._needs_end:
+            ended = [completion.finished for completion in completions]
+            totals = [total if end else 0.0 for total, end in zip(totals, ended, strict=True)]
+            steps = steps and [row if end else [] for row, end in zip(steps, ended, strict=True)]
         if steps is not None:
             lengths = [len(completion_ids) for completion_ids in ids]
             steps = [_with_rest(*of_one) for of_one in zip(steps, totals, lengths, strict=True)]
