@@ -35,6 +35,7 @@ class StepRollouts:
         ref_logprobs, values, advantages, returns: (M,) float32, where there is such a model or
             estimate.
         probed: rows that sampler and learner are compared on.
+        labelled: pairs that the reward model learns from, where one does.
     """
 
     sequences: list[TokenSequence]
@@ -49,6 +50,7 @@ class StepRollouts:
     advantages: Tensor | None = None
     returns: Tensor | None = None
     probed: Sequence[int] = ()
+    labelled: Sequence[Any] = ()
 
     def __post_init__(self) -> None:
         self._starts = starts_of(self.sequences)

@@ -68,9 +68,9 @@ def test_an_empty_section_means_its_defaults(load):
     assert load(MINIMAL + "update:\n").update.lr == 1e-6
 
 
-def test_the_tree_has_at_most_64_keys_each_with_a_text():
+def test_the_tree_has_at_most_96_keys_each_with_a_text():
     every_key = keys(Config)
-    assert len(every_key) <= 64
+    assert len(every_key) <= 96
     assert [key.name for key in every_key.values() if not key.text] == []
 
 
@@ -79,7 +79,7 @@ def test_the_tree_has_at_most_64_keys_each_with_a_text():
     [
         ("stepz: 3\n", r"run\.yaml:9: unknown key stepz: did you mean steps\?"),
         ("update:\n  max_gradnorm: 1\n", r"yaml:10: .*did you mean update\.max_grad_norm\?"),
-        ("lr: 1\n", r"unknown key lr: did you mean critic\.lr or update\.lr\?"),
+        ("lr: 1\n", r"unknown key lr: did you mean reward_model\.lr or critic\.lr or "),
         ("update: {zzz: 1}\n", r"unknown key update\.zzz: update has update\.lr, "),
         (
             "rollout: {stop: x}\n",
