@@ -58,6 +58,7 @@ class Algorithm:
         max_draws: how often prompts are drawn until all groups of a step have unequal rewards. 1:
             groups of equal rewards are kept.
         pretraining_coef: weight of the supervised loss on pre-training data, next to the policy's.
+        trains_reward_model: the reward model learns too, see config/reward_model.py.
         caution: a warning to read before relying on the row.
     """
 
@@ -91,6 +92,7 @@ class Algorithm:
     pairs: PairChoice = "ranked"
     max_draws: int = 1
     pretraining_coef: float = 0.0
+    trains_reward_model: bool = False
     caution: str = ""
 
     @property

@@ -144,7 +144,13 @@ _ROWS: dict[str, Algorithm] = {
         ),
     ),
     "iterative_grpo": _group(
-        "grpo", "iterative GRPO, algorithm 1", _GRPO, reference_every_steps=50
+        "grpo", "iterative GRPO, algorithm 1", _GRPO, reference_every_steps=50,
+        trains_reward_model=True,
+        caution=(
+            "line 12 of the algorithm, the training of the reward model, is done where "
+            "reward_model.labels names a source of labels; a reward without a model:DIR stays as "
+            "it is"
+        ),
     ),
     "dr_grpo": _group(
         "dr_grpo", "Dr. GRPO, section 3.2", "https://arxiv.org/abs/2503.20783",

@@ -15,6 +15,7 @@ from pydantic.dataclasses import dataclass
 
 from warpo.engine.config.file import read_tree
 from warpo.engine.config.resolve import resolve
+from warpo.engine.config.reward_model import reward_sources
 from warpo.engine.config.reward_sources import parse_sources
 from warpo.engine.config.samplers import SAMPLERS
 from warpo.engine.config.sections import (
@@ -28,6 +29,7 @@ from warpo.engine.config.sections import (
     LossSettings,
     PretrainingSettings,
     ProbeSettings,
+    RewardModelSettings,
     RewardSettings,
     RolloutSettings,
     SamplerName,
@@ -69,6 +71,7 @@ class Config:
     """Continue from the newest checkpoint in output_dir; begin where there is none."""
     data: DataSettings
     reward: RewardSettings
+    reward_model: RewardModelSettings = field(default_factory=RewardModelSettings)
     rollout: RolloutSettings = field(default_factory=RolloutSettings)
     loss: LossSettings = field(default_factory=LossSettings)
     critic: CriticSettings = field(default_factory=CriticSettings)
@@ -83,6 +86,7 @@ class Config:
         _check_lengths(self)
         _check_schedule(self)
         resolve(self)
+        _check_label_field(self)
 
     @property
     def sampler_dtype(self) -> str:
@@ -119,6 +123,15 @@ def _check_inputs(config: Config) -> None:
         raise ConfigError(
             f"resync = 'alias' needs one dtype: the learner has dtype = {config.dtype!r} and the "
             f"sampler rollout.dtype = {config.rollout.dtype!r}; set resync to copy or auto"
+        )
+
+
+def _check_label_field(config: Config) -> None:
+    name, sources = config.reward.label_field, parse_sources(reward_sources(config))
+    if name and all(source.kind.name != "openrlhf" for source in sources):
+        raise ConfigError(
+            f"reward.label_field = {name!r} has no effect: no source is of the form "
+            "openrlhf:http://..."
         )
 
 

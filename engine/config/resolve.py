@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from warpo.engine.config.algorithm import Algorithm
 from warpo.engine.config.algorithms import ALGORITHMS
+from warpo.engine.config.reward_model import reward_training
 from warpo.engine.config.reward_sources import parse_sources
 from warpo.engine.errors import ConfigError
 from warpo.kernels.objectives import Objective
@@ -90,6 +91,7 @@ def resolve(config: Config) -> Algorithm:
         changes["objective"] = _preference(row.objective, config.loss, row.name)
     resolved = row.replace(**changes)
     _check_combinations(config, resolved)
+    reward_training(config, resolved)
     return resolved
 
 

@@ -58,6 +58,15 @@ def _read_url(text: str) -> str | None:
     return text
 
 
+def _read_openrlhf(text: str) -> str | None:
+    name, _, rest = text.partition(":")
+    if name != "openrlhf":
+        return None
+    if (url := _read_url(rest)) is None:
+        raise ValueError("wanted openrlhf:http://... or openrlhf:https://...")
+    return url
+
+
 def _read_word(word: str, text: str) -> str | None:
     return "" if text == word else None
 
@@ -102,6 +111,16 @@ _KINDS = (
         row_check="warpo.engine.rollout.rewards.server:check_row",
         label="either",
         gives_steps="maybe",
+    ),
+    SourceKind(
+        name="openrlhf",
+        form="openrlhf:http://...",
+        help="openrlhf:http://... or openrlhf:https://..., a server of OpenRLHF's protocol.",
+        read=_read_openrlhf,
+        opener="warpo.engine.rollout.rewards.openrlhf:open_source",
+        row_check="warpo.engine.rollout.rewards.server:check_row",
+        prefix="openrlhf:",
+        label="either",
     ),
     SourceKind(
         name="math",

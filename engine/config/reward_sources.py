@@ -74,6 +74,12 @@ def parse_sources(sources: Sequence[str]) -> list[Source]:
     ]
 
 
+def same_source(text: str, other: str) -> bool:
+    """True if two texts name one source, whatever their weights."""
+    a, b = _parse(text.strip()), _parse(other.strip())
+    return (a.kind.name, a.target) == (b.kind.name, b.target)
+
+
 def _parse(text: str) -> Source:
     # A URL without its scheme may hold a password too.
     place = f"reward.sources: {re.sub('.*@', '***@', redact(text), flags=re.DOTALL)!r}"

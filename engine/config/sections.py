@@ -88,6 +88,8 @@ class RewardSettings:
     run, with a checkpoint. retry: make the call again after 1, 2 and 4 s, then stop. zero: ask for
     its completions one by one, for at most 10 deadlines; those that fail again get reward 0 from
     that source. The metrics reward/failed and reward/retries count completions and calls."""
+    label_field: str = ""
+    """Data field that a server of openrlhf: gets as labels. Empty: it gets empty texts."""
     workers: Annotated[int, Field(ge=1, le=1024)] = 1
     """Processes per function and concurrent requests per server, between which the completions of a
     call are split in order. A function that compares completions needs 1."""
@@ -103,6 +105,31 @@ class RewardSettings:
     they do, so that a reward comes with an end-of-sequence token only."""
     success: float = 1.0
     """A completion with at least this reward counts as correct in the accuracy."""
+
+
+@dataclass(frozen=True, kw_only=True, config=checked)
+class RewardModelSettings:
+    """Training of the model:DIR among reward.sources during the run, on pairs of sampled
+    completions: line 12 of algorithm 1 in https://arxiv.org/abs/2402.03300."""
+
+    labels: Text = "algorithm"
+    """Source whose scores label the completions, written as in reward.sources without a weight: two
+    of a prompt with unequal scores are a pair. One that is not among reward.sources is measured at
+    weight 0. none: the reward model stays as it is. "algorithm": none, but iterative_grpo with a
+    model:DIR asks for one of the two."""
+    every_steps: Count | Literal["reference"] = "reference"
+    """Steps after which the reward model learns from the pairs of these steps; then its bias is set
+    anew. reference: loss.reference_every_steps."""
+    pairs_per_step: Count = 64
+    """Pairs of a step that are kept to learn from, at most, drawn at random from all of it."""
+    replay: Fraction = 0.1
+    """Share of the pairs of a batch that are older, as far as there are any."""
+    replay_size: Count = 4096
+    """Older pairs that are kept to draw from: a random sample of all that there were."""
+    batch_size: Count = 64
+    """Pairs of an optimizer step; each pair that is learned from is in one of them."""
+    lr: Positive = 1e-5
+    """Learning rate of the reward model; the rest of update holds for it too."""
 
 
 @dataclass(frozen=True, kw_only=True, config=checked)

@@ -28,6 +28,7 @@ EXAMPLES = (
     "dpo",
     "bradley_terry",
     "grpo",
+    "iterative_grpo",
     "dapo",
     "ppo",
     "ppo_ptx",

@@ -25,6 +25,7 @@ from warpo.engine.learner.optimizer import WeightUpdate
 from warpo.engine.learner.pairs import pair_minibatches
 from warpo.engine.learner.pretraining import Pretraining
 from warpo.engine.learner.reference import Reference
+from warpo.engine.learner.reward_model import RewardModelLearner
 from warpo.engine.learner.schedule import make_optimizer
 from warpo.engine.learner.step import StepResult, accumulate_gradients
 from warpo.engine.learner.step_metrics import step_metrics
@@ -47,6 +48,7 @@ class Learner:
     Args:
         model: the policy, whose parameters lie where they stay.
         examples: examples of pretraining.data; None without.
+        reward_model: the reward model that learns too; None without.
 
     Attributes:
         progress: steps that are complete, and whether the weights are those of a step.
@@ -61,6 +63,7 @@ class Learner:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         examples: Examples | None = None,
+        reward_model: RewardModelLearner | None = None,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.algorithm = algorithm = resolve(config)
@@ -75,6 +78,7 @@ class Learner:
         self.adaptive = AdaptiveState(algorithm.kl_coef, adapts=algorithm.kl_target is not None)
         self.reference = Reference(config, algorithm)
         self.pretraining = None if examples is None else Pretraining(config, examples)
+        self.reward_model = reward_model
         self.progress = Progress()
         self.progress.track(adaptive=self.adaptive)
         self.fingerprints: dict[str, Tensor] | None = None
@@ -98,6 +102,8 @@ class Learner:
         }
         if self.pretraining is not None:
             parts["pretraining"] = self.pretraining.record
+        if self.reward_model is not None:
+            parts["reward_model"] = self.reward_model
         return parts if self.critic is None else parts | {"critic": self.critic}
 
     @property
@@ -126,6 +132,9 @@ class Learner:
             metrics["lr"] = float(self.schedule.get_last_lr()[0])
             metrics |= drift.metrics(truncated=config.rollout.truncated) | estimated
         metrics |= self._adapt(metrics)
+        if self.reward_model is not None:
+            with log.phase("reward model"):
+                metrics |= self.reward_model.update(self.step + 1, rollouts.labelled)
         self.reference.renew(self.model, self.step + 1)
         self.progress.complete()
         return metrics

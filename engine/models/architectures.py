@@ -41,6 +41,7 @@ from transformers.initialization import no_init_weights
 
 from warpo.engine.config.policy import Config
 from warpo.engine.config.resolve import resolve
+from warpo.engine.config.reward_model import reward_sources
 from warpo.engine.config.reward_sources import parse_sources
 from warpo.engine.errors import ConfigError, DataError
 from warpo.engine.models.attention import ATTENTION, UnsupportedAttention, packed_attention
@@ -72,7 +73,7 @@ def check_run(config: Config) -> None:
     Raises:
         ConfigError: one cannot be; it says which, why, and what to do.
     """
-    scalar = [s.checkpoint for s in parse_sources(config.reward.sources) if s.checkpoint]
+    scalar = [s.checkpoint for s in parse_sources(reward_sources(config)) if s.checkpoint]
     if resolve(config).has_critic and config.critic.model != "shared":
         scalar.append(config.model if config.critic.model == "policy" else config.critic.model)
     longest, cure = config.rollout.max_model_len, "lower rollout.max_model_len"

@@ -80,6 +80,22 @@ def check_files(path: str) -> PretrainedConfig:
     return config
 
 
+def max_positions(text_config: Any) -> int | None:
+    """The positions that a model is made for; None where its config sets no limit."""
+    limits = [
+        getattr(text_config, name, None) for name in ("max_position_embeddings", "n_positions")
+    ]
+    known = [limit for limit in limits if isinstance(limit, int) and limit > 0]
+    if not known:
+        return None
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    factor = rope.get("factor") if isinstance(rope, dict) else None
+    if isinstance(factor, int | float):
+        original = rope.get("original_max_position_embeddings") or known[0]
+        known.append(int(factor * original))
+    return max(known)
+
+
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """The tokenizer that belongs to a model.
 

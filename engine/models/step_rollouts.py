@@ -38,6 +38,7 @@ class StepRollouts:
         last_values: (B,) float32, of the state after a completion that was cut, and 0 after one
             that ended; None: 0.
         probed: rows that sampler and learner are compared on.
+        labelled: pairs that the reward model learns from, where one does.
     """
 
     sequences: list[TokenSequence]
@@ -54,6 +55,7 @@ class StepRollouts:
     finished: Tensor | None = None
     last_values: Tensor | None = None
     probed: Sequence[int] = ()
+    labelled: Sequence[Any] = ()
 
     def __post_init__(self) -> None:
         self._starts = starts_of(self.sequences)

@@ -29,6 +29,7 @@ from transformers import (
 
 from warpo.engine.config.policy import Config
 from warpo.engine.config.resolve import resolve
+from warpo.engine.config.reward_model import reward_sources, reward_training
 from warpo.engine.config.reward_sources import parse_sources
 from warpo.engine.learner.optimizer import float32_gradients
 from warpo.engine.learner.step import accumulate_gradients
@@ -109,7 +110,9 @@ def plan_memory(
         "reward models": _reward_parameters(config, device, fake) * _dtype(config.dtype).itemsize,
         "critic weights": critic * _dtype(config.dtype).itemsize,
         "KV cache": int(config.rollout.kv_cache_gib * 2**30) if sampler else 0,
-        "optimizer state": optimizer_bytes(parameters + critic, config, device),
+        "optimizer state": optimizer_bytes(
+            parameters + critic + _trained_reward_parameters(config, device, fake), config, device
+        ),
     }
     kept = sum(held.values())
     learning = kept - held["KV cache"]
@@ -200,14 +203,26 @@ def rollouts_of(shape: Shape, vocab_size: int) -> StepRollouts:
 
 
 def _reward_parameters(config: Config, device: torch.device, fake: FakeTensorMode) -> int:
-    """Count the parameters of the reward models among reward.sources."""
-    total = 0
-    for source in parse_sources(config.reward.sources):
-        if source.checkpoint:
-            with fake:
-                model = shape_model(read_config(source.checkpoint), device, scalar=True)
-            total += sum(parameter.numel() for parameter in model.parameters())
-    return total
+    """Count the parameters of the reward models among the sources."""
+    sources = parse_sources(reward_sources(config))
+    paths = [source.checkpoint for source in sources if source.checkpoint]
+    return sum(_scalar_parameters(path, device, fake) for path in paths)
+
+
+def _trained_reward_parameters(config: Config, device: torch.device, fake: FakeTensorMode) -> int:
+    """Count those of the reward model that learns."""
+    training = reward_training(config, resolve(config))
+    if training is None:
+        return 0
+    sources = parse_sources(reward_sources(config))
+    (path,) = (source.target for source in sources if source.name == training.model)
+    return _scalar_parameters(path, device, fake)
+
+
+def _scalar_parameters(path: str, device: torch.device, fake: FakeTensorMode) -> int:
+    with fake:
+        model = shape_model(read_config(path), device, scalar=True)
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _trunk_parameters(model: PreTrainedModel) -> int:

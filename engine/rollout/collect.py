@@ -23,6 +23,7 @@ from warpo.engine.rollout.evaluate import (
     judge,
     source_means,
 )
+from warpo.engine.rollout.labelled import PairSource
 from warpo.engine.rollout.rewards.combine import RewardSources
 from warpo.engine.rollout.sampler.base import (
     ColocatedSampler,
@@ -74,6 +75,7 @@ class Rollouts:
     Args:
         prompts: to learn from.
         eval_prompts: to be measured on.
+        labelled: pairs of a step for a reward model that learns; None without.
 
     Attributes:
         stream: the order in which prompts are drawn.
@@ -90,7 +92,9 @@ class Rollouts:
         rewards: RewardSources,
         prompts: Prompts,
         eval_prompts: Sequence[Prompt],
+        labelled: PairSource | None = None,
     ) -> None:
+        self._labelled = labelled
         self.sampler, self.rewards = sampler, rewards
         count = config.rollout.prompts_per_step
         self.stream = PromptStream[Prompt](prompts, prompts.keys, count, config.seed)
@@ -159,6 +163,9 @@ class Rollouts:
             )
             sizes = torch.tensor([len(group) for group in drawn.groups])
             rollouts.baseline_rewards = greedy_rewards.repeat_interleave(sizes)
+        labelled = self._labelled
+        if labelled is not None:
+            rollouts.labelled = labelled.pairs(*drawn, step)
         return replace(
             rollouts,
             step_rewards=steps or None,

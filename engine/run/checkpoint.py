@@ -101,10 +101,14 @@ def save(
     return final
 
 
-def save_model(folder: Path, model: PreTrainedModel) -> None:
+def save_model(
+    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
+) -> None:
     """Write a model and its manifest, all of it or nothing."""
     with atomic.folder(folder, _num_bytes(model, {})) as draft:
-        model.save_pretrained(draft)
+        for saved in (model, tokenizer):
+            if saved is not None:
+                saved.save_pretrained(draft)
         manifest.write(draft)
 
 

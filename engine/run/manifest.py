@@ -138,7 +138,7 @@ def _fingerprint(tensor: Tensor) -> str:
     if tensor.dtype in _FLOATS:
         return f"{ops.fingerprint(tensor).item() % 2**64:016x}"
     # counts and states of generators, which are short
-    content = tensor.cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+    content = tensor.cpu().numpy().tobytes()
     return hashlib.sha256(content).hexdigest()[:16]
 
 

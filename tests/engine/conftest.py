@@ -17,6 +17,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 
 from tests.engine.random_models import (  # noqa: E402
+    CONFIGS,
     EOS_TOKEN_IDS,
     MAX_MODEL_LEN,
     connect,
@@ -24,6 +25,7 @@ from tests.engine.random_models import (  # noqa: E402
 )
 from tests.engine.runs import make_folder  # noqa: E402
 from warpo.engine.config.samplers import SAMPLERS  # noqa: E402
+from warpo.engine.models.files import load_tokenizer  # noqa: E402
 from warpo.engine.rollout.sampler.base import (  # noqa: E402
     ColocatedSampler,
     SamplerSettings,
@@ -90,3 +92,21 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of a small run, which is the current directory."""
     monkeypatch.chdir(make_folder(tmp_path))
     return tmp_path
+
+
+@pytest.fixture
+def reward_model(folder: Path) -> Callable[..., transformers.PreTrainedModel]:
+    """Writes a checkpoint with the tokenizer of the run; `config` overrides its attributes."""
+
+    def write(name: str = "rm", labels: int = 1, **config: object) -> transformers.PreTrainedModel:
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            settings = CONFIGS["qwen2"]()
+            settings.num_labels = labels
+            settings.update(config)
+            model = transformers.Qwen2ForSequenceClassification(settings).float().eval()
+        model.save_pretrained(folder / name)
+        load_tokenizer(str(folder / "model")).save_pretrained(folder / name)
+        return model
+
+    return write

@@ -34,7 +34,6 @@ _OTHERS = {
     "grpo_response": f"{_KL} 1",
     "grpo_token": f"{_KL} 1",
     "grpo_process": f"{_KL} 1 --reward.sources examples.arithmetic:step_rewards --reward.success 2",
-    "iterative_grpo": f"{_KL} 2 --loss.kl_coef 0.01 --loss.reference_every_steps 5",
     "dr_grpo": _OUTCOME,
     "gspo": _OUTCOME,
     "cispo": _OUTCOME,

@@ -10,9 +10,11 @@ from warpo.engine.config.algorithms import ALGORITHMS
 STEPS = 12
 # Share of held-out sums that are right after so many steps: 0.95 and more was seen of each.
 ACCURACY = 0.85
+BRADLEY_TERRY = "runs/arithmetic/bradley_terry/checkpoints"
 # Where the reward is no 1 or 0 for the sum, the metric that is.
 RIGHT = {
     "ppo_ptx": "eval/examples.arithmetic:reward",
+    "iterative_grpo": "eval/examples.arithmetic:reward",
     "dapo": "eval/examples.arithmetic:reward",
 }
 # grpo is the main job, of tests/engine/trainers/policy/test_main_job.py
@@ -27,7 +29,7 @@ def folder(prepared):
 @pytest.mark.slow(minutes=0.5)
 @pytest.mark.parametrize("name", POLICY)
 def test_the_example_raises_held_out_accuracy(folder, name):
-    if name == "ppo_ptx":
+    if name in ("ppo_ptx", "iterative_grpo") and not (folder / BRADLEY_TERRY).exists():
         train(folder, "bradley_terry")
     rows = train(folder, name, "--steps", str(STEPS), "--evaluation.every_steps", str(STEPS))
     right = evaluations(rows, RIGHT.get(name, "eval/accuracy"))

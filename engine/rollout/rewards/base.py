@@ -5,7 +5,7 @@ from __future__ import annotations
 import pkgutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from warpo.engine.config.reward_sources import Source
 
@@ -48,6 +48,7 @@ class SourceContext:
     Attributes:
         settings: the section `reward` of the config.
         fields: names of the data fields there will be.
+        prompt: that of the first row: text or chat messages, as are all others.
         tokenizer: the policy's tokenizer.
         max_new_tokens: length limit of a completion.
         dtype, device, token_budget: of reward models; the budget in tokens per micro-batch.
@@ -55,6 +56,7 @@ class SourceContext:
 
     settings: RewardSettings
     fields: Sequence[str]
+    prompt: str | list[dict[str, Any]]
     tokenizer: PreTrainedTokenizerBase
     max_new_tokens: int
     dtype: str

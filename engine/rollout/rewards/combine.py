@@ -62,9 +62,8 @@ class RewardSources:
         Raises:
             RewardError: a source failed, or two of them score steps.
         """
-        ids = [completion.token_ids.tolist() for completion in completions]
-        texts = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
-        totals, by_source = [0.0] * len(ids), {}
+        texts = self.texts(completions)
+        totals, by_source = [0.0] * len(texts), {}
         failed, retries, notes = 0, 0, []
         steps: list[TokenSteps] | None = None
         for source, opened in self._opened:
@@ -88,7 +87,7 @@ class RewardSources:
             totals = [total if end else 0.0 for total, end in zip(totals, ended, strict=True)]
             steps = steps and [row if end else [] for row, end in zip(steps, ended, strict=True)]
         if steps is not None:
-            lengths = [len(completion_ids) for completion_ids in ids]
+            lengths = [len(completion) for completion in completions]
             steps = [_with_rest(*of_one) for of_one in zip(steps, totals, lengths, strict=True)]
         return Rewards(
             totals=totals,
@@ -98,6 +97,15 @@ class RewardSources:
             retries=retries,
             notes=notes,
         )
+
+    def texts(self, completions: Sequence[Completion]) -> list[str]:
+        """The text of each completion, without special tokens."""
+        ids = [completion.token_ids.tolist() for completion in completions]
+        return list(self._tokenizer.batch_decode(ids, skip_special_tokens=True))
+
+    def source(self, name: str) -> RewardSource:
+        """The one with this name in the metrics."""
+        return next(opened for source, opened in self._opened if source.name == name)
 
     def close(self) -> None:
         """End the processes of the sources."""

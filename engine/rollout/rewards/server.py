@@ -95,7 +95,7 @@ class RewardServer:
     """
 
     def __init__(
-        self, url: str, *, deadline_s: float, fields: Sequence[str], workers: int = 1
+        self, url: str, *, deadline_s: float, fields: Sequence[str] = (), workers: int = 1
     ) -> None:
         self.name = f"reward server {redact(url)}"
         self.lanes = [self._ask] * workers
@@ -128,7 +128,7 @@ class RewardServer:
             reply = await post.reply(self._deadline_s)
             if not isinstance(reply, dict) or "rewards" not in reply:
                 raise RewardError(f'must reply {{"rewards": [...]}}, replied {shown(reply)}')
-            return parse_scores(reply["rewards"], call.completions)
+            return self.scores(reply["rewards"], call)
         except RewardError as error:
             # A server may repeat what it was sent.
             text = str(error)
@@ -136,12 +136,21 @@ class RewardServer:
                 text = text.replace(secret, "***")
             raise RewardError(f"{self.name} {text}") from None
 
-    def _body(self, call: Call) -> bytes:
+    def columns(self, call: Call) -> dict[str, Sequence[Any]]:
+        """The lists of a request, an entry for each completion in each of them."""
         columns = {
             "prompts" if name == "prompt" else name: column for name, column in call.fields.items()
         }
+        return {**columns, "completions": call.completions}
+
+    def scores(self, rewards: Any, call: Call) -> list[float] | list[Steps]:
+        """The `rewards` of a reply, checked."""
+        return parse_scores(rewards, call.completions)
+
+    def _body(self, call: Call) -> bytes:
+        columns = {name: list(column) for name, column in self.columns(call).items()}
         try:
-            return json.dumps({**columns, "completions": list(call.completions)}).encode()
+            return json.dumps(columns).encode()
         except TypeError:
             for name, column in columns.items():
                 for i, value in enumerate(column):

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -13,15 +14,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from warpo.engine.config.policy import Config
 from warpo.engine.config.resolve import resolve
+from warpo.engine.config.reward_model import reward_sources, reward_training
 from warpo.engine.data.examples import Examples
 from warpo.engine.data.pretraining import load_pretraining
 from warpo.engine.data.prompts import Prompt, Prompts, load_prompts, split_prompts
 from warpo.engine.errors import ConfigError, DataError
 from warpo.engine.learner.learner import Learner
+from warpo.engine.learner.reward_model import RewardModelLearner
 from warpo.engine.models.architectures import check_run, check_tokens
 from warpo.engine.models.files import check_files, load_tokenizer
 from warpo.engine.models.model import eos_token_ids, load_model
 from warpo.engine.rollout.collect import Rollouts
+from warpo.engine.rollout.labelled import PairSource
 from warpo.engine.rollout.rewards.base import SourceContext
 from warpo.engine.rollout.rewards.combine import RewardSources
 from warpo.engine.rollout.rewards.fields import check_fields
@@ -94,8 +98,9 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> Data:
 
 def _rewards(config: Config, data: Data, tokenizer: PreTrainedTokenizerBase) -> RewardSources:
     context = SourceContext(
-        settings=config.reward,
+        settings=replace(config.reward, sources=reward_sources(config)),
         fields=data.prompts.fields,
+        prompt=data.prompts[0].fields["prompt"],
         tokenizer=tokenizer,
         max_new_tokens=config.rollout.max_new_tokens,
         dtype=config.dtype,
@@ -118,7 +123,8 @@ def _build(
     resync = Resync(
         sampler.load_weights, sampler.module, model, config.resync, device=learner_device(config)
     )
-    learner = Learner(config, run, model, tokenizer, data.examples)
+    pairs, reward_model = _reward_model(config, run, rewards)
+    learner = Learner(config, run, model, tokenizer, data.examples, reward_model)
     rollouts = Rollouts(
         config,
         run,
@@ -127,9 +133,36 @@ def _build(
         rewards=rewards,
         prompts=data.prompts,
         eval_prompts=data.eval_prompts,
+        labelled=pairs,
     )
     learner.progress.track(stream=rollouts.stream)
     return rollouts, learner, WeightSync(config, run, learner, sampler, resync)
+
+
+def _reward_model(
+    config: Config, run: Run, rewards: RewardSources
+) -> tuple[PairSource | None, RewardModelLearner | None]:
+    """Where a reward model learns: the pairs that it learns from, and what lets it learn."""
+    row, settings = resolve(config), config.reward_model
+    training = reward_training(config, row)
+    if training is None:
+        if row.trains_reward_model:
+            is_kept = settings.labels == "none"
+            why = "reward_model.labels is none" if is_kept else "no source is a model:DIR"
+            run.log.say(f"{row.name}: no reward model is trained, since {why}")
+        return None, None
+    pairs = PairSource(
+        rewards,
+        model=training.model,
+        labels=training.labels,
+        limit=settings.pairs_per_step,
+        seed=config.seed,
+    )
+    path, every = pairs.model.path, training.every_steps
+    run.log.say(
+        f"the reward model {path} learns every {every} steps, labelled by {training.labels}"
+    )
+    return pairs, RewardModelLearner(config, pairs.model, every, run.ranks)
 
 
 def _check_steps(config: Config, rewards: RewardSources, prompt: Prompt) -> None:
@@ -145,7 +178,7 @@ def _check_steps(config: Config, rewards: RewardSources, prompt: Prompt) -> None
 
 def _load_prompts(config: Config, tokenizer: PreTrainedTokenizerBase, path: str) -> Prompts:
     """The prompts of a file, which model and rewards can take."""
-    check = check_fields(config.reward.sources)
+    check = check_fields(reward_sources(config))
     prompts = load_prompts(path, tokenizer, config.max_prompt_tokens, check)
     check_tokens(config.model, prompts.largest_token, path)
     return prompts

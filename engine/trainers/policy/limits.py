@@ -11,6 +11,7 @@ from transformers import PretrainedConfig
 from warpo.engine.config.policy import Config
 from warpo.engine.config.samplers import SAMPLERS
 from warpo.engine.errors import ConfigError
+from warpo.engine.models.files import max_positions
 from warpo.engine.rollout.sampler.base import SamplerMemory, plan_sampler_memory
 from warpo.engine.run.free_memory import free_memory
 
@@ -53,22 +54,6 @@ def check_free_memory(config: Config, device: torch.device) -> None:
             f"rollout.kv_cache_gib = {config.rollout.kv_cache_gib:g} is more than the {free:.1f} "
             f"GiB that {device} has free: lower it"
         )
-
-
-def max_positions(text_config: Any) -> int | None:
-    """The positions that a model is made for; None where its config sets no limit."""
-    limits = [
-        getattr(text_config, name, None) for name in ("max_position_embeddings", "n_positions")
-    ]
-    known = [limit for limit in limits if isinstance(limit, int) and limit > 0]
-    if not known:
-        return None
-    rope = getattr(text_config, "rope_parameters", None) or {}
-    factor = rope.get("factor") if isinstance(rope, dict) else None
-    if isinstance(factor, int | float):
-        original = rope.get("original_max_position_embeddings") or known[0]
-        known.append(int(factor * original))
-    return max(known)
 
 
 def _check_kv_cache(config: Config, text: Any, memory: SamplerMemory) -> None:

@@ -79,7 +79,7 @@ def test_the_tree_has_at_most_96_keys_each_with_a_text():
     [
         ("stepz: 3\n", r"run\.yaml:9: unknown key stepz: did you mean steps\?"),
         ("update:\n  max_gradnorm: 1\n", r"yaml:10: .*did you mean update\.max_grad_norm\?"),
-        ("lr: 1\n", r"unknown key lr: did you mean critic\.lr or update\.lr\?"),
+        ("lr: 1\n", r"unknown key lr: did you mean reward_model\.lr or critic\.lr or "),
         ("update: {zzz: 1}\n", r"unknown key update\.zzz: update has update\.lr, "),
         (
             "rollout: {stop: x}\n",

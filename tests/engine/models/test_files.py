@@ -284,6 +284,7 @@ def test_a_damaged_reward_model_is_refused_in_one_line(
     context = SourceContext(
         settings=RewardSettings(sources="math"),
         fields=[],
+        prompt="",
         tokenizer=load_tokenizer(str(whole)),
         max_new_tokens=8,
         dtype="float32",
