@@ -30,6 +30,7 @@ usage: warpo train CONFIG.yaml [--key value | --section.key value ...]
        warpo check --help                  what it proves before a run, and what it prints
        warpo bench [OP ...]                kernels against PyTorch, other trainers and the limits
        warpo doctor [LIBRARY ...]          backends, other trainers, what of them is replaced
+       warpo kl                            bias and variance of the estimators of the KL
 """
 
 EXAMPLE_YAML = """\
@@ -144,6 +145,8 @@ def _command(args: list[str]) -> Callable[[], int]:
             return partial(_algorithms, *rest)
         case ["bench", *rest]:
             return partial(importlib.import_module("warpo.bench.cli").main, rest)
+        case ["kl", *rest]:
+            return partial(importlib.import_module("warpo.bench.kl_estimators").main, rest)
         case ["doctor", *libraries]:
             return partial(_doctor, libraries)
         case ["train", config, *overrides] if not config.startswith("-"):
