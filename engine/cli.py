@@ -25,7 +25,8 @@ warpo: reinforcement-learning post-training of language models, sampler and lear
 
 usage: warpo train CONFIG.yaml [--key value | --section.key value ...]
        warpo train --help [ALGORITHM]      what a run does, an example, every setting
-       warpo algorithms [NAME]             list the algorithms; NAME shows its defaults
+       warpo algorithms [NAME | --compare] list the algorithms; NAME shows its defaults; --compare,
+                                           how those that sample differ
        warpo check CONFIG.yaml [--plan-only] [--key value ...]
        warpo check --help                  what it proves before a run, and what it prints
        warpo bench [OP ...]                kernels against PyTorch, other trainers and the limits
@@ -253,6 +254,8 @@ def _algorithms(name: str = "") -> int:
         print(USAGE)
     elif name == "--markdown":
         print(table.markdown())
+    elif name == "--compare":
+        print(table.comparison())
     elif name:
         print(table.describe(find(name)))
     else:
