@@ -25,11 +25,13 @@ warpo: reinforcement-learning post-training of language models, sampler and lear
 
 usage: warpo train CONFIG.yaml [--key value | --section.key value ...]
        warpo train --help [ALGORITHM]      what a run does, an example, every setting
-       warpo algorithms [NAME]             list the algorithms; NAME shows its defaults
+       warpo algorithms [NAME | --compare] list the algorithms; NAME shows its defaults; --compare,
+                                           how those that sample differ
        warpo check CONFIG.yaml [--plan-only] [--key value ...]
        warpo check --help                  what it proves before a run, and what it prints
        warpo bench [OP ...]                kernels against PyTorch, other trainers and the limits
        warpo doctor [LIBRARY ...]          backends, other trainers, what of them is replaced
+       warpo kl                            bias and variance of the estimators of the KL
 """
 
 EXAMPLE_YAML = """\
@@ -144,6 +146,8 @@ def _command(args: list[str]) -> Callable[[], int]:
             return partial(_algorithms, *rest)
         case ["bench", *rest]:
             return partial(importlib.import_module("warpo.bench.cli").main, rest)
+        case ["kl", *rest]:
+            return partial(importlib.import_module("warpo.bench.kl_estimators").main, rest)
         case ["doctor", *libraries]:
             return partial(_doctor, libraries)
         case ["train", config, *overrides] if not config.startswith("-"):
@@ -250,6 +254,8 @@ def _algorithms(name: str = "") -> int:
         print(USAGE)
     elif name == "--markdown":
         print(table.markdown())
+    elif name == "--compare":
+        print(table.comparison())
     elif name:
         print(table.describe(find(name)))
     else:

@@ -70,6 +70,31 @@ def markdown() -> str:
     return "\n".join(lines)
 
 
+def comparison() -> str:
+    """What the rows that learn from sampled completions differ in, as Markdown."""
+    lines = ["| algorithm | advantages | ratio | surrogate | KL | mean |", f"|{'---|' * 6}"]
+    for row in _of("policy"):
+        if isinstance(row.objective, Objective):
+            cells = (f"`{row.name}`", *_differences(row, row.objective))
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _differences(row: Algorithm, objective: Objective) -> tuple[str, ...]:
+    surrogate = objective.surrogate
+    if has_effect(row)["loss.clip_range"]:
+        surrogate += f" {1 - objective.clip_low:.5g} to {1 + objective.clip_high:.5g}"
+    if objective.correction != "none":
+        surrogate += f", {objective.correction} {objective.correction_level}"
+    estimator = row.reward_kl_estimator if row.kl_in_reward else objective.kl_estimator
+    place = "reward" if row.kl_in_reward else "loss"
+    kl = f"{row.kl_coef:g} {estimator}, {place}" if row.kl_coef else "none"
+    if row.previous_reference:
+        kl += ", to the old policy"
+    ratio = "none" if objective.surrogate == "reinforce" else objective.ratio_level
+    return (row.estimator.text, ratio, surrogate, kl, objective.aggregation)
+
+
 def describe(row: Algorithm) -> str:
     """One row: what it is made of, and its settings with their values."""
     lines = [f"{row.name}: {row.title}", f"  {row.url}", f"  models      {', '.join(row.models)}"]
