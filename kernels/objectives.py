@@ -245,7 +245,7 @@ _OFF_POLICY = Objective(
 
 OBJECTIVES: dict[str, Objective] = {
     "reinforce": _REINFORCE,
-    # https://arxiv.org/abs/2402.14740 eq. 8: leave-one-out baseline, KL in the reward
+    # https://arxiv.org/abs/2402.14740 section 2.3: leave-one-out baseline, KL in the reward
     "rloo": _REINFORCE,
     # https://arxiv.org/abs/2310.10505 algorithm 1: baseline is the reward of the greedy completion
     "remax": _REINFORCE,
@@ -296,8 +296,8 @@ OBJECTIVES: dict[str, Objective] = {
     # Off-policy policy gradient: every step is weighed by the ratio of the whole trajectory,
     # https://rail.eecs.berkeley.edu/deeprlcourse/ lecture 5
     "off_policy_trajectory": _OFF_POLICY.replace(ratio_level="product"),
-    # the same lecture and https://arxiv.org/abs/1205.4839, with per-step causality: the gradient at
-    # a step is weighed by the ratios of the steps up to it
+    # the same lecture, with per-step causality: the gradient at a step is weighed by the ratios of
+    # the steps up to it
     "off_policy_prefix": _OFF_POLICY,
     # and the rewards from it on by the ratios between: those are in the advantages
     "off_policy_causal": _OFF_POLICY,

@@ -92,7 +92,7 @@ def _differences(row: Algorithm, objective: Objective) -> tuple[str, ...]:
     if row.previous_reference:
         kl += ", to the old policy"
     ratio = "none" if objective.surrogate == "reinforce" else objective.ratio_level
-    return (row.estimator.text, ratio, surrogate, kl, objective.aggregation)
+    return (row.advantage_text, ratio, surrogate, kl, objective.aggregation)
 
 
 def describe(row: Algorithm) -> str:
