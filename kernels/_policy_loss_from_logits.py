@@ -50,7 +50,7 @@ from warpo.kernels._sequences import count_denominator, of_sequences
 from warpo.kernels.objectives import Objective, get_objective
 
 # Their gradient does not go through the ratio, so it is the token's own at any level.
-_OF_LOGP = ("stop_gradient", "reinforce")
+_OF_LOGP = ("stop_gradient", "reinforce", "gamma")
 
 
 class PolicyLossFromLogitsInputs(NamedTuple):

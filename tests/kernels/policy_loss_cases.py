@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from tests.kernels.backends import DEVICE, dtypes, strided
 from warpo.kernels import reference
 from warpo.kernels.objectives import AGGREGATIONS, KL_LEVELS, SURROGATES, Objective
+from warpo.kernels.reference.policy_loss import binary_divergence
 from warpo.kernels.reference.sequences import sequences_of
 
 PER_TOKEN = (
@@ -20,11 +21,12 @@ PER_TOKEN = (
     "entropy",
 )
 # Every surrogate at every ratio level that takes it.
+OF_TOKENS = ("divergence_tv", "divergence_kl")
 LEVELS = [("sequence", "geometric"), ("prefix", "stop_gradient")] + [
     (level, surrogate)
     for level in ("token", "sequence", "product")
     for surrogate in SURROGATES
-    if surrogate != "geometric"
+    if surrogate != "geometric" and (level == "token" or surrogate not in OF_TOKENS)
 ]
 # Every estimator of the KL with the gradients and the source of samples that it takes.
 KLS = [
@@ -162,6 +164,10 @@ def near_a_bound(arguments, objective) -> bool:
     ratio_edges = [1 - low, 1 + high, objective.dual_clip, math.exp(limit), math.exp(-limit)]
     weight_edges = [objective.correction_low, objective.correction_high, *ratio_edges[-2:]]
     pairs = [(x, ratio_edges) for x in levels] + [(log_weight, weight_edges)]
+    if objective.surrogate in OF_TOKENS:
+        ratio = log_ratio.clamp(-limit, limit).exp()
+        moved = binary_divergence(objective, tokens.clean(logp), ratio)
+        pairs.append((moved.log(), [low, high]))
     # a log ratio of exactly 0 has the ratio 1 in both
     return any(
         (((x.exp() / edge - 1).abs() < MARGIN) & (x != 0)).any()
