@@ -1,13 +1,16 @@
-"""Estimators of KL(policy || reference), token by token, from samples of the policy.
+"""Estimators of KL(policy || reference), or of the reverse, token by token, from samples of the
+policy.
 
 With d = ref - logp:
 
     k1 = -d        k2 = d^2 / 2        k3 = e^d - 1 - d
+    reverse_k3 = d e^d - (e^d - 1)                           of KL(reference || policy)
 
 and the value clamped to [-limit, limit]. Backward, 0 where the value is clamped (at the bound it is
 not) or infinite:
 
     d k1 / d logp = 1        d k2 / d logp = -d        d k3 / d logp = 1 - e^d
+    d reverse_k3 / d logp = -d e^d
 
 or, with gradient "k2", -d times the weight of the token whatever the estimator, without the clamp:
 the expectation of that is the gradient of the KL. d / d ref = -d / d logp.
@@ -60,15 +63,19 @@ def approx_kl(
     mask: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """An estimate of KL(policy || reference) at each token that the policy sampled.
+    """An estimate of KL(policy || reference), or of the reverse, at each token of the policy.
+
+    Of tokens that the reference drew, pass the two the other way round: the estimates are then of
+    KL(reference || policy), and the reverse of KL(policy || reference).
 
     Args:
         logprobs: of the policy, float32 | bfloat16 | float16, any strides of up to two dimensions;
             more must merge into rows. Differentiable.
         ref_logprobs: like logprobs: of the reference. Differentiable.
-        estimator: "k1" | "k2" | "k3".
+        estimator: "k1" | "k2" | "k3" of KL(policy || reference), or "reverse_k3" of
+            KL(reference || policy).
         gradient: of the "estimator", or of "k2" whatever the estimator: weight (logprobs -
-            ref_logprobs)^2 / 2, where the value is clamped too.
+            ref_logprobs)^2 / 2, where the value is clamped too. Not of "reverse_k3".
         limit: > 0: the value is clamped to [-limit, limit], with gradient 0 where it is.
         weight: like logprobs: of a token in the gradient "k2" and in that alone, such as an
             importance weight. A constant; None: 1.
@@ -78,7 +85,8 @@ def approx_kl(
 
     Returns:
         float32, of the shape of logprobs, differentiable with respect to logprobs and ref_logprobs.
-        k3 of a difference above 88 is inf before the clamp; the gradient is 0 there too.
+        k3 and reverse_k3 of a difference above 88 are inf before the clamp; the gradient is 0
+        there too.
 
     Raises:
         ValueError: a shape, dtype, device or option is not as above, or weight comes with gradient
@@ -131,6 +139,10 @@ def _check_options(estimator: str, gradient: str, limit: float, weight: Tensor |
         raise ValueError(f"estimator must be one of {', '.join(KL_ESTIMATORS)}; got {estimator!r}")
     if gradient not in KL_GRADIENTS:
         raise ValueError(f"gradient must be one of {', '.join(KL_GRADIENTS)}; got {gradient!r}")
+    if estimator == "reverse_k3" and gradient == "k2":
+        raise ValueError(
+            "gradient 'k2' is that of the other direction than 'reverse_k3': set it to 'estimator'"
+        )
     if weight is not None and gradient != "k2":
         raise ValueError(
             "weight is of gradient 'k2' alone: set gradient to 'k2', or weight to None"

@@ -139,7 +139,7 @@ def policy_loss_from_hidden(
     )
     name = dispatch.choose(hidden, backend)
     per_token = advantages.shape == targets.shape
-    if name == "reference" or count_reads(objective, old_logprobs, per_token) == 2:
+    if name == "reference" or count_reads(objective, term, old_logprobs, per_token) == 2:
         logp, entropy = linear_logprobs_and_entropy(
             hidden,
             weight,

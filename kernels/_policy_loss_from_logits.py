@@ -13,8 +13,8 @@ policy that has not moved has ratios of exactly 1, then also with one a sequence
     given          one read        two reads          two reads        two reads
 
 (*) where the advantages are one a sequence, and no correction is one a token; or the surrogate has
-no gradient through the ratio. Two reads are `logprobs_and_entropy` and `policy_loss`, with their
-gradients.
+no gradient through the ratio. Of a product, this is the only case. A KL of the sequence takes two
+reads. Two reads are `logprobs_and_entropy` and `policy_loss`, with their gradients.
 
 Sources: those of `logprobs` and `policy_loss`.
 """
@@ -159,7 +159,8 @@ def policy_loss_from_logits(
         check_inplace(logits)
     recording = logits.requires_grad and torch.is_grad_enabled()
     per_token = advantages.shape == shape
-    if name == "reference" or not recording or count_reads(objective, old_logprobs, per_token) == 2:
+    reads = count_reads(objective, term, old_logprobs, per_token)
+    if name == "reference" or not recording or reads == 2:
         if cu_seqlens is not None:
             valid &= in_a_sequence(cu_seqlens, targets.shape[0])
         logp, entropy = logprobs_and_entropy(
@@ -210,8 +211,12 @@ def policy_loss_from_logits(
     return PolicyLossFromLogits(loss, metrics, logp.view(shape), entropy.view(shape))
 
 
-def count_reads(objective: Objective, old_logprobs: Tensor | None, per_token: bool) -> int:
+def count_reads(
+    objective: Objective, term: KlPenaltyArguments, old_logprobs: Tensor | None, per_token: bool
+) -> int:
     """How often the logits must be read: 2 where a gradient needs the logprobs of other tokens."""
+    if term.kl and objective.kl_level == "sequence":
+        return 2
     corrected = objective.correction != "none"
     if corrected and objective.correction_level == "sequence":
         return 2
@@ -219,7 +224,8 @@ def count_reads(objective: Objective, old_logprobs: Tensor | None, per_token: bo
         return 1
     if old_logprobs is not None:
         return 2
-    return 2 if objective.surrogate not in _OF_LOGP and (per_token or corrected) else 1
+    of_others = per_token or corrected or objective.ratio_level == "product"
+    return 2 if objective.surrogate not in _OF_LOGP and of_others else 1
 
 
 def _forward(

@@ -6,6 +6,7 @@
 with KL_t an estimator (http://joschu.net/blog/kl-approx.html) of log p - log p_ref:
 
     k1 = log p - log p_ref        k2 = k1^2 / 2        k3 = e^(-k1) + k1 - 1
+    reverse_k3 = 1 - e^(-k1) (1 + k1), of KL(reference || policy)
 
 Source: the penalty in the reward, https://arxiv.org/abs/2203.02155 eq. 2 (there k1 on the whole
 response); advantages, https://arxiv.org/abs/1506.02438 eq. 16.
@@ -84,12 +85,12 @@ def shaped_gae(
         gamma: discount in [0, 1].
         gae_lambda: lambda in [0, 1].
         kl_coef: beta >= 0; a () float32 tensor on the device where it adapts (not checked).
-        kl_estimator: "k1" | "k2" | "k3".
+        kl_estimator: "k1" | "k2" | "k3" | "reverse_k3".
         rewards: like logprobs: rewards of tokens, 0 if not given.
         terminal_rewards: (B,): reward of each sequence, added to its last valid token; nothing if
             it has none. One of the two rewards, or both.
         mask, mask_mode, cu_seqlens, last_values: as in `gae`; with "zero" a masked token has no KL.
-        log_ratio_limit: the exponent of k3 is at most this.
+        log_ratio_limit: exponents of k3 and reverse_k3 are at most this.
         return_rewards: also give R, 0 where masked.
         backend: reference | cpu | triton | cuda; chosen by device if not given.
 

@@ -126,7 +126,8 @@ void approx_kl_forward(const ApproxKl& a) {
     switch (a.estimator) {
         case kK1: return for_each_tile(a, forward_tile<kK1>);
         case kK2: return for_each_tile(a, forward_tile<kK2>);
-        default: return for_each_tile(a, forward_tile<kK3>);
+        case kK3: return for_each_tile(a, forward_tile<kK3>);
+        default: return for_each_tile(a, forward_tile<kReverseK3>);
     }
 }
 
@@ -134,7 +135,8 @@ void approx_kl_backward(const ApproxKlBackward& a) {
     switch (a.estimator) {
         case kK1: return for_each_tile(a, backward_tile<kK1>);
         case kK2: return for_each_tile(a, backward_tile<kK2>);
-        default: return for_each_tile(a, backward_tile<kK3>);
+        case kK3: return for_each_tile(a, backward_tile<kK3>);
+        default: return for_each_tile(a, backward_tile<kReverseK3>);
     }
 }
 

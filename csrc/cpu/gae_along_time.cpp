@@ -52,7 +52,9 @@ void shape(const ShapedGae& s, const Chunk& at, Buffers& b, float* rewards) {
         case kNoKl: return;
         case kK1: return subtract_kl<kK1>(logp, ref, coef, s.log_ratio_limit, at.count, rewards);
         case kK2: return subtract_kl<kK2>(logp, ref, coef, s.log_ratio_limit, at.count, rewards);
-        default: return subtract_kl<kK3>(logp, ref, coef, s.log_ratio_limit, at.count, rewards);
+        case kK3: return subtract_kl<kK3>(logp, ref, coef, s.log_ratio_limit, at.count, rewards);
+        default:
+            return subtract_kl<kReverseK3>(logp, ref, coef, s.log_ratio_limit, at.count, rewards);
     }
 }
 

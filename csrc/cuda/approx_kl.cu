@@ -69,14 +69,16 @@ void launch_tokens(const char* operation, const Arguments& a, Stream stream,
 void approx_kl_forward(const ApproxKl& a, Stream stream) {
     const auto kernel = a.estimator == kK1   ? forward_kernel<kK1>
                         : a.estimator == kK2 ? forward_kernel<kK2>
-                                             : forward_kernel<kK3>;
+                         : a.estimator == kK3 ? forward_kernel<kK3>
+                                             : forward_kernel<kReverseK3>;
     launch_tokens<ApproxKl>("approx_kl", a, stream, kernel);
 }
 
 void approx_kl_backward(const ApproxKlBackward& a, Stream stream) {
     const auto kernel = a.estimator == kK1   ? backward_kernel<kK1>
                         : a.estimator == kK2 ? backward_kernel<kK2>
-                                             : backward_kernel<kK3>;
+                         : a.estimator == kK3 ? backward_kernel<kK3>
+                                             : backward_kernel<kReverseK3>;
     launch_tokens<ApproxKlBackward>("approx_kl_backward", a, stream, kernel);
 }
 

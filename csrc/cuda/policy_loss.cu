@@ -49,14 +49,23 @@ __device__ __forceinline__ CorrectionTerm correct(const PolicyLoss& a, float log
 
 struct SequenceTerms {
     float tokens;                 // valid ones, 1 at least
-    float log_ratio, log_weight;  // mean of the log ratio, sum of the log correction
-    float by_log_ratio;           // mean derivative of the surrogates in that log ratio
+    float log_ratio, log_weight;  // mean or sum of the log ratio, sum of the log correction
+    float by_log_ratio;           // what the surrogates of all change by with the token's own
+    KlTerm kl;                    // of the whole sequence
 };
+
+// Their kernels know estimators beyond kK3 and the KL of a sequence; the others save registers.
+bool has_any_kl(const PolicyLoss& a) { return a.kl > kK3 || (a.kl != kNoKl && a.kl_sequence); }
+
+// Of sums over the tokens of a sequence: the mean, or the sum itself.
+__device__ __forceinline__ float divisor_of(const PolicyLoss& a, const SequenceTerms& s) {
+    return a.ratio_level == kSequenceRatio ? s.tokens : 1.0f;
+}
 
 template <int kSurrogate>
 __device__ __forceinline__ void sum_logarithms(const PolicyLoss& a, const Part& p, SequenceTerms& s,
                                                float* scratch) {
-    const bool with_ratio = a.ratio_level == kSequenceRatio;
+    const bool with_ratio = shares_ratio(a.ratio_level);
     const bool with_weight = a.correction != kNoCorrection && a.correction_sequence;
     float tokens = 0.0f, log_ratio = 0.0f, log_weight = 0.0f;
     const int length = static_cast<int>(p.sequence.count);
@@ -87,7 +96,7 @@ __device__ __forceinline__ void sum_logarithms(const PolicyLoss& a, const Part& 
         }
     }
     s.tokens = fmaxf(block_sum<kWarps>(tokens, scratch), 1.0f);
-    if (with_ratio) s.log_ratio = block_sum<kWarps>(log_ratio, scratch) / s.tokens;
+    if (with_ratio) s.log_ratio = block_sum<kWarps>(log_ratio, scratch) / divisor_of(a, s);
     if (with_weight) s.log_weight = block_sum<kWarps>(log_weight, scratch);
 }
 
@@ -122,16 +131,42 @@ __device__ __forceinline__ void sum_derivatives(const PolicyLoss& a, const Part&
                          .by_log_ratio;
         }
     }
-    s.by_log_ratio = block_sum<kWarps>(total, scratch) / s.tokens;
+    s.by_log_ratio = block_sum<kWarps>(total, scratch) / divisor_of(a, s);
+}
+
+// Every token has this KL, and moves that of all.
+__device__ __forceinline__ void find_kl(const PolicyLoss& a, const Part& p, SequenceTerms& s,
+                                        float* scratch) {
+    float tokens = 0.0f, difference = 0.0f;
+    const int length = static_cast<int>(p.sequence.count);
+    for (int start = 0; start < length; start += kThreads * kAtOnce) {
+        const int t = start + static_cast<int>(threadIdx.x);
+        bool keep[kAtOnce];
+        uint32_t logp[kAtOnce], ref[kAtOnce];
+        load_tokens<kThreads>(logp, a.logprobs, p.sequence, t, length);
+        load_tokens<kThreads>(ref, a.ref_logprobs, p.sequence, t, length);
+        load_valid<kThreads>(keep, a.mask, p.sequence, t, length);
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+            if (!keep[i]) continue;
+            tokens += 1.0f;
+            difference += to_float(a.ref_logprobs, ref[i]) - to_float(a.logprobs, logp[i]);
+        }
+    }
+    tokens = block_sum<kWarps>(tokens, scratch);
+    s.kl = kl_of_difference(block_sum<kWarps>(difference, scratch), a.kl, a.kl_straight_through,
+                            a.log_ratio_limit);
+    s.kl.derivative *= tokens;
 }
 
 // What the tokens of a part need of their whole sequence.
-template <int kSurrogate>
+template <int kSurrogate, bool kAnyKl>
 __device__ __forceinline__ SequenceTerms find_sequence_terms(const PolicyLoss& a, const Part& p,
                                                              float* scratch) {
-    SequenceTerms s = {fmaxf(static_cast<float>(p.sequence.count), 1.0f), 0.0f, 0.0f, 0.0f};
+    SequenceTerms s = {fmaxf(static_cast<float>(p.sequence.count), 1.0f), 0.0f, 0.0f, 0.0f, {0.0f, 0.0f}};
     if (p.begin == p.end) return s;
-    const bool with_ratio = a.ratio_level == kSequenceRatio;
+    if (kAnyKl && a.kl_sequence) find_kl(a, p, s, scratch);
+    const bool with_ratio = shares_ratio(a.ratio_level);
     const bool with_weight = a.correction != kNoCorrection && a.correction_sequence;
     if (with_ratio || with_weight || (a.sequence_mean && a.mask.data)) {
         sum_logarithms<kSurrogate>(a, p, s, scratch);
@@ -173,7 +208,7 @@ struct Token {
 };
 
 // Adds a token to the sums; returns the derivative of its loss, not yet weighted, in its logp.
-template <int kSurrogate>
+template <int kSurrogate, bool kAnyKl>
 __device__ __forceinline__ float add_token(Sums& sums, const PolicyLoss& a, const Part& p, int t,
                                            const Token& token, const SequenceTerms& s,
                                            float kl_coef) {
@@ -188,17 +223,18 @@ __device__ __forceinline__ float add_token(Sums& sums, const PolicyLoss& a, cons
         correct(a, s.log_weight, token.old, to_float(a.sampler_logprobs, sampler[0]));
     TokenTerms terms = token_terms<kSurrogate>(surrogate_options(a), token.log_ratio, token.logp,
                                                token.advantage, correction.weight);
-    if (a.ratio_level == kSequenceRatio) terms.by_log_ratio = s.by_log_ratio;
+    constexpr bool kThroughRatio = kSurrogate != kStopGradient && kSurrogate != kReinforce;
+    if (kThroughRatio && shares_ratio(a.ratio_level)) terms.by_log_ratio = s.by_log_ratio;
     if (kSurrogate == kGeometric) {
         const GeometricTerm g = clip_geometric(a, token.logp - token.old, token.advantage);
         terms.clipped_low = g.clipped_low;
         terms.clipped_high = g.clipped_high;
         if (g.clipped_low + g.clipped_high != 0.0f) terms.by_log_ratio = 0.0f;
     }
-    KlTerm kl = {0.0f, 0.0f};
-    if (a.kl != kNoKl) {
-        kl = kl_estimate(token.logp, to_float(a.ref_logprobs, ref[0]), a.kl, a.kl_straight_through,
-                         a.log_ratio_limit);
+    KlTerm kl = s.kl;
+    if (a.kl != kNoKl && !(kAnyKl && a.kl_sequence)) {
+        kl = kl_of_difference<kAnyKl>(to_float(a.ref_logprobs, ref[0]) - token.logp, a.kl,
+                                      a.kl_straight_through, a.log_ratio_limit);
     }
     // The weighted sums are those of kKl and kEntropy times the weight.
     const float added[kNumMetrics] = {-terms.value,
@@ -225,12 +261,12 @@ __device__ __forceinline__ float add_token(Sums& sums, const PolicyLoss& a, cons
     return kl_coef * kl.derivative - terms.by_log_ratio - terms.by_logp;
 }
 
-template <int kSurrogate>
+template <int kSurrogate, bool kAnyKl>
 __device__ __forceinline__ void write_part(const PolicyLoss& a, unsigned parts) {
     __shared__ float scratch[kWarps];
     __shared__ float partial[kWarps][kNumMetrics];
     const Part p = find_part(a, parts);
-    const SequenceTerms s = find_sequence_terms<kSurrogate>(a, p, scratch);
+    const SequenceTerms s = find_sequence_terms<kSurrogate, kAnyKl>(a, p, scratch);
     const float weight =
         poison_if(p.sequence.malformed, token_weight(*a.denominator, a.sequence_mean, s.tokens));
     const float kl_coef = a.adaptive_kl_coef ? *a.adaptive_kl_coef : a.kl_coef;
@@ -252,14 +288,14 @@ __device__ __forceinline__ void write_part(const PolicyLoss& a, unsigned parts) 
         load_valid<kThreads>(keep, a.mask, p.sequence, t, p.end);
         Token token = {to_float(a.logprobs, logp[0]), to_float(a.old_logprobs, old[0]),
                        to_float(a.advantages, advantage[0]), s.log_ratio};
-        if (a.ratio_level != kSequenceRatio)
+        if (!shares_ratio(a.ratio_level))
             token.log_ratio = keep[0] ? token.logp - token.old : 0.0f;
         if (kSurrogate == kStopGradient && a.ratio_level == kPrefixRatio) {
             token.log_ratio = scan_block(token.log_ratio, carry, scratch);
         }
         float grad = 0.0f;
         if (keep[0]) {
-            grad = weighted(weight, add_token<kSurrogate>(sums, a, p, t, token, s, kl_coef));
+            grad = weighted(weight, add_token<kSurrogate, kAnyKl>(sums, a, p, t, token, s, kl_coef));
         }
         if (t >= p.end) continue;
         const int64_t out = p.sequence.offset + t;
@@ -286,11 +322,11 @@ __device__ __forceinline__ void write_part(const PolicyLoss& a, unsigned parts) 
 }
 
 // rows: sequences * parts. blocks: as many, and 1 without a sequence.
-template <int kSurrogate>
+template <int kSurrogate, bool kAnyKl>
 __global__ __launch_bounds__(kThreads) void policy_loss_kernel(const PolicyLoss a, unsigned parts,
                                                                unsigned rows, unsigned blocks,
                                                                unsigned* counter) {
-    if (blockIdx.x < rows) write_part<kSurrogate>(a, parts);
+    if (blockIdx.x < rows) write_part<kSurrogate, kAnyKl>(a, parts);
     if (last_block(counter, blocks)) add_rows<kWarps>(a, rows);
 }
 
@@ -306,7 +342,9 @@ template <int kSurrogate>
 void launch_surrogate(const PolicyLoss& a, Stream stream) {
     const int64_t parts = a.sequences > 0 ? count_parts(a) : 1, rows = a.sequences * parts;
     const int64_t blocks = std::max<int64_t>(rows, 1);
-    launch("policy_loss", stream, blocks, kThreads, policy_loss_kernel<kSurrogate>, a,
+    const auto kernel = has_any_kl(a) ? policy_loss_kernel<kSurrogate, true>
+                                      : policy_loss_kernel<kSurrogate, false>;
+    launch("policy_loss", stream, blocks, kThreads, kernel, a,
            static_cast<unsigned>(parts), static_cast<unsigned>(rows), static_cast<unsigned>(blocks),
            counter_of(stream, "policy_loss"));
 }

@@ -1,4 +1,5 @@
-// Estimators of KL(policy || reference) from one sample of the policy, for all differences:
+// Estimators of KL(policy || reference), and of the reverse, from one sample of the policy, for all
+// differences:
 // http://joschu.net/blog/kl-approx.html.
 #pragma once
 
@@ -21,10 +22,15 @@ WARPO_HD ApproxKlTerm approx_kl(float logp, float ref) {
     if (kEstimator == kK2) return {0.5f * d * d, -d};
     // inf where e^d overflows, also at d = inf
     const float bounded = d > 89.0f ? 89.0f : d;
-    const float growth = exp_f32(bounded) - 1.0f;
+    const float ratio = exp_f32(bounded), growth = ratio - 1.0f;
     // near 0 all digits of the difference matter
     const float series = exp_minus_1_minus_x_series(d);
     const bool near = d > -0.5f && d < 0.5f;
+    if (kEstimator == kReverseK3) {
+        const float above = bounded < -85.0f ? -85.0f : bounded;  // there e^d d is nothing next to 1
+        const float value = near ? (series + d) * d - series : ratio * (above - 1.0f) + 1.0f;
+        return {value, -ratio * above};
+    }
     return {near ? series : growth - bounded, near ? -(series + d) : -growth};
 }
 

@@ -244,9 +244,11 @@ WARPO_HD KlTerm reverse_k3(float x, const Exponential& e) {
 
 // Estimators of the KL from one sample, kl being of Kl, by difference = ref - logp, or that summed
 // over a sequence. straight_through: the gradient of k2, whose expectation is the gradient of the
-// KL. limit: of exponents, from above; the gradient is 0 beyond it.
+// KL. limit: of exponents, from above; the gradient is 0 beyond it. kAny: false where kl is at most
+// kK3, which takes fewer registers.
+template <bool kAny = true>
 WARPO_HD KlTerm kl_of_difference(float difference, int kl, bool straight_through, float limit) {
-    const bool of_reference = kl > kOfReference;
+    const bool of_reference = kAny && kl > kOfReference;
     const int estimator = of_reference ? kl - kOfReference : kl;
     // who drew the token stands first: the two change places
     const float d = of_reference ? -difference : difference;
@@ -254,7 +256,7 @@ WARPO_HD KlTerm kl_of_difference(float difference, int kl, bool straight_through
     const float bounded = clamp_above(d, limit);
     const Exponential e = exponential_of(bounded);
     KlTerm term = {e.less_1_less_x, d > limit ? 0.0f : -e.less_1};
-    if (estimator == kReverseK3) {
+    if (kAny && estimator == kReverseK3) {
         term = reverse_k3(bounded, e);
         term.derivative = d > limit ? 0.0f : term.derivative;
     }

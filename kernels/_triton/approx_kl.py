@@ -9,7 +9,15 @@ import triton.language as tl
 
 from warpo.kernels._arguments.approx_kl import ApproxKlArguments, ApproxKlBackwardArguments
 from warpo.kernels._triton.launch import kernel, strided
-from warpo.kernels._triton.policy_terms import K1, K2, clamp, exponential_of, is_outside
+from warpo.kernels._triton.policy_terms import (
+    K1,
+    K2,
+    REVERSE_K3,
+    clamp,
+    exponential_of,
+    is_outside,
+    reverse_k3,
+)
 
 BLOCK = 512
 WARPS = 4
@@ -24,6 +32,8 @@ def _approx_kl(logp, ref, ESTIMATOR: tl.constexpr):
         value, derivative = -d, tl.full(d.shape, 1.0, tl.float32)
     elif ESTIMATOR == K2:
         value, derivative = 0.5 * d * d, -d
+    elif ESTIMATOR == REVERSE_K3:
+        value, derivative = reverse_k3(tl.where(d > 89.0, 89.0, d))
     else:
         # inf where e^d overflows, also at d = inf; near 0 all digits of the difference matter
         _, growth, value = exponential_of(tl.where(d > 89.0, 89.0, d))

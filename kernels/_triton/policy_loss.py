@@ -12,8 +12,13 @@ import triton.language as tl
 from warpo.kernels._arguments.policy_loss import MIN_PARTIALS, PolicyLossArguments
 from warpo.kernels._triton.launch import kernel, strided
 from warpo.kernels._triton.policy_part import INF, NUM_METRICS, RATIO_MAX, RATIO_MIN, part
-from warpo.kernels._triton.policy_sequence import sequence_sums, sum_by_log_ratio
-from warpo.kernels._triton.policy_terms import PREFIX_RATIO, SEQUENCE_RATIO, surrogate_bounds
+from warpo.kernels._triton.policy_sequence import sequence_kl, sequence_sums, sum_by_log_ratio
+from warpo.kernels._triton.policy_terms import (
+    PREFIX_RATIO,
+    PRODUCT_RATIO,
+    SEQUENCE_RATIO,
+    surrogate_bounds,
+)
 from warpo.kernels._triton.sequences import bounds as bounds_of
 from warpo.kernels._triton.sequences import inverse_or_zero, poison_if
 
@@ -69,6 +74,7 @@ def _policy_loss_kernel(
     CORRECTION_SEQUENCE: tl.constexpr,
     KL: tl.constexpr,
     STRAIGHT_THROUGH: tl.constexpr,
+    KL_SEQUENCE: tl.constexpr,
     SEQUENCE_MEAN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -111,7 +117,7 @@ def _policy_loss_kernel(
     whole = tl.where(begin < end, length, 0)
     tokens = length.to(tl.float32)
     log_ratio, log_weight, shared_derivative = 0.0, 0.0, 0.0
-    WITH_RATIO: tl.constexpr = RATIO_LEVEL == SEQUENCE_RATIO
+    WITH_RATIO: tl.constexpr = RATIO_LEVEL == SEQUENCE_RATIO or RATIO_LEVEL == PRODUCT_RATIO  # noqa: SIM109
     WITH_CORRECTION: tl.constexpr = CORRECTION != 0 and CORRECTION_SEQUENCE
     if WITH_RATIO or WITH_CORRECTION or (SEQUENCE_MEAN and mask_ptr is not None):
         tokens, log_ratio, log_weight = sequence_sums(
@@ -119,7 +125,8 @@ def _policy_loss_kernel(
         )
     tokens = tl.maximum(tokens, 1.0)
     if WITH_RATIO:
-        log_ratio /= tokens
+        if RATIO_LEVEL == SEQUENCE_RATIO:
+            log_ratio /= tokens
         if grad_ptr is not None:
             shared_derivative = sum_by_log_ratio(
                 views,
@@ -134,7 +141,11 @@ def _policy_loss_kernel(
                 CORRECTION_SEQUENCE,
                 BLOCK,
             )
-            shared_derivative /= tokens
+            if RATIO_LEVEL == SEQUENCE_RATIO:
+                shared_derivative /= tokens
+    kl_of_sequence = (tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32))
+    if KL != 0 and KL_SEQUENCE:
+        kl_of_sequence = sequence_kl(views, whole, limit, KL, STRAIGHT_THROUGH, BLOCK)
     weight = inverse_or_zero(tl.load(denominator_ptr))
     if SEQUENCE_MEAN:
         weight /= tokens
@@ -145,7 +156,7 @@ def _policy_loss_kernel(
         views,
         begin,
         end,
-        (log_ratio, log_weight, shared_derivative),
+        (log_ratio, log_weight, shared_derivative, kl_of_sequence),
         weight,
         bounds,
         correction_bounds,
@@ -158,6 +169,7 @@ def _policy_loss_kernel(
         CORRECTION_SEQUENCE,
         KL,
         STRAIGHT_THROUGH,
+        KL_SEQUENCE,
         BLOCK,
     )
 
@@ -239,6 +251,7 @@ def policy_loss(a: PolicyLossArguments) -> None:
                 CORRECTION_SEQUENCE=o.correction_sequence,
                 KL=term.kl,
                 STRAIGHT_THROUGH=o.kl_straight_through,
+                KL_SEQUENCE=o.kl_sequence,
                 SEQUENCE_MEAN=o.sequence_mean,
                 BLOCK=BLOCK,
                 num_warps=WARPS,

@@ -8,6 +8,7 @@ from warpo.kernels._triton.policy_sequence import load, valid
 from warpo.kernels._triton.policy_terms import (
     GEOMETRIC,
     PREFIX_RATIO,
+    PRODUCT_RATIO,
     SEQUENCE_RATIO,
     clamp,
     correction_weight,
@@ -67,11 +68,13 @@ def part(
     CORRECTION_SEQUENCE: tl.constexpr,
     KL: tl.constexpr,
     STRAIGHT_THROUGH: tl.constexpr,
+    KL_SEQUENCE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Gradients and partial sums of the tokens from begin to end of a sequence."""
     logprobs, old_logprobs, advantages, ref_logprobs, sampler, entropies, mask = views
-    sequence_log_ratio, sequence_log_weight, shared_derivative = of_sequence
+    sequence_log_ratio, sequence_log_weight, shared_derivative, sequence_kl = of_sequence
+    SHARED: tl.constexpr = RATIO_LEVEL == SEQUENCE_RATIO or RATIO_LEVEL == PRODUCT_RATIO  # noqa: SIM109
     kl_coef, entropy_coef = coefficients
     grad_ptr, grad_entropy_ptr, partials_ptr = outputs
     zeros = tl.zeros([BLOCK], tl.float32)
@@ -87,7 +90,7 @@ def part(
         advantage = load(advantages, token, keep)
         own_log_ratio = logp - old
         log_ratio = own_log_ratio
-        if RATIO_LEVEL == SEQUENCE_RATIO:
+        if SHARED:
             log_ratio = zeros + sequence_log_ratio
         elif RATIO_LEVEL == PREFIX_RATIO:
             log_ratio = prefix + tl.cumsum(own_log_ratio, 0)
@@ -111,7 +114,7 @@ def part(
             value, by_log_ratio = value * correction, by_log_ratio * correction
             by_logp *= correction
             corrected_sum += tl.where(keep & corrected, 1.0, 0.0)
-        if RATIO_LEVEL == SEQUENCE_RATIO:
+        if SHARED:
             by_log_ratio = zeros + shared_derivative
             if SURROGATE == GEOMETRIC:
                 by_log_ratio = tl.where(is_low | is_high, 0.0, by_log_ratio)
@@ -128,8 +131,11 @@ def part(
         approx_kl_sum += tl.where(keep, approx_kl, 0.0)
         log_ratio_sum += tl.where(keep, clamp(own_log_ratio, -limit, limit), 0.0)
         if KL != 0:
-            ref = load(ref_logprobs, token, keep)
-            kl, kl_derivative = kl_estimate(logp, ref, limit, KL, STRAIGHT_THROUGH)
+            if KL_SEQUENCE:
+                kl, kl_derivative = sequence_kl
+            else:
+                ref = load(ref_logprobs, token, keep)
+                kl, kl_derivative = kl_estimate(logp, ref, limit, KL, STRAIGHT_THROUGH)
             kl_sum += tl.where(keep, kl, 0.0)
             gradient += kl_coef * kl_derivative
         if entropies[0] is not None:

@@ -14,6 +14,7 @@ from warpo.kernels._triton.policy_terms import (
     exp,
     geometric_log_ratio,
     is_outside,
+    kl_of_difference,
     surrogate_terms,
 )
 from warpo.kernels._triton.sequences import valid_tokens
@@ -62,6 +63,24 @@ def sequence_sums(
         if WITH_CORRECTION:
             log_weight_sum += old - load(sampler, token, keep)
     return tl.sum(count), tl.sum(log_ratio_sum), tl.sum(log_weight_sum)
+
+
+@triton.jit
+def sequence_kl(
+    views, length, limit, KL: tl.constexpr, STRAIGHT_THROUGH: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The KL of a sequence, which each of its tokens has, and what a token moves that of all by."""
+    logprobs, ref_logprobs, mask = views[0], views[3], views[6]
+    count = tl.zeros([BLOCK], tl.float32)
+    difference = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, length, BLOCK):
+        token = start + tl.arange(0, BLOCK)
+        keep = valid(mask, token, length)
+        count += tl.where(keep, 1.0, 0.0)
+        difference += load(ref_logprobs, token, keep) - load(logprobs, token, keep)
+    total = tl.zeros([BLOCK], tl.float32) + tl.sum(difference)
+    value, derivative = kl_of_difference(total, limit, KL, STRAIGHT_THROUGH)
+    return value, derivative * tl.sum(count)
 
 
 @triton.jit

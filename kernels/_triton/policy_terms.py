@@ -11,8 +11,9 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LOG2_E_LOW = tl.constexpr(1.9259629911266175e-8)  # log2(e) less its rounding to float32
 LN_2 = tl.constexpr(0.6931471805599453)
 # the enumerations of csrc/arguments/policy_loss.h
-K1, K2 = tl.constexpr(1), tl.constexpr(2)
-SEQUENCE_RATIO, PREFIX_RATIO = tl.constexpr(1), tl.constexpr(2)
+K1, K2, REVERSE_K3 = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4)
+OF_REFERENCE = tl.constexpr(4)
+SEQUENCE_RATIO, PREFIX_RATIO, PRODUCT_RATIO = (tl.constexpr(i) for i in range(1, 4))
 CLIP, DUAL_CLIP, STOP_GRADIENT, MASK_OUTSIDE = (tl.constexpr(i) for i in range(4))
 REINFORCE, GEOMETRIC, SOFT_GATE = (tl.constexpr(i) for i in range(5, 8))
 DIVERGENCE_TV, DIVERGENCE_KL, GAMMA = (tl.constexpr(i) for i in range(8, 11))
@@ -165,19 +166,42 @@ def correction_weight(log_weight, bounds, limit, CORRECTION: tl.constexpr):
 
 
 @triton.jit
-def kl_estimate(logp, ref, limit, KL: tl.constexpr, STRAIGHT_THROUGH: tl.constexpr):
-    """Value and derivative with respect to logp of k1, k2 or k3."""
-    difference = ref - logp
-    if KL == K1:
-        value = -difference
+def reverse_k3(x):
+    """e^x x - (e^x - 1), and less its derivative."""
+    value, growth, series = exponential_of(x)
+    bounded = tl.where(x < -85.0, -85.0, x)  # there e^x x is nothing next to 1
+    near = tl.abs(x) < 0.5
+    return tl.where(near, growth * x - series, value * (bounded - 1.0) + 1.0), -value * bounded
+
+
+@triton.jit
+def kl_of_difference(difference, limit, KL: tl.constexpr, STRAIGHT_THROUGH: tl.constexpr):
+    """Value and derivative with respect to logp; difference: ref - logp, or that summed over a
+    sequence.
+    """
+    # who drew the token stands first: the two change places
+    ESTIMATOR: tl.constexpr = KL - OF_REFERENCE if KL > OF_REFERENCE else KL
+    SIGN: tl.constexpr = -1.0 if KL > OF_REFERENCE else 1.0
+    d = SIGN * difference
+    bounded = tl.where(d > limit, limit, d)
+    if ESTIMATOR == K1:
+        value = -d
         derivative = tl.full(value.shape, 1.0, tl.float32)
-    elif KL == K2:
-        value = 0.5 * difference * difference
-        derivative = -difference
+    elif ESTIMATOR == K2:
+        value = 0.5 * d * d
+        derivative = -d
+    elif ESTIMATOR == REVERSE_K3:
+        value, derivative = reverse_k3(bounded)
+        derivative = tl.where(d > limit, 0.0, derivative)
     else:
         # k3 needs a bound from above only: e^d overflows there; at ref = logp all digits matter
-        _, growth, value = exponential_of(tl.where(difference > limit, limit, difference))
-        derivative = tl.where(difference > limit, 0.0, -growth)
+        _, growth, value = exponential_of(bounded)
+        derivative = tl.where(d > limit, 0.0, -growth)
     if STRAIGHT_THROUGH:
-        derivative = -difference
-    return value, derivative
+        derivative = -d
+    return value, SIGN * derivative
+
+
+@triton.jit
+def kl_estimate(logp, ref, limit, KL: tl.constexpr, STRAIGHT_THROUGH: tl.constexpr):
+    return kl_of_difference(ref - logp, limit, KL, STRAIGHT_THROUGH)

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from warpo.kernels.reference.policy_loss import reverse_k3
+
 
 def approx_kl(
     logprobs: Tensor,
@@ -53,4 +55,6 @@ def _formula(difference: Tensor, estimator: str) -> Tensor:
         return -difference
     if estimator == "k2":
         return difference.square() / 2
+    if estimator == "reverse_k3":
+        return reverse_k3(difference, torch.inf)
     return torch.expm1(difference) - difference

@@ -28,9 +28,10 @@ def cases(draw, backend: str):
         "logprobs": base,
         "ref_logprobs": base + spread * torch.randn(shape, generator=generator),
     }
+    estimator = draw(st.sampled_from(KL_ESTIMATORS))
     options = {
-        "estimator": draw(st.sampled_from(KL_ESTIMATORS)),
-        "gradient": draw(st.sampled_from(["estimator", "k2"])),
+        "estimator": estimator,
+        "gradient": draw(st.sampled_from(["estimator", "k2"][: 1 + (estimator != "reverse_k3")])),
         "limit": draw(st.sampled_from([math.inf, 10.0, 0.1])),
     }
     if options["gradient"] == "k2" and draw(st.booleans()):
@@ -137,8 +138,9 @@ X = torch.zeros(2, 3)
     [
         ((X, X[0]), {}, r"ref_logprobs must be of shape \(2, 3\), got \(3,\)"),
         ((X, X.double()), {}, "ref_logprobs must be float32"),
-        ((X, X, "k4"), {}, "estimator must be one of k1, k2, k3; got 'k4'"),
+        ((X, X, "k4"), {}, "estimator must be one of k1, k2, k3, reverse_k3; got 'k4'"),
         ((X, X), {"gradient": "k3"}, "gradient must be one of estimator, k2; got 'k3'"),
+        ((X, X, "reverse_k3"), {"gradient": "k2"}, "set it to 'estimator'"),
         ((X, X), {"weight": X}, "set gradient to 'k2', or weight to None"),
         ((X, X), {"limit": 0.0}, "limit must be > 0, got 0.0"),
         ((X, X), {"mask": X}, r"mask must be bool \| uint8, got float32"),

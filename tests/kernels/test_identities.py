@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from tests.kernels.backends import DEVICE, each_backend
+from tests.kernels.backends import DEVICE, each_backend, each_backend_slow_triton
 from warpo.kernels import ops
 from warpo.kernels.objectives import KL_ESTIMATORS, OBJECTIVES
 
@@ -108,10 +108,10 @@ def test_dpo_of_equal_pairs_is_log_2(backend, name):
 
 
 @each_backend
-@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("estimator", KL_ESTIMATORS)
 def test_k3_is_not_negative_and_its_expectation_is_the_kl(backend, estimator):
     """E over the policy's categories, every one of them, so nothing is sampled. k1 has the same
-    expectation and a sign; k2 has a bias.
+    expectation and a sign; k2 has a bias; the reverse estimator is of the other direction.
     """
     logits, ref_logits = 2 * normal(40, seed=4), 2 * normal(40, seed=5)
     logp, ref = logits.log_softmax(0), ref_logits.log_softmax(0)
@@ -130,12 +130,15 @@ def test_k3_is_not_negative_and_its_expectation_is_the_kl(backend, estimator):
     ).rewards[:, 0]
     p = logp.double().exp()
     kl = (p * (logp.double() - ref.double())).sum().item()
+    if estimator == "reverse_k3":
+        kl = (ref.double().exp() * (ref.double() - logp.double())).sum().item()
     expectation = (p * found.double()).sum().item()
     assert kl > 0.5
     assert (expectation == pytest.approx(kl, rel=1e-5)) == (estimator != "k2")
     assert (found >= 0).all() == (estimator != "k1")
     # the same in the loss: a token's share of it is its estimate
-    row = OBJECTIVES["gpg"].replace(kl_coef=1.0, kl_estimator=estimator, kl_gradient="k2")
+    gradient = "estimator" if estimator == "reverse_k3" else "k2"
+    row = OBJECTIVES["gpg"].replace(kl_coef=1.0, kl_estimator=estimator, kl_gradient=gradient)
     for i in (0, 7, 39):
         loss, _ = ops.policy_loss(
             logp[i : i + 1, None],
@@ -189,7 +192,7 @@ ESTIMATED = [
 ]
 
 
-@each_backend
+@each_backend_slow_triton
 @pytest.mark.parametrize("estimator, gradient, source, unbiased, follows", ESTIMATED)
 def test_the_kl_in_the_loss_is_that_of_who_drew_the_tokens(
     backend, estimator, gradient, source, unbiased, follows

@@ -16,6 +16,7 @@ from tests.oracles import shaped_gae as oracle
 from warpo.kernels import ops, reference
 from warpo.kernels._scan import Steps, as_inputs
 from warpo.kernels._shaped_gae import ShapedGaeInputs, _operator
+from warpo.kernels.objectives import KL_ESTIMATORS
 
 RESULTS = ("advantages", "returns", "rewards")
 PER_STEP = ("logprobs", "ref_logprobs", "values", "rewards")
@@ -24,7 +25,7 @@ NUMBERS = st.fixed_dictionaries(
         "gamma": st.sampled_from([1.0, 0.99, 0.0]),
         "gae_lambda": st.sampled_from([1.0, 0.95, 0.0]),
         "kl_coef": st.sampled_from([0.0, 0.05, 1.0]),
-        "kl_estimator": st.sampled_from(["k1", "k2", "k3"]),
+        "kl_estimator": st.sampled_from(KL_ESTIMATORS),
     }
 )
 
@@ -63,7 +64,7 @@ def test_values_equal_float64(backend):
 
 
 @each_backend_slow_triton
-@pytest.mark.parametrize("kl_estimator", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("kl_estimator", KL_ESTIMATORS)
 def test_every_mask_mode_in_every_layout_equals_float64(backend, kl_estimator):
     options = {"gamma": 0.9, "gae_lambda": 0.9, "kl_coef": 0.1, "kl_estimator": kl_estimator}
     for floats, others, _ in every_case(PER_STEP, ends=False):
@@ -210,7 +211,7 @@ X = torch.zeros(2, 3)
         ({"values": X.clone().requires_grad_()}, r"values requires grad.*values.detach\(\)"),
         ({"kl_coef": -1.0}, "kl_coef must be finite and >= 0, got -1.0"),
         ({"kl_coef": X}, r"kl_coef must be of shape \(\), got \(2, 3\)"),
-        ({"kl_estimator": "k4"}, "kl_estimator must be one of k1, k2, k3; got 'k4'"),
+        ({"kl_estimator": "k4"}, "kl_estimator must be one of k1, k2, k3, reverse_k3; got 'k4'"),
         ({"rewards": None}, r"give rewards \(one a token\), terminal_rewards"),
         ({"rewards": X[0]}, r"rewards must be of shape \(2, 3\), got \(3,\)"),
         ({"terminal_rewards": X[0]}, r"terminal_rewards must be of shape \(2,\), got \(3,\)"),

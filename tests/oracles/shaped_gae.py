@@ -12,6 +12,7 @@ KL = {
     "k1": lambda log_r: -log_r,
     "k2": lambda log_r: log_r**2 / 2,
     "k3": lambda log_r: (math.exp(log_r) - 1) - log_r,
+    "reverse_k3": lambda log_r: math.exp(log_r) * log_r - (math.exp(log_r) - 1),
 }
 
 

@@ -56,6 +56,7 @@ def configurations(all_of_them: bool) -> Iterator[Launch]:
     yield "k3 mask", partial(approx_kl, torch.float32, 3, False, True)
     if all_of_them:
         yield "k3 bf16", partial(approx_kl, torch.bfloat16, 3, False, True)
+        yield "reverse k3", partial(approx_kl, torch.float32, 4, False, True)
         yield "k1 plain", partial(approx_kl, torch.bfloat16, 1, False, False)
         yield "k2", partial(approx_kl, torch.bfloat16, 2, True, True)
 

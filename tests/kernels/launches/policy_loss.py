@@ -17,14 +17,16 @@ from warpo.kernels._policy_metrics import METRICS
 
 Launch = tuple[str, Callable[[], None]]
 
-TOKEN, SEQUENCE, PREFIX = range(3)
+TOKEN, SEQUENCE, PREFIX, PRODUCT = range(4)
 CLIP, DUAL_CLIP, STOP_GRADIENT, MASK, NONE, REINFORCE, GEOMETRIC, SOFT_GATE = range(8)
 DIVERGENCE_TV, DIVERGENCE_KL, GAMMA = range(8, 11)
 
 
 @dataclass(kw_only=True)
 class Case:
-    """extras: entropy and its gradient, a coefficient on the device, straight-through."""
+    """extras: entropy and its gradient, a coefficient on the device, straight-through where the
+    estimator has it.
+    """
 
     dtype: torch.dtype = torch.float32
     packed: bool = False
@@ -32,6 +34,7 @@ class Case:
     level: int = TOKEN
     surrogate: int = CLIP
     kl: int = 0
+    kl_sequence: bool = False
     correction: int = 0
     correction_sequence: bool = False
     extras: bool = False
@@ -53,7 +56,8 @@ class Case:
             correction_sequence=self.correction_sequence,
             correction_low=clip,
             correction_high=2 + clip,
-            kl_straight_through=self.extras,
+            kl_straight_through=self.extras and self.kl <= 3,
+            kl_sequence=self.kl_sequence,
             entropy_coef=clip,
             log_ratio_limit=20 * clip,
             sequence_mean=self.mean,
@@ -125,6 +129,11 @@ def configurations(all_of_them: bool) -> Iterator[Launch]:
             "sequence dual clip mask all": replace(
                 in_sequence, packed=True, surrogate=DUAL_CLIP, kl=3, correction=2, extras=True
             ),
+            "product clip k3 of the sequence": replace(
+                BF16, packed=True, mean=True, level=PRODUCT, kl=3, kl_sequence=True
+            ),
+            "token reverse k3": Case(kl=4),
+            "token none k3 of the reference": Case(surrogate=NONE, kl=7, extras=True),
             "sequence stop gradient": replace(in_sequence, mean=True, surrogate=STOP_GRADIENT),
             "sequence soft gate k1": replace(
                 BF16, packed=True, mean=True, level=SEQUENCE, surrogate=SOFT_GATE, kl=1

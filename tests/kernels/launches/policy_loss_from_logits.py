@@ -48,6 +48,7 @@ def policy_loss_from_logits(
         correction_low=number,
         correction_high=2.0,
         kl_straight_through=False,
+        kl_sequence=False,
         entropy_coef=number * full,
         log_ratio_limit=20 * number,
         sequence_mean=full,
