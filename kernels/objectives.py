@@ -98,6 +98,11 @@ class Objective:
             "propagate": it reaches the loss. "mask": it becomes 0, as of a w that "mask" leaves
             out: the token (at level "sequence" the sequence) has no surrogate, and still counts in
             the denominator, the KL and the entropy; the metric `corrected` counts it.
+        sequence_mask: >= 0; inf is none. Off-policy sequence masking of DeepSeek-V3.2,
+            https://arxiv.org/abs/2512.02556: where A < 0 and the mean over the valid tokens of mu -
+            logp is above it, the token's advantage is 0: it has no surrogate, and still counts in
+            the denominator, the KL and the entropy. mu: sampler_logprobs with a correction, else
+            old_logprobs. Not of "geometric".
         aggregation: how the losses of the tokens become one number, before it is divided by
             `denominator`:
             "token-mean"                    sum over tokens; denominator: number of valid tokens
@@ -135,6 +140,7 @@ class Objective:
     correction_low: float = 0.0
     correction_high: float = 2.0
     correction_nan: str = "propagate"
+    sequence_mask: float = math.inf
     aggregation: str = "token-mean"
     log_ratio_limit: float = 20.0
     arguments: ObjectiveArguments = field(init=False, repr=False, compare=False)
@@ -206,6 +212,7 @@ class Objective:
             ("entropy_coef", 0.0, math.inf),
             ("correction_low", 0.0, math.inf),
             ("correction_high", self.correction_low, math.inf),
+            ("sequence_mask", 0.0, math.inf),
         ):
             value = getattr(self, name)
             if not low <= value <= high:
@@ -236,6 +243,11 @@ class Objective:
             raise ValueError(
                 "surrogate 'geometric' is a mean over the sequence: "
                 f"set ratio_level to 'sequence', got {self.ratio_level!r}"
+            )
+        if self.surrogate == "geometric" and self.sequence_mask < math.inf:
+            raise ValueError(
+                f"sequence_mask = {self.sequence_mask:g} takes advantages away whose signs choose "
+                "the bounds of surrogate 'geometric': set it to inf, or another surrogate"
             )
         if self.surrogate.startswith("divergence") and self.ratio_level != "token":
             raise ValueError(

@@ -1,5 +1,6 @@
 """Policy losses of `objectives`, in plain PyTorch."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -43,6 +44,10 @@ def policy_loss(
     logp = counted(logp, denominator)
     tokens = sequences_of(logp, mask, cu_seqlens)
     logp, old, advantages = tokens.clean(logp), tokens.clean(old), tokens.clean(advantages)
+    if objective.sequence_mask < math.inf:
+        drawn = old if objective.correction == "none" or sampler is None else tokens.clean(sampler)
+        moved = tokens.mean(drawn - logp.detach()) > objective.sequence_mask
+        advantages = torch.where(moved & (advantages < 0), 0, advantages)
     limit = objective.log_ratio_limit
     of_tokens = logp - old
     log_ratio, cut_low, cut_high = _log_ratio(objective, tokens, of_tokens, advantages)

@@ -60,6 +60,9 @@ def objectives(draw):
         correction_low=draw(st.sampled_from([0.0, 0.5])),
         correction_high=draw(st.sampled_from([1.2, 2.0])),
         correction_nan=draw(st.sampled_from(["propagate", "mask"])),
+        sequence_mask=draw(
+            st.sampled_from([math.inf] if surrogate == "geometric" else [math.inf, 0.0, 0.1])
+        ),
         aggregation=draw(st.sampled_from(AGGREGATIONS)),
         log_ratio_limit=draw(st.sampled_from([20.0, 0.5])),
     )
@@ -164,6 +167,10 @@ def near_a_bound(arguments, objective) -> bool:
     ratio_edges = [1 - low, 1 + high, objective.dual_clip, math.exp(limit), math.exp(-limit)]
     weight_edges = [objective.correction_low, objective.correction_high, *ratio_edges[-2:]]
     pairs = [(x, ratio_edges) for x in levels] + [(log_weight, weight_edges)]
+    if objective.sequence_mask < math.inf:
+        sampler = tokens.clean(arguments["sampler_logprobs"].double())
+        drawn = tokens.clean(old) if objective.correction == "none" else sampler
+        pairs.append((tokens.mean(drawn - tokens.clean(logp)), [math.exp(objective.sequence_mask)]))
     if objective.surrogate in OF_TOKENS:
         ratio = log_ratio.clamp(-limit, limit).exp()
         moved = binary_divergence(objective, tokens.clean(logp), ratio)
