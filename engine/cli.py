@@ -315,7 +315,7 @@ def _describe(key: Key, width: int) -> list[str]:
     tail = "(required)" if key.required else f"(default: {default if default != '' else 'empty'})"
     head, indent = f"  --{key.name}  {key.wanted}  {tail}", " " * 8
     return [
-        *textwrap.wrap(head, width, subsequent_indent=indent),
+        *textwrap.wrap(head, width, subsequent_indent=indent, break_on_hyphens=False),
         *textwrap.wrap(key.text, width, initial_indent=indent, subsequent_indent=indent),
     ]
 

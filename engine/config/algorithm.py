@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from warpo.engine.config.estimators import ESTIMATORS, Estimator
+from warpo.engine.config.estimators import BASELINES, ESTIMATORS, Baseline, Estimator
 from warpo.kernels.objectives import Objective
 from warpo.kernels.preferences import Preference
 
@@ -28,17 +28,28 @@ class Algorithm:
         loss: the loss that such a row minimises, in words.
         objective: of the policy, or the loss of pairs.
         advantages: key of ESTIMATORS.
+        baseline: key of BASELINES, which "outcome" subtracts from the reward.
+        baseline_decay: share of the old baseline in the new one, of "moving".
+        reward_to_go: a token's reward is what is still to come, instead of that of the whole
+            completion, of "outcome".
         advantage_std: divisor of the group's advantages.
-        reward_kl_coef: weight of the KL to the reference that is taken off the reward of each
-            token. The KL in the loss is the objective's.
-        reward_kl_estimator: of that KL.
+        rescaled: the advantages are multiplied by groups over groups of unequal rewards.
+        whiten: the advantages are normalised over all tokens of the step.
+        kl_in: whether the KL to the reference is taken off the reward of each token or added to the
+            loss.
+        reward_kl_coef: weight of that KL in the reward. In the loss it is the objective's.
+        reward_kl_estimator: of the KL in the reward.
+        reward_entropy_coef: weight of -log pi_old of each token, which is added to its reward.
+        reward_normalize: the rewards of completions are normalised by those of the step ("batch")
+            or of all steps ("running").
+        reward_clip: bound on the absolute value of a reward, after that; None: no bound.
         previous_reference: the reference is the policy that the step began with.
         kl_rule: rule by which the coefficient of the KL follows kl_target: "proportional",
             https://arxiv.org/abs/1909.08593 section 2.2, or "doubling",
             https://arxiv.org/abs/1707.06347 section 4.
         kl_target: nats per token; None: the coefficient is fixed.
         reference_every_steps: replace the reference with the policy every N steps; 0: never.
-        gamma: discount of "gae".
+        gamma: discount of rewards and values from token to token, of "gae" and "outcome".
         gae_lambda: lambda of the advantages, and of the returns that the critic learns.
             "length:ALPHA": 1 - 1 / (ALPHA x length of the completion), at least 0,
             https://arxiv.org/abs/2504.05118.
@@ -57,9 +68,18 @@ class Algorithm:
     loss: str = ""
     objective: Objective | Preference | None = None
     advantages: str = ""
+    baseline: str = "none"
+    baseline_decay: float = 0.9
+    reward_to_go: bool = False
     advantage_std: Std = "none"
+    rescaled: bool = False
+    whiten: bool = False
+    kl_in: Literal["reward", "loss"] = "loss"
     reward_kl_coef: float = 0.0
     reward_kl_estimator: str = "k1"
+    reward_entropy_coef: float = 0.0
+    reward_normalize: Literal["none", "batch", "running"] = "none"
+    reward_clip: float | None = None
     previous_reference: bool = False
     kl_rule: Literal["proportional", "doubling"] = "proportional"
     kl_target: float | None = None
@@ -76,6 +96,37 @@ class Algorithm:
         return ESTIMATORS.get(self.advantages, Estimator(text=""))
 
     @property
+    def subtracts(self) -> Baseline:
+        """The facts of its baseline."""
+        return BASELINES[self.baseline]
+
+    @property
+    def needs_group(self) -> bool:
+        """True if it compares a completion with others of its prompt, so there must be two."""
+        return self.estimator.needs_group or self.subtracts.of_group
+
+    @property
+    def divides_by_std(self) -> bool:
+        """True if advantages may be divided by the deviation of the group."""
+        return self.estimator.needs_steps or self.subtracts.of_group or self.advantage_std != "none"
+
+    @property
+    def may_redraw(self) -> bool:
+        """True if groups of one reward teach it nothing, so that others may be drawn instead."""
+        return self.subtracts.of_group and not self.reward_to_go
+
+    @property
+    def advantage_text(self) -> str:
+        """The formula of its advantages, in words."""
+        if self.advantages != "outcome":
+            return self.estimator.text
+        text = "reward-to-go" if self.reward_to_go else "reward"
+        text += f" - {self.subtracts.text}" if self.subtracts.text else ""
+        text += ", over its standard deviation" if self.advantage_std != "none" else ""
+        text += ", times groups over groups of unequal rewards" if self.rescaled else ""
+        return text + (", normalised over the batch" if self.whiten else "")
+
+    @property
     def has_critic(self) -> bool:
         """True if the advantages need values of states."""
         return self.estimator.needs_critic
@@ -83,7 +134,7 @@ class Algorithm:
     @property
     def kl_in_reward(self) -> bool:
         """True if the KL is subtracted from the rewards instead of added to the loss."""
-        return self.estimator.shapes_rewards and not self.previous_reference
+        return self.kl_in == "reward"
 
     @property
     def kl_coef(self) -> float:

@@ -21,8 +21,21 @@ def _policy(
     return Algorithm(objective=objective, advantages=advantages, title=title, url=url, **fields)
 
 
+def _outcome(
+    objective: str | Objective, baseline: str, title: str, url: str, **fields: Any
+) -> Algorithm:
+    fields = {"kl_in": "reward", **fields}
+    return _policy(objective, "outcome", title, url, baseline=baseline, **fields)
+
+
 def _group(objective: str | Objective, title: str, url: str, **fields: Any) -> Algorithm:
-    return _policy(objective, "group", title, url, **{"advantage_std": "sample", **fields})
+    fields = {"kl_in": "loss", "advantage_std": "sample", **fields}
+    return _outcome(objective, "group", title, url, **fields)
+
+
+def _critic(objective: str | Objective, title: str, url: str, **fields: Any) -> Algorithm:
+    fields = {"kl_in": "reward", "whiten": True, **fields}
+    return _policy(objective, "gae", title, url, **fields)
 
 
 def _preference(row: str, title: str, url: str, loss: str) -> Algorithm:
@@ -39,60 +52,82 @@ def _preference(row: str, title: str, url: str, loss: str) -> Algorithm:
 
 _GRPO = "https://arxiv.org/abs/2402.03300"
 _PPO = "https://arxiv.org/abs/1707.06347"
+_BERKELEY = "https://rail.eecs.berkeley.edu/deeprlcourse/"
 _RLHF = "https://arxiv.org/abs/2203.02155"
 # beta of InstructGPT, appendix C.4
 _RLHF_KL = 0.02
 
 _ROWS: dict[str, Algorithm] = {
-    "reinforce": _policy(
-        "reinforce", "moving average", "REINFORCE, theorem 1; the baseline of its section 6",
+    "reinforce": _outcome(
+        "reinforce", "moving", "REINFORCE, theorem 1; the baseline of its section 6",
         "https://doi.org/10.1007/BF00992696",
     ),
-    "rloo": _policy(
-        "rloo", "leave one out", "RLOO, eq. 8", "https://arxiv.org/abs/2402.14740",
+    "reinforce_reward_to_go": _outcome(
+        "reinforce", "history", "policy gradient, rewards to go less a baseline, lecture 5",
+        _BERKELEY, reward_to_go=True,
+    ),
+    "opo": _outcome(
+        "reinforce", "optimal", "OPO, the length-weighted baseline of its section 2",
+        "https://arxiv.org/abs/2505.23585", kl_in="loss",
+    ),
+    "rloo": _outcome(
+        "rloo", "leave_one_out", "RLOO, eq. 8", "https://arxiv.org/abs/2402.14740",
         reward_kl_coef=0.03,
     ),
-    "reinforce_plus_plus": _policy(
-        "reinforce_plus_plus", "batch", "REINFORCE++", "https://arxiv.org/abs/2501.03262",
-        reward_kl_coef=0.01,
+    "reinforce_plus_plus": _outcome(
+        "reinforce_plus_plus", "none", "REINFORCE++", "https://arxiv.org/abs/2501.03262",
+        reward_kl_coef=0.01, reward_to_go=True, whiten=True,
     ),
-    "reinforce_plus_plus_baseline": _policy(
-        "reinforce_plus_plus_baseline", "group, batch", "REINFORCE++ with baseline",
-        "https://arxiv.org/abs/2501.03262",
+    "reinforce_plus_plus_baseline": _outcome(
+        "reinforce_plus_plus_baseline", "group", "REINFORCE++ with baseline",
+        "https://arxiv.org/abs/2501.03262", kl_in="loss", whiten=True,
     ),
-    "remax": _policy(
+    "remax": _outcome(
         "remax", "greedy", "ReMax, algorithm 1", "https://arxiv.org/abs/2310.10505",
     ),
-    "gpg": _policy("gpg", "rescaled group", "GPG", "https://arxiv.org/abs/2504.02546"),
-    "off_policy_first_order": _policy(
-        "off_policy_first_order", "moving average", "first-order off-policy policy gradient",
-        "https://rail.eecs.berkeley.edu/deeprlcourse/",
+    "gpg": _outcome(
+        "gpg", "group", "GPG", "https://arxiv.org/abs/2504.02546", kl_in="loss", rescaled=True,
     ),
-    "off_policy_prefix": _policy(
-        "off_policy_prefix", "moving average", "off-policy policy gradient, ratios of the prefix",
+    "off_policy_trajectory": _outcome(
+        "off_policy_trajectory", "moving", "off-policy policy gradient, ratio of the trajectory",
+        _BERKELEY,
+    ),
+    "off_policy_first_order": _outcome(
+        "off_policy_first_order", "moving", "first-order off-policy policy gradient", _BERKELEY,
+    ),
+    "off_policy_prefix": _outcome(
+        "off_policy_prefix", "moving", "off-policy policy gradient, ratios of the prefix",
         "https://arxiv.org/abs/1205.4839",
     ),
-    "ppo": _policy("ppo", "gae", "PPO, eq. 7, as in InstructGPT", _PPO, reward_kl_coef=_RLHF_KL),
-    "ppo_dual_clip": _policy(
-        "ppo_dual_clip", "gae", "dual-clip PPO, eq. 8", "https://arxiv.org/abs/1912.09729",
+    "a2c": _critic(
+        "reinforce", "advantage actor-critic, section 4 of A3C, with GAE",
+        "https://arxiv.org/abs/1602.01783", whiten=False,
+    ),
+    "ppo": _critic("ppo", "PPO, eq. 7, as in InstructGPT", _PPO, reward_kl_coef=_RLHF_KL),
+    "ppo_dual_clip": _critic(
+        "ppo_dual_clip", "dual-clip PPO, eq. 8", "https://arxiv.org/abs/1912.09729",
         reward_kl_coef=_RLHF_KL,
     ),
-    "ppo_kl": _policy(
-        "ppo_kl", "gae", "PPO with adaptive KL penalty, eq. 8", _PPO,
+    "ppo_kl": _critic(
+        "ppo_kl", "PPO with adaptive KL penalty, eq. 8", _PPO, kl_in="loss",
         previous_reference=True, kl_rule="doubling", kl_target=0.01,
     ),
-    "ppo_length_adaptive": _policy(
-        OBJECTIVES["ppo"].replace(clip_high=0.28), "gae", "length-adaptive GAE of VAPO",
+    "ppo_length_adaptive": _critic(
+        OBJECTIVES["ppo"].replace(clip_high=0.28), "length-adaptive GAE of VAPO",
         "https://arxiv.org/abs/2504.05118", gae_lambda=("length:0.05", 1.0),
     ),
-    "ppo_ptx": _policy(
-        "ppo", "gae", "PPO-ptx of InstructGPT, eq. 2", _RLHF,
+    "ppo_ptx": _critic(
+        "ppo", "PPO-ptx of InstructGPT, eq. 2", _RLHF,
         reward_kl_coef=_RLHF_KL, pretraining_coef=27.8,
     ),
     "grpo": _group("grpo", "GRPO, eq. 3", _GRPO),
+    "grpo_response": _group(
+        "grpo_response", "GRPO of whole completions, DeepSeek-R1, eq. 1 and 2",
+        "https://arxiv.org/abs/2501.12948",
+    ),
     "grpo_token": _group(
         OBJECTIVES["grpo"].replace(aggregation="token-mean"),
-        "GRPO, a mean over the tokens of the batch", _GRPO,
+        "GRPO, eq. 3 as a mean over the tokens of the batch", _GRPO,
     ),
     "grpo_process": _policy(
         "grpo", "process", "GRPO with process supervision, section 4.1.3", _GRPO,

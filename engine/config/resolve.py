@@ -50,10 +50,16 @@ def resolve(config: Config) -> Algorithm:
             f"algorithm = {row.name!r} trains from given data or environments and has other "
             "settings: `warpo train` chooses them by the algorithm of the file"
         )
+    row = _structure(row, config.loss)
     _check_effects(config, row)
     own = {
         "max_draws": config.rollout.max_draws,
+        "baseline_decay": config.loss.baseline_decay,
         "advantage_std": config.loss.advantage_std,
+        "whiten": config.loss.whiten,
+        "reward_entropy_coef": config.loss.reward_entropy_coef,
+        "reward_normalize": config.reward.normalize,
+        "reward_clip": "algorithm" if config.reward.clip == "none" else config.reward.clip,
         "reference_every_steps": config.loss.reference_every_steps,
         "gamma": config.loss.gamma,
         "gae_lambda": config.loss.gae_lambda,
@@ -85,6 +91,27 @@ def resolve(config: Config) -> Algorithm:
     return resolved
 
 
+def _structure(row: Algorithm, loss: LossSettings) -> Algorithm:
+    """The row with the settings that decide which others it reads."""
+    read = has_effect(row)
+    changes: dict[str, Any] = {
+        name: value
+        for name in ("baseline", "reward_to_go")
+        if read[f"loss.{name}"] and (value := getattr(loss, name)) != "algorithm"
+    }
+    objective = row.objective
+    if read["loss.kl_in"] and loss.kl_in not in ("algorithm", row.kl_in):
+        # the coefficient moves along; the estimator is that of the place
+        assert isinstance(objective, Objective)
+        in_loss = row.reward_kl_coef if loss.kl_in == "loss" else 0.0
+        changes |= {
+            "kl_in": loss.kl_in,
+            "objective": objective.replace(kl_coef=in_loss),
+            "reward_kl_coef": 0.0 if loss.kl_in == "loss" else objective.kl_coef,
+        }
+    return row.replace(**changes)
+
+
 def _objective(
     objective: Objective, loss: LossSettings, kl: dict[str, Any], name: str
 ) -> Objective:
@@ -92,8 +119,9 @@ def _objective(
     given: dict[str, Any] = dict(kl)
     if loss.clip_range != "algorithm":
         given["clip_low"], given["clip_high"] = loss.clip_range
-    if loss.entropy_coef != "algorithm":
-        given["entropy_coef"] = loss.entropy_coef
+    for setting in ("entropy_coef", "aggregation", "kl_gradient", "kl_level"):
+        if (value := getattr(loss, setting)) != "algorithm":
+            given[setting] = value
     if loss.correction != "algorithm":
         kind, _, level = loss.correction.partition("_")
         given |= {"correction": kind} | ({"correction_level": level} if level else {})
@@ -109,26 +137,41 @@ def _objective(
                 f"loss.correction_range = {low:g} {high:g}: the lowest w must be below the highest"
             )
         given |= {"correction_low": low, "correction_high": high}
-    return objective.replace(**given)
+    try:
+        return objective.replace(**given)
+    except ValueError as error:
+        raise ConfigError(f"loss of algorithm = {name!r}: {error}") from None
 
 
 def has_effect(row: Algorithm) -> dict[str, bool]:
     """True if a row of the policy family reads a setting, for those that not all rows read."""
+    estimator = row.estimator
+    weighs_tokens = not estimator.makes_pairs
     no_bounds = ("none", "reinforce", "soft_gate")
     ratio = isinstance(row.objective, Objective) and row.objective.surrogate not in no_bounds
-    estimator = row.estimator
     return {
+        "loss.aggregation": weighs_tokens,
         "loss.clip_range": ratio,
-        "loss.kl_target": not estimator.makes_pairs,
-        "loss.kl_estimator": not estimator.makes_pairs,
-        "loss.entropy_coef": not estimator.makes_pairs,
-        "loss.correction": not estimator.makes_pairs,
-        "loss.correction_range": not estimator.makes_pairs,
-        "loss.gamma": row.has_critic,
+        "loss.kl_target": weighs_tokens,
+        "loss.kl_estimator": weighs_tokens,
+        "loss.kl_in": estimator.shapes_rewards and not row.previous_reference,
+        "loss.kl_gradient": weighs_tokens and not row.kl_in_reward,
+        "loss.kl_level": weighs_tokens and not row.kl_in_reward,
+        "loss.entropy_coef": weighs_tokens,
+        "loss.reward_entropy_coef": estimator.shapes_rewards,
+        "reward.normalize": estimator.shapes_rewards,
+        "reward.clip": estimator.shapes_rewards,
+        "loss.correction": weighs_tokens,
+        "loss.correction_range": weighs_tokens,
+        "loss.baseline": estimator.reads_baseline,
+        "loss.baseline_decay": row.baseline == "moving",
+        "loss.reward_to_go": estimator.reads_baseline,
+        "loss.whiten": weighs_tokens,
+        "loss.gamma": estimator.shapes_rewards,
         "loss.gae_lambda": row.has_critic,
-        "loss.advantage_std": estimator.reads_std,
+        "loss.advantage_std": row.divides_by_std,
         "loss.reference_every_steps": not row.previous_reference,
-        "rollout.max_draws": estimator.may_redraw,
+        "rollout.max_draws": row.may_redraw,
     }
 
 
@@ -136,7 +179,12 @@ def _check_effects(config: Config, row: Algorithm) -> None:
     """Refuse settings that this row does not read."""
     loss, read = config.loss, has_effect(row)
     read |= {f"critic.{field.name}": row.has_critic for field in dataclasses.fields(config.critic)}
-    where = {name: f"algorithm = {row.name!r}" for name in read}
+    where = dict.fromkeys(read, f"algorithm = {row.name!r}")
+    if row.estimator.reads_baseline and loss.baseline not in ("algorithm", "moving"):
+        of_baseline = ("loss.baseline_decay", "loss.advantage_std", "rollout.max_draws")
+        where |= dict.fromkeys(of_baseline, f"loss.baseline = {loss.baseline!r}")
+    if loss.kl_in == "reward":
+        where["loss.kl_gradient"] = where["loss.kl_level"] = "loss.kl_in = 'reward'"
     if row.has_critic:
         shared = config.critic.model == "shared"
         # A head on the policy's trunk learns with it, at its rate and from the first step.
@@ -153,30 +201,61 @@ def _check_effects(config: Config, row: Algorithm) -> None:
                 f"{name} = {_shown(value)} has no effect on {where[name]}: remove it"
                 + (" (it has no critic)" if section == "critic" and not row.has_critic else "")
             )
-    if (
-        loss.kl_estimator != "algorithm"
-        and 0 in (loss.kl_coef, row.kl_coef)
-        and (loss.kl_coef in (0, "algorithm"))
-    ):
-        raise ConfigError(
-            f"loss.kl_estimator = {loss.kl_estimator!r} has no effect: loss.kl_coef is 0"
-            + ("" if loss.kl_coef == 0 else f" in algorithm {row.name!r}")
-        )
+    for name in ("kl_estimator", "kl_gradient", "kl_level", "kl_in"):
+        value = getattr(loss, name)
+        unweighed = 0 in (loss.kl_coef, row.kl_coef) and loss.kl_coef in (0, "algorithm")
+        if value != "algorithm" and unweighed:
+            raise ConfigError(
+                f"loss.{name} = {value!r} has no effect: loss.kl_coef is 0"
+                + ("" if loss.kl_coef == 0 else f" in algorithm {row.name!r}")
+            )
 
 
 def _shown(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else repr(value)
 
 
+def _check_baseline(config: Config, row: Algorithm) -> None:
+    """Refuse what a row makes of its baseline and this baseline has not."""
+    if row.advantages != "outcome":
+        return
+    baseline = f"loss.baseline = {row.baseline!r}"
+    if row.rescaled and not row.may_redraw:
+        raise ConfigError(
+            f"{baseline} does not go with algorithm = {row.name!r}, which makes up for groups "
+            "whose advantages are all 0: choose group, leave_one_out or optimal, without "
+            "loss.reward_to_go"
+        )
+    if row.max_draws > 1 and not row.may_redraw:
+        raise ConfigError(
+            f"rollout.max_draws = {row.max_draws} of algorithm = {row.name!r} replaces groups of "
+            f"equal rewards, which teach with {baseline} too: set rollout.max_draws to 1"
+        )
+    if row.advantage_std == "none":
+        return
+    if not row.subtracts.of_group:
+        raise ConfigError(
+            f"{baseline} compares no completions of a group, whose deviation algorithm = "
+            f"{row.name!r} divides by: set loss.advantage_std to none"
+        )
+    if row.reward_to_go:
+        raise ConfigError(
+            f"loss.reward_to_go = True gives each token a reward of its own, and "
+            f"loss.advantage_std = {row.advantage_std!r} is the deviation of whole completions: "
+            "set loss.advantage_std to none"
+        )
+
+
 def _check_combinations(config: Config, row: Algorithm) -> None:
     group, critic = config.rollout.group_size, config.critic
-    if row.estimator.needs_group and group < 2:
+    if row.needs_group and group < 2:
         std = ", and the standard deviation of one is 0" if row.advantage_std != "none" else ""
         raise ConfigError(
             f"rollout.group_size = {group} is too small for algorithm = {row.name!r}: its "
             f"advantages compare the completions of a prompt{std} "
             f"(loss.advantage_std = {row.advantage_std!r}). Set rollout.group_size to 2 or more"
         )
+    _check_baseline(config, row)
     pair = 2 * config.rollout.max_model_len
     if row.estimator.makes_pairs and config.update.token_budget < pair:
         raise ConfigError(

@@ -12,7 +12,9 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from warpo.engine.config import reward_kinds
+from warpo.engine.config.estimators import BASELINES
 from warpo.engine.config.samplers import SAMPLERS
+from warpo.kernels.objectives import AGGREGATIONS, KL_ESTIMATORS
 
 Text = Annotated[str, Field(min_length=1)]
 FilePathOrEmpty = Annotated[str, Field(pattern=r"^[^\x00]*$"), AfterValidator(os.path.expanduser)]
@@ -34,8 +36,14 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 Unit = Annotated[float, Field(ge=0, le=1)]
 if TYPE_CHECKING:
     SamplerName = str
+    BaselineName = str
+    Aggregation = str
+    KlEstimator = str
 else:
     SamplerName = Literal[*SAMPLERS]
+    BaselineName = Literal[*BASELINES]
+    Aggregation = Literal[*AGGREGATIONS]
+    KlEstimator = Literal[*KL_ESTIMATORS]
 LengthAdaptive = Annotated[str, Field(pattern=r"^length:\d*\.?\d+$")]
 
 # Bound on what rounding adds to a logprob, relative to logprobs beyond 1. Seen of random models
@@ -85,6 +93,11 @@ class RewardSettings:
     call are split in order. A function that compares completions needs 1."""
     memory_gib: Annotated[float, Field(ge=0.25, le=65536)] = 64.0
     """Memory that a process of a function may allocate, GiB."""
+    normalize: Literal["none", "batch", "running"] = "none"
+    """Bring the rewards that are learned from to mean 0 and deviation 1: of the step (batch), or of
+    all steps (running). Metrics and evaluations show them as they are."""
+    clip: Positive | Literal["none"] = "none"
+    """Bound on the absolute value of a reward that is learned from, after reward.normalize."""
     success: float = 1.0
     """A completion with at least this reward counts as correct in the accuracy."""
 
@@ -135,22 +148,47 @@ class LossSettings:
     kl_coef: NonNegative | Literal["algorithm"] = "algorithm"
     """Weight of the KL to the reference, the model that step 1 starts from. 0 needs no reference.
     In ppo_kl the initial weight; in iterative_dpo the beta of DPO."""
-    kl_estimator: Literal["algorithm", "k1", "k2", "k3"] = "algorithm"
-    """Estimator of that KL."""
+    kl_estimator: KlEstimator | Literal["algorithm"] = "algorithm"
+    """Estimator of that KL. reverse_k3: of KL(reference || policy)."""
+    kl_in: Literal["algorithm", "reward", "loss"] = "algorithm"
+    """Where that KL stands: subtracted from the reward of each token, or added to the loss."""
+    kl_gradient: Literal["algorithm", "estimator", "k2"] = "algorithm"
+    """Gradient of the KL in the loss: that of its estimator, or of k2, whose expectation is the
+    gradient of the KL."""
+    kl_level: Literal["algorithm", "token", "sequence"] = "algorithm"
+    """The KL in the loss is one per token, or one per completion, of its summed log ratio."""
     kl_target: Positive | Literal["algorithm", "fixed"] = "algorithm"
     """KL in nats per token that kl_coef is adapted to after every step. fixed: kl_coef stays."""
     reference_every_steps: NonNegativeInt | Literal["algorithm"] = "algorithm"
     """Replace the reference with the policy every N steps; 0: never."""
     entropy_coef: NonNegative | Literal["algorithm"] = "algorithm"
     """Weight of the entropy bonus."""
+    aggregation: Aggregation | Literal["algorithm"] = "algorithm"
+    """How the losses of the tokens become one: token-mean: mean over all tokens of an optimizer
+    step. sequence-mean-...: mean over completions of the mean over their tokens (token-mean), the
+    sum (token-sum), or the sum / rollout.max_new_tokens (token-sum-norm)."""
+    reward_entropy_coef: NonNegative | Literal["algorithm"] = "algorithm"
+    """Weight of the entropy in the reward: -log of the old policy's probability of each token is
+    added to its reward."""
     gamma: Unit | Literal["algorithm"] = "algorithm"
-    """Discount of rewards and values from token to token, where there is a critic."""
+    """Discount of rewards and values from token to token."""
     gae_lambda: tuple[Unit | LengthAdaptive, Unit] | Literal["algorithm"] = "algorithm"
     """Lambda of the advantages and lambda of the critic's returns, where there is a critic. Given
     as "length:ALPHA" the first is 1 - 1 / (ALPHA x tokens of the completion), at least 0."""
+    baseline: BaselineName | Literal["algorithm"] = "algorithm"
+    """What is subtracted from the reward of a completion. history: mean of the rewards of all
+    earlier steps. moving: their moving average. batch: mean of the step. group: mean of the
+    completions of the prompt. leave_one_out: of the others. optimal: of all, weighted by length.
+    greedy: reward of the most probable completion of the prompt."""
+    baseline_decay: Fraction | Literal["algorithm"] = "algorithm"
+    """Share of the old average in the new one, of baseline: moving."""
+    reward_to_go: bool | Literal["algorithm"] = "algorithm"
+    """A token has what is still to come of the rewards and the KL, instead of the whole."""
     advantage_std: Literal["algorithm", "sample", "population", "none"] = "algorithm"
-    """Divisor of reward - group mean: the group's standard deviation (n - 1 or n in the
-    denominator) or none."""
+    """Divisor of reward - baseline, for baselines of the group: the group's standard deviation
+    (n - 1 or n in the denominator) or none."""
+    whiten: bool | Literal["algorithm"] = "algorithm"
+    """Normalise the advantages to mean 0 and deviation 1 over the tokens of a step."""
     correction: Literal[
         "algorithm", "none", "truncate_token", "truncate_sequence", "mask_token", "mask_sequence"
     ] = "algorithm"
@@ -178,6 +216,8 @@ class CriticSettings:
     """Distance from its old value that a value may move to lower the loss."""
     coef: Positive = 0.5
     """Weight of the value loss next to the policy's, if the critic is shared."""
+    aggregation: Aggregation = "token-mean"
+    """How the value losses of the tokens become one, as loss.aggregation."""
 
 
 @dataclass(frozen=True, kw_only=True, config=checked)

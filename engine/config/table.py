@@ -71,7 +71,7 @@ def describe(row: Algorithm) -> str:
     """One row: what it is made of, and its settings with their values."""
     lines = [f"{row.name}: {row.title}", f"  {row.url}", f"  models      {', '.join(row.models)}"]
     if row.advantages:
-        lines.append(f"  advantages  {row.estimator.text}")
+        lines.append(f"  advantages  {row.advantage_text}")
     if row.loss:
         lines.append(f"  loss        {row.loss}")
     if isinstance(row.objective, Objective):
@@ -114,11 +114,15 @@ def _settings(row: Algorithm) -> dict[str, str]:
     if isinstance(objective, Objective):
         correction = objective.correction
         settings |= {
+            "loss.aggregation": objective.aggregation,
             "loss.clip_range": f"{objective.clip_low:.4g} {objective.clip_high:.4g}",
             "loss.kl_coef": f"{row.kl_coef:g}, of the {'reward' if row.kl_in_reward else 'loss'}",
             "loss.kl_estimator": row.reward_kl_estimator
             if row.kl_in_reward
             else objective.kl_estimator,
+            "loss.kl_in": row.kl_in,
+            "loss.kl_gradient": objective.kl_gradient,
+            "loss.kl_level": objective.kl_level,
             "loss.kl_target": "fixed" if row.kl_target is None else f"{row.kl_target:g}",
             "loss.entropy_coef": f"{objective.entropy_coef:g}",
             "loss.correction": correction
@@ -128,6 +132,11 @@ def _settings(row: Algorithm) -> dict[str, str]:
         }
     settings |= {
         "loss.reference_every_steps": str(row.reference_every_steps),
+        "loss.baseline": row.baseline,
+        "loss.baseline_decay": f"{row.baseline_decay:g}",
+        "loss.reward_to_go": str(row.reward_to_go).lower(),
+        "loss.whiten": str(row.whiten).lower(),
+        "loss.reward_entropy_coef": f"{row.reward_entropy_coef:g}",
         "loss.gamma": f"{row.gamma:g}",
         "loss.gae_lambda": " ".join(map(str, row.gae_lambda)),
         "loss.advantage_std": row.advantage_std,
@@ -143,5 +152,5 @@ def _of(family: str) -> list[Algorithm]:
 
 
 def _cells(row: Algorithm) -> tuple[str, str, str, str]:
-    what = row.loss or row.estimator.text
+    what = row.loss or row.advantage_text
     return f"algorithm: {row.name}", what, ", ".join(row.models), f"{row.title} {row.url}"

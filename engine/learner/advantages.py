@@ -7,20 +7,19 @@ Out: one advantage for each token, and where there is a critic one return.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from warpo.engine.config.algorithm import Algorithm
 from warpo.engine.errors import RewardError
+from warpo.engine.learner.reward_scale import RewardMoments, scale
 from warpo.engine.models.step_rollouts import StepRollouts
 from warpo.engine.types import Metrics
 from warpo.kernels import ops
-
-# Share of the old baseline in the new one, of "moving average".
-BASELINE_DECAY = 0.9
 
 
 @dataclass
@@ -29,19 +28,31 @@ class AdaptiveState:
 
     Attributes:
         kl_coef: weight of the KL, where it adapts.
-        baseline: moving average of the rewards; None before the first step.
+        baseline: mean of the rewards of earlier steps, or their moving average; None before the
+            first step.
+        rewards_seen: number of these rewards.
+        moments: of the rewards of all steps, where these are normalised by them.
         adapts: whether kl_coef is part of the state. A fixed kl_coef is always the config's.
     """
 
     kl_coef: float
     baseline: float | None = None
+    rewards_seen: int = 0
+    moments: RewardMoments = field(default_factory=RewardMoments)
     adapts: bool = True
 
     def state_dict(self) -> dict[str, Any]:
-        return {"kl_coef": self.kl_coef, "baseline": self.baseline}
+        return {
+            "kl_coef": self.kl_coef,
+            "baseline": self.baseline,
+            "rewards_seen": self.rewards_seen,
+            "moments": asdict(self.moments),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.baseline = state["baseline"]
+        self.rewards_seen = state["rewards_seen"]
+        self.moments = RewardMoments(**state["moments"])
         if self.adapts:
             self.kl_coef = state["kl_coef"]
 
@@ -64,13 +75,20 @@ class AdaptiveState:
 
 
 class _Tokens(NamedTuple):
-    """Inputs of an estimator: B rollouts, (B,), with their M trained tokens in one row, (M,)."""
+    """Inputs of an estimator: B rollouts, (B,), with their M trained tokens in one row, (M,).
+
+    rewards are of whole completions. token_rewards, (M,), and terminal_rewards, (B,), of their last
+    tokens, are their parts: of steps where a source scores these, and the entropy bonus.
+    """
 
     rollouts: StepRollouts
     group_size: int
     lengths: Tensor
     cu_seqlens: Tensor
     rewards: Tensor
+    greedy_rewards: Tensor | None
+    token_rewards: Tensor | None
+    terminal_rewards: Tensor | None
     logprobs: Tensor
     ref_logprobs: Tensor
     values: Tensor | None
@@ -93,8 +111,10 @@ def estimate(algorithm: Algorithm, rollouts: StepRollouts, state: AdaptiveState)
     Raises:
         RewardError: the estimator wants rewards of steps and a rollout has none.
     """
-    tokens = _tokens(rollouts)
+    tokens = _tokens(algorithm, rollouts, state)
     found = _ESTIMATORS[algorithm.advantages](algorithm, tokens, state)
+    if algorithm.whiten:
+        found = found._replace(advantages=ops.whiten(found.advantages))
     rollouts.advantages, rollouts.returns = found.advantages, found.returns
     metrics = {"advantages/std": found.advantages.std(correction=0).item()}
     if found.num_degenerate is not None:
@@ -105,35 +125,107 @@ def estimate(algorithm: Algorithm, rollouts: StepRollouts, state: AdaptiveState)
     return metrics
 
 
-def _tokens(rollouts: StepRollouts) -> _Tokens:
+def _tokens(algorithm: Algorithm, rollouts: StepRollouts, state: AdaptiveState) -> _Tokens:
     old, ref = rollouts.old_logprobs, rollouts.ref_logprobs
     old = rollouts.sampler_logprobs if old is None else old
+    rewards, greedy, state.moments = scale(algorithm, rollouts, state.moments)
+    rewards = rewards.to(rollouts.device, torch.float32)
+    steps = _at_their_tokens(rollouts)
+    by_token = steps
+    if algorithm.reward_entropy_coef:
+        bonus = -algorithm.reward_entropy_coef * old
+        by_token = bonus if steps is None else bonus + steps
     return _Tokens(
-        rollouts,
-        rollouts.group_size,
-        torch.from_numpy(rollouts.lengths).to(rollouts.device),
-        rollouts.cu_seqlens,
-        rollouts.rewards.to(rollouts.device, torch.float32),
-        old,
-        old if ref is None else ref,
-        rollouts.values,
+        rollouts=rollouts,
+        group_size=rollouts.group_size,
+        lengths=torch.from_numpy(rollouts.lengths).to(rollouts.device),
+        cu_seqlens=rollouts.cu_seqlens,
+        rewards=rewards,
+        greedy_rewards=None if greedy is None else greedy.to(rewards),
+        token_rewards=by_token,
+        terminal_rewards=rewards if steps is None else None,
+        logprobs=old,
+        ref_logprobs=old if ref is None else ref,
+        values=rollouts.values,
     )
+
+
+def _at_their_tokens(rollouts: StepRollouts) -> Tensor | None:
+    if rollouts.step_rewards is None:
+        return None
+    starts = np.cumsum(rollouts.lengths) - rollouts.lengths
+    rewards = np.zeros(int(rollouts.lengths.sum()), np.float32)
+    for start, steps in zip(starts, rollouts.step_rewards, strict=True):
+        for end, reward in steps:
+            rewards[start + end] += reward
+    return torch.from_numpy(rewards).to(rollouts.device)
 
 
 def _per_token(advantages: Tensor, tokens: _Tokens) -> Tensor:
     return advantages.repeat_interleave(tokens.lengths)
 
 
-def _shaped_rewards(algorithm: Algorithm, tokens: _Tokens, state: AdaptiveState) -> Tensor:
-    """(B,): the reward of each completion less kl_coef times its KL, summed over its tokens."""
-    if not algorithm.reward_kl_coef:
-        return tokens.rewards
-    return _reward_to_go(algorithm, tokens, state)[tokens.cu_seqlens[:-1].long()]
+def _outcome(algorithm: Algorithm, tokens: _Tokens, state: AdaptiveState) -> Estimate:
+    """Reward of the completion, or what is still to come of it, less the baseline."""
+    kl = algorithm.kl_in_reward and algorithm.reward_kl_coef > 0
+    shaped = kl or algorithm.gamma != 1 or algorithm.reward_entropy_coef > 0
+    rewards = tokens.rewards
+    if shaped or algorithm.reward_to_go:
+        to_go = _gae(algorithm, tokens, state, torch.zeros_like(tokens.logprobs), 1.0).advantages
+        rewards = to_go[tokens.cu_seqlens[:-1].long()]
+    found = _less_baseline(algorithm, tokens, rewards, state)
+    advantages = _per_token(found.advantages, tokens)
+    if algorithm.reward_to_go:
+        advantages = to_go - _per_token(rewards - found.advantages, tokens)
+    if algorithm.rescaled:
+        assert found.num_degenerate is not None
+        groups = len(tokens.rollouts) // tokens.group_size
+        advantages = advantages * (groups / (groups - found.num_degenerate).clamp(min=1))
+    return found._replace(advantages=advantages)
 
 
-def _reward_to_go(algorithm: Algorithm, tokens: _Tokens, state: AdaptiveState) -> Tensor:
-    """(M,): what is still to come of the KL-shaped reward, undiscounted."""
-    return _gae(algorithm, tokens, state, torch.zeros_like(tokens.logprobs), 1.0).advantages
+def _less_baseline(
+    algorithm: Algorithm, tokens: _Tokens, rewards: Tensor, state: AdaptiveState
+) -> Estimate:
+    """(B,): rewards of completions less algorithm.baseline, over the group's deviation."""
+    if algorithm.subtracts.of_group:
+        return _less_group(algorithm, tokens, rewards)
+    if algorithm.subtracts.of_history:
+        return Estimate(rewards - _earlier(algorithm, rewards, state))
+    if algorithm.baseline == "batch":
+        return Estimate(rewards - rewards.mean())
+    if algorithm.baseline == "greedy":
+        assert tokens.greedy_rewards is not None
+        return Estimate(rewards - tokens.greedy_rewards)
+    return Estimate(rewards)
+
+
+def _less_group(algorithm: Algorithm, tokens: _Tokens, rewards: Tensor) -> Estimate:
+    found = ops.group_advantages(
+        rewards,
+        tokens.group_size,
+        std=algorithm.advantage_std,
+        leave_one_out=algorithm.baseline == "leave_one_out",
+    )
+    advantages = found.advantages
+    if algorithm.baseline == "optimal":
+        # from the distances to the mean, which are exactly 0 where all rewards are equal
+        rows = advantages.view(-1, tokens.group_size)
+        weights = tokens.lengths.view_as(rows).to(rows.dtype)
+        weighted = (weights * rows).sum(1, keepdim=True) / weights.sum(1, keepdim=True)
+        advantages = (rows - weighted).flatten()
+    return Estimate(advantages, None, found.num_degenerate)
+
+
+def _earlier(algorithm: Algorithm, rewards: Tensor, state: AdaptiveState) -> float:
+    """The baseline of earlier steps, in which these rewards count from here on."""
+    mean = rewards.mean().item()
+    baseline = mean if state.baseline is None else state.baseline
+    seen = state.rewards_seen + len(rewards)
+    decay = algorithm.baseline_decay
+    kept = decay if algorithm.baseline == "moving" else state.rewards_seen / seen
+    state.baseline, state.rewards_seen = kept * baseline + (1 - kept) * mean, seen
+    return baseline
 
 
 def _gae(
@@ -147,53 +239,10 @@ def _gae(
         gae_lambda=gae_lambda,
         kl_coef=state.kl_coef if algorithm.kl_in_reward else 0.0,
         kl_estimator=algorithm.reward_kl_estimator,
-        terminal_rewards=tokens.rewards,
+        rewards=tokens.token_rewards,
+        terminal_rewards=tokens.terminal_rewards,
         cu_seqlens=tokens.cu_seqlens,
     )
-
-
-def _group(algorithm: Algorithm, tokens: _Tokens, state: AdaptiveState) -> Estimate:
-    found = ops.group_advantages(tokens.rewards, tokens.group_size, std=algorithm.advantage_std)
-    return Estimate(_per_token(found.advantages, tokens), None, found.num_degenerate)
-
-
-def _rescaled_group(algorithm: Algorithm, tokens: _Tokens, state: AdaptiveState) -> Estimate:
-    """A group of one reward has no gradient; the others make up for it."""
-    found = _group(algorithm, tokens, state)
-    assert found.num_degenerate is not None
-    groups = len(tokens.rollouts) // tokens.group_size
-    scale = groups / (groups - found.num_degenerate).clamp(min=1)
-    return found._replace(advantages=found.advantages * scale)
-
-
-def _leave_one_out(algorithm: Algorithm, tokens: _Tokens, state: AdaptiveState) -> Estimate:
-    rewards = _shaped_rewards(algorithm, tokens, state)
-    found = ops.group_advantages(rewards, tokens.group_size, std="none", leave_one_out=True)
-    return Estimate(_per_token(found.advantages, tokens), None, found.num_degenerate)
-
-
-def _moving_average(algorithm: Algorithm, tokens: _Tokens, state: AdaptiveState) -> Estimate:
-    rewards = _shaped_rewards(algorithm, tokens, state)
-    mean = rewards.mean().item()
-    baseline = mean if state.baseline is None else state.baseline
-    state.baseline = BASELINE_DECAY * baseline + (1 - BASELINE_DECAY) * mean
-    return Estimate(_per_token(rewards - baseline, tokens))
-
-
-def _greedy(algorithm: Algorithm, tokens: _Tokens, state: AdaptiveState) -> Estimate:
-    assert tokens.rollouts.baseline_rewards is not None
-    rewards = _shaped_rewards(algorithm, tokens, state)
-    baselines = tokens.rollouts.baseline_rewards.to(rewards.device, torch.float32)
-    return Estimate(_per_token(rewards - baselines, tokens))
-
-
-def _batch(algorithm: Algorithm, tokens: _Tokens, state: AdaptiveState) -> Estimate:
-    return Estimate(ops.whiten(_reward_to_go(algorithm, tokens, state)))
-
-
-def _group_batch(algorithm: Algorithm, tokens: _Tokens, state: AdaptiveState) -> Estimate:
-    found = _group(algorithm, tokens, state)
-    return found._replace(advantages=ops.whiten(found.advantages))
 
 
 def _process(algorithm: Algorithm, tokens: _Tokens, state: AdaptiveState) -> Estimate:
@@ -228,7 +277,7 @@ def _critic(algorithm: Algorithm, tokens: _Tokens, state: AdaptiveState) -> Esti
         advantages = _length_adaptive(algorithm, tokens, state, alpha)
     elif policy_lambda != value_lambda:
         advantages = _gae(algorithm, tokens, state, tokens.values, policy_lambda).advantages
-    return Estimate(ops.whiten(advantages), returns)
+    return Estimate(advantages, returns)
 
 
 def _length_adaptive(
@@ -238,6 +287,7 @@ def _length_adaptive(
     assert tokens.values is not None
     advantages = torch.empty_like(tokens.values)
     starts = tokens.cu_seqlens[:-1].long()
+    by_token, terminal = tokens.token_rewards, tokens.terminal_rewards
     for length in set(tokens.lengths.tolist()):
         mine = tokens.lengths == length
         index = starts[mine, None] + torch.arange(length, device=starts.device)
@@ -249,21 +299,21 @@ def _length_adaptive(
             gae_lambda=max(0.0, 1 - 1 / (alpha * length)),
             kl_coef=state.kl_coef if algorithm.kl_in_reward else 0.0,
             kl_estimator=algorithm.reward_kl_estimator,
-            terminal_rewards=tokens.rewards[mine],
+            rewards=None if by_token is None else by_token[index],
+            terminal_rewards=None if terminal is None else terminal[mine],
         ).advantages
     return advantages
 
 
+def _pairs(algorithm: Algorithm, tokens: _Tokens, state: AdaptiveState) -> Estimate:
+    """Pairs are made of rewards; this counts the groups that give none."""
+    found = ops.group_advantages(tokens.rewards, tokens.group_size, std="none")
+    return Estimate(_per_token(found.advantages, tokens), None, found.num_degenerate)
+
+
 _ESTIMATORS: dict[str, Callable[[Algorithm, _Tokens, AdaptiveState], Estimate]] = {
-    "group": _group,
-    "rescaled group": _rescaled_group,
-    "leave one out": _leave_one_out,
-    "moving average": _moving_average,
-    "greedy": _greedy,
-    "batch": _batch,
-    "group, batch": _group_batch,
+    "outcome": _outcome,
     "process": _process,
     "gae": _critic,
-    # Pairs are made of rewards; this counts the groups that give none.
-    "pairs": _group,
+    "pairs": _pairs,
 }

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from warpo.engine.config.policy import Config
 from warpo.engine.learner.optimizer import AdamW
 from warpo.engine.learner.schedule import make_optimizer
+from warpo.engine.learner.step import denominator
 from warpo.engine.models.batch import Batch
 from warpo.engine.models.model import token_logprobs_and_values
 from warpo.engine.models.scalar import load_scalar_model, token_scores
@@ -37,6 +38,7 @@ class Critic:
         self.coef = config.critic.coef
         self._settings = config.critic
         self._max_grad_norm = config.update.max_grad_norm
+        self._max_new_tokens = config.rollout.max_new_tokens
         self._policy = policy
         self._head: nn.Linear | None = None
         self._network: PreTrainedModel | None = None
@@ -79,9 +81,13 @@ class Critic:
         assert self._network is not None
         return token_scores(self._network, batch, batch.logit_positions)
 
-    def loss(self, values: Tensor, batch: Batch, num_tokens: int) -> tuple[Tensor, Tensor]:
-        """Clipped value loss of a micro-batch, a mean over the tokens of the optimizer step; and
-        the vector of `ops.value_loss`.
+    def denominator(self, batches: Sequence[Batch]) -> float:
+        """The divisor of an optimizer step's loss, counted over all of its micro-batches."""
+        return denominator(batches, self._settings.aggregation, self._max_new_tokens, self._ranks)
+
+    def loss(self, values: Tensor, batch: Batch, total: float) -> tuple[Tensor, Tensor]:
+        """Clipped value loss of a micro-batch, over the denominator of the optimizer step; and the
+        vector of `ops.value_loss`.
         """
         assert batch.returns is not None
         return ops.value_loss(
@@ -90,7 +96,8 @@ class Critic:
             batch.returns,
             cu_seqlens=batch.cu_seqlens,
             clip_range=self._settings.clip_range,
-            denominator=num_tokens,
+            aggregation=self._settings.aggregation,
+            denominator=total,
         )
 
     def train_step(self, batches: Sequence[Batch]) -> Tensor | None:
@@ -101,11 +108,11 @@ class Critic:
         """
         if self._network is None or self._optimizer is None:
             return None
-        num_tokens = self._ranks.sum(sum(batch.num_trained for batch in batches))
+        total = self.denominator(batches)
         metrics = []
         for batch in batches:
             values = token_scores(self._network, batch, batch.logit_positions)
-            loss, batch_metrics = self.loss(values, batch, num_tokens)
+            loss, batch_metrics = self.loss(values, batch, total)
             loss.backward()
             metrics.append(batch_metrics)
         self._optimizer.step(self._max_grad_norm)

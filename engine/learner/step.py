@@ -37,13 +37,13 @@ class StepResult(NamedTuple):
 
 
 def denominator(
-    batches: Sequence[Batch], objective: Objective, max_new_tokens: int, ranks: Ranks = ONE_RANK
+    batches: Sequence[Batch], aggregation: str, max_new_tokens: int, ranks: Ranks = ONE_RANK
 ) -> float:
     """Return the divisor of an optimizer step's loss, counted over all of its micro-batches."""
-    if objective.aggregation == "token-mean":
+    if aggregation == "token-mean":
         return ranks.sum(sum(batch.num_trained for batch in batches))
     sequences = ranks.sum(sum(batch.num_sequences for batch in batches))
-    if objective.aggregation == "sequence-mean-token-sum-norm":
+    if aggregation == "sequence-mean-token-sum-norm":
         return sequences * max_new_tokens
     return sequences
 
@@ -72,8 +72,8 @@ def accumulate_gradients(
     Returns:
         The vector of `ops.policy_loss`, summed over the micro-batches; that of `ops.value_loss`.
     """
-    total = denominator(batches, objective, max_new_tokens, ranks)
-    num_tokens = ranks.sum(sum(batch.num_trained for batch in batches))
+    total = denominator(batches, objective.aggregation, max_new_tokens, ranks)
+    value_total = 0.0 if critic is None else critic.denominator(batches)
     metrics, value_metrics = [], []
     for batch in batches:
         if critic is None:
@@ -96,7 +96,7 @@ def accumulate_gradients(
             denominator=total,
         )
         if critic is not None:
-            value_loss, batch_values = critic.loss(values, batch, num_tokens)
+            value_loss, batch_values = critic.loss(values, batch, value_total)
             loss = loss + critic.coef * value_loss
             value_metrics.append(batch_values)
         loss.backward()

@@ -153,7 +153,7 @@ class Rollouts:
         verdicts = drawn.flat_verdicts
         rollouts = step_rollouts(drawn.prompts, drawn.groups, [v.total for v in verdicts])
         steps = [verdict.steps for verdict in verdicts if verdict.steps is not None]
-        if self._algorithm.estimator.needs_greedy:
+        if self._algorithm.subtracts.needs_greedy:
             greedy_rewards = torch.tensor(
                 self._greedy_rewards(drawn.prompts, step), dtype=torch.float64
             )

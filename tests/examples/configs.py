@@ -15,17 +15,22 @@ _DATA = "--data.train runs/arithmetic/{0}.jsonl --data.eval runs/arithmetic/{0}_
 # As the words of `warpo train examples/<file>.yaml --algorithm NAME ...`
 _OTHERS = {
     "reinforce": _OUTCOME,
+    "reinforce_reward_to_go": _OUTCOME,
+    "opo": _OUTCOME,
     "rloo": f"{_KL} 1",
     "reinforce_plus_plus": f"{_KL} 1",
     "reinforce_plus_plus_baseline": _OUTCOME,
     "remax": _OUTCOME,
     "gpg": _OUTCOME,
+    "off_policy_trajectory": f"{_OUTCOME} --update.minibatches 4",
     "off_policy_first_order": f"{_OUTCOME} --update.minibatches 4",
     "off_policy_prefix": f"{_OUTCOME} --update.minibatches 4",
+    "a2c": _CRITIC,
     "ppo_dual_clip": "ppo",
     "ppo_kl": _CRITIC,
     # 0.05 of the paper is meant for thousands of tokens
     "ppo_length_adaptive": f"{_CRITIC} --loss.gae_lambda length:1 1.0",
+    "grpo_response": f"{_KL} 1",
     "grpo_token": f"{_KL} 1",
     "grpo_process": f"{_KL} 1 --reward.sources examples.arithmetic:step_rewards --reward.success 2",
     "iterative_grpo": f"{_KL} 2 --loss.kl_coef 0.01 --loss.reference_every_steps 5",

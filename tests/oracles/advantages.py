@@ -20,7 +20,11 @@ Tokens = list[np.ndarray]
 
 @dataclass
 class Sampled:
-    """B completions; those of a prompt follow each other."""
+    """B completions; those of a prompt follow each other.
+
+    by_steps: the rewards stand at the ends of their steps, instead of at the last token.
+    entropy_coef: of the entropy in the reward.
+    """
 
     rewards: np.ndarray
     group_size: int
@@ -29,6 +33,8 @@ class Sampled:
     values: Tokens
     steps: list[list[tuple[int, float]]]
     greedy_rewards: np.ndarray
+    by_steps: bool = False
+    entropy_coef: float = 0.0
 
     @property
     def lengths(self) -> list[int]:
@@ -45,12 +51,16 @@ class Sampled:
 
 def shaped_rewards(s: Sampled, kl_coef: float, kl_estimator: str) -> Tokens:
     """https://arxiv.org/abs/2203.02155 eq. 2, token by token: less the KL of each token, and with
-    the reward of the completion at the last one.
+    the reward of the completion at the last one, or those of its steps at their ends. With an
+    entropy_coef each token has the entropy bonus -log pi of the soft reward,
+    https://arxiv.org/abs/1702.08165 eq. 1, by its sample.
     """
     shaped = []
-    for reward, logp, ref in zip(s.rewards, s.logprobs, s.ref_logprobs, strict=True):
+    for i, (logp, ref) in enumerate(zip(s.logprobs, s.ref_logprobs, strict=True)):
         tokens = np.array([-kl_coef * KL[kl_estimator](d) for d in ref - logp])
-        tokens[-1] += reward
+        tokens = tokens - s.entropy_coef * logp
+        for end, reward in s.steps[i] if s.by_steps else [(-1, s.rewards[i])]:
+            tokens[end] += reward
         shaped.append(tokens)
     return shaped
 
@@ -116,6 +126,51 @@ def reinforce_plus_plus_baseline(s: Sampled) -> Tokens:
     return normalised(s.spread((groups - groups.mean(1, keepdims=True)).ravel()))
 
 
+def outcome(
+    s: Sampled,
+    kl: tuple[float, str] = (0.0, "k1"),
+    *,
+    baseline: str,
+    earlier: float = 0.0,
+    gamma: float = 1.0,
+    reward_to_go: bool = False,
+    std: str = "none",
+    whitened: bool = False,
+) -> Tokens:
+    """A_t = (Q_t - b) / std, with Q_t = sum_{u >= t} gamma^(u - t) r_u, or Q_0 for every token, and
+    the baseline b of Q_0: REINFORCE, https://doi.org/10.1007/BF00992696; "optimal" with the
+    lengths as weights, OPO, https://arxiv.org/abs/2505.23585.
+
+    Args:
+        earlier: the baseline of "history" and "moving".
+    """
+    to_go = [
+        np.array([sum(gamma ** (u - t) * r[u] for u in range(t, len(r))) for t in range(len(r))])
+        for r in shaped_rewards(s, *kl)
+    ]
+    wholes, size = [q[0] for q in to_go], s.group_size
+    advantages = []
+    for i, (q, whole) in enumerate(zip(to_go, wholes, strict=True)):
+        members = range(i // size * size, (i // size + 1) * size)
+        group = [wholes[j] for j in members]
+        lengths = [s.lengths[j] for j in members]
+        b = {
+            "none": lambda: 0.0,
+            "history": lambda: earlier,
+            "moving": lambda: earlier,
+            "batch": lambda: sum(wholes) / len(wholes),
+            "group": lambda group=group: sum(group) / size,
+            "leave_one_out": lambda group=group, own=whole: (sum(group) - own) / (size - 1),
+            "optimal": lambda group=group, n=lengths: np.dot(n, group) / sum(n),
+            "greedy": lambda i=i: s.greedy_rewards[i],
+        }[baseline]()
+        spread = 1.0
+        if std != "none":
+            spread = np.std(group, ddof={"sample": 1, "population": 0}[std]) + 1e-6
+        advantages.append(((q if reward_to_go else np.full(len(q), whole)) - b) / spread)
+    return normalised(advantages) if whitened else advantages
+
+
 def process(s: Sampled, std: str) -> Tokens:
     """https://arxiv.org/abs/2402.03300 section 4.1.3."""
     size = s.group_size
@@ -136,9 +191,11 @@ def ppo(
     kl_estimator: str,
     gamma: float,
     gae_lambda: tuple[float | str, float],
+    *,
+    whitened: bool = True,
 ) -> tuple[Tokens, Tokens]:
     """Advantages and returns. GAE, https://arxiv.org/abs/1506.02438 eq. 16, of the shaped rewards,
-    normalised over the batch; decoupled and length-adaptive lambda of
+    normalised over the batch if `whitened`; decoupled and length-adaptive lambda of
     https://arxiv.org/abs/2504.05118: 1 - 1 / (alpha l), as length:alpha.
     """
     advantages, returns = [], []
@@ -151,4 +208,4 @@ def ppo(
             policy_lambda = max(0.0, 1 - 1 / (alpha * len(rewards)))
         advantages.append(gae(rewards, values, gamma=gamma, gae_lambda=policy_lambda)[0])
         returns.append(gae(rewards, values, gamma=gamma, gae_lambda=value_lambda)[1])
-    return normalised(advantages), returns
+    return (normalised(advantages) if whitened else advantages), returns

@@ -64,22 +64,29 @@ def test_without_settings_a_row_is_itself(resolved: Resolve, name: str) -> None:
     assert resolved(name) == ALGORITHMS[name]
 
 
-CRITIC = {"ppo", "ppo_dual_clip", "ppo_kl", "ppo_length_adaptive", "ppo_ptx"}
+CRITIC = {"a2c", "ppo", "ppo_dual_clip", "ppo_kl", "ppo_length_adaptive", "ppo_ptx"}
 NO_BOUNDS = {
-    *("reinforce", "rloo", "remax", "gpg", "off_policy_first_order"),
+    *("reinforce", "reinforce_reward_to_go", "opo", "rloo", "remax", "gpg", "a2c"),
+    "off_policy_first_order",
     *("ppo_kl", "sapo", "iterative_dpo"),
 }
 KL_IN_REWARD = (CRITIC - {"ppo_kl"}) | {
-    *("reinforce", "rloo", "remax", "reinforce_plus_plus"),
-    *("off_policy_first_order", "off_policy_prefix"),
+    *("reinforce", "reinforce_reward_to_go", "rloo", "remax", "reinforce_plus_plus"),
+    *("off_policy_trajectory", "off_policy_first_order", "off_policy_prefix"),
 }
 GROUP_STD = {
-    *("grpo", "grpo_token", "grpo_process", "iterative_grpo", "dr_grpo"),
+    *("grpo", "grpo_response", "grpo_token", "grpo_process", "iterative_grpo", "dr_grpo"),
     *("dapo", "gspo", "cispo", "gmpo", "sapo", "grpo_tis", "grpo_mis", "grpo_icepop"),
 }
-REDRAWN = (GROUP_STD - {"grpo_process"}) | {"rloo", "gpg", "reinforce_plus_plus_baseline"}
+REDRAWN = (GROUP_STD - {"grpo_process"}) | {
+    *("opo", "rloo", "gpg", "reinforce_plus_plus_baseline"),
+}
 PAIRS = {"iterative_dpo"}
 EVERY = set(ROWS)
+OUTCOME = EVERY - CRITIC - PAIRS - {"grpo_process"}
+MOVING = {
+    *("reinforce", "off_policy_trajectory", "off_policy_first_order", "off_policy_prefix"),
+}
 
 KL = ("--loss.kl_coef", "0.625")
 
@@ -101,7 +108,24 @@ SETTINGS: dict[str, tuple[tuple[str, ...], set[str], dict[str, Any]]] = {
         EVERY - PAIRS - {"ppo_kl"},
         {"reference_every_steps": 7},
     ),
-    "loss.gamma": (("--loss.gamma", "0.97"), CRITIC, {"gamma": 0.97}),
+    "loss.gamma": (("--loss.gamma", "0.97"), CRITIC | OUTCOME, {"gamma": 0.97}),
+    "loss.aggregation": (
+        ("--loss.aggregation", "sequence-mean-token-sum-norm"),
+        EVERY - PAIRS,
+        {"objective.aggregation": "sequence-mean-token-sum-norm"},
+    ),
+    "loss.baseline": (
+        ("--loss.baseline", "leave_one_out"),
+        OUTCOME,
+        {"baseline": "leave_one_out"},
+    ),
+    "loss.baseline_decay": (("--loss.baseline_decay", "0.5"), MOVING, {"baseline_decay": 0.5}),
+    "loss.whiten": (("--loss.whiten", "true"), EVERY - PAIRS, {"whiten": True}),
+    "loss.kl_level": (
+        ("--loss.kl_level", "sequence", *KL),
+        EVERY - PAIRS - KL_IN_REWARD,
+        {"objective.kl_level": "sequence"},
+    ),
     "loss.gae_lambda": (
         ("--loss.gae_lambda", "length:0.1", "0.5"),
         CRITIC,
@@ -109,7 +133,7 @@ SETTINGS: dict[str, tuple[tuple[str, ...], set[str], dict[str, Any]]] = {
     ),
     "loss.advantage_std": (
         ("--loss.advantage_std", "population"),
-        GROUP_STD,
+        GROUP_STD | REDRAWN,
         {"advantage_std": "population"},
     ),
     "loss.correction": (
@@ -128,6 +152,17 @@ SETTINGS: dict[str, tuple[tuple[str, ...], set[str], dict[str, Any]]] = {
         EVERY,
         {"pretraining_coef": 0.5},
     ),
+    "loss.reward_entropy_coef": (
+        ("--loss.reward_entropy_coef", "0.5"),
+        CRITIC | OUTCOME,
+        {"reward_entropy_coef": 0.5},
+    ),
+    "reward.normalize": (
+        ("--reward.normalize", "running"),
+        CRITIC | OUTCOME,
+        {"reward_normalize": "running"},
+    ),
+    "reward.clip": (("--reward.clip", "2.5"), CRITIC | OUTCOME, {"reward_clip": 2.5}),
     "critic.lr": (("--critic.lr", "1e-3"), CRITIC, {}),
 }
 
@@ -167,6 +202,51 @@ def test_the_kl_lands_in_the_reward_or_in_the_loss(resolved: Resolve, name: str)
     assert not resolved(name, "--loss.kl_coef", "0", *no_renewal(name)).has_reference
 
 
+@pytest.mark.parametrize("name", sorted(EVERY - PAIRS - {"ppo_kl", "grpo_process"}))
+def test_the_kl_moves_with_its_coefficient(resolved: Resolve, name: str) -> None:
+    """From loss to reward and back; each place has an estimator of its own."""
+    row, other = resolved(name, *KL), "loss" if name in KL_IN_REWARD else "reward"
+    moved = resolved(name, *KL, "--loss.kl_in", other)
+    places = {"reward_kl_coef", "objective.kl_coef", "kl_in"}
+    assert changes(row, moved).keys() == places
+    assert moved.kl_in_reward == (other == "reward") and moved.kl_coef == 0.625
+    assert moved.has_reference and sorted(map(moved_coef(moved), places - {"kl_in"})) == [0, 0.625]
+    assert changes(row, resolved(name, *KL, "--loss.kl_in", row.kl_in)) == {}
+
+
+def moved_coef(row: Algorithm) -> Callable[[str], float]:
+    objective: Any = row.objective
+    return lambda place: row.reward_kl_coef if place == "reward_kl_coef" else objective.kl_coef
+
+
+def test_the_coefficient_of_the_row_moves_too(resolved: Resolve) -> None:
+    grpo: Any = resolved("grpo", "--loss.kl_in", "reward")
+    assert (grpo.reward_kl_coef, grpo.objective.kl_coef, grpo.models[-1]) == (0.04, 0, "reference")
+    ppo: Any = resolved("ppo", "--loss.kl_in", "loss")
+    assert (ppo.reward_kl_coef, ppo.objective.kl_coef, ppo.models[-1]) == (0, 0.02, "reference")
+
+
+def test_the_gradient_of_the_kl_in_the_loss_may_be_that_of_k2(resolved: Resolve) -> None:
+    words = ("--loss.kl_estimator", "k1", "--loss.kl_gradient", "k2")
+    objective: Any = resolved("grpo", *words).objective
+    assert (objective.kl_estimator, objective.kl_gradient) == ("k1", "k2")
+    assert changes(ALGORITHMS["grpo"], resolved("grpo", *words[2:])) == {
+        "objective.kl_gradient": "k2"
+    }
+
+
+def test_a_baseline_decides_what_else_is_read(resolved: Resolve) -> None:
+    std = ("--loss.advantage_std", "population")
+    assert resolved("reinforce", "--loss.baseline", "group", *std).advantage_std == "population"
+    decay = ("--loss.baseline_decay", "0.5")
+    none = ("--loss.advantage_std", "none")
+    assert resolved("grpo", "--loss.baseline", "moving", *none, *decay).baseline_decay == 0.5
+    assert resolved("grpo", "--loss.baseline", "greedy", *none).subtracts.needs_greedy
+    redrawn = resolved("reinforce", "--loss.baseline", "optimal", "--rollout.max_draws", "3")
+    assert redrawn.max_draws == 3 and redrawn.needs_group
+    assert resolved("dr_grpo", "--loss.reward_to_go", "true").reward_to_go
+
+
 def no_renewal(name: str) -> tuple[str, ...]:
     """Settings that go with a coefficient of 0."""
     if ALGORITHMS[name].reference_every_steps:
@@ -202,7 +282,11 @@ def test_a_target_may_be_fixed(resolved: Resolve) -> None:
 @pytest.mark.parametrize(
     ("name", "overrides", "message"),
     [
-        ("grop", [], r"'grop' is unknown, did you mean 'grpo'\? Known: reinforce, rloo, "),
+        (
+            "grop",
+            [],
+            r"'grop' is unknown, did you mean 'grpo'\? Known: reinforce, reinforce_reward_to_go, ",
+        ),
         ("dpo", [], r"algorithm = 'dpo' trains from given data or environments"),
         ("ppo_gymnasium", [], r"algorithm = 'ppo_gymnasium' trains from given data or env"),
         (
@@ -298,6 +382,59 @@ def test_a_target_may_be_fixed(resolved: Resolve) -> None:
             "grpo",
             ["--loss.correction", "mask_token", "--loss.correction_range", "2", "0.5"],
             r"2 0\.5: the lowest w must be below the highest",
+        ),
+        (
+            "grpo",
+            ["--loss.baseline", "history"],
+            r"loss\.baseline = 'history' compares no completions of a group, whose deviation "
+            r"algorithm = 'grpo' divides by: set loss\.advantage_std to none",
+        ),
+        (
+            "grpo",
+            ["--loss.reward_to_go", "true"],
+            r"loss\.reward_to_go = True gives each token .* set loss\.advantage_std to none",
+        ),
+        (
+            "gpg",
+            ["--loss.baseline", "batch"],
+            r"loss\.baseline = 'batch' does not go with algorithm = 'gpg'",
+        ),
+        (
+            "dapo",
+            ["--loss.baseline", "batch", "--loss.advantage_std", "none"],
+            r"max_draws = 10 of algorithm = 'dapo' replaces groups .* set rollout\.max_draws to 1",
+        ),
+        (
+            "reinforce",
+            ["--loss.baseline", "batch", "--loss.baseline_decay", "0.5"],
+            r"baseline_decay = 0\.5 has no effect on loss\.baseline = 'batch': remove it",
+        ),
+        (
+            "reinforce",
+            ["--loss.baseline", "group", "--rollout.group_size", "1"],
+            r"group_size = 1 is too small for algorithm = 'reinforce'",
+        ),
+        (
+            "grpo",
+            ["--loss.kl_in", "reward", "--loss.kl_gradient", "k2"],
+            r"loss\.kl_gradient = 'k2' has no effect on loss\.kl_in = 'reward': remove it",
+        ),
+        (
+            "ppo_kl",
+            ["--loss.kl_in", "reward"],
+            r"loss\.kl_in = 'reward' has no effect on algorithm = 'ppo_kl'",
+        ),
+        ("dapo", ["--loss.kl_in", "reward"], r"kl_in = 'reward' has no effect: .* in algorithm"),
+        (
+            "grpo",
+            ["--loss.kl_estimator", "k1"],
+            r"loss of algorithm = 'grpo': kl_estimator 'k1' .* set kl_gradient to 'k2'",
+        ),
+        ("dapo", ["--loss.kl_gradient", "k2"], r"kl_gradient = 'k2' has no effect: .* is 0"),
+        (
+            "grpo",
+            ["--critic.aggregation", "sequence-mean-token-mean"],
+            r"critic\.aggregation = .* has no effect on algorithm = 'grpo'",
         ),
         (
             "grpo_process",

@@ -16,29 +16,46 @@ from tests.oracles.advantages import Sampled, Tokens
 from tests.tolerance import SCAN_ABSOLUTE, SCAN_RELATIVE, assert_close
 from warpo.engine.config.algorithm import Algorithm
 from warpo.engine.config.algorithms import ALGORITHMS
-from warpo.engine.config.estimators import ESTIMATORS
+from warpo.engine.config.estimators import BASELINES, ESTIMATORS
 from warpo.engine.errors import RewardError
-from warpo.engine.learner.advantages import BASELINE_DECAY, AdaptiveState, estimate
+from warpo.engine.learner.advantages import AdaptiveState, estimate
 from warpo.engine.models.step_rollouts import StepRollouts
 from warpo.engine.types import TokenSequence
 from warpo.kernels import ops
+from warpo.kernels.objectives import KL_ESTIMATORS
 
 ROWS = [name for name, row in ALGORITHMS.items() if row.family == "policy"]
 BASELINE = 0.3
 
-# By estimator, what the paper says; a row's own numbers and the KL of `with_kl` come with it.
+# By row, what the paper says; a row's own numbers and the KL of `with_kl` come with it.
 ORACLES: dict[str, Callable[[Sampled, Algorithm], Tokens]] = {
-    "group": lambda s, row: oracle.grpo(s, row.advantage_std),
-    "rescaled group": lambda s, row: oracle.gpg(s),
-    "leave one out": lambda s, row: oracle.rloo(s, *kl_of(row)),
-    "moving average": lambda s, row: oracle.reinforce(s, *kl_of(row), BASELINE),
-    "greedy": lambda s, row: oracle.remax(s, *kl_of(row)),
-    "batch": lambda s, row: oracle.reinforce_plus_plus(s, *kl_of(row)),
-    "group, batch": lambda s, row: oracle.reinforce_plus_plus_baseline(s),
-    "process": lambda s, row: oracle.process(s, row.advantage_std),
-    "gae": lambda s, row: oracle.ppo(s, *kl_of(row), row.gamma, row.gae_lambda)[0],
-    "pairs": lambda s, row: oracle.grpo(s, row.advantage_std),
+    "reinforce": lambda s, row: oracle.reinforce(s, *kl_of(row), BASELINE),
+    "reinforce_reward_to_go": lambda s, row: oracle.outcome(
+        s, kl_of(row), baseline="history", earlier=BASELINE, reward_to_go=True
+    ),
+    "opo": lambda s, row: oracle.outcome(s, baseline="optimal"),
+    "rloo": lambda s, row: oracle.rloo(s, *kl_of(row)),
+    "reinforce_plus_plus": lambda s, row: oracle.reinforce_plus_plus(s, *kl_of(row)),
+    "reinforce_plus_plus_baseline": lambda s, row: oracle.reinforce_plus_plus_baseline(s),
+    "remax": lambda s, row: oracle.remax(s, *kl_of(row)),
+    "gpg": lambda s, row: oracle.gpg(s),
+    "off_policy_trajectory": lambda s, row: oracle.reinforce(s, *kl_of(row), BASELINE),
+    "off_policy_first_order": lambda s, row: oracle.reinforce(s, *kl_of(row), BASELINE),
+    "off_policy_prefix": lambda s, row: oracle.reinforce(s, *kl_of(row), BASELINE),
+    "grpo_process": lambda s, row: oracle.process(s, row.advantage_std),
+    "iterative_dpo": lambda s, row: oracle.grpo(s, "none"),
 }
+
+
+def paper(s: Sampled, row: Algorithm) -> Tokens:
+    """The advantages that the paper of a row defines."""
+    if row.name in ORACLES:
+        return ORACLES[row.name](s, row)
+    if row.has_critic:
+        rest = (row.gamma, row.gae_lambda)
+        return oracle.ppo(s, *kl_of(row), *rest, whitened=row.whiten)[0]
+    assert (row.advantages, row.baseline) == ("outcome", "group"), "give its oracle"
+    return oracle.grpo(s, row.advantage_std)
 
 
 def kl_of(row: Algorithm) -> tuple[float, str]:
@@ -81,8 +98,10 @@ def sample(
     )
 
 
-def rollouts(s: Sampled, *, by_sampler: bool = False) -> StepRollouts:
-    """by_sampler: the logprobs are those of the sampler, and no learner's stand beside them."""
+def rollouts(s: Sampled, *, by_sampler: bool = False, steps: bool = False) -> StepRollouts:
+    """by_sampler: the logprobs are those of the sampler, and no learner's stand beside them.
+    steps: with rewards of steps.
+    """
 
     def column(parts: Tokens) -> torch.Tensor:
         return torch.tensor(np.concatenate(parts), dtype=torch.float32)
@@ -95,7 +114,7 @@ def rollouts(s: Sampled, *, by_sampler: bool = False) -> StepRollouts:
         ],
         group_ids=np.asarray(s.group_ids),
         rewards=torch.tensor(s.rewards),
-        step_rewards=s.steps,
+        step_rewards=s.steps if steps else None,
         baseline_rewards=torch.tensor(s.greedy_rewards),
         sampler_logprobs=logprobs if by_sampler else torch.zeros_like(logprobs),
         old_logprobs=None if by_sampler else logprobs,
@@ -118,6 +137,7 @@ def with_kl(name: str, **changes: object) -> Algorithm:
 def estimated(
     row: Algorithm, s: Sampled, state: AdaptiveState | None = None, **options: bool
 ) -> tuple[StepRollouts, dict[str, float]]:
+    options = {"steps": row.estimator.needs_steps or s.by_steps, **options}
     found = rollouts(s, **options)
     return found, estimate(row, found, state or AdaptiveState(row.kl_coef, BASELINE))
 
@@ -134,8 +154,106 @@ def compare(found: Sequence[torch.Tensor | None], expected: Tokens, what: str) -
     )
 
 
-def test_every_estimator_has_a_row_and_an_oracle() -> None:
-    assert {ALGORITHMS[name].advantages for name in ROWS} == set(ESTIMATORS) == set(ORACLES)
+def test_every_estimator_and_every_baseline_has_a_row_or_an_oracle() -> None:
+    assert {ALGORITHMS[name].advantages for name in ROWS} == set(ESTIMATORS)
+    assert ORACLES.keys() <= set(ROWS)
+
+
+def by_steps(s: Sampled) -> Sampled:
+    """The same completions, rewarded for their steps."""
+    sums = [sum(reward for _, reward in steps) for steps in s.steps]
+    return replace(s, rewards=np.array(sums, float), by_steps=True)
+
+
+@settings(max_examples=60)
+@given(
+    st.integers(0, 10_000),
+    st.sampled_from(list(BASELINES)),
+    st.sampled_from(["none", "sample", "population"]),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([1.0, 0.97]),
+    st.sampled_from([0.0, 0.2]),
+    st.sampled_from([0.0, 0.3]),
+    st.booleans(),
+)
+def test_settings_of_the_outcome_are_those_of_the_formula(
+    seed: int,
+    baseline: str,
+    std: str,
+    reward_to_go: bool,
+    whitened: bool,
+    gamma: float,
+    kl_coef: float,
+    entropy_coef: float,
+    stepwise: bool,
+) -> None:
+    s = replace(sample(seed, equal=0), entropy_coef=entropy_coef)
+    s = by_steps(s) if stepwise else s
+    if reward_to_go or not BASELINES[baseline].of_group:
+        std = "none"
+    row = ALGORITHMS["reinforce"].replace(
+        baseline=baseline,
+        advantage_std=std,
+        reward_to_go=reward_to_go,
+        whiten=whitened,
+        gamma=gamma,
+        reward_kl_coef=kl_coef,
+        reward_entropy_coef=entropy_coef,
+    )
+    found, _ = estimated(row, s, AdaptiveState(kl_coef, BASELINE))
+    expected = oracle.outcome(
+        s,
+        (kl_coef, "k1"),
+        baseline=baseline,
+        earlier=BASELINE,
+        gamma=gamma,
+        reward_to_go=reward_to_go,
+        std=std,
+        whitened=whitened,
+    )
+    compare(by_row(found, "advantages"), expected, baseline)
+
+
+@pytest.mark.parametrize("name", [name for name in ROWS if ALGORITHMS[name].has_critic])
+def test_rewards_of_steps_stand_where_the_steps_end(name: str) -> None:
+    """Of 3 at token 1 and -2 at token 3 the returns are 1, 1, -2, -2."""
+    row = ALGORITHMS[name].replace(gae_lambda=(1.0, 1.0), reward_kl_coef=0.0, whiten=False)
+    tokens = [np.zeros(4)]
+    s = Sampled(np.array([1.0]), 1, tokens, tokens, tokens, [[(1, 3.0), (3, -2.0)]], np.zeros(1))
+    found, _ = estimated(row, replace(s, by_steps=True), AdaptiveState(0.0))
+    assert found.returns is not None and found.returns.tolist() == [1, 1, -2, -2]
+    assert found.advantages is not None and found.advantages.tolist() == [1, 1, -2, -2]
+    whole, _ = estimated(row, s, AdaptiveState(0.0))
+    assert whole.returns is not None and whole.returns.tolist() == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.3])
+@pytest.mark.parametrize("stepwise", [True, False])
+@pytest.mark.parametrize("name", ["ppo", "ppo_length_adaptive"])
+def test_a_critic_reads_rewards_of_steps_and_entropy(
+    name: str, stepwise: bool, entropy_coef: float
+) -> None:
+    s = replace(sample(11), entropy_coef=entropy_coef)
+    s, row = by_steps(s) if stepwise else s, with_kl(name, reward_entropy_coef=entropy_coef)
+    found, _ = estimated(row, s)
+    advantages, returns = oracle.ppo(s, *kl_of(row), row.gamma, row.gae_lambda)
+    compare(by_row(found, "advantages"), advantages, "advantages")
+    compare(by_row(found, "returns"), returns, "returns")
+
+
+def test_the_history_is_the_mean_of_all_earlier_rewards() -> None:
+    """Also where the steps differ in their number of completions."""
+    row, state = ALGORITHMS["reinforce"].replace(baseline="history"), AdaptiveState(0.0)
+    seen = list[float]()
+    for seed, groups in enumerate([3, 1, 2, 4]):
+        s = sample(seed, groups=groups)
+        found, _ = estimated(row, s, state)
+        earlier = np.mean(seen or s.rewards)
+        expected = oracle.outcome(s, baseline="history", earlier=earlier)
+        compare(by_row(found, "advantages"), expected, "step")
+        seen += s.rewards.tolist()
+    assert state.rewards_seen == len(seen) and state.baseline == pytest.approx(np.mean(seen))
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -154,14 +272,14 @@ def test_advantages_are_those_of_the_paper(
     s = sample(seed, groups=groups, group_size=group_size, longest=longest, equal=equal)
     row = with_kl(name)
     found, metrics = estimated(row, s, by_sampler=by_sampler)
-    expected = ORACLES[row.advantages](s, row)
+    expected = paper(s, row)
     compare(by_row(found, "advantages"), expected, name)
     spread = np.concatenate(expected).std()
     assert metrics["advantages/std"] == pytest.approx(spread, rel=1e-3, abs=1e-4)
     assert (found.returns is not None) == row.has_critic
 
 
-@pytest.mark.parametrize("kl_estimator", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("kl_estimator", KL_ESTIMATORS)
 @pytest.mark.parametrize(
     "name", [name for name in ROWS if ALGORITHMS[name].kl_in_reward and name != "ppo_ptx"]
 )
@@ -170,7 +288,7 @@ def test_the_kl_of_each_estimator_is_taken_off_the_reward_of_its_token(
 ) -> None:
     s, row = sample(1), with_kl(name, reward_kl_estimator=kl_estimator)
     found, metrics = estimated(row, s)
-    compare(by_row(found, "advantages"), ORACLES[row.advantages](s, row), name)
+    compare(by_row(found, "advantages"), paper(s, row), name)
     without, _ = estimated(row.replace(reward_kl_coef=0.0), s, AdaptiveState(0.0, BASELINE))
     assert not torch.equal(found.advantages, without.advantages)
     log_ratio = np.concatenate(s.logprobs) - np.concatenate(s.ref_logprobs)
@@ -227,7 +345,7 @@ def test_a_step_in_which_all_rewards_are_equal_teaches_nothing_and_is_no_nan(nam
     row = row.replace(reward_kl_coef=0.0, gamma=1.0)
     found, metrics = estimated(row, s, AdaptiveState(0.0, 1.0))
     assert torch.equal(found.advantages, torch.zeros(found.advantages.shape))
-    if row.estimator.may_redraw:
+    if row.may_redraw:
         assert metrics["reward/degenerate_frac"] == 1.0
 
 
@@ -252,7 +370,7 @@ def test_the_baseline_is_the_moving_average_of_earlier_steps() -> None:
         expected = mean if expected is None else expected
         found, _ = estimated(row, s, state)
         compare(by_row(found, "advantages"), oracle.reinforce(s, 0.0, "k1", expected), "step")
-        expected = BASELINE_DECAY * expected + (1 - BASELINE_DECAY) * mean
+        expected = 0.9 * expected + 0.1 * mean
         assert state.baseline == pytest.approx(expected)
 
 

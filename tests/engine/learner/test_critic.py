@@ -92,6 +92,32 @@ def in_micro_batches(made: StepRollouts) -> list[Batch]:
     return [made.batch(range(3)), made.batch(range(3, len(made)))]
 
 
+def test_the_losses_of_the_tokens_become_one_as_critic_aggregation_says(
+    model_path: Callable[[str], str],
+) -> None:
+    """Of each token the loss is the square of its own distance / 2, whatever the micro-batches."""
+    path, made = model_path("qwen2"), rollouts()
+    assert made.returns is not None
+    policy = load_model(path, "float32", CPU)
+    lengths = torch.from_numpy(made.lengths).double()
+    squares = (made.returns.double() ** 2 / 2).split(lengths.int().tolist())
+    sums = torch.stack([part.sum() for part in squares])
+    expected = {
+        "token-mean": sums.sum() / lengths.sum(),
+        "sequence-mean-token-mean": (sums / lengths).mean(),
+        "sequence-mean-token-sum": sums.mean(),
+        "sequence-mean-token-sum-norm": sums.mean() / 256,  # rollout.max_new_tokens
+    }
+    for aggregation, loss in expected.items():
+        critic = Critic(settings(path, aggregation=aggregation, clip_range=1e9), policy)
+        batches = in_micro_batches(made)
+        total = critic.denominator(batches)
+        found = sum(
+            critic.loss(torch.zeros_like(batch.returns), batch, total)[0] for batch in batches
+        )
+        assert float(found) == pytest.approx(float(loss), rel=1e-5), aggregation
+
+
 @pytest.fixture
 def own(model_path: Callable[[str], str]) -> Critic:
     """A network of its own, whose head has moved from 0."""

@@ -136,9 +136,9 @@ def batched(made: StepRollouts, number: int, budget: int, seed: int) -> list[lis
 def test_denominators_are_counted_over_the_optimizer_step():
     made = rollouts(5)
     batches = [made.batch([0, 1]), made.batch([2, 3, 4])]
-    assert denominator(batches, OBJECTIVES["dapo"], 10) == made.lengths.sum()
-    assert denominator(batches, OBJECTIVES["grpo"], 10) == 5
-    assert denominator(batches, OBJECTIVES["dr_grpo"], 10) == 50
+    assert denominator(batches, OBJECTIVES["dapo"].aggregation, 10) == made.lengths.sum()
+    assert denominator(batches, OBJECTIVES["grpo"].aggregation, 10) == 5
+    assert denominator(batches, OBJECTIVES["dr_grpo"].aggregation, 10) == 50
 
 
 def test_minibatches_deal_every_rollout_once():
