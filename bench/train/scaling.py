@@ -154,7 +154,7 @@ def step_of(point: Point, model: Any) -> Callable[[], object]:
     update, rollouts, grpo = UpdateSettings(), rollouts_of(point), ALGORITHMS["grpo"].objective
     assert isinstance(grpo, Objective)
     objective = dataclasses.replace(grpo, kl_coef=0.0)
-    optimizer, _ = make_optimizer(list(model.named_parameters()), update)
+    optimizer, _ = make_optimizer(list(model.named_parameters()), update, num_steps=1)
 
     def step() -> None:
         (minibatch,) = make_minibatches(rollouts, 1, update.token_budget, 0)

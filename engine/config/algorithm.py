@@ -14,6 +14,7 @@ from warpo.kernels.objectives import Objective
 from warpo.kernels.preferences import Preference
 
 Std = Literal["sample", "population", "none"]
+PairChoice = Literal["ranked", "extremes", "all"]
 Family = Literal["policy", "supervised", "preference", "reward model", "control"]
 
 
@@ -53,6 +54,7 @@ class Algorithm:
         gae_lambda: lambda of the advantages, and of the returns that the critic learns.
             "length:ALPHA": 1 - 1 / (ALPHA x length of the completion), at least 0,
             https://arxiv.org/abs/2504.05118.
+        pairs: which completions of a group "pairs" compares, see `make_pairs`.
         max_draws: how often prompts are drawn until all groups of a step have unequal rewards. 1:
             groups of equal rewards are kept.
         pretraining_coef: weight of the supervised loss on pre-training data, next to the policy's.
@@ -86,6 +88,7 @@ class Algorithm:
     reference_every_steps: int = 0
     gamma: float = 1.0
     gae_lambda: tuple[float | str, float] = (0.95, 0.95)
+    pairs: PairChoice = "ranked"
     max_draws: int = 1
     pretraining_coef: float = 0.0
     caution: str = ""
@@ -147,6 +150,11 @@ class Algorithm:
     def kl_adapts_in_loss(self) -> bool:
         """True if the objective's kl_coef changes from step to step."""
         return self.kl_target is not None and not self.kl_in_reward
+
+    @property
+    def kl_adapts_to_step(self) -> bool:
+        """True if kl_coef follows the KL to the policy that the step began with."""
+        return self.kl_target is not None and self.previous_reference
 
     @property
     def has_reference(self) -> bool:

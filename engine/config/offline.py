@@ -104,8 +104,9 @@ class OfflineUpdate:
     (bfloat16) bytes per weight less on the GPU, for a step on the CPU."""
     warmup_steps: NonNegativeInt = 0
     """Steps in which the learning rate rises linearly to lr."""
-    schedule: Literal["constant", "linear"] = "constant"
-    """After warm-up the learning rate stays, or falls linearly to 0 at the end of the run."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After warm-up the learning rate stays, or falls to 0 at the end of the run, linearly or by
+    half a cosine."""
     token_budget: Count = 16384
     """Tokens of a micro-batch; one example with all its completions must fit. Changes memory and
     speed, never the gradient."""

@@ -144,7 +144,7 @@ def _check_schedule(config: Config) -> None:
             f"update.minibatches = {update.minibatches} is more than the {num_rollouts} rollouts "
             "of a step (rollout.prompts_per_step x rollout.group_size)"
         )
-    num_updates = config.steps * update.epochs * update.minibatches
+    num_updates = config.steps * update.per_step
     if update.warmup_steps >= num_updates > 1:
         raise ConfigError(
             f"update.warmup_steps = {update.warmup_steps} must be below the {num_updates} "

@@ -56,6 +56,7 @@ def resolve(config: Config) -> Algorithm:
         "max_draws": config.rollout.max_draws,
         "baseline_decay": config.loss.baseline_decay,
         "advantage_std": config.loss.advantage_std,
+        "pairs": config.loss.pairs,
         "whiten": config.loss.whiten,
         "reward_entropy_coef": config.loss.reward_entropy_coef,
         "reward_normalize": config.reward.normalize,
@@ -80,12 +81,8 @@ def resolve(config: Config) -> Algorithm:
         changes["objective"] = _objective(
             row.objective, config.loss, {} if row.kl_in_reward else kl, row.name
         )
-    elif isinstance(row.objective, Preference) and "kl_coef" in kl:
-        if not kl["kl_coef"]:
-            raise ConfigError(
-                f"loss.kl_coef = 0, which is the beta of algorithm = {row.name!r}: set it above 0"
-            )
-        changes["objective"] = row.objective.replace(beta=kl["kl_coef"])
+    elif isinstance(row.objective, Preference):
+        changes["objective"] = _preference(row.objective, config.loss, row.name)
     resolved = row.replace(**changes)
     _check_combinations(config, resolved)
     return resolved
@@ -143,6 +140,20 @@ def _objective(
         raise ConfigError(f"loss of algorithm = {name!r}: {error}") from None
 
 
+def _preference(preference: Preference, loss: LossSettings, name: str) -> Preference:
+    """The loss of pairs of the row with the overrides of `loss`."""
+    given: dict[str, float] = {}
+    if loss.kl_coef == 0:
+        raise ConfigError(
+            f"loss.kl_coef = 0, which is the beta of algorithm = {name!r}: set it above 0"
+        )
+    if loss.kl_coef != "algorithm":
+        given["beta"] = loss.kl_coef
+    if loss.nll_coef != "algorithm":
+        given["nll_coef"] = loss.nll_coef
+    return preference.replace(**given)
+
+
 def has_effect(row: Algorithm) -> dict[str, bool]:
     """True if a row of the policy family reads a setting, for those that not all rows read."""
     estimator = row.estimator
@@ -152,6 +163,8 @@ def has_effect(row: Algorithm) -> dict[str, bool]:
     return {
         "loss.aggregation": weighs_tokens,
         "loss.clip_range": ratio,
+        "loss.nll_coef": estimator.makes_pairs,
+        "loss.pairs": estimator.makes_pairs,
         "loss.kl_target": weighs_tokens,
         "loss.kl_estimator": weighs_tokens,
         "loss.kl_in": estimator.shapes_rewards and not row.previous_reference,
@@ -215,6 +228,20 @@ def _shown(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else repr(value)
 
 
+def _check_updates(config: Config, row: Algorithm) -> None:
+    update = config.update
+    if update.max_kl != "none" and update.epochs == 1:
+        raise ConfigError(
+            f"update.max_kl = {update.max_kl:g} has no effect: it ends the epochs of a step, and "
+            "update.epochs is 1"
+        )
+    if row.previous_reference and row.kl_coef and update.per_step == 1:
+        raise ConfigError(
+            f"algorithm = {row.name!r} has no penalty in the first optimizer step of a step, where "
+            "the policy is its reference: set update.epochs or update.minibatches to 2 or more"
+        )
+
+
 def _check_baseline(config: Config, row: Algorithm) -> None:
     """Refuse what a row makes of its baseline and this baseline has not."""
     if row.advantages != "outcome":
@@ -247,6 +274,7 @@ def _check_baseline(config: Config, row: Algorithm) -> None:
 
 
 def _check_combinations(config: Config, row: Algorithm) -> None:
+    _check_updates(config, row)
     group, critic = config.rollout.group_size, config.critic
     if row.needs_group and group < 2:
         std = ", and the standard deviation of one is 0" if row.advantage_std != "none" else ""
@@ -293,6 +321,11 @@ def _check_combinations(config: Config, row: Algorithm) -> None:
     if config.pretraining.data and not row.pretraining_coef:
         raise ConfigError(
             f"pretraining.data has no effect on algorithm = {row.name!r}: set pretraining.coef"
+        )
+    if config.pretraining.aggregation != "token-mean" and not row.pretraining_coef:
+        raise ConfigError(
+            f"pretraining.aggregation = {config.pretraining.aggregation!r} has no effect on "
+            f"algorithm = {row.name!r}: its pretraining.coef is 0"
         )
     if row.reference_every_steps and not row.has_reference:
         raise ConfigError(

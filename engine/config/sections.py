@@ -158,7 +158,8 @@ class LossSettings:
     kl_level: Literal["algorithm", "token", "sequence"] = "algorithm"
     """The KL in the loss is one per token, or one per completion, of its summed log ratio."""
     kl_target: Positive | Literal["algorithm", "fixed"] = "algorithm"
-    """KL in nats per token that kl_coef is adapted to after every step. fixed: kl_coef stays."""
+    """KL in nats per token that kl_coef is adapted to after every step. fixed: kl_coef stays. In
+    ppo_kl the KL is measured after the last optimizer step, on one completion of each prompt."""
     reference_every_steps: NonNegativeInt | Literal["algorithm"] = "algorithm"
     """Replace the reference with the policy every N steps; 0: never."""
     entropy_coef: NonNegative | Literal["algorithm"] = "algorithm"
@@ -189,6 +190,13 @@ class LossSettings:
     (n - 1 or n in the denominator) or none."""
     whiten: bool | Literal["algorithm"] = "algorithm"
     """Normalise the advantages to mean 0 and deviation 1 over the tokens of a step."""
+    nll_coef: NonNegative | Literal["algorithm"] = "algorithm"
+    """In iterative_dpo the weight of the negative log-likelihood of the chosen completions, in nats
+    per token."""
+    pairs: Literal["algorithm", "ranked", "extremes", "all"] = "algorithm"
+    """In iterative_dpo the completions of a prompt that are compared. ranked: best with worst,
+    second best with second worst, and so on. extremes: best with worst. all: each with every
+    worse one, at the cost of as many forward and backward passes."""
     correction: Literal[
         "algorithm", "none", "truncate_token", "truncate_sequence", "mask_token", "mask_sequence"
     ] = "algorithm"
@@ -212,10 +220,11 @@ class CriticSettings:
     """Learning rate of a network of its own; the rest of update holds for it too."""
     warmup_steps: NonNegativeInt = 0
     """Steps at the beginning in which only the critic learns and the policy stays."""
-    clip_range: Positive = 0.2
-    """Distance from its old value that a value may move to lower the loss."""
+    clip_range: Positive | Literal["none"] = 0.2
+    """Distance from its old value that a value may move to lower the loss. none: any."""
     coef: Positive = 0.5
-    """Weight of the value loss next to the policy's, if the critic is shared."""
+    """Weight of the value loss next to the policy's, if the critic is shared. That loss is half the
+    squared error: coef is twice the c1 of papers that write c1 (V - R)^2."""
     aggregation: Aggregation = "token-mean"
     """How the value losses of the tokens become one, as loss.aggregation."""
 
@@ -225,9 +234,12 @@ class PretrainingSettings:
     """Supervised examples that are mixed into every optimizer step of the policy (ppo_ptx)."""
 
     data: FilePathOrEmpty = ""
-    """Lines like {"prompt", "completion"}. Empty: none."""
+    """Lines {"prompt", "completion"}, or {"text"}, of which every token is learned. Empty: none."""
     coef: NonNegative | Literal["algorithm"] = "algorithm"
-    """Weight of their mean -log pi per token. "algorithm": 27.8 for ppo_ptx, 0 for the others."""
+    """Weight of their mean -log pi. "algorithm": 27.8 for ppo_ptx, 0 for the others."""
+    aggregation: Literal["token-mean", "sequence-mean-token-sum"] = "token-mean"
+    """That mean: over all tokens, or over the examples of the sum over their tokens, as in eq. 2 of
+    InstructGPT."""
 
 
 @dataclass(frozen=True, kw_only=True, config=checked)
@@ -247,12 +259,25 @@ class UpdateSettings:
     (bfloat16) bytes per weight less on the GPU, for a step on the CPU."""
     warmup_steps: NonNegativeInt = 0
     """Optimizer steps in which the learning rate rises linearly to lr."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After warm-up the learning rate stays, or falls to 0 at the end of the run, linearly or by
+    half a cosine. Optimizer steps that a step does without, by max_kl or for want of pairs, count
+    as taken."""
     epochs: Count = 1
-    """Passes over the rollouts of a step."""
+    """Passes over the rollouts of a step, each in an order of its own."""
+    max_kl: Positive | Literal["none"] = "none"
+    """Ends the epochs of a step, of the critic too, after the first that brings the KL of the
+    policy that the step began with to the present one above this, in nats per token. It takes a
+    forward pass over one completion of each prompt after every epoch."""
     minibatches: Count = 1
     """Optimizer steps in a pass."""
     token_budget: Count = 16384
     """Tokens of a micro-batch. Changes memory and speed, never the gradient."""
+
+    @property
+    def per_step(self) -> int:
+        """Optimizer steps of a step."""
+        return self.epochs * self.minibatches
 
 
 @dataclass(frozen=True, kw_only=True, config=checked)

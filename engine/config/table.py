@@ -109,6 +109,7 @@ def _settings(row: Algorithm) -> dict[str, str]:
         settings = {place: f"{objective.beta:g}, the beta of the loss"}
         own = {f"loss.{name}": getattr(objective, name) for name in LOSS_KEYS.get(row.name, ())}
         settings |= {name: f"{value:g}" for name, value in own.items() if name != place}
+        settings["loss.nll_coef"] = f"{objective.nll_coef:g}"
     if row.family != "policy":
         return settings
     if isinstance(objective, Objective):
@@ -140,6 +141,7 @@ def _settings(row: Algorithm) -> dict[str, str]:
         "loss.gamma": f"{row.gamma:g}",
         "loss.gae_lambda": " ".join(map(str, row.gae_lambda)),
         "loss.advantage_std": row.advantage_std,
+        "loss.pairs": row.pairs,
         "rollout.max_draws": str(row.max_draws),
         "pretraining.coef": f"{row.pretraining_coef:g}",
     }

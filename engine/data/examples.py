@@ -192,7 +192,7 @@ def load_examples(
     required, texts_of, values_of = _FORMS.get(algorithm, _FORMS["dpo"])
     rows = read_rows(Path(path), required=("prompt", *required))
     is_chat = isinstance(rows[0]["prompt"], list)
-    ending = _Ending(Path(path), tokenizer, is_chat)
+    ending = Ending(Path(path), tokenizer, is_chat)
     encoder, keys = make_encoder(rows, tokenizer), RowKeys(rows.fields)
     examples = Examples()
     stepped, eos = algorithm == "process_reward", tokenizer.eos_token_id
@@ -227,7 +227,7 @@ def load_examples(
     return examples
 
 
-class _Ending:
+class Ending:
     """The tokens that end a completion."""
 
     def __init__(self, path: Path, tokenizer: PreTrainedTokenizerBase, is_chat: bool) -> None:
@@ -251,7 +251,7 @@ class _Ending:
 
 
 def _continuations(
-    encoder: Encoder, groups: Sequence[tuple[str, list[int], list[str]]], ending: _Ending
+    encoder: Encoder, groups: Sequence[tuple[str, list[int], list[str]]], ending: Ending
 ) -> list[list[list[int]]]:
     """The completions of each prompt, ended.
 

@@ -50,7 +50,8 @@ class _Part(Protocol):
 
 
 class Rows:
-    """The rows of a data set: all have the same fields, `required` among them.
+    """The rows of a data set: all have the same fields, `required` among them, whose first is
+    "prompt", or the name of one that is text.
 
     Attributes:
         fields: their names, in the order of the first row.
@@ -61,6 +62,7 @@ class Rows:
 
     def __init__(self, path: Path, parts: Sequence[_Part], required: Sequence[str]) -> None:
         self._path, self._parts, self._required = path, parts, required
+        self._lead = required[0] if required else "prompt"
         self._starts = [0, *accumulate(len(part) for part in parts)]
         if not len(self):
             raise DataError(f"{path}: the file is empty, wanted one JSON object per line, or rows")
@@ -138,7 +140,11 @@ class Rows:
     def _check(self, row: Row) -> None:
         if row.keys() != self._names:
             self._refuse_fields(row)
-        prompt = row["prompt"]
+        lead = self._lead
+        prompt = row[lead]
+        if lead != "prompt":
+            check_text(lead, prompt)
+            return
         if isinstance(prompt, list) != self._is_chat:
             raise DataError(
                 f"text and chat prompts are mixed: {self._first_place} is of the other kind"

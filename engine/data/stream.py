@@ -21,14 +21,16 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 class RowKeys:
-    """Two hashes of each row of a data set, in its order: of its prompt, and of all its fields."""
+    """Two hashes of each row of a data set, in its order: of its prompt, or the field `lead`, and
+    of all its fields.
+    """
 
-    def __init__(self, fields: Sequence[str]) -> None:
-        self._fields = sorted(fields)
+    def __init__(self, fields: Sequence[str], lead: str = "prompt") -> None:
+        self._fields, self._lead = sorted(fields), lead
         self._numbers = array("q")
 
     def append(self, row: Row) -> None:
-        self._numbers.append(_digest(row["prompt"]))
+        self._numbers.append(_digest(row[self._lead]))
         self._numbers.append(_digest([row[name] for name in self._fields]))
 
     def tensor(self) -> Tensor:

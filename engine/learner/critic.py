@@ -53,6 +53,7 @@ class Critic:
         self._optimizer, self._schedule = make_optimizer(
             self._network.named_parameters(),
             config.update,
+            config.steps * config.update.per_step,
             lr=config.critic.lr,
             setting="critic.lr",
             ranks=ranks,
@@ -86,16 +87,17 @@ class Critic:
         return denominator(batches, self._settings.aggregation, self._max_new_tokens, self._ranks)
 
     def loss(self, values: Tensor, batch: Batch, total: float) -> tuple[Tensor, Tensor]:
-        """Clipped value loss of a micro-batch, over the denominator of the optimizer step; and the
-        vector of `ops.value_loss`.
+        """Value loss of a micro-batch, clipped where critic.clip_range says so, over the
+        denominator of the optimizer step; and the vector of `ops.value_loss`.
         """
         assert batch.returns is not None
+        clip_range = self._settings.clip_range
         return ops.value_loss(
             values,
             batch.values,
             batch.returns,
             cu_seqlens=batch.cu_seqlens,
-            clip_range=self._settings.clip_range,
+            clip_range=None if clip_range == "none" else clip_range,
             aggregation=self._settings.aggregation,
             denominator=total,
         )
@@ -118,6 +120,11 @@ class Critic:
         self._optimizer.step(self._max_grad_norm)
         self._schedule.step()
         return ops.merge_value_metrics(self._ranks.gather(metrics))
+
+    def skip(self, steps: int) -> None:
+        """Go on as if so many optimizer steps had been taken."""
+        if self._optimizer is not None:
+            self._schedule.skip(steps)
 
     def state_dict(self) -> dict[str, Any]:
         module = self._head if self._network is None else self._network

@@ -23,10 +23,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from warpo.engine.config.policy import Config
+from warpo.engine.learner.minibatches import one_of_each_group
 from warpo.engine.models.batch import Batch, split_rows
 from warpo.engine.models.score import score
 from warpo.engine.models.step_rollouts import StepRollouts
+from warpo.engine.ranks import ONE_RANK, Ranks
 from warpo.engine.types import Metrics
+from warpo.kernels import ops
 
 
 def mean_and_max(cause: str, difference: Tensor) -> Metrics:
@@ -70,7 +74,7 @@ class Drift:
         return score(self._model, self._batch, self._temperature)
 
     def before_last_update(self) -> None:
-        """To be called where there are several optimizer steps."""
+        """To be called before an optimizer step that may be the last, but the first."""
         self._last = self._score()
 
     def metrics(self, *, truncated: bool) -> Metrics:
@@ -87,6 +91,30 @@ class Drift:
             "mismatch/truncation_mean": truncation if truncated else 0.0,
             **mean_and_max("staleness", self._last - self._first),
         }
+
+
+def step_kl(
+    model: nn.Module, rollouts: StepRollouts, config: Config, ranks: Ranks = ONE_RANK
+) -> float:
+    """d = E[KL(policy that the step began with, policy)], nats per token, of
+    https://arxiv.org/abs/1707.06347 section 4: the mean of k3, r - 1 - log r with r = new / old
+    probability, over the tokens of one completion of each prompt.
+
+    Unbiased, as the old policy drew the tokens. Costs a forward pass over 1 / group_size of the
+    rollouts.
+    """
+    rows, total, count = (
+        one_of_each_group(rollouts)[:-1],
+        torch.zeros((), device=rollouts.device),
+        0,
+    )
+    for micro in split_rows(rollouts.sequences, rows, config.update.token_budget):
+        batch = rollouts.batch(micro)
+        assert batch.old_logprobs is not None
+        new = score(model, batch, config.rollout.temperature)
+        total += ops.approx_kl(batch.old_logprobs, new, "k3").sum()
+        count += new.numel()
+    return (ranks.sum(total) / ranks.sum(count)).item()
 
 
 def _sampled(batch: Batch) -> Tensor:

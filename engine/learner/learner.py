@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -14,46 +15,30 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from warpo.engine.config.policy import Config
 from warpo.engine.config.resolve import resolve
 from warpo.engine.data.examples import Examples
-from warpo.engine.data.stream import RowRecord, draw_keys, random_keys
 from warpo.engine.errors import TrainingError
 from warpo.engine.learner.advantages import AdaptiveState, estimate
 from warpo.engine.learner.critic import Critic
-from warpo.engine.learner.drift import Drift
+from warpo.engine.learner.drift import Drift, step_kl
 from warpo.engine.learner.losses import preference_gradients, supervised_gradients
 from warpo.engine.learner.minibatches import make_minibatches, one_of_each_group, tokens_scored
 from warpo.engine.learner.optimizer import WeightUpdate
 from warpo.engine.learner.pairs import pair_minibatches
+from warpo.engine.learner.pretraining import Pretraining
 from warpo.engine.learner.reference import Reference
 from warpo.engine.learner.schedule import make_optimizer
 from warpo.engine.learner.step import StepResult, accumulate_gradients
 from warpo.engine.learner.step_metrics import step_metrics
-from warpo.engine.models.batch import Batch, order_by_length, pack, split_by_tokens
+from warpo.engine.models.batch import Batch, order_by_length
 from warpo.engine.models.score import device_of, loss_and_gradient, score
 from warpo.engine.models.step_rollouts import StepRollouts
 from warpo.engine.run.checkpoint import Stateful
 from warpo.engine.run.loop import Progress, Run, check_state
-from warpo.engine.types import Metrics, TokenSequence
+from warpo.engine.types import Metrics, ReportProgress
 from warpo.kernels.objectives import Objective
 from warpo.kernels.preferences import Preference
 
 # Sampler logprobs within this of the learner's serve as old_logprobs: they move a ratio by 0.01 %.
 EQUAL_LOGPROBS = 1e-4
-
-
-class Pretraining:
-    """Supervised examples that are mixed into every optimizer step of the policy (ppo_ptx)."""
-
-    def __init__(self, config: Config, examples: Examples) -> None:
-        self.record = RowRecord("pretraining.data", examples.keys)
-        self._config, self._examples = config, examples
-
-    def batches(self, count: int, step: int, update: int) -> list[Batch]:
-        """Micro-batches of `count` examples, drawn by seed, step and update only."""
-        config = self._config
-        drawn = random_keys(draw_keys(self._examples.keys), config.seed, step, update)
-        chosen = [self._examples[int(i)] for i in np.argsort(drawn, kind="stable")[:count]]
-        sequences = [TokenSequence.of(e.prompt_ids, e.completions[0], e.prompt_id) for e in chosen]
-        return [pack(micro) for micro in split_by_tokens(sequences, config.update.token_budget)]
 
 
 class Learner:
@@ -83,7 +68,10 @@ class Learner:
         self.critic = Critic(config, model, run.ranks) if algorithm.has_critic else None
         learned = [*model.named_parameters()]
         learned += [] if self.critic is None else self.critic.named_parameters()
-        self.optimizer, self.schedule = make_optimizer(learned, config.update, ranks=run.ranks)
+        updates = (config.steps - config.critic.warmup_steps) * config.update.per_step
+        self.optimizer, self.schedule = make_optimizer(
+            learned, config.update, updates, ranks=run.ranks
+        )
         self.adaptive = AdaptiveState(algorithm.kl_coef, adapts=algorithm.kl_target is not None)
         self.reference = Reference(config, algorithm)
         self.pretraining = None if examples is None else Pretraining(config, examples)
@@ -119,7 +107,7 @@ class Learner:
 
     def update(self, rollouts: StepRollouts) -> Metrics:
         """Score the rollouts, estimate their advantages, and take epochs x minibatches optimizer
-        steps on them; the step is complete then.
+        steps on them, fewer where update.max_kl ends the epochs; the step is complete then.
 
         Raises:
             TrainingError: a gradient is not finite.
@@ -134,21 +122,43 @@ class Learner:
             estimated = estimate(self.algorithm, rollouts, self.adaptive)
         self._run.raise_if_stopped()
         with log.phase("update") as report:
-            minibatches = self._minibatches(rollouts)
-            results, updates = list[StepResult](), config.update.epochs * len(minibatches)
-            for update in range(updates):
-                if 0 < update == updates - 1:
-                    drift.before_last_update()
-                batches = minibatches[update % len(minibatches)]
-                results.append(self.train_step(batches, self.step + 1, update))
-                report(update + 1, updates)
-            metrics |= step_metrics(results, self._run.ranks)
+            metrics |= self._epochs(rollouts, drift, report)
             metrics["lr"] = float(self.schedule.get_last_lr()[0])
             metrics |= drift.metrics(truncated=config.rollout.truncated) | estimated
         metrics |= self._adapt(metrics)
         self.reference.renew(self.model, self.step + 1)
         self.progress.complete()
         return metrics
+
+    def _epochs(self, rollouts: StepRollouts, drift: Drift, report: ReportProgress) -> Metrics:
+        """Passes over the rollouts, until update.max_kl ends them."""
+        config, results, kl, epoch = self._config.update, list[StepResult](), None, 0
+        limit = math.inf if config.max_kl == "none" else config.max_kl
+        for epoch in range(1, config.epochs + 1):
+            minibatches, is_last = self._minibatches(rollouts, epoch), epoch == config.epochs
+            updates = config.epochs * len(minibatches)
+            for i, batches in enumerate(minibatches, start=1):
+                may_end = i == len(minibatches) and (is_last or limit < math.inf)
+                if may_end and results:
+                    drift.before_last_update()
+                results.append(self.train_step(batches, self.step + 1, len(results)))
+                report(len(results), updates)
+            if limit < math.inf or (is_last and self.algorithm.kl_adapts_to_step):
+                kl = step_kl(self.model, rollouts, self._config, self._run.ranks)
+                if kl > limit:
+                    break
+        self._skip(config.per_step - len(results))
+        metrics = step_metrics(results, self._run.ranks)
+        if limit < math.inf:
+            metrics["update/epochs"] = float(epoch)
+        return metrics if kl is None else metrics | {"kl/step": kl}
+
+    def _skip(self, updates: int) -> None:
+        """Let the learning rates go on over optimizer steps of this step that are not taken."""
+        if self.step >= self._config.critic.warmup_steps:
+            self.schedule.skip(updates)
+        if self.critic is not None:
+            self.critic.skip(updates)
 
     def score(self, rollouts: StepRollouts, recompute_old: bool) -> Metrics:
         """Fill the columns of logprobs and values that the algorithm reads; returns what not
@@ -243,6 +253,7 @@ class Learner:
                 self.model,
                 [batch.to(self.device) for batch in drawn],
                 coef=algorithm.pretraining_coef,
+                aggregation=config.pretraining.aggregation,
                 ranks=ranks,
             )
             result = result._replace(pretraining=loss)
@@ -255,9 +266,13 @@ class Learner:
             name: value for name, value in update.fingerprints.items() if name not in others
         }
 
-    def _minibatches(self, rollouts: StepRollouts) -> list[list[Batch]]:
-        make = pair_minibatches if self.algorithm.estimator.makes_pairs else make_minibatches
-        update, seed = self._config.update, self._config.seed + self.step + 1
+    def _minibatches(self, rollouts: StepRollouts, epoch: int) -> list[list[Batch]]:
+        """Those of an epoch, dealt by seed, step and epoch only."""
+        make = make_minibatches
+        if self.algorithm.estimator.makes_pairs:
+            make = partial(pair_minibatches, choice=self.algorithm.pairs)
+        update = self._config.update
+        seed = self._config.seed + self.step + 1 + (epoch - 1) * 1_000_003
         return [
             [rollouts.batch(rows) for rows in minibatch]
             for minibatch in make(rollouts, update.minibatches, update.token_budget, seed)
@@ -297,13 +312,12 @@ class Learner:
         """Move kl_coef after a step; returns its value before, and the KL that it weighs."""
         if "kl/approx" not in metrics:
             return {}
-        found = {
-            "kl/mean": metrics["kl/ref" if self.algorithm.kl_coef else "kl/approx"],
-            "kl/coef": self.adaptive.kl_coef,
-        }
-        # of the old policy where that is the reference: the first update finds none of it
-        own = "kl/ref_last" if self.algorithm.previous_reference else "kl/mean"
-        self.adaptive.adapt(self.algorithm, (metrics | found)[own])
+        name = "kl/ref" if self.algorithm.kl_coef else "kl/approx"
+        if self.algorithm.kl_adapts_to_step:
+            # the optimizer steps see it before they are taken: the first of them sees 0
+            name = "kl/step"
+        found = {"kl/mean": metrics[name], "kl/coef": self.adaptive.kl_coef}
+        self.adaptive.adapt(self.algorithm, found["kl/mean"])
         return found
 
     def check_state(self, sequences: Sequence[Sequence[int]]) -> None:

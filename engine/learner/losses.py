@@ -26,17 +26,27 @@ STEP_METRICS = ("loss", "steps", "correct", "right", "right_score", "wrong", "wr
 
 
 def supervised_gradients(
-    model: nn.Module, batches: Sequence[Batch], *, coef: float = 1.0, ranks: Ranks = ONE_RANK
+    model: nn.Module,
+    batches: Sequence[Batch],
+    *,
+    coef: float = 1.0,
+    aggregation: str = "token-mean",
+    ranks: Ranks = ONE_RANK,
 ) -> Tensor:
-    """loss = coef / M * sum over the M completion tokens of all batches of -logp.
+    """loss = coef / D * sum over the completion tokens of all batches of -logp.
 
     With coef = gamma it is the pre-training term of InstructGPT's PPO-ptx,
-    https://arxiv.org/abs/2203.02155 eq. 2, as a mean over tokens.
+    https://arxiv.org/abs/2203.02155 eq. 2.
+
+    Args:
+        aggregation: D is the number of those tokens, "token-mean", or of the sequences,
+            "sequence-mean-token-sum", as in the paper.
 
     Returns:
         The loss, () float32 on the device.
     """
-    total = ranks.sum(sum(batch.num_trained for batch in batches))
+    counts = (b.num_trained if aggregation == "token-mean" else b.num_sequences for b in batches)
+    total = ranks.sum(sum(counts))
     losses = [
         _backward(-coef / total * token_logprobs(model, batch, 1.0).logprobs.sum())
         for batch in batches

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
-from itertools import groupby
+from collections.abc import Iterable
+from itertools import combinations, groupby
 from typing import NamedTuple
 
+from warpo.engine.config.algorithm import PairChoice
 from warpo.engine.learner.minibatches import Minibatch
 from warpo.engine.models.batch import split_by_tokens
 from warpo.engine.models.step_rollouts import StepRollouts
@@ -19,32 +21,49 @@ class Pair(NamedTuple):
     num_tokens: int
 
 
-def make_pairs(rollouts: StepRollouts) -> list[Pair]:
-    """Best with worst completion of a group, second best with second worst, and so on while the
-    reward of the first is the larger: no completion is in two pairs.
+def make_pairs(rollouts: StepRollouts, choice: PairChoice = "ranked") -> list[Pair]:
+    """Completions of a group of which the first has the larger reward.
 
-    Source: https://arxiv.org/abs/2404.19733 section 2, with rewards instead of right and wrong.
+    Args:
+        choice: "ranked": best with worst, second best with second worst, and so on: no completion
+            is in two pairs, https://arxiv.org/abs/2404.19733 section 2, with rewards instead of
+            right and wrong. "extremes": best with worst only, https://arxiv.org/abs/2401.10020.
+            "all": each with every worse one, as https://arxiv.org/abs/2203.02155 eq. 1 compares.
     """
     rewards, sequences = rollouts.rewards.tolist(), rollouts.sequences
     pairs = []
     for _, group in groupby(range(len(rollouts)), key=rollouts.group_ids.__getitem__):
         ranked = sorted(group, key=lambda row: -rewards[row])
-        for best, worst in zip(ranked, reversed(ranked), strict=True):
-            if rewards[best] <= rewards[worst]:
-                break
-            num_tokens = sequences[best].num_tokens + sequences[worst].num_tokens
-            pairs.append(Pair(best, worst, num_tokens))
+        for better, worse in _chosen(ranked, choice):
+            if rewards[better] > rewards[worse]:
+                num_tokens = sequences[better].num_tokens + sequences[worse].num_tokens
+                pairs.append(Pair(better, worse, num_tokens))
     return pairs
 
 
+def _chosen(ranked: list[int], choice: PairChoice) -> Iterable[tuple[int, int]]:
+    """Pairs of a group, best to worst, whatever their rewards."""
+    if choice == "all":
+        return combinations(ranked, 2)
+    if choice == "extremes":
+        return [(ranked[0], ranked[-1])]
+    half = len(ranked) // 2
+    return zip(ranked[:half], reversed(ranked[-half:]), strict=True)
+
+
 def pair_minibatches(
-    rollouts: StepRollouts, minibatches: int, token_budget: int, seed: int
+    rollouts: StepRollouts,
+    minibatches: int,
+    token_budget: int,
+    seed: int,
+    *,
+    choice: PairChoice = "ranked",
 ) -> list[Minibatch]:
     """The pairs of the rollouts, dealt at random into minibatches, each split by a token budget:
     the chosen completions of a micro-batch, then the rejected ones in the same order. None where
     all completions of every prompt have one reward.
     """
-    pairs = make_pairs(rollouts)
+    pairs = make_pairs(rollouts, choice)
     random.Random(seed).shuffle(pairs)
     dealt = [pairs[i::minibatches] for i in range(min(minibatches, len(pairs)))]
     return [

@@ -7,35 +7,53 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
+from transformers import get_scheduler
 
 from warpo.engine.learner.optimizer import AdamW
 from warpo.engine.ranks import ONE_RANK, Ranks
 
+# The names of transformers.
+_SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 
-class WarmupSchedule(torch.optim.lr_scheduler.LambdaLR):
-    """Linear warm-up of the learning rate over N optimizer steps. Then it stays, or falls linearly
-    to reach 0 after `zero_after` steps if that is not 0.
+
+class Schedule(torch.optim.lr_scheduler.LambdaLR):
+    """Linear warm-up of the learning rate over some optimizer steps, and what follows.
+
+    Args:
+        name: "constant", or "linear" or "cosine" to fall to 0 after `num_steps` optimizer steps.
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, warmup_steps: int, zero_after: int = 0
+        self,
+        optimizer: torch.optim.Optimizer,
+        name: str = "constant",
+        *,
+        warmup_steps: int = 0,
+        num_steps: int = 0,
     ) -> None:
-        def factor(step: int) -> float:
-            rising = min(1.0, (step + 1) / (warmup_steps + 1))
-            if not zero_after:
-                return rising
-            return max(0.0, min(rising, (zero_after - step) / (zero_after - warmup_steps)))
+        # that of transformers begins at 0, where a step of an optimizer moves nothing: leave it out
+        (factor,) = get_scheduler(
+            _SCHEDULES[name],
+            torch.optim.SGD([torch.zeros(())]),
+            num_warmup_steps=warmup_steps + 1,
+            num_training_steps=num_steps + 1,
+        ).lr_lambdas
+        super().__init__(optimizer, lambda step: factor(step + 1))
 
-        super().__init__(optimizer, factor)
+    def skip(self, steps: int) -> None:
+        """Go on as if so many optimizer steps had been taken."""
+        self.last_epoch += steps
+        factors = [factor(self.last_epoch) for factor in self.lr_lambdas]
+        self._last_lr = [lr * factor for lr, factor in zip(self.base_lrs, factors, strict=True)]
+        for group, lr in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+            group["lr"] = lr
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on at the step where `state_dict` was taken, with the learning rate of this run."""
         own = self.base_lrs
         super().load_state_dict(state_dict)
         self.base_lrs = own
-        self._last_lr = self.get_lr()
-        for group, lr in zip(self.optimizer.param_groups, self._last_lr, strict=True):
-            group["lr"] = lr
+        self.skip(0)
 
 
 class UpdateSettings(Protocol):
@@ -51,20 +69,23 @@ class UpdateSettings(Protocol):
     def optimizer_state(self) -> Literal["device", "host"]: ...
     @property
     def warmup_steps(self) -> int: ...
+    @property
+    def schedule(self) -> Literal["constant", "linear", "cosine"]: ...
 
 
 def make_optimizer(
     named_parameters: Iterable[tuple[str, nn.Parameter]],
     update: UpdateSettings,
+    num_steps: int,
     *,
     lr: float | None = None,
     setting: str = "update.lr",
-    zero_after: int = 0,
     ranks: Ranks = ONE_RANK,
-) -> tuple[AdamW, WarmupSchedule]:
+) -> tuple[AdamW, Schedule]:
     """AdamW and its schedule from a config's `update`.
 
     Args:
+        num_steps: optimizer steps of the run.
         lr, setting: instead of its own learning rate, and the name of that.
     """
     optimizer = AdamW(
@@ -76,4 +97,5 @@ def make_optimizer(
         ranks=ranks,
         setting=setting,
     )
-    return optimizer, WarmupSchedule(optimizer, update.warmup_steps, zero_after)
+    warmup = update.warmup_steps
+    return optimizer, Schedule(optimizer, update.schedule, warmup_steps=warmup, num_steps=num_steps)

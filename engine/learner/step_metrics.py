@@ -14,14 +14,11 @@ from warpo.kernels import ops
 
 
 def step_metrics(results: Sequence[StepResult], ranks: Ranks = ONE_RANK) -> Metrics:
-    """Losses, gradient norm and shares as means over the optimizer steps of a step; kl/ref_last is
-    of the last one.
-    """
+    """Losses, gradient norm and shares as means over the optimizer steps of a step."""
     metrics: Metrics = {}
     policy = [result.policy for result in results if result.policy is not None]
     if policy:
         metrics |= _policy(ops.policy_metrics(ops.sum_metrics(policy)), len(policy))
-        metrics["kl/ref_last"] = ops.policy_metrics(policy[-1])["kl/ref"]
     pairs = [result.pairs for result in results if result.pairs is not None]
     if pairs:
         metrics |= ops.preference_metrics(torch.stack(pairs).sum(0))

@@ -32,6 +32,7 @@ class Settings:
     """The section `update` of a config."""
 
     lr, betas, weight_decay, optimizer_state, warmup_steps = 1e-2, (0.9, 0.999), 0.0, "device", 0
+    schedule = "constant"
 
 
 def model_of(dtype: torch.dtype, seed: int = 0) -> LlamaForCausalLM:
@@ -65,7 +66,7 @@ class Run:
 
     def __init__(self, dtype: torch.dtype, seed: int = 0) -> None:
         self.model = model_of(dtype, seed)
-        self.optimizer, self.schedule = make_optimizer(self.model.named_parameters(), Settings())
+        self.optimizer, self.schedule = make_optimizer(self.model.named_parameters(), Settings(), 1)
         self.stream = Position()
 
     @property

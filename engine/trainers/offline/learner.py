@@ -56,7 +56,7 @@ class OfflineLearner:
         self.optimizer, self.schedule = make_optimizer(
             model.named_parameters(),
             config.update,
-            zero_after=config.steps if config.update.schedule == "linear" else 0,
+            config.steps,
             ranks=run.ranks,
         )
         self.progress = Progress()

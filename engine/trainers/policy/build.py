@@ -13,7 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from warpo.engine.config.policy import Config
 from warpo.engine.config.resolve import resolve
-from warpo.engine.data.examples import Examples, load_examples
+from warpo.engine.data.examples import Examples
+from warpo.engine.data.pretraining import load_pretraining
 from warpo.engine.data.prompts import Prompt, Prompts, load_prompts, split_prompts
 from warpo.engine.errors import ConfigError, DataError
 from warpo.engine.learner.learner import Learner
@@ -81,10 +82,9 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> Data:
     prompts, eval_prompts = _held_out(config, tokenizer, prompts)
     if not config.pretraining.data:
         return Data(prompts, eval_prompts, None)
-    examples = load_examples(
+    examples = load_pretraining(
         config.pretraining.data,
         tokenizer,
-        "sft",
         token_budget=config.update.token_budget,
         max_length=config.rollout.max_model_len,
     )

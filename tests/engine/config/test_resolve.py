@@ -27,7 +27,10 @@ reward: {sources: "rewards:exact"}
 """
 ROWS = [name for name, row in ALGORITHMS.items() if row.family == "policy"]
 # what a row cannot run without
-NEEDS = {"ppo_ptx": ("--pretraining.data", "examples.jsonl")}
+NEEDS = {
+    "ppo_ptx": ("--pretraining.data", "examples.jsonl"),
+    "ppo_kl": ("--update.epochs", "2"),
+}
 
 Resolve = Callable[..., Algorithm]
 
@@ -146,6 +149,8 @@ SETTINGS: dict[str, tuple[tuple[str, ...], set[str], dict[str, Any]]] = {
             "objective.correction_high": 1.7,
         },
     ),
+    "loss.nll_coef": (("--loss.nll_coef", "0.2"), PAIRS, {"objective.nll_coef": 0.2}),
+    "loss.pairs": (("--loss.pairs", "all"), PAIRS, {"pairs": "all"}),
     "rollout.max_draws": (("--rollout.max_draws", "3"), REDRAWN, {"max_draws": 3}),
     "pretraining.coef": (
         ("--pretraining.coef", "0.5", "--pretraining.data", "examples.jsonl"),
@@ -354,6 +359,12 @@ def test_a_target_may_be_fixed(resolved: Resolve) -> None:
         ),
         ("dapo", ["--loss.kl_target", "0.1"], r"kl_target = 0\.1 needs a loss\.kl_coef above 0"),
         (
+            "ppo_kl",
+            ["--update.epochs", "1"],
+            r"'ppo_kl' has no penalty in the first optimizer step .* or update\.minibatches to 2",
+        ),
+        ("grpo", ["--update.max_kl", "0.1"], r"max_kl = 0\.1 has no effect: it ends the epochs"),
+        (
             "iterative_grpo",
             ["--loss.kl_coef", "0"],
             r"reference_every_steps = 50 has no effect on algorithm = 'iterative_grpo': it has no",
@@ -367,6 +378,11 @@ def test_a_target_may_be_fixed(resolved: Resolve) -> None:
             "grpo",
             ["--pretraining.data", "a.jsonl"],
             r"pretraining\.data has no effect on algorithm = 'grpo': set pretraining\.coef",
+        ),
+        (
+            "grpo",
+            ["--pretraining.aggregation", "sequence-mean-token-sum"],
+            r"pretraining\.aggregation = .* has no effect on algorithm = 'grpo': its pretraining",
         ),
         (
             "grpo",

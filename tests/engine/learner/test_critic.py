@@ -166,6 +166,19 @@ def test_the_gradient_of_an_own_network_is_that_of_the_formula(
     assert metrics is not None and metrics[0].item() == pytest.approx(loss.item(), rel=1e-5)
 
 
+def test_a_value_without_bounds_is_not_clipped(own: Critic, model_path: Any) -> None:
+    made = rollouts()
+    batch = made.batch(range(len(made)))
+    values = torch.linspace(-3, 3, len(made.values))
+    free = Critic(settings(model_path("qwen2"), clip_range="none"), own._policy)
+    for critic, expected in (
+        (own, clipped_loss(values.double(), made)),
+        (free, (values - made.returns).double().square().mean() / 2),
+    ):
+        loss, _ = critic.loss(values, batch, len(values))
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
 def test_a_shared_head_adds_the_value_gradient_to_the_trunk(
     shared: tuple[nn.Module, Critic], model_path: Callable[[str], str]
 ) -> None:

@@ -1,6 +1,7 @@
 """The optimizer of the learner; its kernel is tested in tests/kernels/test_adamw_publish.py."""
 
 import io
+import math
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from warpo.engine.learner.optimizer import (
     gradient_norm,
     update_metrics,
 )
-from warpo.engine.learner.schedule import WarmupSchedule
+from warpo.engine.learner.schedule import Schedule
 from warpo.kernels import ops
 
 MAX_GRAD_NORM = 2.0
@@ -180,7 +181,7 @@ def test_a_parameter_without_gradient_is_left_alone_and_reported(staged):
 def test_a_resumed_run_goes_on_bit_for_bit(dtype, before, after):
     named = parameters(dtype)
     optimizer = new(named, before)
-    schedule = WarmupSchedule(optimizer, warmup_steps=5)
+    schedule = Schedule(optimizer, warmup_steps=5)
     learn(named, optimizer, range(3))
     schedule.step()
     state, weights = saved(optimizer), {name: p.detach().clone() for name, p in named.items()}
@@ -189,7 +190,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(dtype, before, after):
         for name, parameter in resumed.items():
             parameter.copy_(weights[name])
     fresh = new(resumed, after)
-    going_on = WarmupSchedule(fresh, warmup_steps=5)
+    going_on = Schedule(fresh, warmup_steps=5)
     fresh.load_state_dict(state)
     going_on.load_state_dict(schedule.state_dict())
     assert fresh.param_groups[0]["lr"] == schedule.get_last_lr()[0] == OPTIONS["lr"] * (2 / 6)
@@ -202,12 +203,35 @@ def test_a_resumed_run_goes_on_bit_for_bit(dtype, before, after):
             assert own == value if key == "step" else torch.equal(own, value)
 
 
+@pytest.mark.parametrize("name", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("warmup_steps", [0, 3])
+def test_the_learning_rate_rises_and_falls_as_its_schedule_says(name, warmup_steps):
+    optimizer, total = new(parameters(torch.float32), lr=2.0), 11
+    schedule = Schedule(optimizer, name, warmup_steps=warmup_steps, num_steps=total)
+    other = new(parameters(torch.float32), lr=2.0)
+    skipping = Schedule(other, name, warmup_steps=warmup_steps, num_steps=total)
+    found = []
+    for _ in range(total):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer._opt_called = True
+        schedule.step()
+    for step, lr in enumerate(found):
+        left = (total - step) / (total - warmup_steps)
+        fallen = {"constant": 1.0, "linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2}
+        rising = (step + 1) / (warmup_steps + 1)
+        expected = 2.0 * (rising if step < warmup_steps else fallen[name])
+        assert lr == pytest.approx(expected, rel=1e-12) and lr > 0
+    assert schedule.get_last_lr()[0] == (2.0 if name == "constant" else 0)
+    skipping.skip(4)
+    assert skipping.get_last_lr()[0] == other.param_groups[0]["lr"] == found[4]
+
+
 def test_a_resumed_run_may_have_other_settings():
     optimizer = new(parameters(torch.float32))
-    schedule = WarmupSchedule(optimizer, warmup_steps=3)
+    schedule = Schedule(optimizer, warmup_steps=3)
     schedule.step()
     other = new(parameters(torch.float32), lr=1.0, weight_decay=0.25, betas=(0.5, 0.75))
-    going_on = WarmupSchedule(other, warmup_steps=3)
+    going_on = Schedule(other, warmup_steps=3)
     other.load_state_dict(saved(optimizer))
     going_on.load_state_dict(schedule.state_dict())
     group = other.param_groups[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -44,14 +45,23 @@ def label(rollouts: StepRollouts, row: int) -> int:
     return int(sequence.token_ids[sequence.prompt_length])
 
 
-def labels_of(rollouts: StepRollouts) -> list[tuple[int, int]]:
-    pairs = make_pairs(rollouts)
+def labels_of(rollouts: StepRollouts, choice: str = "ranked") -> list[tuple[int, int]]:
+    pairs = make_pairs(rollouts, choice)
     return [(label(rollouts, p.chosen), label(rollouts, p.rejected)) for p in pairs]
 
 
 def test_best_goes_with_worst_while_it_is_better() -> None:
     made = groups({1: [0.5, 1.0, 0.0, 0.25], 2: [1.0, 1.0], 3: [0.0, 1.0, 0.5]})
     assert labels_of(made) == [(101, 102), (100, 103), (301, 300)]
+
+
+def test_pairs_may_be_the_extremes_or_all_that_differ() -> None:
+    made = groups({1: [0.5, 1.0, 0.0, 0.5], 2: [1.0, 1.0, 1.0], 3: [0.0, 1.0, 0.5]})
+    assert labels_of(made, "extremes") == [(101, 102), (301, 300)]
+    better = [(101, 100), (101, 103), (101, 102), (100, 102), (103, 102)]
+    assert labels_of(made, "all") == [*better, (301, 302), (301, 300), (302, 300)]
+    (minibatch,) = pair_minibatches(made, 1, 1000, seed=0, choice="all")
+    assert sum(map(len, minibatch)) == 2 * 8
 
 
 def test_one_prompt_that_is_drawn_twice_makes_two_groups() -> None:
@@ -115,6 +125,14 @@ def test_pairs_of_the_policys_own_completions_train_it(folder: Path) -> None:
     for row in rows(folder, "moved"):
         # the later optimizer steps of a step see what the first has learned
         assert row["reward/margin"] > 1e-3
+
+
+def test_every_completion_may_be_in_many_pairs(folder: Path) -> None:
+    once = ("--update.epochs", "1", "--update.minibatches", "1", "--steps", "1")
+    (row,) = train(folder, *SETTINGS, *once, "--loss.pairs", "all", "--loss.nll_coef", "0")
+    # no completion has moved from its reference
+    assert row["loss/preference"] == pytest.approx(math.log(2), abs=1e-5)
+    assert row["grad_norm"] > 0
 
 
 def test_a_step_without_pairs_leaves_the_weights(folder: Path) -> None:

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import processors
 from transformers import AutoModelForCausalLM
 
 from tests.engine.learner.test_critic import rollouts
 from tests.engine.runs import train
 from warpo.engine.config.policy import load_config
+from warpo.engine.data.pretraining import load_pretraining
+from warpo.engine.errors import DataError
 from warpo.engine.learner.learner import Learner
+from warpo.engine.learner.losses import supervised_gradients
 from warpo.engine.learner.step import accumulate_gradients
+from warpo.engine.models.files import load_tokenizer
+from warpo.engine.models.score import score
 from warpo.engine.run.log import NoLog
 from warpo.engine.run.loop import Run
 from warpo.engine.trainers.policy.build import build
@@ -93,6 +100,71 @@ def test_the_gradient_is_that_of_the_policy_and_coef_times_the_supervised_one(
         torch.testing.assert_close(
             found[name].double(), expected, rtol=0, atol=2e-5 * max(1, largest), msg=name
         )
+
+
+def test_a_sum_per_sequence_is_divided_by_the_sequences(ptx: Learner) -> None:
+    batches = ptx.pretraining.batches(7, step=1, update=0)
+    losses = {}
+    for aggregation in ("token-mean", "sequence-mean-token-sum"):
+        with torch.no_grad():
+            losses[aggregation] = supervised_gradients(
+                ptx.model, batches, coef=COEF, aggregation=aggregation
+            ).item()
+    nll = -torch.cat([score(ptx.model, batch, 1.0) for batch in batches])
+    assert losses["token-mean"] == pytest.approx(COEF * nll.mean().item(), rel=1e-5)
+    sums = losses["sequence-mean-token-sum"]
+    assert sums == pytest.approx(COEF * nll.sum().item() / 7, rel=1e-5)
+
+
+TEXTS = [{"text": "t20 t21 t22"}, {"text": "t9"}, {"text": "t20 t21 t22"}, {"text": "t30 <eos>"}]
+
+
+def write(path: Path, rows: list[dict]) -> Path:
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def test_of_a_text_every_token_is_learned_that_something_comes_before(folder: Path) -> None:
+    path = write(folder / "texts.jsonl", TEXTS)
+    limits = {"token_budget": 99, "max_length": 99}
+    tokenizer = load_tokenizer(str(folder / "model"))
+    found = load_pretraining(path, tokenizer, **limits)
+    assert [(e.prompt_ids, e.completions) for e in found] == [
+        *[([20], [[21, 22, 1]]), ([9], [[1]]), ([20], [[21, 22, 1]]), ([30], [[1]])],
+    ]
+    # one that begins sequences is not learned, and all of the text is
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="t2 $A", special_tokens=[("t2", 2)]
+    )
+    assert [e.prompt_ids for e in load_pretraining(path, tokenizer, **limits)] == [[2]] * 4
+
+    for row, message in (
+        ({"text": 3}, r"texts.jsonl:5: text must be text, got int"),
+        ({"text": "t1 " * 100}, r"texts.jsonl:5: .* of 101 tokens, the model has positions for 99"),
+        ({"text": ""}, r"texts.jsonl:5: text is empty"),
+        ({"prompt": "t1"}, r"texts.jsonl:5: the field 'text' is missing"),
+        ({"text": "<eos>"}, r"texts.jsonl:5: the text is the end-of-sequence token alone"),
+    ):
+        write(folder / "texts.jsonl", [*TEXTS, row])
+        with pytest.raises(DataError, match=message):
+            load_pretraining(path, load_tokenizer(str(folder / "model")), **limits)
+    write(folder / "texts.jsonl", [{"words": "t1"}])
+    with pytest.raises(DataError, match="the field 'prompt' is missing"):
+        load_pretraining(path, load_tokenizer(str(folder / "model")), **limits)
+
+
+def test_a_policy_learns_from_texts_and_goes_on_as_the_whole_run(folder: Path) -> None:
+    write(folder / "texts.jsonl", TEXTS)
+    words = [
+        *("--algorithm", "grpo", "--pretraining.data", "texts.jsonl", "--pretraining.coef", "1"),
+        *("--pretraining.aggregation", "sequence-mean-token-sum", "--sampler", "transformers"),
+        *("--evaluation.every_steps", "0", "--update.lr", "1e-2"),
+    ]
+    whole = train(folder, *words, "--steps", "2")
+    assert whole[0]["loss/pretraining"] > whole[1]["loss/pretraining"] > 0
+    shutil.rmtree(folder / "out")
+    train(folder, *words, "--steps", "1")
+    assert train(folder, *words, "--steps", "2", "--resume") == whole
 
 
 def test_examples_are_drawn_by_seed_step_and_update_alone(ptx: Learner) -> None:

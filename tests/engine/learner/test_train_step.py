@@ -46,7 +46,9 @@ def test_ppo_with_a_kl_penalty_takes_it_to_the_policy_that_the_step_began_with(
         logprobs = logits.log_softmax(-1).gather(1, ids[start:, None])[:, 0]
         tokens = made.tokens_of([row])
         log_ratio = logprobs - made.old_logprobs[tokens]
-        losses.append(-log_ratio.exp() * made.advantages[tokens] + 3.0 * log_ratio**2 / 2)
+        # k3 of KL(old, new), of whose samples these are
+        kl = log_ratio.exp() - 1 - log_ratio
+        losses.append(-log_ratio.exp() * made.advantages[tokens] + 3.0 * kl)
     torch.cat(losses).mean().backward()
     expected = {name: p.grad for name, p in plain.named_parameters()}
     largest = max(gradient.abs().max().item() for gradient in expected.values())
