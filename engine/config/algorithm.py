@@ -58,6 +58,8 @@ class Algorithm:
         max_draws: how often prompts are drawn until all groups of a step have unequal rewards. 1:
             groups of equal rewards are kept.
         pretraining_coef: weight of the supervised loss on pre-training data, next to the policy's.
+        right_nll_coef: weight of the negative log-likelihood of right completions, next to the
+            policy's loss.
         caution: a warning to read before relying on the row.
     """
 
@@ -91,6 +93,7 @@ class Algorithm:
     pairs: PairChoice = "ranked"
     max_draws: int = 1
     pretraining_coef: float = 0.0
+    right_nll_coef: float = 0.0
     caution: str = ""
 
     @property

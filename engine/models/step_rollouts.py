@@ -13,7 +13,10 @@ from torch import Tensor
 from warpo.engine.models.batch import Batch, pack, starts_of
 from warpo.engine.types import Completion, Prompt, TokenSequence, TokenSteps
 
-COLUMNS = ("sampler_logprobs", "old_logprobs", "ref_logprobs", "values", "advantages", "returns")
+COLUMNS = (
+    *("sampler_logprobs", "old_logprobs", "ref_logprobs"),
+    *("values", "advantages", "returns", "right"),
+)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -34,6 +37,7 @@ class StepRollouts:
             sampler serve.
         ref_logprobs, values, advantages, returns: (M,) float32, where there is such a model or
             estimate.
+        right: (M,) bool, tokens of completions that count as right, where a loss reads it.
         probed: rows that sampler and learner are compared on.
     """
 
@@ -48,6 +52,7 @@ class StepRollouts:
     values: Tensor | None = None
     advantages: Tensor | None = None
     returns: Tensor | None = None
+    right: Tensor | None = None
     probed: Sequence[int] = ()
 
     def __post_init__(self) -> None:
@@ -107,6 +112,11 @@ class StepRollouts:
         if getattr(self, name) is None:
             setattr(self, name, torch.full_like(self.sampler_logprobs, torch.nan))
         getattr(self, name)[self.tokens_of(rows)] = values
+
+    def mark_right(self, success: float) -> None:
+        """Fill the column of the tokens of completions with at least this reward."""
+        right = torch.repeat_interleave(self.rewards >= success, torch.from_numpy(self.lengths))
+        self.right = right.to(self.device)
 
     def to(self, device: torch.device | str) -> StepRollouts:
         """The same rollouts with their columns on a device."""
