@@ -110,17 +110,23 @@ def first_rows(count: int) -> Callable[[Inputs], Inputs]:
 
 def in_double(inputs: Inputs) -> Inputs:
     """The floating-point inputs in float64."""
-    return {
-        name: value.detach().double()
-        if isinstance(value, Tensor) and value.is_floating_point()
-        else value
-        for name, value in inputs.items()
-    }
+    return _of_tensors(inputs, lambda x: x.detach().double() if x.is_floating_point() else x)
 
 
 def copied(inputs: Inputs) -> Inputs:
     """Copies of the tensors."""
-    return {k: v.clone() if isinstance(v, Tensor) else v for k, v in inputs.items()}
+    return _of_tensors(inputs, Tensor.clone)
+
+
+def _of_tensors(inputs: Inputs, function: Callable[[Tensor], Tensor]) -> Inputs:
+    """The function of each tensor, alone or in a list."""
+
+    def of(value: Any) -> Any:
+        if isinstance(value, list):
+            return [of(x) for x in value]
+        return function(value) if isinstance(value, Tensor) else value
+
+    return {name: of(value) for name, value in inputs.items()}
 
 
 def results_of(returned: Any) -> list[Tensor]:

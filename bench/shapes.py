@@ -33,6 +33,7 @@ PRESETS: dict[str, Shapes] = {
         "rows x columns": [{"rows": 4096, "columns": 6}],
         "rows": [{"rows": 4096}],
         "parameters": [{"parameters": 1 << 20}],
+        "tensors x parameters": [{"tensors": 64, "parameters": 1 << 14}],
     },
     # minutes on a laptop: curves over the size
     "laptop": {
@@ -55,6 +56,7 @@ PRESETS: dict[str, Shapes] = {
         "rows x columns": [{"rows": n, "columns": 6} for n in (256, 4096, 65536)],
         "rows": [{"rows": n} for n in (256, 4096, 65536)],
         "parameters": [{"parameters": n} for n in (1 << 16, 1 << 20, 1 << 24)],
+        "tensors x parameters": [{"tensors": 338, "parameters": n} for n in (1 << 10, 1 << 14)],
     },
     "h200": {
         "tokens x vocabulary": [
@@ -77,6 +79,7 @@ PRESETS: dict[str, Shapes] = {
         "rows x columns": [{"rows": n, "columns": 17} for n in (256, 65536)],
         "rows": [{"rows": n} for n in (256, 65536)],
         "parameters": [{"parameters": n} for n in (1 << 24, 1 << 28)],
+        "tensors x parameters": [{"tensors": 338, "parameters": n} for n in (1 << 14, 1 << 20)],
     },
 }
 

@@ -27,10 +27,16 @@ from warpo.kernels._arguments.aggregate import (
     AggregateArguments,
     AggregateBackwardArguments,
 )
+from warpo.kernels._arguments.denominator import DenominatorArguments
 from warpo.kernels._checks import FLOATS, check_mask, check_no_grad, check_tensor
 from warpo.kernels._offsets import check_values
 from warpo.kernels._registration import Operator
-from warpo.kernels._sequences import as_denominator, check_aggregation, check_sequences
+from warpo.kernels._sequences import (
+    as_denominator,
+    check_aggregation,
+    check_sequences,
+    denominator_tensor,
+)
 from warpo.kernels.objectives import AGGREGATIONS
 
 _CODES = {name: code for code, name in enumerate(AGGREGATIONS)}
@@ -41,8 +47,7 @@ class AggregateInputs(NamedTuple):
     mask: Tensor | None
     cu_seqlens: Tensor | None
     aggregation: int
-    denominator: Tensor | None
-    number: float
+    denominator: DenominatorArguments
     backend: str
 
 
@@ -84,13 +89,9 @@ def aggregate(
     check_sequences("values", values, cu_seqlens)
     _check_weights(mask, values)
     check_aggregation(aggregation, denominator)
-    number = -1.0
-    if denominator is not None and not isinstance(denominator, Tensor):
-        if not denominator >= 0:
-            raise ValueError(f"denominator must be >= 0, got {denominator}")
-        number, denominator = float(denominator), None
-    elif denominator is not None:
-        denominator = as_denominator(denominator, values)
+    scale = DenominatorArguments(-1.0, None)
+    if denominator is not None:
+        scale = as_denominator(denominator, values)
     name = dispatch.choose(values, backend)
     if name == "reference":
         check_values("cu_seqlens", cu_seqlens, values.numel())
@@ -99,15 +100,14 @@ def aggregate(
             aggregation,
             mask=mask,
             cu_seqlens=cu_seqlens,
-            denominator=denominator if number < 0 else values.new_full((), number).float(),
+            denominator=None if denominator is None else denominator_tensor(scale, values),
         )
     inputs = AggregateInputs(
         values=values,
         mask=mask,
         cu_seqlens=cu_seqlens,
         aggregation=_CODES[aggregation],
-        denominator=denominator,
-        number=number,
+        denominator=scale,
         backend=name,
     )
     return _operator(inputs)
@@ -151,7 +151,6 @@ def _forward(inputs: AggregateInputs) -> tuple[Tensor, Tensor]:
         mask=inputs.mask,
         aggregation=inputs.aggregation,
         denominator=inputs.denominator,
-        number=inputs.number,
         weights=weights,
         result=result,
     )

@@ -9,10 +9,12 @@ s_t the derivative of the surrogate with respect to the log ratio (0 where a bou
 
     d loss / d logp_t = -w_t c_t s_t                       token level
                       = -(1 / n) sum_u w_u c_u s_u         sequence level, n valid tokens
+                      = -sum_u w_u c_u s_u                 product of the sequence
                       = -w_t c_t clip(ratio_t) A_t         stop gradient, any level
                       = -w_t c_t A_t                       reinforce
-    plus kl_coef w_t (1 | -d | 1 - e^d) for k1 | k2 | k3, with d = ref_t - logp_t (k3: 0 where d
-    is above log_ratio_limit)
+    plus kl_coef w_t (1 | -d | 1 - e^d | -d e^d) for k1 | k2 | k3 | reverse_k3, with d = ref_t -
+    logp_t (the latter two: 0 where d is above log_ratio_limit); of samples of the reference
+    d = logp_t - ref_t, and the signs change; of a KL of the sequence d is its sum, times n
     d loss / d H_t    = -entropy_coef w_t
 
 Sources: the rows of `objectives.OBJECTIVES`; PPO, https://arxiv.org/abs/1707.06347 eq. 7;
@@ -27,6 +29,7 @@ import torch
 from torch import Tensor
 
 from warpo.kernels import dispatch, reference
+from warpo.kernels._arguments.denominator import DenominatorArguments
 from warpo.kernels._arguments.objective import ObjectiveArguments
 from warpo.kernels._arguments.policy_loss import (
     MIN_PARTIALS,
@@ -41,7 +44,9 @@ from warpo.kernels._sequence_mask import mask_sequences, masks_sequences
 from warpo.kernels._sequences import (
     check_sequences,
     count_denominator,
+    denominator_tensor,
     empty_float32,
+    empty_results,
     scaled,
 )
 from warpo.kernels.objectives import Objective, get_objective
@@ -60,7 +65,7 @@ class PolicyLossInputs(NamedTuple):
     cu_seqlens: Tensor | None
     objective: ObjectiveArguments
     kl_penalty: KlPenaltyArguments
-    denominator: Tensor
+    denominator: DenominatorArguments
     with_gradient: bool
     with_entropy_gradient: bool
     backend: str
@@ -155,7 +160,7 @@ def policy_loss(
         raise ValueError(
             f"entropy_coef = {objective.entropy_coef} needs entropy; or set entropy_coef to 0"
         )
-    denominator = count_denominator(
+    scale = count_denominator(
         denominator, objective.aggregation, logprobs, mask, cu_seqlens, num_sequences
     )
     name = dispatch.choose(logprobs, backend)
@@ -166,7 +171,7 @@ def policy_loss(
             old_logprobs.float(),
             _per_token(advantages.float(), logprobs, cu_seqlens),
             objective,
-            denominator,
+            denominator_tensor(scale, logprobs),
             mask=mask,
             cu_seqlens=cu_seqlens,
             kl_coef=term.kl_coef if term.adaptive_kl_coef is None else term.adaptive_kl_coef,
@@ -191,7 +196,7 @@ def policy_loss(
         cu_seqlens=cu_seqlens,
         objective=objective.arguments,
         kl_penalty=term,
-        denominator=denominator,
+        denominator=scale,
         with_gradient=recording and logprobs.requires_grad,
         with_entropy_gradient=recording and objective.entropy_coef != 0 and _requires_grad(entropy),
         backend=name,
@@ -290,7 +295,6 @@ def _per_token(advantages: Tensor, logprobs: Tensor, cu_seqlens: Tensor | None) 
 def launch_policy_loss(inputs: PolicyLossInputs) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, metrics and the gradients with respect to logprobs and entropy, as wanted."""
     logprobs, advantages, cu_seqlens = inputs.logprobs, inputs.advantages, inputs.cu_seqlens
-    denominator = inputs.denominator
     check_values("cu_seqlens", cu_seqlens, logprobs.shape[-1])
     loss, metrics, gradients = _allocate(inputs)
     steps = logprobs.shape[-1]
@@ -318,10 +322,10 @@ def launch_policy_loss(inputs: PolicyLossInputs) -> tuple[Tensor, Tensor, Tensor
         sampler_logprobs=inputs.sampler_logprobs,
         entropy=inputs.entropy,
         mask=inputs.mask,
-        denominator=denominator,
+        denominator=inputs.denominator,
         grad_logprobs=grad_logprobs if inputs.with_gradient else None,
         grad_entropy=grad_entropy if inputs.with_entropy_gradient else None,
-        partials=denominator.new_empty(max(sequences, MIN_PARTIALS), len(METRICS)),
+        partials=metrics.new_empty(max(sequences, MIN_PARTIALS), len(METRICS)),
         loss=loss,
         metrics=metrics,
     )
@@ -330,16 +334,16 @@ def launch_policy_loss(inputs: PolicyLossInputs) -> tuple[Tensor, Tensor, Tensor
 
 
 def _allocate(inputs: PolicyLossInputs) -> tuple[Tensor, Tensor, Tensor]:
-    float32 = inputs.denominator  # new tensors from it take half the time of those with a dtype
+    loss, metrics = empty_results(inputs.denominator, inputs.logprobs, len(METRICS))
     gradients = inputs.with_gradient + inputs.with_entropy_gradient
     return (
-        torch.empty_like(float32),
-        float32.new_empty(len(METRICS)),
-        float32.new_empty(0)
+        loss,
+        metrics,
+        metrics.new_empty(0)
         if gradients == 0
         else empty_float32(inputs.logprobs)
         if gradients == 1
-        else float32.new_empty((2, *inputs.logprobs.shape)),
+        else metrics.new_empty((2, *inputs.logprobs.shape)),
     )
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from warpo.kernels import dispatch
+from warpo.kernels._arguments.denominator import DenominatorArguments
 from warpo.kernels._arguments.logprobs import LogprobsArguments
 from warpo.kernels._arguments.objective import ObjectiveArguments
 from warpo.kernels._arguments.policy_loss import KlPenaltyArguments
@@ -28,7 +29,7 @@ from warpo.kernels._policy_loss import check_correction, check_tokens, kl_penalt
 from warpo.kernels._policy_loss_from_logits import count_reads, loss_of_logprobs, scale_gradient
 from warpo.kernels._policy_metrics import METRICS
 from warpo.kernels._registration import Operator, keeps_graph
-from warpo.kernels._sequences import count_denominator, of_sequences
+from warpo.kernels._sequences import count_denominator, number_or_tensor, of_sequences
 from warpo.kernels.objectives import Objective, get_objective
 
 
@@ -51,7 +52,7 @@ class PolicyLossFromHiddenInputs(NamedTuple):
     sampler_logprobs: Tensor | None
     objective: ObjectiveArguments
     kl_penalty: KlPenaltyArguments
-    denominator: Tensor
+    denominator: DenominatorArguments
     wanted: list[bool]
     backend: str
 
@@ -134,7 +135,7 @@ def policy_loss_from_hidden(
     valid = valid_tokens(targets, mask, ignore_index).view(targets.shape)
     if cu_seqlens is not None:
         valid = valid & in_a_sequence(cu_seqlens, targets.shape[0])
-    denominator = count_denominator(
+    scale = count_denominator(
         denominator, objective.aggregation, stand_in, valid, None, num_sequences
     )
     name = dispatch.choose(hidden, backend)
@@ -166,7 +167,7 @@ def policy_loss_from_hidden(
             sampler_logprobs=sampler_logprobs,
             entropy=entropy,
             kl_coef=kl_coef,
-            denominator=denominator,
+            denominator=number_or_tensor(scale),
             backend=name,
         )
         return PolicyLossFromHidden(loss, metrics, logp.detach(), entropy.detach())
@@ -194,7 +195,7 @@ def policy_loss_from_hidden(
         sampler_logprobs=sampler_logprobs if objective.correction != "none" else None,
         objective=objective.arguments,
         kl_penalty=term,
-        denominator=denominator,
+        denominator=scale,
         wanted=wanted,
         backend=name,
     )

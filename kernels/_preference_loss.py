@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from warpo.kernels import dispatch, reference
+from warpo.kernels._arguments.denominator import DenominatorArguments
 from warpo.kernels._arguments.preference_loss import (
     COMPLETION_SLICES,
     CompletionsArguments,
@@ -32,7 +33,9 @@ from warpo.kernels._registration import Operator
 from warpo.kernels._sequences import (
     as_denominator,
     check_sequences,
+    denominator_tensor,
     empty_float32,
+    empty_results,
     scaled,
     spread_packed,
 )
@@ -71,7 +74,7 @@ class PreferenceLossInputs(NamedTuple):
     positive_weight: float
     negative_weight: float
     nll_coef: float
-    denominator: Tensor
+    denominator: DenominatorArguments
     with_gradient: bool
     backend: str
 
@@ -154,7 +157,7 @@ def preference_loss(
             rejected_logprobs.float(),
             _as_float(ref_chosen_logprobs),
             _as_float(ref_rejected_logprobs),
-            scale,
+            denominator_tensor(scale, chosen_logprobs),
             chosen_mask=chosen_mask,
             rejected_mask=rejected_mask,
             chosen_cu_seqlens=chosen_cu_seqlens,
@@ -277,9 +280,7 @@ def _forward(inputs: PreferenceLossInputs) -> tuple[Tensor, Tensor, Tensor, Tens
         negative_weight=inputs.negative_weight,
         nll_coef=inputs.nll_coef,
         denominator=inputs.denominator,
-        partials=inputs.denominator.new_empty(
-            pairs, len(PREFERENCE_METRICS) + 2 * 4 * COMPLETION_SLICES
-        ),
+        partials=metrics.new_empty(pairs, len(PREFERENCE_METRICS) + 2 * 4 * COMPLETION_SLICES),
         loss=loss,
         metrics=metrics,
     )
@@ -308,12 +309,14 @@ def completions_arguments(
 
 
 def _allocate(inputs: PreferenceLossInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    float32 = inputs.denominator  # new tensors from it take half the time of those with a dtype
+    loss, metrics = empty_results(
+        inputs.denominator, inputs.chosen_logprobs, len(PREFERENCE_METRICS)
+    )
     return (
-        torch.empty_like(float32),
-        float32.new_empty(len(PREFERENCE_METRICS)),
-        empty_float32(inputs.chosen_logprobs) if inputs.with_gradient else float32.new_empty(0),
-        empty_float32(inputs.rejected_logprobs) if inputs.with_gradient else float32.new_empty(0),
+        loss,
+        metrics,
+        empty_float32(inputs.chosen_logprobs) if inputs.with_gradient else metrics.new_empty(0),
+        empty_float32(inputs.rejected_logprobs) if inputs.with_gradient else metrics.new_empty(0),
     )
 
 

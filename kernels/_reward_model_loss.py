@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from warpo.kernels import dispatch, reference
+from warpo.kernels._arguments.denominator import DenominatorArguments
 from warpo.kernels._arguments.reward_model_loss import (
     PAIRS_PER_BLOCK,
     RankingLossArguments,
@@ -35,7 +36,13 @@ from warpo.kernels._checks import (
 )
 from warpo.kernels._offsets import check_offsets, check_values
 from warpo.kernels._registration import Operator
-from warpo.kernels._sequences import as_denominator, merge_moments, scaled
+from warpo.kernels._sequences import (
+    as_denominator,
+    denominator_tensor,
+    empty_results,
+    merge_moments,
+    scaled,
+)
 
 REWARD_METRICS = ("loss", "pairs", "correct", "margin", "scores", "score_mean", "score_m2")
 
@@ -46,7 +53,7 @@ class RewardModelLossInputs(NamedTuple):
     margins: Tensor | None
     mask: Tensor | None
     centering_coef: float
-    denominator: Tensor
+    denominator: DenominatorArguments
     with_gradient: bool
     backend: str
 
@@ -57,7 +64,7 @@ class RankingLossInputs(NamedTuple):
     mask: Tensor | None
     cu_groups: Tensor
     centering_coef: float
-    denominator: Tensor
+    denominator: DenominatorArguments
     with_gradient: bool
     backend: str
 
@@ -113,7 +120,7 @@ def reward_model_loss(
         loss, metrics = reference.reward_model_loss(
             chosen_scores.float(),
             rejected_scores.float(),
-            scale,
+            denominator_tensor(scale, chosen_scores),
             margins=None if margins is None else margins.float(),
             mask=mask,
             centering_coef=centering_coef,
@@ -181,7 +188,12 @@ def ranking_loss(
         check_values("cu_groups", cu_groups, scores.numel(), "scores")
         return RewardModelLoss(
             *reference.ranking_loss(
-                scores.float(), ranks, cu_groups, scale, mask=mask, centering_coef=centering_coef
+                scores.float(),
+                ranks,
+                cu_groups,
+                denominator_tensor(scale, scores),
+                mask=mask,
+                centering_coef=centering_coef,
             )
         )
     inputs = RankingLossInputs(
@@ -228,7 +240,7 @@ def _check_options(
     mask: Tensor | None,
     centering_coef: float,
     denominator: float | Tensor | None,
-) -> Tensor:
+) -> DenominatorArguments:
     check_mask("mask", mask, scores.shape, scores)
     check_number("centering_coef", centering_coef)
     if not centering_coef >= 0:
@@ -236,13 +248,15 @@ def _check_options(
     if denominator is not None:
         return as_denominator(denominator, scores)
     if mask is not None:
-        return mask.sum(dtype=torch.float32)
+        return DenominatorArguments(0.0, mask.sum(dtype=torch.float32))
     return as_denominator(scores.numel(), scores)
 
 
 def _forward_pairs(inputs: RewardModelLossInputs) -> tuple[Tensor, Tensor, Tensor]:
     pairs = inputs.chosen_scores.shape[0]
-    loss, metrics, partials = _allocate(inputs.denominator, _count_blocks(pairs))
+    loss, metrics, partials = _allocate(
+        inputs.denominator, inputs.chosen_scores, _count_blocks(pairs)
+    )
     gradients = _allocate_gradients(inputs, partials)
     grad_chosen, grad_rejected = gradients.unbind() if inputs.with_gradient else (None, None)
     arguments = RewardModelLossArguments(
@@ -267,24 +281,24 @@ def _count_blocks(pairs: int) -> int:
     return (pairs + PAIRS_PER_BLOCK - 1) // PAIRS_PER_BLOCK
 
 
-def _allocate(float32: Tensor, blocks: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, metrics, partials. From a float32 (), and sizes one by one, which takes half the time
-    of shapes with a dtype.
-    """
-    metrics = float32.new_empty(len(REWARD_METRICS))
-    return torch.empty_like(float32), metrics, float32.new_empty(blocks, len(REWARD_METRICS))
+def _allocate(
+    denominator: DenominatorArguments, like: Tensor, blocks: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, metrics, partials."""
+    loss, metrics = empty_results(denominator, like, len(REWARD_METRICS))
+    return loss, metrics, metrics.new_empty(blocks, len(REWARD_METRICS))
 
 
 def _allocate_gradients(inputs: RewardModelLossInputs, partials: Tensor) -> Tensor:
     """(2, pairs). Where none are wanted the partials, as a tensor of no elements takes 0.8 us."""
     if not inputs.with_gradient:
         return partials
-    return inputs.denominator.new_empty(2, inputs.chosen_scores.shape[0])
+    return partials.new_empty(2, inputs.chosen_scores.shape[0])
 
 
 def _fake_pairs(inputs: RewardModelLossInputs) -> tuple[Tensor, Tensor, Tensor]:
     blocks = _count_blocks(inputs.chosen_scores.shape[0])
-    loss, metrics, partials = _allocate(inputs.denominator, blocks)
+    loss, metrics, partials = _allocate(inputs.denominator, inputs.chosen_scores, blocks)
     return loss, metrics, _allocate_gradients(inputs, partials)
 
 
@@ -319,9 +333,9 @@ def _forward_groups(inputs: RankingLossInputs) -> tuple[Tensor, Tensor, Tensor]:
     scores, cu_groups = inputs.scores, inputs.cu_groups
     check_values("cu_groups", cu_groups, scores.numel(), "scores")
     groups = cu_groups.numel() - 1
-    loss, metrics, partials = _allocate(inputs.denominator, groups)
+    loss, metrics, partials = _allocate(inputs.denominator, scores, groups)
     # zeros: of scores that belong to no group
-    gradient = inputs.denominator.new_zeros(scores.shape[0] if inputs.with_gradient else 0)
+    gradient = metrics.new_zeros(scores.shape[0] if inputs.with_gradient else 0)
     arguments = RankingLossArguments(
         groups=groups,
         num_scores=scores.numel(),
@@ -341,9 +355,9 @@ def _forward_groups(inputs: RankingLossInputs) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _fake_groups(inputs: RankingLossInputs) -> tuple[Tensor, Tensor, Tensor]:
-    loss, metrics, _ = _allocate(inputs.denominator, inputs.cu_groups.shape[0] - 1)
+    loss, metrics, _ = _allocate(inputs.denominator, inputs.scores, inputs.cu_groups.shape[0] - 1)
     size = inputs.scores.shape[0] if inputs.with_gradient else 0
-    return loss, metrics, inputs.denominator.new_empty(size)
+    return loss, metrics, metrics.new_empty(size)
 
 
 def _save_groups(ctx: Any, inputs: RankingLossInputs, output: tuple[Tensor, ...]) -> None:

@@ -4,7 +4,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
+from warpo.kernels._arguments.denominator import DenominatorArguments
 from warpo.kernels._checks import FLOATS, check_no_grad, check_tensor
 from warpo.kernels._offsets import (
     check_offsets,
@@ -15,7 +17,7 @@ from warpo.kernels._offsets import (
     valid_tokens,
 )
 from warpo.kernels._registration import keeps_graph
-from warpo.kernels._symbolic import as_scalar
+from warpo.kernels._symbolic import as_scalar, is_constant
 from warpo.kernels.objectives import AGGREGATIONS
 
 # a count comes as an integer
@@ -36,15 +38,34 @@ def check_sequences(
     return check_offsets(cu_name, cu_seqlens, tensor)
 
 
-def as_denominator(denominator: float | Tensor, like: Tensor) -> Tensor:
-    """A checked () float32 on the device of `like`."""
+def as_denominator(denominator: float | Tensor, like: Tensor) -> DenominatorArguments:
+    """Checked; a tensor is float32 and on the device of `like`."""
     if isinstance(denominator, Tensor):
         check_tensor("denominator", denominator, _REALS, (), like)
         check_no_grad("denominator", denominator)
-        return denominator if denominator.dtype == torch.float32 else denominator.float()
+        if denominator.dtype != torch.float32:
+            denominator = denominator.float()
+        return DenominatorArguments(0.0, denominator)
     if not denominator >= 0:
         raise ValueError(f"denominator must be >= 0, got {denominator}")
-    return as_scalar(denominator, like)
+    # a symbolic one would be a constant as an argument of the operator
+    if not isinstance(denominator, (int, float)) or (
+        is_dynamo_compiling() and not is_constant(denominator)
+    ):
+        return DenominatorArguments(0.0, as_scalar(denominator, like))
+    return DenominatorArguments(float(denominator), None)
+
+
+def number_or_tensor(denominator: DenominatorArguments) -> float | Tensor:
+    """As a public function takes it."""
+    return denominator.number if denominator.tensor is None else denominator.tensor
+
+
+def denominator_tensor(denominator: DenominatorArguments, like: Tensor) -> Tensor:
+    """() float32, as the reference takes it."""
+    if denominator.tensor is not None:
+        return denominator.tensor
+    return as_scalar(denominator.number, like)
 
 
 def check_aggregation(aggregation: str, denominator: float | Tensor | None) -> None:
@@ -67,7 +88,7 @@ def count_denominator(
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
     sequences: int,
-) -> Tensor:
+) -> DenominatorArguments:
     """What an aggregation divides by: the count in this call if it is not given."""
     check_aggregation(aggregation, denominator)
     if denominator is not None:
@@ -77,22 +98,35 @@ def count_denominator(
     return _count_tokens(like, mask, cu_seqlens)
 
 
-def _count_tokens(like: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-    """() float32: the valid tokens, of which those of no sequence are none."""
+def _count_tokens(
+    like: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None
+) -> DenominatorArguments:
+    """The valid tokens, of which those of no sequence are none."""
     first, last = 0, like.numel()
     if cu_seqlens is not None:
         known = first_and_last(cu_seqlens)
         if known is not None:
             first, last = known
         elif mask is None:
-            return (cu_seqlens[-1] - cu_seqlens[0]).float()
+            return DenominatorArguments(0.0, (cu_seqlens[-1] - cu_seqlens[0]).float())
         else:
             mask = valid_tokens(mask, cu_seqlens, last)
     if mask is None:
         return as_denominator(max(last - first, 0), like)
     if (first, last) != (0, like.numel()):
         mask = mask[first:last]
-    return mask.count_nonzero().float()  # half the time of a sum, and exact past 2^24 tokens
+    # half the time of a sum, and exact past 2^24 tokens
+    return DenominatorArguments(0.0, mask.count_nonzero().float())
+
+
+def empty_results(
+    denominator: DenominatorArguments, like: Tensor, metrics: int
+) -> tuple[Tensor, Tensor]:
+    """Loss () and metrics, float32, on the device of `like`."""
+    if denominator.tensor is not None:  # half the time of those with a dtype
+        return torch.empty_like(denominator.tensor), denominator.tensor.new_empty(metrics)
+    row = like.new_empty(metrics, dtype=torch.float32)
+    return row.new_empty(()), row
 
 
 def empty_float32(like: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from warpo.kernels import dispatch, reference
+from warpo.kernels._arguments.denominator import DenominatorArguments
 from warpo.kernels._arguments.value_loss import MIN_VALUE_PARTIALS, ValueLossArguments
 from warpo.kernels._checks import (
     FLOATS,
@@ -37,7 +38,9 @@ from warpo.kernels._registration import Operator
 from warpo.kernels._sequences import (
     check_sequences,
     count_denominator,
+    denominator_tensor,
     empty_float32,
+    empty_results,
     merge_moments,
     scaled,
     spread_packed,
@@ -64,7 +67,7 @@ class ValueLossInputs(NamedTuple):
     sequence_mean: bool
     clip_range: float
     huber_delta: float
-    denominator: Tensor
+    denominator: DenominatorArguments
     with_gradient: bool
     backend: str
 
@@ -134,7 +137,7 @@ def value_loss(
             values.float(),
             None if old_values is None else old_values.float(),
             returns.float(),
-            scale,
+            denominator_tensor(scale, values),
             mask=mask,
             cu_seqlens=cu_seqlens,
             clip_range=clip_range,
@@ -218,7 +221,7 @@ def _delta(loss: str, huber_delta: float) -> float:
 
 
 def _forward(inputs: ValueLossInputs) -> tuple[Tensor, Tensor, Tensor]:
-    values, cu_seqlens, denominator = inputs.values, inputs.cu_seqlens, inputs.denominator
+    values, cu_seqlens = inputs.values, inputs.cu_seqlens
     check_values("cu_seqlens", cu_seqlens, values.shape[1])
     loss, metrics, gradient = _allocate(inputs)
     if cu_seqlens is not None:
@@ -238,9 +241,9 @@ def _forward(inputs: ValueLossInputs) -> tuple[Tensor, Tensor, Tensor]:
         sequence_mean=inputs.sequence_mean,
         clip_range=inputs.clip_range,
         huber_delta=inputs.huber_delta,
-        denominator=denominator,
+        denominator=inputs.denominator,
         grad_values=gradient if inputs.with_gradient else None,
-        partials=denominator.new_empty(max(sequences, MIN_VALUE_PARTIALS), len(VALUE_METRICS)),
+        partials=metrics.new_empty(max(sequences, MIN_VALUE_PARTIALS), len(VALUE_METRICS)),
         loss=loss,
         metrics=metrics,
     )
@@ -249,11 +252,11 @@ def _forward(inputs: ValueLossInputs) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _allocate(inputs: ValueLossInputs) -> tuple[Tensor, Tensor, Tensor]:
-    float32 = inputs.denominator  # new tensors from it take half the time of those with a dtype
+    loss, metrics = empty_results(inputs.denominator, inputs.values, len(VALUE_METRICS))
     return (
-        torch.empty_like(float32),
-        float32.new_empty(len(VALUE_METRICS)),
-        empty_float32(inputs.values) if inputs.with_gradient else float32.new_empty(0),
+        loss,
+        metrics,
+        empty_float32(inputs.values) if inputs.with_gradient else metrics.new_empty(0),
     )
 
 

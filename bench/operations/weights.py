@@ -64,15 +64,19 @@ def _exact(inputs: Inputs) -> Tensor:
 
 
 def _eager(inputs: Inputs) -> Tensor:
+    return _eager_of_many({name: [value] for name, value in inputs.items()})[0]
+
+
+def _eager_of_many(inputs: Inputs) -> list[Tensor]:
     """The step of torch.optim.AdamW, fused, and the copy to the sampler where it has its own."""
-    weights = _weights(inputs)
+    weights = _weights_of_many(inputs)
     torch._fused_adamw_(
-        [weights],
-        [inputs["grad"].float()],
-        [inputs["exp_avg"]],
-        [inputs["exp_avg_sq"]],
+        weights,
+        [grad.float() for grad in inputs["grad"]],
+        inputs["exp_avg"],
+        inputs["exp_avg_sq"],
         [],
-        [inputs["steps"]],
+        inputs["steps"],
         lr=_NUMBERS["lr"],
         beta1=_NUMBERS["beta1"],
         beta2=_NUMBERS["beta2"],
@@ -81,9 +85,50 @@ def _eager(inputs: Inputs) -> Tensor:
         amsgrad=False,
         maximize=False,
     )
-    if inputs["master"] is not None:
-        inputs["published"].copy_(weights)
+    if inputs["master"][0] is not None:
+        torch._foreach_copy_(inputs["published"], weights)
     return weights
+
+
+def _make_many(device: str, dtype: torch.dtype, sizes: Sizes) -> Inputs:
+    made = [_make(device, dtype, sizes) for _ in range(sizes["tensors"])]
+    return {name: [one[name] for one in made] for name in (*_STATE, "steps", "dtype")}
+
+
+def _each(inputs: Inputs) -> list[Inputs]:
+    """The inputs of each tensor."""
+    return [dict(zip(inputs, one, strict=True)) for one in zip(*inputs.values(), strict=True)]
+
+
+def _weights_of_many(inputs: Inputs) -> list[Tensor]:
+    return inputs["published"] if inputs["master"][0] is None else inputs["master"]
+
+
+def _ours_of_many(inputs: Inputs, backend: str) -> list[Tensor]:
+    lists = [inputs[name] for name in _STATE]
+    numbers = {name: value for name, value in _NUMBERS.items() if name != "step"}
+    steps = [_NUMBERS["step"]] * len(lists[0])
+    ops.adamw_publish_foreach(*lists, **numbers, steps=steps, backend=backend)
+    return _weights_of_many(inputs)
+
+
+def _first_of_many(inputs: Inputs) -> Inputs:
+    few = [_first(one) for one in _each(inputs)[:4]]
+    return {name: [one[name] for one in few] for name in inputs}
+
+
+def _exact_fingerprint(inputs: Inputs) -> Tensor:
+    return reference.fingerprint(inputs["published"].to(inputs["dtype"]))
+
+
+def _step_work(parameters: int, itemsize: int) -> Work:
+    """Reads gradient, old weights, master unless float32, and two moments; writes all but the
+    gradient.
+    """
+    return Work(
+        read=parameters * (16 if itemsize == 4 else 2 * itemsize + 12),
+        written=parameters * (12 if itemsize == 4 else itemsize + 12),
+    )
 
 
 OPERATIONS = (
@@ -98,12 +143,7 @@ OPERATIONS = (
         eager=_eager,
         exact=_exact,
         compiles=False,
-        # read gradient, old weights, master unless float32, and two moments; write all but the
-        # gradient
-        work=lambda sizes, itemsize, mode: Work(
-            read=sizes["parameters"] * (16 if itemsize == 4 else 2 * itemsize + 12),
-            written=sizes["parameters"] * (12 if itemsize == 4 else itemsize + 12),
-        ),
+        work=lambda sizes, itemsize, mode: _step_work(sizes["parameters"], itemsize),
     ),
     Operation(
         name="fingerprint",
@@ -114,8 +154,38 @@ OPERATIONS = (
         make=_make,
         ours=lambda inputs, backend: ops.fingerprint(inputs["published"], backend=backend),
         eager=None,
-        exact=lambda inputs: reference.fingerprint(inputs["published"].to(inputs["dtype"])),
+        exact=_exact_fingerprint,
         # read the weights
         work=lambda sizes, itemsize, mode: Work(read=sizes["parameters"] * itemsize),
+    ),
+    Operation(
+        name="adamw_publish_foreach",
+        sizes=("tensors", "parameters"),
+        tiny={"tensors": 1, "parameters": 8},
+        dtypes=(torch.float32, torch.bfloat16),
+        part=_first_of_many,
+        make=_make_many,
+        ours=_ours_of_many,
+        eager=_eager_of_many,
+        exact=lambda inputs: [_exact(one) for one in _each(inputs)],
+        compiles=False,
+        work=lambda sizes, itemsize, mode: _step_work(
+            sizes["tensors"] * sizes["parameters"], itemsize
+        ),
+    ),
+    Operation(
+        name="fingerprint_foreach",
+        sizes=("tensors", "parameters"),
+        tiny={"tensors": 1, "parameters": 8},
+        dtypes=(torch.float32, torch.bfloat16),
+        part=_first_of_many,
+        make=_make_many,
+        ours=lambda inputs, backend: ops.fingerprint_foreach(inputs["published"], backend=backend),
+        eager=None,
+        exact=lambda inputs: torch.stack([_exact_fingerprint(one) for one in _each(inputs)]),
+        # read the weights
+        work=lambda sizes, itemsize, mode: Work(
+            read=sizes["tensors"] * sizes["parameters"] * itemsize
+        ),
     ),
 )

@@ -1,4 +1,5 @@
 #pragma once
+#include "arguments/denominator.h"
 #include "view.h"
 
 namespace warpo {
@@ -20,8 +21,7 @@ struct Aggregate {
     View values;                // float
     View mask;                  // optional: uint8, or float32 weights of the tokens, >= 0
     int aggregation;
-    const float* denominator;  // one float on the device, optional
-    float number;              // in its place; negative: the count that the aggregation asks for
+    Denominator denominator;  // number < 0: the count that the aggregation asks for
     float* weights;            // (sequences): of a valid token; a denominator of 0 gives 0. Then
                                // (max(sequences, kMinAggregateParts), 2) for sum and valid tokens
                                // (or sum of their weights) of each part

@@ -1,4 +1,5 @@
 #pragma once
+#include "arguments/denominator.h"
 #include "arguments/objective.h"
 #include "view.h"
 
@@ -84,7 +85,7 @@ struct PolicyLoss : Objective, KlPenalty {
     View sampler_logprobs;                    // float; absent unless correction != kNoCorrection
     View entropy;                             // float, optional
     View mask;                                // uint8, optional
-    const float* denominator;             // one float on the device; 0 gives loss 0 and gradients 0
+    Denominator denominator;
     float *grad_logprobs, *grad_entropy;  // contiguous (rows * steps), float32; nullptr: not wanted
     float* partials;  // (max(sequences, kMinPartials), kNumMetrics) float32 workspace
     float* loss;      // ()

@@ -15,7 +15,7 @@ struct PolicyLossFromLogits : Objective, KlPenalty {
     View advantages;            // float
     View ref_logprobs, sampler_logprobs;  // float; absent unless kl, correction ask for them
     View valid_tokens;                    // float32, of the sequence; absent unless sequence_mean
-    const float* denominator;
+    Denominator denominator;
     // dtype of logits, and may be the logits themselves; of float32 logits also bfloat16 | float16,
     // in memory of its own
     View grad_logits;

@@ -1,4 +1,5 @@
 #pragma once
+#include "arguments/denominator.h"
 #include "view.h"
 
 namespace warpo {
@@ -43,7 +44,7 @@ struct PreferenceLoss {
     float positive_weight;     // kLogistic: of -log sigmoid(x)
     float negative_weight;     // ... of -log sigmoid(-x)
     float nll_coef;            // weight of the mean -log p of the tokens of the chosen completion
-    const float* denominator;  // one float on the device; 0 gives loss 0 and gradients 0
+    Denominator denominator;
     // float32 workspace: pairs times kNumPreferenceMetrics, and 4 kCompletionSlices a completion
     float* partials;
     float* loss;     // ()
@@ -67,7 +68,7 @@ struct KtoLoss {
     View desirable;   // (0, i) uint8
     const float* kl;  // the reference point, one float on the device
     float beta, desirable_weight, undesirable_weight;
-    const float* denominator;  // one float on the device; 0 gives loss 0 and gradients 0
+    Denominator denominator;
     // float32 workspace: examples times kNumKtoMetrics, and 4 kCompletionSlices a completion
     float* partials;
     float* loss;     // ()

@@ -1,4 +1,5 @@
 #pragma once
+#include "arguments/denominator.h"
 #include "view.h"
 
 namespace warpo {
@@ -24,7 +25,7 @@ struct RewardModelLoss {
     View margins;                         // (0, i) float, optional
     View mask;                            // (0, i) uint8, optional
     float centering_coef;
-    const float* denominator;            // one float on the device; 0 gives loss 0 and gradients 0
+    Denominator denominator;
     float *grad_chosen, *grad_rejected;  // (pairs) float32; nullptr: not wanted
     float* partials;  // (ceil(pairs / kPairsPerBlock), kNumRewardMetrics) float32 workspace
     float* loss;      // ()
@@ -38,7 +39,7 @@ struct RankingLoss {
     View mask;                 // (0, i) uint8, optional
     const int32_t* cu_groups;  // (groups + 1): group g holds cu_groups[g] .. cu_groups[g + 1]
     float centering_coef;
-    const float* denominator;  // one float on the device; 0 gives loss 0 and gradients 0
+    Denominator denominator;
     float* grad_scores;        // (scores), zeros on entry; nullptr: not wanted
     float* partials;           // (groups, kNumRewardMetrics) float32 workspace
     float* loss;               // ()

@@ -1,4 +1,5 @@
 #pragma once
+#include "arguments/denominator.h"
 #include "view.h"
 
 namespace warpo {
@@ -29,7 +30,7 @@ struct ValueLoss {
     bool sequence_mean;                // weight = 1 / (valid tokens of the sequence * denominator)
     float clip_range;                  // inf without old_values
     float huber_delta;                 // errors above it count linearly; inf: squared everywhere
-    const float* denominator;          // one float on the device; 0 gives loss 0 and gradients 0
+    Denominator denominator;
     float* grad_values;                // contiguous (rows * steps), float32; nullptr: not wanted
     float* partials;  // (max(sequences, kMinValuePartials), kNumValueMetrics) float32 workspace
     float* loss;      // ()

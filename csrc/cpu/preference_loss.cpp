@@ -64,7 +64,7 @@ void write_gradient(const Completions& a, int64_t index, float gradient) {
 }
 
 void one_pair(const PreferenceLoss& a, int64_t pair) {
-    const float weight = inverse_or_zero(*a.denominator);
+    const float weight = inverse_or_zero(value_of(a.denominator));
     const CompletionSums chosen = sum_completion(a.chosen, pair);
     const CompletionSums rejected = sum_completion(a.rejected, pair);
     float* out = a.partials + pair * kNumPreferenceMetrics;
@@ -84,7 +84,7 @@ void one_pair(const PreferenceLoss& a, int64_t pair) {
 }
 
 void one_example(const KtoLoss& a, int64_t example) {
-    const float weight = inverse_or_zero(*a.denominator);
+    const float weight = inverse_or_zero(value_of(a.denominator));
     const CompletionSums sums = sum_completion(a.completions, example);
     const bool desirable = *address<uint8_t>(a.desirable, 0, example) != 0, counts = sums.count > 0;
     KtoTerm term = {0, 0, 0};

@@ -82,7 +82,7 @@ void load_pairs(const RewardModelLoss& a, int64_t first, int count, Pairs& pairs
         pairs.margin[pairs.count++] = pairs.margin[i];
     }
     if (!a.mask.data) pairs.count = count;
-    const float weight = inverse_or_zero(*a.denominator);
+    const float weight = inverse_or_zero(value_of(a.denominator));
     for (int i = 0; i < pairs.count; ++i) pairs.weight[i] = weight;
 }
 
@@ -145,7 +145,8 @@ template <class T>
 void one_group(const RankingLoss& a, int64_t group, Pairs& pairs, Sums& sums) {
     const int64_t first = a.cu_groups[group], last = a.cu_groups[group + 1];
     const float size = (float)add_scores<T>(a, first, last, sums.scores);
-    const float weight = size > 1 ? inverse_or_zero(*a.denominator) / (size * (size - 1) / 2) : 0;
+    const float inverse = inverse_or_zero(value_of(a.denominator));
+    const float weight = size > 1 ? inverse / (size * (size - 1) / 2) : 0;
     for (int64_t i = first; i < last; ++i) {
         if (!is_valid(a.mask, i)) continue;
         const int64_t rank = *address<int64_t>(a.ranks, 0, i);

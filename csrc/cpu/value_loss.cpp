@@ -52,7 +52,7 @@ void evaluate(const ValueLoss& a, int count, int valid, float weight, const Tile
 
 void one_sequence(const ValueLoss& a, int64_t sequence) {
     const Span span = find_span(a.cu_seqlens, a.steps, sequence);
-    float weight = inverse_or_zero(*a.denominator);
+    float weight = inverse_or_zero(value_of(a.denominator));
     if (a.sequence_mean) {
         const int64_t valid = count_valid(a.mask, span);
         if (valid > 0) weight /= (float)valid;

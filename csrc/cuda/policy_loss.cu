@@ -267,8 +267,8 @@ __device__ __forceinline__ void write_part(const PolicyLoss& a, unsigned parts) 
     __shared__ float partial[kWarps][kNumMetrics];
     const Part p = find_part(a, parts);
     const SequenceTerms s = find_sequence_terms<kSurrogate, kAnyKl>(a, p, scratch);
-    const float weight =
-        poison_if(p.sequence.malformed, token_weight(*a.denominator, a.sequence_mean, s.tokens));
+    const float weight = poison_if(
+        p.sequence.malformed, token_weight(value_of(a.denominator), a.sequence_mean, s.tokens));
     const float kl_coef = a.adaptive_kl_coef ? *a.adaptive_kl_coef : a.kl_coef;
 
     Sums sums;

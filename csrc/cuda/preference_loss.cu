@@ -115,7 +115,7 @@ __device__ __forceinline__ void find_pair(const PreferenceLoss& a, const float4*
                                           unsigned parts) {
     const Span one = find_span(a.chosen.cu_seqlens, a.pairs, a.chosen.steps, pair);
     const Span other = find_span(a.rejected.cu_seqlens, a.pairs, a.rejected.steps, pair);
-    float weight = inverse_or_zero(*a.denominator);
+    float weight = inverse_or_zero(value_of(a.denominator));
     const CompletionSums chosen = sum_completion(a.chosen, one, slices + pair * kSlices, weight);
     const CompletionSums rejected =
         sum_completion(a.rejected, other, slices + (a.pairs + pair) * kSlices, weight);
@@ -150,7 +150,7 @@ __global__ __launch_bounds__(kThreads) void pair_kernel(const PreferenceLoss a, 
 __device__ __forceinline__ void find_example(const KtoLoss& a, const float4* slices, float* rows,
                                              int64_t example, unsigned part, unsigned parts) {
     const Span s = find_span(a.completions.cu_seqlens, a.examples, a.completions.steps, example);
-    float weight = inverse_or_zero(*a.denominator);
+    float weight = inverse_or_zero(value_of(a.denominator));
     const CompletionSums sums =
         sum_completion(a.completions, s, slices + example * kSlices, weight);
     const bool desirable = load_flag(a.desirable, 0, example), counts = sums.count > 0.0f;

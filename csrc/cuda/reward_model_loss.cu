@@ -33,7 +33,7 @@ __device__ __forceinline__ bool is_valid(const View& mask, int64_t i) {
 __device__ __forceinline__ void write_pairs(const RewardModelLoss& a) {
     __shared__ float scratch[kWarps];
     const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-    const float weight = inverse_or_zero(*a.denominator);
+    const float weight = inverse_or_zero(value_of(a.denominator));
     bool valid = i < a.pairs;
     PairTerm term = {0.0f, 0.0f, 0.0f};
     float better = 0.0f, worse = 0.0f;
@@ -115,7 +115,7 @@ __device__ __forceinline__ void write_group(const RankingLoss& a, int64_t index)
     p.scores = warp_sum(p.scores);
     p.mean = warp_sum(sum) * inverse_or_zero(p.scores);
     const float weight =
-        poison_if(extent.malformed, inverse_or_zero(*a.denominator) *
+        poison_if(extent.malformed, inverse_or_zero(value_of(a.denominator)) *
                                         inverse_or_zero(0.5f * p.scores * (p.scores - 1.0f)));
     for (int64_t i = lane; i < g.size; i += 32) {
         float grad = 0.0f;

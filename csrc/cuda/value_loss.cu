@@ -92,7 +92,7 @@ __device__ __forceinline__ void write_part(const ValueLoss& a, unsigned parts) {
     __shared__ float scratch[kWarps];
     __shared__ Sums of_warps[kWarps];
     const Span s = find_span(a.cu_seqlens, a.sequences, a.steps, blockIdx.x / parts);
-    float weight = inverse_or_zero(*a.denominator);
+    float weight = inverse_or_zero(value_of(a.denominator));
     if (a.sequence_mean) {
         const float count = count_valid(a.mask, s, scratch);
         weight *= count > 0.0f ? 1.0f / count : 1.0f;

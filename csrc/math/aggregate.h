@@ -48,8 +48,8 @@ WARPO_HD float* partials_of(const Aggregate& a) { return a.weights + a.sequences
 
 WARPO_HD float inverse_denominator(const Aggregate& a, float tokens) {
     const float count = a.aggregation == kTokenMean ? tokens : (float)a.sequences;
-    const float number = a.number >= 0.0f ? a.number : count;
-    return inverse_or_zero(a.denominator ? *a.denominator : number);
+    const float denominator = value_of(a.denominator);
+    return inverse_or_zero(denominator < 0.0f && !a.denominator.tensor ? count : denominator);
 }
 
 WARPO_HD float sequence_weight(const Aggregate& a, float inverse_denominator, float tokens) {

@@ -35,7 +35,7 @@ WARPO_HD TokenGradient token_gradient(const PolicyLossFromLogits& a, const Token
                                               .derivative;
     }
     const float weight =
-        token_weight(*a.denominator, a.valid_tokens.data != nullptr, token.valid_tokens);
+        token_weight(value_of(a.denominator), a.valid_tokens.data != nullptr, token.valid_tokens);
     gradient.by_logp = weighted(weight, gradient.by_logp);
     gradient.by_entropy = weighted(weight, gradient.by_entropy);
     return gradient;

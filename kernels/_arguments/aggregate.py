@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from warpo.kernels._arguments.denominator import DenominatorArguments
+
 # kMinAggregateParts: rows of the workspace at least
 MIN_PARTS = 512
 
@@ -15,8 +17,7 @@ class AggregateArguments(NamedTuple):
     values: Tensor
     mask: Tensor | None
     aggregation: int
-    denominator: Tensor | None
-    number: float
+    denominator: DenominatorArguments
     weights: Tensor
     result: Tensor
 

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from warpo.kernels._arguments.denominator import DenominatorArguments
 from warpo.kernels._arguments.objective import ObjectiveArguments
 
 # kMinPartials: rows of the workspace at least
@@ -29,7 +30,7 @@ class PolicyLossArguments(NamedTuple):
     sampler_logprobs: Tensor | None
     entropy: Tensor | None
     mask: Tensor | None
-    denominator: Tensor
+    denominator: DenominatorArguments
     grad_logprobs: Tensor | None
     grad_entropy: Tensor | None
     partials: Tensor

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from warpo.kernels._arguments.denominator import DenominatorArguments
 from warpo.kernels._arguments.logprobs import LogprobsArguments
 from warpo.kernels._arguments.objective import ObjectiveArguments
 from warpo.kernels._arguments.policy_loss import KlPenaltyArguments
@@ -20,7 +21,7 @@ class PolicyLossFromLogitsArguments(NamedTuple):
     ref_logprobs: Tensor | None
     sampler_logprobs: Tensor | None
     valid_tokens: Tensor | None
-    denominator: Tensor
+    denominator: DenominatorArguments
     grad_logits: Tensor
 
 

@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from warpo.kernels._arguments.denominator import DenominatorArguments
+
 # kCompletionSlices: each has four floats of the workspace
 COMPLETION_SLICES = 32
 
@@ -29,7 +31,7 @@ class PreferenceLossArguments(NamedTuple):
     positive_weight: float
     negative_weight: float
     nll_coef: float
-    denominator: Tensor
+    denominator: DenominatorArguments
     partials: Tensor
     loss: Tensor
     metrics: Tensor
@@ -43,7 +45,7 @@ class KtoLossArguments(NamedTuple):
     beta: float
     desirable_weight: float
     undesirable_weight: float
-    denominator: Tensor
+    denominator: DenominatorArguments
     partials: Tensor
     loss: Tensor
     metrics: Tensor

@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from warpo.kernels._arguments.denominator import DenominatorArguments
+
 # kPairsPerBlock: each has a row of partials
 PAIRS_PER_BLOCK = 256
 
@@ -15,7 +17,7 @@ class RewardModelLossArguments(NamedTuple):
     margins: Tensor | None
     mask: Tensor | None
     centering_coef: float
-    denominator: Tensor
+    denominator: DenominatorArguments
     grad_chosen: Tensor | None
     grad_rejected: Tensor | None
     partials: Tensor
@@ -31,7 +33,7 @@ class RankingLossArguments(NamedTuple):
     mask: Tensor | None
     cu_groups: Tensor
     centering_coef: float
-    denominator: Tensor
+    denominator: DenominatorArguments
     grad_scores: Tensor | None
     partials: Tensor
     loss: Tensor

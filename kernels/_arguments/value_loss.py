@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from warpo.kernels._arguments.denominator import DenominatorArguments
+
 # kMinValuePartials: rows of the workspace at least
 MIN_VALUE_PARTIALS = 512
 
@@ -19,7 +21,7 @@ class ValueLossArguments(NamedTuple):
     sequence_mean: bool
     clip_range: float
     huber_delta: float
-    denominator: Tensor
+    denominator: DenominatorArguments
     grad_values: Tensor | None
     partials: Tensor
     loss: Tensor

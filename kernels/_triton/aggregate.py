@@ -16,7 +16,7 @@ from warpo.kernels._arguments.aggregate import (
 from warpo.kernels._triton.launch import kernel, strided
 from warpo.kernels._triton.sequences import (
     bounds,
-    inverse_or_zero,
+    inverse_denominator,
     load_tokens,
     poison_if,
     weighted,
@@ -92,8 +92,8 @@ def _sum_kernel(
 def _reduce_kernel(
     sequences: tl.int64,
     parts: tl.int64,
+    denominator: tl.float32,
     denominator_ptr,
-    number: tl.float32,
     weights_ptr,
     result_ptr,
     AGGREGATION: tl.constexpr,
@@ -106,14 +106,12 @@ def _reduce_kernel(
     for start in range(0, sequences * parts, BLOCK):
         row = start + tl.arange(0, BLOCK)
         counts += tl.load(partials_ptr + row * 2 + 1, mask=row < sequences * parts, other=0)
-    if denominator_ptr is not None:
-        denominator = tl.load(denominator_ptr)
-    else:
+    if denominator_ptr is None:
         count = sequences.to(tl.float32)
         if AGGREGATION == TOKEN_MEAN:
             count = tl.sum(counts)
-        denominator = tl.where(number >= 0, number, count)
-    inverse = inverse_or_zero(denominator)
+        denominator = tl.where(denominator >= 0, denominator, count)
+    inverse = inverse_denominator(denominator, denominator_ptr)
     result = tl.zeros([SEQUENCES], tl.float32)
     for start in range(0, sequences, SEQUENCES):
         sequence = start + tl.arange(0, SEQUENCES)
@@ -201,8 +199,8 @@ def aggregate_forward(a: AggregateArguments) -> None:
         _reduce_kernel[(1,)](
             a.sequences,
             parts,
-            a.denominator,
-            float(a.number),
+            a.denominator.number,
+            a.denominator.tensor,
             a.weights,
             a.result,
             AGGREGATION=a.aggregation,

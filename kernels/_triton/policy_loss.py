@@ -20,7 +20,7 @@ from warpo.kernels._triton.policy_terms import (
     surrogate_bounds,
 )
 from warpo.kernels._triton.sequences import bounds as bounds_of
-from warpo.kernels._triton.sequences import inverse_or_zero, poison_if
+from warpo.kernels._triton.sequences import inverse_denominator, poison_if
 
 BLOCK = 256
 WARPS = 4
@@ -64,6 +64,7 @@ def _policy_loss_kernel(
     adaptive_kl_coef_ptr,
     entropy_coef: tl.float32,
     limit: tl.float32,
+    denominator: tl.float32,
     denominator_ptr,
     grad_ptr,
     grad_entropy_ptr,
@@ -146,7 +147,7 @@ def _policy_loss_kernel(
     kl_of_sequence = (tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32))
     if KL != 0 and KL_SEQUENCE:
         kl_of_sequence = sequence_kl(views, whole, limit, KL, STRAIGHT_THROUGH, BLOCK)
-    weight = inverse_or_zero(tl.load(denominator_ptr))
+    weight = inverse_denominator(denominator, denominator_ptr)
     if SEQUENCE_MEAN:
         weight /= tokens
     weight = poison_if(malformed, weight)
@@ -241,7 +242,8 @@ def policy_loss(a: PolicyLossArguments) -> None:
                 term.adaptive_kl_coef,
                 float(o.entropy_coef),
                 float(o.log_ratio_limit),
-                a.denominator,
+                a.denominator.number,
+                a.denominator.tensor,
                 a.grad_logprobs,
                 a.grad_entropy,
                 a.partials,

@@ -30,7 +30,7 @@ from warpo.kernels._triton.policy_terms import (
     surrogate_bounds,
     surrogate_terms,
 )
-from warpo.kernels._triton.sequences import inverse_or_zero, weighted
+from warpo.kernels._triton.sequences import inverse_denominator, weighted
 
 # So many threads that a multiprocessor takes one program: what lies between the two reads of the
 # rows in flight must fit into the L2 cache.
@@ -134,6 +134,7 @@ def _policy_loss_from_logits_kernel(
     adaptive_kl_coef_ptr,
     entropy_coef: tl.float32,
     limit: tl.float32,
+    denominator: tl.float32,
     denominator_ptr,
     grad_logits_ptr,
     grad_logits_stride_b: tl.int64,
@@ -196,7 +197,7 @@ def _policy_loss_from_logits_kernel(
         sampler = one + tl.load(sampler_ptr + b * sampler_stride_b + t * sampler_stride_t)
     if adaptive_kl_coef_ptr is not None:
         kl_coef = tl.load(adaptive_kl_coef_ptr)
-    weight = inverse_or_zero(tl.load(denominator_ptr))
+    weight = inverse_denominator(denominator, denominator_ptr)
     if valid_tokens_ptr is not None:
         weight /= tl.load(valid_tokens_ptr + b * valid_tokens_stride_b + t * valid_tokens_stride_t)
     by_logp = _by_logp(
@@ -298,7 +299,8 @@ def policy_loss_from_logits(a: PolicyLossFromLogitsArguments) -> None:
             term.adaptive_kl_coef,
             float(o.entropy_coef),
             float(o.log_ratio_limit),
-            a.denominator,
+            a.denominator.number,
+            a.denominator.tensor,
             *_rows(a.grad_logits, width),
             triton.cdiv(vocab, ROW_BLOCK * CHUNKS) * ROW_BLOCK,
             SURROGATE=o.surrogate,

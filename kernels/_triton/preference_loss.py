@@ -22,7 +22,13 @@ from warpo.kernels._triton.completions import (
 )
 from warpo.kernels._triton.launch import kernel
 from warpo.kernels._triton.logistic import expm1, log1mexp, log_sigmoid
-from warpo.kernels._triton.sequences import inverse_or_zero, merge_partials, poison_if, weighted
+from warpo.kernels._triton.sequences import (
+    inverse_denominator,
+    inverse_or_zero,
+    merge_partials,
+    poison_if,
+    weighted,
+)
 
 # columns of the metrics vectors, `kernels.preference_loss`
 NUM_METRICS = tl.constexpr(8)
@@ -88,6 +94,7 @@ def _preference_loss_kernel(
     positive_weight: tl.float32,
     negative_weight: tl.float32,
     nll_coef: tl.float32,
+    denominator: tl.float32,
     denominator_ptr,
     partials_ptr,
     LINK: tl.constexpr,
@@ -117,7 +124,7 @@ def _preference_loss_kernel(
     )
     nll = -logp * inverse_or_zero(n)
     loss = tl.where(nll_coef != 0, loss + nll_coef * nll, loss)
-    weight = inverse_or_zero(tl.load(denominator_ptr))
+    weight = inverse_denominator(denominator, denominator_ptr)
     weight = poison_if(chosen_malformed | rejected_malformed, weight)
     if grad_chosen_ptr is not None:
         gradient = slope * better_slope * chosen_share - nll_coef * inverse_or_zero(n)
@@ -170,6 +177,7 @@ def _kto_loss_kernel(
     beta: tl.float32,
     desirable_weight: tl.float32,
     undesirable_weight: tl.float32,
+    denominator: tl.float32,
     denominator_ptr,
     partials_ptr,
     BLOCK: tl.constexpr,
@@ -185,7 +193,7 @@ def _kto_loss_kernel(
     _, wrong = log_sigmoid(x)
     _, right = log_sigmoid(-x)
     loss = tl.where(desirable, desirable_weight, undesirable_weight) * wrong
-    weight = poison_if(malformed, inverse_or_zero(tl.load(denominator_ptr)))
+    weight = poison_if(malformed, inverse_denominator(denominator, denominator_ptr))
     if grad_ptr is not None:
         gradient = weighted(-weight, tl.where(count > 0, loss * slope * right, 0.0))
         store_gradient(
@@ -223,7 +231,8 @@ def preference_loss(a: PreferenceLossArguments) -> None:
                 float(a.positive_weight),
                 float(a.negative_weight),
                 float(a.nll_coef),
-                a.denominator,
+                a.denominator.number,
+                a.denominator.tensor,
                 a.partials,
                 LINK=a.link,
                 LENGTH_NORMALISE=a.length_normalise,
@@ -248,7 +257,8 @@ def kto_loss(a: KtoLossArguments) -> None:
                 float(a.beta),
                 float(a.desirable_weight),
                 float(a.undesirable_weight),
-                a.denominator,
+                a.denominator.number,
+                a.denominator.tensor,
                 a.partials,
                 BLOCK=BLOCK,
                 num_warps=WARPS,

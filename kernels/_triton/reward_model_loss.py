@@ -16,6 +16,7 @@ from warpo.kernels._triton.launch import kernel
 from warpo.kernels._triton.logistic import log_sigmoid
 from warpo.kernels._triton.offsets import extent
 from warpo.kernels._triton.sequences import (
+    inverse_denominator,
     inverse_or_zero,
     merge_partials,
     poison_if,
@@ -73,6 +74,7 @@ def _reward_model_loss_kernel(
     mask_stride: tl.int64,
     pairs: tl.int64,
     centering_coef: tl.float32,
+    denominator: tl.float32,
     denominator_ptr,
     grad_chosen_ptr,
     grad_rejected_ptr,
@@ -87,7 +89,7 @@ def _reward_model_loss_kernel(
     margin = tl.zeros([BLOCK], tl.float32)
     if margins_ptr is not None:
         margin = _load(margins_ptr, pair, margins_stride, keep)
-    weight = inverse_or_zero(tl.load(denominator_ptr))
+    weight = inverse_denominator(denominator, denominator_ptr)
     loss, grad_better, grad_worse = _pair_loss(better, worse, margin, centering_coef)
     if grad_chosen_ptr is not None:
         inside = pair < pairs
@@ -120,6 +122,7 @@ def _ranking_loss_kernel(
     cu_groups_ptr,
     num_scores: tl.int64,
     centering_coef: tl.float32,
+    denominator: tl.float32,
     denominator_ptr,
     grad_ptr,
     partials_ptr,
@@ -138,7 +141,7 @@ def _ranking_loss_kernel(
         sums += _load(scores_ptr, first + member, scores_stride, keep)
     count = tl.sum(counts)
     mean = tl.sum(sums) * inverse_or_zero(count)
-    weight = inverse_or_zero(tl.load(denominator_ptr))
+    weight = inverse_denominator(denominator, denominator_ptr)
     weight *= inverse_or_zero(0.5 * count * (count - 1.0))
     weight = poison_if(malformed, weight)
 
@@ -202,7 +205,8 @@ def reward_model_loss(a: RewardModelLossArguments) -> None:
                 *_vector(a.mask),
                 a.pairs,
                 float(a.centering_coef),
-                a.denominator,
+                a.denominator.number,
+                a.denominator.tensor,
                 a.grad_chosen,
                 a.grad_rejected,
                 a.partials,
@@ -223,7 +227,8 @@ def ranking_loss(a: RankingLossArguments) -> None:
                 a.cu_groups,
                 a.num_scores,
                 float(a.centering_coef),
-                a.denominator,
+                a.denominator.number,
+                a.denominator.tensor,
                 a.grad_scores,
                 a.partials,
                 BLOCK=GROUP_BLOCK,

@@ -57,6 +57,13 @@ def inverse_or_zero(x):
 
 
 @triton.jit
+def inverse_denominator(number, tensor_ptr):
+    if tensor_ptr is not None:
+        number = tl.load(tensor_ptr)
+    return inverse_or_zero(number)
+
+
+@triton.jit
 def weighted(weight, x):
     """A weight of 0 leaves nothing, also of what is not finite."""
     return tl.where(weight == 0, 0.0, weight * x)

@@ -13,6 +13,7 @@ from warpo.kernels._arguments.value_loss import MIN_VALUE_PARTIALS, ValueLossArg
 from warpo.kernels._triton.launch import kernel, strided
 from warpo.kernels._triton.sequences import (
     bounds,
+    inverse_denominator,
     inverse_or_zero,
     load_tokens,
     merge_partials,
@@ -84,6 +85,7 @@ def _value_loss_kernel(
     steps: tl.int64,
     clip_range: tl.float32,
     delta: tl.float32,
+    denominator: tl.float32,
     denominator_ptr,
     grad_ptr,
     partials_ptr,
@@ -116,7 +118,7 @@ def _value_loss_kernel(
     count = tl.sum(valid_sum)
     share = inverse_or_zero(count)
     return_mean, error_mean = tl.sum(return_sum) * share, tl.sum(error_sum) * share
-    weight = inverse_or_zero(tl.load(denominator_ptr))
+    weight = inverse_denominator(denominator, denominator_ptr)
     if SEQUENCE_MEAN:
         weight *= inverse_or_zero(_count_valid(mask_ptr, mask_stride_t, length, BLOCK))
     weight = poison_if(malformed, weight)
@@ -165,7 +167,8 @@ def value_loss(a: ValueLossArguments) -> None:
                 a.steps,
                 float(a.clip_range),
                 float(a.huber_delta),
-                a.denominator,
+                a.denominator.number,
+                a.denominator.tensor,
                 a.grad_values,
                 a.partials,
                 SEQUENCE_MEAN=a.sequence_mean,

@@ -23,6 +23,7 @@ SMALL = {
     "pairs": 70,
     "rows": 70,
     "columns": 3,
+    "tensors": 5,
     "parameters": 3000,
 }
 RATES = {

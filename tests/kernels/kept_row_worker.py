@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from warpo.kernels import _cpu, dispatch
+from warpo.kernels._arguments.denominator import DenominatorArguments
 from warpo.kernels._arguments.logprobs import LogprobsArguments
 from warpo.kernels._arguments.policy_loss import KlPenaltyArguments
 from warpo.kernels._arguments.policy_loss_from_logits import PolicyLossFromLogitsArguments
@@ -66,7 +67,7 @@ def run(logits: Tensor, gradient: Tensor, targets: Tensor, entropy_coef: float) 
         ref_logprobs=None,
         sampler_logprobs=None,
         valid_tokens=None,
-        denominator=torch.tensor(0.5),
+        denominator=DenominatorArguments(0.5, None),
         grad_logits=gradient,
     )
     dispatch.load("cpu").policy_loss_from_logits(arguments)

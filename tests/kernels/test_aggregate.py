@@ -169,7 +169,7 @@ def test_opcheck(backend, packed):
     utils = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(
         torch.ops.warpo.aggregate.default,
-        (values.requires_grad_(), values > 0, cu_seqlens, 1, None, -1.0, backend),
+        (values.requires_grad_(), values > 0, cu_seqlens, 1, -1.0, None, backend),
         test_utils=utils,
     )
     torch.library.opcheck(

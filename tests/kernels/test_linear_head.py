@@ -15,6 +15,7 @@ from warpo.kernels import _linear_head_plan as plans
 from warpo.kernels import _linear_logprobs_operator as linear_logprobs
 from warpo.kernels import _matrix_product
 from warpo.kernels import _policy_loss_from_hidden as policy_loss
+from warpo.kernels._arguments.denominator import DenominatorArguments
 from warpo.kernels._linear_head_plan import APART, NONE, OVER, Request, plan
 from warpo.kernels._policy_metrics import METRICS
 from warpo.kernels.objectives import OBJECTIVES
@@ -100,7 +101,7 @@ def of_policy_loss(name: str, count: int, float32_logits: bool, **options) -> li
         sampler_logprobs=None,
         objective=objective.arguments,
         kl_penalty=policy_loss.kl_penalty(None, objective, None, token),
-        denominator=torch.empty((), device="meta"),
+        denominator=DenominatorArguments(1.0, None),
         wanted=[True, True, False],
     )
     metrics = (token.new_empty(()), token.new_empty(len(METRICS)))

@@ -13,6 +13,7 @@ from tests.kernels.opcheck import opcheck
 from tests.kernels.policy_loss_cases import LEVELS, cases, exact_loss, near_a_bound
 from tests.tolerance import ROUNDING, SUM_RELATIVE, assert_close
 from warpo.kernels import ops
+from warpo.kernels._arguments.denominator import DenominatorArguments
 from warpo.kernels._arguments.policy_loss import KlPenaltyArguments
 from warpo.kernels._policy_loss import PolicyLossInputs, _operator
 from warpo.kernels.objectives import OBJECTIVES, Objective
@@ -464,7 +465,7 @@ def test_opcheck(backend, packed):
         cu_seqlens=starts,
         objective=objective.arguments,
         kl_penalty=KlPenaltyArguments(kl=3, kl_coef=0.1, adaptive_kl_coef=one if packed else None),
-        denominator=one,
+        denominator=DenominatorArguments(2.0, one if packed else None),
         with_gradient=True,
         with_entropy_gradient=not packed,
         backend=backend,

@@ -30,6 +30,7 @@ from tests.tolerance import (
 )
 from warpo.kernels import _policy_loss_from_logits as operator_module
 from warpo.kernels import dispatch, ops, reference
+from warpo.kernels._arguments.denominator import DenominatorArguments
 from warpo.kernels._arguments.policy_loss import KlPenaltyArguments
 from warpo.kernels._policy_loss_from_logits import PolicyLossFromLogitsInputs, _operator
 from warpo.kernels.objectives import OBJECTIVES, Objective
@@ -410,7 +411,7 @@ def test_opcheck(backend):
         sampler_logprobs=given["sampler_logprobs"],
         objective=objective.arguments,
         kl_penalty=KlPenaltyArguments(kl=3, kl_coef=0.1, adaptive_kl_coef=None),
-        denominator=torch.tensor(1.0, device=DEVICE),
+        denominator=DenominatorArguments(2.0, None),
         inplace=False,
         backend=backend,
     )

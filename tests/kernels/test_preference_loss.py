@@ -11,6 +11,7 @@ from tests.kernels.preference_cases import completions, lists_of, magnitude
 from tests.oracles import preference_loss as oracle
 from tests.tolerance import ROUNDING, SUM_RELATIVE, assert_close
 from warpo.kernels import ops, reference
+from warpo.kernels._arguments.denominator import DenominatorArguments
 from warpo.kernels._kto_loss import KtoLossInputs
 from warpo.kernels._kto_loss import _operator as kto_operator
 from warpo.kernels._preference_loss import CompletionsInputs, PreferenceLossInputs, _operator
@@ -433,7 +434,7 @@ def test_opcheck(backend):
         positive_weight=0.9,
         negative_weight=0.1,
         nll_coef=1.0,
-        denominator=one,
+        denominator=DenominatorArguments(0.0, one),
         with_gradient=True,
         backend=backend,
     )
@@ -446,7 +447,7 @@ def test_opcheck(backend):
         beta=0.1,
         desirable_weight=1.0,
         undesirable_weight=1.0,
-        denominator=one,
+        denominator=DenominatorArguments(0.0, one),
         with_gradient=True,
         backend=backend,
     )

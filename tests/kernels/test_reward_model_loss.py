@@ -265,12 +265,12 @@ def test_opcheck(backend):
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(
         torch.ops.warpo.reward_model_loss.default,
-        (chosen, rejected, chosen.detach().clone(), mask, 0.1, one, True, backend),
+        (chosen, rejected, chosen.detach().clone(), mask, 0.1, 0.0, one, True, backend),
         test_utils=checks,
     )
     torch.library.opcheck(
         torch.ops.warpo.ranking_loss.default,
-        (chosen, ranks, mask, starts, 0.1, one, True, backend),
+        (chosen, ranks, mask, starts, 0.1, 0.0, one, True, backend),
         test_utils=checks,
     )
 

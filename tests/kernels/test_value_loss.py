@@ -353,7 +353,7 @@ def test_opcheck(backend):
     values, old, returns = torch.randn(3, 2, 5, device=DEVICE)
     values.requires_grad_()
     denominator = torch.tensor(3.0, device=DEVICE)
-    numbers = (True, 0.2, 1.0, denominator, True, backend)
+    numbers = (True, 0.2, 1.0, 0.0, denominator, True, backend)
     mask = torch.rand(2, 5, device=DEVICE) < 0.7
     starts = torch.tensor([0, 4, 10], dtype=torch.int32, device=DEVICE)
     flat = [x.detach().reshape(1, 10).requires_grad_(x.requires_grad) for x in (values, old)]

@@ -11,6 +11,7 @@ from warpo.kernels._arguments.aggregate import (
     AggregateArguments,
     AggregateBackwardArguments,
 )
+from warpo.kernels._arguments.denominator import DenominatorArguments
 
 Launch = tuple[str, Callable[[], None]]
 
@@ -41,8 +42,7 @@ def aggregate(
         values=values,
         mask=mask,
         aggregation=aggregation,
-        denominator=scalar if given else None,
-        number=number,
+        denominator=DenominatorArguments(-1.0, scalar if given else None),
         weights=weights,
         result=scalar,
     )

@@ -7,6 +7,7 @@ from functools import partial
 import torch
 
 from tests.kernels.launches import flags
+from warpo.kernels._arguments.denominator import DenominatorArguments
 from warpo.kernels._arguments.objective import ObjectiveArguments
 from warpo.kernels._arguments.policy_loss import (
     MIN_PARTIALS,
@@ -84,7 +85,7 @@ def policy_loss(case: Case, rows: int = 4, steps: int = 100, clip: float = 0.2) 
         sampler_logprobs=token if case.correction else None,
         entropy=token if case.extras else None,
         mask=flags(token, case.mean),
-        denominator=scalar,
+        denominator=DenominatorArguments(0.0, scalar),
         grad_logprobs=gradient,
         grad_entropy=gradient if case.extras else None,
         partials=torch.empty(max(rows, MIN_PARTIALS), len(METRICS)),

@@ -6,6 +6,7 @@ from functools import partial
 import torch
 
 from tests.kernels.launches.logprobs import ALIGNED_VOCAB, ODD_VOCAB
+from warpo.kernels._arguments.denominator import DenominatorArguments
 from warpo.kernels._arguments.logprobs import LogprobsArguments
 from warpo.kernels._arguments.objective import ObjectiveArguments
 from warpo.kernels._arguments.policy_loss import KlPenaltyArguments
@@ -81,7 +82,7 @@ def policy_loss_from_logits(
         ref_logprobs=optional,
         sampler_logprobs=optional,
         valid_tokens=optional,
-        denominator=scalar,
+        denominator=DenominatorArguments(0.0, scalar),
         grad_logits=torch.empty_like(logits, dtype=gradient_dtype),
     )
     _triton.policy_loss_from_logits(arguments)

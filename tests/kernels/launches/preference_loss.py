@@ -6,6 +6,7 @@ from functools import partial
 import torch
 
 from tests.kernels.launches import flags
+from warpo.kernels._arguments.denominator import DenominatorArguments
 from warpo.kernels._arguments.preference_loss import (
     COMPLETION_SLICES,
     CompletionsArguments,
@@ -58,7 +59,7 @@ def preference_loss(
         positive_weight=1 - beta,
         negative_weight=beta,
         nll_coef=0.0,
-        denominator=scalar,
+        denominator=DenominatorArguments(0.0, scalar),
         partials=torch.empty(rows, len(PREFERENCE_METRICS) + 2 * 4 * COMPLETION_SLICES),
         loss=scalar,
         metrics=torch.empty(len(PREFERENCE_METRICS)),
@@ -78,7 +79,7 @@ def kto_loss(dtype: torch.dtype, packed: bool, mask: bool, rows: int = 4, steps:
         beta=1 / rows,
         desirable_weight=1.0,
         undesirable_weight=1 / steps,
-        denominator=scalar,
+        denominator=DenominatorArguments(0.0, scalar),
         partials=torch.empty(rows, len(KTO_METRICS) + 4 * COMPLETION_SLICES),
         loss=scalar,
         metrics=torch.empty(len(KTO_METRICS)),

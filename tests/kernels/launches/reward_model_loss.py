@@ -6,6 +6,7 @@ from functools import partial
 import torch
 
 from tests.kernels.launches import flags
+from warpo.kernels._arguments.denominator import DenominatorArguments
 from warpo.kernels._arguments.reward_model_loss import (
     PAIRS_PER_BLOCK,
     RankingLossArguments,
@@ -27,7 +28,7 @@ def reward_model_loss(dtype: torch.dtype, margins: bool, mask: bool, pairs: int 
         margins=scores if margins else None,
         mask=flags(scores, mask),
         centering_coef=1 / pairs,
-        denominator=scalar,
+        denominator=DenominatorArguments(0.0, scalar),
         grad_chosen=grad,
         grad_rejected=grad,
         partials=torch.empty(-(-pairs // PAIRS_PER_BLOCK), len(REWARD_METRICS)),
@@ -49,7 +50,7 @@ def ranking_loss(dtype: torch.dtype, mask: bool, groups: int = 4) -> None:
         mask=flags(scores, mask),
         cu_groups=torch.zeros(groups + 1, dtype=torch.int32),
         centering_coef=1 / groups,
-        denominator=scalar,
+        denominator=DenominatorArguments(0.0, scalar),
         grad_scores=torch.empty(4 * groups),
         partials=torch.empty(groups, len(REWARD_METRICS)),
         loss=scalar,

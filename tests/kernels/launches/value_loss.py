@@ -6,6 +6,7 @@ from functools import partial
 import torch
 
 from tests.kernels.launches import flags
+from warpo.kernels._arguments.denominator import DenominatorArguments
 from warpo.kernels._arguments.value_loss import ValueLossArguments
 from warpo.kernels._value_loss import VALUE_METRICS
 
@@ -37,7 +38,7 @@ def value_loss(
         sequence_mean=mean,
         clip_range=clip_range,
         huber_delta=2 * clip_range,
-        denominator=scalar,
+        denominator=DenominatorArguments(0.0, scalar),
         grad_values=torch.empty(rows, steps),
         partials=torch.empty(rows, len(VALUE_METRICS)),
         loss=scalar,
