@@ -53,7 +53,7 @@ def resolve(config: Config) -> Algorithm:
         )
     row = _structure(row, config.loss)
     _check_effects(config, row)
-    own = {
+    own: dict[str, Any] = {
         "max_draws": config.rollout.max_draws,
         "baseline_decay": config.loss.baseline_decay,
         "advantage_std": config.loss.advantage_std,
@@ -69,7 +69,7 @@ def resolve(config: Config) -> Algorithm:
         "right_nll_coef": config.loss.right_nll_coef,
         "kl_target": config.loss.kl_target,
     }
-    changes: dict[str, Any] = {name: value for name, value in own.items() if value != "algorithm"}
+    changes = {name: value for name, value in own.items() if value != "algorithm"}
     if changes.get("kl_target") == "fixed":
         changes["kl_target"] = None
     kl = {
@@ -241,8 +241,12 @@ def _check_updates(config: Config, row: Algorithm) -> None:
             "update.epochs is 1"
         )
     objective = row.objective
-    masks = isinstance(objective, Objective) and objective.sequence_mask < math.inf
-    if masks and update.per_step == 1 and objective.correction == "none":
+    if (
+        isinstance(objective, Objective)
+        and objective.sequence_mask < math.inf
+        and objective.correction == "none"
+        and update.per_step == 1
+    ):
         raise ConfigError(
             f"loss.sequence_mask = {objective.sequence_mask:g} has no effect: the policy has not "
             "moved in the first optimizer step of a step. Set update.epochs or update.minibatches "

@@ -108,6 +108,7 @@ def accumulate_gradients(
             loss = loss + critic.coef * value_loss
             value_metrics.append(batch_values)
         if right_nll_coef:
+            assert batch.right is not None
             right_loss = -right_weight * current.logprobs.where(batch.right, 0).sum()
             loss = loss + right_loss
             right_losses.append(right_loss.detach())

@@ -375,7 +375,11 @@ def test_a_target_may_be_fixed(resolved: Resolve) -> None:
             r"'ppo_kl' has no penalty in the first optimizer step .* or update\.minibatches to 2",
         ),
         ("grpo", ["--update.max_kl", "0.1"], r"max_kl = 0\.1 has no effect: it ends the epochs"),
-        ("grpo", ["--loss.sequence_mask", "0.1"], r"sequence_mask = 0\.1 has no effect: the policy"),
+        (
+            "grpo",
+            ["--loss.sequence_mask", "0.1"],
+            r"sequence_mask = 0\.1 has no effect: the policy",
+        ),
         (
             "iterative_grpo",
             ["--loss.kl_coef", "0"],
