@@ -126,6 +126,11 @@ _ROWS: dict[str, Algorithm] = {
         OBJECTIVES["ppo"].replace(clip_high=0.28), "length-adaptive GAE of VAPO, eq. 5",
         "https://arxiv.org/abs/2504.05118", gae_lambda=("length:0.05", 1.0),
     ),
+    "vapo": _critic(
+        OBJECTIVES["ppo"].replace(clip_high=0.28),
+        "VAPO: length-adaptive GAE and a loss of right answers",
+        "https://arxiv.org/abs/2504.05118", gae_lambda=("length:0.05", 1.0), right_nll_coef=0.1,
+    ),
     "ppo_ptx": _critic(
         "ppo", "PPO-ptx of InstructGPT, eq. 2", _RLHF,
         reward_kl_coef=_RLHF_KL, pretraining_coef=27.8,
@@ -163,6 +168,12 @@ _ROWS: dict[str, Algorithm] = {
     ),
     "dapo": _group("dapo", "DAPO, eq. 8 and 11", "https://arxiv.org/abs/2503.14476", max_draws=10),
     "gspo": _group("gspo", "GSPO, eq. 5", "https://arxiv.org/abs/2507.18071"),
+    "luspo": _group("luspo", "LUSPO", "https://arxiv.org/abs/2602.05261"),
+    "dppo_tv": _group(
+        "dppo_tv", "DPPO, eq. 11, total variation", "https://arxiv.org/abs/2602.04879"
+    ),
+    "dppo_kl": _group("dppo_kl", "DPPO, eq. 11, KL", "https://arxiv.org/abs/2602.04879"),
+    "vespo": _group("vespo", "VESPO", "https://arxiv.org/abs/2602.10693"),
     "cispo": _group("cispo", "CISPO, eq. 4 and 5", "https://arxiv.org/abs/2506.13585"),
     "gmpo": _group("gmpo", "GMPO, eq. 4", "https://arxiv.org/abs/2507.20673"),
     "sapo": _group("sapo", "SAPO, eq. 5 and 6", "https://arxiv.org/abs/2511.20347"),
