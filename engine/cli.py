@@ -307,7 +307,8 @@ def _settings(tree: type) -> list[str]:
         head = key.name.rpartition(".")[0]
         if head != section:
             section = head
-            lines += ["", f"{section}: {' '.join(sections(tree)[section].split())}"]
+            text = f"{section}: {' '.join(sections(tree)[section].split())}"
+            lines += ["", *textwrap.wrap(text, width)]
         lines += _describe(key, width)
     return lines
 
