@@ -171,6 +171,7 @@ def _settings(row: Algorithm) -> dict[str, str]:
         "loss.gamma": f"{row.gamma:g}",
         "loss.gae_lambda": " ".join(map(str, row.gae_lambda)),
         "loss.advantage_std": row.advantage_std,
+        "loss.pass_at_k": str(row.pass_at_k),
         "loss.pairs": row.pairs,
         "rollout.max_draws": str(row.max_draws),
         "pretraining.coef": f"{row.pretraining_coef:g}",
