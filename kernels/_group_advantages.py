@@ -20,9 +20,9 @@ With std "leave_one_out" each completion is divided by the sample standard devia
 for the only success of a group.
 
 Sources: GRPO, https://arxiv.org/abs/2402.03300 section 4.1.2; without std, Dr. GRPO,
-https://arxiv.org/abs/2503.20783; leave-one-out, RLOO, https://arxiv.org/abs/2402.14740 eq. 8; with
-its std, `use_leave_one_out_baseline` of NeMo RL, https://github.com/NVIDIA-NeMo/RL;
-length-weighted, OPO, https://arxiv.org/abs/2505.23585 section 3.
+https://arxiv.org/abs/2503.20783; leave-one-out, RLOO, https://arxiv.org/abs/2402.14740 section
+2.3; with its std, `use_leave_one_out_baseline` of NeMo RL, https://github.com/NVIDIA-NeMo/RL;
+length-weighted, OPO, https://arxiv.org/abs/2505.23585.
 """
 
 from typing import Any, NamedTuple

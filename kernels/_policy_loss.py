@@ -40,6 +40,7 @@ from warpo.kernels._checks import FLOATS, check_mask, check_no_grad, check_tenso
 from warpo.kernels._offsets import check_values, sequence_of_tokens
 from warpo.kernels._policy_metrics import METRICS
 from warpo.kernels._registration import Operator
+from warpo.kernels._sequence_mask import mask_sequences, masks_sequences
 from warpo.kernels._sequences import (
     check_sequences,
     count_denominator,
@@ -179,6 +180,10 @@ def policy_loss(
             entropy=None if entropy is None else entropy.float(),
         )
         return PolicyLoss(loss, metrics)
+    if masks_sequences(objective, old_logprobs):
+        advantages = mask_sequences(
+            objective, logprobs, old_logprobs, sampler_logprobs, advantages, mask, cu_seqlens
+        )
     recording = torch.is_grad_enabled()
     inputs = PolicyLossInputs(
         logprobs=logprobs,

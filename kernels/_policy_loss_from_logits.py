@@ -47,6 +47,7 @@ from warpo.kernels._policy_loss import (
 )
 from warpo.kernels._policy_metrics import METRICS
 from warpo.kernels._registration import Operator
+from warpo.kernels._sequence_mask import masks_sequences
 from warpo.kernels._sequences import (
     count_denominator,
     empty_results,
@@ -56,7 +57,7 @@ from warpo.kernels._sequences import (
 from warpo.kernels.objectives import Objective, get_objective
 
 # Their gradient does not go through the ratio, so it is the token's own at any level.
-_OF_LOGP = ("stop_gradient", "reinforce")
+_OF_LOGP = ("stop_gradient", "reinforce", "gamma")
 
 
 class PolicyLossFromLogitsInputs(NamedTuple):
@@ -222,6 +223,8 @@ def count_reads(
 ) -> int:
     """How often the logits must be read: 2 where a gradient needs the logprobs of other tokens."""
     if term.kl and objective.kl_level == "sequence":
+        return 2
+    if masks_sequences(objective, old_logprobs):
         return 2
     corrected = objective.correction != "none"
     if corrected and objective.correction_level == "sequence":

@@ -25,6 +25,9 @@ SURROGATES = (
     "reinforce",
     "geometric",
     "soft_gate",
+    "divergence_tv",
+    "divergence_kl",
+    "gamma",
 )
 CORRECTIONS = ("none", "truncate", "mask")
 # Those of samples of the policy in the order of the enumeration, and then again of the reference.
@@ -63,10 +66,18 @@ class Objective:
             "geometric"      r A, where each log ratio is cut at log high (A >= 0) or log low
                              (A < 0) before their mean; ratio_level "sequence"
             "soft_gate"      4 / tau sigmoid(tau (r - 1)) A
+            "divergence_tv"  r A, but 0 where the probability p of the token has moved too far from
+                             p_old = p / r: where A > 0, r > 1 and |p - p_old| > clip_high, or
+                             A < 0, r < 1 and |p - p_old| > clip_low; ratio_level "token"
+            "divergence_kl"  the same with p_old log(p_old / p) + (1 - p_old) log((1 - p_old) /
+                             (1 - p)) in place of |p - p_old|
+            "gamma"          r^power e^(rate (1 - r)) A logp, with no gradient through the ratio
         clip_low: in [0, 1]; 1 is no bound.
         clip_high: >= 0; inf is no bound.
         dual_clip: above 1, of "dual_clip".
         tau_positive, tau_negative: tau of "soft_gate" where A > 0, and elsewhere.
+        power_positive, power_negative, rate_positive, rate_negative: power and rate of "gamma"
+            where A >= 0, and where A < 0.
         kl_coef: weight of the KL term; 0 leaves it out, and no reference is needed.
         kl_estimator: with d = ref - logp: k1 = -d, k2 = d^2 / 2, k3 = e^d - 1 - d of KL(policy ||
             reference); reverse_k3 = d e^d - (e^d - 1) of KL(reference || policy)
@@ -87,6 +98,11 @@ class Objective:
             "propagate": it reaches the loss. "mask": it becomes 0, as of a w that "mask" leaves
             out: the token (at level "sequence" the sequence) has no surrogate, and still counts in
             the denominator, the KL and the entropy; the metric `corrected` counts it.
+        sequence_mask: >= 0; inf is none. Off-policy sequence masking of DeepSeek-V3.2,
+            https://arxiv.org/abs/2512.02556: where A < 0 and the mean over the valid tokens of mu -
+            logp is above it, the token's advantage is 0: it has no surrogate, and still counts in
+            the denominator, the KL and the entropy. mu: sampler_logprobs with a correction, else
+            old_logprobs. Not of "geometric".
         aggregation: how the losses of the tokens become one number, before it is divided by
             `denominator`:
             "token-mean"                    sum over tokens; denominator: number of valid tokens
@@ -109,6 +125,10 @@ class Objective:
     dual_clip: float = 3.0
     tau_positive: float = 1.0
     tau_negative: float = 1.05
+    power_positive: float = 2.0
+    power_negative: float = 3.0
+    rate_positive: float = 3.0
+    rate_negative: float = 2.0
     kl_coef: float = 0.0
     kl_estimator: str = "k3"
     kl_gradient: str = "estimator"
@@ -120,6 +140,7 @@ class Objective:
     correction_low: float = 0.0
     correction_high: float = 2.0
     correction_nan: str = "propagate"
+    sequence_mask: float = math.inf
     aggregation: str = "token-mean"
     log_ratio_limit: float = 20.0
     arguments: ObjectiveArguments = field(init=False, repr=False, compare=False)
@@ -140,6 +161,10 @@ class Objective:
             dual_clip=self.dual_clip,
             tau_positive=self.tau_positive,
             tau_negative=self.tau_negative,
+            power_positive=self.power_positive,
+            power_negative=self.power_negative,
+            rate_positive=self.rate_positive,
+            rate_negative=self.rate_negative,
             correction=correction,
             correction_sequence=self.correction_level == "sequence",
             correction_low=self.correction_low,
@@ -187,6 +212,7 @@ class Objective:
             ("entropy_coef", 0.0, math.inf),
             ("correction_low", 0.0, math.inf),
             ("correction_high", self.correction_low, math.inf),
+            ("sequence_mask", 0.0, math.inf),
         ):
             value = getattr(self, name)
             if not low <= value <= high:
@@ -197,6 +223,10 @@ class Objective:
         for name, reason in (
             ("tau_positive", ""),
             ("tau_negative", ""),
+            ("power_positive", ""),
+            ("power_negative", ""),
+            ("rate_positive", ""),
+            ("rate_negative", ""),
             ("log_ratio_limit", ": exp overflows float32 above 88"),
         ):
             value = getattr(self, name)
@@ -213,6 +243,16 @@ class Objective:
             raise ValueError(
                 "surrogate 'geometric' is a mean over the sequence: "
                 f"set ratio_level to 'sequence', got {self.ratio_level!r}"
+            )
+        if self.surrogate == "geometric" and self.sequence_mask < math.inf:
+            raise ValueError(
+                f"sequence_mask = {self.sequence_mask:g} takes advantages away whose signs choose "
+                "the bounds of surrogate 'geometric': set it to inf, or another surrogate"
+            )
+        if self.surrogate.startswith("divergence") and self.ratio_level != "token":
+            raise ValueError(
+                f"surrogate {self.surrogate!r} compares probabilities of a token: "
+                f"set ratio_level to 'token', got {self.ratio_level!r}"
             )
         of_policy, of_k2 = self.kl_sampled_from == "policy", self.kl_gradient == "k2"
         if self.kl_estimator == "k1" and of_policy and not of_k2:
@@ -245,7 +285,7 @@ _OFF_POLICY = Objective(
 
 OBJECTIVES: dict[str, Objective] = {
     "reinforce": _REINFORCE,
-    # https://arxiv.org/abs/2402.14740 eq. 8: leave-one-out baseline, KL in the reward
+    # https://arxiv.org/abs/2402.14740 section 2.3: leave-one-out baseline, KL in the reward
     "rloo": _REINFORCE,
     # https://arxiv.org/abs/2310.10505 algorithm 1: baseline is the reward of the greedy completion
     "remax": _REINFORCE,
@@ -280,6 +320,19 @@ OBJECTIVES: dict[str, Objective] = {
         clip_high=4e-4,
         aggregation="sequence-mean-token-mean",
     ),
+    # https://arxiv.org/abs/2602.05261: GSPO's loss of a completion times its length
+    "luspo": Objective(
+        ratio_level="sequence",
+        clip_low=3e-4,
+        clip_high=4e-4,
+        aggregation="sequence-mean-token-sum",
+    ),
+    # https://arxiv.org/abs/2602.04879 eq. 11 to 14, old_logprobs being the sampler's; the bounds
+    # are those of its users
+    "dppo_tv": Objective(surrogate="divergence_tv", clip_low=0.2, clip_high=0.2),
+    "dppo_kl": Objective(surrogate="divergence_kl", clip_low=0.05, clip_high=0.05),
+    # https://arxiv.org/abs/2602.10693, with powers and rates of its code
+    "vespo": Objective(ratio_level="product", surrogate="gamma"),
     # https://arxiv.org/abs/2506.13585 eq. 4 and 5, without a lower bound; the upper one is tuned
     # there and not stated: that of DAPO
     "cispo": Objective(surrogate="stop_gradient", clip_low=1.0, clip_high=0.28),
@@ -296,8 +349,8 @@ OBJECTIVES: dict[str, Objective] = {
     # Off-policy policy gradient: every step is weighed by the ratio of the whole trajectory,
     # https://rail.eecs.berkeley.edu/deeprlcourse/ lecture 5
     "off_policy_trajectory": _OFF_POLICY.replace(ratio_level="product"),
-    # the same lecture and https://arxiv.org/abs/1205.4839, with per-step causality: the gradient at
-    # a step is weighed by the ratios of the steps up to it
+    # the same lecture, with per-step causality: the gradient at a step is weighed by the ratios of
+    # the steps up to it
     "off_policy_prefix": _OFF_POLICY,
     # and the rewards from it on by the ratios between: those are in the advantages
     "off_policy_causal": _OFF_POLICY,

@@ -9,6 +9,7 @@ struct Objective {
     float ratio_low, ratio_high;  // 1 - clip_low, 1 + clip_high (which may be inf)
     float dual_clip;              // c > 1
     float tau_positive, tau_negative;
+    float power_positive, power_negative, rate_positive, rate_negative;
     int correction;
     bool correction_sequence;  // w from the sum of its logarithm over the sequence
     float correction_low, correction_high;

@@ -28,6 +28,11 @@ enum Surrogate : int {
     kGeometric = 6,     // l_t clipped from above by log high (A >= 0) or from below by log low
                         // (A < 0) before the mean over the sequence; r A
     kSoftGate = 7,      // 4 / tau sigmoid(tau (r - 1)) A, tau by the sign of A
+    // r A; 0 where a divergence of the probabilities p of the token and p / r is above high - 1 and
+    // A > 0, r > 1, or above 1 - low and A < 0, r < 1
+    kDivergenceTv = 8,  // |p - p / r|
+    kDivergenceKl = 9,  // KL(p / r || p) between the token and all others
+    kGamma = 10,        // r^power e^(rate (1 - r)) A logp, by the sign of A; no gradient through r
 };
 
 // The weight of a token's surrogate from w = exp(old_logprobs - sampler_logprobs).

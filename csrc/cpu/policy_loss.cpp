@@ -117,6 +117,9 @@ Evaluate choose(int surrogate, int kl, bool straight_through) {
         case kMaskOutside: return choose_kl<kMaskOutside>(kl, straight_through);
         case kReinforce: return choose_kl<kReinforce>(kl, straight_through);
         case kSoftGate: return choose_kl<kSoftGate>(kl, straight_through);
+        case kDivergenceTv: return choose_kl<kDivergenceTv>(kl, straight_through);
+        case kDivergenceKl: return choose_kl<kDivergenceKl>(kl, straight_through);
+        case kGamma: return choose_kl<kGamma>(kl, straight_through);
         // kGeometric: its bounds act on log ratios
         default: return choose_kl<kUnclipped>(kl, straight_through);
     }

@@ -171,7 +171,8 @@ __device__ __forceinline__ SequenceTerms find_sequence_terms(const PolicyLoss& a
     if (with_ratio || with_weight || (a.sequence_mean && a.mask.data)) {
         sum_logarithms<kSurrogate>(a, p, s, scratch);
     }
-    constexpr bool kThroughRatio = kSurrogate != kStopGradient && kSurrogate != kReinforce;
+    constexpr bool kThroughRatio =
+        kSurrogate != kStopGradient && kSurrogate != kReinforce && kSurrogate != kGamma;
     if (kThroughRatio && with_ratio && a.grad_logprobs) {
         sum_derivatives<kSurrogate>(a, p, s, scratch);
     }
@@ -360,6 +361,9 @@ void policy_loss(const PolicyLoss& a, Stream stream) {
         case kReinforce: return launch_surrogate<kReinforce>(a, stream);
         case kGeometric: return launch_surrogate<kGeometric>(a, stream);
         case kSoftGate: return launch_surrogate<kSoftGate>(a, stream);
+        case kDivergenceTv: return launch_surrogate<kDivergenceTv>(a, stream);
+        case kDivergenceKl: return launch_surrogate<kDivergenceKl>(a, stream);
+        case kGamma: return launch_surrogate<kGamma>(a, stream);
         default: return launch_surrogate<kUnclipped>(a, stream);
     }
 }

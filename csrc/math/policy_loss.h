@@ -50,13 +50,27 @@ WARPO_HD bool is_outside(float x, float limit) { return x > limit || x < -limit;
 
 // The fields of the same names in PolicyLoss.
 struct SurrogateOptions {
-    float ratio_low, ratio_high, dual_clip, tau_positive, tau_negative, log_ratio_limit;
+    float ratio_low, ratio_high, dual_clip, tau_positive, tau_negative;
+    float power_positive, power_negative, rate_positive, rate_negative, log_ratio_limit;
 };
 
 template <class Arguments>
 WARPO_HD SurrogateOptions surrogate_options(const Arguments& a) {
-    return {a.ratio_low,    a.ratio_high,   a.dual_clip,
-            a.tau_positive, a.tau_negative, a.log_ratio_limit};
+    return {a.ratio_low,      a.ratio_high,     a.dual_clip,     a.tau_positive,  a.tau_negative,
+            a.power_positive, a.power_negative, a.rate_positive, a.rate_negative, a.log_ratio_limit};
+}
+
+// Between the distributions of "this token or another" that log-probabilities give: total variation,
+// or KL(old || new). Rounding may have left the logprobs above 0.
+template <bool kKl>
+WARPO_HD float binary_divergence(float old, float logp) {
+    const float before = clamp_between(old, -85.0f, 0.0f);  // e^-85 is nothing next to 1
+    const float now = clamp_above(logp, 0.0f);
+    const Exponential p_old = exponential_of(before), p = exponential_of(now);
+    const float difference = p.value - p_old.value;
+    if (!kKl) return difference < 0.0f ? -difference : difference;
+    const float of_others = p_old.less_1 < 0.0f ? -p_old.less_1 * logf(p_old.less_1 / p.less_1) : 0.0f;
+    return p_old.value * (before - now) + of_others;
 }
 
 struct TokenTerms {
@@ -78,6 +92,8 @@ struct TokenTerms {
 // https://arxiv.org/abs/2503.14476 eq. 10. kDualClip: https://arxiv.org/abs/1912.09729 eq. 8.
 // kStopGradient: CISPO, https://arxiv.org/abs/2506.13585 eq. 4 and 5. kGeometric: GMPO,
 // https://arxiv.org/abs/2507.20673 eq. 4. kSoftGate: SAPO, https://arxiv.org/abs/2511.20347.
+// kDivergenceTv, kDivergenceKl: DPPO, https://arxiv.org/abs/2602.04879 eq. 11 to 14. kGamma: VESPO,
+// https://arxiv.org/abs/2602.10693.
 template <int kSurrogate>
 WARPO_HD TokenTerms token_terms(const SurrogateOptions& options, float log_ratio, float logp,
                                 float advantage, float correction) {
@@ -123,6 +139,20 @@ WARPO_HD TokenTerms token_terms(const SurrogateOptions& options, float log_ratio
         value = 4.0f / tau * sigmoid * advantage;
         // sigmoid' = odds sigmoid^2: 1 - sigmoid would lose its digits near 1
         by_log_ratio = 4.0f * (odds * sigmoid * sigmoid) * unclipped;
+    } else if (kSurrogate == kDivergenceTv || kSurrogate == kDivergenceKl) {
+        const float old = logp - clamp_symmetric(log_ratio, limit);
+        const float divergence = binary_divergence<kSurrogate == kDivergenceKl>(old, logp);
+        low = advantage < 0.0f && ratio < 1.0f && divergence > 1.0f - options.ratio_low;
+        high = advantage > 0.0f && ratio > 1.0f && divergence > options.ratio_high - 1.0f;
+        value = by_log_ratio = (low || high) ? 0.0f : unclipped;
+    } else if (kSurrogate == kGamma) {
+        const bool negative = advantage < 0.0f;
+        const float power = negative ? options.power_negative : options.power_positive;
+        const float rate = negative ? options.rate_negative : options.rate_positive;
+        const float bounded = clamp_symmetric(log_ratio, limit);
+        by_logp = exp_f32(power * bounded - rate * (ratio - 1.0f)) * advantage;
+        value = by_logp * logp;
+        by_log_ratio = 0.0f;
     }
 
     TokenTerms terms;
@@ -152,6 +182,12 @@ WARPO_HD TokenTerms token_terms(int surrogate, const SurrogateOptions& options, 
             return token_terms<kReinforce>(options, log_ratio, logp, advantage, correction);
         case kSoftGate:
             return token_terms<kSoftGate>(options, log_ratio, logp, advantage, correction);
+        case kDivergenceTv:
+            return token_terms<kDivergenceTv>(options, log_ratio, logp, advantage, correction);
+        case kDivergenceKl:
+            return token_terms<kDivergenceKl>(options, log_ratio, logp, advantage, correction);
+        case kGamma:
+            return token_terms<kGamma>(options, log_ratio, logp, advantage, correction);
         default: return token_terms<kUnclipped>(options, log_ratio, logp, advantage, correction);
     }
 }

@@ -61,6 +61,8 @@ class Algorithm:
             groups of equal rewards are kept.
         pretraining_coef: weight of the supervised loss on pre-training data, next to the policy's.
         trains_reward_model: the reward model learns too, see config/reward_model.py.
+        right_nll_coef: weight of the negative log-likelihood of right completions, next to the
+            policy's loss.
         caution: a warning to read before relying on the row.
     """
 
@@ -96,6 +98,7 @@ class Algorithm:
     max_draws: int = 1
     pretraining_coef: float = 0.0
     trains_reward_model: bool = False
+    right_nll_coef: float = 0.0
     caution: str = ""
 
     @property

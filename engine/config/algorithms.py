@@ -67,41 +67,46 @@ _ROWS: dict[str, Algorithm] = {
         _BERKELEY, reward_to_go=True,
     ),
     "opo": _outcome(
-        "reinforce", "optimal", "OPO, the length-weighted baseline",
+        "reinforce", "optimal", "OPO, optimal baseline by length",
         "https://arxiv.org/abs/2505.23585", kl_in="loss",
     ),
     "rloo": _outcome(
-        "rloo", "leave_one_out", "RLOO, eq. 8", "https://arxiv.org/abs/2402.14740",
+        "rloo", "leave_one_out", "RLOO, section 2.3", "https://arxiv.org/abs/2402.14740",
         reward_kl_coef=0.03,
     ),
     "reinforce_plus_plus": _outcome(
-        "reinforce_plus_plus", "none", "REINFORCE++", "https://arxiv.org/abs/2501.03262",
+        "reinforce_plus_plus", "none", "REINFORCE++ (v9), eq. 1, 4 and 5",
+        "https://arxiv.org/abs/2501.03262",
         reward_kl_coef=0.01, reward_to_go=True, whiten=True,
     ),
     "reinforce_plus_plus_baseline": _outcome(
-        "reinforce_plus_plus_baseline", "group", "REINFORCE++ with baseline",
+        "reinforce_plus_plus_baseline", "group", "REINFORCE++ with baseline (v9), eq. 6 to 8",
         "https://arxiv.org/abs/2501.03262", kl_in="loss", whiten=True,
     ),
     "remax": _outcome(
         "remax", "greedy", "ReMax, algorithm 1", "https://arxiv.org/abs/2310.10505",
     ),
     "gpg": _outcome(
-        "gpg", "group", "GPG", "https://arxiv.org/abs/2504.02546", kl_in="loss", rescaled=True,
+        "gpg", "group", "GPG, eq. 5 to 8", "https://arxiv.org/abs/2504.02546", kl_in="loss",
+        rescaled=True,
     ),
     "off_policy_trajectory": _outcome(
-        "off_policy_trajectory", "moving", "off-policy policy gradient, ratio of the trajectory",
+        "off_policy_trajectory", "moving",
+        "off-policy policy gradient, ratio of the trajectory, lecture 5",
         _BERKELEY,
     ),
     "off_policy_first_order": _outcome(
-        "off_policy_first_order", "moving", "first-order off-policy policy gradient", _BERKELEY,
+        "off_policy_first_order", "moving",
+        "off-policy policy gradient, its first order, lecture 5", _BERKELEY,
     ),
     "off_policy_prefix": _outcome(
-        "off_policy_prefix", "moving", "off-policy policy gradient, ratios of the prefix",
-        "https://arxiv.org/abs/1205.4839",
+        "off_policy_prefix", "moving",
+        "off-policy policy gradient, ratios of the prefix, lecture 5", _BERKELEY,
     ),
     "off_policy_causal": _policy(
         "off_policy_causal", "causal",
-        "off-policy policy gradient, ratios up to the token and on to the reward", _BERKELEY,
+        "off-policy policy gradient, ratios up to the token and on to the reward, lecture 5",
+        _BERKELEY,
         baseline="moving", kl_in="reward",
     ),
     "a2c": _critic(
@@ -118,8 +123,13 @@ _ROWS: dict[str, Algorithm] = {
         previous_reference=True, kl_rule="doubling", kl_target=0.01,
     ),
     "ppo_length_adaptive": _critic(
-        OBJECTIVES["ppo"].replace(clip_high=0.28), "length-adaptive GAE of VAPO",
+        OBJECTIVES["ppo"].replace(clip_high=0.28), "length-adaptive GAE of VAPO, eq. 5",
         "https://arxiv.org/abs/2504.05118", gae_lambda=("length:0.05", 1.0),
+    ),
+    "vapo": _critic(
+        OBJECTIVES["ppo"].replace(clip_high=0.28),
+        "VAPO: length-adaptive GAE and a loss of right answers",
+        "https://arxiv.org/abs/2504.05118", gae_lambda=("length:0.05", 1.0), right_nll_coef=0.1,
     ),
     "ppo_ptx": _critic(
         "ppo", "PPO-ptx of InstructGPT, eq. 2", _RLHF,
@@ -169,9 +179,15 @@ _ROWS: dict[str, Algorithm] = {
     ),
     "dapo": _group("dapo", "DAPO, eq. 8 and 11", "https://arxiv.org/abs/2503.14476", max_draws=10),
     "gspo": _group("gspo", "GSPO, eq. 5", "https://arxiv.org/abs/2507.18071"),
-    "cispo": _group("cispo", "CISPO, eq. 4", "https://arxiv.org/abs/2506.13585"),
+    "luspo": _group("luspo", "LUSPO", "https://arxiv.org/abs/2602.05261"),
+    "dppo_tv": _group(
+        "dppo_tv", "DPPO, eq. 11, total variation", "https://arxiv.org/abs/2602.04879"
+    ),
+    "dppo_kl": _group("dppo_kl", "DPPO, eq. 11, KL", "https://arxiv.org/abs/2602.04879"),
+    "vespo": _group("vespo", "VESPO", "https://arxiv.org/abs/2602.10693"),
+    "cispo": _group("cispo", "CISPO, eq. 4 and 5", "https://arxiv.org/abs/2506.13585"),
     "gmpo": _group("gmpo", "GMPO, eq. 4", "https://arxiv.org/abs/2507.20673"),
-    "sapo": _group("sapo", "SAPO, eq. 5", "https://arxiv.org/abs/2511.20347"),
+    "sapo": _group("sapo", "SAPO, eq. 5 and 6", "https://arxiv.org/abs/2511.20347"),
     "grpo_tis": _group(
         "grpo_tis", "GRPO, truncated importance sampling",
         "https://fengyao.notion.site/off-policy-rl",
@@ -179,7 +195,7 @@ _ROWS: dict[str, Algorithm] = {
     "grpo_mis": _group(
         "grpo_mis", "GRPO, masked importance sampling", "https://richardli.xyz/rl-collapse"
     ),
-    "grpo_icepop": _group("grpo_icepop", "GRPO with IcePop", "https://arxiv.org/abs/2510.18855"),
+    "grpo_icepop": _group("grpo_icepop", "GRPO with IcePop, eq. 1 and 2", "https://arxiv.org/abs/2510.18855"),
     "iterative_dpo": Algorithm(
         title="iterative reasoning preference optimisation, eq. 1",
         url="https://arxiv.org/abs/2404.19733", objective=PREFERENCES["dpo_nll"],
@@ -198,19 +214,19 @@ _ROWS: dict[str, Algorithm] = {
         "squared distance of the difference from 1 / (2 beta)",
     ),
     "conservative_dpo": _preference(
-        "conservative_dpo", "conservative DPO", "https://ericmitchell.ai/cdpo.pdf",
+        "conservative_dpo", "conservative DPO, eq. 3", "https://ericmitchell.ai/cdpo.pdf",
         "DPO, a share of the pairs being the wrong way round",
     ),
     "robust_dpo": _preference(
-        "robust_dpo", "robust DPO", "https://arxiv.org/abs/2403.00409",
+        "robust_dpo", "robust DPO, section 3.1", "https://arxiv.org/abs/2403.00409",
         "DPO, unbiased under such a share",
     ),
     "hinge": _preference(
-        "hinge", "the hinge loss of RSO", "https://arxiv.org/abs/2309.06657",
+        "hinge", "the hinge loss of RSO, eq. 10", "https://arxiv.org/abs/2309.06657",
         "max(0, 1 - difference of a pair's rewards)",
     ),
     "slic": _preference(
-        "slic", "SLiC-HF", "https://arxiv.org/abs/2305.10425",
+        "slic", "SLiC-HF, eq. 2", "https://arxiv.org/abs/2305.10425",
         "the same of log-likelihoods, without a reference",
     ),
     "simpo": _preference(
@@ -226,7 +242,7 @@ _ROWS: dict[str, Algorithm] = {
         "DPO, and -log pi of the chosen, mean over tokens",
     ),
     "kto": Algorithm(
-        family="preference", title="KTO, eq. 8", url="https://arxiv.org/abs/2402.01306",
+        family="preference", title="KTO (v2 and later), eq. 8", url="https://arxiv.org/abs/2402.01306",
         others=("reference",), loss="of completions labelled good or bad",
     ),
     "bradley_terry": Algorithm(
@@ -239,15 +255,15 @@ _ROWS: dict[str, Algorithm] = {
         trained="reward model", loss="Bradley-Terry over all pairs of a ranking",
     ),
     "process_reward": Algorithm(
-        family="reward model", title="process reward model", url="https://arxiv.org/abs/2305.20050",
+        family="reward model", title="process reward model, section 2.6", url="https://arxiv.org/abs/2305.20050",
         trained="reward model", loss="cross-entropy of the label of each step",
     ),
     "sac": Algorithm(
-        family="control", title="soft actor-critic", url="https://arxiv.org/abs/1812.05905",
+        family="control", title="soft actor-critic, eq. 5, 9 and 18", url="https://arxiv.org/abs/1812.05905",
         others=("two critics", "their Polyak averages"), loss="soft Q and soft policy improvement",
     ),
     "sac_v": Algorithm(
-        family="control", title="soft actor-critic with a value function, algorithm 1",
+        family="control", title="soft actor-critic with a value function, eq. 5 to 12",
         url="https://arxiv.org/abs/1801.01290",
         others=("two critics", "value function", "its Polyak average"),
         loss="soft V, soft Q and soft policy improvement",

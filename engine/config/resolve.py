@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +68,7 @@ def resolve(config: Config) -> Algorithm:
         "gamma": config.loss.gamma,
         "gae_lambda": config.loss.gae_lambda,
         "pretraining_coef": config.pretraining.coef,
+        "right_nll_coef": config.loss.right_nll_coef,
         "kl_target": config.loss.kl_target,
     }
     changes = {name: value for name, value in own.items() if value != "algorithm"}
@@ -119,7 +121,7 @@ def _objective(
     given: dict[str, Any] = dict(kl)
     if loss.clip_range != "algorithm":
         given["clip_low"], given["clip_high"] = loss.clip_range
-    for setting in ("entropy_coef", "aggregation", "kl_gradient", "kl_level"):
+    for setting in ("entropy_coef", "aggregation", "kl_gradient", "kl_level", "sequence_mask"):
         if (value := getattr(loss, setting)) != "algorithm":
             given[setting] = value
     if loss.correction != "algorithm":
@@ -161,11 +163,14 @@ def has_effect(row: Algorithm) -> dict[str, bool]:
     """True if a row of the policy family reads a setting, for those that not all rows read."""
     estimator = row.estimator
     weighs_tokens = not estimator.makes_pairs
-    no_bounds = ("none", "reinforce", "soft_gate")
-    ratio = isinstance(row.objective, Objective) and row.objective.surrogate not in no_bounds
+    no_bounds = ("none", "reinforce", "soft_gate", "gamma")
+    surrogate = row.objective.surrogate if isinstance(row.objective, Objective) else "none"
+    ratio = surrogate not in no_bounds
     return {
         "loss.aggregation": weighs_tokens,
         "loss.clip_range": ratio,
+        "loss.right_nll_coef": weighs_tokens,
+        "loss.sequence_mask": weighs_tokens and surrogate != "geometric",
         "loss.nll_coef": estimator.makes_pairs,
         "loss.pairs": estimator.makes_pairs,
         "loss.pass_at_k": estimator.compares_subsets,
@@ -238,6 +243,18 @@ def _check_updates(config: Config, row: Algorithm) -> None:
         raise ConfigError(
             f"update.max_kl = {update.max_kl:g} has no effect: it ends the epochs of a step, and "
             "update.epochs is 1"
+        )
+    objective = row.objective
+    if (
+        isinstance(objective, Objective)
+        and objective.sequence_mask < math.inf
+        and objective.correction == "none"
+        and update.per_step == 1
+    ):
+        raise ConfigError(
+            f"loss.sequence_mask = {objective.sequence_mask:g} has no effect: the policy has not "
+            "moved in the first optimizer step of a step. Set update.epochs or update.minibatches "
+            "to 2 or more, or loss.correction"
         )
     if row.previous_reference and row.kl_coef and update.per_step == 1:
         raise ConfigError(

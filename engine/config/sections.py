@@ -226,6 +226,13 @@ class LossSettings:
     nll_coef: NonNegative | Literal["algorithm"] = "algorithm"
     """In iterative_dpo the weight of the negative log-likelihood of the chosen completions, in nats
     per token."""
+    right_nll_coef: NonNegative | Literal["algorithm"] = "algorithm"
+    """Weight of the negative log-likelihood of the completions with at least reward.success, the
+    mean over their tokens in an optimizer step. "algorithm": 0.1 for vapo, 0 for the others."""
+    sequence_mask: NonNegative | Literal["algorithm"] = "algorithm"
+    """Off-policy sequence masking: in completions that the policy is more than this less likely to
+    draw than when they were drawn, in nats per token, tokens with a negative advantage have no
+    policy loss. "algorithm": none."""
     pairs: Literal["algorithm", "ranked", "extremes", "all"] = "algorithm"
     """In iterative_dpo the completions of a prompt that are compared. ranked: best with worst,
     second best with second worst, and so on. extremes: best with worst. all: each with every

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 
 from rich import box
@@ -92,7 +93,7 @@ def _differences(row: Algorithm, objective: Objective) -> tuple[str, ...]:
     if row.previous_reference:
         kl += ", to the old policy"
     ratio = "none" if objective.surrogate == "reinforce" else objective.ratio_level
-    return (row.estimator.text, ratio, surrogate, kl, objective.aggregation)
+    return (row.advantage_text, ratio, surrogate, kl, objective.aggregation)
 
 
 def describe(row: Algorithm) -> str:
@@ -154,6 +155,9 @@ def _settings(row: Algorithm) -> dict[str, str]:
             "loss.kl_in": row.kl_in,
             "loss.kl_gradient": objective.kl_gradient,
             "loss.kl_level": objective.kl_level,
+            "loss.sequence_mask": "none"
+            if objective.sequence_mask == math.inf
+            else f"{objective.sequence_mask:g}",
             "loss.kl_target": "fixed" if row.kl_target is None else f"{row.kl_target:g}",
             "loss.entropy_coef": f"{objective.entropy_coef:g}",
             "loss.correction": correction
@@ -174,6 +178,7 @@ def _settings(row: Algorithm) -> dict[str, str]:
         "loss.pass_at_k": str(row.pass_at_k),
         "loss.pairs": row.pairs,
         "rollout.max_draws": str(row.max_draws),
+        "loss.right_nll_coef": f"{row.right_nll_coef:g}",
         "pretraining.coef": f"{row.pretraining_coef:g}",
     }
     read = has_effect(row)

@@ -126,6 +126,8 @@ class Learner:
             metrics = self.score(rollouts, self._recompute_old(rollouts, drift))
         with log.phase("advantages"):
             estimated = estimate(self.algorithm, rollouts, self.adaptive)
+            if self.algorithm.right_nll_coef:
+                rollouts.mark_right(config.reward.success)
         self._run.raise_if_stopped()
         with log.phase("update") as report:
             metrics |= self._epochs(rollouts, drift, report)
@@ -246,7 +248,7 @@ class Learner:
             result = result._replace(pairs=pairs)
         elif algorithm.objective is not None:
             shared = self.critic if self.critic is not None and self.critic.is_shared else None
-            policy, values = accumulate_gradients(
+            policy, values, right = accumulate_gradients(
                 self.model,
                 batches,
                 algorithm.objective,
@@ -255,9 +257,10 @@ class Learner:
                 kl_coef=self.adaptive.kl_coef if algorithm.kl_adapts_in_loss else None,
                 causal_gamma=algorithm.gamma if algorithm.estimator.is_causal else None,
                 critic=shared,
+                right_nll_coef=algorithm.right_nll_coef,
                 ranks=ranks,
             )
-            result = result._replace(policy=policy)
+            result = result._replace(policy=policy, right=right)
             result = result if values is None else result._replace(values=values)
         if algorithm.pretraining_coef and self.pretraining is not None:
             count = sum(batch.num_sequences for batch in batches)

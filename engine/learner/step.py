@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from warpo.engine.learner.optimizer import WeightUpdate
@@ -25,6 +26,7 @@ class StepResult(NamedTuple):
         policy: the vector of `ops.policy_loss`, summed over micro-batches.
         pairs: the vector of `ops.preference_loss`.
         values: the vector of `ops.value_loss`.
+        right: the loss of right completions, times its coefficient.
         pretraining: the supervised loss, times its coefficient.
         update: effect of the step on the policy's weights.
     """
@@ -32,6 +34,7 @@ class StepResult(NamedTuple):
     policy: Tensor | None = None
     pairs: Tensor | None = None
     values: Tensor | None = None
+    right: Tensor | None = None
     pretraining: Tensor | None = None
     update: WeightUpdate | None = None
 
@@ -58,8 +61,9 @@ def accumulate_gradients(
     kl_coef: float | None = None,
     causal_gamma: float | None = None,
     critic: Critic | None = None,
+    right_nll_coef: float = 0.0,
     ranks: Ranks = ONE_RANK,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Add the gradient of one optimizer step to that of the parameters, micro-batch by micro-batch.
 
     loss = sum over the micro-batches of sum_t w_t loss_t / denominator, where the denominator is
@@ -71,13 +75,17 @@ def accumulate_gradients(
         causal_gamma: the advantages are rewards of tokens, of which `ops.off_policy_returns` makes
             advantages with this discount.
         critic: one that shares the model's trunk: its loss is added, times its coef.
+        right_nll_coef: weight of the mean of -logp over the tokens of right completions in all
+            micro-batches, which is added; of VAPO, https://arxiv.org/abs/2504.05118.
 
     Returns:
-        The vector of `ops.policy_loss`, summed over the micro-batches; that of `ops.value_loss`.
+        The vector of `ops.policy_loss`, summed over the micro-batches; that of `ops.value_loss`;
+        the loss of right completions, () float32.
     """
     total = denominator(batches, objective.aggregation, max_new_tokens, ranks)
     value_total = 0.0 if critic is None else critic.denominator(batches)
-    metrics, value_metrics = [], []
+    right_weight = right_nll_coef and right_nll_coef / _count_right(batches, ranks)
+    metrics, value_metrics, right_losses = [], [], []
     for batch in batches:
         if critic is None:
             current = token_logprobs(model, batch, temperature)
@@ -112,8 +120,21 @@ def accumulate_gradients(
             value_loss, batch_values = critic.loss(values, batch, value_total)
             loss = loss + critic.coef * value_loss
             value_metrics.append(batch_values)
+        if right_nll_coef:
+            assert batch.right is not None
+            right_loss = -right_weight * current.logprobs.where(batch.right, 0).sum()
+            loss = loss + right_loss
+            right_losses.append(right_loss.detach())
         loss.backward()
         metrics.append(batch_metrics)
-    return ops.sum_metrics(ranks.gather(metrics)), (
-        ops.merge_value_metrics(ranks.gather(value_metrics)) if value_metrics else None
+    return (
+        ops.sum_metrics(ranks.gather(metrics)),
+        ops.merge_value_metrics(ranks.gather(value_metrics)) if value_metrics else None,
+        torch.stack(ranks.gather(right_losses)).sum() if right_losses else None,
     )
+
+
+def _count_right(batches: Sequence[Batch], ranks: Ranks) -> Tensor:
+    """() int64 on the device, at least 1: tokens of right completions."""
+    counts = [batch.right.sum() for batch in batches if batch.right is not None]
+    return ranks.sum(torch.stack(counts).sum()).clamp(min=1)

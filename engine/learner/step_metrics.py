@@ -27,6 +27,9 @@ def step_metrics(results: Sequence[StepResult], ranks: Ranks = ONE_RANK) -> Metr
     if values:
         metrics |= ops.value_metrics(ops.merge_value_metrics(values))
         metrics["loss/value"] /= len(values)
+    right = [result.right for result in results if result.right is not None]
+    if right:
+        metrics["loss/right_nll"] = torch.stack(right).mean().item()
     pretraining = [result.pretraining for result in results if result.pretraining is not None]
     if pretraining:
         metrics["loss/pretraining"] = torch.stack(pretraining).mean().item()

@@ -34,6 +34,7 @@ class Batch:
         old_logprobs: (M,) float32, of the policy when the step began, the sampler's or the
             learner's.
         ref_logprobs, values, advantages, returns: (M,) float32.
+        right: (M,) bool, tokens of completions that count as right.
 
     What a loss does not read is None.
     """
@@ -51,6 +52,7 @@ class Batch:
     values: Tensor | None = None
     advantages: Tensor | None = None
     returns: Tensor | None = None
+    right: Tensor | None = None
 
     @property
     def num_sequences(self) -> int:

@@ -13,7 +13,10 @@ from torch import Tensor
 from warpo.engine.models.batch import Batch, pack, starts_of
 from warpo.engine.types import Completion, Prompt, TokenSequence, TokenSteps
 
-COLUMNS = ("sampler_logprobs", "old_logprobs", "ref_logprobs", "values", "advantages", "returns")
+COLUMNS = (
+    *("sampler_logprobs", "old_logprobs", "ref_logprobs"),
+    *("values", "advantages", "returns", "right"),
+)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -40,6 +43,7 @@ class StepRollouts:
         finished: (B,) bool, False for a completion that was cut at the length limit; None: all are.
         last_values: (B,) float32, of the state after a completion that was cut, and 0 after one
             that ended; None: 0.
+        right: (M,) bool, tokens of completions that count as right, where a loss reads it.
         probed: rows that sampler and learner are compared on.
         labelled: pairs that the reward model learns from, where one does.
     """
@@ -59,6 +63,7 @@ class StepRollouts:
     returns: Tensor | None = None
     finished: Tensor | None = None
     last_values: Tensor | None = None
+    right: Tensor | None = None
     probed: Sequence[int] = ()
     labelled: Sequence[Any] = ()
 
@@ -127,6 +132,11 @@ class StepRollouts:
         if self.finished is not None:
             values = values.masked_fill(self.finished[rows].to(values.device), 0.0)
             self.last_values[rows] = values
+
+    def mark_right(self, success: float) -> None:
+        """Fill the column of the tokens of completions with at least this reward."""
+        right = torch.repeat_interleave(self.rewards >= success, torch.from_numpy(self.lengths))
+        self.right = right.to(self.device)
 
     def to(self, device: torch.device | str) -> StepRollouts:
         """The same rollouts with their columns on a device."""

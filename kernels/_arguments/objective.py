@@ -14,6 +14,10 @@ class ObjectiveArguments(NamedTuple):
     dual_clip: float
     tau_positive: float
     tau_negative: float
+    power_positive: float
+    power_negative: float
+    rate_positive: float
+    rate_negative: float
     correction: int
     correction_sequence: bool
     correction_low: float

@@ -5,8 +5,6 @@ Where a term needs the whole sequence, each of its programs reads all of it, in 
 gradient depends on the number of programs.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -16,10 +14,10 @@ from warpo.kernels._triton.launch import kernel, strided
 from warpo.kernels._triton.policy_part import INF, NUM_METRICS, RATIO_MAX, RATIO_MIN, part
 from warpo.kernels._triton.policy_sequence import sequence_kl, sequence_sums, sum_by_log_ratio
 from warpo.kernels._triton.policy_terms import (
-    GEOMETRIC,
     PREFIX_RATIO,
     PRODUCT_RATIO,
     SEQUENCE_RATIO,
+    surrogate_bounds,
 )
 from warpo.kernels._triton.sequences import bounds as bounds_of
 from warpo.kernels._triton.sequences import inverse_denominator, poison_if
@@ -213,10 +211,6 @@ def _reduce_kernel(
     tl.store(loss_ptr, tl.sum(tl.where(counts, share * metrics, 0.0)))
 
 
-def _log(bound: float) -> float:
-    return math.log(bound) if bound > 0 else -math.inf
-
-
 def _count_parts(a: PolicyLossArguments) -> int:
     """Programs per sequence."""
     # the sums up to a token are made in the order of the tokens
@@ -227,9 +221,6 @@ def _count_parts(a: PolicyLossArguments) -> int:
 
 def policy_loss(a: PolicyLossArguments) -> None:
     o, term, parts = a.objective, a.kl_penalty, _count_parts(a)
-    bounds = (o.ratio_low, o.ratio_high)
-    if o.surrogate == GEOMETRIC.value:
-        bounds = (_log(o.ratio_low), _log(o.ratio_high))
     per_token = (
         a.logprobs,
         a.old_logprobs,
@@ -239,8 +230,7 @@ def policy_loss(a: PolicyLossArguments) -> None:
         a.entropy,
         a.mask,
     )
-    numbers = [*bounds, o.dual_clip, o.tau_positive, o.tau_negative]
-    numbers += [o.correction_low, o.correction_high, term.kl_coef]
+    numbers = [*surrogate_bounds(o), o.correction_low, o.correction_high, term.kl_coef]
     with torch.cuda.device_of(a.logprobs):
         if a.sequences:
             _policy_loss_kernel[(a.sequences * parts,)](

@@ -27,6 +27,7 @@ from warpo.kernels._triton.policy_terms import (
     exp,
     is_outside,
     kl_estimate,
+    surrogate_bounds,
     surrogate_terms,
 )
 from warpo.kernels._triton.sequences import inverse_denominator, weighted
@@ -278,8 +279,7 @@ def policy_loss_from_logits(a: PolicyLossFromLogitsArguments) -> None:
         a.sampler_logprobs,
         a.valid_tokens,
     )
-    numbers = [o.ratio_low, o.ratio_high, o.dual_clip, o.tau_positive, o.tau_negative]
-    numbers += [o.correction_low, o.correction_high, term.kl_coef]
+    numbers = [*surrogate_bounds(o), o.correction_low, o.correction_high, term.kl_coef]
     with torch.cuda.device_of(forward.logits):
         _policy_loss_from_logits_kernel[(tokens,)](
             *_rows(forward.logits, width),

@@ -1,7 +1,11 @@
 """The terms of a policy loss for a block of tokens: the formulas of `csrc/math/policy_loss.h`."""
 
+import math
+
 import triton
 import triton.language as tl
+
+from warpo.kernels._arguments.objective import ObjectiveArguments
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LOG2_E_LOW = tl.constexpr(1.9259629911266175e-8)  # log2(e) less its rounding to float32
@@ -12,6 +16,7 @@ OF_REFERENCE = tl.constexpr(4)
 SEQUENCE_RATIO, PREFIX_RATIO, PRODUCT_RATIO = (tl.constexpr(i) for i in range(1, 4))
 CLIP, DUAL_CLIP, STOP_GRADIENT, MASK_OUTSIDE = (tl.constexpr(i) for i in range(4))
 REINFORCE, GEOMETRIC, SOFT_GATE = (tl.constexpr(i) for i in range(5, 8))
+DIVERGENCE_TV, DIVERGENCE_KL, GAMMA = (tl.constexpr(i) for i in range(8, 11))
 TRUNCATE, TRUNCATE_MASK_NAN = tl.constexpr(1), tl.constexpr(3)
 
 
@@ -54,6 +59,33 @@ def is_outside(x, limit):
 
 
 @triton.jit
+def binary_divergence(old, logp, OF_KL: tl.constexpr):
+    """Of the distributions of "this token or another": total variation or KL(old || new)."""
+    before, now = clamp(old, -85.0, 0.0), tl.where(logp > 0.0, 0.0, logp)
+    p_old, others_old, _ = exponential_of(before)
+    p, others, _ = exponential_of(now)
+    if not OF_KL:
+        return tl.abs(p - p_old)
+    of_others = tl.where(others_old < 0.0, -others_old * tl.log(others_old / others), 0.0)
+    return p_old * (before - now) + of_others
+
+
+def surrogate_bounds(objective: ObjectiveArguments) -> tuple[float, ...]:
+    """What `surrogate_terms` takes as bounds: of GAMMA the powers, the rates as the last two."""
+    o = objective
+    if o.surrogate == GAMMA.value:
+        return o.power_positive, o.power_negative, o.dual_clip, o.rate_positive, o.rate_negative
+    low, high = o.ratio_low, o.ratio_high
+    if o.surrogate == GEOMETRIC.value:
+        low, high = _log(low), _log(high)
+    return low, high, o.dual_clip, o.tau_positive, o.tau_negative
+
+
+def _log(bound: float) -> float:
+    return math.log(bound) if bound > 0 else -math.inf
+
+
+@triton.jit
 def surrogate_terms(ratio, logp, advantage, bounds, SURROGATE: tl.constexpr):
     """The surrogate, its derivatives in log ratio and in logp outside of it, and the active bounds.
 
@@ -93,6 +125,17 @@ def surrogate_terms(ratio, logp, advantage, bounds, SURROGATE: tl.constexpr):
         value = 4.0 / tau * sigmoid * advantage
         # sigmoid' = e sigmoid^2: 1 - sigmoid would lose its digits near 1
         by_log_ratio = 4.0 * (e * sigmoid * sigmoid) * unclipped
+    elif SURROGATE == DIVERGENCE_TV or SURROGATE == DIVERGENCE_KL:  # noqa: SIM109
+        divergence = binary_divergence(logp - tl.log(ratio), logp, SURROGATE == DIVERGENCE_KL)
+        is_low = (advantage < 0) & (ratio < 1) & (divergence > 1.0 - low)
+        is_high = (advantage > 0) & (ratio > 1) & (divergence > high - 1.0)
+        value = tl.where(is_low | is_high, 0.0, unclipped)
+        by_log_ratio = value
+    elif SURROGATE == GAMMA:
+        power = tl.where(advantage < 0, high, low)
+        rate = tl.where(advantage < 0, tau_negative, tau_positive)
+        by_logp = exp(power * tl.log(ratio) - rate * (ratio - 1.0)) * advantage
+        value, by_log_ratio = by_logp * logp, zeros
     return value, by_log_ratio, by_logp, is_low, is_high, is_dual
 
 

@@ -1,5 +1,6 @@
 """Policy losses of `objectives`, in plain PyTorch."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -43,6 +44,10 @@ def policy_loss(
     logp = counted(logp, denominator)
     tokens = sequences_of(logp, mask, cu_seqlens)
     logp, old, advantages = tokens.clean(logp), tokens.clean(old), tokens.clean(advantages)
+    if objective.sequence_mask < math.inf:
+        drawn = old if objective.correction == "none" or sampler is None else tokens.clean(sampler)
+        moved = tokens.mean(drawn - logp.detach()) > objective.sequence_mask
+        advantages = torch.where(moved & (advantages < 0), 0, advantages)
     limit = objective.log_ratio_limit
     of_tokens = logp - old
     log_ratio, cut_low, cut_high = _log_ratio(objective, tokens, of_tokens, advantages)
@@ -156,7 +161,34 @@ def _surrogate(objective: Objective, ratio: Tensor, logp: Tensor, advantages: Te
         tau = torch.where(advantages > 0, objective.tau_positive, tau)
         gate = 4 / tau * torch.sigmoid(tau * (ratio - 1))
         return Surrogate(gate * advantages, none, none, none)
+    if objective.surrogate.startswith("divergence"):
+        divergence = binary_divergence(objective, logp.detach(), ratio.detach())
+        below = (advantages < 0) & (ratio < 1) & (divergence > 1 - low)
+        above = (advantages > 0) & (ratio > 1) & (divergence > high - 1)
+        return Surrogate(torch.where(below | above, 0, unclipped), below, above, none)
+    if objective.surrogate == "gamma":
+        return Surrogate(_gamma(objective, ratio, advantages) * advantages * logp, none, none, none)
     return Surrogate(unclipped, none, none, none)
+
+
+def binary_divergence(objective: Objective, logp: Tensor, ratio: Tensor) -> Tensor:
+    """Between the distributions of "this token or another" of the old policy and of this one."""
+    logp, old = (x.clamp(max=0) for x in (logp, logp - ratio.log()))
+    p, others = logp.exp(), -torch.expm1(logp)
+    p_old, others_old = old.exp(), -torch.expm1(old)
+    if objective.surrogate == "divergence_tv":
+        return (p - p_old).abs()
+    of_token = torch.where(p_old > 0, p_old * (old - logp), 0)
+    of_others = torch.where(others_old > 0, others_old * (others_old / others).log(), 0)
+    return of_token + of_others
+
+
+def _gamma(objective: Objective, ratio: Tensor, advantages: Tensor) -> Tensor:
+    """The weight of the gradient of logp, a constant."""
+    o, ratio, negative = objective, ratio.detach(), advantages < 0
+    power = torch.where(negative, ratio.new_tensor(o.power_negative), o.power_positive)
+    rate = torch.where(negative, ratio.new_tensor(o.rate_negative), o.rate_positive)
+    return (power * ratio.log() + rate * (1 - ratio)).exp()
 
 
 def _correction(

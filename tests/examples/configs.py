@@ -31,6 +31,7 @@ _OTHERS = {
     "ppo_kl": _CRITIC,
     # 0.05 of the paper is meant for thousands of tokens
     "ppo_length_adaptive": f"{_CRITIC} --loss.gae_lambda length:1 1.0",
+    "vapo": f"{_CRITIC} --loss.gae_lambda length:1 1.0",
     "grpo_response": f"{_KL} 1",
     "grpo_token": f"{_KL} 1",
     "grpo_process": f"{_KL} 1 --reward.sources examples.arithmetic:step_rewards --reward.success 2",
@@ -41,6 +42,10 @@ _OTHERS = {
     "pkpo": f"{_OUTCOME} --loss.pass_at_k 2",
     "dr_grpo": _OUTCOME,
     "gspo": _OUTCOME,
+    "luspo": f"{_OUTCOME} --update.minibatches 4",
+    "dppo_tv": f"{_OUTCOME} --update.minibatches 4",
+    "dppo_kl": f"{_OUTCOME} --update.minibatches 4",
+    "vespo": f"{_OUTCOME} --update.minibatches 4",
     "cispo": _OUTCOME,
     "gmpo": _OUTCOME,
     "sapo": _OUTCOME,

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from tests.kernels.backends import DEVICE, dtypes, strided
 from warpo.kernels import reference
 from warpo.kernels.objectives import AGGREGATIONS, KL_LEVELS, SURROGATES, Objective
+from warpo.kernels.reference.policy_loss import binary_divergence
 from warpo.kernels.reference.sequences import sequences_of
 
 PER_TOKEN = (
@@ -20,11 +21,12 @@ PER_TOKEN = (
     "entropy",
 )
 # Every surrogate at every ratio level that takes it.
+OF_TOKENS = ("divergence_tv", "divergence_kl")
 LEVELS = [("sequence", "geometric"), ("prefix", "stop_gradient")] + [
     (level, surrogate)
     for level in ("token", "sequence", "product")
     for surrogate in SURROGATES
-    if surrogate != "geometric"
+    if surrogate != "geometric" and (level == "token" or surrogate not in OF_TOKENS)
 ]
 # Every estimator of the KL with the gradients and the source of samples that it takes.
 KLS = [
@@ -58,6 +60,9 @@ def objectives(draw):
         correction_low=draw(st.sampled_from([0.0, 0.5])),
         correction_high=draw(st.sampled_from([1.2, 2.0])),
         correction_nan=draw(st.sampled_from(["propagate", "mask"])),
+        sequence_mask=draw(
+            st.sampled_from([math.inf] if surrogate == "geometric" else [math.inf, 0.0, 0.1])
+        ),
         aggregation=draw(st.sampled_from(AGGREGATIONS)),
         log_ratio_limit=draw(st.sampled_from([20.0, 0.5])),
     )
@@ -162,6 +167,14 @@ def near_a_bound(arguments, objective) -> bool:
     ratio_edges = [1 - low, 1 + high, objective.dual_clip, math.exp(limit), math.exp(-limit)]
     weight_edges = [objective.correction_low, objective.correction_high, *ratio_edges[-2:]]
     pairs = [(x, ratio_edges) for x in levels] + [(log_weight, weight_edges)]
+    if objective.sequence_mask < math.inf:
+        sampler = tokens.clean(arguments["sampler_logprobs"].double())
+        drawn = tokens.clean(old) if objective.correction == "none" else sampler
+        pairs.append((tokens.mean(drawn - tokens.clean(logp)), [math.exp(objective.sequence_mask)]))
+    if objective.surrogate in OF_TOKENS:
+        ratio = log_ratio.clamp(-limit, limit).exp()
+        moved = binary_divergence(objective, tokens.clean(logp), ratio)
+        pairs.append((moved.log(), [low, high]))
     # a log ratio of exactly 0 has the ratio 1 in both
     return any(
         (((x.exp() / edge - 1).abs() < MARGIN) & (x != 0)).any()

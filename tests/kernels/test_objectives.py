@@ -5,7 +5,15 @@ import pytest
 import torch
 
 from tests.kernels.backends import DEVICE, each_backend
-from tests.oracles.policy_loss import CONSTANT_LENGTH, ORACLES, Completion, gradient
+from tests.oracles.policy_loss import (
+    CONSTANT_LENGTH,
+    ORACLES,
+    Completion,
+    clipped,
+    gradient,
+    grpo_terms,
+    mean_over_completions,
+)
 from tests.tolerance import SUM_RELATIVE, assert_close
 from warpo.kernels import ops, reference
 from warpo.kernels.objectives import OBJECTIVES, Objective
@@ -151,6 +159,54 @@ def test_process_supervision_is_grpo_with_an_advantage_a_token():
     assert loss.item() == pytest.approx(ORACLES["grpo"](completions), rel=1e-12)
 
 
+@each_backend
+@pytest.mark.parametrize("correction", ["none", "truncate"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_sequences_that_the_policy_moved_away_from_lose_their_negative_advantages(
+    backend, correction, packed
+):
+    limit, completions = 0.1, make_completions()
+
+    def oracle(completions):
+        """DeepSeek-V3.2: M_t of GRPO's surrogates, not of its KL."""
+
+        def value(a):
+            drawn = a.old if correction == "none" else a.sampler
+            moved = (drawn - a.frozen).mean() > limit
+            dropped = np.where(moved & (a.advantages < 0), clipped(a, 0.8, 1.2), 0)
+            return (grpo_terms(a) - dropped).mean()
+
+        return -mean_over_completions(completions, value)
+
+    assert oracle(completions) != pytest.approx(ORACLES["grpo"](completions), rel=1e-3)
+    objective = OBJECTIVES["grpo"].replace(sequence_mask=limit)
+    # the weights themselves stay 1
+    objective = objective.replace(correction=correction, correction_low=1.0, correction_high=1.0)
+    tensors, mask = padded(completions)
+    tensors = {key: x.float().to(DEVICE) for key, x in tensors.items()}
+    options = {"mask": mask.to(DEVICE)}
+    if packed:
+        tensors = {key: x[mask] for key, x in tensors.items()}
+        starts = np.cumsum([0, *LENGTHS], dtype=np.int32)
+        options = {"cu_seqlens": torch.from_numpy(starts).to(DEVICE)}
+    logp = tensors["logp"].requires_grad_()
+    loss, _ = ops.policy_loss(
+        logp,
+        tensors["old"],
+        tensors["advantages"],
+        objective,
+        ref_logprobs=tensors["ref"],
+        sampler_logprobs=tensors["sampler"],
+        backend=backend,
+        **options,
+    )
+    (slopes,) = torch.autograd.grad(loss, logp)
+    assert loss.item() == pytest.approx(oracle(completions), rel=1e-5)
+    expected = torch.from_numpy(np.concatenate(gradient(oracle, completions)))
+    found = (slopes if packed else slopes[mask.to(DEVICE)]).cpu().double()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "fields, message",
     [
@@ -179,6 +235,16 @@ def test_process_supervision_is_grpo_with_an_advantage_a_token():
         ({"kl_sampled_from": "reference", "kl_gradient": "k2"}, "set it to 'estimator' with"),
         ({"ratio_level": "prefix"}, "set surrogate to 'stop_gradient', got 'clip'"),
         ({"surrogate": "geometric"}, "set ratio_level to 'sequence', got 'token'"),
+        (
+            {"surrogate": "divergence_tv", "ratio_level": "product"},
+            "set ratio_level to 'token', got 'product'",
+        ),
+        ({"rate_negative": 0.0}, r"rate_negative must be in \(0, 80\], got 0.0"),
+        ({"sequence_mask": -0.1}, "sequence_mask must be >= 0, got -0.1"),
+        (
+            {"surrogate": "geometric", "ratio_level": "sequence", "sequence_mask": 0.1},
+            "sequence_mask = 0.1 takes advantages away",
+        ),
     ],
 )
 def test_an_objective_that_cannot_be_is_refused(fields, message):

@@ -165,6 +165,59 @@ def gspo(completions: Completions) -> float:
     return -mean_over_completions(completions, value)
 
 
+def luspo(completions: Completions) -> float:
+    """https://arxiv.org/abs/2602.05261: GSPO, each completion times its length."""
+
+    def value(a: Completion) -> float:
+        s = np.prod(ratios(a)) ** (1 / len(a))
+        advantage = a.advantages[0]
+        return len(a) * min(s * advantage, min(max(s, 1 - 3e-4), 1 + 4e-4) * advantage)
+
+    return -mean_over_completions(completions, value)
+
+
+def dppo(
+    completions: Completions, divergence: Callable[[float, float], float], most: float
+) -> float:
+    """https://arxiv.org/abs/2602.04879 eq. 11 and 12: mean over tokens of M r A."""
+
+    def terms(a: Completion) -> np.ndarray:
+        values = ratios(a) * a.advantages
+        for t in range(len(a)):
+            p, old = np.exp(a.frozen[t]), np.exp(a.old[t])
+            away = (a.advantages[t] > 0 and p > old) or (a.advantages[t] < 0 and p < old)
+            if away and divergence(old, p) > most:
+                values[t] = 0
+        return values
+
+    return -mean_over_tokens(completions, terms)
+
+
+def dppo_tv(completions: Completions) -> float:
+    """Eq. 13: |p - q|."""
+    return dppo(completions, lambda q, p: abs(p - q), 0.2)
+
+
+def dppo_kl(completions: Completions) -> float:
+    """Eq. 14: between Bernoulli distributions."""
+    return dppo(
+        completions, lambda q, p: q * np.log(q / p) + (1 - q) * np.log((1 - q) / (1 - p)), 0.05
+    )
+
+
+def vespo(completions: Completions) -> float:
+    """https://arxiv.org/abs/2602.10693: phi(W) = W^k exp(lambda (1 - W)) weighs A grad log pi of
+    the tokens, W being the ratio of the completion.
+    """
+
+    def terms(a: Completion) -> np.ndarray:
+        w = np.prod(np.exp(a.frozen - a.old))
+        k, rate = (2, 3) if a.advantages[0] >= 0 else (3, 2)
+        return w**k * np.exp(rate * (1 - w)) * a.advantages * a.logp
+
+    return -mean_over_tokens(completions, terms)
+
+
 def cispo(completions: Completions) -> float:
     """https://arxiv.org/abs/2506.13585 eq. 4 and 5 without a lower bound."""
 
@@ -284,6 +337,10 @@ ORACLES: dict[str, Callable[[Completions], float]] = {
     "dr_grpo": dr_grpo,
     "dapo": dapo,
     "gspo": gspo,
+    "luspo": luspo,
+    "dppo_tv": dppo_tv,
+    "dppo_kl": dppo_kl,
+    "vespo": vespo,
     "cispo": cispo,
     "gmpo": gmpo,
     "sapo": sapo,

@@ -68,11 +68,11 @@ def test_without_settings_a_row_is_itself(resolved: Resolve, name: str) -> None:
     assert resolved(name) == ALGORITHMS[name]
 
 
-CRITIC = {"a2c", "ppo", "ppo_dual_clip", "ppo_kl", "ppo_length_adaptive", "ppo_ptx"}
+CRITIC = {"a2c", "ppo", "ppo_dual_clip", "ppo_kl", "ppo_length_adaptive", "vapo", "ppo_ptx"}
 NO_BOUNDS = {
     *("reinforce", "reinforce_reward_to_go", "opo", "rloo", "remax", "gpg", "a2c"),
     "off_policy_first_order",
-    *("ppo_kl", "sapo", "iterative_dpo", "pkpo"),
+    *("ppo_kl", "sapo", "vespo", "iterative_dpo", "pkpo"),
 }
 KL_IN_REWARD = (CRITIC - {"ppo_kl"}) | {
     *("reinforce", "reinforce_reward_to_go", "rloo", "remax", "reinforce_plus_plus"),
@@ -80,7 +80,8 @@ KL_IN_REWARD = (CRITIC - {"ppo_kl"}) | {
 }
 GROUP_STD = {
     *("grpo", "grpo_response", "grpo_token", "grpo_process", "iterative_grpo", "dr_grpo"),
-    *("dapo", "gspo", "cispo", "gmpo", "sapo", "grpo_tis", "grpo_mis", "grpo_icepop", "gdpo"),
+    *("dapo", "gspo", "cispo", "gmpo", "sapo", "grpo_tis", "grpo_mis", "grpo_icepop"),
+    *("luspo", "dppo_tv", "dppo_kl", "vespo", "gdpo"),
 }
 REDRAWN = (GROUP_STD - {"grpo_process", "gdpo"}) | {
     *("opo", "rloo", "gpg", "reinforce_plus_plus_baseline"),
@@ -156,6 +157,16 @@ SETTINGS: dict[str, tuple[tuple[str, ...], set[str], dict[str, Any]]] = {
     ),
     "loss.nll_coef": (("--loss.nll_coef", "0.2"), PAIRS, {"objective.nll_coef": 0.2}),
     "loss.pass_at_k": (("--loss.pass_at_k", "3"), BEST_OF_K, {"pass_at_k": 3}),
+    "loss.right_nll_coef": (
+        ("--loss.right_nll_coef", "0.2"),
+        EVERY - PAIRS,
+        {"right_nll_coef": 0.2},
+    ),
+    "loss.sequence_mask": (
+        ("--loss.sequence_mask", "0.05", "--update.minibatches", "2"),
+        EVERY - PAIRS - {"gmpo"},
+        {"objective.sequence_mask": 0.05},
+    ),
     "loss.pairs": (("--loss.pairs", "all"), PAIRS, {"pairs": "all"}),
     "rollout.max_draws": (("--rollout.max_draws", "3"), REDRAWN, {"max_draws": 3}),
     "pretraining.coef": (
@@ -375,6 +386,11 @@ def test_a_target_may_be_fixed(resolved: Resolve) -> None:
             r"'ppo_kl' has no penalty in the first optimizer step .* or update\.minibatches to 2",
         ),
         ("grpo", ["--update.max_kl", "0.1"], r"max_kl = 0\.1 has no effect: it ends the epochs"),
+        (
+            "grpo",
+            ["--loss.sequence_mask", "0.1"],
+            r"sequence_mask = 0\.1 has no effect: the policy",
+        ),
         (
             "iterative_grpo",
             ["--loss.kl_coef", "0"],

@@ -201,7 +201,7 @@ def test_a_shared_head_adds_the_value_gradient_to_the_trunk(
         for (name, p), gradient in zip(plain.named_parameters(), alone.values(), strict=True)
     }
 
-    _, metrics = accumulate_gradients(
+    _, metrics, _ = accumulate_gradients(
         policy, in_micro_batches(made), objective, critic=critic, **options
     )
     assert_gradients({name: p.grad for name, p in policy.named_parameters()}, expected)

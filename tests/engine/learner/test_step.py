@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.engine.random_models import new_learner, random_completion, rollouts_of
 from warpo.engine.errors import TrainingError
+from warpo.engine.learner.losses import supervised_gradients
 from warpo.engine.learner.minibatches import make_minibatches
 from warpo.engine.learner.optimizer import AdamW
 from warpo.engine.learner.step import accumulate_gradients, denominator
@@ -103,8 +104,37 @@ def test_a_prompt_that_rollouts_share_is_read_once_and_changes_nothing(model_pat
 
 def gradient(model, batches, objective):
     model.zero_grad()
-    metrics, _ = accumulate_gradients(model, batches, objective, temperature=1.0, max_new_tokens=16)
+    metrics, *_ = accumulate_gradients(
+        model, batches, objective, temperature=1.0, max_new_tokens=16
+    )
     return [p.grad.clone() for p in model.parameters()], metrics
+
+
+@pytest.mark.parametrize("budget", [16, 1000])
+def test_right_completions_add_their_mean_negative_log_likelihood(learner, budget):
+    objective, made, coef, right_rows = OBJECTIVES["ppo"], rollouts(), 0.25, [1, 4, 7]
+    (batches,) = batched(made, 1, budget, seed=3)
+    policy, _ = gradient(learner, batches, objective)
+    learner.zero_grad()
+    right = [made.batch([row]) for row in right_rows]
+    loss = supervised_gradients(learner, right, coef=coef)
+    expected = [a + p.grad for a, p in zip(policy, learner.parameters(), strict=True)]
+
+    made.rewards[right_rows] = 1.0
+    made.mark_right(1.0)
+    (batches,) = batched(made, 1, budget, seed=3)
+    learner.zero_grad()
+    options = {"temperature": 1.0, "max_new_tokens": 16, "right_nll_coef": coef}
+    *_, found = accumulate_gradients(learner, batches, objective, **options)
+    torch.testing.assert_close(found, loss)
+    for parameter, value in zip(learner.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, value, rtol=1e-4, atol=1e-6)
+
+    made.rewards[:] = 0.0
+    made.mark_right(1.0)
+    (batches,) = batched(made, 1, budget, seed=3)
+    *_, nothing = accumulate_gradients(learner, batches, objective, **options)
+    assert nothing == 0
 
 
 @pytest.mark.parametrize("name", list(OBJECTIVES))

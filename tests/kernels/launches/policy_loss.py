@@ -20,6 +20,7 @@ Launch = tuple[str, Callable[[], None]]
 
 TOKEN, SEQUENCE, PREFIX, PRODUCT = range(4)
 CLIP, DUAL_CLIP, STOP_GRADIENT, MASK, NONE, REINFORCE, GEOMETRIC, SOFT_GATE = range(8)
+DIVERGENCE_TV, DIVERGENCE_KL, GAMMA = range(8, 11)
 
 
 @dataclass(kw_only=True)
@@ -48,6 +49,10 @@ class Case:
             dual_clip=3 + clip,
             tau_positive=1 + clip,
             tau_negative=1 + clip / 2,
+            power_positive=2 + clip,
+            power_negative=3 + clip,
+            rate_positive=3 + clip,
+            rate_negative=2 + clip,
             correction=self.correction,
             correction_sequence=self.correction_sequence,
             correction_low=clip,
