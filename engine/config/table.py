@@ -125,6 +125,8 @@ def example_of(row: Algorithm) -> str:
     if row.name in EXAMPLES:
         return f"examples/{row.name}.yaml"
     policy = "ppo" if "critic" in row.models else "grpo"
+    if row.estimator.needs_sources:
+        policy = "dapo"
     nearest = {"preference": "dpo", "reward model": "bradley_terry", "control": "sac"}.get(
         row.family, policy
     )

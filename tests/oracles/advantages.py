@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tests.oracles.gae import gae
 from tests.oracles import pass_at_k
+from tests.oracles.gae import gae
 from tests.oracles.group_advantages import group_advantages
 from tests.oracles.process_advantages import process_advantages
 from tests.oracles.shaped_gae import KL
@@ -86,8 +86,8 @@ def grpo(s: Sampled, std: str) -> Tokens:
 
 
 def gdpo(s: Sampled, std: str) -> Tokens:
-    """https://arxiv.org/abs/2601.05242: eq. 4, each reward by itself in its group; eq. 5 and 7, their
-    weighted sum; eq. 6, normalised over the completions of the batch.
+    """https://arxiv.org/abs/2601.05242: each reward by itself in its group, eq. 4; their weighted sum,
+    eq. 5 and 7; normalised over the completions of the batch, eq. 6.
     """
     total = np.zeros(len(s.rewards))
     for weight, column in zip(s.source_weights, s.source_rewards.T, strict=True):

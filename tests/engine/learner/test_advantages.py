@@ -365,9 +365,7 @@ def test_the_share_of_groups_that_teach_nothing_is_told() -> None:
     _, metrics = estimated(ALGORITHMS["grpo"], sample(5, groups=4, equal=1))
     assert metrics["reward/degenerate_frac"] == 0.25
     for name in ("grpo_process", "gdpo", "pass_at_k", "pkpo"):
-        _, metrics = estimated(
-            ALGORITHMS[name].replace(pass_at_k=2), sample(5, groups=4, equal=1)
-        )
+        _, metrics = estimated(ALGORITHMS[name].replace(pass_at_k=2), sample(5, groups=4, equal=1))
         assert metrics["reward/degenerate_frac"] == 0.25
 
 
