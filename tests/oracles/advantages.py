@@ -86,8 +86,8 @@ def grpo(s: Sampled, std: str) -> Tokens:
 
 
 def gdpo(s: Sampled, std: str) -> Tokens:
-    """https://arxiv.org/abs/2601.05242: each reward by itself in its group, eq. 4; their weighted sum,
-    eq. 5 and 7; normalised over the completions of the batch, eq. 6.
+    """https://arxiv.org/abs/2601.05242: each reward by itself in its group, eq. 4; their weighted
+    sum, eq. 5 and 7; normalised over the completions of the batch, eq. 6.
     """
     total = np.zeros(len(s.rewards))
     for weight, column in zip(s.source_weights, s.source_rewards.T, strict=True):
