@@ -1,6 +1,5 @@
 """Policy losses of `objectives`, in plain PyTorch."""
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -44,7 +43,7 @@ def policy_loss(
     logp = counted(logp, denominator)
     tokens = sequences_of(logp, mask, cu_seqlens)
     logp, old, advantages = tokens.clean(logp), tokens.clean(old), tokens.clean(advantages)
-    if objective.sequence_mask < math.inf:
+    if objective.sequence_mask < torch.inf:
         drawn = old if objective.correction == "none" or sampler is None else tokens.clean(sampler)
         moved = tokens.mean(drawn - logp.detach()) > objective.sequence_mask
         advantages = torch.where(moved & (advantages < 0), 0, advantages)

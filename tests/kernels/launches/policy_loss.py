@@ -126,6 +126,8 @@ def configurations(all_of_them: bool) -> Iterator[Launch]:
             "token soft gate sequence truncate": Case(
                 mean=True, surrogate=SOFT_GATE, correction=1, correction_sequence=True
             ),
+            "token divergence kl": replace(BF16, surrogate=DIVERGENCE_KL),
+            "product gamma": Case(level=PRODUCT, surrogate=GAMMA),
             "sequence clip k2": replace(BF16, level=SEQUENCE, kl=2),
             "sequence dual clip mask all": replace(
                 in_sequence, packed=True, surrogate=DUAL_CLIP, kl=3, correction=2, extras=True
