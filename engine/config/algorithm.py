@@ -34,6 +34,8 @@ class Algorithm:
         reward_to_go: a token's reward is what is still to come, instead of that of the whole
             completion, of "outcome".
         advantage_std: divisor of the group's advantages.
+        pass_at_k: number k of completions whose best reward is raised, of "pass_at_k_training" and
+            "pkpo".
         rescaled: the advantages are multiplied by groups over groups of unequal rewards.
         whiten: the advantages are normalised over all tokens of the step.
         kl_in: whether the KL to the reference is taken off the reward of each token or added to the
@@ -77,6 +79,7 @@ class Algorithm:
     baseline_decay: float = 0.9
     reward_to_go: bool = False
     advantage_std: Std = "none"
+    pass_at_k: int = 1
     rescaled: bool = False
     whiten: bool = False
     kl_in: Literal["reward", "loss"] = "loss"

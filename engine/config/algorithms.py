@@ -162,6 +162,17 @@ _ROWS: dict[str, Algorithm] = {
             "it is"
         ),
     ),
+    "gdpo": _policy(
+        "grpo", "decoupled", "GDPO, eq. 4 to 7", "https://arxiv.org/abs/2601.05242",
+        advantage_std="sample",
+    ),
+    "pass_at_k": _policy(
+        "grpo", "pass_at_k_training", "Pass@k Training, eq. 11 to 15",
+        "https://arxiv.org/abs/2508.10751", pass_at_k=4,
+    ),
+    "pkpo": _policy(
+        "reinforce", "pkpo", "PKPO, eq. 33", "https://arxiv.org/abs/2505.15201", pass_at_k=4,
+    ),
     "dr_grpo": _group(
         "dr_grpo", "Dr. GRPO, section 3.2", "https://arxiv.org/abs/2503.20783",
         advantage_std="none",

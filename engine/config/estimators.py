@@ -18,6 +18,8 @@ class Estimator:
         needs_critic: it reads values of states.
         needs_group: it compares a completion with others of its prompt, so there must be two.
         needs_steps: it reads rewards of steps.
+        needs_sources: it reads the reward of each source.
+        compares_subsets: it reads loss.pass_at_k.
         makes_pairs: it weighs no token: right and wrong completions are paired.
         shapes_rewards: it can take the KL to the reference off the rewards.
         reads_baseline: it subtracts loss.baseline.
@@ -29,6 +31,8 @@ class Estimator:
     needs_critic: bool = False
     needs_group: bool = False
     needs_steps: bool = False
+    needs_sources: bool = False
+    compares_subsets: bool = False
     makes_pairs: bool = False
     shapes_rewards: bool = False
     reads_baseline: bool = False
@@ -47,6 +51,24 @@ ESTIMATORS = {
         text="normalised rewards of the steps from here on",
         needs_group=True,
         needs_steps=True,
+    ),
+    "decoupled": Estimator(
+        text=(
+            "rewards normalised in the group, each source by itself; their weighted sum, "
+            "normalised over the batch"
+        ),
+        needs_group=True,
+        needs_sources=True,
+    ),
+    "pass_at_k_training": Estimator(
+        text="normalised best rewards of k completions, mean over the subsets with this one",
+        needs_group=True,
+        compares_subsets=True,
+    ),
+    "pkpo": Estimator(
+        text="what the completion adds to the best reward of k - 1 others",
+        needs_group=True,
+        compares_subsets=True,
     ),
     "gae": Estimator(
         text="generalised advantage estimation (GAE) with a critic",

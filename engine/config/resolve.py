@@ -58,6 +58,7 @@ def resolve(config: Config) -> Algorithm:
         "max_draws": config.rollout.max_draws,
         "baseline_decay": config.loss.baseline_decay,
         "advantage_std": config.loss.advantage_std,
+        "pass_at_k": config.loss.pass_at_k,
         "pairs": config.loss.pairs,
         "whiten": config.loss.whiten,
         "reward_entropy_coef": config.loss.reward_entropy_coef,
@@ -79,11 +80,6 @@ def resolve(config: Config) -> Algorithm:
         if getattr(config.loss, name) != "algorithm"
     }
     if row.kl_in_reward:
-        if kl.get("kl_estimator") == "reverse_k3":
-            raise ConfigError(
-                f"loss.kl_estimator = 'reverse_k3' stands in the loss, and the KL of algorithm = "
-                f"{row.name!r} in the reward: choose k1, k2 or k3, or set loss.kl_in to loss"
-            )
         changes |= {f"reward_{name}": value for name, value in kl.items()}
     if isinstance(row.objective, Objective):
         changes["objective"] = _objective(
@@ -177,6 +173,7 @@ def has_effect(row: Algorithm) -> dict[str, bool]:
         "loss.sequence_mask": weighs_tokens and surrogate != "geometric",
         "loss.nll_coef": estimator.makes_pairs,
         "loss.pairs": estimator.makes_pairs,
+        "loss.pass_at_k": estimator.compares_subsets,
         "loss.kl_target": weighs_tokens,
         "loss.kl_estimator": weighs_tokens,
         "loss.kl_in": estimator.shapes_rewards and not row.previous_reference,
@@ -297,6 +294,46 @@ def _check_baseline(config: Config, row: Algorithm) -> None:
         )
 
 
+def _check_subsets(config: Config, row: Algorithm) -> None:
+    """Refuse k completions of which no advantage can be made."""
+    if not row.estimator.compares_subsets:
+        return
+    k, group = row.pass_at_k, config.rollout.group_size
+    place = f"loss.pass_at_k = {k} of algorithm = {row.name!r}"
+    if k > group:
+        raise ConfigError(
+            f"{place} is more than the completions of a prompt, rollout.group_size = {group}: "
+            "lower the one or raise the other"
+        )
+    if row.advantages == "pkpo" and k == 1:
+        raise ConfigError(
+            f"{place} leaves no other completion to compare with: set it to 2 or more, or choose "
+            "algorithm: rloo, which is its limit"
+        )
+    if row.advantages == "pass_at_k_training" and k == group:
+        raise ConfigError(
+            f"{place} is all of the completions of a prompt, rollout.group_size = {group}: there "
+            "is one best reward, and every advantage is 0. Lower the one or raise the other"
+        )
+
+
+def _check_sources(config: Config, row: Algorithm) -> None:
+    """Refuse sources that do not give the rewards that a row learns from."""
+    sources = parse_sources(config.reward.sources)
+    given = f"reward.sources = {', '.join(config.reward.sources)}"
+    if row.estimator.needs_steps and not any(source.may_give_steps for source in sources):
+        raise ConfigError(
+            f"algorithm = {row.name!r} learns from rewards of steps, and {given} gives none: add "
+            "process_model:DIR, or a function or server that returns lists of (end, score)"
+        )
+    weighed = sum(source.weight != 0 for source in sources)
+    if row.estimator.needs_sources and weighed < 2:
+        raise ConfigError(
+            f"algorithm = {row.name!r} normalises the rewards of two or more sources apart, and "
+            f"{given} has {weighed} of a weight other than 0: add one, or choose grpo"
+        )
+
+
 def _check_combinations(config: Config, row: Algorithm) -> None:
     _check_updates(config, row)
     group, critic = config.rollout.group_size, config.critic
@@ -308,19 +345,14 @@ def _check_combinations(config: Config, row: Algorithm) -> None:
             f"(loss.advantage_std = {row.advantage_std!r}). Set rollout.group_size to 2 or more"
         )
     _check_baseline(config, row)
+    _check_subsets(config, row)
     pair = 2 * config.rollout.max_model_len
     if row.estimator.makes_pairs and config.update.token_budget < pair:
         raise ConfigError(
             f"update.token_budget = {config.update.token_budget} cannot hold a pair of algorithm = "
             f"{row.name!r}: raise it to {pair}, twice rollout.max_model_len"
         )
-    sources = parse_sources(config.reward.sources)
-    if row.estimator.needs_steps and not any(source.may_give_steps for source in sources):
-        raise ConfigError(
-            f"algorithm = {row.name!r} learns from rewards of steps, and reward.sources = "
-            f"{', '.join(config.reward.sources)} gives none: add process_model:DIR, or a function "
-            "or server that returns lists of (end, score)"
-        )
+    _check_sources(config, row)
     if row.has_critic and critic.model.lower() in ("none", ""):
         raise ConfigError(
             f"critic.model = {critic.model!r}, but algorithm = {row.name!r} takes its advantages "

@@ -218,6 +218,9 @@ class LossSettings:
     advantage_std: Literal["algorithm", "sample", "population", "none"] = "algorithm"
     """Divisor of reward - baseline, for baselines of the group: the group's standard deviation
     (n - 1 or n in the denominator) or none."""
+    pass_at_k: Count | Literal["algorithm"] = "algorithm"
+    """Number k of completions of which pass_at_k and pkpo raise the best reward, instead of the
+    mean reward of all."""
     whiten: bool | Literal["algorithm"] = "algorithm"
     """Normalise the advantages to mean 0 and deviation 1 over the tokens of a step."""
     nll_coef: NonNegative | Literal["algorithm"] = "algorithm"

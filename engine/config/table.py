@@ -125,6 +125,8 @@ def example_of(row: Algorithm) -> str:
     if row.name in EXAMPLES:
         return f"examples/{row.name}.yaml"
     policy = "ppo" if "critic" in row.models else "grpo"
+    if row.estimator.needs_sources:
+        policy = "dapo"
     nearest = {"preference": "dpo", "reward model": "bradley_terry", "control": "sac"}.get(
         row.family, policy
     )
@@ -175,6 +177,7 @@ def _settings(row: Algorithm) -> dict[str, str]:
         "loss.gamma": f"{row.gamma:g}",
         "loss.gae_lambda": " ".join(map(str, row.gae_lambda)),
         "loss.advantage_std": row.advantage_std,
+        "loss.pass_at_k": str(row.pass_at_k),
         "loss.pairs": row.pairs,
         "rollout.max_draws": str(row.max_draws),
         "loss.right_nll_coef": f"{row.right_nll_coef:g}",

@@ -98,7 +98,7 @@ class _Tokens(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """advantages and returns, (M,); how many groups have one reward for all."""
+    """advantages and returns, (M,); how many groups teach nothing, all of one reward mostly."""
 
     advantages: Tensor
     returns: Tensor | None = None
@@ -277,6 +277,29 @@ def _process(algorithm: Algorithm, tokens: _Tokens, state: AdaptiveState) -> Est
     return Estimate(found.advantages, None, found.num_degenerate)
 
 
+def _decoupled(algorithm: Algorithm, tokens: _Tokens, state: AdaptiveState) -> Estimate:
+    rewards, weights = tokens.rollouts.source_rewards, tokens.rollouts.source_weights
+    assert rewards is not None and weights is not None
+    rewards = rewards.to(tokens.rewards)
+    advantages = ops.decoupled_advantages(
+        rewards,
+        tokens.group_size,
+        weights=weights.to(tokens.rewards),
+        std=algorithm.advantage_std,
+    )
+    groups = rewards.view(-1, tokens.group_size, rewards.shape[1])
+    degenerate = (groups == groups[:, :1]).all(2).all(1).sum()
+    return Estimate(_per_token(advantages, tokens), None, degenerate)
+
+
+def _best_of_k(algorithm: Algorithm, tokens: _Tokens, state: AdaptiveState) -> Estimate:
+    advantages = ops.pass_at_k_advantages(
+        tokens.rewards, tokens.group_size, k=algorithm.pass_at_k, method=algorithm.advantages
+    )
+    degenerate = (advantages.view(-1, tokens.group_size) == 0).all(1).sum()
+    return Estimate(_per_token(advantages, tokens), None, degenerate)
+
+
 def _critic(algorithm: Algorithm, tokens: _Tokens, state: AdaptiveState) -> Estimate:
     assert tokens.values is not None
     policy_lambda, value_lambda = algorithm.gae_lambda
@@ -328,6 +351,9 @@ _ESTIMATORS: dict[str, Callable[[Algorithm, _Tokens, AdaptiveState], Estimate]] 
     "outcome": _outcome,
     "causal": _causal,
     "process": _process,
+    "decoupled": _decoupled,
+    "pass_at_k_training": _best_of_k,
+    "pkpo": _best_of_k,
     "gae": _critic,
     "pairs": _pairs,
 }

@@ -52,9 +52,11 @@ class RewardModelLearner:
         self._config, self._settings = config, config.reward_model
         self._source, self._every_steps, self._ranks = source, every_steps, ranks
         self._model = source.model.requires_grad_(True)
+        self._most_steps = self._batches(every_steps * self._settings.pairs_per_step)
         self._optimizer, self._schedule = make_optimizer(
             self._model.named_parameters(),
             config.update,
+            config.steps // every_steps * self._most_steps,
             lr=config.reward_model.lr,
             setting="reward_model.lr",
             ranks=ranks,
@@ -74,6 +76,7 @@ class RewardModelLearner:
             return {}
         metrics = {"reward_model/pairs": float(len(self._new))}
         if not self._new:
+            self._schedule.skip(self._most_steps)
             return metrics
         draw = random.Random(f"{self._config.seed} {step}")
         old = self._replayed(draw)
@@ -86,11 +89,17 @@ class RewardModelLearner:
         self._save(step)
         return metrics
 
-    def _replayed(self, draw: random.Random) -> list[LabelledPair]:
+    def _wanted(self, new: int) -> int:
         """So many older pairs that they are the share `replay` of all."""
         share = self._settings.replay
-        wanted = round(len(self._new) * share / (1 - share))
-        return draw.sample(self._old, min(wanted, len(self._old)))
+        return round(new * share / (1 - share))
+
+    def _batches(self, new: int) -> int:
+        """The most optimizer steps that so many new pairs take."""
+        return -(-(new + self._wanted(new)) // self._settings.batch_size)
+
+    def _replayed(self, draw: random.Random) -> list[LabelledPair]:
+        return draw.sample(self._old, min(self._wanted(len(self._new)), len(self._old)))
 
     def _learn(self, old: list[LabelledPair], draw: random.Random) -> Metrics:
         new = draw.sample(self._new, len(self._new))
@@ -98,6 +107,7 @@ class RewardModelLearner:
         # from opposite ends, so that no batch gets one more of both
         batches = [new[i::count] + old[count - 1 - i :: count] for i in range(count)]
         vectors = [self._train_step(batch) for batch in batches]
+        self._schedule.skip(max(0, self._most_steps - count))
         sizes = torch.tensor([len(batch) for batch in batches], dtype=torch.float64)
         rows = [ops.reward_model_metrics(vector) for vector in vectors]
         values = {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}

@@ -30,6 +30,9 @@ class StepRollouts:
         group_ids: (B,) int64: rows of one number are compared with each other, and are neighbours.
         rewards: (B,) float64, of whole completions.
         step_rewards: step rewards of each completion, with process supervision; None without.
+        source_rewards: (B, K) float64, unweighed, of each source with a weight other than 0, where
+            the estimator asks for them.
+        source_weights: (K,) float64.
         baseline_rewards: (B,) float64, of the greedy completion of the same prompt, where the
             estimator asks for it.
         sampler_logprobs: (M,) float32, as the sampler computed them.
@@ -49,6 +52,8 @@ class StepRollouts:
     group_ids: np.ndarray
     rewards: Tensor
     step_rewards: list[TokenSteps] | None = None
+    source_rewards: Tensor | None = None
+    source_weights: Tensor | None = None
     baseline_rewards: Tensor | None = None
     sampler_logprobs: Tensor
     old_logprobs: Tensor | None = None

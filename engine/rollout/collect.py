@@ -13,6 +13,7 @@ import torch
 
 from warpo.engine.config.algorithm import Algorithm
 from warpo.engine.config.policy import Config
+from warpo.engine.config.reward_sources import parse_sources
 from warpo.engine.data.prompts import Prompts
 from warpo.engine.data.stream import PromptStream
 from warpo.engine.models.step_rollouts import StepRollouts, spread, step_rollouts
@@ -163,6 +164,8 @@ class Rollouts:
             )
             sizes = torch.tensor([len(group) for group in drawn.groups])
             rollouts.baseline_rewards = greedy_rewards.repeat_interleave(sizes)
+        if self._algorithm.estimator.needs_sources:
+            self._fill_sources(rollouts, verdicts)
         labelled = self._labelled
         if labelled is not None:
             rollouts.labelled = labelled.pairs(*drawn, step)
@@ -171,6 +174,18 @@ class Rollouts:
             step_rewards=steps or None,
             probed=spread(len(rollouts), self._config.probe.num_sequences),
         )
+
+    def _fill_sources(self, rollouts: StepRollouts, verdicts: list[Verdict]) -> None:
+        settings = self._config.reward
+        sources = [source for source in parse_sources(settings.sources) if source.weight]
+        scores = [[verdict.by_source[source.name] for source in sources] for verdict in verdicts]
+        rewards = torch.tensor(scores, dtype=torch.float64)
+        if settings.truncated == "zero":
+            assert rollouts.finished is not None
+            rewards[~rollouts.finished] = 0.0
+        rollouts.source_rewards = rewards
+        weights = [source.weight for source in sources]
+        rollouts.source_weights = torch.tensor(weights, dtype=torch.float64)
 
     def _draw(self, step: int, number: int) -> _Draw:
         config, run = self._config, self._run

@@ -35,6 +35,11 @@ _OTHERS = {
     "grpo_response": f"{_KL} 1",
     "grpo_token": f"{_KL} 1",
     "grpo_process": f"{_KL} 1 --reward.sources examples.arithmetic:step_rewards --reward.success 2",
+    "gdpo": (
+        f"{_OUTCOME} --reward.sources examples.arithmetic:reward examples.arithmetic:step_rewards"
+    ),
+    "pass_at_k": f"{_OUTCOME} --loss.pass_at_k 2",
+    "pkpo": f"{_OUTCOME} --loss.pass_at_k 2",
     "dr_grpo": _OUTCOME,
     "gspo": _OUTCOME,
     "luspo": f"{_OUTCOME} --update.minibatches 4",

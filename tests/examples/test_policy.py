@@ -15,6 +15,7 @@ BRADLEY_TERRY = "runs/arithmetic/bradley_terry/checkpoints"
 RIGHT = {
     "ppo_ptx": "eval/examples.arithmetic:reward",
     "iterative_grpo": "eval/examples.arithmetic:reward",
+    "gdpo": "eval/examples.arithmetic:reward",
     "dapo": "eval/examples.arithmetic:reward",
 }
 # grpo is the main job, of tests/engine/trainers/policy/test_main_job.py

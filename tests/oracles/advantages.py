@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tests.oracles import pass_at_k
 from tests.oracles.gae import gae
 from tests.oracles.group_advantages import group_advantages
 from tests.oracles.process_advantages import process_advantages
@@ -24,6 +25,7 @@ class Sampled:
 
     by_steps: the rewards stand at the ends of their steps, instead of at the last token.
     entropy_coef: of the entropy in the reward.
+    source_rewards: (B, K), what each source says, with the weights of source_weights.
     """
 
     rewards: np.ndarray
@@ -35,6 +37,8 @@ class Sampled:
     greedy_rewards: np.ndarray
     by_steps: bool = False
     entropy_coef: float = 0.0
+    source_rewards: np.ndarray | None = None
+    source_weights: np.ndarray | None = None
 
     @property
     def lengths(self) -> list[int]:
@@ -79,6 +83,26 @@ def normalised(parts: Tokens) -> Tokens:
 def grpo(s: Sampled, std: str) -> Tokens:
     """https://arxiv.org/abs/2402.03300 section 4.1.2."""
     return s.spread(group_advantages(s.rewards, s.group_ids, std=std))
+
+
+def gdpo(s: Sampled, std: str) -> Tokens:
+    """https://arxiv.org/abs/2601.05242: each reward by itself in its group, eq. 4; their weighted
+    sum, eq. 5 and 7; normalised over the completions of the batch, eq. 6.
+    """
+    total = np.zeros(len(s.rewards))
+    for weight, column in zip(s.source_weights, s.source_rewards.T, strict=True):
+        total += weight * group_advantages(column, s.group_ids, std=std)
+    return s.spread((total - total.mean()) / (total.std(ddof=1) + 1e-6))
+
+
+def best_of_k(s: Sampled, k: int, method: str) -> Tokens:
+    """https://arxiv.org/abs/2508.10751 section 2.4 and https://arxiv.org/abs/2505.15201 eq. 33."""
+    of_group = {
+        "pass_at_k_training": lambda rewards: pass_at_k.pass_at_k_training(rewards, k, 1e-6),
+        "pkpo": lambda rewards: pass_at_k.pkpo(rewards, k),
+    }[method]
+    groups = s.rewards.reshape(-1, s.group_size)
+    return s.spread(np.concatenate([of_group(group) for group in groups]))
 
 
 def gpg(s: Sampled) -> Tokens:

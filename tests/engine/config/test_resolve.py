@@ -30,6 +30,7 @@ ROWS = [name for name, row in ALGORITHMS.items() if row.family == "policy"]
 NEEDS = {
     "ppo_ptx": ("--pretraining.data", "examples.jsonl"),
     "ppo_kl": ("--update.epochs", "2"),
+    "gdpo": ("--reward.sources", "rewards:exact", "0.5 * rewards:short"),
 }
 
 Resolve = Callable[..., Algorithm]
@@ -71,7 +72,7 @@ CRITIC = {"a2c", "ppo", "ppo_dual_clip", "ppo_kl", "ppo_length_adaptive", "vapo"
 NO_BOUNDS = {
     *("reinforce", "reinforce_reward_to_go", "opo", "rloo", "remax", "gpg", "a2c"),
     "off_policy_first_order",
-    *("ppo_kl", "sapo", "vespo", "iterative_dpo"),
+    *("ppo_kl", "sapo", "vespo", "iterative_dpo", "pkpo"),
 }
 KL_IN_REWARD = (CRITIC - {"ppo_kl"}) | {
     *("reinforce", "reinforce_reward_to_go", "rloo", "remax", "reinforce_plus_plus"),
@@ -80,14 +81,16 @@ KL_IN_REWARD = (CRITIC - {"ppo_kl"}) | {
 GROUP_STD = {
     *("grpo", "grpo_response", "grpo_token", "grpo_process", "iterative_grpo", "dr_grpo"),
     *("dapo", "gspo", "cispo", "gmpo", "sapo", "grpo_tis", "grpo_mis", "grpo_icepop"),
-    *("luspo", "dppo_tv", "dppo_kl", "vespo"),
+    *("luspo", "dppo_tv", "dppo_kl", "vespo", "gdpo"),
 }
-REDRAWN = (GROUP_STD - {"grpo_process"}) | {
+REDRAWN = (GROUP_STD - {"grpo_process", "gdpo"}) | {
     *("opo", "rloo", "gpg", "reinforce_plus_plus_baseline"),
 }
 PAIRS = {"iterative_dpo"}
 EVERY = set(ROWS)
-OUTCOME = EVERY - CRITIC - PAIRS - {"grpo_process"}
+BEST_OF_K = {"pass_at_k", "pkpo"}
+OTHER_REWARDS = BEST_OF_K | {"grpo_process", "gdpo"}
+OUTCOME = EVERY - CRITIC - PAIRS - OTHER_REWARDS
 MOVING = {
     *("reinforce", "off_policy_trajectory", "off_policy_first_order", "off_policy_prefix"),
     "off_policy_causal",
@@ -153,6 +156,7 @@ SETTINGS: dict[str, tuple[tuple[str, ...], set[str], dict[str, Any]]] = {
         },
     ),
     "loss.nll_coef": (("--loss.nll_coef", "0.2"), PAIRS, {"objective.nll_coef": 0.2}),
+    "loss.pass_at_k": (("--loss.pass_at_k", "3"), BEST_OF_K, {"pass_at_k": 3}),
     "loss.right_nll_coef": (
         ("--loss.right_nll_coef", "0.2"),
         EVERY - PAIRS,
@@ -220,7 +224,7 @@ def test_the_kl_lands_in_the_reward_or_in_the_loss(resolved: Resolve, name: str)
     assert not resolved(name, "--loss.kl_coef", "0", *no_renewal(name)).has_reference
 
 
-@pytest.mark.parametrize("name", sorted(EVERY - PAIRS - {"ppo_kl", "grpo_process"}))
+@pytest.mark.parametrize("name", sorted(EVERY - PAIRS - OTHER_REWARDS - {"ppo_kl"}))
 def test_the_kl_moves_with_its_coefficient(resolved: Resolve, name: str) -> None:
     """From loss to reward and back; each place has an estimator of its own."""
     row, other = resolved(name, *KL), "loss" if name in KL_IN_REWARD else "reward"
@@ -251,6 +255,11 @@ def test_the_gradient_of_the_kl_in_the_loss_may_be_that_of_k2(resolved: Resolve)
     assert changes(ALGORITHMS["grpo"], resolved("grpo", *words[2:])) == {
         "objective.kl_gradient": "k2"
     }
+
+
+def test_the_kl_in_the_reward_may_be_that_of_the_other_direction(resolved: Resolve) -> None:
+    found = changes(ALGORITHMS["ppo"], resolved("ppo", "--loss.kl_estimator", "reverse_k3"))
+    assert found == {"reward_kl_estimator": "reverse_k3"}
 
 
 def test_a_baseline_decides_what_else_is_read(resolved: Resolve) -> None:
@@ -464,11 +473,6 @@ def test_a_target_may_be_fixed(resolved: Resolve) -> None:
             ["--loss.kl_estimator", "k1"],
             r"loss of algorithm = 'grpo': kl_estimator 'k1' .* set kl_gradient to 'k2'",
         ),
-        (
-            "ppo",
-            ["--loss.kl_estimator", "reverse_k3"],
-            r"'reverse_k3' stands in the loss, and the KL of algorithm = 'ppo' in the reward",
-        ),
         ("dapo", ["--loss.kl_gradient", "k2"], r"kl_gradient = 'k2' has no effect: .* is 0"),
         (
             "grpo",
@@ -480,6 +484,36 @@ def test_a_target_may_be_fixed(resolved: Resolve) -> None:
             ["--reward.sources", "math"],
             r"algorithm = 'grpo_process' learns from rewards of steps, and reward\.sources = math "
             r"gives none: add process_model:DIR, or a function or server",
+        ),
+        (
+            "gdpo",
+            ["--reward.sources", "math"],
+            r"algorithm = 'gdpo' normalises the rewards of two or more sources apart, and "
+            r"reward\.sources = math has 1 of a weight other than 0: add one, or choose grpo",
+        ),
+        (
+            "gdpo",
+            ["--reward.sources", "math", "0 * rewards:exact"],
+            r"sources = math, 0 \* rewards:exact has 1 of a weight other than 0",
+        ),
+        *(
+            (
+                name,
+                ["--loss.pass_at_k", "9"],
+                rf"loss\.pass_at_k = 9 of algorithm = '{name}' is more than the completions of a "
+                r"prompt, rollout\.group_size = 8: lower the one or raise the other",
+            )
+            for name in sorted(BEST_OF_K)
+        ),
+        (
+            "pass_at_k",
+            ["--loss.pass_at_k", "8"],
+            r"loss\.pass_at_k = 8 of algorithm = 'pass_at_k' is all of the completions .* is 0",
+        ),
+        (
+            "pkpo",
+            ["--loss.pass_at_k", "1"],
+            r"loss\.pass_at_k = 1 of algorithm = 'pkpo' leaves no other completion",
         ),
     ],
 )

@@ -22,6 +22,7 @@ from warpo.engine.learner.advantages import AdaptiveState, estimate
 from warpo.engine.models.step_rollouts import StepRollouts
 from warpo.engine.types import TokenSequence
 from warpo.kernels import ops
+from warpo.kernels.objectives import KL_ESTIMATORS
 
 ROWS = [name for name, row in ALGORITHMS.items() if row.family == "policy"]
 BASELINE = 0.3
@@ -43,6 +44,9 @@ ORACLES: dict[str, Callable[[Sampled, Algorithm], Tokens]] = {
     "off_policy_prefix": lambda s, row: oracle.reinforce(s, *kl_of(row), BASELINE),
     "off_policy_causal": lambda s, row: oracle.causal(s, *kl_of(row), BASELINE),
     "grpo_process": lambda s, row: oracle.process(s, row.advantage_std),
+    "gdpo": lambda s, row: oracle.gdpo(s, row.advantage_std),
+    "pass_at_k": lambda s, row: oracle.best_of_k(s, row.pass_at_k, "pass_at_k_training"),
+    "pkpo": lambda s, row: oracle.best_of_k(s, row.pass_at_k, "pkpo"),
     "iterative_dpo": lambda s, row: oracle.grpo(s, "none"),
 }
 
@@ -84,6 +88,8 @@ def sample(
             rewards[i] = rewards[members[0]]
             steps[i] = [(end, 0.5) for end, _ in steps[i]]
 
+    sources = np.stack([rewards, rewards > 0, np.abs(rewards) * 8], 1)
+
     def tokens(low: float, high: float) -> Tokens:
         return [rng.uniform(low, high, n).astype(np.float32).astype(float) for n in lengths]
 
@@ -95,6 +101,8 @@ def sample(
         values=tokens(-1, 1),
         steps=steps,
         greedy_rewards=rng.integers(0, 2, count).astype(float),
+        source_rewards=sources,
+        source_weights=np.array([1.0, 0.5, -2.0]),
     )
 
 
@@ -115,6 +123,8 @@ def rollouts(s: Sampled, *, by_sampler: bool = False, steps: bool = False) -> St
         group_ids=np.asarray(s.group_ids),
         rewards=torch.tensor(s.rewards),
         step_rewards=s.steps if steps else None,
+        source_rewards=None if s.source_rewards is None else torch.tensor(s.source_rewards),
+        source_weights=None if s.source_weights is None else torch.tensor(s.source_weights),
         baseline_rewards=torch.tensor(s.greedy_rewards),
         sampler_logprobs=logprobs if by_sampler else torch.zeros_like(logprobs),
         old_logprobs=None if by_sampler else logprobs,
@@ -270,7 +280,7 @@ def test_advantages_are_those_of_the_paper(
     name: str, seed: int, groups: int, group_size: int, longest: int, equal: int, by_sampler: bool
 ) -> None:
     s = sample(seed, groups=groups, group_size=group_size, longest=longest, equal=equal)
-    row = with_kl(name)
+    row = with_kl(name, pass_at_k=min(ALGORITHMS[name].pass_at_k, group_size))
     found, metrics = estimated(row, s, by_sampler=by_sampler)
     expected = paper(s, row)
     compare(by_row(found, "advantages"), expected, name)
@@ -279,7 +289,7 @@ def test_advantages_are_those_of_the_paper(
     assert (found.returns is not None) == row.has_critic
 
 
-@pytest.mark.parametrize("kl_estimator", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("kl_estimator", KL_ESTIMATORS)
 @pytest.mark.parametrize(
     "name", [name for name in ROWS if ALGORITHMS[name].kl_in_reward and name != "ppo_ptx"]
 )
@@ -339,6 +349,8 @@ def test_a_step_in_which_all_rewards_are_equal_teaches_nothing_and_is_no_nan(nam
     s = sample(4, equal=3)
     s.rewards[:] = 1.0
     s.greedy_rewards[:] = 1.0
+    assert s.source_rewards is not None
+    s.source_rewards[:] = 1.0
     for values in s.values:
         values[:] = 1.0
     row = ALGORITHMS[name]
@@ -352,8 +364,9 @@ def test_a_step_in_which_all_rewards_are_equal_teaches_nothing_and_is_no_nan(nam
 def test_the_share_of_groups_that_teach_nothing_is_told() -> None:
     _, metrics = estimated(ALGORITHMS["grpo"], sample(5, groups=4, equal=1))
     assert metrics["reward/degenerate_frac"] == 0.25
-    _, metrics = estimated(ALGORITHMS["grpo_process"], sample(5, groups=4, equal=1))
-    assert metrics["reward/degenerate_frac"] == 0.25
+    for name in ("grpo_process", "gdpo", "pass_at_k", "pkpo"):
+        _, metrics = estimated(ALGORITHMS[name].replace(pass_at_k=2), sample(5, groups=4, equal=1))
+        assert metrics["reward/degenerate_frac"] == 0.25
 
 
 def test_process_rewards_without_steps_are_refused_by_completion() -> None:

@@ -143,6 +143,18 @@ def test_its_state_goes_through_a_checkpoint(learner, folder):
     assert other.update(2, PAIRS) == after
 
 
+def test_its_learning_rate_falls_to_0_at_the_end_of_the_run(learner, folder):
+    """9 pairs and 3 older ones are two batches of 8, of 4 rounds; those that lack count."""
+    _, _, source = learner
+    words = ("--update.schedule", "linear", "--reward_model.every_steps", "1", "--steps", "4")
+    trained = RewardModelLearner(settings(folder, *words), source, 1)
+    rates = []
+    for step, pairs in enumerate([PAIRS * 3, PAIRS, [], PAIRS * 3], start=1):
+        trained.update(step, pairs)
+        rates.append(trained._schedule.get_last_lr()[0])
+    assert rates == pytest.approx([0.75e-3, 0.5e-3, 0.25e-3, 0.0])
+
+
 class Sources:
     """Rewards that pass tokens on as they are."""
 

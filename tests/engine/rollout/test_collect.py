@@ -140,6 +140,23 @@ def test_a_further_draw_of_the_same_prompt_samples_anew(collected: Collect) -> N
     assert second.rewards.tolist() == [0.0, 1.0, 0.0, 1.0]
 
 
+@pytest.mark.parametrize("truncated", ["score", "zero"])
+def test_rewards_of_sources_stand_apart_and_unweighed(collected: Collect, truncated: str) -> None:
+    sources = ("some_rewards:low", "-0.5 * some_rewards:unequal_for_odd", "0 * overlong:2")
+    words = ("--algorithm", "gdpo", "--reward.truncated", truncated, "--reward.sources", *sources)
+    rollouts, metrics, _ = collected("low", *words)
+    columns, weights = rollouts.source_rewards, rollouts.source_weights
+    assert columns is not None and columns.shape == (len(rollouts), 2)
+    assert weights is not None and weights.tolist() == [1.0, -0.5]
+    torch.testing.assert_close(columns @ weights, rollouts.rewards)
+    if truncated == "score":
+        means = [metrics[f"reward/some_rewards:{name}"] for name in ("low", "unequal_for_odd")]
+        assert columns.mean(0).tolist() == pytest.approx(means)
+    else:
+        assert rollouts.finished is not None and not rollouts.finished.all()
+        assert (columns[~rollouts.finished] == 0).all() and columns.any()
+
+
 def test_the_greedy_baseline_is_the_reward_of_the_most_probable_completion(
     collected: Collect, folder: Path
 ) -> None:
