@@ -4,7 +4,6 @@ would have no effect, is refused here, before a model is loaded.
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import math
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from warpo.engine.config.algorithm import Algorithm
 from warpo.engine.config.algorithms import ALGORITHMS
+from warpo.engine.config.effects import check_effects, has_effect, shown
 from warpo.engine.config.reward_model import reward_training
 from warpo.engine.config.reward_sources import parse_sources
 from warpo.engine.errors import ConfigError
@@ -53,7 +53,7 @@ def resolve(config: Config) -> Algorithm:
             "settings: `warpo train` chooses them by the algorithm of the file"
         )
     row = _structure(row, config.loss)
-    _check_effects(config, row)
+    check_effects(config, row)
     own: dict[str, Any] = {
         "max_draws": config.rollout.max_draws,
         "baseline_decay": config.loss.baseline_decay,
@@ -157,84 +157,6 @@ def _preference(preference: Preference, loss: LossSettings, name: str) -> Prefer
     if loss.nll_coef != "algorithm":
         given["nll_coef"] = loss.nll_coef
     return preference.replace(**given)
-
-
-def has_effect(row: Algorithm) -> dict[str, bool]:
-    """True if a row of the policy family reads a setting, for those that not all rows read."""
-    estimator = row.estimator
-    weighs_tokens = not estimator.makes_pairs
-    no_bounds = ("none", "reinforce", "soft_gate", "gamma")
-    surrogate = row.objective.surrogate if isinstance(row.objective, Objective) else "none"
-    ratio = surrogate not in no_bounds
-    return {
-        "loss.aggregation": weighs_tokens,
-        "loss.clip_range": ratio,
-        "loss.right_nll_coef": weighs_tokens,
-        "loss.sequence_mask": weighs_tokens and surrogate != "geometric",
-        "loss.nll_coef": estimator.makes_pairs,
-        "loss.pairs": estimator.makes_pairs,
-        "loss.pass_at_k": estimator.compares_subsets,
-        "loss.kl_target": weighs_tokens,
-        "loss.kl_estimator": weighs_tokens,
-        "loss.kl_in": estimator.shapes_rewards and not row.previous_reference,
-        "loss.kl_gradient": weighs_tokens and not row.kl_in_reward,
-        "loss.kl_level": weighs_tokens and not row.kl_in_reward,
-        "loss.entropy_coef": weighs_tokens,
-        "loss.reward_entropy_coef": estimator.shapes_rewards,
-        "reward.normalize": estimator.shapes_rewards,
-        "reward.clip": estimator.shapes_rewards,
-        "loss.correction": weighs_tokens,
-        "loss.correction_range": weighs_tokens,
-        "loss.baseline": estimator.reads_baseline,
-        "loss.baseline_decay": row.baseline == "moving",
-        "loss.reward_to_go": estimator.reads_baseline and not estimator.is_causal,
-        "loss.whiten": weighs_tokens and not estimator.is_causal,
-        "loss.gamma": estimator.shapes_rewards,
-        "loss.gae_lambda": row.has_critic,
-        "loss.advantage_std": row.divides_by_std,
-        "loss.reference_every_steps": not row.previous_reference,
-        "rollout.max_draws": row.may_redraw,
-    }
-
-
-def _check_effects(config: Config, row: Algorithm) -> None:
-    """Refuse settings that this row does not read."""
-    loss, read = config.loss, has_effect(row)
-    read |= {f"critic.{field.name}": row.has_critic for field in dataclasses.fields(config.critic)}
-    where = dict.fromkeys(read, f"algorithm = {row.name!r}")
-    if row.estimator.reads_baseline and loss.baseline not in ("algorithm", "moving"):
-        of_baseline = ("loss.baseline_decay", "loss.advantage_std", "rollout.max_draws")
-        where |= dict.fromkeys(of_baseline, f"loss.baseline = {loss.baseline!r}")
-    if loss.kl_in == "reward":
-        where["loss.kl_gradient"] = where["loss.kl_level"] = "loss.kl_in = 'reward'"
-    if row.has_critic:
-        shared = config.critic.model == "shared"
-        # A head on the policy's trunk learns with it, at its rate and from the first step.
-        own = {"critic.lr": not shared, "critic.warmup_steps": not shared, "critic.coef": shared}
-        read |= own
-        where |= dict.fromkeys(own, f"critic.model = {config.critic.model!r}")
-    for name, is_read in read.items():
-        section, _, leaf = name.partition(".")
-        part = getattr(config, section)
-        value = getattr(part, leaf)
-        default = type(part).__dataclass_fields__[leaf].default
-        if not is_read and value != default:
-            raise ConfigError(
-                f"{name} = {_shown(value)} has no effect on {where[name]}: remove it"
-                + (" (it has no critic)" if section == "critic" and not row.has_critic else "")
-            )
-    for name in ("kl_estimator", "kl_gradient", "kl_level", "kl_in"):
-        value = getattr(loss, name)
-        unweighed = 0 in (loss.kl_coef, row.kl_coef) and loss.kl_coef in (0, "algorithm")
-        if value != "algorithm" and unweighed:
-            raise ConfigError(
-                f"loss.{name} = {value!r} has no effect: loss.kl_coef is 0"
-                + ("" if loss.kl_coef == 0 else f" in algorithm {row.name!r}")
-            )
-
-
-def _shown(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else repr(value)
 
 
 def _check_updates(config: Config, row: Algorithm) -> None:
@@ -368,7 +290,7 @@ def _check_combinations(config: Config, row: Algorithm) -> None:
         )
     adaptive = str(row.gae_lambda[0])
     if adaptive.startswith("length:") and not float(adaptive.removeprefix("length:")):
-        raise ConfigError(f"loss.gae_lambda = {_shown(row.gae_lambda)}: ALPHA must be above 0")
+        raise ConfigError(f"loss.gae_lambda = {shown(row.gae_lambda)}: ALPHA must be above 0")
     if row.pretraining_coef and not config.pretraining.data:
         raise ConfigError(
             f"pretraining.coef = {row.pretraining_coef:g} of algorithm = {row.name!r} needs "

@@ -11,8 +11,8 @@ from rich.table import Table
 
 from warpo.engine.config.algorithm import Algorithm
 from warpo.engine.config.algorithms import ALGORITHMS
+from warpo.engine.config.effects import has_effect
 from warpo.engine.config.offline import LOSS_KEYS
-from warpo.engine.config.resolve import has_effect
 from warpo.kernels.objectives import Objective
 from warpo.kernels.preferences import Preference
 
@@ -83,7 +83,9 @@ def comparison() -> str:
 
 def _differences(row: Algorithm, objective: Objective) -> tuple[str, ...]:
     surrogate = objective.surrogate
-    if has_effect(row)["loss.clip_range"]:
+    if surrogate.startswith("divergence"):
+        surrogate += f" {objective.clip_low:g}"
+    elif has_effect(row)["loss.clip_range"]:
         surrogate += f" {1 - objective.clip_low:.5g} to {1 + objective.clip_high:.5g}"
     if objective.correction != "none":
         surrogate += f", {objective.correction} {objective.correction_level}"

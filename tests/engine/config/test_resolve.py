@@ -129,7 +129,7 @@ SETTINGS: dict[str, tuple[tuple[str, ...], set[str], dict[str, Any]]] = {
         {"baseline": "leave_one_out"},
     ),
     "loss.baseline_decay": (("--loss.baseline_decay", "0.5"), MOVING, {"baseline_decay": 0.5}),
-    "loss.whiten": (("--loss.whiten", "true"), EVERY - PAIRS - CAUSAL, {"whiten": True}),
+    "loss.whiten": (("--loss.whiten", "true"), EVERY - PAIRS - CAUSAL - {"gdpo"}, {"whiten": True}),
     "loss.kl_level": (
         ("--loss.kl_level", "sequence", *KL),
         EVERY - PAIRS - KL_IN_REWARD,
