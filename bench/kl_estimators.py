@@ -77,20 +77,19 @@ class Moments(NamedTuple):
 
     bias: float
     std: float
-    negative: float
 
 
-def sampled(estimator: Estimator, mean: float, samples: int, seed: int) -> Moments:
-    """From samples of the policy N(0, 1) against N(mean, 1)."""
+def sampled(estimator: Estimator, mean: float, samples: int, seed: int) -> Tensor:
+    """An estimate from each of some samples of the policy N(0, 1), against N(mean, 1)."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(samples, generator=generator, dtype=torch.float64)
-    values = estimator.value((mean * x - mean**2 / 2).float()).double()
+    return estimator.value((mean * x - mean**2 / 2).float()).double()
+
+
+def moments_of(values: Tensor, mean: float) -> Moments:
+    """Of estimates from samples."""
     kl = mean**2 / 2
-    return Moments(
-        bias=(values.mean() / kl - 1).item(),
-        std=(values.std() / kl).item(),
-        negative=(values < 0).double().mean().item(),
-    )
+    return Moments((values.mean() / kl - 1).item(), (values.std() / kl).item())
 
 
 def integrated(estimator: Estimator, mean: float) -> Moments:
@@ -100,7 +99,7 @@ def integrated(estimator: Estimator, mean: float) -> Moments:
     values = estimator.value(torch.from_numpy(mean * nodes - mean**2 / 2).float()).double().numpy()
     kl, expectation = mean**2 / 2, float(weights @ values)
     variance = float(weights @ (values - expectation) ** 2)
-    return Moments(expectation / kl - 1, variance**0.5 / kl, float(weights[values < 0].sum()))
+    return Moments(expectation / kl - 1, variance**0.5 / kl)
 
 
 def table(mean: float, samples: int, seed: int) -> Table:
@@ -114,8 +113,9 @@ def table(mean: float, samples: int, seed: int) -> Table:
     for name in ("bias / KL", "std / KL", "below 0"):
         found.add_column(name, justify="right")
     for name, estimator in ESTIMATORS.items():
-        moments = sampled(estimator, mean, samples, seed)
-        cells = (f"{moments.bias:+.4f}", f"{moments.std:.3f}", f"{100 * moments.negative:.0f} %")
+        values = sampled(estimator, mean, samples, seed)
+        moments, negative = moments_of(values, mean), (values < 0).double().mean().item()
+        cells = (f"{moments.bias:+.4f}", f"{moments.std:.3f}", f"{100 * negative:.0f} %")
         found.add_row(name, f"KL({estimator.of})", *cells)
     return found
 

@@ -256,6 +256,7 @@ bool fits(const dlpack::Tensor& tensor, const dlpack::Tensor& like) {
            std::equal(tensor.shape, tensor.shape + tensor.ndim, like.shape);
 }
 
+#ifndef WARPO_CUDA
 // A fast look at lists of hundreds of tensors, all of one length: for each list its dtypes, as the
 // bits 1 << DType, if all tensors are plain and on one device, those of the first list are as
 // `has_rows` says, and the others fit the one at their place there. Else zeros: one of them is to
@@ -281,6 +282,7 @@ std::vector<int> plain_dtypes(py::handle parameter, const std::vector<py::list>&
     }
     return dtypes;
 }
+#endif
 
 template <class Result, class... Arguments>
 void define_function(py::module_& m, const char* name, Result (*function)(Arguments...)) {

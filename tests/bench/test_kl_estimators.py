@@ -10,11 +10,11 @@ from warpo.engine.cli import main
 def test_samples_and_integral_agree(mean):
     for name, estimator in kl_estimators.ESTIMATORS.items():
         exact = kl_estimators.integrated(estimator, mean)
-        found = kl_estimators.sampled(estimator, mean, 200_000, seed=0)
+        values = kl_estimators.sampled(estimator, mean, 200_000, seed=0)
+        found = kl_estimators.moments_of(values, mean)
         # five standard deviations of the samples' mean
         assert found.bias == pytest.approx(exact.bias, abs=5 * exact.std / 200_000**0.5), name
         assert found.std == pytest.approx(exact.std, rel=0.1), name
-        assert found.negative == pytest.approx(exact.negative, abs=0.02), name
         unbiased = name != "k2"
         assert (abs(exact.bias) < 1e-4) == unbiased, name
 
