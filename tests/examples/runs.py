@@ -1,13 +1,18 @@
-"""The examples as a user runs them: `warpo train`, each in a process of its own."""
+"""The examples as a user runs them, `warpo train`: in a process of its own, or of many in this one,
+which loads torch and vLLM once.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.examples.configs import EXAMPLES, config_of
+from warpo.engine import cli
 from warpo.engine.run.log import read_rows
 
 # A busy machine of 2 cores; alone on it the slowest takes a third.
@@ -24,13 +29,28 @@ def prepare(folder: Path, seed: int = 0) -> Path:
 
 
 def train(folder: Path, algorithm: str, *overrides: str) -> list[dict]:
-    """Run an algorithm in a folder; its rows of metrics."""
+    """Run an algorithm in a folder, in a process of its own; its rows of metrics."""
     start = time.monotonic()
-    path, words = config_of(algorithm)
-    command = [sys.executable, "-m", "warpo.engine.cli", "train", str(path), *words, *overrides]
+    command = [sys.executable, "-m", "warpo.engine.cli", *_words(algorithm, overrides)]
     result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
     assert time.monotonic() - start < SECONDS, result.stdout[-2000:]
+    return _rows(folder, algorithm)
+
+
+def train_here(folder: Path, algorithm: str, *overrides: str) -> list[dict]:
+    """Run an algorithm in a folder, in this process; its rows of metrics."""
+    with contextlib.chdir(folder):
+        assert cli.main(_words(algorithm, overrides)) == 0
+    return _rows(folder, algorithm)
+
+
+def _words(algorithm: str, overrides: Sequence[str]) -> list[str]:
+    path, words = config_of(algorithm)
+    return ["train", str(path), *words, *overrides]
+
+
+def _rows(folder: Path, algorithm: str) -> list[dict]:
     (metrics,) = (folder / "runs").glob(f"**/{algorithm}/metrics.jsonl")
     return read_rows(metrics)
 

@@ -1,4 +1,4 @@
-"""Every algorithm that learns from given data, from its example. Slow: half a minute each.
+"""Every algorithm that learns from given data, from its example. Slow: some ten seconds each.
 
 Policies start at a held-out accuracy of about 0.25, greedy: the careless pupil's. What is stated
 here is a step below what was measured with seed 0.
@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from examples import arithmetic
-from tests.examples.runs import train
+from tests.examples.runs import train_here
 from warpo.engine.config.algorithms import ALGORITHMS
 from warpo.engine.models.files import load_tokenizer
 
@@ -39,18 +39,18 @@ def greedy_accuracy(folder, name: str, steps: int) -> float:
     return sum(arithmetic.reward(texts, [row["answer"] for row in rows])) / len(rows)
 
 
-@pytest.mark.slow(minutes=0.3)
+@pytest.mark.slow(minutes=0.2)
 @pytest.mark.parametrize("name", POLICIES)
 def test_the_example_raises_held_out_accuracy(folder, name):
     assert greedy_accuracy(folder, "sft", 300) < 0.4
-    rows = train(folder, name)
+    rows = train_here(folder, name)
     assert greedy_accuracy(folder, name, 60) >= 0.85
     assert rows[-1]["eval/margin"] > rows[0]["eval/margin"]
 
 
-@pytest.mark.slow(minutes=0.3)
+@pytest.mark.slow(minutes=0.2)
 @pytest.mark.parametrize("name", REWARD_MODELS)
 def test_the_example_tells_right_from_wrong(folder, name):
-    rows = train(folder, name)
+    rows = train_here(folder, name)
     assert rows[-1]["eval/accuracy"] >= REWARD_MODELS[name]
     assert rows[-1]["eval/loss"] < 0.7 * rows[0]["eval/loss"]

@@ -1,10 +1,10 @@
 """Every algorithm that learns from sampled completions, on the real vLLM: from the sums that a
-careless pupil gets right to those that are stated here. Slow: about a minute each.
+careless pupil gets right to those that are stated here. Slow: a quarter of a minute each.
 """
 
 import pytest
 
-from tests.examples.runs import evaluations, train
+from tests.examples.runs import evaluations, train_here
 from warpo.engine.config.algorithms import ALGORITHMS
 
 STEPS = 12
@@ -27,12 +27,12 @@ def folder(prepared):
     return prepared("policy")
 
 
-@pytest.mark.slow(minutes=0.5)
+@pytest.mark.slow(minutes=0.2)
 @pytest.mark.parametrize("name", POLICY)
 def test_the_example_raises_held_out_accuracy(folder, name):
     if name in ("ppo_ptx", "iterative_grpo") and not (folder / BRADLEY_TERRY).exists():
-        train(folder, "bradley_terry")
-    rows = train(folder, name, "--steps", str(STEPS), "--evaluation.every_steps", str(STEPS))
+        train_here(folder, "bradley_terry")
+    rows = train_here(folder, name, "--steps", str(STEPS), "--evaluation.every_steps", str(STEPS))
     right = evaluations(rows, RIGHT.get(name, "eval/accuracy"))
     assert right[0] < (0.6 if name == "grpo_process" else 0.4)
     assert right[-1] >= ACCURACY, right
