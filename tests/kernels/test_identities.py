@@ -222,3 +222,24 @@ def test_ppo_kl_penalises_the_kl_from_the_policy_that_drew_the_tokens():
     assert (row.kl_sampled_from, row.kl_estimator) == ("reference", "k3")
     for estimator in KL_ESTIMATORS:
         row.replace(kl_estimator=estimator)
+
+
+@each_backend
+def test_a_mean_over_tokens_and_one_over_completions_may_differ_in_sign(backend):
+    """PPO as most trainers average, and as the papers write it: completions of 1 and 5 tokens."""
+    advantages = torch.tensor([1.0, -0.6], device=DEVICE)
+    logp = -torch.ones(6, device=DEVICE)
+    starts_of_two = torch.tensor([0, 1, 6], device=DEVICE, dtype=torch.int32)
+    losses = {
+        aggregation: ops.policy_loss(
+            logp,
+            logp,
+            advantages,
+            OBJECTIVES["ppo"].replace(aggregation=aggregation),
+            cu_seqlens=starts_of_two,
+            backend=backend,
+        ).loss.item()
+        for aggregation in ("token-mean", "sequence-mean-token-mean")
+    }
+    assert losses["token-mean"] == pytest.approx(-(1 - 5 * 0.6) / 6)
+    assert losses["sequence-mean-token-mean"] == pytest.approx(-(1 - 0.6) / 2)
