@@ -103,11 +103,9 @@ def step_kl(
     Unbiased, as the old policy drew the tokens. Costs a forward pass over 1 / group_size of the
     rollouts.
     """
-    rows, total, count = (
-        one_of_each_group(rollouts)[:-1],
-        torch.zeros((), device=rollouts.device),
-        0,
-    )
+    # the last is the longest of all
+    rows = one_of_each_group(rollouts)[:-1]
+    total, count = torch.zeros((), device=rollouts.device), 0
     for micro in split_rows(rollouts.sequences, rows, config.update.token_budget):
         batch = rollouts.batch(micro)
         assert batch.old_logprobs is not None
