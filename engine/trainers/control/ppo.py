@@ -4,23 +4,20 @@ https://arxiv.org/abs/1707.06347.
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from warpo.engine.config.control import ControlConfig
-from warpo.engine.run.log import Column, ReportProgress
+from warpo.engine.run.log import Column
 from warpo.engine.run.plot import Panel
 from warpo.engine.trainers.control.environments import Environments, Spaces
-from warpo.engine.trainers.control.networks import ActorCritic, Adam
-from warpo.engine.trainers.control.rollouts import Rollouts, Samples
+from warpo.engine.trainers.control.on_policy import OnPolicyLearner
+from warpo.engine.trainers.control.rollouts import Samples
 from warpo.kernels import ops
 
 
-class PpoLearner:
-    """Networks and optimizer of a run; one `iterate` is a rollout and its updates."""
+class PpoLearner(OnPolicyLearner):
+    """Epochs of minibatches on the clipped surrogate."""
 
     columns = (
         Column("step", "step", "step", "d"),
@@ -49,45 +46,11 @@ class PpoLearner:
         environments: Environments,
         device: torch.device,
     ) -> None:
+        super().__init__(config, spaces, environments, device, config.ppo)
         ppo = config.ppo
-        self._config, self._device = config, device
-        self.network = ActorCritic(
-            spaces.observation,
-            spaces.action,
-            spaces.actions == "discrete",
-            [ppo.hidden_size] * ppo.hidden_layers,
-        ).to(device)
-        # eps: detail 3 of iclr-blog-track.github.io/2022/03/25/ppo-implementation-details
-        self._optimizer = Adam(self.network, config.lr, eps=1e-5)
         self._objective = ops.get_objective("ppo").replace(
             clip_low=ppo.clip_range, clip_high=ppo.clip_range, entropy_coef=ppo.entropy_coef
         )
-        self.rollouts = Rollouts(
-            config,
-            spaces,
-            environments,
-            self.network,
-            steps=ppo.rollout_steps,
-            gae_lambda=ppo.gae_lambda,
-        )
-
-    @property
-    def stateful(self) -> dict[str, Any]:
-        return {"network": self.network, "optimizer": self._optimizer}
-
-    def iterate(self, step: int, progress: ReportProgress) -> tuple[int, dict[str, float]]:
-        """A rollout and its updates; returns the steps that it took, and metrics."""
-        self.rollouts.collect(progress)
-        samples = self.rollouts.samples()
-        return self._config.ppo.rollout_steps * self._config.num_envs, self._update(samples)
-
-    def act(self, observation: np.ndarray) -> np.ndarray:
-        """The most probable action."""
-        return self.rollouts.act(observation)
-
-    def outputs(self, observations: np.ndarray) -> Tensor:
-        """Return the networks' outputs for observations (N, D), as one vector."""
-        return self.rollouts.outputs(observations)
 
     def _update(self, samples: Samples) -> dict[str, float]:
         """epochs x minibatches optimizer steps, and their mean metrics."""

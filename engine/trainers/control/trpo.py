@@ -15,21 +15,21 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from warpo.engine.config.control import ControlConfig
-from warpo.engine.run.log import Column, ReportProgress
+from warpo.engine.run.log import Column
 from warpo.engine.run.plot import Panel
 from warpo.engine.trainers.control.environments import Environments, Spaces
-from warpo.engine.trainers.control.networks import ActorCritic, Adam
-from warpo.engine.trainers.control.rollouts import Rollouts, Samples
+from warpo.engine.trainers.control.networks import ActorCritic
+from warpo.engine.trainers.control.on_policy import OnPolicyLearner
+from warpo.engine.trainers.control.rollouts import Samples
 from warpo.kernels import ops
 
 
-class TrpoLearner:
-    """Networks and optimizer of a run; one `iterate` is a rollout, a step and the value's updates.
+class TrpoLearner(OnPolicyLearner):
+    """A step of the policy within the trust region, and the value's updates.
 
     A vector of parameters holds those of the value function too, in whose place gradients and
     steps of the policy are 0.
@@ -62,42 +62,10 @@ class TrpoLearner:
         environments: Environments,
         device: torch.device,
     ) -> None:
-        trpo = config.trpo
-        self._config, self._device = config, device
-        self.network = ActorCritic(
-            spaces.observation,
-            spaces.action,
-            spaces.actions == "discrete",
-            [trpo.hidden_size] * trpo.hidden_layers,
-        ).to(device)
-        self._optimizer = Adam(self.network, config.lr, eps=1e-5)  # as PPO's
-        self.rollouts = Rollouts(
-            config,
-            spaces,
-            environments,
-            self.network,
-            steps=trpo.rollout_steps,
-            gae_lambda=trpo.gae_lambda,
-        )
+        super().__init__(config, spaces, environments, device, config.trpo)
 
-    @property
-    def stateful(self) -> dict[str, Any]:
-        return {"network": self.network, "optimizer": self._optimizer}
-
-    def iterate(self, step: int, progress: ReportProgress) -> tuple[int, dict[str, float]]:
-        """A rollout and its updates; returns the steps that it took, and metrics."""
-        self.rollouts.collect(progress)
-        samples = self.rollouts.samples()
-        metrics = self._update_policy(samples) | self._update_value(samples)
-        return self._config.trpo.rollout_steps * self._config.num_envs, metrics
-
-    def act(self, observation: np.ndarray) -> np.ndarray:
-        """The most probable action."""
-        return self.rollouts.act(observation)
-
-    def outputs(self, observations: np.ndarray) -> Tensor:
-        """Return the networks' outputs for observations (N, D), as one vector."""
-        return self.rollouts.outputs(observations)
+    def _update(self, samples: Samples) -> dict[str, float]:
+        return self._update_policy(samples) | self._update_value(samples)
 
     def _update_policy(self, samples: Samples) -> dict[str, float]:
         """One step within the trust region."""
