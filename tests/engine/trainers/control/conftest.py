@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.engine.trainers.control import worlds
 from warpo.engine.config.control import SECTIONS, ControlConfig
+from warpo.engine.trainers.control.replay import Steps
 
 worlds.register()
 
@@ -42,3 +44,16 @@ def config(tmp_path: Path) -> Callable[..., ControlConfig]:
         return ControlConfig(**small)
 
     return make
+
+
+@pytest.fixture
+def steps() -> Steps:
+    """Steps of continuous actions, of which the first ended its episode."""
+    torch.manual_seed(1)
+    return Steps(
+        torch.randn(8, 2),
+        torch.rand(8, 2) * 2 - 1,
+        torch.randn(8, 2),
+        torch.randn(8),
+        torch.tensor([True] + [False] * 7),
+    )

@@ -6,7 +6,6 @@ import torch
 
 from tests.oracles.soft_q_targets import soft_q_targets
 from warpo.engine.trainers.control.environments import Environments, spaces_of
-from warpo.engine.trainers.control.replay import Steps
 from warpo.engine.trainers.control.sac import SacLearner
 from warpo.engine.trainers.control.soft import polyak_
 
@@ -20,18 +19,6 @@ def learner(config):
         return SacLearner(settings, spaces_of(settings), Environments(settings), device)
 
     return make
-
-
-@pytest.fixture
-def steps():
-    torch.manual_seed(1)
-    return Steps(
-        torch.randn(8, 2),
-        torch.rand(8, 2) * 2 - 1,
-        torch.randn(8, 2),
-        torch.randn(8),
-        torch.tensor([True] + [False] * 7),
-    )
 
 
 def forward(stack, index, x):

@@ -6,7 +6,6 @@ import torch
 
 from tests.engine.trainers.control.test_sac import forward, q_values, sample
 from warpo.engine.trainers.control.environments import Environments, spaces_of
-from warpo.engine.trainers.control.replay import Steps
 from warpo.engine.trainers.control.sac_v import SacVLearner
 
 
@@ -20,18 +19,6 @@ def learner(config):
         for parameter in learner.target_v.parameters():
             parameter.add_(0.5)  # a target apart from V
     return learner
-
-
-@pytest.fixture
-def steps():
-    torch.manual_seed(1)
-    return Steps(
-        torch.randn(8, 2),
-        torch.rand(8, 2) * 2 - 1,
-        torch.randn(8, 2),
-        torch.randn(8),
-        torch.tensor([True] + [False] * 7),
-    )
 
 
 def values(network, observations):
