@@ -63,6 +63,11 @@ class Algorithm:
         trains_reward_model: the reward model learns too, see config/reward_model.py.
         right_nll_coef: weight of the negative log-likelihood of right completions, next to the
             policy's loss.
+        covariance: what is done to tokens whose logprob and advantage are high together: they have
+            no surrogate ("clip"), or pay a KL to the old policy ("kl"), see learner/covariance.py.
+        covariance_share: share of the tokens of an optimizer step that are chosen.
+        covariance_range: lowest and highest covariance of those that "clip" chooses from.
+        covariance_kl_coef: weight of the KL of "kl".
         caution: a warning to read before relying on the row.
     """
 
@@ -99,6 +104,10 @@ class Algorithm:
     pretraining_coef: float = 0.0
     trains_reward_model: bool = False
     right_nll_coef: float = 0.0
+    covariance: Literal["none", "clip", "kl"] = "none"
+    covariance_share: float = 0.0002
+    covariance_range: tuple[float, float] = (1.0, 5.0)
+    covariance_kl_coef: float = 1.0
     caution: str = ""
 
     @property

@@ -69,6 +69,9 @@ def resolve(config: Config) -> Algorithm:
         "gae_lambda": config.loss.gae_lambda,
         "pretraining_coef": config.pretraining.coef,
         "right_nll_coef": config.loss.right_nll_coef,
+        "covariance_share": config.loss.covariance_share,
+        "covariance_range": config.loss.covariance_range,
+        "covariance_kl_coef": config.loss.covariance_kl_coef,
         "kl_target": config.loss.kl_target,
     }
     changes = {name: value for name, value in own.items() if value != "algorithm"}
@@ -178,10 +181,17 @@ def _check_updates(config: Config, row: Algorithm) -> None:
             "moved in the first optimizer step of a step. Set update.epochs or update.minibatches "
             "to 2 or more, or loss.correction"
         )
-    if row.previous_reference and row.kl_coef and update.per_step == 1:
+    to_old = (row.previous_reference and row.kl_coef) or row.covariance == "kl"
+    if to_old and update.per_step == 1:
         raise ConfigError(
             f"algorithm = {row.name!r} has no penalty in the first optimizer step of a step, where "
-            "the policy is its reference: set update.epochs or update.minibatches to 2 or more"
+            "the policy is the old one: set update.epochs or update.minibatches to 2 or more"
+        )
+    low, high = row.covariance_range
+    if not low < high:
+        raise ConfigError(
+            f"loss.covariance_range = {low:g} {high:g}: the lowest covariance must be below the "
+            "highest"
         )
 
 
