@@ -43,6 +43,8 @@ class Algorithm:
         reward_kl_coef: weight of that KL in the reward. In the loss it is the objective's.
         reward_kl_estimator: of the KL in the reward.
         reward_entropy_coef: weight of -log pi_old of each token, which is added to its reward.
+        reward_entropy_target: nats per token that it learns to keep the entropy at, and the rate of
+            learning its logarithm, https://arxiv.org/abs/1812.05905 eq. 18; None: it is fixed.
         reward_normalize: the rewards of completions are normalised by those of the step ("batch")
             or of all steps ("running").
         reward_clip: bound on the absolute value of a reward, after that; None: no bound.
@@ -91,6 +93,7 @@ class Algorithm:
     reward_kl_coef: float = 0.0
     reward_kl_estimator: str = "k1"
     reward_entropy_coef: float = 0.0
+    reward_entropy_target: tuple[float, float] | None = None
     reward_normalize: Literal["none", "batch", "running"] = "none"
     reward_clip: float | None = None
     previous_reference: bool = False

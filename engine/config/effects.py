@@ -37,6 +37,7 @@ def has_effect(row: Algorithm) -> dict[str, bool]:
         "loss.kl_gradient": weighs_tokens and not row.kl_in_reward,
         "loss.kl_level": weighs_tokens and not row.kl_in_reward,
         "loss.entropy_coef": weighs_tokens,
+        "loss.reward_entropy_target": estimator.shapes_rewards,
         "loss.reward_entropy_coef": estimator.shapes_rewards,
         "reward.normalize": estimator.shapes_rewards,
         "reward.clip": estimator.shapes_rewards,

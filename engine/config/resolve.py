@@ -62,8 +62,9 @@ def resolve(config: Config) -> Algorithm:
         "pairs": config.loss.pairs,
         "whiten": config.loss.whiten,
         "reward_entropy_coef": config.loss.reward_entropy_coef,
+        "reward_entropy_target": _or_algorithm(config.loss.reward_entropy_target),
         "reward_normalize": config.reward.normalize,
-        "reward_clip": "algorithm" if config.reward.clip == "none" else config.reward.clip,
+        "reward_clip": _or_algorithm(config.reward.clip),
         "reference_every_steps": config.loss.reference_every_steps,
         "gamma": config.loss.gamma,
         "gae_lambda": config.loss.gae_lambda,
@@ -94,6 +95,11 @@ def resolve(config: Config) -> Algorithm:
     _check_combinations(config, resolved)
     reward_training(config, resolved)
     return resolved
+
+
+def _or_algorithm(value: Any) -> Any:
+    """Rows have none of what a setting "none" leaves out."""
+    return "algorithm" if value == "none" else value
 
 
 def _structure(row: Algorithm, loss: LossSettings) -> Algorithm:
@@ -319,6 +325,11 @@ def _check_combinations(config: Config, row: Algorithm) -> None:
         raise ConfigError(
             f"loss.reference_every_steps = {row.reference_every_steps} has no effect on algorithm "
             f"= {row.name!r}: it has no reference, since loss.kl_coef is 0"
+        )
+    if row.reward_entropy_target and not row.reward_entropy_coef:
+        raise ConfigError(
+            f"loss.reward_entropy_target = {shown(row.reward_entropy_target)} needs a "
+            "loss.reward_entropy_coef above 0 to start from"
         )
     if row.kl_target and not row.kl_coef:
         raise ConfigError(

@@ -202,6 +202,10 @@ class LossSettings:
     reward_entropy_coef: NonNegative | Literal["algorithm"] = "algorithm"
     """Weight of the entropy in the reward: -log of the old policy's probability of each token is
     added to its reward."""
+    reward_entropy_target: tuple[Positive, Positive] | Literal["none"] = "none"
+    """Entropy in nats per token that reward_entropy_coef learns to keep, as SAC's temperature does,
+    and the learning rate of its logarithm: after a step the coefficient is multiplied by
+    exp(-rate x (entropy - target)). none: the coefficient stays."""
     gamma: Unit | Literal["algorithm"] = "algorithm"
     """Discount of rewards and values from token to token."""
     gae_lambda: tuple[Unit | LengthAdaptive, Unit] | Literal["algorithm"] = "algorithm"

@@ -181,6 +181,7 @@ def _settings(row: Algorithm) -> dict[str, str]:
         "loss.reward_to_go": str(row.reward_to_go).lower(),
         "loss.whiten": str(row.whiten).lower(),
         "loss.reward_entropy_coef": f"{row.reward_entropy_coef:g}",
+        "loss.reward_entropy_target": "none",
         "loss.gamma": f"{row.gamma:g}",
         "loss.gae_lambda": " ".join(map(str, row.gae_lambda)),
         "loss.advantage_std": row.advantage_std,

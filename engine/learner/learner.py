@@ -76,7 +76,12 @@ class Learner:
         self.optimizer, self.schedule = make_optimizer(
             learned, config.update, updates, ranks=run.ranks
         )
-        self.adaptive = AdaptiveState(algorithm.kl_coef, adapts=algorithm.kl_target is not None)
+        learns_entropy = algorithm.reward_entropy_target is not None
+        self.adaptive = AdaptiveState(
+            algorithm.kl_coef,
+            adapts=algorithm.kl_target is not None,
+            entropy_coef=algorithm.reward_entropy_coef if learns_entropy else None,
+        )
         self.reference = Reference(config, algorithm)
         self.pretraining = None if examples is None else Pretraining(config, examples)
         self.reward_model = reward_model

@@ -190,6 +190,11 @@ SETTINGS: dict[str, tuple[tuple[str, ...], set[str], dict[str, Any]]] = {
         EVERY,
         {"pretraining_coef": 0.5},
     ),
+    "loss.reward_entropy_target": (
+        ("--loss.reward_entropy_target", "0.4", "0.1", "--loss.reward_entropy_coef", "0.5"),
+        CRITIC | OUTCOME,
+        {"reward_entropy_target": (0.4, 0.1), "reward_entropy_coef": 0.5},
+    ),
     "loss.reward_entropy_coef": (
         ("--loss.reward_entropy_coef", "0.5"),
         CRITIC | OUTCOME,
@@ -394,6 +399,11 @@ def test_a_target_may_be_fixed(resolved: Resolve) -> None:
             "grpo",
             ["--loss.kl_coef", "0", "--loss.kl_estimator", "k1"],
             r"kl_estimator = 'k1' has no effect: loss\.kl_coef is 0$",
+        ),
+        (
+            "dapo",
+            ["--loss.reward_entropy_target", "0.4", "0.1"],
+            r"reward_entropy_target = 0\.4 0\.1 needs a loss\.reward_entropy_coef above 0 to start",
         ),
         ("dapo", ["--loss.kl_target", "0.1"], r"kl_target = 0\.1 needs a loss\.kl_coef above 0"),
         (
