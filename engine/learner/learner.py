@@ -99,6 +99,13 @@ class Learner:
         return device_of(self.model)
 
     @property
+    def stepped(self) -> list[Tensor]:
+        """Parameters of all models that learn."""
+        policy = [p for group in self.optimizer.param_groups for p in group["params"]]
+        others = [part.stepped for part in (self.critic, self.reward_model) if part is not None]
+        return policy + [p for part in others for p in part]
+
+    @property
     def stateful(self) -> dict[str, Stateful]:
         """State that a checkpoint keeps next to the weights of the policy."""
         parts: dict[str, Stateful] = {
