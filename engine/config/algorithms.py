@@ -181,12 +181,12 @@ _ROWS: dict[str, Algorithm] = {
     ),
     "dapo": _group("dapo", "DAPO, eq. 8 and 11", "https://arxiv.org/abs/2503.14476", max_draws=10),
     "gspo": _group("gspo", "GSPO, eq. 5", "https://arxiv.org/abs/2507.18071"),
-    "luspo": _group("luspo", "LUSPO", "https://arxiv.org/abs/2602.05261"),
+    "luspo": _group("luspo", "LUSPO, eq. 7", "https://arxiv.org/abs/2602.05261"),
     "dppo_tv": _group(
         "dppo_tv", "DPPO, eq. 11, total variation", "https://arxiv.org/abs/2602.04879"
     ),
     "dppo_kl": _group("dppo_kl", "DPPO, eq. 11, KL", "https://arxiv.org/abs/2602.04879"),
-    "vespo": _group("vespo", "VESPO", "https://arxiv.org/abs/2602.10693"),
+    "vespo": _group("vespo", "VESPO, eq. 17", "https://arxiv.org/abs/2602.10693"),
     "cispo": _group("cispo", "CISPO, eq. 4 and 5", "https://arxiv.org/abs/2506.13585"),
     "gmpo": _group("gmpo", "GMPO, eq. 4", "https://arxiv.org/abs/2507.20673"),
     "sapo": _group("sapo", "SAPO, eq. 5 and 6", "https://arxiv.org/abs/2511.20347"),
