@@ -320,7 +320,7 @@ OBJECTIVES: dict[str, Objective] = {
         clip_high=4e-4,
         aggregation="sequence-mean-token-mean",
     ),
-    # https://arxiv.org/abs/2602.05261: GSPO's loss of a completion times its length
+    # https://arxiv.org/abs/2602.05261 eq. 7: GSPO's loss of a completion times its length
     "luspo": Objective(
         ratio_level="sequence",
         clip_low=3e-4,
@@ -331,7 +331,8 @@ OBJECTIVES: dict[str, Objective] = {
     # are those of its users
     "dppo_tv": Objective(surrogate="divergence_tv", clip_low=0.2, clip_high=0.2),
     "dppo_kl": Objective(surrogate="divergence_kl", clip_low=0.05, clip_high=0.05),
-    # https://arxiv.org/abs/2602.10693, with powers and rates of its code
+    # https://arxiv.org/abs/2602.10693 eq. 17, scaled to be 1 at a ratio of 1, with powers and rates
+    # of its code
     "vespo": Objective(ratio_level="product", surrogate="gamma"),
     # https://arxiv.org/abs/2506.13585 eq. 4 and 5, without a lower bound; the upper one is tuned
     # there and not stated: that of DAPO

@@ -43,6 +43,8 @@ class Algorithm:
         reward_kl_coef: weight of that KL in the reward. In the loss it is the objective's.
         reward_kl_estimator: of the KL in the reward.
         reward_entropy_coef: weight of -log pi_old of each token, which is added to its reward.
+        reward_entropy_target: nats per token that it learns to keep the entropy at, and the rate of
+            learning its logarithm, https://arxiv.org/abs/1812.05905 eq. 18; None: it is fixed.
         reward_normalize: the rewards of completions are normalised by those of the step ("batch")
             or of all steps ("running").
         reward_clip: bound on the absolute value of a reward, after that; None: no bound.
@@ -63,6 +65,11 @@ class Algorithm:
         trains_reward_model: the reward model learns too, see config/reward_model.py.
         right_nll_coef: weight of the negative log-likelihood of right completions, next to the
             policy's loss.
+        covariance: what is done to tokens whose logprob and advantage are high together: they have
+            no surrogate ("clip"), or pay a KL to the old policy ("kl"), see learner/covariance.py.
+        covariance_share: share of the tokens of an optimizer step that are chosen.
+        covariance_range: lowest and highest covariance of those that "clip" chooses from.
+        covariance_kl_coef: weight of the KL of "kl".
         caution: a warning to read before relying on the row.
     """
 
@@ -86,6 +93,7 @@ class Algorithm:
     reward_kl_coef: float = 0.0
     reward_kl_estimator: str = "k1"
     reward_entropy_coef: float = 0.0
+    reward_entropy_target: tuple[float, float] | None = None
     reward_normalize: Literal["none", "batch", "running"] = "none"
     reward_clip: float | None = None
     previous_reference: bool = False
@@ -99,6 +107,10 @@ class Algorithm:
     pretraining_coef: float = 0.0
     trains_reward_model: bool = False
     right_nll_coef: float = 0.0
+    covariance: Literal["none", "clip", "kl"] = "none"
+    covariance_share: float = 0.0002
+    covariance_range: tuple[float, float] = (1.0, 5.0)
+    covariance_kl_coef: float = 1.0
     caution: str = ""
 
     @property

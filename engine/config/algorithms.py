@@ -5,6 +5,7 @@ A config names the row and may change its numbers; `resolve` gives the row with 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -56,6 +57,7 @@ _BERKELEY = "https://rail.eecs.berkeley.edu/deeprlcourse/"
 _RLHF = "https://arxiv.org/abs/2203.02155"
 # beta of InstructGPT, appendix C.4
 _RLHF_KL = 0.02
+_ENTROPY = "https://arxiv.org/abs/2505.22617"
 
 _ROWS: dict[str, Algorithm] = {
     "reinforce": _outcome(
@@ -179,15 +181,23 @@ _ROWS: dict[str, Algorithm] = {
     ),
     "dapo": _group("dapo", "DAPO, eq. 8 and 11", "https://arxiv.org/abs/2503.14476", max_draws=10),
     "gspo": _group("gspo", "GSPO, eq. 5", "https://arxiv.org/abs/2507.18071"),
-    "luspo": _group("luspo", "LUSPO", "https://arxiv.org/abs/2602.05261"),
+    "luspo": _group("luspo", "LUSPO, eq. 7", "https://arxiv.org/abs/2602.05261"),
     "dppo_tv": _group(
         "dppo_tv", "DPPO, eq. 11, total variation", "https://arxiv.org/abs/2602.04879"
     ),
     "dppo_kl": _group("dppo_kl", "DPPO, eq. 11, KL", "https://arxiv.org/abs/2602.04879"),
-    "vespo": _group("vespo", "VESPO", "https://arxiv.org/abs/2602.10693"),
+    "vespo": _group("vespo", "VESPO, eq. 17", "https://arxiv.org/abs/2602.10693"),
     "cispo": _group("cispo", "CISPO, eq. 4 and 5", "https://arxiv.org/abs/2506.13585"),
     "gmpo": _group("gmpo", "GMPO, eq. 4", "https://arxiv.org/abs/2507.20673"),
     "sapo": _group("sapo", "SAPO, eq. 5 and 6", "https://arxiv.org/abs/2511.20347"),
+    "clip_cov": _group(
+        OBJECTIVES["ppo"].replace(clip_low=1.0, clip_high=math.inf), "Clip-Cov, eq. 10 to 12",
+        _ENTROPY, covariance="clip", max_draws=10,
+    ),
+    "kl_cov": _group(
+        OBJECTIVES["ppo"].replace(surrogate="none"), "KL-Cov, eq. 10, 13 and 14", _ENTROPY,
+        covariance="kl", max_draws=10,
+    ),
     "grpo_tis": _group(
         "grpo_tis", "GRPO, truncated importance sampling",
         "https://fengyao.notion.site/off-policy-rl",

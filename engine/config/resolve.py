@@ -62,13 +62,17 @@ def resolve(config: Config) -> Algorithm:
         "pairs": config.loss.pairs,
         "whiten": config.loss.whiten,
         "reward_entropy_coef": config.loss.reward_entropy_coef,
+        "reward_entropy_target": _or_algorithm(config.loss.reward_entropy_target),
         "reward_normalize": config.reward.normalize,
-        "reward_clip": "algorithm" if config.reward.clip == "none" else config.reward.clip,
+        "reward_clip": _or_algorithm(config.reward.clip),
         "reference_every_steps": config.loss.reference_every_steps,
         "gamma": config.loss.gamma,
         "gae_lambda": config.loss.gae_lambda,
         "pretraining_coef": config.pretraining.coef,
         "right_nll_coef": config.loss.right_nll_coef,
+        "covariance_share": config.loss.covariance_share,
+        "covariance_range": config.loss.covariance_range,
+        "covariance_kl_coef": config.loss.covariance_kl_coef,
         "kl_target": config.loss.kl_target,
     }
     changes = {name: value for name, value in own.items() if value != "algorithm"}
@@ -91,6 +95,11 @@ def resolve(config: Config) -> Algorithm:
     _check_combinations(config, resolved)
     reward_training(config, resolved)
     return resolved
+
+
+def _or_algorithm(value: Any) -> Any:
+    """Rows have none of what a setting "none" leaves out."""
+    return "algorithm" if value == "none" else value
 
 
 def _structure(row: Algorithm, loss: LossSettings) -> Algorithm:
@@ -178,10 +187,17 @@ def _check_updates(config: Config, row: Algorithm) -> None:
             "moved in the first optimizer step of a step. Set update.epochs or update.minibatches "
             "to 2 or more, or loss.correction"
         )
-    if row.previous_reference and row.kl_coef and update.per_step == 1:
+    to_old = (row.previous_reference and row.kl_coef) or row.covariance == "kl"
+    if to_old and update.per_step == 1:
         raise ConfigError(
             f"algorithm = {row.name!r} has no penalty in the first optimizer step of a step, where "
-            "the policy is its reference: set update.epochs or update.minibatches to 2 or more"
+            "the policy is the old one: set update.epochs or update.minibatches to 2 or more"
+        )
+    low, high = row.covariance_range
+    if not low < high:
+        raise ConfigError(
+            f"loss.covariance_range = {low:g} {high:g}: the lowest covariance must be below the "
+            "highest"
         )
 
 
@@ -309,6 +325,11 @@ def _check_combinations(config: Config, row: Algorithm) -> None:
         raise ConfigError(
             f"loss.reference_every_steps = {row.reference_every_steps} has no effect on algorithm "
             f"= {row.name!r}: it has no reference, since loss.kl_coef is 0"
+        )
+    if row.reward_entropy_target and not row.reward_entropy_coef:
+        raise ConfigError(
+            f"loss.reward_entropy_target = {shown(row.reward_entropy_target)} needs a "
+            "loss.reward_entropy_coef above 0 to start from"
         )
     if row.kl_target and not row.kl_coef:
         raise ConfigError(

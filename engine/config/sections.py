@@ -34,6 +34,7 @@ Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Unit = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
 if TYPE_CHECKING:
     SamplerName = str
     BaselineName = str
@@ -142,7 +143,7 @@ class RolloutSettings:
     """Completions per prompt; at least 2 for group-relative algorithms."""
     max_draws: Count | Literal["algorithm"] = "algorithm"
     """Dynamic sampling: at most N draws to replace groups whose rewards are all equal.
-    "algorithm": 10 for dapo, 1 for the others, which keeps all."""
+    "algorithm": 10 for dapo, clip_cov and kl_cov, 1 for the others, which keeps all."""
     temperature: Annotated[float, Field(ge=0.01, le=2)] = 1.0
     """Sampling temperature in training."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -201,6 +202,10 @@ class LossSettings:
     reward_entropy_coef: NonNegative | Literal["algorithm"] = "algorithm"
     """Weight of the entropy in the reward: -log of the old policy's probability of each token is
     added to its reward."""
+    reward_entropy_target: tuple[Positive, Positive] | Literal["none"] = "none"
+    """Entropy in nats per token that reward_entropy_coef learns to keep, as SAC's temperature does,
+    and the learning rate of its logarithm: after a step the coefficient is multiplied by
+    exp(-rate x (entropy - target)). none: the coefficient stays."""
     gamma: Unit | Literal["algorithm"] = "algorithm"
     """Discount of rewards and values from token to token."""
     gae_lambda: tuple[Unit | LengthAdaptive, Unit] | Literal["algorithm"] = "algorithm"
@@ -229,6 +234,16 @@ class LossSettings:
     right_nll_coef: NonNegative | Literal["algorithm"] = "algorithm"
     """Weight of the negative log-likelihood of the completions with at least reward.success, the
     mean over their tokens in an optimizer step. "algorithm": 0.1 for vapo, 0 for the others."""
+    covariance_share: Share | Literal["algorithm"] = "algorithm"
+    """Share of the tokens of an optimizer step that clip_cov and kl_cov choose by the covariance of
+    logprob and advantage; at least one token. Every optimizer step of a step but the first takes
+    a forward pass over its rollouts."""
+    covariance_range: tuple[float, float] | Literal["algorithm"] = "algorithm"
+    """Lowest and highest covariance of the tokens of which clip_cov draws those that have no policy
+    loss."""
+    covariance_kl_coef: Positive | Literal["algorithm"] = "algorithm"
+    """Weight of the KL to the old policy, |logp - old_logp|, that kl_cov adds to the losses of the
+    tokens with the largest covariances."""
     sequence_mask: NonNegative | Literal["algorithm"] = "algorithm"
     """Off-policy sequence masking: in completions that the policy is more than this less likely to
     draw than when they were drawn, in nats per token, tokens with a negative advantage have no

@@ -89,6 +89,11 @@ def _differences(row: Algorithm, objective: Objective) -> tuple[str, ...]:
         surrogate += f" {1 - objective.clip_low:.5g} to {1 + objective.clip_high:.5g}"
     if objective.correction != "none":
         surrogate += f", {objective.correction} {objective.correction_level}"
+    surrogate += {
+        "none": "",
+        "clip": ", not of tokens of high covariance",
+        "kl": ", a KL to the old policy of tokens of high covariance",
+    }[row.covariance]
     estimator = row.reward_kl_estimator if row.kl_in_reward else objective.kl_estimator
     place = "reward" if row.kl_in_reward else "loss"
     kl = f"{row.kl_coef:g} {estimator}, {place}" if row.kl_coef else "none"
@@ -176,6 +181,7 @@ def _settings(row: Algorithm) -> dict[str, str]:
         "loss.reward_to_go": str(row.reward_to_go).lower(),
         "loss.whiten": str(row.whiten).lower(),
         "loss.reward_entropy_coef": f"{row.reward_entropy_coef:g}",
+        "loss.reward_entropy_target": "none",
         "loss.gamma": f"{row.gamma:g}",
         "loss.gae_lambda": " ".join(map(str, row.gae_lambda)),
         "loss.advantage_std": row.advantage_std,
@@ -183,6 +189,9 @@ def _settings(row: Algorithm) -> dict[str, str]:
         "loss.pairs": row.pairs,
         "rollout.max_draws": str(row.max_draws),
         "loss.right_nll_coef": f"{row.right_nll_coef:g}",
+        "loss.covariance_share": f"{row.covariance_share:g}",
+        "loss.covariance_range": "{:g} {:g}".format(*row.covariance_range),
+        "loss.covariance_kl_coef": f"{row.covariance_kl_coef:g}",
         "pretraining.coef": f"{row.pretraining_coef:g}",
     }
     read = has_effect(row)

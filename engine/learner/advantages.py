@@ -6,6 +6,7 @@ Out: one advantage for each token, and where there is a critic one return.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
@@ -36,6 +37,8 @@ class AdaptiveState:
         rewards_seen: number of these rewards.
         moments: of the rewards of all steps, where these are normalised by them.
         adapts: whether kl_coef is part of the state. A fixed kl_coef is always the config's.
+        entropy_coef: weight alpha of the entropy in the reward, where it is learned; None: that of
+            the row.
     """
 
     kl_coef: float
@@ -43,6 +46,7 @@ class AdaptiveState:
     rewards_seen: int = 0
     moments: RewardMoments = field(default_factory=RewardMoments)
     adapts: bool = True
+    entropy_coef: float | None = None
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -50,6 +54,7 @@ class AdaptiveState:
             "baseline": self.baseline,
             "rewards_seen": self.rewards_seen,
             "moments": asdict(self.moments),
+            "entropy_coef": self.entropy_coef,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -58,6 +63,9 @@ class AdaptiveState:
         self.moments = RewardMoments(**state["moments"])
         if self.adapts:
             self.kl_coef = state["kl_coef"]
+        learned = state.get("entropy_coef")
+        if self.entropy_coef is not None and learned is not None:
+            self.entropy_coef = learned
 
     def adapt(self, algorithm: Algorithm, kl: float) -> None:
         """Move kl_coef towards the one at which the KL is the target.
@@ -75,6 +83,21 @@ class AdaptiveState:
             self.kl_coef *= 0.5 if excess < 1 / 1.5 else 2.0 if excess > 1.5 else 1.0
         else:
             self.kl_coef *= 1 + 0.1 * min(max(excess - 1, -0.2), 0.2)
+
+    def learn_entropy_coef(self, algorithm: Algorithm, entropy: float) -> None:
+        """A gradient step on log alpha, with J(alpha) of https://arxiv.org/abs/1812.05905 eq. 18:
+
+        J(log alpha) = log alpha (H - target),  log alpha <- log alpha - rate (H - target)
+
+        Equation 18 has alpha instead of its logarithm: both gradients have one sign, and alpha
+        stays above 0.
+
+        Args:
+            entropy: H, the mean of -logp of the sampled tokens, nats.
+        """
+        if self.entropy_coef is not None and algorithm.reward_entropy_target is not None:
+            target, rate = algorithm.reward_entropy_target
+            self.entropy_coef *= math.exp(-rate * (entropy - target))
 
 
 class _Tokens(NamedTuple):
@@ -125,6 +148,10 @@ def estimate(algorithm: Algorithm, rollouts: StepRollouts, state: AdaptiveState)
         metrics["reward/degenerate_frac"] = degenerate / len(rollouts)
     if algorithm.kl_in_reward and algorithm.reward_kl_coef:
         metrics["kl/ref"] = (tokens.logprobs - tokens.ref_logprobs).mean().item()
+    if state.entropy_coef is not None:
+        entropy = -tokens.logprobs.mean().item()
+        metrics |= {"entropy/sampled": entropy, "entropy/coef": state.entropy_coef}
+        state.learn_entropy_coef(algorithm, entropy)
     return metrics
 
 
@@ -246,13 +273,18 @@ def _gae(
         gae_lambda=gae_lambda,
         kl_coef=state.kl_coef if algorithm.kl_in_reward else 0.0,
         kl_estimator=algorithm.reward_kl_estimator,
-        entropy_coef=algorithm.reward_entropy_coef,
+        entropy_coef=_entropy_coef(algorithm, state),
         rewards=tokens.step_rewards,
         terminal_rewards=tokens.terminal_rewards,
         cu_seqlens=tokens.cu_seqlens,
         last_values=tokens.rollouts.last_values,
         return_rewards=algorithm.estimator.is_causal,
     )
+
+
+def _entropy_coef(algorithm: Algorithm, state: AdaptiveState) -> float:
+    learned = state.entropy_coef
+    return algorithm.reward_entropy_coef if learned is None else learned
 
 
 def _process(algorithm: Algorithm, tokens: _Tokens, state: AdaptiveState) -> Estimate:
@@ -333,7 +365,7 @@ def _length_adaptive(
             gae_lambda=max(0.0, 1 - 1 / (alpha * length)),
             kl_coef=state.kl_coef if algorithm.kl_in_reward else 0.0,
             kl_estimator=algorithm.reward_kl_estimator,
-            entropy_coef=algorithm.reward_entropy_coef,
+            entropy_coef=_entropy_coef(algorithm, state),
             rewards=None if steps is None else steps[index],
             terminal_rewards=None if terminal is None else terminal[mine],
             last_values=None if last_values is None else last_values[mine],

@@ -74,6 +74,11 @@ class Critic:
         if self._head is not None:
             yield from self._head.named_parameters("critic_head")
 
+    @property
+    def stepped(self) -> list[nn.Parameter]:
+        """Parameters that an optimizer of its own steps."""
+        return [] if self._network is None else list(self._network.parameters())
+
     @torch.no_grad()
     def values(self, batch: Batch, temperature: float) -> tuple[Tensor, Tensor | None]:
         """Without gradient (M,) float32, of the states before each token, and with critic.bootstrap

@@ -17,6 +17,7 @@ from warpo.engine.config.resolve import resolve
 from warpo.engine.data.examples import Examples
 from warpo.engine.errors import TrainingError
 from warpo.engine.learner.advantages import AdaptiveState, estimate
+from warpo.engine.learner.covariance import by_covariance
 from warpo.engine.learner.critic import Critic
 from warpo.engine.learner.drift import Drift, step_kl
 from warpo.engine.learner.losses import preference_gradients, supervised_gradients
@@ -75,7 +76,12 @@ class Learner:
         self.optimizer, self.schedule = make_optimizer(
             learned, config.update, updates, ranks=run.ranks
         )
-        self.adaptive = AdaptiveState(algorithm.kl_coef, adapts=algorithm.kl_target is not None)
+        learns_entropy = algorithm.reward_entropy_target is not None
+        self.adaptive = AdaptiveState(
+            algorithm.kl_coef,
+            adapts=algorithm.kl_target is not None,
+            entropy_coef=algorithm.reward_entropy_coef if learns_entropy else None,
+        )
         self.reference = Reference(config, algorithm)
         self.pretraining = None if examples is None else Pretraining(config, examples)
         self.reward_model = reward_model
@@ -91,6 +97,13 @@ class Learner:
     @property
     def device(self) -> torch.device:
         return device_of(self.model)
+
+    @property
+    def stepped(self) -> list[Tensor]:
+        """Parameters of all models that learn."""
+        policy = [p for group in self.optimizer.param_groups for p in group["params"]]
+        others = [part.stepped for part in (self.critic, self.reward_model) if part is not None]
+        return policy + [p for part in others for p in part]
 
     @property
     def stateful(self) -> dict[str, Stateful]:
@@ -248,7 +261,17 @@ class Learner:
             result = result._replace(pairs=pairs)
         elif algorithm.objective is not None:
             shared = self.critic if self.critic is not None and self.critic.is_shared else None
-            policy, values, right = accumulate_gradients(
+            if algorithm.covariance != "none":
+                batches, covariance = by_covariance(
+                    algorithm,
+                    self.model,
+                    batches,
+                    temperature=config.rollout.temperature,
+                    seed=(config.seed, step, update),
+                    ranks=ranks,
+                )
+                result = result._replace(covariance=covariance)
+            policy, values, penalty, right = accumulate_gradients(
                 self.model,
                 batches,
                 algorithm.objective,
@@ -258,9 +281,10 @@ class Learner:
                 causal_gamma=algorithm.gamma if algorithm.estimator.is_causal else None,
                 critic=shared,
                 right_nll_coef=algorithm.right_nll_coef,
+                penalty_coef=algorithm.covariance_kl_coef,
                 ranks=ranks,
             )
-            result = result._replace(policy=policy, right=right)
+            result = result._replace(policy=policy, penalty=penalty, right=right)
             result = result if values is None else result._replace(values=values)
         if algorithm.pretraining_coef and self.pretraining is not None:
             count = sum(batch.num_sequences for batch in batches)

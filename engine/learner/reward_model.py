@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from warpo.engine.config.policy import Config
 from warpo.engine.learner.losses import pair_gradients
@@ -64,6 +64,11 @@ class RewardModelLearner:
         self._new: list[LabelledPair] = []
         self._old: list[LabelledPair] = []
         self._seen = 0
+
+    @property
+    def stepped(self) -> list[nn.Parameter]:
+        """Parameters that its optimizer steps."""
+        return list(self._model.parameters())
 
     def update(self, step: int, pairs: Sequence[LabelledPair]) -> Metrics:
         """Take the pairs of a step, and learn where it is due after it.

@@ -27,6 +27,8 @@ class StepResult(NamedTuple):
         pairs: the vector of `ops.preference_loss`.
         values: the vector of `ops.value_loss`.
         right: the loss of right completions, times its coefficient.
+        penalty: the KL of the tokens that pay one, times its coefficient.
+        covariance: the report of `by_covariance`.
         pretraining: the supervised loss, times its coefficient.
         update: effect of the step on the policy's weights.
     """
@@ -35,6 +37,8 @@ class StepResult(NamedTuple):
     pairs: Tensor | None = None
     values: Tensor | None = None
     right: Tensor | None = None
+    penalty: Tensor | None = None
+    covariance: Tensor | None = None
     pretraining: Tensor | None = None
     update: WeightUpdate | None = None
 
@@ -62,8 +66,9 @@ def accumulate_gradients(
     causal_gamma: float | None = None,
     critic: Critic | None = None,
     right_nll_coef: float = 0.0,
+    penalty_coef: float = 0.0,
     ranks: Ranks = ONE_RANK,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Add the gradient of one optimizer step to that of the parameters, micro-batch by micro-batch.
 
     loss = sum over the micro-batches of sum_t w_t loss_t / denominator, where the denominator is
@@ -77,15 +82,17 @@ def accumulate_gradients(
         critic: one that shares the model's trunk: its loss is added, times its coef.
         right_nll_coef: weight of the mean of -logp over the tokens of right completions in all
             micro-batches, which is added; of VAPO, https://arxiv.org/abs/2504.05118.
+        penalty_coef: weight of |logp - old| of the tokens that `Batch.penalized` marks, which is
+            added to their losses; of KL-Cov, https://arxiv.org/abs/2505.22617 eq. 14.
 
     Returns:
         The vector of `ops.policy_loss`, summed over the micro-batches; that of `ops.value_loss`;
-        the loss of right completions, () float32.
+        the penalty of the marked tokens and the loss of right completions, () float32.
     """
     total = denominator(batches, objective.aggregation, max_new_tokens, ranks)
     value_total = 0.0 if critic is None else critic.denominator(batches)
     right_weight = right_nll_coef and right_nll_coef / _count_right(batches, ranks)
-    metrics, value_metrics, right_losses = [], [], []
+    metrics, value_metrics, right_losses, penalties = [], [], [], []
     for batch in batches:
         if critic is None:
             current = token_logprobs(model, batch, temperature)
@@ -120,6 +127,10 @@ def accumulate_gradients(
             value_loss, batch_values = critic.loss(values, batch, value_total)
             loss = loss + critic.coef * value_loss
             value_metrics.append(batch_values)
+        if batch.penalized is not None:
+            penalty = penalty_coef * _penalty(current.logprobs, batch, objective, total)
+            loss = loss + penalty
+            penalties.append(penalty.detach())
         if right_nll_coef:
             assert batch.right is not None
             right_loss = -right_weight * current.logprobs.where(batch.right, 0).sum()
@@ -130,7 +141,17 @@ def accumulate_gradients(
     return (
         ops.sum_metrics(ranks.gather(metrics)),
         ops.merge_value_metrics(ranks.gather(value_metrics)) if value_metrics else None,
+        torch.stack(ranks.gather(penalties)).sum() if penalties else None,
         torch.stack(ranks.gather(right_losses)).sum() if right_losses else None,
+    )
+
+
+def _penalty(logprobs: Tensor, batch: Batch, objective: Objective, total: float) -> Tensor:
+    """|logp - old| of the marked tokens, aggregated as the losses of tokens are."""
+    assert batch.old_logprobs is not None and batch.penalized is not None
+    distance = (logprobs - batch.old_logprobs).abs().where(batch.penalized, 0)
+    return ops.aggregate(
+        distance, objective.aggregation, cu_seqlens=batch.cu_seqlens, denominator=total
     )
 
 

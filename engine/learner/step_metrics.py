@@ -30,6 +30,13 @@ def step_metrics(results: Sequence[StepResult], ranks: Ranks = ONE_RANK) -> Metr
     right = [result.right for result in results if result.right is not None]
     if right:
         metrics["loss/right_nll"] = torch.stack(right).mean().item()
+    penalty = [result.penalty for result in results if result.penalty is not None]
+    if penalty:
+        metrics["loss/covariance_kl"] = torch.stack(penalty).mean().item()
+    covariance = [result.covariance for result in results if result.covariance is not None]
+    if covariance:
+        mean, share = torch.stack(covariance).mean(0).tolist()
+        metrics |= {"covariance/mean": mean, "covariance/chosen_frac": share}
     pretraining = [result.pretraining for result in results if result.pretraining is not None]
     if pretraining:
         metrics["loss/pretraining"] = torch.stack(pretraining).mean().item()

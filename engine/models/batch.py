@@ -35,6 +35,8 @@ class Batch:
             learner's.
         ref_logprobs, values, advantages, returns: (M,) float32.
         right: (M,) bool, tokens of completions that count as right.
+        token_index: (M,) int64, number of each trained token among those of the step.
+        penalized: (M,) bool, tokens that pay a KL to the old policy.
 
     What a loss does not read is None.
     """
@@ -53,6 +55,8 @@ class Batch:
     advantages: Tensor | None = None
     returns: Tensor | None = None
     right: Tensor | None = None
+    token_index: Tensor | None = None
+    penalized: Tensor | None = None
 
     @property
     def num_sequences(self) -> int:

@@ -117,7 +117,7 @@ class StepRollouts:
         }
         columns.setdefault("old_logprobs", columns["sampler_logprobs"])
         packed = pack([self.sequences[row] for row in rows]).to(self.device)
-        return replace(packed, **columns)
+        return replace(packed, token_index=tokens, **columns)
 
     def fill(self, name: str, rows: Sequence[int], values: Tensor) -> None:
         """Write the tokens of some rows into a column, which is made where there is none."""

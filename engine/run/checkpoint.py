@@ -117,12 +117,15 @@ def rehearse(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     parameters: Iterable[Tensor],
+    parts: Mapping[str, Stateful] | None = None,
 ) -> None:
     """Find out before a run whether it can be saved: all files but those of tensors are written
     and removed, and the disk must have room for a checkpoint.
 
     Args:
-        parameters: that AdamW steps: 8 bytes per element for its moments, 4 for master weights.
+        parameters: that AdamW steps, of all models: 8 bytes per element for its moments, 4 for
+            master weights.
+        parts: as of `save`, before the first step, so without those.
 
     Raises:
         CheckpointError: it cannot.
@@ -131,9 +134,10 @@ def rehearse(
     if name := first_not_finite(model.named_parameters()):
         raise ConfigError(f"model: its weight {name} is not finite, so it cannot be trained")
     state = sum(p.numel() * (8 if p.dtype == torch.float32 else 12) for p in parameters)
+    state += _num_bytes(model, {name: part.state_dict() for name, part in (parts or {}).items()})
     folder = _root(output_dir) / ".step-rehearsal"
     try:
-        with atomic.folder(folder, _num_bytes(model, {}) + state) as draft:
+        with atomic.folder(folder, state) as draft:
             model.save_pretrained(draft, state_dict={})
             tokenizer.save_pretrained(draft)
     except (ValueError, TypeError) as error:

@@ -49,6 +49,8 @@ _OTHERS = {
     "cispo": _OUTCOME,
     "gmpo": _OUTCOME,
     "sapo": _OUTCOME,
+    "clip_cov": f"{_OUTCOME} --update.minibatches 4 --loss.covariance_share 0.02",
+    "kl_cov": f"{_OUTCOME} --update.minibatches 4 --loss.covariance_share 0.02",
     "grpo_tis": f"{_OUTCOME} --rollout.temperature 1",
     "grpo_mis": _OUTCOME,
     "grpo_icepop": _OUTCOME,

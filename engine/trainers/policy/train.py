@@ -91,8 +91,13 @@ def _prepare(
         learner.progress.mark()
         return
     learner.progress.mark()
-    learned = [p for group in learner.optimizer.param_groups for p in group["params"]]
-    checkpoint.rehearse(config.output_dir, learner.model, learner.tokenizer, learned)
+    checkpoint.rehearse(
+        config.output_dir,
+        learner.model,
+        learner.tokenizer,
+        parameters=learner.stepped,
+        parts=learner.stateful,
+    )
     learner.reference.begin(learner.model)
     checkpoints.save()
 

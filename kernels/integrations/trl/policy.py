@@ -3,8 +3,9 @@
 TRL multiplies the loss of a token by weights >= 0: of the off-policy mask, the entropy mask and
 the sampler's correction. Here they multiply its advantage.
 
-Left to TRL: VESPO, most of whose work is its weights, and what is faster there: CISPO of few tokens
-and, without a gradient, ratios of sequences of many.
+Left to TRL: VESPO, most of whose work is its weights, of which it also logs the mean, and whose log
+ratios it bounds per token before their sum, unlike surrogate "gamma"; and what is faster there:
+CISPO of few tokens and, without a gradient, ratios of sequences of many.
 
 Differs: masked slots may hold NaN or infinity, which TRL multiplies by 0 and so spreads (in GRPO);
 and log ratios are bounded by +-80, where exp of float32 overflows in TRL from 88.7 on.

@@ -2,9 +2,11 @@
 
 The loss function is one call of `ops.policy_loss`, and its metrics are read from the device once,
 not once each. Left to verl: `compute_policy_loss`, which is deprecated and called by nothing;
-"dppo_tv", "dppo_kl", "clip_cov", "kl_cov" and "geo_mean", whose clipping or metrics no kernel has;
-"gpg", which is a product and `agg_loss`; "bypass_mode", which calls "vanilla" or
-`compute_policy_loss_reinforce`; configurations that are not an `ActorConfig`.
+"dppo_tv" and "dppo_kl", which have A min(ratio, clip_ratio_c) logp with no gradient through the
+ratio, where the surrogates "divergence_tv" and "divergence_kl" have A ratio; "clip_cov" and
+"kl_cov", which choose tokens by their covariance within a micro-batch; "geo_mean", whose clipping
+or metrics no kernel has; "gpg", which is a product and `agg_loss`; "bypass_mode", which calls
+"vanilla" or `compute_policy_loss_reinforce`; configurations that are not an `ActorConfig`.
 
 Differs, in each of them: a masked slot is not read, so that a NaN there reaches neither the loss
 nor the gradient; without a valid token the loss and its gradient are 0, not NaN.

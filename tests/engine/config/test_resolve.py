@@ -30,6 +30,7 @@ ROWS = [name for name, row in ALGORITHMS.items() if row.family == "policy"]
 NEEDS = {
     "ppo_ptx": ("--pretraining.data", "examples.jsonl"),
     "ppo_kl": ("--update.epochs", "2"),
+    "kl_cov": ("--update.epochs", "2"),
     "gdpo": ("--reward.sources", "rewards:exact", "0.5 * rewards:short"),
 }
 
@@ -72,7 +73,7 @@ CRITIC = {"a2c", "ppo", "ppo_dual_clip", "ppo_kl", "ppo_length_adaptive", "vapo"
 NO_BOUNDS = {
     *("reinforce", "reinforce_reward_to_go", "opo", "rloo", "remax", "gpg", "a2c"),
     "off_policy_first_order",
-    *("ppo_kl", "sapo", "vespo", "iterative_dpo", "pkpo"),
+    *("ppo_kl", "kl_cov", "sapo", "vespo", "iterative_dpo", "pkpo"),
 }
 KL_IN_REWARD = (CRITIC - {"ppo_kl"}) | {
     *("reinforce", "reinforce_reward_to_go", "rloo", "remax", "reinforce_plus_plus"),
@@ -81,7 +82,7 @@ KL_IN_REWARD = (CRITIC - {"ppo_kl"}) | {
 GROUP_STD = {
     *("grpo", "grpo_response", "grpo_token", "grpo_process", "iterative_grpo", "dr_grpo"),
     *("dapo", "gspo", "cispo", "gmpo", "sapo", "grpo_tis", "grpo_mis", "grpo_icepop"),
-    *("luspo", "dppo_tv", "dppo_kl", "vespo", "gdpo"),
+    *("luspo", "dppo_tv", "dppo_kl", "vespo", "gdpo", "clip_cov", "kl_cov"),
 }
 REDRAWN = (GROUP_STD - {"grpo_process", "gdpo"}) | {
     *("opo", "rloo", "gpg", "reinforce_plus_plus_baseline"),
@@ -162,6 +163,21 @@ SETTINGS: dict[str, tuple[tuple[str, ...], set[str], dict[str, Any]]] = {
         EVERY - PAIRS,
         {"right_nll_coef": 0.2},
     ),
+    "loss.covariance_share": (
+        ("--loss.covariance_share", "0.01"),
+        {"clip_cov", "kl_cov"},
+        {"covariance_share": 0.01},
+    ),
+    "loss.covariance_range": (
+        ("--loss.covariance_range", "0.5", "2"),
+        {"clip_cov"},
+        {"covariance_range": (0.5, 2.0)},
+    ),
+    "loss.covariance_kl_coef": (
+        ("--loss.covariance_kl_coef", "0.5"),
+        {"kl_cov"},
+        {"covariance_kl_coef": 0.5},
+    ),
     "loss.sequence_mask": (
         ("--loss.sequence_mask", "0.05", "--update.minibatches", "2"),
         EVERY - PAIRS - {"gmpo"},
@@ -173,6 +189,11 @@ SETTINGS: dict[str, tuple[tuple[str, ...], set[str], dict[str, Any]]] = {
         ("--pretraining.coef", "0.5", "--pretraining.data", "examples.jsonl"),
         EVERY,
         {"pretraining_coef": 0.5},
+    ),
+    "loss.reward_entropy_target": (
+        ("--loss.reward_entropy_target", "0.4", "0.1", "--loss.reward_entropy_coef", "0.5"),
+        CRITIC | OUTCOME,
+        {"reward_entropy_target": (0.4, 0.1), "reward_entropy_coef": 0.5},
     ),
     "loss.reward_entropy_coef": (
         ("--loss.reward_entropy_coef", "0.5"),
@@ -379,11 +400,31 @@ def test_a_target_may_be_fixed(resolved: Resolve) -> None:
             ["--loss.kl_coef", "0", "--loss.kl_estimator", "k1"],
             r"kl_estimator = 'k1' has no effect: loss\.kl_coef is 0$",
         ),
+        (
+            "dapo",
+            ["--loss.reward_entropy_target", "0.4", "0.1"],
+            r"reward_entropy_target = 0\.4 0\.1 needs a loss\.reward_entropy_coef above 0 to start",
+        ),
         ("dapo", ["--loss.kl_target", "0.1"], r"kl_target = 0\.1 needs a loss\.kl_coef above 0"),
         (
             "ppo_kl",
             ["--update.epochs", "1"],
             r"'ppo_kl' has no penalty in the first optimizer step .* or update\.minibatches to 2",
+        ),
+        (
+            "kl_cov",
+            ["--update.epochs", "1"],
+            r"'kl_cov' has no penalty in the first optimizer step .* or update\.minibatches to 2",
+        ),
+        (
+            "clip_cov",
+            ["--loss.covariance_range", "5", "1"],
+            r"covariance_range = 5 1: the lowest covariance must be below the highest",
+        ),
+        (
+            "grpo",
+            ["--loss.covariance_share", "0.1"],
+            r"covariance_share = 0\.1 has no effect on algorithm = 'grpo': remove it",
         ),
         ("grpo", ["--update.max_kl", "0.1"], r"max_kl = 0\.1 has no effect: it ends the epochs"),
         (

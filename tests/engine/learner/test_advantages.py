@@ -395,6 +395,45 @@ def test_the_coefficient_in_the_reward_is_that_of_the_state() -> None:
     compare(by_row(found, "advantages"), expected, "advantages")
 
 
+def test_the_weight_of_the_entropy_is_learned() -> None:
+    """https://arxiv.org/abs/1812.05905 eq. 18: J(alpha) = E[-alpha (log pi + target)], here of log
+    alpha, whose gradient is H - target. A step sees the weight before it.
+    """
+    target, rate, alpha = 1.5, 0.3, 0.4
+    row = ALGORITHMS["reinforce"].replace(reward_entropy_coef=0.4)
+    row = row.replace(reward_entropy_target=(target, rate))
+    state, log_alpha = AdaptiveState(0.0, BASELINE, entropy_coef=alpha), np.log(alpha)
+    for seed in range(3):
+        s = replace(sample(seed), entropy_coef=np.exp(log_alpha))
+        state.baseline = BASELINE
+        found, metrics = estimated(row, s, state)
+        expected = oracle.outcome(s, (0.0, "k1"), baseline="moving", earlier=BASELINE)
+        compare(by_row(found, "advantages"), expected, "step")
+        entropy = -np.concatenate(s.logprobs).mean()
+        assert metrics["entropy/sampled"] == pytest.approx(entropy, rel=1e-5)
+        assert metrics["entropy/coef"] == pytest.approx(np.exp(log_alpha), rel=1e-5)
+        log_alpha -= rate * (entropy - target)
+        assert state.entropy_coef == pytest.approx(np.exp(log_alpha), rel=1e-5)
+    resumed = AdaptiveState(0.0, entropy_coef=0.4)
+    resumed.load_state_dict(state.state_dict())
+    assert resumed == replace(state, kl_coef=0.0)
+    # one that learns anew begins with that of the config, and a fixed one stays
+    resumed = AdaptiveState(0.0, entropy_coef=0.4)
+    resumed.load_state_dict(AdaptiveState(0.0).state_dict())
+    assert resumed.entropy_coef == 0.4
+    fixed = AdaptiveState(0.0)
+    fixed.load_state_dict(state.state_dict())
+    assert fixed.entropy_coef is None
+
+
+def test_an_entropy_above_its_target_lowers_the_weight_and_one_below_raises_it() -> None:
+    row = ALGORITHMS["reinforce"].replace(reward_entropy_target=(0.5, 0.1))
+    for entropy, sign in ((0.9, -1), (0.5, 0), (0.1, 1)):
+        state = AdaptiveState(0.0, entropy_coef=1.0)
+        state.learn_entropy_coef(row, entropy)
+        assert state.entropy_coef is not None and np.sign(state.entropy_coef - 1) == sign
+
+
 @pytest.mark.parametrize(
     ("kl", "factor"),
     [(0.0, 0.98), (0.05, 0.98), (0.09, 0.99), (0.1, 1.0), (0.11, 1.01), (0.12, 1.02), (9.0, 1.02)],

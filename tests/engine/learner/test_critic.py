@@ -291,9 +291,11 @@ def resume_is_the_whole_run(folder: Path, *overrides: str) -> None:
 @pytest.mark.parametrize("model", ["policy", "shared"])
 def test_a_resumed_run_is_the_whole_one_bit_for_bit(folder: Path, model: str) -> None:
     words = ["--critic.model", model] + (["--critic.lr", "1e-5"] if model == "shared" else [])
-    resume_is_the_whole_run(
-        folder, *words, "--sampler", "transformers", "--loss.kl_target", "0.001"
-    )
+    words += ["--sampler", "transformers", "--loss.kl_target", "0.001"]
+    words += ["--loss.reward_entropy_coef", "0.1", "--loss.reward_entropy_target", "0.5", "0.2"]
+    resume_is_the_whole_run(folder, *words)
+    learned = [row["entropy/coef"] for row in rows(folder)]
+    assert learned[0] == 0.1 and len(set(learned)) == 3
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForSequenceClassification
 
+from tests.engine.learner.test_critic import rollouts
 from tests.engine.runs import rows, train
 from warpo.engine.config.policy import Config, load_config
 from warpo.engine.config.resolve import resolve
@@ -21,6 +22,10 @@ from warpo.engine.rollout.evaluate import Verdict
 from warpo.engine.rollout.labelled import LabelledPair, PairSource
 from warpo.engine.rollout.rewards.model import RewardModel
 from warpo.engine.rollout.rewards.reader import SameTokens
+from warpo.engine.run import atomic, checkpoint
+from warpo.engine.run.log import NoLog
+from warpo.engine.run.loop import Run
+from warpo.engine.trainers.policy.build import build
 from warpo.engine.trainers.policy.train import run
 from warpo.engine.types import Completion, Prompt
 
@@ -262,3 +267,36 @@ def test_the_source_of_labels_is_opened_once(folder, reward_model):
         folder / "config.yaml", [*kept, "model:rm", "--reward_model.labels", "none"]
     )
     assert reward_training(config, resolve(config)) is None
+
+
+def test_room_for_a_checkpoint_counts_every_model_that_learns(folder, reward_model, monkeypatch):
+    """What is asked for before the first step holds a checkpoint after it, and little more."""
+    reward_model()
+    config = settings(folder, "--algorithm", "ppo", "--reward_model.every_steps", "1")
+    monkeypatch.setattr(RewardModelLearner, "_save", lambda *_: None)
+    asked, made = [], rollouts()
+    real = atomic.folder
+
+    def folder_of(path, num_bytes):
+        asked.append(num_bytes)
+        return real(path, num_bytes)
+
+    monkeypatch.setattr(atomic, "folder", folder_of)
+    with build(config, Run(log=NoLog())) as (_, learner, _):
+        parts = learner.stateful
+        arguments = (config.output_dir, learner.model, learner.tokenizer)
+        checkpoint.rehearse(*arguments, parameters=learner.stepped, parts=parts)
+        learner.train_step([made.batch(range(len(made)))], 1, 0)
+        learner.reward_model.update(1, PAIRS)
+        saved = checkpoint.save(
+            config.output_dir,
+            step=1,
+            model=learner.model,
+            tokenizer=learner.tokenizer,
+            parts=parts,
+            keep=1,
+            settings={},
+        )
+    taken = sum(file.stat().st_size for file in saved.iterdir())
+    assert taken < asked[0] < taken + 2**20
+    assert asked[0] == pytest.approx(asked[1], rel=0.01)

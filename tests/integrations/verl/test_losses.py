@@ -12,6 +12,9 @@ pytest.importorskip("verl", reason="verl is not installed: make peers; then make
 from verl.trainer.ppo import core_algos  # noqa: E402
 from verl.workers.config import ActorConfig, PolicyLossConfig  # noqa: E402
 
+from warpo.engine.config.resolve import find  # noqa: E402
+from warpo.engine.learner.covariance import choose  # noqa: E402
+from warpo.kernels import ops  # noqa: E402
 from warpo.kernels.integrations.patching import wrap  # noqa: E402
 from warpo.kernels.integrations.verl import library  # noqa: E402
 
@@ -306,3 +309,33 @@ def test_the_loss_may_be_changed_in_place(name):
         loss.backward()
         gradients.append(leaf.grad + change / leaf.numel())
     torch.testing.assert_close(gradients[0], gradients[1])
+
+
+@pytest.mark.parametrize("name", ["clip_cov", "kl_cov"])
+def test_the_rows_of_the_engine_have_the_gradient_of_verl(name):
+    """Of one micro-batch, with every candidate of Clip-Cov drawn, and without clipping."""
+    old, noise, advantages = tokens(4, 60)
+    log_prob, mask, bounds = old + 0.3 * noise, torch.ones(4, 60), (0.3, 5.0)
+    config = actor_config(clip_ratio_low=1.0, clip_ratio_high=1e9)
+    settings = {"clip_cov_ratio": 1.0, "clip_cov_lb": 0.3, "clip_cov_ub": 5.0}
+    settings |= {"kl_cov_ratio": 0.1, "ppo_kl_coef": 1.0}
+    for key, value in settings.items():
+        object.__setattr__(config.policy_loss, key, value)
+    theirs, ours = log_prob.clone().requires_grad_(), log_prob.clone().requires_grad_()
+    verl = core_algos.get_policy_loss_fn(name)
+    verl(old, theirs, advantages, mask, config=config)[0].backward()
+
+    share = 1.0 if name == "clip_cov" else 0.1
+    row = find(name).replace(covariance_share=share, covariance_range=bounds)
+    both = torch.stack([log_prob, advantages]).double().flatten(1)
+    centred = both - both.mean(1, keepdim=True)
+    chosen = choose(row, centred.prod(0), (0, 1, 1)).view(4, 60)
+    assert 10 < chosen.sum() < 120
+    if name == "clip_cov":
+        advantages = advantages.masked_fill(chosen, 0)
+    loss = ops.policy_loss(ours, old, advantages, row.objective).loss
+    if name == "kl_cov":
+        distance = (ours - old).abs().where(chosen, 0)
+        loss = loss + row.covariance_kl_coef * ops.aggregate(distance, "token-mean")
+    loss.backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)
