@@ -1,10 +1,10 @@
-"""Packed micro-batches: sequences of tokens in one row, without padding and each prompt once."""
+"""Packed micro-batches: the trie of some sequences in one row, without padding, each token once."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -18,15 +18,18 @@ from warpo.engine.types import TokenSequence
 class Batch:
     """One packed micro-batch: N tokens of B sequences in one row, M of them trained on.
 
-    Sequences with the same prompt share its tokens: the row holds each prompt once. A causal model
-    gives a prompt the same hidden states whatever follows it.
+    Tokens that several sequences begin with stand in the row once: it is the trie of the sequences,
+    in depth-first preorder. A causal model gives a beginning the same hidden states whatever
+    follows it. A token may predict several targets.
 
     Attributes:
-        input_ids: (1, N) int64, what follows a prompt somewhere behind it.
+        input_ids: (1, N) int64, each token behind those that it follows.
         position_ids: (1, N) int64, place of each token in its sequence.
         gather_index: (B, T) int64, index among the N of each token of each sequence, T the longest
             one; a shorter one ends in repetitions of its last token.
         scatter_index: (N,) int64, where in `gather_index`, flattened, each token is found.
+        subtree_end: (N,) int64, the end of the tokens that follow each: token i continues token j,
+            and attends to it, where j <= i < subtree_end[j].
         logit_positions: (M,) int64, index of the token whose logits predict each trained token.
         targets: (M,) int64, the trained tokens.
         cu_seqlens: (B + 1,) int32, where the trained tokens of each sequence start among the M.
@@ -43,6 +46,7 @@ class Batch:
     position_ids: Tensor
     gather_index: Tensor
     scatter_index: Tensor
+    subtree_end: Tensor
     logit_positions: Tensor
     targets: Tensor
     cu_seqlens: Tensor
@@ -72,55 +76,62 @@ class Batch:
         return replace(self, **tensors)
 
 
-class _Row:
-    """The row of a micro-batch as it grows, a stretch of tokens at a time."""
-
-    def __init__(self) -> None:
-        self.length = 0
-        self.ids: list[np.ndarray] = []
-        self.positions: list[np.ndarray] = []
-        self.places: list[np.ndarray] = []
-
-    def append(self, ids: np.ndarray, position: int, place: int) -> np.ndarray:
-        """Add tokens that begin at `position` of their sequence and at `place` of the gather index;
-        returns their indices in the row.
-        """
-        count = np.arange(len(ids))
-        self.ids.append(ids)
-        self.positions.append(position + count)
-        self.places.append(place + count)
-        index = self.length + count
-        self.length += len(ids)
-        return index
-
-
 def pack(sequences: Sequence[TokenSequence]) -> Batch:
     """One micro-batch of these sequences."""
-    longest = max(sequence.num_tokens for sequence in sequences)
+    order, shared = trie_order(sequences)
+    lengths = np.array([sequence.num_tokens for sequence in sequences])
+    longest, total = int(lengths.max()), int(lengths.sum() - shared.sum())
     gather_index = np.empty((len(sequences), longest), np.int64)
-    row, prompts = _Row(), dict[int, np.ndarray]()
-    logit_positions, targets = [], []
-    for number, sequence in enumerate(sequences):
-        ids, shared, place = sequence.token_ids, sequence.prompt_length, number * longest
-        if sequence.prompt_id not in prompts:
-            prompts[sequence.prompt_id] = row.append(ids[:shared], 0, place)
-        prompt = prompts[sequence.prompt_id]
-        assert len(prompt) == shared, f"two prompts with prompt_id {sequence.prompt_id}"
-        index = np.concatenate([prompt, row.append(ids[shared:], shared, place + shared)])
-        gather_index[number, : len(index)] = index
-        gather_index[number, len(index) :] = index[-1]
-        for start, stop in sequence.trained_spans:
-            logit_positions.append(index[start - 1 : stop - 1])
-            targets.append(ids[start:stop])
+    input_ids, scatter_index, position_ids, subtree_end = np.empty((4, total), np.int64)
+    path, depth, end = np.empty(longest, np.int64), 0, 0
+    for number, begin in zip(order, shared.tolist(), strict=True):
+        ids = sequences[number].token_ids
+        start, length = end, len(ids)
+        end += length - begin
+        subtree_end[path[begin:depth]] = start
+        path[begin:length] = np.arange(start, end)
+        input_ids[start:end] = ids[begin:]
+        position_ids[start:end] = np.arange(begin, length)
+        scatter_index[start:end] = number * longest + position_ids[start:end]
+        gather_index[number, :length] = path[:length]
+        gather_index[number, length:] = path[length - 1]
+        depth = length
+    subtree_end[path[:depth]] = end
+    spans = [
+        (number, start, stop)
+        for number, sequence in enumerate(sequences)
+        for start, stop in sequence.trained_spans
+    ]
     return Batch(
-        input_ids=_joined(row.ids)[None],
-        position_ids=_joined(row.positions)[None],
+        input_ids=torch.from_numpy(input_ids)[None],
+        position_ids=torch.from_numpy(position_ids)[None],
         gather_index=torch.from_numpy(gather_index),
-        scatter_index=_joined(row.places),
-        logit_positions=_joined(logit_positions),
-        targets=_joined(targets),
+        scatter_index=torch.from_numpy(scatter_index),
+        subtree_end=torch.from_numpy(subtree_end),
+        logit_positions=_joined([gather_index[i, a - 1 : b - 1] for i, a, b in spans]),
+        targets=_joined([sequences[i].token_ids[a:b] for i, a, b in spans]),
         cu_seqlens=torch.from_numpy(starts_of(sequences)).to(torch.int32),
     )
+
+
+def trie_order(sequences: Sequence[TokenSequence]) -> tuple[list[int], np.ndarray]:
+    """Sequences by number in the order of their tokens, those that begin with the same ones
+    neighbours; and of each in that order how many tokens it shares with the one before, (B,) int64.
+    """
+    # bytes compare as the ids do, the most significant first
+    keys = [sequence.token_ids.astype(">u4").tobytes() for sequence in sequences]
+    order = sorted(range(len(keys)), key=keys.__getitem__)
+    ordered = [sequences[number].token_ids for number in order]
+    shared = [0, *(common_prefix(a, b) for a, b in pairwise(ordered))]
+    return order, np.array(shared)
+
+
+def common_prefix(one: np.ndarray, other: np.ndarray) -> int:
+    """Number of leading ids that two sequences share."""
+    length = min(len(one), len(other))
+    differs = one[:length] != other[:length]
+    first = int(differs.argmax())
+    return first if differs[first] else length
 
 
 def starts_of(sequences: Sequence[TokenSequence]) -> np.ndarray:

@@ -78,17 +78,19 @@ def test_spans_of_a_conversation_are_trained_and_what_is_between_is_read(model_p
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_prompt_that_rollouts_share_is_read_once_and_changes_nothing(model_path, name):
-    # groups of three, dealt out of order; one prompt is the beginning of another
+def test_a_beginning_that_rollouts_share_is_read_once_and_changes_nothing(model_path, name):
+    # groups of three, dealt out of order; one prompt is the beginning of another, some completions
+    # of one prompt begin alike, one is another's beginning, and two are the same
     prompts = [[7, 9, 11], [7, 9], [40, 3, 3, 50], [5]]
-    made = [
-        TokenSequence.of(prompts[i % 4], sequence.token_ids[sequence.prompt_length :], i % 4)
-        for i, sequence in enumerate(rollouts().sequences)
-    ]
+    completions = [s.token_ids[s.prompt_length :].tolist() for s in rollouts().sequences]
+    completions[4] = [*completions[0][:2], 17, 18]
+    completions[6] = completions[2][:-1]
+    completions[7] = completions[3]
+    made = [TokenSequence.of(prompts[i % 4], ids, i % 4) for i, ids in enumerate(completions)]
     model = load_model(model_path(name), "float32", torch.device("cpu"))
     batch = pack(made)
-    num_trained = sum(sequence.num_trained for sequence in made)
-    assert batch.input_ids.shape == (1, sum(map(len, prompts)) + num_trained)
+    beginnings = {tuple(s.token_ids[:i]) for s in made for i in range(1, s.num_tokens + 1)}
+    assert batch.input_ids.shape == (1, len(beginnings))
     together = token_logprobs(model, batch, 0.7).logprobs
     apart = torch.cat([token_logprobs(model, pack([r]), 0.7).logprobs for r in made])
     torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-5)
