@@ -20,7 +20,7 @@ from warpo.engine.learner.advantages import AdaptiveState, estimate
 from warpo.engine.learner.critic import Critic
 from warpo.engine.learner.drift import Drift, step_kl
 from warpo.engine.learner.losses import preference_gradients, supervised_gradients
-from warpo.engine.learner.minibatches import make_minibatches, one_of_each_group, tokens_scored
+from warpo.engine.learner.minibatches import make_minibatches, one_of_each_group
 from warpo.engine.learner.optimizer import WeightUpdate
 from warpo.engine.learner.pairs import pair_minibatches
 from warpo.engine.learner.pretraining import Pretraining
@@ -29,7 +29,8 @@ from warpo.engine.learner.reward_model import RewardModelLearner
 from warpo.engine.learner.schedule import make_optimizer
 from warpo.engine.learner.step import StepResult, accumulate_gradients
 from warpo.engine.learner.step_metrics import step_metrics
-from warpo.engine.models.batch import Batch, order_by_length
+from warpo.engine.models.batch import Batch
+from warpo.engine.models.micro_batches import split_rows, tokens_read
 from warpo.engine.models.score import device_of, loss_and_gradient, score
 from warpo.engine.models.step_rollouts import StepRollouts
 from warpo.engine.run.checkpoint import Stateful
@@ -182,7 +183,7 @@ class Learner:
         temperature = self._config.rollout.temperature
         token_budget = self._config.update.token_budget
         if recompute_old or self.reference or self.critic is not None:
-            for rows in order_by_length(rollouts.sequences, token_budget):
+            for rows in split_rows(rollouts.sequences, token_budget):
                 batch = rollouts.batch(rows)
                 if self.reference:
                     rollouts.fill("ref_logprobs", rows, self.reference.logprobs(batch))
@@ -194,7 +195,7 @@ class Learner:
                     rollouts.fill("values", rows, values)
                     if last_values is not None:
                         rollouts.fill_last_values(rows, last_values)
-        saved = 0 if recompute_old else tokens_scored(rollouts.sequences, token_budget)
+        saved = 0 if recompute_old else tokens_read(rollouts.sequences, token_budget)
         return {
             "old_logprobs/recomputed": float(recompute_old),
             "old_logprobs/tokens_saved": float(saved),

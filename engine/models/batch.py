@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import islice, pairwise
-from typing import Any, Protocol, TypeVar
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -118,12 +118,16 @@ def trie_order(sequences: Sequence[TokenSequence]) -> tuple[list[int], np.ndarra
     """Sequences by number in the order of their tokens, those that begin with the same ones
     neighbours; and of each in that order how many tokens it shares with the one before, (B,) int64.
     """
-    # bytes compare as the ids do, the most significant first
-    keys = [sequence.token_ids.astype(">u4").tobytes() for sequence in sequences]
+    keys = [sort_key(sequence) for sequence in sequences]
     order = sorted(range(len(keys)), key=keys.__getitem__)
     ordered = [sequences[number].token_ids for number in order]
     shared = [0, *(common_prefix(a, b) for a, b in pairwise(ordered))]
     return order, np.array(shared)
+
+
+def sort_key(sequence: TokenSequence) -> bytes:
+    """Bytes that compare as the tokens do: of each the most significant first."""
+    return sequence.token_ids.astype(">u4").tobytes()
 
 
 def common_prefix(one: np.ndarray, other: np.ndarray) -> int:
@@ -141,52 +145,3 @@ def starts_of(sequences: Sequence[TokenSequence]) -> np.ndarray:
 
 def _joined(parts: Sequence[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.concatenate(parts))
-
-
-class HasLength(Protocol):
-    """A sequence, or an example with all its completions."""
-
-    @property
-    def num_tokens(self) -> int: ...
-
-
-T = TypeVar("T", bound=HasLength)
-
-
-def split_by_tokens(items: Sequence[T], token_budget: int) -> list[list[T]]:
-    """Micro-batches of at most `token_budget` tokens each, in the given order.
-
-    Raises:
-        ValueError: a single one exceeds the budget.
-    """
-    micro_batches: list[list[T]] = []
-    room = 0
-    for item in items:
-        if item.num_tokens > token_budget:
-            raise ValueError(
-                f"a rollout of {item.num_tokens} tokens does not fit a micro-batch of "
-                f"{token_budget}: raise update.token_budget or lower rollout.max_new_tokens"
-            )
-        if item.num_tokens > room:
-            micro_batches.append([])
-            room = token_budget
-        micro_batches[-1].append(item)
-        room -= item.num_tokens
-    return micro_batches
-
-
-def split_rows(
-    items: Sequence[HasLength], rows: Sequence[int], token_budget: int
-) -> list[list[int]]:
-    """Micro-batches, as of `split_by_tokens`, of the items of these numbers, by their numbers."""
-    remaining = iter(rows)
-    parts = split_by_tokens([items[row] for row in rows], token_budget)
-    return [list(islice(remaining, len(part))) for part in parts]
-
-
-def order_by_length(items: Sequence[HasLength], token_budget: int) -> list[list[int]]:
-    """Micro-batches of all items by their numbers: neighbours of one length, which waste the least
-    in attention, since it pads within a micro-batch.
-    """
-    order = sorted(range(len(items)), key=lambda row: items[row].num_tokens)
-    return split_rows(items, order, token_budget)

@@ -42,7 +42,8 @@ from transformers import PreTrainedModel
 
 from warpo.engine.learner.optimizer import float32_gradients
 from warpo.engine.learner.step import accumulate_gradients
-from warpo.engine.models.batch import pack, split_by_tokens
+from warpo.engine.models.batch import pack
+from warpo.engine.models.micro_batches import split_by_tokens
 from warpo.engine.models.model import load_model
 from warpo.engine.models.score import device_of, score
 from warpo.engine.models.step_rollouts import StepRollouts

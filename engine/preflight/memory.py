@@ -191,8 +191,7 @@ def rollouts_of(shape: Shape, vocab_size: int) -> StepRollouts:
     ones = torch.ones(shape.sequences * shape.completion_tokens)
     return StepRollouts(
         sequences=[
-            TokenSequence.of(row[: shape.prompt_tokens], row[shape.prompt_tokens :], number)
-            for number, row in enumerate(rows)
+            TokenSequence.of(row[: shape.prompt_tokens], row[shape.prompt_tokens :]) for row in rows
         ],
         group_ids=np.arange(shape.sequences),
         rewards=torch.zeros(shape.sequences, dtype=torch.float64),

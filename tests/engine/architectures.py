@@ -96,7 +96,7 @@ def difference(model: PreTrainedModel) -> float:
     wanted = _alone(model)
     others = other_layers(model.config, type(model))
     model.set_attn_implementation("eager" if others else ATTENTION)
-    batch = pack([TokenSequence.of(ids[:n], ids[n:], i) for i, (ids, n) in enumerate(sequences())])
+    batch = pack([TokenSequence.of(ids[:n], ids[n:]) for ids, n in sequences()])
     logprobs = token_logprobs(model, batch, 1.0).logprobs
     found = logprobs.detach(), _gradient(model, logprobs)
     model.set_attn_implementation("eager")

@@ -15,7 +15,7 @@ from warpo.engine.errors import TrainingError
 from warpo.engine.learner.losses import sequence_scores
 from warpo.engine.learner.optimizer import gradient_norm, update_metrics
 from warpo.engine.learner.schedule import make_optimizer
-from warpo.engine.models.batch import split_by_tokens
+from warpo.engine.models.micro_batches import split_by_tokens
 from warpo.engine.models.score import device_of
 from warpo.engine.run.checkpoint import Stateful
 from warpo.engine.run.loop import Progress, Run, check_state, due

@@ -14,8 +14,8 @@ from warpo.engine.config.offline import OfflineConfig
 from warpo.engine.data.examples import Example, Examples, load_examples
 from warpo.engine.data.stream import PromptStream
 from warpo.engine.models.architectures import check_model, check_tokens
-from warpo.engine.models.batch import split_by_tokens
 from warpo.engine.models.files import check_files, load_tokenizer, read_config
+from warpo.engine.models.micro_batches import split_by_tokens
 from warpo.engine.models.model import load_model
 from warpo.engine.models.scalar import load_scalar_model
 from warpo.engine.models.score import device_of, score

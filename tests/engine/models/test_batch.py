@@ -18,7 +18,7 @@ def sequence_of(ids: list[int], cuts: list[int]) -> TokenSequence:
     spans = [(first, len(ids))]
     if len(others) == 2:
         spans = [(first, others[0]), (others[1], len(ids))]
-    return TokenSequence(token_ids=np.array(ids, np.int64), trained_spans=tuple(spans), prompt_id=0)
+    return TokenSequence(token_ids=np.array(ids, np.int64), trained_spans=tuple(spans))
 
 
 SEQUENCES = st.lists(
