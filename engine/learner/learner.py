@@ -145,10 +145,13 @@ class Learner:
     def _epochs(self, rollouts: StepRollouts, drift: Drift, report: ReportProgress) -> Metrics:
         """Passes over the rollouts, until update.max_kl ends them."""
         config, results, kl, epoch = self._config.update, list[StepResult](), None, 0
+        read = total = 0
         limit = math.inf if config.max_kl == "none" else config.max_kl
         for epoch in range(1, config.epochs + 1):
             minibatches, is_last = self._minibatches(rollouts, epoch), epoch == config.epochs
             updates = config.epochs * len(minibatches)
+            read += sum(batch.num_tokens for part in minibatches for batch in part)
+            total += sum(batch.sequence_tokens for part in minibatches for batch in part)
             for i, batches in enumerate(minibatches, start=1):
                 may_end = i == len(minibatches) and (is_last or limit < math.inf)
                 if may_end and results:
@@ -161,6 +164,8 @@ class Learner:
                     break
         self._skip(config.per_step - len(results))
         metrics = step_metrics(results, self._run.ranks)
+        total = max(1, self._run.ranks.sum(total))
+        metrics["pack/shared_frac"] = 1 - self._run.ranks.sum(read) / total
         if limit < math.inf:
             metrics["update/epochs"] = float(epoch)
         return metrics if kl is None else metrics | {"kl/step": kl}

@@ -33,6 +33,7 @@ class Batch:
         logit_positions: (M,) int64, index of the token whose logits predict each trained token.
         targets: (M,) int64, the trained tokens.
         cu_seqlens: (B + 1,) int32, where the trained tokens of each sequence start among the M.
+        sequence_tokens: tokens of the sequences, what they share counted in each.
         sampler_logprobs: (M,) float32, as the sampler computed them.
         old_logprobs: (M,) float32, of the policy when the step began, the sampler's or the
             learner's.
@@ -50,6 +51,7 @@ class Batch:
     logit_positions: Tensor
     targets: Tensor
     cu_seqlens: Tensor
+    sequence_tokens: int
     sampler_logprobs: Tensor | None = None
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
@@ -61,6 +63,11 @@ class Batch:
     @property
     def num_sequences(self) -> int:
         return self.cu_seqlens.numel() - 1
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that a forward pass reads."""
+        return self.input_ids.numel()
 
     @property
     def num_trained(self) -> int:
@@ -111,6 +118,7 @@ def pack(sequences: Sequence[TokenSequence]) -> Batch:
         logit_positions=_joined([gather_index[i, a - 1 : b - 1] for i, a, b in spans]),
         targets=_joined([sequences[i].token_ids[a:b] for i, a, b in spans]),
         cu_seqlens=torch.from_numpy(starts_of(sequences)).to(torch.int32),
+        sequence_tokens=int(lengths.sum()),
     )
 
 
