@@ -186,9 +186,9 @@ class Learner:
         probe.num_sequences = 0, where nothing shows that the sampler's logprobs serve.
         """
         temperature = self._config.rollout.temperature
-        token_budget = self._config.update.token_budget
+        micro_batches = split_rows(rollouts.sequences, self._config.update.token_budget)
         if recompute_old or self.reference or self.critic is not None:
-            for rows in split_rows(rollouts.sequences, token_budget):
+            for rows in micro_batches:
                 batch = rollouts.batch(rows)
                 if self.reference:
                     rollouts.fill("ref_logprobs", rows, self.reference.logprobs(batch))
@@ -200,7 +200,7 @@ class Learner:
                     rollouts.fill("values", rows, values)
                     if last_values is not None:
                         rollouts.fill_last_values(rows, last_values)
-        saved = 0 if recompute_old else tokens_read(rollouts.sequences, token_budget)
+        saved = 0 if recompute_old else tokens_read(rollouts.sequences, micro_batches)
         return {
             "old_logprobs/recomputed": float(recompute_old),
             "old_logprobs/tokens_saved": float(saved),

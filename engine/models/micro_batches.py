@@ -85,10 +85,9 @@ def split_rows(
     return _split(sorted(by_length, key=lambda group: longest(group[-1])), items, token_budget)
 
 
-def tokens_read(items: Sequence[Packable], token_budget: int) -> int:
-    """Tokens that a forward pass over all items reads, in the micro-batches of `split_rows`."""
-    parts = split_rows(items, token_budget)
-    return sum(TokenCount().with_items([items[row] for row in part]).read for part in parts)
+def tokens_read(items: Sequence[Packable], micro_batches: Iterable[Sequence[int]]) -> int:
+    """Tokens that a forward pass reads over micro-batches of the items of these numbers."""
+    return sum(TokenCount().with_items(items[row] for row in part).read for part in micro_batches)
 
 
 def _prompt(sequence: TokenSequence) -> bytes:
