@@ -31,6 +31,7 @@ from warpo.engine.learner.step import StepResult, accumulate_gradients
 from warpo.engine.learner.step_metrics import step_metrics
 from warpo.engine.models.batch import Batch
 from warpo.engine.models.micro_batches import split_rows, tokens_read
+from warpo.engine.models.model import is_packed
 from warpo.engine.models.score import device_of, loss_and_gradient, score
 from warpo.engine.models.step_rollouts import StepRollouts
 from warpo.engine.run.checkpoint import Stateful
@@ -165,7 +166,8 @@ class Learner:
         self._skip(config.per_step - len(results))
         metrics = step_metrics(results, self._run.ranks)
         total = max(1, self._run.ranks.sum(total))
-        metrics["pack/shared_frac"] = 1 - self._run.ranks.sum(read) / total
+        share = 1 - self._run.ranks.sum(read) / total
+        metrics["pack/shared_frac"] = share if is_packed(self.model) else 0.0
         if limit < math.inf:
             metrics["update/epochs"] = float(epoch)
         return metrics if kl is None else metrics | {"kl/step": kl}
@@ -186,7 +188,8 @@ class Learner:
         probe.num_sequences = 0, where nothing shows that the sampler's logprobs serve.
         """
         temperature = self._config.rollout.temperature
-        micro_batches = split_rows(rollouts.sequences, self._config.update.token_budget)
+        sequences, shared = rollouts.sequences, is_packed(self.model)
+        micro_batches = split_rows(sequences, self._config.update.token_budget, shared=shared)
         if recompute_old or self.reference or self.critic is not None:
             for rows in micro_batches:
                 batch = rollouts.batch(rows)
@@ -200,7 +203,7 @@ class Learner:
                     rollouts.fill("values", rows, values)
                     if last_values is not None:
                         rollouts.fill_last_values(rows, last_values)
-        saved = 0 if recompute_old else tokens_read(rollouts.sequences, micro_batches)
+        saved = 0 if recompute_old else tokens_read(sequences, micro_batches, shared=shared)
         return {
             "old_logprobs/recomputed": float(recompute_old),
             "old_logprobs/tokens_saved": float(saved),
@@ -290,9 +293,9 @@ class Learner:
 
     def _minibatches(self, rollouts: StepRollouts, epoch: int) -> list[list[Batch]]:
         """Those of an epoch, dealt by seed, step and epoch only."""
-        make = make_minibatches
+        make = partial(make_minibatches, shared=is_packed(self.model))
         if self.algorithm.estimator.makes_pairs:
-            make = partial(pair_minibatches, choice=self.algorithm.pairs)
+            make = partial(pair_minibatches, choice=self.algorithm.pairs, **make.keywords)
         update = self._config.update
         seed = self._config.seed + self.step + 1 + (epoch - 1) * 1_000_003
         return [

@@ -37,12 +37,12 @@ def deal(groups: Iterable[Sequence[T]], minibatches: int, seed: int) -> list[lis
 
 
 def make_minibatches(
-    rollouts: StepRollouts, minibatches: int, token_budget: int, seed: int
+    rollouts: StepRollouts, minibatches: int, token_budget: int, seed: int, *, shared: bool = True
 ) -> list[Minibatch]:
-    """All rows, dealt into minibatches by groups, each of them split by a token budget."""
+    """All rows, dealt into minibatches by groups, each of them split as by `split_rows`."""
     by_group = groupby(range(len(rollouts)), key=rollouts.group_ids.__getitem__)
     dealt = deal([list(group) for _, group in by_group], minibatches, seed)
-    return [split_rows(rollouts.sequences, token_budget, rows) for rows in dealt]
+    return [split_rows(rollouts.sequences, token_budget, rows, shared=shared) for rows in dealt]
 
 
 def one_of_each_group(rollouts: StepRollouts) -> list[int]:

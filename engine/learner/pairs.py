@@ -56,9 +56,10 @@ def pair_minibatches(
     token_budget: int,
     seed: int,
     *,
+    shared: bool = True,
     choice: PairChoice = "ranked",
 ) -> list[Minibatch]:
-    """The pairs of the rollouts, dealt into minibatches by groups, each split by a token budget:
+    """The pairs of the rollouts, dealt into minibatches by groups, each split as by `split_rows`:
     the chosen completions of a micro-batch, then the rejected ones in the same order. None where
     all completions of every prompt have one reward.
     """
@@ -68,7 +69,7 @@ def pair_minibatches(
     return [
         [
             [part[i].chosen for i in micro] + [part[i].rejected for i in micro]
-            for micro in split_rows(part, token_budget)
+            for micro in split_rows(part, token_budget, shared=shared)
         ]
         for part in dealt
     ]

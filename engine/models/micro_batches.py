@@ -1,4 +1,8 @@
-"""What is packed together: micro-batches of a token budget, those that begin alike in one."""
+"""What is packed together: micro-batches of a token budget, those that begin alike in one.
+
+`shared`, where a function takes it, is False for a model that reads every sequence in a row of its
+own (`model.is_packed`): then nothing is read once for several sequences.
+"""
 
 from __future__ import annotations
 
@@ -24,17 +28,18 @@ class TokenCount:
     """The tokens of some items in one micro-batch.
 
     Attributes:
-        read: of their trie: what several sequences begin with once.
+        read: of their trie, what several sequences begin with once; of all where it is not shared.
         trained: trained on, which a trie may hold fewer of than sequences share it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, shared: bool = True) -> None:
         self.read = self.trained = 0
+        self._shared = shared
         self._sorted: list[tuple[bytes, int, TokenSequence]] = []
 
     def with_items(self, items: Iterable[Packable]) -> TokenCount:
         """The count with further items."""
-        more = TokenCount()
+        more = TokenCount(shared=self._shared)
         more.read, more.trained, more._sorted = self.read, self.trained, [*self._sorted]
         for item in items:
             for sequence in item.sequences:
@@ -51,22 +56,26 @@ class TokenCount:
         ids = sequence.token_ids
         shared = max((common_prefix(ids, other.token_ids) for *_, other in neighbours), default=0)
         self._sorted.insert(place, entry)
-        self.read += sequence.num_tokens - shared
+        self.read += sequence.num_tokens - shared * self._shared
         self.trained += sequence.num_trained
 
 
-def split_by_tokens(items: Sequence[T], token_budget: int) -> list[list[T]]:
+def split_by_tokens(items: Sequence[T], token_budget: int, *, shared: bool = True) -> list[list[T]]:
     """Micro-batches in the given order, that read and train on at most `token_budget` tokens each.
 
     Raises:
         ValueError: a single item exceeds the budget.
     """
-    parts = _split([[row] for row in range(len(items))], items, token_budget)
+    parts = _split([[row] for row in range(len(items))], items, token_budget, shared)
     return [[items[row] for row in part] for part in parts]
 
 
 def split_rows(
-    items: Sequence[Packable], token_budget: int, rows: Iterable[int] | None = None
+    items: Sequence[Packable],
+    token_budget: int,
+    rows: Iterable[int] | None = None,
+    *,
+    shared: bool = True,
 ) -> list[list[int]]:
     """Micro-batches, as of `split_by_tokens`, of the items of these numbers, all if not given.
 
@@ -82,12 +91,16 @@ def split_rows(
         return max(sequence.num_tokens for sequence in items[row].sequences)
 
     by_length = [sorted(group, key=longest) for group in groups.values()]
-    return _split(sorted(by_length, key=lambda group: longest(group[-1])), items, token_budget)
+    by_length.sort(key=lambda group: longest(group[-1]))
+    return _split(by_length, items, token_budget, shared)
 
 
-def tokens_read(items: Sequence[Packable], micro_batches: Iterable[Sequence[int]]) -> int:
+def tokens_read(
+    items: Sequence[Packable], micro_batches: Iterable[Sequence[int]], *, shared: bool = True
+) -> int:
     """Tokens that a forward pass reads over micro-batches of the items of these numbers."""
-    return sum(TokenCount().with_items(items[row] for row in part).read for part in micro_batches)
+    nothing = TokenCount(shared=shared)
+    return sum(nothing.with_items(items[row] for row in part).read for part in micro_batches)
 
 
 def _prompt(sequence: TokenSequence) -> bytes:
@@ -95,10 +108,10 @@ def _prompt(sequence: TokenSequence) -> bytes:
 
 
 def _split(
-    groups: Iterable[Sequence[int]], items: Sequence[Packable], token_budget: int
+    groups: Iterable[Sequence[int]], items: Sequence[Packable], token_budget: int, shared: bool
 ) -> list[list[int]]:
     micro_batches: list[list[int]] = [[]]
-    count = TokenCount()
+    nothing = count = TokenCount(shared=shared)
     for group in groups:
         together = count.with_items(items[row] for row in group)
         if together.fits(token_budget):
@@ -107,12 +120,12 @@ def _split(
             continue
         if micro_batches[-1]:
             micro_batches.append([])
-            count = TokenCount()
+            count = nothing
         for row in group:
             more = count.with_items([items[row]])
             if not more.fits(token_budget) and micro_batches[-1]:
                 micro_batches.append([])
-                more = TokenCount().with_items([items[row]])
+                more = nothing.with_items([items[row]])
             if not more.fits(token_budget):
                 raise ValueError(
                     f"a rollout of {more.read} tokens does not fit a micro-batch of "

@@ -36,7 +36,7 @@ from warpo.engine.learner.step import accumulate_gradients
 from warpo.engine.models.architectures import shape_model, shapes_only
 from warpo.engine.models.batch import Batch
 from warpo.engine.models.files import read_config
-from warpo.engine.models.model import set_lm_head_dtype
+from warpo.engine.models.model import is_packed, set_lm_head_dtype
 from warpo.engine.models.score import device_of, score
 from warpo.engine.models.step_rollouts import StepRollouts
 from warpo.engine.rollout.sampler.base import plan_sampler_memory
@@ -122,7 +122,7 @@ def plan_memory(
         before_training += max(0, weights - held["reference weights"])
     work = {
         shape: _update_bytes(config, shape, model, fake)
-        for shape in _shapes(config, prompt_lengths)
+        for shape in _shapes(config, prompt_lengths, shared=is_packed(model))
     }
     shape = max(work, key=lambda s: work[s])
     longest = max(prompt_lengths) + config.rollout.max_new_tokens
@@ -162,12 +162,12 @@ def _dtype(name: str) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
 
 
-def _shapes(config: Config, prompt_lengths: Sequence[int]) -> list[Shape]:
+def _shapes(config: Config, prompt_lengths: Sequence[int], *, shared: bool) -> list[Shape]:
     """A full micro-batch of the shortest prompts, which has the most logits, and of the longest."""
     rollout, update = config.rollout, config.update
     rollouts = -(-rollout.prompts_per_step * rollout.group_size // update.minibatches)
     together = 2 if resolve(config).estimator.makes_pairs else 1
-    size, new_tokens = rollout.group_size, rollout.max_new_tokens
+    size, new_tokens = rollout.group_size if shared else 1, rollout.max_new_tokens
     shapes = []
     for length in {min(prompt_lengths), max(prompt_lengths)}:
         groups, rest = divmod(update.token_budget, length + size * new_tokens)

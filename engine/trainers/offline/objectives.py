@@ -131,10 +131,10 @@ def make_objective(config: OfflineConfig) -> OfflineObjective:
 
 
 def micro_batches(
-    examples: Sequence[Example], algorithm: str, token_budget: int
+    examples: Sequence[Example], algorithm: str, token_budget: int, *, shared: bool = True
 ) -> list[MicroBatch]:
     """The examples, packed by a token budget; those of one prompt, and of one length, together."""
-    parts = split_rows(examples, token_budget)
+    parts = split_rows(examples, token_budget, shared=shared)
     return [_pack([examples[row] for row in part], algorithm) for part in parts]
 
 

@@ -24,6 +24,9 @@ def test_tokens_are_counted_as_they_are_packed(sequences, rng):
         assert (count.read, count.trained) == (batch.input_ids.numel(), batch.num_trained)
     together = TokenCount().with_items(rng.sample(sequences, len(sequences)))
     assert (together.read, together.trained) == (count.read, count.trained)
+    # by a model that reads every sequence in a row of its own
+    alone = TokenCount(shared=False).with_items(sequences)
+    assert alone.read == batch.sequence_tokens == sum(s.num_tokens for s in sequences)
 
 
 @given(SEQUENCES, st.integers(7, 30))
