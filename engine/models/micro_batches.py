@@ -1,7 +1,8 @@
 """What is packed together: micro-batches of a token budget, those that begin alike in one.
 
 `shared`, where a function takes it, is False for a model that reads every sequence in a row of its
-own (`model.is_packed`): then nothing is read once for several sequences.
+own (`model.is_packed`): then nothing is read once for several sequences, and a single item may
+exceed the budget by what its sequences share.
 """
 
 from __future__ import annotations
@@ -126,9 +127,10 @@ def _split(
             if not more.fits(token_budget) and micro_batches[-1]:
                 micro_batches.append([])
                 more = nothing.with_items([items[row]])
-            if not more.fits(token_budget):
+            alone = TokenCount().with_items([items[row]])
+            if not alone.fits(token_budget):
                 raise ValueError(
-                    f"a rollout of {more.read} tokens does not fit a micro-batch of "
+                    f"a rollout of {alone.read} tokens does not fit a micro-batch of "
                     f"{token_budget}: raise update.token_budget or lower rollout.max_new_tokens"
                 )
             micro_batches[-1].append(row)

@@ -94,6 +94,9 @@ def test_a_beginning_that_rollouts_share_is_read_once_and_changes_nothing(model_
     together = token_logprobs(model, batch, 0.7).logprobs
     apart = torch.cat([token_logprobs(model, pack([r]), 0.7).logprobs for r in made])
     torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-5)
+    # the same completion twice: one row of logits each, and the same bits
+    by_row = together.split([sequence.num_trained for sequence in made])
+    assert torch.equal(by_row[3], by_row[7])
     weights = torch.linspace(-1, 1, len(together))
     gradients = []
     for logprobs in (together, apart):

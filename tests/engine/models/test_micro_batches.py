@@ -45,6 +45,11 @@ def test_each_is_in_one_micro_batch_and_prompts_are_parted_only_where_they_must_
         whole = TokenCount().with_items(sequences[row] for row in rows)
         holding = [part for part in parts if not set(rows).isdisjoint(part)]
         assert len(holding) == 1 or not whole.fits(budget)
+    alone = split_rows(sequences, budget, shared=False)
+    for part in alone:
+        tokens = sum(sequences[row].num_tokens for row in part)
+        assert tokens <= budget
+    assert sorted(row for part in alone for row in part) == list(range(len(sequences)))
     in_order = split_by_tokens(sequences, budget)
     assert [sequence for part in in_order for sequence in part] == sequences
 
