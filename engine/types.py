@@ -83,28 +83,29 @@ class TokenSequence:
         token_ids: (n,) int64.
         trained_spans: (start, stop) of runs of trained tokens, ascending and apart; the first
             start is at least 1, since a token is predicted by the one before it.
-        prompt_id: sequences of one number begin with the same tokens up to their first span, and a
-            micro-batch holds these once.
     """
 
     token_ids: np.ndarray
     trained_spans: tuple[tuple[int, int], ...]
-    prompt_id: int
 
     @classmethod
-    def of(cls, prompt: TokenIds, completion: TokenIds, prompt_id: int) -> TokenSequence:
+    def of(cls, prompt: TokenIds, completion: TokenIds) -> TokenSequence:
         """A prompt with one completion, which is trained on."""
         parts = [np.asarray(part, np.int64) for part in (prompt, completion)]
         return cls(
             token_ids=np.concatenate(parts),
             trained_spans=((len(prompt), len(prompt) + len(completion)),),
-            prompt_id=prompt_id,
         )
 
     @classmethod
     def scored(cls, token_ids: Sequence[int]) -> TokenSequence:
         """A text of which every token but the first counts."""
-        return cls.of(token_ids[:1], token_ids[1:], prompt_id=int(token_ids[0]))
+        return cls.of(token_ids[:1], token_ids[1:])
+
+    @property
+    def sequences(self) -> tuple[TokenSequence]:
+        """Itself, as what a micro-batch is made of."""
+        return (self,)
 
     @property
     def num_tokens(self) -> int:

@@ -127,10 +127,10 @@ def rollouts_of(point: Point) -> StepRollouts:
         return [rng.randrange(point.vocabulary) for _ in range(count)]
 
     sequences, advantages = [], []
-    for number in range(point.prompts):
+    for _ in range(point.prompts):
         prompt = draw(point.prompt_tokens)
         for _ in range(point.group_size):
-            sequences.append(TokenSequence.of(prompt, draw(point.new_tokens), number))
+            sequences.append(TokenSequence.of(prompt, draw(point.new_tokens)))
             advantages.append(torch.full((point.new_tokens,), rng.gauss(0, 1)))
     count = len(sequences)
     return StepRollouts(

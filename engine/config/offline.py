@@ -108,8 +108,8 @@ class OfflineUpdate:
     """After warm-up the learning rate stays, or falls to 0 at the end of the run, linearly or by
     half a cosine."""
     token_budget: Count = 16384
-    """Tokens of a micro-batch; one example with all its completions must fit. Changes memory and
-    speed, never the gradient."""
+    """Tokens of a micro-batch, those that its sequences share counted once; one example with all
+    its completions must fit. Changes memory and speed, never the gradient."""
 
 
 @dataclass(frozen=True, kw_only=True, config=checked)

@@ -284,11 +284,11 @@ def _check_combinations(config: Config, row: Algorithm) -> None:
         )
     _check_baseline(config, row)
     _check_subsets(config, row)
-    pair = 2 * config.rollout.max_model_len
+    pair = config.rollout.max_model_len + config.rollout.max_new_tokens
     if row.estimator.makes_pairs and config.update.token_budget < pair:
         raise ConfigError(
             f"update.token_budget = {config.update.token_budget} cannot hold a pair of algorithm = "
-            f"{row.name!r}: raise it to {pair}, twice rollout.max_model_len"
+            f"{row.name!r}: raise it to {pair}, rollout.max_model_len + rollout.max_new_tokens"
         )
     _check_sources(config, row)
     if row.has_critic and critic.model.lower() in ("none", ""):

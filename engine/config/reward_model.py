@@ -61,11 +61,12 @@ def reward_training(config: Config, row: Algorithm) -> RewardTraining | None:
             f"reward_model.labels = {labels.name!r} needs one model:DIR among reward.sources to "
             f"train besides the one that labels, found {found}"
         )
-    pair = 2 * config.rollout.max_model_len
+    pair = config.rollout.max_model_len + config.rollout.max_new_tokens
     if config.update.token_budget < pair:
         raise ConfigError(
             f"update.token_budget = {config.update.token_budget} cannot hold a pair that the "
-            f"reward model learns from: raise it to {pair}, twice rollout.max_model_len"
+            f"reward model learns from: raise it to {pair}, rollout.max_model_len + "
+            "rollout.max_new_tokens"
         )
     if config.rollout.group_size < 2:
         raise ConfigError(

@@ -330,7 +330,8 @@ class UpdateSettings:
     minibatches: Count = 1
     """Optimizer steps in a pass."""
     token_budget: Count = 16384
-    """Tokens of a micro-batch. Changes memory and speed, never the gradient."""
+    """Tokens of a micro-batch, those that its sequences share counted once. Changes memory and
+    speed, never the gradient."""
 
     @property
     def per_step(self) -> int:

@@ -27,6 +27,7 @@ from warpo.engine.data.rows import Rows, check_text, read_rows
 from warpo.engine.data.stream import RowKeys
 from warpo.engine.data.tokens import Encoder, Ragged
 from warpo.engine.errors import DataError
+from warpo.engine.types import TokenSequence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,7 +39,6 @@ class Example:
 
     Attributes:
         prompt_ids: the prompt that all completions continue.
-        prompt_id: the same for rows of one prompt, and for no others.
         completions: one; chosen and rejected; best to worst; of kto that of the row, and one that
             belongs to another prompt.
         values: the margin of a pair, 1 or 0 for a verdict, a label for each step; else empty.
@@ -47,7 +47,6 @@ class Example:
     """
 
     prompt_ids: list[int]
-    prompt_id: int
     completions: list[list[int]]
     values: list[float]
     ends: list[int]
@@ -56,6 +55,15 @@ class Example:
     @property
     def token_ids(self) -> list[int]:
         return [*self.prompt_ids, *(token for ids in self.completions for token in ids)]
+
+    @property
+    def sequences(self) -> list[TokenSequence]:
+        """The prompt with each completion."""
+        return [self.sequence(i) for i in range(len(self.completions))]
+
+    def sequence(self, i: int) -> TokenSequence:
+        """The prompt with the completion of this number."""
+        return TokenSequence.of(self.prompt_ids, self.completions[i])
 
     @property
     def num_tokens(self) -> int:
@@ -107,7 +115,6 @@ class Examples(Sequence[Example]):
         unrelated = [] if self._unrelated is None else [int(self._unrelated[index])]
         return Example(
             prompt_ids=self._prompts[index],
-            prompt_id=int(self.keys[index, 0]),
             completions=[self._completions[i] for i in [*own, *unrelated]],
             values=self._values[index],
             ends=self._ends[index],
@@ -148,13 +155,13 @@ class Examples(Sequence[Example]):
             DataError: an example is longer than one of the two; names its place.
         """
         completions, starts = self._completions.lengths, np.asarray(self._starts)
-        prompts, counts = self._prompts.lengths, np.diff(self._starts)
+        prompts = self._prompts.lengths
         longest = np.maximum.reduceat(completions, starts[:-1])
         total = np.add.reduceat(completions, starts[:-1])
         if self._unrelated is not None:
             others = completions[self._unrelated]
-            longest, total, counts = np.maximum(longest, others), total + others, counts + 1
-        longest, total = prompts + longest, prompts * counts + total
+            longest, total = np.maximum(longest, others), total + others
+        longest, total = prompts + longest, prompts + total
         bad = np.flatnonzero((longest > max_length) | (total > token_budget))
         if not len(bad):
             return

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from warpo.engine.config.policy import Config
 from warpo.engine.learner.minibatches import one_of_each_group
-from warpo.engine.models.batch import Batch, split_rows
+from warpo.engine.models.batch import Batch
+from warpo.engine.models.micro_batches import split_rows
 from warpo.engine.models.score import score
 from warpo.engine.models.step_rollouts import StepRollouts
 from warpo.engine.ranks import ONE_RANK, Ranks
@@ -63,7 +64,7 @@ class Drift:
 
     def widen(self, rows: Sequence[int], token_budget: int) -> None:
         """Let further rollouts count in `sampling_difference`, in micro-batches."""
-        for micro in split_rows(self._rollouts.sequences, rows, token_budget):
+        for micro in split_rows(self._rollouts.sequences, token_budget, rows):
             batch = self._rollouts.batch(micro)
             found = _sampled(batch) - score(self._model, batch, self._temperature)
             self.sampling_difference = max(self.sampling_difference, _largest(found))
@@ -106,7 +107,7 @@ def step_kl(
     # the last is the longest of all
     rows = one_of_each_group(rollouts)[:-1]
     total, count = torch.zeros((), device=rollouts.device), 0
-    for micro in split_rows(rollouts.sequences, rows, config.update.token_budget):
+    for micro in split_rows(rollouts.sequences, config.update.token_budget, rows):
         batch = rollouts.batch(micro)
         assert batch.old_logprobs is not None
         new = score(model, batch, config.rollout.temperature)

@@ -21,7 +21,7 @@ from warpo.engine.learner.covariance import by_covariance
 from warpo.engine.learner.critic import Critic
 from warpo.engine.learner.drift import Drift, step_kl
 from warpo.engine.learner.losses import preference_gradients, supervised_gradients
-from warpo.engine.learner.minibatches import make_minibatches, one_of_each_group, tokens_scored
+from warpo.engine.learner.minibatches import make_minibatches, one_of_each_group
 from warpo.engine.learner.optimizer import WeightUpdate
 from warpo.engine.learner.pairs import pair_minibatches
 from warpo.engine.learner.pretraining import Pretraining
@@ -30,7 +30,9 @@ from warpo.engine.learner.reward_model import RewardModelLearner
 from warpo.engine.learner.schedule import make_optimizer
 from warpo.engine.learner.step import StepResult, accumulate_gradients
 from warpo.engine.learner.step_metrics import step_metrics
-from warpo.engine.models.batch import Batch, order_by_length
+from warpo.engine.models.batch import Batch
+from warpo.engine.models.micro_batches import split_rows, tokens_read
+from warpo.engine.models.model import is_packed
 from warpo.engine.models.score import device_of, loss_and_gradient, score
 from warpo.engine.models.step_rollouts import StepRollouts
 from warpo.engine.run.checkpoint import Stateful
@@ -157,10 +159,13 @@ class Learner:
     def _epochs(self, rollouts: StepRollouts, drift: Drift, report: ReportProgress) -> Metrics:
         """Passes over the rollouts, until update.max_kl ends them."""
         config, results, kl, epoch = self._config.update, list[StepResult](), None, 0
+        read = total = 0
         limit = math.inf if config.max_kl == "none" else config.max_kl
         for epoch in range(1, config.epochs + 1):
             minibatches, is_last = self._minibatches(rollouts, epoch), epoch == config.epochs
             updates = config.epochs * len(minibatches)
+            read += sum(batch.num_tokens for part in minibatches for batch in part)
+            total += sum(batch.sequence_tokens for part in minibatches for batch in part)
             for i, batches in enumerate(minibatches, start=1):
                 may_end = i == len(minibatches) and (is_last or limit < math.inf)
                 if may_end and results:
@@ -173,6 +178,9 @@ class Learner:
                     break
         self._skip(config.per_step - len(results))
         metrics = step_metrics(results, self._run.ranks)
+        total = max(1, self._run.ranks.sum(total))
+        share = 1 - self._run.ranks.sum(read) / total
+        metrics["pack/shared_frac"] = share if is_packed(self.model) else 0.0
         if limit < math.inf:
             metrics["update/epochs"] = float(epoch)
         return metrics if kl is None else metrics | {"kl/step": kl}
@@ -193,9 +201,10 @@ class Learner:
         probe.num_sequences = 0, where nothing shows that the sampler's logprobs serve.
         """
         temperature = self._config.rollout.temperature
-        token_budget = self._config.update.token_budget
+        sequences, shared = rollouts.sequences, is_packed(self.model)
+        micro_batches = split_rows(sequences, self._config.update.token_budget, shared=shared)
         if recompute_old or self.reference or self.critic is not None:
-            for rows in order_by_length(rollouts.sequences, token_budget):
+            for rows in micro_batches:
                 batch = rollouts.batch(rows)
                 if self.reference:
                     rollouts.fill("ref_logprobs", rows, self.reference.logprobs(batch))
@@ -207,7 +216,7 @@ class Learner:
                     rollouts.fill("values", rows, values)
                     if last_values is not None:
                         rollouts.fill_last_values(rows, last_values)
-        saved = 0 if recompute_old else tokens_scored(rollouts.sequences, token_budget)
+        saved = 0 if recompute_old else tokens_read(sequences, micro_batches, shared=shared)
         return {
             "old_logprobs/recomputed": float(recompute_old),
             "old_logprobs/tokens_saved": float(saved),
@@ -308,9 +317,9 @@ class Learner:
 
     def _minibatches(self, rollouts: StepRollouts, epoch: int) -> list[list[Batch]]:
         """Those of an epoch, dealt by seed, step and epoch only."""
-        make = make_minibatches
+        make = partial(make_minibatches, shared=is_packed(self.model))
         if self.algorithm.estimator.makes_pairs:
-            make = partial(pair_minibatches, choice=self.algorithm.pairs)
+            make = partial(pair_minibatches, choice=self.algorithm.pairs, **make.keywords)
         update = self._config.update
         seed = self._config.seed + self.step + 1 + (epoch - 1) * 1_000_003
         return [

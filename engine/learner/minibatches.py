@@ -1,30 +1,48 @@
-"""Choice of the rollouts that are packed together, by rows of `StepRollouts`: to be scored, to be
-learned from.
+"""Choice of the rollouts of each optimizer step, and of those that are packed together, by rows of
+`StepRollouts`.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain, groupby, pairwise
+from typing import TypeVar
 
-from warpo.engine.models.batch import order_by_length, split_rows
+from warpo.engine.models.micro_batches import split_rows
 from warpo.engine.models.step_rollouts import StepRollouts
-from warpo.engine.types import TokenSequence
 
 Minibatch = list[list[int]]
 """The rows of each of its micro-batches."""
 
+T = TypeVar("T")
+
+
+def deal(groups: Iterable[Sequence[T]], minibatches: int, seed: int) -> list[list[T]]:
+    """Every member of the groups in one of at most `minibatches` parts.
+
+    The groups are put in a random order, and the members of each, and the row that they make is cut
+    into parts of one size, give or take one. So groups stay whole where their number is a multiple
+    of the parts'; else at most one is parted at each cut, and with fewer groups than parts each
+    part holds members of one or two. With groups of one size every member is in every part with the
+    same probability: over the deals the mean gradient is that of dealing one by one.
+    """
+    draw = random.Random(seed)
+    shuffled = [draw.sample(group, len(group)) for group in groups]
+    draw.shuffle(shuffled)
+    members = list(chain.from_iterable(shuffled))
+    parts = min(minibatches, len(members))
+    cuts = [len(members) * part // parts for part in range(parts + 1)] if parts else []
+    return [members[start:stop] for start, stop in pairwise(cuts)]
+
 
 def make_minibatches(
-    rollouts: StepRollouts, minibatches: int, token_budget: int, seed: int
+    rollouts: StepRollouts, minibatches: int, token_budget: int, seed: int, *, shared: bool = True
 ) -> list[Minibatch]:
-    """All rows, dealt at random into minibatches, each of them split by a token budget."""
-    rows, sequences = list(range(len(rollouts))), rollouts.sequences
-    random.Random(seed).shuffle(rows)
-    dealt = [rows[i::minibatches] for i in range(min(minibatches, len(rows)))]
-    # Neighbours of one length waste the least in attention, which pads within a micro-batch.
-    ordered = [sorted(part, key=lambda row: sequences[row].num_tokens) for part in dealt]
-    return [split_rows(sequences, part, token_budget) for part in ordered]
+    """All rows, dealt into minibatches by groups, each of them split as by `split_rows`."""
+    by_group = groupby(range(len(rollouts)), key=rollouts.group_ids.__getitem__)
+    dealt = deal([list(group) for _, group in by_group], minibatches, seed)
+    return [split_rows(rollouts.sequences, token_budget, rows, shared=shared) for rows in dealt]
 
 
 def one_of_each_group(rollouts: StepRollouts) -> list[int]:
@@ -34,12 +52,3 @@ def one_of_each_group(rollouts: StepRollouts) -> list[int]:
     chosen = [start + i % size for i, start in enumerate(groups)]
     longest = max(range(len(rollouts)), key=lambda row: rollouts.sequences[row].num_tokens)
     return [*chosen, longest]
-
-
-def tokens_scored(sequences: Sequence[TokenSequence], token_budget: int) -> int:
-    """Tokens that a forward pass over sequences reads, each prompt once per micro-batch."""
-    total = sum(sequence.num_tokens - sequence.prompt_length for sequence in sequences)
-    for rows in order_by_length(sequences, token_budget):
-        prompts = {sequences[row].prompt_id: sequences[row].prompt_length for row in rows}
-        total += sum(prompts.values())
-    return total

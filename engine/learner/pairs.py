@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterable
 from itertools import combinations, groupby
 from typing import NamedTuple
 
 from warpo.engine.config.algorithm import PairChoice
-from warpo.engine.learner.minibatches import Minibatch
-from warpo.engine.models.batch import split_by_tokens
+from warpo.engine.learner.minibatches import Minibatch, deal
+from warpo.engine.models.micro_batches import split_rows
 from warpo.engine.models.step_rollouts import StepRollouts
+from warpo.engine.types import TokenSequence
 
 
 class Pair(NamedTuple):
-    """Two rows of a group, and the tokens of both."""
+    """Two rows of a group, and the sequences of both."""
 
     chosen: int
     rejected: int
-    num_tokens: int
+    sequences: tuple[TokenSequence, TokenSequence]
 
 
 def make_pairs(rollouts: StepRollouts, choice: PairChoice = "ranked") -> list[Pair]:
@@ -36,8 +36,7 @@ def make_pairs(rollouts: StepRollouts, choice: PairChoice = "ranked") -> list[Pa
         ranked = sorted(group, key=lambda row: -rewards[row])
         for better, worse in _chosen(ranked, choice):
             if rewards[better] > rewards[worse]:
-                num_tokens = sequences[better].num_tokens + sequences[worse].num_tokens
-                pairs.append(Pair(better, worse, num_tokens))
+                pairs.append(Pair(better, worse, (sequences[better], sequences[worse])))
     return pairs
 
 
@@ -57,19 +56,20 @@ def pair_minibatches(
     token_budget: int,
     seed: int,
     *,
+    shared: bool = True,
     choice: PairChoice = "ranked",
 ) -> list[Minibatch]:
-    """The pairs of the rollouts, dealt at random into minibatches, each split by a token budget:
+    """The pairs of the rollouts, dealt into minibatches by groups, each split as by `split_rows`:
     the chosen completions of a micro-batch, then the rejected ones in the same order. None where
     all completions of every prompt have one reward.
     """
     pairs = make_pairs(rollouts, choice)
-    random.Random(seed).shuffle(pairs)
-    dealt = [pairs[i::minibatches] for i in range(min(minibatches, len(pairs)))]
+    by_group = groupby(pairs, key=lambda pair: rollouts.group_ids[pair.chosen])
+    dealt = deal([list(group) for _, group in by_group], minibatches, seed)
     return [
         [
-            [pair.chosen for pair in micro] + [pair.rejected for pair in micro]
-            for micro in split_by_tokens(sorted(part, key=lambda p: p.num_tokens), token_budget)
+            [part[i].chosen for i in micro] + [part[i].rejected for i in micro]
+            for micro in split_rows(part, token_budget, shared=shared)
         ]
         for part in dealt
     ]

@@ -7,7 +7,8 @@ import numpy as np
 from warpo.engine.config.policy import Config
 from warpo.engine.data.examples import Examples
 from warpo.engine.data.stream import RowRecord, draw_keys, random_keys
-from warpo.engine.models.batch import Batch, pack, split_by_tokens
+from warpo.engine.models.batch import Batch, pack
+from warpo.engine.models.micro_batches import split_by_tokens
 from warpo.engine.types import TokenSequence
 
 
@@ -23,5 +24,5 @@ class Pretraining:
         config = self._config
         drawn = random_keys(draw_keys(self._examples.keys), config.seed, step, update)
         chosen = [self._examples[int(i)] for i in np.argsort(drawn, kind="stable")[:count]]
-        sequences = [TokenSequence.of(e.prompt_ids, e.completions[0], e.prompt_id) for e in chosen]
+        sequences = [TokenSequence.of(e.prompt_ids, e.completions[0]) for e in chosen]
         return [pack(micro) for micro in split_by_tokens(sequences, config.update.token_budget)]

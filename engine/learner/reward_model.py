@@ -27,8 +27,10 @@ from torch import Tensor, nn
 from warpo.engine.config.policy import Config
 from warpo.engine.learner.losses import pair_gradients
 from warpo.engine.learner.schedule import make_optimizer
-from warpo.engine.models.batch import pack, split_by_tokens
+from warpo.engine.models.batch import pack
 from warpo.engine.models.files import load_tokenizer
+from warpo.engine.models.micro_batches import TokenCount, split_rows
+from warpo.engine.models.model import is_packed
 from warpo.engine.models.score import device_of
 from warpo.engine.ranks import ONE_RANK, Ranks
 from warpo.engine.rollout.labelled import LabelledPair
@@ -126,11 +128,12 @@ class RewardModelLearner:
         }
 
     def _train_step(self, pairs: Sequence[LabelledPair]) -> Tensor:
-        ordered = sorted(pairs, key=lambda pair: pair.num_tokens)
         # A text may have more of the reward model's tokens than of the policy's.
-        budget = max(self._config.update.token_budget, ordered[-1].num_tokens)
+        shared = is_packed(self._model)
+        longest = max(TokenCount(shared=shared).with_items([pair]).read for pair in pairs)
+        budget = max(self._config.update.token_budget, longest)
         device = device_of(self._model)
-        micro = split_by_tokens(ordered, budget)
+        micro = [[pairs[i] for i in part] for part in split_rows(pairs, budget, shared=shared)]
         packed = [pack([p.chosen for p in part] + [p.rejected for p in part]) for part in micro]
         vector = pair_gradients(
             self._model,

@@ -281,7 +281,7 @@ def _run(model: PreTrainedModel, *, scalar: bool = False) -> tuple[set[nn.Module
         calls.append(_Call(module, width, by_formula))
         return packed_attention(module, query, key, value, *args, **options)
 
-    batch = pack([TokenSequence.of([1, 2], rest, prompt_id=0) for rest in ([3, 4], [5])])
+    batch = pack([TokenSequence.of([1, 2], rest) for rest in ([3, 4], [5])])
     parameter = next(model.parameters())
     fake = parameter.fake_mode if isinstance(parameter, FakeTensor) else nullcontext()
     handles = [module.register_forward_pre_hook(run) for module in model.modules()]

@@ -22,7 +22,10 @@ from transformers.masking_utils import causal_mask_function
 ATTENTION = "warpo_packed"
 
 # What models hand through to their attention and no attention computes with.
-_IGNORED = {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "return_dict"}
+_IGNORED = {
+    *("position_ids", "use_cache", "output_attentions", "output_hidden_states", "return_dict"),
+    "subtree_end",
+}
 
 
 class UnsupportedAttention(ValueError):

@@ -1,11 +1,11 @@
-"""Packed micro-batches: sequences of tokens in one row, without padding and each prompt once."""
+"""Packed micro-batches: the trie of some sequences in one row, without padding, each token once."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import islice
-from typing import Any, Protocol, TypeVar
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,18 +18,22 @@ from warpo.engine.types import TokenSequence
 class Batch:
     """One packed micro-batch: N tokens of B sequences in one row, M of them trained on.
 
-    Sequences with the same prompt share its tokens: the row holds each prompt once. A causal model
-    gives a prompt the same hidden states whatever follows it.
+    Tokens that several sequences begin with stand in the row once: it is the trie of the sequences,
+    in depth-first preorder. A causal model gives a beginning the same hidden states whatever
+    follows it. A token may predict several targets.
 
     Attributes:
-        input_ids: (1, N) int64, what follows a prompt somewhere behind it.
+        input_ids: (1, N) int64, each token behind those that it follows.
         position_ids: (1, N) int64, place of each token in its sequence.
         gather_index: (B, T) int64, index among the N of each token of each sequence, T the longest
             one; a shorter one ends in repetitions of its last token.
         scatter_index: (N,) int64, where in `gather_index`, flattened, each token is found.
+        subtree_end: (N,) int64, the end of the tokens that follow each: token i continues token j,
+            and attends to it, where j <= i < subtree_end[j].
         logit_positions: (M,) int64, index of the token whose logits predict each trained token.
         targets: (M,) int64, the trained tokens.
         cu_seqlens: (B + 1,) int32, where the trained tokens of each sequence start among the M.
+        sequence_tokens: tokens of the sequences, what they share counted in each.
         sampler_logprobs: (M,) float32, as the sampler computed them.
         old_logprobs: (M,) float32, of the policy when the step began, the sampler's or the
             learner's.
@@ -45,9 +49,11 @@ class Batch:
     position_ids: Tensor
     gather_index: Tensor
     scatter_index: Tensor
+    subtree_end: Tensor
     logit_positions: Tensor
     targets: Tensor
     cu_seqlens: Tensor
+    sequence_tokens: int
     sampler_logprobs: Tensor | None = None
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
@@ -63,6 +69,11 @@ class Batch:
         return self.cu_seqlens.numel() - 1
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens that a forward pass reads."""
+        return self.input_ids.numel()
+
+    @property
     def num_trained(self) -> int:
         return self.targets.numel()
 
@@ -76,55 +87,67 @@ class Batch:
         return replace(self, **tensors)
 
 
-class _Row:
-    """The row of a micro-batch as it grows, a stretch of tokens at a time."""
-
-    def __init__(self) -> None:
-        self.length = 0
-        self.ids: list[np.ndarray] = []
-        self.positions: list[np.ndarray] = []
-        self.places: list[np.ndarray] = []
-
-    def append(self, ids: np.ndarray, position: int, place: int) -> np.ndarray:
-        """Add tokens that begin at `position` of their sequence and at `place` of the gather index;
-        returns their indices in the row.
-        """
-        count = np.arange(len(ids))
-        self.ids.append(ids)
-        self.positions.append(position + count)
-        self.places.append(place + count)
-        index = self.length + count
-        self.length += len(ids)
-        return index
-
-
 def pack(sequences: Sequence[TokenSequence]) -> Batch:
     """One micro-batch of these sequences."""
-    longest = max(sequence.num_tokens for sequence in sequences)
+    order, shared = trie_order(sequences)
+    lengths = np.array([sequence.num_tokens for sequence in sequences])
+    longest, total = int(lengths.max()), int(lengths.sum() - shared.sum())
     gather_index = np.empty((len(sequences), longest), np.int64)
-    row, prompts = _Row(), dict[int, np.ndarray]()
-    logit_positions, targets = [], []
-    for number, sequence in enumerate(sequences):
-        ids, shared, place = sequence.token_ids, sequence.prompt_length, number * longest
-        if sequence.prompt_id not in prompts:
-            prompts[sequence.prompt_id] = row.append(ids[:shared], 0, place)
-        prompt = prompts[sequence.prompt_id]
-        assert len(prompt) == shared, f"two prompts with prompt_id {sequence.prompt_id}"
-        index = np.concatenate([prompt, row.append(ids[shared:], shared, place + shared)])
-        gather_index[number, : len(index)] = index
-        gather_index[number, len(index) :] = index[-1]
-        for start, stop in sequence.trained_spans:
-            logit_positions.append(index[start - 1 : stop - 1])
-            targets.append(ids[start:stop])
+    input_ids, scatter_index, position_ids, subtree_end = np.empty((4, total), np.int64)
+    path, depth, end = np.empty(longest, np.int64), 0, 0
+    for number, begin in zip(order, shared.tolist(), strict=True):
+        ids = sequences[number].token_ids
+        start, length = end, len(ids)
+        end += length - begin
+        subtree_end[path[begin:depth]] = start
+        path[begin:length] = np.arange(start, end)
+        input_ids[start:end] = ids[begin:]
+        position_ids[start:end] = np.arange(begin, length)
+        scatter_index[start:end] = number * longest + position_ids[start:end]
+        gather_index[number, :length] = path[:length]
+        gather_index[number, length:] = path[length - 1]
+        depth = length
+    subtree_end[path[:depth]] = end
+    spans = [
+        (number, start, stop)
+        for number, sequence in enumerate(sequences)
+        for start, stop in sequence.trained_spans
+    ]
     return Batch(
-        input_ids=_joined(row.ids)[None],
-        position_ids=_joined(row.positions)[None],
+        input_ids=torch.from_numpy(input_ids)[None],
+        position_ids=torch.from_numpy(position_ids)[None],
         gather_index=torch.from_numpy(gather_index),
-        scatter_index=_joined(row.places),
-        logit_positions=_joined(logit_positions),
-        targets=_joined(targets),
+        scatter_index=torch.from_numpy(scatter_index),
+        subtree_end=torch.from_numpy(subtree_end),
+        logit_positions=_joined([gather_index[i, a - 1 : b - 1] for i, a, b in spans]),
+        targets=_joined([sequences[i].token_ids[a:b] for i, a, b in spans]),
         cu_seqlens=torch.from_numpy(starts_of(sequences)).to(torch.int32),
+        sequence_tokens=int(lengths.sum()),
     )
+
+
+def trie_order(sequences: Sequence[TokenSequence]) -> tuple[list[int], np.ndarray]:
+    """Sequences by number in the order of their tokens, those that begin with the same ones
+    neighbours; and of each in that order how many tokens it shares with the one before, (B,) int64.
+    """
+    keys = [sort_key(sequence) for sequence in sequences]
+    order = sorted(range(len(keys)), key=keys.__getitem__)
+    ordered = [sequences[number].token_ids for number in order]
+    shared = [0, *(common_prefix(a, b) for a, b in pairwise(ordered))]
+    return order, np.array(shared)
+
+
+def sort_key(sequence: TokenSequence) -> bytes:
+    """Bytes that compare as the tokens do: of each the most significant first."""
+    return sequence.token_ids.astype(">u4").tobytes()
+
+
+def common_prefix(one: np.ndarray, other: np.ndarray) -> int:
+    """Number of leading ids that two sequences share."""
+    length = min(len(one), len(other))
+    differs = one[:length] != other[:length]
+    first = int(differs.argmax())
+    return first if differs[first] else length
 
 
 def starts_of(sequences: Sequence[TokenSequence]) -> np.ndarray:
@@ -134,52 +157,3 @@ def starts_of(sequences: Sequence[TokenSequence]) -> np.ndarray:
 
 def _joined(parts: Sequence[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.concatenate(parts))
-
-
-class HasLength(Protocol):
-    """A sequence, or an example with all its completions."""
-
-    @property
-    def num_tokens(self) -> int: ...
-
-
-T = TypeVar("T", bound=HasLength)
-
-
-def split_by_tokens(items: Sequence[T], token_budget: int) -> list[list[T]]:
-    """Micro-batches of at most `token_budget` tokens each, in the given order.
-
-    Raises:
-        ValueError: a single one exceeds the budget.
-    """
-    micro_batches: list[list[T]] = []
-    room = 0
-    for item in items:
-        if item.num_tokens > token_budget:
-            raise ValueError(
-                f"a rollout of {item.num_tokens} tokens does not fit a micro-batch of "
-                f"{token_budget}: raise update.token_budget or lower rollout.max_new_tokens"
-            )
-        if item.num_tokens > room:
-            micro_batches.append([])
-            room = token_budget
-        micro_batches[-1].append(item)
-        room -= item.num_tokens
-    return micro_batches
-
-
-def split_rows(
-    items: Sequence[HasLength], rows: Sequence[int], token_budget: int
-) -> list[list[int]]:
-    """Micro-batches, as of `split_by_tokens`, of the items of these numbers, by their numbers."""
-    remaining = iter(rows)
-    parts = split_by_tokens([items[row] for row in rows], token_budget)
-    return [list(islice(remaining, len(part))) for part in parts]
-
-
-def order_by_length(items: Sequence[HasLength], token_budget: int) -> list[list[int]]:
-    """Micro-batches of all items by their numbers: neighbours of one length, which waste the least
-    in attention, since it pads within a micro-batch.
-    """
-    order = sorted(range(len(items)), key=lambda row: items[row].num_tokens)
-    return split_rows(items, order, token_budget)

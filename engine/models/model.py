@@ -174,6 +174,7 @@ def inputs_of(model: nn.Module, batch: Batch) -> dict[str, Any]:
         "attention_mask": torch.ones_like(batch.input_ids),
         "gather_index": batch.gather_index,
         "scatter_index": batch.scatter_index,
+        "subtree_end": batch.subtree_end,
         "use_cache": False,
     }
 

@@ -156,8 +156,7 @@ def step_rollouts(
     logprobs = [completion.logprobs for _, completion in pairs]
     return StepRollouts(
         sequences=[
-            TokenSequence.of(prompt.token_ids, completion.token_ids, prompt.prompt_id)
-            for prompt, completion in pairs
+            TokenSequence.of(prompt.token_ids, completion.token_ids) for prompt, completion in pairs
         ],
         group_ids=np.repeat(np.arange(len(groups)), [len(group) for group in groups]),
         rewards=torch.tensor(rewards, dtype=torch.float64),

@@ -32,6 +32,7 @@ from warpo.engine.preflight.invariance import (
     eager_attention,
     load_cut_model,
     repeated_divergence,
+    with_branches,
 )
 from warpo.engine.preflight.memory import MIB, PHASES, MemoryPlan, plan_memory, resync_of
 from warpo.engine.preflight.peak_memory import PeakMemory
@@ -167,10 +168,10 @@ def _report_attention(
 ) -> None:
     """Packed rows of the whole model against its own attention."""
     temperature, model = config.rollout.temperature, learner.model
-    batch = pack(rollouts.sequences).to(learner.device)
-    packed = score(model, batch, temperature)
+    sequences = with_branches(rollouts.sequences)
+    packed = score(model, pack(sequences).to(learner.device), temperature)
     with eager_attention(model):
-        alone = torch.cat([_eager_logprobs(model, x, temperature) for x in rollouts.sequences])
+        alone = torch.cat([_eager_logprobs(model, x, temperature) for x in sequences])
     error, bound = relative(packed - alone, alone).max().item(), config.probe_tolerance
     report.add(
         Line(

@@ -1,8 +1,8 @@
 """Proof that the gradient of an optimizer step does not depend on how its rollouts are laid out.
 
-The same rollouts are laid out in four ways:
+The same rollouts, some of which begin with the same sampled tokens, are laid out in four ways:
 
-    accumulation 1   one packed micro-batch
+    accumulation 1   one packed micro-batch, the trie of all
     accumulation n   micro-batches of one rollout each
     packed           a few micro-batches, filled by a token budget
     alone            each rollout in a row of its own, by the model's own eager attention
@@ -42,7 +42,8 @@ from transformers import PreTrainedModel
 
 from warpo.engine.learner.optimizer import float32_gradients
 from warpo.engine.learner.step import accumulate_gradients
-from warpo.engine.models.batch import pack, split_by_tokens
+from warpo.engine.models.batch import pack
+from warpo.engine.models.micro_batches import TokenCount, split_by_tokens
 from warpo.engine.models.model import load_model
 from warpo.engine.models.score import device_of, score
 from warpo.engine.models.step_rollouts import StepRollouts
@@ -148,13 +149,14 @@ def divergences(
 
     Args:
         model: with warpo's packed attention; its gradients are cleared.
-        sequences: two or more.
+        sequences: two or more; some that begin like the first are added.
         objectives: by name.
         max_new_tokens: the constant length of "sequence-mean-token-sum-norm".
 
     Returns:
         One for each objective and layout.
     """
+    sequences = with_branches(sequences)
     rollouts = _noisy_rollouts(model, sequences, temperature, seed)
     layouts = {
         name: [rollouts.batch(rows) for rows in micro_batches]
@@ -194,6 +196,18 @@ def repeated_divergence(
     )
 
 
+def with_branches(sequences: Sequence[TokenSequence]) -> list[TokenSequence]:
+    """The sequences, the first one again, and another that leaves it amid its trained tokens: then
+    sampled tokens are shared too, and a token predicts several targets.
+    """
+    first = sequences[0]
+    start, stop = first.trained_spans[0]
+    place, ids = (start + stop) // 2, first.token_ids.copy()
+    others = ids[ids != ids[place]]
+    ids[place] = others[0] if len(others) else ids[place]
+    return [*sequences, first, replace(first, token_ids=ids)]
+
+
 def _noisy_rollouts(
     model: PreTrainedModel, sequences: Sequence[TokenSequence], temperature: float, seed: int
 ) -> StepRollouts:
@@ -219,7 +233,8 @@ def _noisy_rollouts(
 def _micro_batches(sequences: Sequence[TokenSequence]) -> dict[str, list[list[int]]]:
     """The rows of each micro-batch of a layout."""
     lengths, count = [sequence.num_tokens for sequence in sequences], len(sequences)
-    budget = max(*lengths, -(-sum(lengths) // PACKED_MICRO_BATCHES))
+    tokens = TokenCount().with_items(sequences).read
+    budget = max(*lengths, -(-tokens // PACKED_MICRO_BATCHES))
     order = iter(random.Random(0).sample(range(count), count))
     return {
         "accumulation 1": [list(range(count))],

@@ -36,7 +36,7 @@ from warpo.engine.learner.step import accumulate_gradients
 from warpo.engine.models.architectures import shape_model, shapes_only
 from warpo.engine.models.batch import Batch
 from warpo.engine.models.files import read_config
-from warpo.engine.models.model import set_lm_head_dtype
+from warpo.engine.models.model import is_packed, set_lm_head_dtype
 from warpo.engine.models.score import device_of, score
 from warpo.engine.models.step_rollouts import StepRollouts
 from warpo.engine.rollout.sampler.base import plan_sampler_memory
@@ -49,15 +49,14 @@ MIB = 2**20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shape:
-    """The micro-batch that is planned for: `sequences` rollouts of that many tokens each."""
+    """The micro-batch that is planned for: `sequences` rollouts of that many tokens each, of which
+    `group_size` share a prompt.
+    """
 
     sequences: int
     prompt_tokens: int
     completion_tokens: int
-
-    @property
-    def tokens(self) -> int:
-        return self.sequences * (self.prompt_tokens + self.completion_tokens)
+    group_size: int = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,7 +122,7 @@ def plan_memory(
         before_training += max(0, weights - held["reference weights"])
     work = {
         shape: _update_bytes(config, shape, model, fake)
-        for shape in _shapes(config, prompt_lengths)
+        for shape in _shapes(config, prompt_lengths, shared=is_packed(model))
     }
     shape = max(work, key=lambda s: work[s])
     longest = max(prompt_lengths) + config.rollout.max_new_tokens
@@ -163,19 +162,22 @@ def _dtype(name: str) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
 
 
-def _shapes(config: Config, prompt_lengths: Sequence[int]) -> list[Shape]:
+def _shapes(config: Config, prompt_lengths: Sequence[int], *, shared: bool) -> list[Shape]:
     """A full micro-batch of the shortest prompts, which has the most logits, and of the longest."""
     rollout, update = config.rollout, config.update
     rollouts = -(-rollout.prompts_per_step * rollout.group_size // update.minibatches)
     together = 2 if resolve(config).estimator.makes_pairs else 1
+    size, new_tokens = rollout.group_size if shared else 1, rollout.max_new_tokens
     shapes = []
     for length in {min(prompt_lengths), max(prompt_lengths)}:
-        fitting = min(rollouts, update.token_budget // (length + rollout.max_new_tokens))
+        groups, rest = divmod(update.token_budget, length + size * new_tokens)
+        fitting = min(rollouts, groups * size + max(0, rest - length) // new_tokens)
         shapes.append(
             Shape(
                 sequences=max(together, fitting - fitting % together),
                 prompt_tokens=length,
-                completion_tokens=rollout.max_new_tokens,
+                completion_tokens=new_tokens,
+                group_size=size,
             )
         )
     return shapes
@@ -183,17 +185,20 @@ def _shapes(config: Config, prompt_lengths: Sequence[int]) -> list[Shape]:
 
 def rollouts_of(shape: Shape, vocab_size: int) -> StepRollouts:
     """Rollouts of that shape, of many tokens: a padding token's embedding is 0, and a sequence of
-    nothing else has an infinite gradient. No two have the same prompt, which would be packed once.
+    nothing else has an infinite gradient. They share their prompts and nothing else.
     """
-    length = shape.prompt_tokens + shape.completion_tokens
-    places = np.arange(length) + np.arange(shape.sequences)[:, None]
-    rows = 1 + places % (vocab_size - 1)
+
+    def distinct(numbers: np.ndarray, length: int) -> np.ndarray:
+        """Rows that begin differently, as far as the vocabulary allows."""
+        again, first = np.divmod(numbers[:, None], vocab_size - 1)
+        return 1 + (first + np.arange(length) * (1 + again)) % (vocab_size - 1)
+
+    number = np.arange(shape.sequences)
+    prompts = distinct(number // shape.group_size, shape.prompt_tokens)
+    completions = distinct(number, shape.completion_tokens)
     ones = torch.ones(shape.sequences * shape.completion_tokens)
     return StepRollouts(
-        sequences=[
-            TokenSequence.of(row[: shape.prompt_tokens], row[shape.prompt_tokens :], number)
-            for number, row in enumerate(rows)
-        ],
+        sequences=[*map(TokenSequence.of, prompts, completions)],
         group_ids=np.arange(shape.sequences),
         rewards=torch.zeros(shape.sequences, dtype=torch.float64),
         sampler_logprobs=torch.zeros_like(ones),

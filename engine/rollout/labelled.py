@@ -10,7 +10,6 @@ from typing import NamedTuple
 from warpo.engine.rollout.evaluate import Verdict
 from warpo.engine.rollout.rewards.combine import RewardSources
 from warpo.engine.rollout.rewards.model import RewardModel
-from warpo.engine.rollout.rewards.reader import number_of
 from warpo.engine.types import Completion, Prompt, TokenIds, TokenSequence
 
 
@@ -23,12 +22,11 @@ class LabelledPair(NamedTuple):
     @classmethod
     def of(cls, prompt: TokenIds, chosen: TokenIds, rejected: TokenIds) -> LabelledPair:
         """From the ids of the prompt and of both completions."""
-        number = number_of(prompt)
-        return cls(*(TokenSequence.of(prompt, ids, number) for ids in (chosen, rejected)))
+        return cls(*(TokenSequence.of(prompt, ids) for ids in (chosen, rejected)))
 
     @property
-    def num_tokens(self) -> int:
-        return self.chosen.num_tokens + self.rejected.num_tokens
+    def sequences(self) -> LabelledPair:
+        return self
 
 
 class PairSource:

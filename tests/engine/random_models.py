@@ -107,14 +107,11 @@ def rollouts_of(
     group_size: int = 1,
     **columns: Sequence[torch.Tensor],
 ) -> StepRollouts:
-    """A prompt and a completion in each row; equal prompts are one. Columns by row."""
-    numbers: dict[tuple[int, ...], int] = {}
-    for prompt in prompts:
-        numbers.setdefault(tuple(prompt), len(numbers))
+    """A prompt and a completion in each row. Columns by row."""
     columns.setdefault("sampler_logprobs", [torch.from_numpy(c.logprobs) for c in completions])
     return StepRollouts(
         sequences=[
-            TokenSequence.of(prompt, completion.token_ids, numbers[tuple(prompt)])
+            TokenSequence.of(prompt, completion.token_ids)
             for prompt, completion in zip(prompts, completions, strict=True)
         ],
         group_ids=np.arange(len(prompts)) // group_size,

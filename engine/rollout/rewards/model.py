@@ -15,8 +15,10 @@ from collections.abc import Sequence
 import torch
 
 from warpo.engine.errors import ConfigError, RewardError
-from warpo.engine.models.batch import order_by_length, pack
+from warpo.engine.models.batch import pack
 from warpo.engine.models.files import read_config
+from warpo.engine.models.micro_batches import split_rows
+from warpo.engine.models.model import is_packed
 from warpo.engine.models.scalar import load_scalar_model, token_scores
 from warpo.engine.rollout.rewards.base import SourceContext
 from warpo.engine.rollout.rewards.reader import open_reader
@@ -77,7 +79,7 @@ class RewardModel:
         scores: list[list[float]] = [[] for _ in sequences]
         # A text may have more of the reward model's tokens than of the policy's.
         budget = max(self._token_budget, *(sequence.num_tokens for sequence in sequences))
-        for rows in order_by_length(sequences, budget):
+        for rows in split_rows(sequences, budget, shared=is_packed(self.model)):
             batch = pack([sequences[row] for row in rows]).to(self._device)
             places = [
                 batch.gather_index[number, sequences[row].prompt_length + index]

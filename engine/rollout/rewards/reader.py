@@ -16,11 +16,9 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-import numpy as np
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from warpo.engine.data.chat import render
@@ -31,7 +29,7 @@ from warpo.engine.errors import ConfigError, DataError, RewardError
 from warpo.engine.models.files import load_tokenizer, max_positions
 from warpo.engine.rollout.rewards.base import SourceContext
 from warpo.engine.rollout.rewards.steps import separator_ends, token_indices
-from warpo.engine.types import Completion, Prompt, TokenIds, TokenSequence
+from warpo.engine.types import Completion, Prompt, TokenSequence
 
 
 class Steps(NamedTuple):
@@ -96,7 +94,7 @@ class SameTokens:
     ) -> list[TokenSequence]:
         """The ids of each prompt and completion."""
         return [
-            TokenSequence.of(prompt.token_ids, completion.token_ids, prompt.prompt_id)
+            TokenSequence.of(prompt.token_ids, completion.token_ids)
             for prompt, completion in zip(prompts, completions, strict=True)
         ]
 
@@ -213,13 +211,7 @@ class OwnTokens:
                 f"its model has {self._vocab_size} tokens: give it the tokenizer that it was "
                 "trained with"
             )
-        return TokenSequence.of(ids, completion, number_of(ids))
-
-
-def number_of(prompt: TokenIds) -> int:
-    """A number for the tokens of a prompt; equal numbers mean equal tokens."""
-    digest = blake2b(np.asarray(prompt, np.int64).tobytes(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
+        return TokenSequence.of(ids, completion)
 
 
 def _decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[int]], str]:

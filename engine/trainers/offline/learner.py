@@ -15,7 +15,8 @@ from warpo.engine.errors import TrainingError
 from warpo.engine.learner.losses import sequence_scores
 from warpo.engine.learner.optimizer import gradient_norm, update_metrics
 from warpo.engine.learner.schedule import make_optimizer
-from warpo.engine.models.batch import split_by_tokens
+from warpo.engine.models.micro_batches import split_by_tokens
+from warpo.engine.models.model import is_packed
 from warpo.engine.models.score import device_of
 from warpo.engine.run.checkpoint import Stateful
 from warpo.engine.run.loop import Progress, Run, check_state, due
@@ -140,7 +141,9 @@ class OfflineLearner:
     def _gradients(self, examples: Sequence[Example], at_most: int | None = None) -> Tensor:
         """Add the gradient of the first micro-batches, all if not given; the loss's metrics."""
         budget, device = self._config.update.token_budget, device_of(self.model)
-        micro: list[MicroBatch] = micro_batches(examples, self._config.algorithm, budget)
+        micro: list[MicroBatch] = micro_batches(
+            examples, self._config.algorithm, budget, shared=is_packed(self.model)
+        )
         chosen = [part.to(device) for part in micro[:at_most]]
         return self.objective.gradients(self.model, chosen, self._run.ranks)
 
@@ -149,7 +152,8 @@ class OfflineLearner:
         self.model.config.reward_bias = 0.0
         scores: list[Tensor] = []
         with self._run.log.phase("normalise") as progress:
-            micro = split_by_tokens(self.examples, self._config.update.token_budget)
+            budget, shared = self._config.update.token_budget, is_packed(self.model)
+            micro = split_by_tokens(self.examples, budget, shared=shared)
             for done, examples in enumerate(micro, start=1):
                 batch = pack_sequences(every_completion(examples)).to(device_of(self.model))
                 scores.append(sequence_scores(self.model, batch).double())

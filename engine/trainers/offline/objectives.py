@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 from warpo.engine.config.offline import LOSS_KEYS, OfflineConfig, given, resolve_preference
 from warpo.engine.data.examples import Example
 from warpo.engine.learner import losses
-from warpo.engine.models.batch import Batch, pack, split_by_tokens
+from warpo.engine.models.batch import Batch, pack
+from warpo.engine.models.micro_batches import split_rows
 from warpo.engine.ranks import Ranks
-from warpo.engine.types import TokenSequence
 from warpo.kernels import ops
 from warpo.kernels.preferences import PREFERENCES
 
@@ -131,11 +131,11 @@ def make_objective(config: OfflineConfig) -> OfflineObjective:
 
 
 def micro_batches(
-    examples: Sequence[Example], algorithm: str, token_budget: int
+    examples: Sequence[Example], algorithm: str, token_budget: int, *, shared: bool = True
 ) -> list[MicroBatch]:
-    """The examples, packed by a token budget; those of one length are neighbours."""
-    ordered = sorted(examples, key=lambda example: example.num_tokens)
-    return [_pack(micro, algorithm) for micro in split_by_tokens(ordered, token_budget)]
+    """The examples, packed by a token budget; those of one prompt, and of one length, together."""
+    parts = split_rows(examples, token_budget, shared=shared)
+    return [_pack([examples[row] for row in part], algorithm) for part in parts]
 
 
 def _pack(examples: Sequence[Example], algorithm: str) -> MicroBatch:
@@ -169,12 +169,7 @@ def every_completion(examples: Sequence[Example]) -> list[tuple[Example, int]]:
 
 def pack_sequences(places: Sequence[tuple[Example, int]]) -> Batch:
     """One packed batch of completions, each given by its example and its number there."""
-    batch = pack(
-        [
-            TokenSequence.of(example.prompt_ids, example.completions[i], example.prompt_id)
-            for example, i in places
-        ]
-    )
+    batch = pack([example.sequence(i) for example, i in places])
     if not places[0][0].ref_logprobs:
         return batch
     return replace(

@@ -14,9 +14,9 @@ from warpo.engine.config.offline import OfflineConfig
 from warpo.engine.data.examples import Example, Examples, load_examples
 from warpo.engine.data.stream import PromptStream
 from warpo.engine.models.architectures import check_model, check_tokens
-from warpo.engine.models.batch import split_by_tokens
 from warpo.engine.models.files import check_files, load_tokenizer, read_config
-from warpo.engine.models.model import load_model
+from warpo.engine.models.micro_batches import split_by_tokens
+from warpo.engine.models.model import is_packed, load_model
 from warpo.engine.models.scalar import load_scalar_model
 from warpo.engine.models.score import device_of, score
 from warpo.engine.ranks import ONE_RANK, Ranks
@@ -176,7 +176,8 @@ def _with_reference(
     """The examples with logprobs by the model as it is."""
     done: list[Example] = []
     with run.log.phase("reference") as progress:
-        for micro in split_by_tokens(examples, config.update.token_budget):
+        shared = is_packed(model)
+        for micro in split_by_tokens(examples, config.update.token_budget, shared=shared):
             run.raise_if_stopped()
             places = every_completion(micro)
             logprobs = score(model, pack_sequences(places).to(device_of(model)), 1.0).cpu()

@@ -390,8 +390,8 @@ def test_a_target_may_be_fixed(resolved: Resolve) -> None:
         ),
         (
             "iterative_dpo",
-            ["--rollout.max_model_len", "600", "--update.token_budget", "1000"],
-            r"budget = 1000 cannot hold a pair of algorithm = 'iterative_dpo': raise it to 1200",
+            ["--rollout.max_model_len", "600", "--update.token_budget", "800"],
+            r"budget = 800 cannot hold a pair of algorithm = 'iterative_dpo': raise it to 856",
         ),
         ("iterative_dpo", ["--loss.kl_coef", "0"], r"beta of algorithm = 'iterative_dpo': set it"),
         ("dapo", ["--loss.kl_estimator", "k1"], r"no effect: .* is 0 in algorithm 'dapo'"),

@@ -117,7 +117,7 @@ def rollouts(s: Sampled, *, by_sampler: bool = False, steps: bool = False) -> St
     logprobs = column(s.logprobs)
     return StepRollouts(
         sequences=[
-            TokenSequence.of([7, int(group)], [3] * n, int(group))
+            TokenSequence.of([7, int(group)], [3] * n)
             for group, n in zip(s.group_ids, s.lengths, strict=True)
         ],
         group_ids=np.asarray(s.group_ids),

@@ -54,7 +54,6 @@ def make_examples(algorithm: str) -> list[Example]:
         made.append(
             Example(
                 prompt_ids=ids(3),
-                prompt_id=number,
                 completions=completions,
                 values=values,
                 ends=ends,
@@ -218,7 +217,7 @@ def test_without_gradients_the_metrics_are_the_same(algorithm, model_path, scala
 
 def test_dpo_of_a_pair_of_equals_is_log_2(model_path):
     model = load_model(model_path("qwen2"), "float32", CPU)
-    batch = pack([TokenSequence.of([3, 4], [5, 6], 0)] * 2)
+    batch = pack([TokenSequence.of([3, 4], [5, 6])] * 2)
     batch = replace(batch, ref_logprobs=torch.zeros(4))
     metrics = losses.preference_gradients(model, [batch], PREFERENCES["dpo"])
     assert metrics[0].item() == pytest.approx(math.log(2), abs=1e-7)
@@ -227,7 +226,7 @@ def test_dpo_of_a_pair_of_equals_is_log_2(model_path):
 
 
 def test_the_coefficient_scales_the_supervised_gradient(model_path):
-    batch = pack([TokenSequence.of([3, 4], [5, 6], 0)])
+    batch = pack([TokenSequence.of([3, 4], [5, 6])])
     norms = []
     for coef in (1.0, 0.25):
         model = load_model(model_path("qwen2"), "float32", CPU)

@@ -14,7 +14,8 @@ from warpo.engine.learner.losses import supervised_gradients
 from warpo.engine.learner.minibatches import make_minibatches
 from warpo.engine.learner.optimizer import AdamW
 from warpo.engine.learner.step import accumulate_gradients, denominator
-from warpo.engine.models.batch import Batch, pack, split_by_tokens
+from warpo.engine.models.batch import Batch, pack
+from warpo.engine.models.micro_batches import split_by_tokens
 from warpo.engine.models.model import load_model, token_logprobs
 from warpo.engine.models.score import score
 from warpo.engine.models.step_rollouts import StepRollouts
@@ -64,7 +65,6 @@ def test_spans_of_a_conversation_are_trained_and_what_is_between_is_read(model_p
         TokenSequence(
             token_ids=np.array([7, 9, *(rng.randrange(3, 60) for _ in range(length - 2))]),
             trained_spans=spans,
-            prompt_id=0,
         )
         for length, spans in ((12, ((2, 5), (8, 12))), (6, ((2, 3),)), (9, ((2, 4), (6, 7))))
     ]
@@ -78,20 +78,25 @@ def test_spans_of_a_conversation_are_trained_and_what_is_between_is_read(model_p
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_prompt_that_rollouts_share_is_read_once_and_changes_nothing(model_path, name):
-    # groups of three, dealt out of order; one prompt is the beginning of another
+def test_a_beginning_that_rollouts_share_is_read_once_and_changes_nothing(model_path, name):
+    # groups of three, dealt out of order; one prompt is the beginning of another, some completions
+    # of one prompt begin alike, one is another's beginning, and two are the same
     prompts = [[7, 9, 11], [7, 9], [40, 3, 3, 50], [5]]
-    made = [
-        TokenSequence.of(prompts[i % 4], sequence.token_ids[sequence.prompt_length :], i % 4)
-        for i, sequence in enumerate(rollouts().sequences)
-    ]
+    completions = [s.token_ids[s.prompt_length :].tolist() for s in rollouts().sequences]
+    completions[4] = [*completions[0][:2], 17, 18]
+    completions[6] = completions[2][:-1]
+    completions[7] = completions[3]
+    made = [TokenSequence.of(prompts[i % 4], ids) for i, ids in enumerate(completions)]
     model = load_model(model_path(name), "float32", torch.device("cpu"))
     batch = pack(made)
-    num_trained = sum(sequence.num_trained for sequence in made)
-    assert batch.input_ids.shape == (1, sum(map(len, prompts)) + num_trained)
+    beginnings = {tuple(s.token_ids[:i]) for s in made for i in range(1, s.num_tokens + 1)}
+    assert batch.input_ids.shape == (1, len(beginnings))
     together = token_logprobs(model, batch, 0.7).logprobs
     apart = torch.cat([token_logprobs(model, pack([r]), 0.7).logprobs for r in made])
     torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-5)
+    # the same completion twice: one row of logits each, and the same bits
+    by_row = together.split([sequence.num_trained for sequence in made])
+    assert torch.equal(by_row[3], by_row[7])
     weights = torch.linspace(-1, 1, len(together))
     gradients = []
     for logprobs in (together, apart):
@@ -174,7 +179,7 @@ def test_denominators_are_counted_over_the_optimizer_step():
 def test_minibatches_deal_every_rollout_once():
     made = rollouts(13)
     minibatches = batched(made, 4, 64, seed=1)
-    assert [sum(b.num_sequences for b in part) for part in minibatches] == [4, 3, 3, 3]
+    assert [sum(b.num_sequences for b in part) for part in minibatches] == [3, 3, 3, 4]
     dealt = sorted(a for part in minibatches for b in part for a in b.advantages.tolist())
     assert dealt == sorted(made.advantages.tolist())
     assert all(b.input_ids.numel() <= 64 for part in minibatches for b in part)

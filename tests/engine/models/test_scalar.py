@@ -33,7 +33,7 @@ def save_classifier(folder, num_labels: int = 1):
 def test_packed_scores_equal_those_of_the_sequences_alone(tmp_path):
     plain = save_classifier(tmp_path)
     model = load_scalar_model(str(tmp_path), "float32", CPU)
-    batch = pack([TokenSequence.of(ids[:n], ids[n:], ids[0]) for ids, n in SEQUENCES])
+    batch = pack([TokenSequence.of(ids[:n], ids[n:]) for ids, n in SEQUENCES])
     found = token_scores(model, batch, batch.logit_positions)
     wanted = []
     for ids, prompt in SEQUENCES:
@@ -65,6 +65,6 @@ def test_the_bias_of_the_config_is_part_of_the_score(tmp_path, model_path):
     model = load_scalar_model(model_path("qwen2"), "float32", CPU)
     model.config.reward_bias = -0.75
     model.save_pretrained(tmp_path)
-    batch = pack([TokenSequence.of(ids[:n], ids[n:], ids[0]) for ids, n in SEQUENCES])
+    batch = pack([TokenSequence.of(ids[:n], ids[n:]) for ids, n in SEQUENCES])
     loaded = load_scalar_model(str(tmp_path), "float32", CPU)
     assert (token_scores(loaded, batch, batch.logit_positions) == -0.75).all()

@@ -114,9 +114,8 @@ def some_sequences() -> list[TokenSequence]:
         TokenSequence.of(
             [rng.randrange(64) for _ in range(prompt)],
             [rng.randrange(64) for _ in range(completion)],
-            prompt_id=number,
         )
-        for number, (prompt, completion) in enumerate([(3, 9), (12, 4), (5, 17), (2, 1), (7, 12)])
+        for prompt, completion in [(3, 9), (12, 4), (5, 17), (2, 1), (7, 12)]
     ]
 
 

@@ -15,7 +15,6 @@ from warpo.engine.data.examples import load_examples
 from warpo.engine.errors import ConfigError, RewardError
 from warpo.engine.models.files import load_tokenizer
 from warpo.engine.rollout.rewards.combine import RewardSources
-from warpo.engine.rollout.rewards.reader import number_of
 from warpo.engine.types import Completion, Prompt
 
 TEXT = [
@@ -115,10 +114,6 @@ def test_steps_end_in_the_tokens_of_both(folder, other):
     assert [s for _, s in found.steps[0]] == pytest.approx([scores[8], scores[-2]], abs=1e-5)
     alone = plain_scores(model, tokenizer("t7</s>", add_special_tokens=False)["input_ids"])
     assert found.steps[1][0][1] == pytest.approx(alone[-1], abs=1e-5)
-
-
-def test_the_number_of_a_prompt_is_of_its_tokens():
-    assert number_of([1, 2]) == number_of([1, 2]) != number_of([1, 3])
 
 
 def test_what_it_cannot_read_is_refused(folder, other):

@@ -193,9 +193,7 @@ def test_the_mean_reward_of_the_training_completions_is_zero(task, tmp_path, alg
         task / f"{data}.jsonl", tokenizer, algorithm, token_budget=1000, max_length=64
     )
     sequences = [(e.prompt_ids, ids) for e in examples for ids in e.completions]
-    batch = pack(
-        [TokenSequence.of(prompt, ids, prompt_id=i) for i, (prompt, ids) in enumerate(sequences)]
-    )
+    batch = pack([TokenSequence.of(prompt, ids) for prompt, ids in sequences])
     with torch.no_grad():
         scores = sequence_scores(model, batch)
     assert model.config.reward_bias != 0

@@ -123,7 +123,8 @@ def test_the_saving_is_the_tokens_that_the_extra_forward_pass_would_read(folder)
     saved, spent = (
         json.loads((folder / out / "metrics.jsonl").read_text()) for out in ("probed", "unprobed")
     )
-    # a prompt is read once for the completions of a micro-batch
+    # a prompt is read once for the completions of a micro-batch, in the update too
+    assert 0 < saved["pack/shared_frac"] == spent["pack/shared_frac"] < 1
     assert 0 < saved["old_logprobs/tokens_saved"] < saved["perf/tokens"] == spent["perf/tokens"]
     assert (spent["old_logprobs/recomputed"], spent["old_logprobs/tokens_saved"]) == (1, 0)
     assert not [name for name in spent if name.startswith("mismatch/")]
