@@ -45,7 +45,7 @@ def _load(ptr, stride, index, inside):
 
 
 @triton.jit
-def _weighted_baseline(
+def _centre(
     rewards_ptr,
     rewards_stride,
     lengths_ptr,
@@ -53,19 +53,36 @@ def _weighted_baseline(
     order_ptr,
     start,
     count,
-    mean,
     BLOCK: tl.constexpr,
 ):
-    """The mean weighted with lengths, and their sum."""
-    total, weighted = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    """`Centre` of csrc/cuda/group_advantages.cu: the first reward; offsets from it of the mean and
+    of what the rewards are compared with; the sum of lengths; whether all rewards are equal.
+    """
+    index, inside = _members(order_ptr, start, 0, tl.minimum(count, 1), 1)
+    # of no members 0, which the mean then is
+    first = tl.sum(_load(rewards_ptr, rewards_stride, index, inside))
+    total = tl.zeros([BLOCK], tl.float32)
+    weighted, lengths = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    # counted rather than max - min: NaN differs from all, itself too
+    different = tl.zeros([BLOCK], tl.int32)
     for block in range(0, count, BLOCK):
         index, inside = _members(order_ptr, start, block, count, BLOCK)
         reward = _load(rewards_ptr, rewards_stride, index, inside)
-        length = _load(lengths_ptr, lengths_stride, index, inside)
-        total += length
-        weighted += tl.where(inside, length * (reward - mean), 0.0)
-    sum_length = tl.sum(total)
-    return mean + tl.sum(weighted) / sum_length, sum_length
+        offset = tl.where(inside, reward - first, 0.0)
+        total += offset
+        different += (inside & (reward != first)).to(tl.int32)
+        if lengths_ptr is not None:
+            length = _load(lengths_ptr, lengths_stride, index, inside)
+            lengths += length
+            weighted += length * offset
+    all_equal = tl.sum(different) == 0
+    size = tl.maximum(count, 1).to(tl.float32)
+    mean_offset = tl.where(all_equal, 0.0, tl.sum(total) / size)
+    sum_length = tl.sum(lengths)
+    baseline_offset = mean_offset
+    if lengths_ptr is not None:
+        baseline_offset = tl.sum(weighted) / sum_length
+    return first, mean_offset, baseline_offset, sum_length, all_equal
 
 
 @triton.jit
@@ -193,33 +210,28 @@ def _group_advantages_fwd_kernel(
 ):
     group = tl.program_id(0).to(tl.int64)
     start, count = _bounds(group, group_size, offsets_ptr)
-    first, _ = _members(order_ptr, start, 0, tl.minimum(count, 1), 1)
-    reference = tl.load(
-        rewards_ptr + first * rewards_stride, mask=tl.full([1], 0, tl.int64) < count, other=0
-    ).to(tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
-    # counted rather than max - min: NaN differs from all, itself too
-    different = tl.zeros([BLOCK], tl.int32)
-    for block in range(0, count, BLOCK):
-        index, inside = _members(order_ptr, start, block, count, BLOCK)
-        reward = tl.load(rewards_ptr + index * rewards_stride, mask=inside, other=0).to(tl.float32)
-        total += reward
-        different += (inside & (reward != reference)).to(tl.int32)
+    first, mean_offset, baseline_offset, _, all_equal = _centre(
+        rewards_ptr,
+        rewards_stride,
+        lengths_ptr,
+        lengths_stride,
+        order_ptr,
+        start,
+        count,
+        BLOCK,
+    )
     size = tl.maximum(count, 1).to(tl.float32)
-    all_equal = tl.sum(different) == 0
-    mean = tl.where(all_equal, tl.sum(reference), tl.sum(total) / size)
-
     squares = tl.zeros([BLOCK], tl.float32)
     if STD != 0:
         for block in range(0, count, BLOCK):
             index, inside = _members(order_ptr, start, block, count, BLOCK)
-            reward = tl.load(rewards_ptr + index * rewards_stride, mask=inside, other=0)
-            centred = tl.where(inside, reward.to(tl.float32) - mean, 0.0)
+            reward = _load(rewards_ptr, rewards_stride, index, inside)
+            centred = tl.where(inside, (reward - first) - mean_offset, 0.0)
             squares += centred * centred
     freedom = size if STD == POPULATION_STD else tl.maximum(size - 1.0, 1.0)
     std = tl.where(all_equal, 0.0, tl.sqrt_rn(tl.sum(squares) / freedom))
 
-    tl.store(mean_ptr + group, mean)
+    tl.store(mean_ptr + group, first + mean_offset)
     tl.store(std_ptr + group, std)
     tl.atomic_add(degenerate_ptr, 1, mask=all_equal & (count > 0))
     if STD == LEAVE_ONE_OUT_STD:  # noqa: SIM102  (the outer one is decided at compile time)
@@ -239,23 +251,10 @@ def _group_advantages_fwd_kernel(
     scale = 1.0 / (std + eps) if STD != 0 else 1.0
     if LEAVE_ONE_OUT:
         scale *= size / tl.maximum(size - 1.0, 1.0)
-    baseline = mean
-    if lengths_ptr is not None:
-        baseline, _ = _weighted_baseline(
-            rewards_ptr,
-            rewards_stride,
-            lengths_ptr,
-            lengths_stride,
-            order_ptr,
-            start,
-            count,
-            mean,
-            BLOCK,
-        )
     for block in range(0, count, BLOCK):
         index, inside = _members(order_ptr, start, block, count, BLOCK)
-        reward = tl.load(rewards_ptr + index * rewards_stride, mask=inside, other=0).to(tl.float32)
-        advantage = tl.where(all_equal, 0.0, (reward - baseline) * scale)
+        reward = _load(rewards_ptr, rewards_stride, index, inside)
+        advantage = tl.where(all_equal, 0.0, ((reward - first) - baseline_offset) * scale)
         tl.store(advantages_ptr + index, advantage, mask=inside)
 
 
@@ -269,7 +268,6 @@ def _group_advantages_bwd_kernel(
     order_ptr,
     offsets_ptr,
     eps: tl.float32,
-    mean_ptr,
     std_ptr,
     grad_advantages_ptr,
     grad_advantages_stride: tl.int64,
@@ -280,35 +278,26 @@ def _group_advantages_bwd_kernel(
 ):
     group = tl.program_id(0).to(tl.int64)
     start, count = _bounds(group, group_size, offsets_ptr)
-    mean = tl.load(mean_ptr + group)
     std = tl.load(std_ptr + group)
-    baseline = mean
-    if lengths_ptr is not None:
-        baseline, sum_length = _weighted_baseline(
-            rewards_ptr,
-            rewards_stride,
-            lengths_ptr,
-            lengths_stride,
-            order_ptr,
-            start,
-            count,
-            mean,
-            BLOCK,
-        )
+    first, mean_offset, baseline_offset, sum_length, all_equal = _centre(
+        rewards_ptr,
+        rewards_stride,
+        lengths_ptr,
+        lengths_stride,
+        order_ptr,
+        start,
+        count,
+        BLOCK,
+    )
     total = tl.zeros([BLOCK], tl.float32)
     projection = tl.zeros([BLOCK], tl.float32)
-    different = tl.zeros([BLOCK], tl.int32)
     for block in range(0, count, BLOCK):
         index, inside = _members(order_ptr, start, block, count, BLOCK)
-        reward = tl.load(rewards_ptr + index * rewards_stride, mask=inside, other=0).to(tl.float32)
-        pointers = grad_advantages_ptr + index * grad_advantages_stride
-        grad = tl.load(pointers, mask=inside, other=0)
+        reward = _load(rewards_ptr, rewards_stride, index, inside)
+        grad = _load(grad_advantages_ptr, grad_advantages_stride, index, inside)
         total += grad
-        projection += tl.where(inside, grad * (reward - baseline), 0.0)
-        # the mean of equal rewards is exactly the reward
-        different += (inside & (reward != mean)).to(tl.int32)
+        projection += tl.where(inside, grad * ((reward - first) - baseline_offset), 0.0)
     size = tl.maximum(count, 1).to(tl.float32)
-    all_equal = tl.sum(different) == 0
     mean_grad = tl.sum(total) / size
     if STD == LEAVE_ONE_OUT_STD:  # noqa: SIM102  (the outer one is decided at compile time)
         if not all_equal:
@@ -337,16 +326,15 @@ def _group_advantages_bwd_kernel(
         scale *= size / tl.maximum(size - 1.0, 1.0)
     for block in range(0, count, BLOCK):
         index, inside = _members(order_ptr, start, block, count, BLOCK)
-        pointers = grad_advantages_ptr + index * grad_advantages_stride
-        grad = tl.load(pointers, mask=inside, other=0)
+        grad = _load(grad_advantages_ptr, grad_advantages_stride, index, inside)
         if lengths_ptr is not None:
             length = _load(lengths_ptr, lengths_stride, index, inside)
             result = grad - length / sum_length * tl.sum(total)
         else:
             result = grad - mean_grad
         if STD != 0:
-            reward = tl.load(rewards_ptr + index * rewards_stride, mask=inside, other=0)
-            result -= slope * (reward.to(tl.float32) - mean)
+            reward = _load(rewards_ptr, rewards_stride, index, inside)
+            result -= slope * ((reward - first) - mean_offset)
         tl.store(grad_rewards_ptr + index, tl.where(all_equal, 0.0, scale * result), mask=inside)
 
 
@@ -387,7 +375,6 @@ def group_advantages_backward(a: GroupAdvantagesBackwardArguments) -> None:
             f.order,
             f.offsets,
             float(f.eps),
-            f.mean,
             f.std,
             a.grad_advantages,
             a.grad_advantages.stride(0),

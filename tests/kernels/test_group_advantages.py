@@ -207,6 +207,22 @@ def test_an_id_out_of_range_belongs_to_no_group(backend):
 
 
 @each_backend
+def test_a_common_offset_of_the_rewards_costs_no_digits(backend):
+    """Differences of 0.25 to 2 on top of a million are exact in float32; their mean is not."""
+    differences = torch.tensor([0.0, 0.25, 1.0, 2.0, 0.5, 0.75, 1.5], device=DEVICE)
+    options = {"group_size": 7, "eps": 1e-6, "backend": backend}
+    upstream = torch.linspace(-1, 1, 7, device=DEVICE)
+    found = []
+    for offset in (0.0, 2.0**20):
+        rewards = (differences + offset).requires_grad_()
+        result = ops.group_advantages(rewards, **options)
+        result.advantages.backward(upstream)
+        found.append((result.advantages.detach(), result.std, rewards.grad))
+    for plain, moved in zip(*found, strict=True):
+        torch.testing.assert_close(moved, plain, rtol=1e-6, atol=1e-6)
+
+
+@each_backend
 def test_order_of_groups_does_not_matter(backend):
     rewards = torch.randn(24, device=DEVICE)
     ids = torch.arange(24, device=DEVICE) // 8
