@@ -280,7 +280,7 @@ class Learner:
                     ranks=ranks,
                 )
                 result = result._replace(covariance=covariance)
-            policy, values, penalty, right = accumulate_gradients(
+            found = accumulate_gradients(
                 self.model,
                 batches,
                 algorithm.objective,
@@ -293,8 +293,8 @@ class Learner:
                 penalty_coef=algorithm.covariance_kl_coef,
                 ranks=ranks,
             )
-            result = result._replace(policy=policy, penalty=penalty, right=right)
-            result = result if values is None else result._replace(values=values)
+            parts = {name: part for name, part in found._asdict().items() if part is not None}
+            result = result._replace(**parts)
         if algorithm.pretraining_coef and self.pretraining is not None:
             count = sum(batch.num_sequences for batch in batches)
             drawn = self.pretraining.batches(count, step, update)

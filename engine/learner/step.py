@@ -68,7 +68,7 @@ def accumulate_gradients(
     right_nll_coef: float = 0.0,
     penalty_coef: float = 0.0,
     ranks: Ranks = ONE_RANK,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+) -> StepResult:
     """Add the gradient of one optimizer step to that of the parameters, micro-batch by micro-batch.
 
     loss = sum over the micro-batches of sum_t w_t loss_t / denominator, where the denominator is
@@ -86,8 +86,7 @@ def accumulate_gradients(
             added to their losses; of KL-Cov, https://arxiv.org/abs/2505.22617 eq. 14.
 
     Returns:
-        The vector of `ops.policy_loss`, summed over the micro-batches; that of `ops.value_loss`;
-        the penalty of the marked tokens and the loss of right completions, () float32.
+        The parts policy, values, penalty and right, summed over the micro-batches.
     """
     total = denominator(batches, objective.aggregation, max_new_tokens, ranks)
     value_total = 0.0 if critic is None else critic.denominator(batches)
@@ -138,11 +137,11 @@ def accumulate_gradients(
             right_losses.append(right_loss.detach())
         loss.backward()
         metrics.append(batch_metrics)
-    return (
-        ops.sum_metrics(ranks.gather(metrics)),
-        ops.merge_value_metrics(ranks.gather(value_metrics)) if value_metrics else None,
-        torch.stack(ranks.gather(penalties)).sum() if penalties else None,
-        torch.stack(ranks.gather(right_losses)).sum() if right_losses else None,
+    return StepResult(
+        policy=ops.sum_metrics(ranks.gather(metrics)),
+        values=ops.merge_value_metrics(ranks.gather(value_metrics)) if value_metrics else None,
+        penalty=torch.stack(ranks.gather(penalties)).sum() if penalties else None,
+        right=torch.stack(ranks.gather(right_losses)).sum() if right_losses else None,
     )
 
 

@@ -95,7 +95,7 @@ def test_a_policy_step_and_a_shared_critic(model_path: Callable[[str], str], nam
             policy = load_model(path, "float32", CPU)
             critic = Critic(settings(path, model="shared"), policy, ranks)
         batches = [*halves[0], *halves[1]] if ranks.size == 1 else halves[ranks.rank]
-        metrics = accumulate_gradients(
+        found = accumulate_gradients(
             policy,
             batches,
             objective,
@@ -105,7 +105,7 @@ def test_a_policy_step_and_a_shared_critic(model_path: Callable[[str], str], nam
             ranks=ranks,
         )
         ranks.sum_gradients(policy.parameters())
-        return gradients(policy), *metrics
+        return gradients(policy), found.policy, found.values
 
     whole = work(ONE_RANK)
     for found in on_two_ranks(work):

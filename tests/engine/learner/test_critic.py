@@ -201,9 +201,9 @@ def test_a_shared_head_adds_the_value_gradient_to_the_trunk(
         for (name, p), gradient in zip(plain.named_parameters(), alone.values(), strict=True)
     }
 
-    _, metrics, _ = accumulate_gradients(
+    metrics = accumulate_gradients(
         policy, in_micro_batches(made), objective, critic=critic, **options
-    )
+    ).values
     assert_gradients({name: p.grad for name, p in policy.named_parameters()}, expected)
     assert_gradients({"head": critic.value_head.weight.grad}, {"head": COEF * head.grad})
     assert metrics is not None and metrics[0].item() == pytest.approx(loss.item(), rel=1e-5)

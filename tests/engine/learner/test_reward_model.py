@@ -238,7 +238,7 @@ def test_what_a_reward_model_cannot_learn_is_refused(folder, reward_model):
         (["--reward.sources", "model:rm", "model:other"], "found rm, other"),
         (["--loss.reference_every_steps", "0"], "never renews its reference .*: give a number"),
         (["--reward_model.every_steps", "9"], "would learn every 9 steps .* and steps = 4"),
-        (["--update.token_budget", "127"], "cannot hold a pair .*: raise it to 128"),
+        (["--update.token_budget", "69"], "cannot hold a pair .*: raise it to 70, rollout"),
         (["--rollout.group_size", "1", "--algorithm", "reinforce"], "learns from completions of"),
         (["--reward_model.labels", "none"], "reward_model.pairs_per_step = 9 has no effect"),
     ):

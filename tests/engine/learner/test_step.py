@@ -109,10 +109,8 @@ def test_a_beginning_that_rollouts_share_is_read_once_and_changes_nothing(model_
 
 def gradient(model, batches, objective):
     model.zero_grad()
-    metrics, *_ = accumulate_gradients(
-        model, batches, objective, temperature=1.0, max_new_tokens=16
-    )
-    return [p.grad.clone() for p in model.parameters()], metrics
+    found = accumulate_gradients(model, batches, objective, temperature=1.0, max_new_tokens=16)
+    return [p.grad.clone() for p in model.parameters()], found.policy
 
 
 @pytest.mark.parametrize("budget", [16, 1000])
@@ -130,7 +128,7 @@ def test_right_completions_add_their_mean_negative_log_likelihood(learner, budge
     (batches,) = batched(made, 1, budget, seed=3)
     learner.zero_grad()
     options = {"temperature": 1.0, "max_new_tokens": 16, "right_nll_coef": coef}
-    *_, found = accumulate_gradients(learner, batches, objective, **options)
+    found = accumulate_gradients(learner, batches, objective, **options).right
     torch.testing.assert_close(found, loss)
     for parameter, value in zip(learner.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, value, rtol=1e-4, atol=1e-6)
@@ -138,7 +136,7 @@ def test_right_completions_add_their_mean_negative_log_likelihood(learner, budge
     made.rewards[:] = 0.0
     made.mark_right(1.0)
     (batches,) = batched(made, 1, budget, seed=3)
-    *_, nothing = accumulate_gradients(learner, batches, objective, **options)
+    nothing = accumulate_gradients(learner, batches, objective, **options).right
     assert nothing == 0
 
 
