@@ -150,7 +150,7 @@ def test_a_diverged_state_is_not_saved_and_the_last_good_one_stays(task, tmp_pat
         "--resume from the last good one, step-000001"
     )
     settings += ["--steps", "9", "--resume"]
-    for lr in ("1e20", "1e3"):
+    for lr in ("1e20", "1e8"):
         with pytest.raises(TrainingError, match=refusal):
             train(algorithm, task, tmp_path / "out", *settings, "--update.lr", lr)
         assert [path.name for path in (tmp_path / "out/checkpoints").iterdir()] == ["step-000001"]
