@@ -341,7 +341,9 @@ class UpdateSettings:
 
 @dataclass(frozen=True, kw_only=True, config=checked)
 class ProbeSettings:
-    """Proof at every step that learner and sampler hold the same weights."""
+    """Proof that learner and sampler compute with the same weights: by the rollouts of every step
+    before the weights move on, and by tokens that both score before an evaluation, before a
+    checkpoint, and after every step where top_k or top_p truncate what is sampled."""
 
     tolerance: Positive | Literal["auto"] = "auto"
     """Largest |learner - sampler| / max(1, |logprob|) of a token that counts as rounding; a tenth

@@ -5,9 +5,10 @@ takes optimizer steps w0 -> w1 -> ... -> wn:
 
     staleness    d = learner(w(n-1)) - learner(w0), at the sampling temperature, of the completions:
                  how old the samples are when the last optimizer step uses them
-    sampling     d = recorded by the sampler while it drew - learner(w0), as above, and where that
-                 is small, of a completion of every prompt too: what decides whether the sampler's
-                 logprobs serve as old_logprobs
+    sampling     d = recorded by the sampler while it drew - learner(w0), as above: beyond rounding
+                 the sampler has not drawn with w0, and the step is refused. Where it is small, of a
+                 completion of every prompt too: what decides whether the sampler's logprobs serve
+                 as old_logprobs
     truncation   the same d, where top_k or top_p are on: -log of the mass that they kept, and the
                  kernels' difference
 
@@ -18,12 +19,14 @@ but for truncation, whose mean is that of d itself: its sign is known.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from warpo.engine.config.policy import Config
+from warpo.engine.learner.agreement import Probed, check_agreement, check_finite
 from warpo.engine.learner.minibatches import one_of_each_group
 from warpo.engine.models.batch import Batch
 from warpo.engine.models.micro_batches import split_rows
@@ -61,6 +64,30 @@ class Drift:
         self.sampling_difference = float("inf")
         if self._batch is not None:
             self.sampling_difference = _largest(_sampled(self._batch) - self._first)
+
+    def check(
+        self, tolerance: float, *, version: int, decode: Callable[[list[int]], Any] | None = None
+    ) -> None:
+        """Prove that the sampler drew the rollouts, whose every token could be drawn, with w0.
+
+        Args:
+            tolerance: at temperature 1, as of `check_agreement`.
+
+        Raises:
+            TrainingError: the learner's logprobs are not finite.
+            WeightMismatch: the sampler's differ by more than rounding.
+        """
+        if self._batch is None:
+            return
+        check_finite(self._model, self._first)
+        check_agreement(
+            Probed(self._first.cpu(), _sampled(self._batch).cpu()),
+            [self._rollouts.sequences[row] for row in self._rollouts.probed],
+            # rounding of logits is divided by the temperature as they are
+            tolerance / min(1.0, self._temperature),
+            version=version,
+            decode=decode,
+        )
 
     def widen(self, rows: Sequence[int], token_budget: int) -> None:
         """Let further rollouts count in `sampling_difference`, in micro-batches."""

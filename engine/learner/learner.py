@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from warpo.engine.config.policy import Config
 from warpo.engine.config.resolve import resolve
 from warpo.engine.data.examples import Examples
-from warpo.engine.errors import TrainingError
+from warpo.engine.errors import TrainingError, WeightMismatch
 from warpo.engine.learner.advantages import AdaptiveState, estimate
 from warpo.engine.learner.covariance import by_covariance
 from warpo.engine.learner.critic import Critic
@@ -131,13 +131,16 @@ class Learner:
         steps on them, fewer where update.max_kl ends the epochs; the step is complete then.
 
         Raises:
-            TrainingError: a gradient is not finite.
+            TrainingError: a gradient is not finite, or a logprob.
+            WeightMismatch: the rollouts were not drawn with the weights that the step begins with;
+                these count as lost.
             KeyboardInterrupt: a stop was asked for before the first optimizer step.
         """
         config, log = self._config, self._run.log
         rollouts = rollouts.to(self.device)
         with log.phase("score"):
             drift = Drift(self.model, rollouts, config.rollout.temperature)
+            self._check_sampler(drift)
             metrics = self.score(rollouts, self._recompute_old(rollouts, drift))
         with log.phase("advantages"):
             estimated = estimate(self.algorithm, rollouts, self.adaptive)
@@ -155,6 +158,18 @@ class Learner:
         self.reference.renew(self.model, self.step + 1)
         self.progress.complete()
         return metrics
+
+    def _check_sampler(self, drift: Drift) -> None:
+        """Prove by what was drawn that the sampler holds the weights that the step begins with."""
+        if self._config.rollout.truncated:
+            return
+        try:
+            drift.check(
+                self._config.probe_tolerance, version=self.step, decode=self.tokenizer.decode
+            )
+        except WeightMismatch:
+            self.progress.whole = False
+            raise
 
     def _epochs(self, rollouts: StepRollouts, drift: Drift, report: ReportProgress) -> Metrics:
         """Passes over the rollouts, until update.max_kl ends them."""

@@ -14,6 +14,7 @@ from warpo.engine.config.policy import Config
 from warpo.engine.config.resolve import resolve
 from warpo.engine.config.samplers import SAMPLERS
 from warpo.engine.data.prompts import Prompts, load_prompts
+from warpo.engine.learner.agreement import relative
 from warpo.engine.learner.learner import Learner
 from warpo.engine.models.architectures import check_run, check_tokens
 from warpo.engine.models.batch import pack
@@ -43,7 +44,6 @@ from warpo.engine.run.free_memory import free_memory
 from warpo.engine.run.terminal import OutputConsole
 from warpo.engine.trainers.policy.limits import check_limits
 from warpo.engine.types import TokenSequence
-from warpo.engine.weights.probe import relative
 from warpo.kernels import ops
 from warpo.kernels.objectives import OBJECTIVES, Objective
 

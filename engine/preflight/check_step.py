@@ -10,6 +10,7 @@ from dataclasses import replace
 from warpo.engine.config.policy import Config
 from warpo.engine.data.prompts import Prompts
 from warpo.engine.errors import WeightMismatch
+from warpo.engine.learner.agreement import relative
 from warpo.engine.learner.learner import Learner
 from warpo.engine.models.batch import Batch
 from warpo.engine.preflight.memory import MemoryPlan, rollouts_of
@@ -22,7 +23,7 @@ from warpo.engine.run.log import NoLog
 from warpo.engine.run.loop import Run
 from warpo.engine.trainers.policy.build import build
 from warpo.engine.weights import mismatch
-from warpo.engine.weights.probe import probe_weights, relative
+from warpo.engine.weights.probe import probe_weights
 from warpo.engine.weights.resync import Resync
 from warpo.engine.weights.sync import WeightSync
 

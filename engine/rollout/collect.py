@@ -135,6 +135,11 @@ class Rollouts:
             }
         return rollouts, metrics
 
+    def evaluates_after(self, step: int) -> bool:
+        """True if `evaluate` is due after this step."""
+        every = self._config.evaluation.every_steps
+        return every > 0 and (step == 0 or due(step, every, self._config.steps))
+
     def evaluate(self, step: int) -> Metrics:
         """Measure the share of correct completions of held-out prompts, if due after this step.
 
@@ -142,8 +147,7 @@ class Rollouts:
             KeyboardInterrupt: a stop was asked for.
         """
         config, run = self._config, self._run
-        every = config.evaluation.every_steps
-        if not every or not (step == 0 or due(step, every, config.steps)):
+        if not self.evaluates_after(step):
             return {}
         options, samples = greedy(config), config.evaluation.samples
         if samples > 1:

@@ -18,10 +18,10 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from warpo.engine.learner.agreement import Probed
 from warpo.engine.learner.drift import mean_and_max
 from warpo.engine.models.score import pack_scored, score
 from warpo.engine.types import Metrics
-from warpo.engine.weights.probe import Probed
 
 # A ratio past these moves a gradient by a tenth.
 RATIO_LOW, RATIO_HIGH = 0.9, 1.1

@@ -51,11 +51,12 @@ class WeightSync:
             "publish/version": float(self._sampler.weight_version),
         }
 
-    def verify(self, sequences: Sequence[Sequence[int]]) -> Metrics:
-        """Prove that the sampler computes with what was published.
+    def verify(self, sequences: Sequence[Sequence[int]], *, probe: bool = True) -> Metrics:
+        """Prove that the sampler holds what was published, and computes with it.
 
         Args:
             sequences: token ids that both score, two or more each.
+            probe: let them; without, what is sampled next has to prove it (`Drift.check`).
 
         Raises:
             WeightMismatch: it does not; the weights count as lost then.
@@ -64,10 +65,10 @@ class WeightSync:
             # what overwrites the sampler's weights overwrites the learner's where they are one
             with self._lost_unless(self.resync.mode == "copy"):
                 self.resync.verify()
-            if sequences:
+            if probe and sequences:
                 self._sampler.check_prefixes(max(sequences, key=len))
         config, learner = self._config, self._learner
-        if not config.probe.num_sequences:
+        if not probe or not config.probe.num_sequences:
             return {}
         with self._run.log.phase("probe"), self._lost_unless(False):
             probed = probe_weights(

@@ -182,6 +182,8 @@ _FEATURES = (
     "apply_model",
     "llm_engine.abort_request",
     "llm_engine.add_request",
+    "llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool."
+    "cached_block_hash_to_block",
     "llm_engine.get_num_unfinished_requests",
     "llm_engine.has_unfinished_requests",
     "llm_engine.model_config",
@@ -341,6 +343,12 @@ def abort_requests(llm: Any) -> None:
         llm.llm_engine.abort_request(left, internal=True)
     # The scheduler tells its workers of finished requests one step late.
     llm.llm_engine.step()
+
+
+def count_cached_blocks(llm: Any) -> int:
+    """Blocks of the KV cache that a prompt would find its prefix in."""
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    return len(scheduler.kv_cache_manager.block_pool.cached_block_hash_to_block)
 
 
 def is_cpu_build() -> bool:

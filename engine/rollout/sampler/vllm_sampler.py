@@ -30,6 +30,7 @@ from warpo.engine.rollout.sampler.vllm_internals import (
     abort_requests,
     build_llm,
     can_release_kv,
+    count_cached_blocks,
     is_cpu_build,
     torch_generators_kept,
 )
@@ -262,12 +263,18 @@ class VllmSampler:
         """Forget cached prefixes, and label what is sampled from now on with the version.
 
         Raises:
-            RuntimeError: vLLM did not let go of its cached prefixes.
+            RuntimeError: vLLM did not let go of its cached prefixes, as requests are running.
+            WeightMismatch: it says that it did, and has some.
         """
         if not self._llm.reset_prefix_cache():
             raise RuntimeError(
                 "vLLM kept its prefix cache, whose keys and values are those of the old weights: "
                 "requests are still running"
+            )
+        if kept := count_cached_blocks(self._llm):
+            raise WeightMismatch(
+                f"vLLM keeps {kept} blocks in its prefix cache, which version {version} of the "
+                "weights has not computed: their keys and values are those of older weights"
             )
         self._llm.update_weight_version(str(version))
         self.weight_version = version

@@ -48,13 +48,17 @@ def run(config: Config, ranks: Ranks = ONE_RANK) -> None:
                     log.start_step()
                     batch, metrics = rollouts.collect(learner.step + 1)
                     metrics |= learner.update(batch)
+                    saves = checkpoints.is_due()
                     try:
                         metrics |= weights.publish(learner.step)
-                        metrics |= weights.verify(batch.probed_tokens)
+                        # the next step's rollouts prove the others, before the weights move on
+                        probe = saves or config.rollout.truncated
+                        probe = probe or rollouts.evaluates_after(learner.step)
+                        metrics |= weights.verify(batch.probed_tokens, probe=probe)
                         metrics |= rollouts.evaluate(learner.step)
                     finally:
                         log.write(learner.step, metrics)
-                    if checkpoints.is_due():
+                    if saves:
                         checkpoints.save()
         _report(Path(config.output_dir) / "metrics.jsonl", log)
 

@@ -112,7 +112,9 @@ def test_a_kl_above_the_limit_ends_the_epochs(folder: Path, limit: str, epochs: 
 @pytest.mark.parametrize("limit", ["1e-9", "none"])
 def test_the_learning_rates_fall_to_0_at_the_end_of_the_run(folder: Path, limit: str) -> None:
     """Of the critic too, whether or not all epochs are taken."""
-    words = ("--algorithm", "ppo", "--critic.warmup_steps", "1", "--update.schedule", "linear")
+    words = ["--algorithm", "ppo", "--critic.warmup_steps", "1", "--update.schedule", "linear"]
+    # the rollouts of the first policy serve its successors too
+    words += ["--probe.num_sequences", "0"]
     config = load_config(
         folder / "config.yaml", [*PLAIN, *words, "--update.max_kl", limit, "--steps", "3"]
     )

@@ -185,13 +185,13 @@ def test_what_a_step_carries_to_the_next_is_resumed(folder: Path, name: str) -> 
     words = [
         *("--sampler", "transformers", "--algorithm", name, "--loss.kl_coef", "0.1"),
         *("--reward.sources", f"some_rewards:{reward}", "--update.epochs", "1"),
-        *("--evaluation.every_steps", "0", "--steps"),
+        *("--evaluation.every_steps", "1", "--steps"),
     ]
     run(load_config(folder / "config.yaml", [*words, "2", "--output_dir", "whole"]))
     train(folder, *words, "1")
     table = train(folder, *words, "2", "--resume")
     assert table == rows(folder, "whole")
     if name == "dapo":
-        assert max(row["rollout/draws"] for row in table) > 1
+        assert max(row["rollout/draws"] for row in table[1:]) > 1
     if name == "ppo_kl":
-        assert table[0]["kl/coef"] != table[1]["kl/coef"]
+        assert table[1]["kl/coef"] != table[2]["kl/coef"]

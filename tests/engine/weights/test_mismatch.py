@@ -21,6 +21,7 @@ from tests.engine.random_models import (
 from tests.tolerance import CORRECTION_GRADIENT, LEARNER_COMPOSITION
 from warpo.engine.config.sections import ROUNDING
 from warpo.engine.errors import ConfigError, WeightMismatch
+from warpo.engine.learner.agreement import Probed
 from warpo.engine.learner.drift import Drift
 from warpo.engine.learner.step import accumulate_gradients
 from warpo.engine.models.model import load_model, set_lm_head_dtype, token_logprobs
@@ -31,7 +32,7 @@ from warpo.engine.rollout.sampler.hf_sampler import TransformersSampler
 from warpo.engine.rollout.sampler.vllm_sampler import VllmSampler
 from warpo.engine.types import Completion
 from warpo.engine.weights import mismatch
-from warpo.engine.weights.probe import Probed, probe_weights
+from warpo.engine.weights.probe import probe_weights
 from warpo.kernels import ops
 from warpo.kernels.objectives import OBJECTIVES
 
