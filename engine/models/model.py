@@ -20,25 +20,18 @@ from warpo.engine.errors import ConfigError, DataError
 from warpo.engine.models.attention import ATTENTION
 from warpo.engine.models.batch import Batch
 from warpo.engine.models.files import load_weights, read_config
-from warpo.engine.models.linear import Linear, linear
+from warpo.engine.models.head import Float32Head, logprobs_of
+from warpo.engine.models.linear import Linear
 from warpo.kernels import ops
 
 # As `layer_types` of a config has them; the masks of the last two are the model's.
 ATTENTION_LAYERS = {"attention", "full_attention", "sliding_attention", "chunked_attention"}
 
 
-class Float32Head(nn.Linear):
-    """logits = float32(hidden) float32(weight)^T, whatever the dtype of the weight, which stays."""
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.float()
-        return linear(hidden.float(), self.weight.float(), bias)
-
-
 def set_lm_head_dtype(model: PreTrainedModel, lm_head_dtype: str) -> None:
     """Let the model compute its logits in float32, where lm_head_dtype is not "same".
 
-    The float32 copy of the weight lives for a forward pass and its backward.
+    Where logits are made, a float32 copy of the weight lives for a forward pass and its backward.
 
     Raises:
         ConfigError: the head is not a linear layer.
@@ -118,10 +111,10 @@ def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 def token_logprobs(model: nn.Module, batch: Batch, temperature: float) -> ops.LogprobsAndEntropy:
     """logprobs and entropy, each (M,), of the completion tokens of a packed micro-batch.
 
-    Logits are computed for the M tokens that predict completion tokens only.
+    Logits are computed for the M tokens that predict completion tokens only, all at once where they
+    take at most LOGITS_BYTES.
     """
-    logits = forward(model, batch).logits[0]
-    return ops.logprobs_and_entropy(logits, batch.targets, temperature=temperature)
+    return logprobs_of(model, lambda: forward(model, batch), batch.targets, temperature)[0]
 
 
 def token_logprobs_and_values(
@@ -135,10 +128,14 @@ def token_logprobs_and_values(
     """The same, and the values (M,) float32 that a head on the last hidden states gives to the
     states before those tokens, or (K,) to those after the tokens of `index`.
     """
-    output = forward(model, batch, output_hidden_states=True)
+    logprobs, output = logprobs_of(
+        model,
+        lambda: forward(model, batch, output_hidden_states=True),
+        batch.targets,
+        temperature,
+    )
     index = batch.logit_positions if index is None else index
     hidden = hidden_at(model, output.hidden_states[-1], batch, index)
-    logprobs = ops.logprobs_and_entropy(output.logits[0], batch.targets, temperature=temperature)
     return logprobs, value_head(hidden.float()).squeeze(-1)
 
 

@@ -282,7 +282,7 @@ class _LiveBytes(TorchDispatchMode):
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor) and tensor.untyped_storage() not in self._known:
                 self._add(tensor.untyped_storage())
-        self.peak = max(self.peak, self._live)
+        self.peak = max(self.peak, self._live + _workspace_bytes(func, args))
         return result
 
     def _add(self, storage: torch.UntypedStorage) -> None:
@@ -292,6 +292,20 @@ class _LiveBytes(TorchDispatchMode):
 
     def _remove(self, size: int) -> None:
         self._live -= size
+
+
+def _workspace_bytes(func: Any, args: tuple[Any, ...]) -> int:
+    """What a fused head takes while it runs: its workspace, and backward the float32 sums of the
+    gradient of a narrower weight.
+    """
+    if "linear_logprobs" not in func.name():
+        return 0
+    given = {argument.name: x for argument, x in zip(func._schema.arguments, args, strict=False)}
+    size = sum(x for name, x in given.items() if name.endswith("workspace_bytes"))
+    if "backward" in func.name():
+        weights = (x for name, x in given.items() if name.endswith("weight"))
+        size += sum(4 * x.numel() for x in weights if x.dtype != torch.float32)
+    return int(size)
 
 
 def _peak_bytes(work: Callable[[], object], model: PreTrainedModel, fake: FakeTensorMode) -> int:
