@@ -90,7 +90,7 @@ class Runner:
         try:
             process.wait(limit_s)
         except subprocess.TimeoutExpired:
-            return f"ended at its limit of {limit_s:.3g} s"
+            return f"ended at its limit of {round(limit_s, 1):g} s"
         finally:
             end(process)
         with self._lock:
