@@ -190,10 +190,22 @@ def _train(path: str, overrides: Sequence[str]) -> int:
     trainer: Any = importlib.import_module(module)
     from warpo.engine.run.device import learner_device
 
+    if family != "control":
+        config = _settled(config)
     if family != "control" and learner_device(config).type == "cpu":
         keep_freed_memory()
     trainer.run(config)
     return 0
+
+
+def _settled(config: Any) -> Any:
+    """The config without what it leaves to the machine; what was decided is printed."""
+    from warpo.engine.preflight.settle import settle
+
+    config, said = settle(config)
+    for line in said:
+        print(line)
+    return config
 
 
 _TRAINERS = {
@@ -244,7 +256,7 @@ def _check(path: str, options: Sequence[str]) -> int:
     set_thread_waiting()
     from warpo.engine.preflight.check import run
 
-    return 0 if run(config, plan_only="--plan-only" in options) else 1
+    return 0 if run(_settled(config), plan_only="--plan-only" in options) else 1
 
 
 def _algorithms(name: str = "") -> int:

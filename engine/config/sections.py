@@ -332,6 +332,11 @@ class UpdateSettings:
     token_budget: Count = 16384
     """Tokens of a micro-batch, those that its sequences share counted once. Changes memory and
     speed, never the gradient."""
+    activation_checkpointing: Literal["auto", "none", "block"] = "auto"
+    """block: keep only the input of each layer for the backward pass, which computes the layer a
+    second time: less memory, about a third more time, the same gradient bit for bit. Holds for
+    critic and reward model too. auto: on CUDA block where the memory plan of a run without it does
+    not fit, else none; on a CPU none."""
 
     @property
     def per_step(self) -> int:

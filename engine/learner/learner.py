@@ -31,6 +31,7 @@ from warpo.engine.learner.schedule import make_optimizer
 from warpo.engine.learner.step import StepResult, accumulate_gradients
 from warpo.engine.learner.step_metrics import step_metrics
 from warpo.engine.models.batch import Batch
+from warpo.engine.models.checkpointing import checkpoint_layers
 from warpo.engine.models.micro_batches import split_rows, tokens_read
 from warpo.engine.models.model import is_packed
 from warpo.engine.models.score import device_of, loss_and_gradient, score
@@ -71,6 +72,7 @@ class Learner:
         self.model, self.tokenizer = model, tokenizer
         self.algorithm = algorithm = resolve(config)
         self._config, self._run = config, run
+        checkpoint_layers(model, config.update.activation_checkpointing)
         self.critic = Critic(config, model, run.ranks) if algorithm.has_critic else None
         learned = [*model.named_parameters()]
         learned += [] if self.critic is None else self.critic.named_parameters()

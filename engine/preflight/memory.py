@@ -27,6 +27,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from warpo.engine.config.offline import OfflineConfig
 from warpo.engine.config.policy import Config
 from warpo.engine.config.resolve import resolve
 from warpo.engine.config.reward_model import reward_sources, reward_training
@@ -35,6 +36,7 @@ from warpo.engine.learner.optimizer import float32_gradients
 from warpo.engine.learner.step import accumulate_gradients
 from warpo.engine.models.architectures import shape_model, shapes_only
 from warpo.engine.models.batch import Batch
+from warpo.engine.models.checkpointing import checkpoint_layers
 from warpo.engine.models.files import read_config
 from warpo.engine.models.model import is_packed, set_lm_head_dtype
 from warpo.engine.models.score import device_of, score
@@ -103,11 +105,11 @@ def plan_memory(
     has_critic = algorithm.has_critic and config.critic.model != "shared"
     critic = _trunk_parameters(model) if has_critic else 0
     held = {
-        "sampler weights": parameters * _dtype(config.sampler_dtype).itemsize,
+        "sampler weights": parameters * dtype_of(config.sampler_dtype).itemsize,
         "learner weights": 0 if resync == "alias" else weights,
         "reference weights": weights if algorithm.has_reference else 0,
-        "reward models": _reward_parameters(config, device, fake) * _dtype(config.dtype).itemsize,
-        "critic weights": critic * _dtype(config.dtype).itemsize,
+        "reward models": _reward_parameters(config, device, fake) * dtype_of(config.dtype).itemsize,
+        "critic weights": critic * dtype_of(config.dtype).itemsize,
         "KV cache": int(config.rollout.kv_cache_gib * 2**30) if sampler else 0,
         "optimizer state": optimizer_bytes(
             parameters + critic + _trained_reward_parameters(config, device, fake), config, device
@@ -144,7 +146,7 @@ def plan_memory(
     )
 
 
-def optimizer_bytes(parameters: int, config: Config, device: torch.device) -> int:
+def optimizer_bytes(parameters: int, config: Config | OfflineConfig, device: torch.device) -> int:
     """Two float32 moments, and float32 master weights where the learner's are narrower."""
     if config.update.optimizer_state == "host" and device.type == "cuda":
         return 0
@@ -158,7 +160,7 @@ def resync_of(config: Config) -> Literal["alias", "copy"]:
     return "alias" if config.sampler_dtype == config.dtype else "copy"
 
 
-def _dtype(name: str) -> torch.dtype:
+def dtype_of(name: str) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
 
 
@@ -238,9 +240,10 @@ def _fake_model(
     config: Config, hf_config: PretrainedConfig, device: torch.device, fake: FakeTensorMode
 ) -> PreTrainedModel:
     with fake:
-        model = shape_model(hf_config, device, _dtype(config.dtype))
+        model = shape_model(hf_config, device, dtype_of(config.dtype))
     set_lm_head_dtype(model, config.lm_head_dtype)
     float32_gradients(model.parameters())
+    checkpoint_layers(model, config.update.activation_checkpointing)
     return model
 
 
@@ -308,7 +311,7 @@ def _workspace_bytes(func: Any, args: tuple[Any, ...]) -> int:
     return int(size)
 
 
-def _peak_bytes(work: Callable[[], object], model: PreTrainedModel, fake: FakeTensorMode) -> int:
+def peak_bytes(work: Callable[[], object], model: PreTrainedModel, fake: FakeTensorMode) -> int:
     existing = [*model.parameters(), *model.buffers()]
     with fake, _LiveBytes(existing) as live, shapes_only():
         work()
@@ -327,7 +330,7 @@ def _update_bytes(
     batch = _fake_batch(shape, model, fake, with_ref=bool(objective.kl_coef))
     rollouts = config.rollout.prompts_per_step * config.rollout.group_size
     several = rollouts > config.update.minibatches * shape.sequences
-    return _peak_bytes(
+    return peak_bytes(
         lambda: accumulate_gradients(
             model,
             # From the second on, the gradients of those before are there.
@@ -345,4 +348,4 @@ def _score_bytes(shape: Shape, model: PreTrainedModel, fake: FakeTensorMode) -> 
     if not shape.sequences:
         return 0
     batch = _fake_batch(shape, model, fake)
-    return _peak_bytes(lambda: score(model, batch, 1.0), model, fake)
+    return peak_bytes(lambda: score(model, batch, 1.0), model, fake)
