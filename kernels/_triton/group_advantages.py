@@ -58,9 +58,9 @@ def _centre(
     """`Centre` of csrc/cuda/group_advantages.cu: the first reward; offsets from it of the mean and
     of what the rewards are compared with; the sum of lengths; whether all rewards are equal.
     """
-    index, inside = _members(order_ptr, start, 0, tl.minimum(count, 1), 1)
+    head, any_member = _members(order_ptr, start, 0, tl.minimum(count, 1), 1)
     # of no members 0, which the mean then is
-    first = tl.sum(_load(rewards_ptr, rewards_stride, index, inside))
+    first = tl.sum(_load(rewards_ptr, rewards_stride, head, any_member))
     total = tl.zeros([BLOCK], tl.float32)
     weighted, lengths = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     # counted rather than max - min: NaN differs from all, itself too

@@ -124,7 +124,7 @@ def test_an_update_of_16k_tokens_takes_no_tokens_x_vocabulary(vocab_size):
         planned = memory._fake_batch(shape, model, fake)
         options = dict(temperature=1.0, max_new_tokens=1024)
         peaks.append(
-            memory._peak_bytes(
+            memory.peak_bytes(
                 lambda model=model, planned=planned, options=options: accumulate_gradients(
                     model, [planned], OBJECTIVES["dapo"], **options
                 ),
