@@ -192,7 +192,12 @@ if find_nvcc():
 setup(
     packages=list(packages()),
     package_dir=packages(),
-    package_data={"warpo.bench.report": ["page.html"], "warpo.kernels": ["*.pyi"]},
+    package_data={
+        "warpo.bench": ["py.typed"],
+        "warpo.bench.report": ["page.html"],
+        "warpo.engine": ["py.typed"],
+        "warpo.kernels": ["py.typed", "*.pyi"],
+    },
     ext_modules=extensions,
     cmdclass={"build_ext": Build},
     zip_safe=False,
