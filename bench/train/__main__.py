@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from warpo.bench import resync
 from warpo.bench.environment import environment, processor
@@ -37,7 +37,8 @@ Three measurements on this machine's CPU, each in processes of its own that take
 
   steps     the same GRPO job (model, data, batch, lengths, reward, sampler) on warpo and on TRL's
             GRPOTrainer: seconds by phase, tokens per second, peak memory; with vLLM in the
-            trainer's process, and without, where both sample with transformers.
+            trainer's process, and without, where both sample with transformers (the first of
+            --prompt-tokens only).
             "trl" is as installed, with its correction for vLLM's logprobs. "trl tuned" does
             without that, so without the phase "score", and has the settings of threads and malloc
             that `warpo train` makes for itself. warpo's goals compare with both
@@ -46,7 +47,8 @@ Three measurements on this machine's CPU, each in processes of its own that take
   scaling   the learner's step on given rollouts against tokens, vocabulary and group size, with
             the exponents of its time and memory: 1 is proportional
 
-    warpo bench train                              # all of it, with the models tiny and 20m
+    warpo bench train                              # all of it: models tiny and 20m, prompts of
+                                                   # 128 and 512 tokens
     warpo bench train --quick                      # the tiny model, 2 steps, short curves
     warpo bench train --models 100m --sampler vllm --no-sync --no-scaling
     warpo bench train --no-steps                   # sync and scaling alone; needs no TRL
@@ -74,7 +76,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--rounds", type=int, default=1, help="processes of each trainer (default 1)")
     add("--prompts", type=int, default=0, help="prompts of a step; 0 (default): by model")
     add("--group-size", type=int, default=8, help="completions of each prompt (default 8)")
-    add("--prompt-tokens", type=int, default=128, help="default 128")
+    add(
+        "--prompt-tokens",
+        nargs="+",
+        type=int,
+        default=[128, 512],
+        metavar="N",
+        help="lengths of prompts, a job of each (default 128 512)",
+    )
     add("--new-tokens", type=int, default=64, help="length of every completion (default 64)")
     add("--lr", type=float, default=1e-5, help="default 1e-5")
     add("--seed", type=int, default=0, help="of weights, prompts and draws (default 0)")
@@ -95,23 +104,42 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "steps": 0,
         "prompts": 0,
         "group_size": 2,
-        "prompt_tokens": 1,
         "new_tokens": 1,
     }
     for name, bound in least.items():
         if getattr(args, name) < bound:
             option = f"--{name.replace('_', '-')}"
             parser.error(f"{option} is {getattr(args, name)}, and must be at least {bound}")
+    if min(args.prompt_tokens) < 1:
+        parser.error(f"--prompt-tokens has {min(args.prompt_tokens)}, and must be at least 1")
     if not args.lr > 0:
         parser.error(f"--lr is {args.lr}, and must be above 0")
     if args.no_steps and args.no_sync and args.no_scaling:
         parser.error("--no-steps --no-sync --no-scaling leave nothing to measure")
     if args.quick:
         args.models, args.steps, args.rounds, args.warm_up = ["tiny"], 2, 1, 1
+        args.prompt_tokens = args.prompt_tokens[:1]
     return args
 
 
-def job_of(args: argparse.Namespace, model: str, sampler: str, folder: str) -> Job:
+class Shape(NamedTuple):
+    model: str
+    sampler: str
+    prompt_tokens: int
+
+
+def shapes_of(args: argparse.Namespace) -> list[Shape]:
+    """The jobs in their order; none if the steps are left out."""
+    return [
+        Shape(model, sampler, length)
+        for model in ([] if args.no_steps else args.models)
+        for sampler in args.sampler
+        for length in args.prompt_tokens[: 1 if sampler == "transformers" else None]
+    ]
+
+
+def job_of(args: argparse.Namespace, shape: Shape, folder: str) -> Job:
+    model, sampler, prompt_tokens = shape
     return Job(
         folder=folder,
         model=model,
@@ -120,7 +148,7 @@ def job_of(args: argparse.Namespace, model: str, sampler: str, folder: str) -> J
         warm_up=args.warm_up,
         prompts_per_step=args.prompts or PROMPTS[model],
         group_size=args.group_size,
-        prompt_tokens=args.prompt_tokens,
+        prompt_tokens=prompt_tokens,
         new_tokens=args.new_tokens,
         lr=args.lr,
         kv_cache_gib=0.25,
@@ -150,28 +178,26 @@ class Output:
 def expected_s(args: argparse.Namespace) -> list[float]:
     """Seconds of each part, in their order."""
     seconds = []
-    if not args.no_steps:
-        for model in args.models:
-            each = (args.warm_up + (args.steps or STEPS[model])) * STEP_S[model]
-            for sampler in args.sampler:
-                seconds += [START_S[sampler] + each] * args.rounds * len(args.trainers)
+    for model, sampler, prompt_tokens in shapes_of(args):
+        step = STEP_S[model] * (128 + prompt_tokens) / 256
+        each = START_S[sampler] + (args.warm_up + (args.steps or STEPS[model])) * step
+        seconds += [each] * args.rounds * len(args.trainers)
     seconds += [] if args.no_sync else [SYNC_S]
     curve = CURVE_S / 4 if args.quick else CURVE_S
     return seconds + ([] if args.no_scaling else [curve] * len(scaling.AXES))
 
 
 def run_job(
-    args: argparse.Namespace, model: str, sampler: str, output: Output, tell: Callable[[str], Any]
+    args: argparse.Namespace, shape: Shape, output: Output, tell: Callable[[str], Any]
 ) -> None:
     """One job on all trainers; what was measured is kept whatever ends it."""
     with tempfile.TemporaryDirectory() as folder:
-        job = job_of(args, model, sampler, folder)
+        job = job_of(args, shape, folder)
         weight_bytes = make(job)
         runs = Runs(job, args.peers.absolute())
         try:
-            runs.measure(
-                args.trainers, args.rounds, lambda name: tell(f"{model}, {sampler}: {name}")
-            )
+            what = f"{shape.model}, prompts of {shape.prompt_tokens}, {shape.sampler}"
+            runs.measure(args.trainers, args.rounds, lambda name: tell(f"{what}: {name}"))
         finally:
             found = [
                 steps.row_of(job, name, answer, weight_bytes)
@@ -217,9 +243,8 @@ def run_curve(axis: str, quick: bool, output: Output) -> None:
 
 def run(args: argparse.Namespace, output: Output) -> None:
     with shown(Progress(expected_s(args))) as tell:
-        for model in [] if args.no_steps else args.models:
-            for sampler in args.sampler:
-                run_job(args, model, sampler, output, tell)
+        for shape in shapes_of(args):
+            run_job(args, shape, output, tell)
         if not args.no_sync:
             tell("weight sync")
             run_sync(output)

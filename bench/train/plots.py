@@ -25,6 +25,7 @@ COLORS = {
     "backward": "#D55E00",
     "optimizer": "#009E73",
     "publish": "#000000",
+    "verify": "#0B3C5D",
     "probe": "#56B4E9",
     "other": "#999999",
 }
@@ -70,7 +71,7 @@ def _bars(rows: Sequence[Row], axes: Any) -> None:
     first = rows[0]
     left = [0.0] * len(rows)
     for phase in PHASES:
-        seconds = [max(0.0, row["phases_s"][phase]) for row in rows]
+        seconds = [max(0.0, row["phases_s"].get(phase, 0.0)) for row in rows]
         axes.barh(
             range(len(rows)), seconds, left=left, color=COLORS[phase], label=phase, height=0.6
         )
@@ -90,7 +91,8 @@ def _bars(rows: Sequence[Row], axes: Any) -> None:
     axes.grid(axis="y", visible=False)
     millions = first["weight_bytes"] / 4e6
     axes.set_title(
-        f"{millions:.1f} M weights, {first['completions']} completions by {first['sampler']}",
+        f"{millions:.1f} M weights, {first['completions']} completions of {first['prompt_tokens']}"
+        f" + {first['new_tokens']} tokens by {first['sampler']}",
         loc="left",
         fontsize=9,
     )

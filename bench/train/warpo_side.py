@@ -23,7 +23,8 @@ def config_of(job: Job, output_dir: str) -> config.Config:
     return config.Config(
         model=job.model_path,
         output_dir=output_dir,
-        steps=job.steps + job.warm_up,
+        # one more, untimed: the last step's checkpoint brings a probe that the others do without
+        steps=job.steps + job.warm_up + 1,
         seed=job.seed,
         device="cpu",
         sampler=cast(Any, job.sampler),
@@ -54,9 +55,11 @@ def main() -> None:
 
     def timed_write(log: RunLog, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
         row = write(log, step, metrics)
+        if step > job.steps + job.warm_up:
+            return row
         seconds = {
             name: row.get(f"perf/{name}_s", 0.0)
-            for name in ("sample", "reward", "score", "publish", "probe")
+            for name in ("sample", "reward", "score", "publish", "verify", "probe")
         }
         # what update has beside forward and backward: clipping, optimizer, its metrics
         learned = clock.phases.get("forward", 0.0) + clock.phases.get("backward", 0.0)

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 from warpo.bench.environment import environment, processor
 from warpo.bench.train import __main__ as command
 from warpo.bench.train import plots, trl_side, warpo_side
-from warpo.bench.train.__main__ import expected_s, job_of, main, parse
+from warpo.bench.train.__main__ import Shape, expected_s, job_of, main, parse
 from warpo.bench.train.job import Clock, make, reward
-from warpo.bench.train.rows import goals_of, row_of, table_of
+from warpo.bench.train.rows import goals_of, groups, row_of, table_of
 from warpo.engine.data.prompts import load_prompts
 from warpo.engine.models.files import load_tokenizer
 from warpo.engine.models.model import eos_token_ids
@@ -25,7 +25,7 @@ PEERS = ROOT / ".peers/trl/site-packages"
 
 
 def test_nothing_ends_a_completion_and_every_prompt_has_its_length(tmp_path):
-    job = job_of(parse(["--quick", "--prompt-tokens", "5"]), "tiny", "vllm", str(tmp_path))
+    job = job_of(parse(["--quick"]), Shape("tiny", "vllm", 5), str(tmp_path))
     weight_bytes = make(job)
     model = AutoModelForCausalLM.from_pretrained(job.model_path)
     tokenizer = load_tokenizer(job.model_path)
@@ -57,9 +57,12 @@ def test_a_step_is_the_sum_of_its_phases():
     assert step["step"] == pytest.approx(sum(parts)) and step["other"] >= 0 < step["sample"]
 
 
-def row(name: str, seconds: float, held: int, peak: int, sampler: str = "vllm") -> dict:
+def row(
+    name: str, seconds: float, held: int, peak: int, sampler: str = "vllm", prompt_tokens: int = 128
+) -> dict:
+    phases = {"sample": seconds / 2, "verify": 0.02, "probe": 0.01}
     answer = {
-        "steps": [{"step": seconds, "cpu": 1.0, "sample": seconds / 2}] * 3,
+        "steps": [{"step": seconds, "cpu": 1.0} | phases] * 3,
         "peaks": [peak],
         "resident_bytes": held,
         "imports_bytes": 100,
@@ -67,7 +70,7 @@ def row(name: str, seconds: float, held: int, peak: int, sampler: str = "vllm") 
         "reward": 0.5,
         "versions": {"torch": "2"},
     }
-    job = job_of(parse([]), "tiny", sampler, "nowhere")
+    job = job_of(parse([]), Shape("tiny", sampler, prompt_tokens), "nowhere")
     return row_of(job, name, answer, weight_bytes=50)
 
 
@@ -84,14 +87,30 @@ def test_goals_compare_with_each_run_of_trl():
     assert reached["trl tuned"] == pytest.approx([1.0 / 1.6, 1.0, 1.2])
     assert [g["met"] for g in by_trainer["trl"]] == [True, False, False]
     assert [g["met"] for g in by_trainer["trl tuned"]] == [False, False, True]
-    assert "1000" in table_of(rows) and "sampled by vllm" in table_of(rows)
+    (proof,) = (g for g in goals if g["against"] == "-")
+    assert proof["reached"] == pytest.approx(0.03) and not proof["met"]
+    assert "1000" in table_of(rows) and "prompts of 128 by vllm" in table_of(rows)
     assert goals_of(rows[1:]) == []
+
+
+def test_rows_of_prompts_of_another_length_are_another_job():
+    rows = [row(n, 1.0, 200, 300, "vllm", p) for p in (128, 512) for n in ("warpo", "trl")]
+    assert [[r["prompt_tokens"] for r in job] for job in groups(rows)] == [[128] * 2, [512] * 2]
+
+
+def test_a_row_without_a_phase_took_no_time_in_it():
+    old = row("warpo", 1.0, 200, 300)
+    del old["phases_s"]["verify"]
+    (proof,) = goals_of([old])
+    assert proof["reached"] == pytest.approx(0.01)
+    assert "verify ms" in table_of([old])
 
 
 def test_phases_are_drawn_for_each_job(tmp_path):
     rows = [
         row(name, 1.0, 200, 300, s) for s in ("vllm", "transformers") for name in ("warpo", "trl")
     ]
+    del rows[0]["phases_s"]["verify"]
     assert plots.steps(rows, tmp_path / "train.png")
     assert (tmp_path / "train.png").stat().st_size > 10_000
     assert not plots.steps([{"trainer": "trl", "problem": "missing"}], tmp_path / "none.png")
@@ -104,6 +123,7 @@ def test_phases_are_drawn_for_each_job(tmp_path):
         ("--group-size 1", "--group-size is 1, and must be at least 2"),
         ("--warm-up 0", "--warm-up is 0, and must be at least 1"),
         ("--new-tokens -3", "--new-tokens is -3"),
+        ("--prompt-tokens 128 0", "--prompt-tokens has 0, and must be at least 1"),
         ("--lr 0", "--lr is 0.0, and must be above 0"),
         ("--models huge", "invalid choice: 'huge'"),
         ("--sampler sglang", "invalid choice: 'sglang'"),
@@ -118,7 +138,7 @@ def test_bad_arguments_are_refused_with_what_is_wrong(words, message, capsys):
 
 def test_every_part_has_an_expected_time():
     assert len(expected_s(parse(["--quick"]))) == 2 * 3 + 1 + 3
-    assert len(expected_s(parse(["--no-sync", "--no-scaling", "--rounds", "2"]))) == 2 * 2 * 3 * 2
+    assert len(expected_s(parse(["--no-sync", "--no-scaling", "--rounds", "2"]))) == 2 * 3 * 3 * 2
 
 
 def test_an_interrupt_keeps_what_was_measured(tmp_path, monkeypatch):
