@@ -183,6 +183,16 @@ class Algorithm:
         return self.kl_coef > 0 and not self.previous_reference
 
     @property
+    def needs_old_logprobs(self) -> bool:
+        """True if they are read before the policy's loss is: by rewards, by what its reference is,
+        by the choice of tokens, or by the returns of an optimizer step.
+        """
+        rewards = self.reward_entropy_coef > 0 or self.reward_entropy_target is not None
+        rewards = rewards or (self.kl_in_reward and self.kl_coef > 0)
+        chooses = self.covariance != "none" or self.estimator.is_causal
+        return rewards or chooses or self.previous_reference
+
+    @property
     def models(self) -> tuple[str, ...]:
         """The models that a run holds, the trained one first."""
         if self.family != "policy":

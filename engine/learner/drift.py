@@ -8,7 +8,7 @@ takes optimizer steps w0 -> w1 -> ... -> wn:
     sampling     d = recorded by the sampler while it drew - learner(w0), as above: beyond rounding
                  the sampler has not drawn with w0, and the step is refused. Where it is small, of a
                  completion of every prompt too: what decides whether the sampler's logprobs serve
-                 as old_logprobs
+                 as old_logprobs. Of all rollouts where a step's only update scores them
     truncation   the same d, where top_k or top_p are on: -log of the mass that they kept, and the
                  kernels' difference
 
@@ -52,18 +52,36 @@ class Drift:
 
     Made before the first one. With one optimizer step w(n-1) is w0, and nothing more is scored.
 
+    Args:
+        scored: False where the first optimizer step's forward pass scores them, see `scored_by`.
+
     Attributes:
+        scored: whether they have been.
         sampling_difference: max |recorded by the sampler - learner(w0)|; inf with no rollouts.
     """
 
-    def __init__(self, model: nn.Module, rollouts: StepRollouts, temperature: float) -> None:
+    def __init__(
+        self, model: nn.Module, rollouts: StepRollouts, temperature: float, *, scored: bool = True
+    ) -> None:
         self._model, self._temperature = model, temperature
         self._rollouts = rollouts
         self._batch = rollouts.batch(rollouts.probed) if rollouts.probed else None
-        self._first = self._last = self._score()
         self.sampling_difference = float("inf")
+        self.scored = scored
+        if scored:
+            self._begin_with(self._score())
+
+    def _begin_with(self, logprobs: Tensor) -> None:
+        """Those of the probed rollouts by w0."""
+        self._first = self._last = logprobs
         if self._batch is not None:
-            self.sampling_difference = _largest(_sampled(self._batch) - self._first)
+            self.sampling_difference = _largest(_sampled(self._batch) - logprobs)
+
+    def scored_by(self, logprobs: Tensor) -> None:
+        """Take the logprobs (M,) of all rollouts that the first optimizer step computed with w0."""
+        self._begin_with(logprobs[self._rollouts.tokens_of(self._rollouts.probed)])
+        self.sampling_difference = _largest(self._rollouts.sampler_logprobs - logprobs)
+        self.scored = True
 
     def check(
         self, tolerance: float, *, version: int, decode: Callable[[list[int]], Any] | None = None

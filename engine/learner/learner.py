@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -21,7 +21,12 @@ from warpo.engine.learner.covariance import by_covariance
 from warpo.engine.learner.critic import Critic
 from warpo.engine.learner.drift import Drift, step_kl
 from warpo.engine.learner.losses import preference_gradients, supervised_gradients
-from warpo.engine.learner.minibatches import make_minibatches, one_of_each_group
+from warpo.engine.learner.minibatches import make_minibatches
+from warpo.engine.learner.old_logprobs import (
+    are_the_updates,
+    sampler_serves,
+    say_what_is_uncorrected,
+)
 from warpo.engine.learner.optimizer import WeightUpdate
 from warpo.engine.learner.pairs import pair_minibatches
 from warpo.engine.learner.pretraining import Pretraining
@@ -39,11 +44,7 @@ from warpo.engine.models.step_rollouts import StepRollouts
 from warpo.engine.run.checkpoint import Stateful
 from warpo.engine.run.loop import Progress, Run, check_state
 from warpo.engine.types import Metrics, ReportProgress
-from warpo.kernels.objectives import Objective
 from warpo.kernels.preferences import Preference
-
-# Sampler logprobs within this of the learner's serve as old_logprobs: they move a ratio by 0.01 %.
-EQUAL_LOGPROBS = 1e-4
 
 
 class Learner:
@@ -141,9 +142,12 @@ class Learner:
         config, log = self._config, self._run.log
         rollouts = rollouts.to(self.device)
         with log.phase("score"):
-            drift = Drift(self.model, rollouts, config.rollout.temperature)
-            self._check_sampler(drift)
-            metrics = self.score(rollouts, self._recompute_old(rollouts, drift))
+            by_update = are_the_updates(config, self.algorithm, self.step)
+            drift = Drift(self.model, rollouts, config.rollout.temperature, scored=not by_update)
+            if drift.scored:
+                self._check_sampler(drift)
+            serves = by_update or sampler_serves(config, self.algorithm, rollouts, drift)
+            metrics = self.score(rollouts, recompute_old=not serves)
         with log.phase("advantages"):
             estimated = estimate(self.algorithm, rollouts, self.adaptive)
             if self.algorithm.right_nll_coef:
@@ -151,6 +155,7 @@ class Learner:
         self._run.raise_if_stopped()
         with log.phase("update") as report:
             metrics |= self._epochs(rollouts, drift, report)
+            say_what_is_uncorrected(config, self.algorithm, drift, log)
             metrics["lr"] = float(self.schedule.get_last_lr()[0])
             metrics |= drift.metrics(truncated=config.rollout.truncated) | estimated
         metrics |= self._adapt(metrics)
@@ -173,6 +178,23 @@ class Learner:
             self.progress.whole = False
             raise
 
+    def _take_step(
+        self, batches: Sequence[Batch], rollouts: StepRollouts, drift: Drift, update: int
+    ) -> StepResult:
+        """An optimizer step; where it is the one that scores the rollouts, the proof by it too."""
+        if drift.scored:
+            return self.train_step(batches, self.step + 1, update)
+
+        def prove(logprobs: Tensor) -> None:
+            tokens = [batch.token_index for batch in batches if batch.token_index is not None]
+            rollouts.fill_tokens("old_logprobs", torch.cat(tokens), logprobs)
+            assert rollouts.old_logprobs is not None
+            drift.scored_by(rollouts.old_logprobs)
+            self._check_sampler(drift)
+
+        batches = [replace(batch, old_logprobs=None) for batch in batches]
+        return self.train_step(batches, self.step + 1, update, prove)
+
     def _epochs(self, rollouts: StepRollouts, drift: Drift, report: ReportProgress) -> Metrics:
         """Passes over the rollouts, until update.max_kl ends them."""
         config, results, kl, epoch = self._config.update, list[StepResult](), None, 0
@@ -187,7 +209,7 @@ class Learner:
                 may_end = i == len(minibatches) and (is_last or limit < math.inf)
                 if may_end and results:
                     drift.before_last_update()
-                results.append(self.train_step(batches, self.step + 1, len(results)))
+                results.append(self._take_step(batches, rollouts, drift, len(results)))
                 report(len(results), updates)
             if limit < math.inf or (is_last and self.algorithm.kl_adapts_to_step):
                 kl = step_kl(self.model, rollouts, self._config, self._run.ranks)
@@ -239,9 +261,18 @@ class Learner:
             "old_logprobs/tokens_saved": float(saved),
         }
 
-    def train_step(self, batches: Sequence[Batch], step: int, update: int) -> StepResult:
+    def train_step(
+        self,
+        batches: Sequence[Batch],
+        step: int,
+        update: int,
+        prove: Callable[[Tensor], None] = lambda logprobs: None,
+    ) -> StepResult:
         """One optimizer step on packed micro-batches: of the critic, where it has a network of its
         own, and of the policy, after the steps in which only the critic learns.
+
+        Args:
+            prove: is given the policy's logprobs of the micro-batches before its weights move.
 
         Raises:
             TrainingError: a gradient is not finite. That model's weights are those before.
@@ -255,6 +286,8 @@ class Learner:
                 if step <= config.critic.warmup_steps:
                     return result
             result = self._accumulate(batches, step, update, result)
+            if result.logprobs is not None:
+                prove(result.logprobs)
             weight_update = self.optimizer.step(config.update.max_grad_norm)
         self.schedule.step()
         self._note(weight_update)
@@ -343,36 +376,6 @@ class Learner:
             [rollouts.batch(rows) for rows in minibatch]
             for minibatch in make(rollouts, update.minibatches, update.token_budget, seed)
         ]
-
-    def _recompute_old(self, rollouts: StepRollouts, drift: Drift) -> bool:
-        """True if old_logprobs are the learner's; if not, those of the sampler serve.
-
-        They serve where nothing corrects for the sampler, every token can be drawn, and the learner
-        gives a completion of every prompt the same logprobs.
-        """
-        config, objective = self._config, self.algorithm.objective
-        correction = objective.correction if isinstance(objective, Objective) else None
-        if correction not in (None, "none"):
-            return True
-        truncated = config.rollout.truncated
-        if not truncated and drift.sampling_difference <= EQUAL_LOGPROBS:
-            drift.widen(one_of_each_group(rollouts), config.update.token_budget)
-        if not truncated and drift.sampling_difference <= EQUAL_LOGPROBS:
-            return False
-        if correction == "none":
-            why = (
-                "rollout.top_p or top_k truncate what is sampled"
-                if truncated
-                else "probe.num_sequences = 0"
-                if not config.probe.num_sequences
-                else f"a logprob is {drift.sampling_difference:.1e} from the sampler's"
-            )
-            self._run.log.say_once(
-                "loss.correction",
-                f"old_logprobs are the learner's, as {why}: the gradient does not correct for the "
-                "sampler, since loss.correction is none; truncate_token would",
-            )
-        return True
 
     def _adapt(self, metrics: Metrics) -> Metrics:
         """Move kl_coef after a step; returns its value before, and the KL that it weighs."""

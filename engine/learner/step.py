@@ -30,6 +30,7 @@ class StepResult(NamedTuple):
         penalty: the KL of the tokens that pay one, times its coefficient.
         covariance: the report of `by_covariance`.
         pretraining: the supervised loss, times its coefficient.
+        logprobs: (M,) of the tokens of the micro-batches, in their order, before the step.
         update: effect of the step on the policy's weights.
     """
 
@@ -40,6 +41,7 @@ class StepResult(NamedTuple):
     penalty: Tensor | None = None
     covariance: Tensor | None = None
     pretraining: Tensor | None = None
+    logprobs: Tensor | None = None
     update: WeightUpdate | None = None
 
 
@@ -86,12 +88,12 @@ def accumulate_gradients(
             added to their losses; of KL-Cov, https://arxiv.org/abs/2505.22617 eq. 14.
 
     Returns:
-        The parts policy, values, penalty and right, summed over the micro-batches.
+        The parts policy, values, penalty and right, summed over the micro-batches, and logprobs.
     """
     total = denominator(batches, objective.aggregation, max_new_tokens, ranks)
     value_total = 0.0 if critic is None else critic.denominator(batches)
     right_weight = right_nll_coef and right_nll_coef / _count_right(batches, ranks)
-    metrics, value_metrics, right_losses, penalties = [], [], [], []
+    logprobs, metrics, value_metrics, right_losses, penalties = [], [], [], [], []
     for batch in batches:
         if critic is None:
             current = token_logprobs(model, batch, temperature)
@@ -136,12 +138,14 @@ def accumulate_gradients(
             loss = loss + right_loss
             right_losses.append(right_loss.detach())
         loss.backward()
+        logprobs.append(current.logprobs.detach())
         metrics.append(batch_metrics)
     return StepResult(
         policy=ops.sum_metrics(ranks.gather(metrics)),
         values=ops.merge_value_metrics(ranks.gather(value_metrics)) if value_metrics else None,
         penalty=torch.stack(ranks.gather(penalties)).sum() if penalties else None,
         right=torch.stack(ranks.gather(right_losses)).sum() if right_losses else None,
+        logprobs=torch.cat(logprobs),
     )
 
 

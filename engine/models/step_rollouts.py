@@ -121,9 +121,13 @@ class StepRollouts:
 
     def fill(self, name: str, rows: Sequence[int], values: Tensor) -> None:
         """Write the tokens of some rows into a column, which is made where there is none."""
+        self.fill_tokens(name, self.tokens_of(rows), values)
+
+    def fill_tokens(self, name: str, tokens: Tensor, values: Tensor) -> None:
+        """Likewise, by the places (m,) of the tokens in the columns."""
         if getattr(self, name) is None:
             setattr(self, name, torch.full_like(self.sampler_logprobs, torch.nan))
-        getattr(self, name)[self.tokens_of(rows)] = values
+        getattr(self, name)[tokens] = values
 
     def fill_last_values(self, rows: Sequence[int], values: Tensor) -> None:
         """Write the values of the states after some rows, of which those that were cut count."""

@@ -107,12 +107,26 @@ def test_one_stale_tied_head(run_with_fault: Callable[..., None], kind: str) -> 
         run_with_fault(kind, "auto", "weights_changed", untie)
 
 
-@pytest.mark.parametrize("probed", [True, False])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param([], id="evaluated"),
+        pytest.param(["--evaluation.every_steps", "0"], id="scored"),
+        pytest.param(
+            [
+                *("--evaluation.every_steps", "0"),
+                *("--update.epochs", "1", "--update.minibatches", "1"),
+            ],
+            id="scored by the update",
+        ),
+    ],
+)
 def test_a_head_that_computes_with_a_stale_copy(
-    run_with_fault: Callable[..., None], folder: Path, kind: str, probed: bool
+    run_with_fault: Callable[..., None], folder: Path, kind: str, settings: list[str]
 ) -> None:
     """All bits are right, and a packed copy of them is not: only the logprobs can tell, before the
-    evaluation of the step, and where there is none those of what is drawn next.
+    evaluation of the step, and where there is none those of what is drawn next, by a forward pass
+    for them or by that of the step's only update.
     """
 
     def pack(sampler: Any) -> None:
@@ -128,7 +142,6 @@ def test_a_head_that_computes_with_a_stale_copy(
         else:
             head.quant_method.apply = lambda layer, hidden, bias=None: scaled(hidden)
 
-    settings = [] if probed else ["--evaluation.every_steps", "0"]
     refusal = r"the sampler does not compute what the learner does \(version 2 "
     with pytest.raises(WeightMismatch, match=refusal):
         run_with_fault(kind, "auto", "weights_changed", pack, *settings)
