@@ -17,7 +17,7 @@ from warpo.engine.config.file import Key, keys, peek, read_tree, sections
 from warpo.engine.config.policy import Config, load_config
 from warpo.engine.config.resolve import find
 from warpo.engine.errors import ConfigError
-from warpo.engine.run.process import keep_freed_memory, set_thread_waiting
+from warpo.engine.run.process import keep_freed_memory, set_thread_waiting, world_size
 from warpo.engine.run.terminal import OutputConsole, exit_status
 
 USAGE = """\
@@ -184,6 +184,7 @@ def _output_dir(args: Sequence[str]) -> str | None:
 # What follows loads torch late, since a mistyped setting must not wait for it.
 def _train(path: str, overrides: Sequence[str]) -> int:
     family, config = read_config(path, overrides)
+    _check_ranks()
     if family != "control":
         set_thread_waiting()
     module = _TRAINERS.get(family, "warpo.engine.trainers.offline.train")
@@ -196,6 +197,13 @@ def _train(path: str, overrides: Sequence[str]) -> int:
         keep_freed_memory()
     trainer.run(config)
     return 0
+
+
+def _check_ranks() -> None:
+    if world_size() > 1:
+        raise ConfigError(
+            f"WORLD_SIZE = {world_size()}: warpo trains in one process; start it without torchrun"
+        )
 
 
 def _settled(config: Any) -> Any:
@@ -253,6 +261,7 @@ def _check(path: str, options: Sequence[str]) -> int:
             "whose weights a sampler shares"
         )
     config = load_config(path, overrides)
+    _check_ranks()
     set_thread_waiting()
     from warpo.engine.preflight.check import run
 

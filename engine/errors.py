@@ -42,3 +42,7 @@ class WeightMismatch(WarpoError, RuntimeError):
 
 class SamplerError(WarpoError, RuntimeError):
     """The sampler cannot be built, or cannot hold the learner's weights."""
+
+
+class RankError(WarpoError, RuntimeError):
+    """Another rank has failed, has ended or did not come in time."""

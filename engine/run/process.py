@@ -1,5 +1,5 @@
-"""Environment of a process that computes on a CPU: how threads wait, what becomes of freed
-memory. Imports nothing of torch, which reads the first when it loads.
+"""Environment of a process: how threads wait, what becomes of freed memory, how many ranks there
+are. Imports nothing of torch, which reads the first when it loads.
 """
 
 from __future__ import annotations
@@ -29,6 +29,11 @@ def set_thread_waiting(variables: MutableMapping[str, str] = os.environ) -> None
     """
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(variables):
         variables["GOMP_SPINCOUNT"] = str(SPIN_COUNT)
+
+
+def world_size() -> int:
+    """The number of processes that torchrun has started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def keep_freed_memory() -> None:
