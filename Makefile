@@ -114,8 +114,8 @@ links:
 	mkdir -p .typing/warpo
 	for folder in kernels engine bench; do ln -sfn ../../$$folder .typing/warpo/$$folder; done
 
-types: $(VENV)/built links
-	MYPYPATH=.typing $(BIN)/mypy --namespace-packages --explicit-package-bases -p warpo.kernels -p warpo.engine -p warpo.bench -m examples.arithmetic
+types: $(VENV)/built
+	$(BIN)/mypy
 
 clean:
 	rm -rf build .typing runs kernels/*.so *.egg-info
@@ -127,6 +127,6 @@ $(VENV)/installed: requirements.txt
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps $(PIP_FLAGS) --requirement requirements.txt
 	touch $@
 
-$(VENV)/built: $(VENV)/installed $(SOURCES)
+$(VENV)/built: $(VENV)/installed $(SOURCES) | links
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-build-isolation --no-deps --editable .
 	touch $@

@@ -198,6 +198,7 @@ setup(
         "warpo.engine": ["py.typed"],
         "warpo.kernels": ["py.typed", "*.pyi"],
     },
+    include_package_data=False,  # requirements are for the source tree
     ext_modules=extensions,
     cmdclass={"build_ext": Build},
     zip_safe=False,

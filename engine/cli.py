@@ -1,24 +1,13 @@
-"""The command line: `warpo train|check CONFIG.yaml [--key value ...]`, `warpo algorithms`."""
+"""The command line. What a command needs is imported when it runs: kernels alone need no engine."""
 
 from __future__ import annotations
 
 import importlib
-import shutil
 import sys
-import textwrap
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
+from importlib.metadata import version
 from typing import Any
-
-from warpo.engine.config.algorithm import Algorithm
-from warpo.engine.config.algorithms import ALGORITHMS
-from warpo.engine.config.file import Key, keys, peek, read_tree, sections
-from warpo.engine.config.policy import Config, load_config
-from warpo.engine.config.resolve import find
-from warpo.engine.errors import ConfigError
-from warpo.engine.run.process import keep_freed_memory, set_thread_waiting, world_size
-from warpo.engine.run.terminal import OutputConsole, exit_status
 
 USAGE = """\
 warpo: reinforcement-learning post-training of language models, sampler and learner in one process.
@@ -30,97 +19,23 @@ usage: warpo train CONFIG.yaml [--key value | --section.key value ...]
        warpo check CONFIG.yaml [--plan-only] [--key value ...]
        warpo check --help                  what it proves before a run, and what it prints
        warpo bench [OP ...]                kernels against PyTorch, other trainers and the limits
-       warpo doctor [LIBRARY ...]          backends, other trainers, what of them is replaced
+       warpo doctor [LIBRARY ...]          what is installed, what is wrong with it, and the cure
        warpo kl                            bias and variance of the estimators of the KL
-"""
-
-EXAMPLE_YAML = """\
-model: models/Qwen2.5-0.5B        # a Hugging Face directory
-output_dir: runs/sums
-algorithm: grpo                   # `warpo algorithms` lists them all
-steps: 100
-data:
-  train: sums.jsonl               # lines like {"prompt": "2+3=", "answer": "5"}
-reward:
-  sources: my_rewards:exact       # def exact(completions, answer): return [...]
-rollout:
-  group_size: 8
-  max_new_tokens: 64
-update:
-  lr: 1e-5
-"""
-
-TRAIN_HELP = """\
-usage: warpo train CONFIG.yaml [--key value | --section.key value ...]
-
-Trains a model by reinforcement learning. A step samples completions of some prompts, scores them
-with your reward function, turns the scores of each prompt's group into advantages, takes one or
-more optimizer steps on the policy loss, and hands the new weights to the sampler.
-
-Example, CONFIG.yaml:
-
-{yaml}
-and my_rewards.py next to it, which gets the completions and the data fields that it names:
-
-    def exact(completions, answer):
-        return [float(text.strip() == right) for text, right in zip(completions, answer)]
-
-    warpo train CONFIG.yaml
-    warpo train CONFIG.yaml --steps 200 --resume        # goes on, or begins; a setting changed
-    warpo train CONFIG.yaml --update.betas 0.9 0.95
-
-output_dir then holds metrics.jsonl (one row per step), tensorboard/, learning.png, config.yaml and
-checkpoints/step-000100/, which transformers and vLLM load.
-
-These are the settings of the algorithms that learn from sampled completions. Those that learn from
-given data or in gymnasium environments have others: warpo train --help sft, dpo, sac, ...
-
-Settings:
-"""
-
-OTHER_HELP = """\
-usage: warpo train CONFIG.yaml [--key value | --section.key value ...]
-
-Settings of algorithm: {algorithm}. A config to begin with:
-{example}
+       warpo --version
 """
 
 DOCTOR_HELP = """\
 usage: warpo doctor [trl | verl | openrlhf | torchrl | stable_baselines3 ...]
 
-Which backends are built and, of these libraries, which are installed in this environment, whether
-their versions are tested ones, which of their functions warpo replaces and by which operations and
-backends. A library is imported to see that its functions are the tested ones, which takes seconds.
+The machine, torch, the backends of the kernels, the packages of the engine and the trainers that
+warpo can be put into: what is there, in which version, what is wrong with it, and the cure. A
+trainer is imported to see that its functions are the tested ones, which takes seconds.
 
     warpo doctor
-    warpo doctor trl                                    # only that one
+    warpo doctor trl       # of TRL, each function that warpo replaces, by which operations
 
 What is replaced in a process of yours: print(warpo.kernels.integrations.doctor.report()) in it.
-"""
-
-CHECK_HELP = """\
-usage: warpo check CONFIG.yaml [--plan-only] [--key value | --section.key value ...]
-
-Tries what a run of this config relies on, with its model, data and sampler. Nothing is written.
-
-  memory plan        Peak of each phase of a step, load, sample, score, update and publish,
-                     predicted before a weight is read, next to the memory that is free. Then a step
-                     of the largest shape that the config allows is run, and measured: 5 % apart at
-                     most.
-  sampler against    Sampler and learner score the same tokens after an update, and the learner
-  learner            packed rows and the model's own eager attention: probe.tolerance apart at most,
-                     and a tenth of it in the mean.
-  loss invariance    The gradient of an optimizer step, for every objective of the engine, whether
-                     its rollouts travel in one micro-batch, one by one or packed by a token budget,
-                     at most 1e-6 apart, or each by itself through the model's own eager attention,
-                     at most 1e-5 apart.
-
-    warpo check CONFIG.yaml
-    warpo check CONFIG.yaml --plan-only                 # does it fit? in seconds, loads no model
-    warpo check CONFIG.yaml --plan-only --update.token_budget 32768
-
-The settings are those of `warpo train --help`. Exit status: 0 all holds; 1 something does not, and
-its line says what to do; 2 wrong usage.
+Exit status: 0 nothing is wrong; 1 something is, and the last lines say what; 2 wrong usage.
 """
 
 
@@ -133,17 +48,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except (Exception, KeyboardInterrupt) as error:
-        return exit_status(error, lambda: _output_dir(args))
+        if isinstance(error, ModuleNotFoundError) and (missing := _missing_packages()):
+            print(
+                f"warpo: `warpo {args[0]}` needs packages that are not installed "
+                f"({', '.join(missing)}): pip install 'warpo[engine]'",
+                file=sys.stderr,
+            )
+            return 1
+        terminal = importlib.import_module("warpo.engine.run.terminal")
+        return terminal.exit_status(error, lambda: _commands().output_dir(args))
 
 
 def _command(args: list[str]) -> Callable[[], int]:
     match args:
         case [] | ["-h" | "--help", *_]:
             return partial(_show, USAGE, 0 if args else 2)
+        case ["--version"]:
+            return partial(_show, f"warpo {version('warpo')}", 0)
         case ["train", *rest] if {"-h", "--help"} & set(rest):
-            return partial(_help, [word for word in rest if word not in ("-h", "--help")])
+            names = [word for word in rest if word not in ("-h", "--help")]
+            return partial(_commands().show_settings, names)
+        case ["algorithms", "-h" | "--help"]:
+            return partial(_show, USAGE, 0)
         case ["algorithms", *rest] if len(rest) < 2:
-            return partial(_algorithms, *rest)
+            return partial(_commands().algorithms, *rest)
         case ["bench", *rest]:
             return partial(importlib.import_module("warpo.bench.cli").main, rest)
         case ["kl", *rest]:
@@ -151,16 +79,26 @@ def _command(args: list[str]) -> Callable[[], int]:
         case ["doctor", *libraries]:
             return partial(_doctor, libraries)
         case ["train", config, *overrides] if not config.startswith("-"):
-            return partial(_train, config, overrides)
+            return partial(_commands().train, config, overrides)
         case ["check", *rest] if {"-h", "--help"} & set(rest):
-            return partial(_show, CHECK_HELP, 0)
+            return partial(_show, _commands().CHECK_HELP, 0)
         case ["check", config, *overrides] if not config.startswith("-"):
-            return partial(_check, config, overrides)
+            return partial(_commands().check, config, overrides)
         case ["train" | "check" as command, *_]:
             problem = f"warpo {command}: the first argument is the YAML file"
         case [command, *_]:
             problem = f"warpo: there is no command {command!r}"
     return partial(_misuse, problem)
+
+
+def _commands() -> Any:
+    return importlib.import_module("warpo.engine.commands")
+
+
+def _missing_packages() -> list[str]:
+    from warpo.engine.doctor import packages
+
+    return [package.name for package in packages("engine") if package.installed is None]
 
 
 def _show(text: str, status: int) -> int:
@@ -173,179 +111,19 @@ def _misuse(problem: str) -> int:
     return 2
 
 
-def _output_dir(args: Sequence[str]) -> str | None:
-    """Return the folder where a traceback is kept: output_dir of a run."""
-    match args:
-        case ["train", config, *overrides]:
-            return peek(Path(config), overrides, "output_dir")
-    return None
-
-
-# What follows loads torch late, since a mistyped setting must not wait for it.
-def _train(path: str, overrides: Sequence[str]) -> int:
-    family, config = read_config(path, overrides)
-    _check_ranks()
-    if family != "control":
-        set_thread_waiting()
-    module = _TRAINERS.get(family, "warpo.engine.trainers.offline.train")
-    trainer: Any = importlib.import_module(module)
-    from warpo.engine.run.device import learner_device
-
-    if family != "control":
-        config = _settled(config)
-    if family != "control" and learner_device(config).type == "cpu":
-        keep_freed_memory()
-    trainer.run(config)
-    return 0
-
-
-def _check_ranks() -> None:
-    if world_size() > 1:
-        raise ConfigError(
-            f"WORLD_SIZE = {world_size()}: warpo trains in one process; start it without torchrun"
-        )
-
-
-def _settled(config: Any) -> Any:
-    """The config without what it leaves to the machine; what was decided is printed."""
-    from warpo.engine.preflight.settle import settle
-
-    config, said = settle(config)
-    for line in said:
-        print(line)
-    return config
-
-
-_TRAINERS = {
-    "policy": "warpo.engine.trainers.policy.train",
-    "control": "warpo.engine.trainers.control.train",
-}
-
-
-def read_config(path: str, overrides: Sequence[str]) -> tuple[str, Any]:
-    """The family of a config's algorithm, and the config.
-
-    Raises:
-        ConfigError: it cannot be read, or cannot run here.
-    """
-    family = _row(path, overrides).family
-    if family == "policy":
-        return family, load_config(path, overrides)
-    return family, read_tree(tree_of(family), Path(path), overrides)
-
-
-def _row(path: str, overrides: Sequence[str]) -> Algorithm:
-    """The algorithm of a config, which decides what settings there are."""
-    return find(peek(Path(path), overrides, "algorithm") or Config.algorithm)
-
-
-def tree_of(family: str) -> type:
-    """The settings of a family."""
-    if family == "policy":
-        return Config
-    if family == "control":
-        from warpo.engine.config.control import ControlConfig
-
-        return ControlConfig
-    from warpo.engine.config.offline import OfflineConfig
-
-    return OfflineConfig
-
-
-def _check(path: str, options: Sequence[str]) -> int:
-    overrides = [option for option in options if option != "--plan-only"]
-    row = _row(path, overrides)
-    if row.family != "policy":
-        raise ConfigError(
-            f"algorithm = {row.name!r} samples no completions: `warpo check` is for those that do, "
-            "whose weights a sampler shares"
-        )
-    config = load_config(path, overrides)
-    _check_ranks()
-    set_thread_waiting()
-    from warpo.engine.preflight.check import run
-
-    return 0 if run(_settled(config), plan_only="--plan-only" in options) else 1
-
-
-def _algorithms(name: str = "") -> int:
-    from warpo.engine.config import table
-
-    if name in ("-h", "--help"):
-        print(USAGE)
-    elif name == "--markdown":
-        print(table.markdown())
-    elif name == "--compare":
-        print(table.comparison())
-    elif name:
-        print(table.describe(find(name)))
-    else:
-        # Piped, there is no width to fit.
-        table.print_table(OutputConsole(width=None if sys.stdout.isatty() else 200))
-    return 0
-
-
 def _doctor(libraries: Sequence[str]) -> int:
     if {"-h", "--help"} & set(libraries):
         print(DOCTOR_HELP)
         return 0
-    from warpo.kernels.integrations import doctor
+    from warpo.engine.doctor import diagnose
 
     try:
-        print(doctor.report(libraries or doctor.LIBRARIES))
+        lines, problems = diagnose(libraries)
     except ValueError as error:
         print(f"warpo doctor: {error}", file=sys.stderr)
         return 2
-    return 0
-
-
-def _help(names: Sequence[str]) -> int:
-    row = find(names[0]) if names else ALGORITHMS[Config.algorithm]
-    tree = tree_of(row.family)
-    print(train_help() if tree is Config else settings_help(tree, row))
-    return 0
-
-
-def settings_help(tree: type, row: Algorithm) -> str:
-    """Every setting of a tree."""
-    from warpo.engine.config.table import example_of
-
-    head = OTHER_HELP.format(algorithm=row.name, example=example_of(row))
-    return "\n".join([head, *_settings(tree)])
-
-
-def train_help() -> str:
-    """Return the text of `warpo train --help`, as wide as the terminal, at most 100 columns."""
-    head = TRAIN_HELP.format(yaml=textwrap.indent(EXAMPLE_YAML, "    "))
-    return "\n".join([head, *_settings(Config)])
-
-
-def _settings(tree: type) -> list[str]:
-    width = min(100, shutil.get_terminal_size((100, 24)).columns)
-    lines = []
-    section = ""
-    for key in keys(tree).values():
-        head = key.name.rpartition(".")[0]
-        if head != section:
-            section = head
-            text = f"{section}: {' '.join(sections(tree)[section].split())}"
-            lines += ["", *textwrap.wrap(text, width)]
-        lines += _describe(key, width)
-    return lines
-
-
-def _describe(key: Key, width: int) -> list[str]:
-    default = key.default
-    if isinstance(default, tuple):
-        default = " ".join(str(part) for part in default)
-    if isinstance(default, bool):
-        default = str(default).lower()
-    tail = "(required)" if key.required else f"(default: {default if default != '' else 'empty'})"
-    head, indent = f"  --{key.name}  {key.wanted}  {tail}", " " * 8
-    return [
-        *textwrap.wrap(head, width, subsequent_indent=indent, break_on_hyphens=False),
-        *textwrap.wrap(key.text, width, initial_indent=indent, subsequent_indent=indent),
-    ]
+    print("\n".join(lines))
+    return 1 if problems else 0
 
 
 if __name__ == "__main__":

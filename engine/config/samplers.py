@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# what rollout/sampler/vllm_internals.py was written for
+SUPPORTED_VLLM = ">=0.32,<0.33"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplerKind:

