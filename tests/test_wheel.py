@@ -156,7 +156,7 @@ def test_the_command_line_with_torch_only(python, folder):
     warpo = (python, "-m", "warpo.engine.cli")
     assert run(*warpo, "--version", cwd=folder).startswith("warpo ")
     report = run(*warpo, "doctor", cwd=folder)
-    assert "pip install 'warpo[engine]'" in report and report.endswith("nothing is wrong\n")
+    assert "pip install '.[engine]'" in report and report.endswith("nothing is wrong\n")
     refused = subprocess.run([*warpo, "algorithms"], cwd=folder, capture_output=True, text=True)
     assert refused.returncode == 1
     assert "\nwarpo: `warpo algorithms` needs packages" in f"\n{refused.stderr}"

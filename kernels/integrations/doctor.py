@@ -117,7 +117,10 @@ def _library(name: str) -> Library | None:
 
 
 def _not_installed(name: str) -> str:
-    return f"not installed: pip install 'warpo[{name}]'"
+    """With the version that is pinned in warpo's extra of that name."""
+    extras = importlib.metadata.requires("warpo") or []
+    pinned = (line.partition(";")[0] for line in extras if line.replace("-", "_").startswith(name))
+    return f"not installed: pip install {next(pinned)}"
 
 
 def _backend(device: str) -> str:
