@@ -194,9 +194,7 @@ def check(path: str, options: Sequence[str]) -> int:
 def algorithms(name: str = "") -> int:
     from warpo.engine.config import table
 
-    if name == "--markdown":
-        print(table.markdown())
-    elif name == "--compare":
+    if name == "--compare":
         print(table.comparison())
     elif name:
         print(table.describe(find(name)))

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from warpo.engine.config import table
 from warpo.engine.config.algorithms import ALGORITHMS
 from warpo.engine.config.control import ControlConfig
 from warpo.engine.config.file import keys
@@ -67,7 +66,3 @@ def test_every_row_of_the_policy_family_is_told():
     page = PAGE.read_text()
     missing = [row for row in ALGORITHMS if f"`{row}`" not in page and f": {row}`" not in page]
     assert not missing, missing
-
-
-def test_the_page_compares_the_rows():
-    assert PAGE.read_text().endswith(table.comparison() + "\n"), "`warpo algorithms --compare`"

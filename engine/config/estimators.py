@@ -88,7 +88,7 @@ class Baseline:
     """Facts about what "outcome" subtracts from the reward of a completion.
 
     Attributes:
-        text: of which the README's table makes "reward - TEXT"; empty: nothing is subtracted.
+        text: of which the table of algorithms makes "reward - TEXT"; empty: nothing is subtracted.
         of_group: it is made of rewards of the group, so there must be two; where these are all
             equal the advantages are 0.
         of_history: it is made of rewards of earlier steps.

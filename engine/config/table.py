@@ -61,7 +61,7 @@ def print_table(console: Console) -> None:
 
 
 def markdown() -> str:
-    """The same table for the README."""
+    """The same table for docs/choosing.md."""
     lines = [f"| {' | '.join(_COLUMNS)} |", f"|{'---|' * len(_COLUMNS)}"]
     for family, title in _FAMILIES.items():
         lines.append(f"| **{title}** |" + " |" * (len(_COLUMNS) - 1))

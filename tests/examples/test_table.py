@@ -1,4 +1,4 @@
-"""The table of algorithms, its examples and the README agree."""
+"""The table of algorithms, its examples and docs/choosing.md agree."""
 
 import re
 import shlex
@@ -53,9 +53,9 @@ def test_the_row_begins_with_the_file_that_the_table_names(name):
     assert config.algorithm == name
 
 
-def test_the_commands_of_the_readme_are_configs():
-    readme = (EXAMPLES.parent / "README.md").read_text().replace("\\\n", " ")
-    commands = re.findall(r"^ +warpo train (examples/.*)$", readme, re.MULTILINE)
+def test_the_commands_of_the_page_are_configs():
+    page = (EXAMPLES.parent / "docs/choosing.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"^warpo train (examples/.*)$", page, re.MULTILINE)
     assert len(commands) >= 7
     for command in commands:
         file, *overrides = shlex.split(command, comments=True)
@@ -83,8 +83,3 @@ def test_warpo_algorithms_prints_every_row():
     assert "  caution     as in the paper" in cautious
     wrong = subprocess.run([*command, "dappo"], capture_output=True, text=True)
     assert wrong.returncode == 1 and "did you mean 'dapo'?" in wrong.stderr
-
-
-def test_the_readme_has_the_table():
-    readme = (EXAMPLES.parent / "README.md").read_text()
-    assert table.markdown() in readme, "paste `warpo algorithms --markdown`"

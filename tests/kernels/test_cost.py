@@ -1,4 +1,4 @@
-"""What a call costs: memory, and the speed that the README states. Host time: test_contract."""
+"""What a call costs: memory, and time against PyTorch's. Host time: test_contract."""
 
 import statistics
 import subprocess
