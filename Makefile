@@ -11,6 +11,8 @@
 #              trainer's own, as a table and in OUT
 # make test-integrations  environment, build, peers, then the drop-ins against the real trainers
 # make test-upstream      the same, then the trainers' own tests without and with the drop-ins
+# make docs    the site of docs/ in build/site, by MkDocs in an environment of its own; fails on a link
+#              that leads nowhere
 # make sanitize  environment, build, then the kernel tests on CPU kernels built with the address and
 #              undefined-behaviour sanitizers
 # make torture environment, build, then attacks: damaged configs, data and checkpoints, hostile rewards,
@@ -33,7 +35,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: train test test-integrations test-upstream bench bench-train bench-control bench-dropin peers gpu gpu-sanitize gpu-wheels links sanitize torture lint types clean
+.PHONY: docs train test test-integrations test-upstream bench bench-train bench-control bench-dropin peers gpu gpu-sanitize gpu-wheels links sanitize torture lint types clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/built
@@ -57,6 +59,14 @@ bench-control: $(VENV)/built peers
 
 bench-dropin: $(VENV)/built peers
 	$(BIN)/warpo bench dropin --out $(OUT)
+
+docs: .docs/installed links
+	NO_MKDOCS_2_WARNING=1 .docs/bin/mkdocs build --quiet
+
+.docs/installed: docs/requirements.txt
+	$(PYTHON) -m venv .docs
+	.docs/bin/python -m pip install --disable-pip-version-check --quiet $(PIP_FLAGS) --requirement $<
+	touch $@
 
 sanitize: $(VENV)/built
 	$(BIN)/python -m pytest tests/kernels/test_sanitizers.py
