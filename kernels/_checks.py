@@ -129,6 +129,11 @@ def _overridden(kind: type) -> set[str]:
     return {name for base in own for name in vars(base)}
 
 
+def is_fake(tensor: Tensor) -> bool:
+    """True if it has a shape and no numbers, and no graph is traced with it."""
+    return type(tensor).__name__ == "FakeTensor"
+
+
 def as_plain(gradient: Tensor) -> Tensor:
     """An upstream gradient as memory that a kernel reads: autograd may hand over zeros without
     memory, the negative bit or a sparse layout, which the caller has no hand in.

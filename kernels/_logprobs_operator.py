@@ -7,7 +7,7 @@ from torch import Tensor
 
 from warpo.kernels import dispatch, reference
 from warpo.kernels._arguments.logprobs import LogprobsArguments, LogprobsBackwardArguments
-from warpo.kernels._checks import check_unspent
+from warpo.kernels._checks import check_unspent, is_fake
 from warpo.kernels._registration import Operator, check_first_order
 
 # Up to so many tokens, a vocabulary past one block is given to several: fewer rows than twice the
@@ -168,7 +168,8 @@ def _differentiate(
     ctx.spent = True
     with torch.no_grad():
         grad_logits = logits.detach()
-        _launch_backward(inputs, grad_logits)
+        if not is_fake(logits):
+            _launch_backward(inputs, grad_logits)
         torch.autograd.graph.increment_version(grad_logits)
     return (grad_logits,)
 

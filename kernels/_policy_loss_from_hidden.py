@@ -20,6 +20,7 @@ from warpo.kernels._arguments.logprobs import LogprobsArguments
 from warpo.kernels._arguments.objective import ObjectiveArguments
 from warpo.kernels._arguments.policy_loss import KlPenaltyArguments
 from warpo.kernels._arguments.policy_loss_from_logits import PolicyLossFromLogitsArguments
+from warpo.kernels._checks import is_fake
 from warpo.kernels._linear_head import LinearHead, check_head, valid_tokens
 from warpo.kernels._linear_head_plan import APART, NONE, OVER, check_chunking
 from warpo.kernels._linear_logprobs import linear_logprobs_and_entropy
@@ -366,16 +367,14 @@ def _differentiate(ctx: Any, grad_loss: Tensor | None, *_: object) -> tuple[Tens
     if grad_loss is None:
         return (None, None, None)
     # a scalar of shape () would be rounded to the dtype of the gradient, this one is not
-    factor = grad_loss.view(1)
-    return tuple(
-        torch.mul(gradient, factor, out=torch.empty_like(gradient)) if want else None
-        for gradient, want in zip(ctx.saved_tensors, ctx.wanted, strict=True)
-    )
+    factor, saved = grad_loss.view(1), ctx.saved_tensors
+    over = is_fake(factor) and not keeps_graph()  # as in eager mode, whose memory is planned
+    results = [x.detach() if over else torch.empty_like(x) for x in saved]
+    scaled = [torch.mul(x, factor, out=out) for x, out in zip(saved, results, strict=True)]
+    return tuple(x if want else None for x, want in zip(scaled, ctx.wanted, strict=True))
 
 
-def _differentiate_eager(
-    ctx: Any, grad_loss: Tensor | None, *_: object
-) -> tuple[Tensor | None, ...]:
+def _differentiate_eager(ctx: Any, grad_loss: Tensor | None, *_: object) -> Any:
     """Where the graph is kept, of copies: on its last walk the gradients are scaled in place."""
     if grad_loss is None:
         return (None, None, None)
@@ -384,9 +383,7 @@ def _differentiate_eager(
     for gradient in gradients:
         if gradient.numel():
             scale_gradient(gradient.view(1, -1, gradient.shape[-1]), grad_loss, ctx.backend)
-    return tuple(
-        gradient if want else None for gradient, want in zip(gradients, ctx.wanted, strict=True)
-    )
+    return tuple(x if want else None for x, want in zip(gradients, ctx.wanted, strict=True))
 
 
 _operator = Operator(

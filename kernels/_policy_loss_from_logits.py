@@ -33,7 +33,7 @@ from warpo.kernels._arguments.policy_loss_from_logits import (
     PolicyLossFromLogitsArguments,
     ScaleGradientArguments,
 )
-from warpo.kernels._checks import as_rows
+from warpo.kernels._checks import as_rows, is_fake
 from warpo.kernels._logprobs import check_inplace, check_logits, logprobs_and_entropy
 from warpo.kernels._logprobs_operator import NO_INDEX
 from warpo.kernels._offsets import in_a_sequence
@@ -341,6 +341,8 @@ def _differentiate(ctx: Any, grad_loss: Tensor | None, *_: object) -> tuple[Tens
     if grad_loss is None:
         return (None,)
     (gradient,) = ctx.saved_tensors
+    if is_fake(gradient):  # as in eager mode, whose memory is planned
+        return (gradient.detach(),)
     return (gradient * grad_loss,)
 
 

@@ -19,7 +19,7 @@ from warpo.engine.learner.schedule import make_optimizer
 from warpo.engine.learner.step import denominator
 from warpo.engine.models.batch import Batch
 from warpo.engine.models.checkpointing import checkpoint_layers
-from warpo.engine.models.model import token_logprobs_and_values
+from warpo.engine.models.model import token_values
 from warpo.engine.models.scalar import load_scalar_model, token_scores
 from warpo.engine.models.score import device_of
 from warpo.engine.ranks import ONE_RANK, Ranks
@@ -82,7 +82,7 @@ class Critic:
         return [] if self._network is None else list(self._network.parameters())
 
     @torch.no_grad()
-    def values(self, batch: Batch, temperature: float) -> tuple[Tensor, Tensor | None]:
+    def values(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Without gradient (M,) float32, of the states before each token, and with critic.bootstrap
         (B,), of the state after each sequence.
         """
@@ -90,8 +90,7 @@ class Critic:
         if self._settings.bootstrap:
             index = torch.cat([index, batch.gather_index[:, -1]])
         if self._head is not None:
-            model, head = self._policy, self._head
-            _, found = token_logprobs_and_values(model, head, batch, temperature, index=index)
+            found = token_values(self._policy, self._head, batch, index)
         else:
             assert self._network is not None
             found = token_scores(self._network, batch, index)

@@ -251,7 +251,7 @@ class Learner:
                     found = score(self.model, batch, temperature)
                     rollouts.fill("old_logprobs", rows, found)
                 if self.critic is not None:
-                    values, last_values = self.critic.values(batch, temperature)
+                    values, last_values = self.critic.values(batch)
                     rollouts.fill("values", rows, values)
                     if last_values is not None:
                         rollouts.fill_last_values(rows, last_values)

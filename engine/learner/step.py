@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from warpo.engine.learner.optimizer import WeightUpdate
 from warpo.engine.models.batch import Batch
-from warpo.engine.models.model import token_logprobs, token_logprobs_and_values
+from warpo.engine.models.model import predict
 from warpo.engine.ranks import ONE_RANK, Ranks
 from warpo.kernels import ops
 from warpo.kernels.objectives import Objective
@@ -95,50 +95,32 @@ def accumulate_gradients(
     right_weight = right_nll_coef and right_nll_coef / _count_right(batches, ranks)
     logprobs, metrics, value_metrics, right_losses, penalties = [], [], [], [], []
     for batch in batches:
-        if critic is None:
-            current = token_logprobs(model, batch, temperature)
-        else:
-            head = critic.value_head
-            current, values = token_logprobs_and_values(model, head, batch, temperature)
-        assert batch.advantages is not None
-        advantages = batch.advantages
-        if causal_gamma is not None:
-            assert batch.old_logprobs is not None
-            advantages = ops.off_policy_returns(
-                advantages,
-                current.logprobs.detach(),
-                batch.old_logprobs,
-                gamma=causal_gamma,
-                cu_seqlens=batch.cu_seqlens,
-            )
-        loss, batch_metrics = ops.policy_loss(
-            current.logprobs,
-            batch.old_logprobs,
-            advantages,
+        loss, batch_metrics, current, values = _policy_loss(
+            model,
+            batch,
             objective,
-            cu_seqlens=batch.cu_seqlens,
-            ref_logprobs=batch.ref_logprobs,
-            sampler_logprobs=batch.sampler_logprobs,
-            # only for the metrics it needs no gradient
-            entropy=current.entropy if objective.entropy_coef else current.entropy.detach(),
+            value_head=None if critic is None else critic.value_head,
+            temperature=temperature,
+            causal_gamma=causal_gamma,
+            keep_logprobs=batch.penalized is not None or right_nll_coef != 0,
             kl_coef=kl_coef,
             denominator=total,
         )
-        if critic is not None:
+        if critic is not None and values is not None:
             value_loss, batch_values = critic.loss(values, batch, value_total)
             loss = loss + critic.coef * value_loss
             value_metrics.append(batch_values)
         if batch.penalized is not None:
-            penalty = penalty_coef * _penalty(current.logprobs, batch, objective, total)
+            penalty = penalty_coef * _penalty(current, batch, objective, total)
             loss = loss + penalty
             penalties.append(penalty.detach())
         if right_nll_coef:
             assert batch.right is not None
-            right_loss = -right_weight * current.logprobs.where(batch.right, 0).sum()
+            right_loss = -right_weight * current.where(batch.right, 0).sum()
             loss = loss + right_loss
             right_losses.append(right_loss.detach())
         loss.backward()
-        logprobs.append(current.logprobs.detach())
+        logprobs.append(current.detach())
         metrics.append(batch_metrics)
     return StepResult(
         policy=ops.sum_metrics(ranks.gather(metrics)),
@@ -147,6 +129,62 @@ def accumulate_gradients(
         right=torch.stack(ranks.gather(right_losses)).sum() if right_losses else None,
         logprobs=torch.cat(logprobs),
     )
+
+
+def _policy_loss(
+    model: nn.Module,
+    batch: Batch,
+    objective: Objective,
+    *,
+    value_head: nn.Module | None,
+    temperature: float,
+    causal_gamma: float | None,
+    keep_logprobs: bool,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Loss and metrics of `ops.policy_loss`; the logprobs, which are differentiable where they are
+    kept for other losses; and the values of a value head.
+
+    Loss and gradient take one pass over the head where only the loss reads the logprobs.
+    """
+    predictions, values = predict(model, batch, value_head)
+    advantages = batch.advantages
+    assert advantages is not None
+    options |= {
+        "cu_seqlens": batch.cu_seqlens,
+        "ref_logprobs": batch.ref_logprobs,
+        "sampler_logprobs": batch.sampler_logprobs,
+    }
+    if causal_gamma is None and not keep_logprobs:
+        found = predictions.policy_loss(
+            batch.targets,
+            advantages,
+            objective,
+            old_logprobs=batch.old_logprobs,
+            temperature=temperature,
+            **options,
+        )
+        return found.loss, found.metrics, found.logprobs, values
+    current = predictions.logprobs(batch.targets, temperature)
+    if causal_gamma is not None:
+        assert batch.old_logprobs is not None
+        advantages = ops.off_policy_returns(
+            advantages,
+            current.logprobs.detach(),
+            batch.old_logprobs,
+            gamma=causal_gamma,
+            cu_seqlens=batch.cu_seqlens,
+        )
+    loss, metrics = ops.policy_loss(
+        current.logprobs,
+        batch.old_logprobs,
+        advantages,
+        objective,
+        # only for the metrics it needs no gradient
+        entropy=current.entropy if objective.entropy_coef else current.entropy.detach(),
+        **options,
+    )
+    return loss, metrics, current.logprobs, values
 
 
 def _penalty(logprobs: Tensor, batch: Batch, objective: Objective, total: float) -> Tensor:

@@ -20,7 +20,7 @@ from warpo.engine.errors import ConfigError, DataError
 from warpo.engine.models.attention import ATTENTION
 from warpo.engine.models.batch import Batch
 from warpo.engine.models.files import load_weights, read_config
-from warpo.engine.models.head import Float32Head, logprobs_of
+from warpo.engine.models.head import Float32Head, Predictions, predictions_of
 from warpo.engine.models.linear import Linear
 from warpo.kernels import ops
 
@@ -108,35 +108,35 @@ def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     return sorted(ids)
 
 
-def token_logprobs(model: nn.Module, batch: Batch, temperature: float) -> ops.LogprobsAndEntropy:
-    """logprobs and entropy, each (M,), of the completion tokens of a packed micro-batch.
+def predict(
+    model: nn.Module, batch: Batch, value_head: nn.Module | None = None
+) -> tuple[Predictions, Tensor | None]:
+    """Predictions of the M completion tokens of a packed micro-batch, and the values (M,) float32
+    that a head on the last hidden states gives to the states before those tokens.
 
     Logits are computed for the M tokens that predict completion tokens only, all at once where they
     take at most LOGITS_BYTES.
     """
-    return logprobs_of(model, lambda: forward(model, batch), batch.targets, temperature)[0]
-
-
-def token_logprobs_and_values(
-    model: nn.Module,
-    value_head: nn.Module,
-    batch: Batch,
-    temperature: float,
-    *,
-    index: Tensor | None = None,
-) -> tuple[ops.LogprobsAndEntropy, Tensor]:
-    """The same, and the values (M,) float32 that a head on the last hidden states gives to the
-    states before those tokens, or (K,) to those after the tokens of `index`.
-    """
-    logprobs, output = logprobs_of(
-        model,
-        lambda: forward(model, batch, output_hidden_states=True),
-        batch.targets,
-        temperature,
+    options = {} if value_head is None else {"output_hidden_states": True}
+    found, output = predictions_of(
+        model, lambda: forward(model, batch, **options), batch.num_trained
     )
-    index = batch.logit_positions if index is None else index
-    hidden = hidden_at(model, output.hidden_states[-1], batch, index)
-    return logprobs, value_head(hidden.float()).squeeze(-1)
+    if value_head is None:
+        return found, None
+    hidden = hidden_at(model, output.hidden_states[-1], batch, batch.logit_positions)
+    return found, value_head(hidden.float()).squeeze(-1)
+
+
+def token_logprobs(model: nn.Module, batch: Batch, temperature: float) -> ops.LogprobsAndEntropy:
+    """logprobs and entropy, each (M,) float32, of those tokens."""
+    return predict(model, batch)[0].logprobs(batch.targets, temperature)
+
+
+def token_values(model: nn.Module, value_head: nn.Module, batch: Batch, index: Tensor) -> Tensor:
+    """Values (K,) float32 of the states after the tokens of `index`; no token is predicted."""
+    trunk: Any = model.base_model
+    hidden = trunk(**inputs_of(model, batch)).last_hidden_state
+    return value_head(hidden_at(model, hidden, batch, index).float()).squeeze(-1)  # type: ignore[no-any-return]
 
 
 def forward(model: nn.Module, batch: Batch, **options: Any) -> Any:

@@ -297,15 +297,19 @@ class _LiveBytes(TorchDispatchMode):
         self._live -= size
 
 
+_FUSED_HEADS = ("linear_logprobs", "policy_loss_from_hidden")
+
+
 def _workspace_bytes(func: Any, args: tuple[Any, ...]) -> int:
-    """What a fused head takes while it runs: its workspace, and backward the float32 sums of the
-    gradient of a narrower weight.
+    """What a fused head takes while it runs: its workspace, and where it makes the gradient of a
+    narrower weight its float32 sums.
     """
-    if "linear_logprobs" not in func.name():
+    name = func.name()
+    if not any(head in name for head in _FUSED_HEADS):
         return 0
     given = {argument.name: x for argument, x in zip(func._schema.arguments, args, strict=False)}
     size = sum(x for name, x in given.items() if name.endswith("workspace_bytes"))
-    if "backward" in func.name():
+    if "backward" in name or any(given.get("wanted", ())):
         weights = (x for name, x in given.items() if name.endswith("weight"))
         size += sum(4 * x.numel() for x in weights if x.dtype != torch.float32)
     return int(size)

@@ -19,7 +19,7 @@ from warpo.engine.errors import TrainingError
 from warpo.engine.learner.critic import Critic
 from warpo.engine.learner.step import accumulate_gradients
 from warpo.engine.models.batch import Batch
-from warpo.engine.models.model import load_model
+from warpo.engine.models.model import load_model, predict
 from warpo.engine.models.step_rollouts import StepRollouts
 from warpo.engine.trainers.policy.train import run
 from warpo.kernels.objectives import OBJECTIVES
@@ -154,7 +154,7 @@ def test_the_gradient_of_an_own_network_is_that_of_the_formula(
     loss.backward()
     expected = {name: p.grad for name, p in plain.named_parameters()}
 
-    scored = torch.cat([own.values(batch, 1.0)[0] for batch in in_micro_batches(made)])
+    scored = torch.cat([own.values(batch)[0] for batch in in_micro_batches(made)])
     torch.testing.assert_close(scored.double(), values, rtol=1e-5, atol=1e-5)
     found: dict[str, Tensor] = {}
 
@@ -207,8 +207,16 @@ def test_a_shared_head_adds_the_value_gradient_to_the_trunk(
     assert_gradients({name: p.grad for name, p in policy.named_parameters()}, expected)
     assert_gradients({"head": critic.value_head.weight.grad}, {"head": COEF * head.grad})
     assert metrics is not None and metrics[0].item() == pytest.approx(loss.item(), rel=1e-5)
-    scored = torch.cat([critic.values(batch, 0.8)[0] for batch in in_micro_batches(made)])
+    scored = torch.cat([critic.values(batch)[0] for batch in in_micro_batches(made)])
     torch.testing.assert_close(scored.double(), values, rtol=1e-5, atol=1e-5)
+
+
+def test_values_of_a_shared_critic_need_no_logits(shared: tuple[nn.Module, Critic]) -> None:
+    policy, critic = shared
+    batch = rollouts().batch(range(7))
+    _, wanted = predict(policy, batch, critic.value_head)
+    policy.lm_head.register_forward_hook(lambda *_: pytest.fail("logits were made"))
+    assert torch.equal(critic.values(batch)[0], wanted)
 
 
 def test_a_critic_starts_with_the_policy_and_values_of_0(model_path: Callable[[str], str]) -> None:
@@ -217,7 +225,7 @@ def test_a_critic_starts_with_the_policy_and_values_of_0(model_path: Callable[[s
     for model in ("policy", "shared"):
         critic = Critic(settings(path, model=model), policy)
         batch = rollouts().batch(range(7))
-        assert torch.equal(critic.values(batch, 1.0)[0], torch.zeros(batch.targets.numel()))
+        assert torch.equal(critic.values(batch)[0], torch.zeros(batch.targets.numel()))
         names = [name for name, _ in critic.named_parameters()]
         assert names == (["critic_head.weight"] if critic.is_shared else [])
     trunk = Critic(settings(path), policy)._network.base_model.state_dict()
@@ -231,7 +239,7 @@ def test_values_approach_the_returns(own: Critic) -> None:
         batch.returns, batch.values = torch.ones_like(batch.returns), torch.ones_like(batch.values)
     losses = [own.train_step(batches)[0].item() for _ in range(30)]
     assert losses[-1] < 0.05 * losses[0]
-    values = torch.cat([own.values(batch, 1.0)[0] for batch in batches])
+    values = torch.cat([own.values(batch)[0] for batch in batches])
     assert (values - 1).abs().mean() < 0.3
 
 

@@ -63,11 +63,16 @@ def test_a_step_is_its_models_work(model_path, tmp_path, monkeypatch):
     trained._accumulate([batch], 1, 0, step.StepResult())
     whole = (process_time() - start) * made.num_tokens / batch.sequence_tokens
 
-    def stub(model, batch, temperature):
-        logprobs = batch.sampler_logprobs + sum(p.sum() for p in model.parameters()) * 0
-        return ops.LogprobsAndEntropy(logprobs, logprobs.detach())
+    class Stub:
+        def policy_loss(self, targets, advantages, objective, *, temperature, **options):
+            logprobs = options["sampler_logprobs"] + sum(p.sum() for p in model.parameters()) * 0
+            old, entropy = options.pop("old_logprobs"), logprobs.detach()
+            found = ops.policy_loss(
+                logprobs, old, advantages, objective, entropy=entropy, **options
+            )
+            return ops.PolicyLossFromLogits(*found, entropy, entropy)
 
-    monkeypatch.setattr(step, "token_logprobs", stub)
+    monkeypatch.setattr(step, "predict", lambda model, batch, value_head: (Stub(), None))
     for module in (learner, drift):
         monkeypatch.setattr(module, "score", lambda model, batch, _: batch.sampler_logprobs)
     seconds = []

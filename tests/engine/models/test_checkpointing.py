@@ -22,9 +22,9 @@ from warpo.engine.models.checkpointing import checkpoint_layers, layers_of
 from warpo.engine.models.model import (
     inputs_of,
     other_layers,
+    predict,
     prepare,
     token_logprobs,
-    token_logprobs_and_values,
 )
 from warpo.engine.models.score import loss_and_gradient
 from warpo.engine.trainers.policy.train import run
@@ -71,8 +71,9 @@ def test_a_head_on_the_trunk_and_the_inputs_get_the_same_gradient() -> None:
     head = torch.nn.Linear(128, 1)
 
     def loss(model: PreTrainedModel) -> Tensor:
-        logprobs, values = token_logprobs_and_values(model, head, packed(), 1.0)
-        return logprobs.logprobs.sum() + values.square().sum()
+        predictions, values = predict(model, packed(), head)
+        logprobs = predictions.logprobs(packed().targets, 1.0).logprobs
+        return logprobs.sum() + values.square().sum()
 
     assert_equal(gradients(twice, loss(twice)), gradients(plain, loss(plain)))
     ids = [ids for ids, _ in sequences()]

@@ -19,7 +19,7 @@ from warpo.engine import cli
 from warpo.engine.config.policy import load_config
 from warpo.engine.learner import step
 from warpo.engine.learner.optimizer import AdamW
-from warpo.engine.models import score
+from warpo.engine.models import model as models
 from warpo.engine.preflight import invariance
 from warpo.engine.preflight.invariance import (
     LAYOUTS,
@@ -157,15 +157,14 @@ def test_a_denominator_that_depends_on_the_split_is_caught(
 
 
 def test_attention_across_rollouts_is_caught(model, sequences, monkeypatch):
-    token_logprobs = step.token_logprobs
+    forward = models.forward
 
-    def leaking(model, batch, temperature):
+    def leaking(model, batch, **options):
         whole = torch.arange(batch.input_ids.numel())
         across = replace(batch, gather_index=whole[None], scatter_index=whole)
-        return token_logprobs(model, across, temperature)
+        return forward(model, across, **options)
 
-    for module in (step, score):
-        monkeypatch.setattr(module, "token_logprobs", leaking)
+    monkeypatch.setattr(models, "forward", leaking)
     found = divergences(model, sequences, {"dapo": OBJECTIVES["dapo"]}, **OPTIONS)
     assert min(d.relative for d in found) > 1e-2, found
 
