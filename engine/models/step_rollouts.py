@@ -107,7 +107,7 @@ class StepRollouts:
     def tokens_of(self, rows: Sequence[int]) -> Tensor:
         """(m,) int64: places in the columns of the tokens of some rows, row by row."""
         spans = [np.arange(self._starts[row], self._starts[row + 1]) for row in rows]
-        return torch.from_numpy(np.concatenate(spans)).to(self.device)
+        return torch.from_numpy(np.concatenate([np.empty(0, np.int64), *spans])).to(self.device)
 
     def batch(self, rows: Sequence[int]) -> Batch:
         """One micro-batch of some rows, on the device of the columns."""

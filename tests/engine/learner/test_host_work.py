@@ -3,6 +3,7 @@
 import random
 from dataclasses import replace
 from time import process_time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -56,7 +57,8 @@ def test_a_step_is_its_models_work(model_path, tmp_path, monkeypatch):
     smallest model of the tests, 0.3 M weights: one micro-batch of its update, times their number.
     """
     model, made = load_model(model_path("qwen2"), "float32", torch.device("cpu")), make_rollouts()
-    trained = Learner(make_config(tmp_path), Run(log=NoLog()), model, None)
+    tokenizer = SimpleNamespace(decode=str)
+    trained = Learner(make_config(tmp_path), Run(log=NoLog()), model, tokenizer)
     (micro_batches,) = trained._minibatches(made, 1)
     batch = replace(micro_batches[0], advantages=micro_batches[0].sampler_logprobs)
     start = process_time()

@@ -185,7 +185,7 @@ def test_minibatches_deal_every_rollout_once():
 
 def test_columns_are_filled_and_read_by_row():
     made = rollouts(5)
-    assert made.batch([1]).values is None
+    assert made.batch([1]).values is None and made.tokens_of([]).tolist() == []
     tokens = {row: torch.randn(int(made.lengths[row])) for row in range(5)}
     for rows in ([3, 0], [4, 1, 2]):
         made.fill("values", rows, torch.cat([tokens[row] for row in rows]))
