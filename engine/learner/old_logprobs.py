@@ -47,9 +47,7 @@ def sampler_serves(
     return drift.sampling_difference <= EQUAL_LOGPROBS
 
 
-def say_what_is_uncorrected(
-    config: Config, algorithm: Algorithm, drift: Drift, log: Log
-) -> None:
+def say_what_is_uncorrected(config: Config, algorithm: Algorithm, drift: Drift, log: Log) -> None:
     """Say once that the rollouts are off-policy and nothing corrects for it, where that is so."""
     if _correction(algorithm) != "none":
         return

@@ -17,7 +17,7 @@ from warpo.engine.models.model import (
     token_logprobs,
     token_logprobs_and_values,
 )
-from warpo.engine.preflight import memory
+from warpo.engine.plan import memory
 from warpo.engine.types import TokenSequence
 from warpo.kernels import ops
 from warpo.kernels._linear_head_plan import CPU_WORKSPACE_BYTES
