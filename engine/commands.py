@@ -16,7 +16,12 @@ from warpo.engine.config.file import Key, keys, peek, read_tree, sections
 from warpo.engine.config.policy import Config, load_config
 from warpo.engine.config.resolve import find
 from warpo.engine.errors import ConfigError
-from warpo.engine.run.process import keep_freed_memory, set_thread_waiting, world_size
+from warpo.engine.run.process import (
+    expand_segments,
+    keep_freed_memory,
+    set_thread_waiting,
+    world_size,
+)
 from warpo.engine.run.terminal import OutputConsole
 
 EXAMPLE_YAML = """\
@@ -108,14 +113,13 @@ def output_dir(args: Sequence[str]) -> str | None:
 def train(path: str, overrides: Sequence[str]) -> int:
     family, config = read_config(path, overrides)
     _check_ranks()
+    expand_segments()
     if family != "control":
         set_thread_waiting()
     module = _TRAINERS.get(family, "warpo.engine.trainers.offline.train")
     trainer: Any = importlib.import_module(module)
     from warpo.engine.run.device import learner_device
 
-    if family != "control":
-        config = _settled(config)
     if family != "control" and learner_device(config).type == "cpu":
         keep_freed_memory()
     trainer.run(config)
@@ -127,16 +131,6 @@ def _check_ranks() -> None:
         raise ConfigError(
             f"WORLD_SIZE = {world_size()}: warpo trains in one process; start it without torchrun"
         )
-
-
-def _settled(config: Any) -> Any:
-    """The config without what it leaves to the machine; what was decided is printed."""
-    from warpo.engine.preflight.settle import settle
-
-    config, said = settle(config)
-    for line in said:
-        print(line)
-    return config
 
 
 _TRAINERS = {
@@ -185,10 +179,11 @@ def check(path: str, options: Sequence[str]) -> int:
         )
     config = load_config(path, overrides)
     _check_ranks()
+    expand_segments()
     set_thread_waiting()
     from warpo.engine.preflight.check import run
 
-    return 0 if run(_settled(config), plan_only="--plan-only" in options) else 1
+    return 0 if run(config, plan_only="--plan-only" in options) else 1
 
 
 def algorithms(name: str = "") -> int:

@@ -28,7 +28,7 @@ ALLOWED = {
 # the folders of engine/ and the files at its root, each above all that it may import
 ROOMS = (
     *("redact", "errors", "types", "ranks", "config", "data", "run", "models", "rollout"),
-    *("learner", "weights", "trainers", "preflight", "commands", "doctor", "cli"),
+    *("learner", "weights", "plan", "trainers", "preflight", "commands", "doctor", "cli"),
 )
 MAX_POSITIONAL = 8
 MAX_FORMATTER_SKIPS = 60

@@ -146,8 +146,8 @@ class OfflineConfig:
     """Fixes data order."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model is trained. "auto": cuda if there is one."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the weights."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the weights. "auto": bfloat16 on CUDA, float32 on a CPU."""
     resume: bool = False
     """Continue from the newest checkpoint in output_dir; begin where there is none."""
     data: OfflineData

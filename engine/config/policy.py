@@ -57,8 +57,8 @@ class Config:
     """Fixes data order and every draw."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the learner runs. "auto": cuda if there is one."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the learner's weights."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the learner's weights. "auto": bfloat16 on CUDA, float32 on a CPU."""
     lm_head_dtype: Literal["same", "float32"] = "same"
     """Type in which learner and sampler compute logits. The head's weight stays in dtype."""
     sampler: SamplerName = "vllm"
@@ -119,7 +119,9 @@ def _check_inputs(config: Config) -> None:
             f"evaluation.every_steps = {config.evaluation.every_steps} needs data.eval: "
             "give held-out prompts, as a file or a number, or set evaluation.every_steps to 0"
         )
-    if config.resync == "alias" and config.sampler_dtype != config.dtype:
+    # with dtype = auto again when it is settled
+    settled = config.dtype != "auto"
+    if config.resync == "alias" and settled and config.sampler_dtype != config.dtype:
         raise ConfigError(
             f"resync = 'alias' needs one dtype: the learner has dtype = {config.dtype!r} and the "
             f"sampler rollout.dtype = {config.rollout.dtype!r}; set resync to copy or auto"

@@ -161,13 +161,20 @@ class RolloutSettings:
     """Length limit of prompt and completion together, in tokens."""
     dtype: Literal["same", "float32", "bfloat16", "float16"] = "same"
     """Type of the sampler's weights. "same": that of the learner."""
-    kv_cache_gib: Positive = 4.0
-    """Memory of vLLM's KV cache in GiB. The transformers sampler has no such cache."""
+    kv_cache_gib: Positive | Literal["auto"] = "auto"
+    """Memory of vLLM's KV cache in GiB. The transformers sampler has no such cache. auto: on CUDA
+    what the memory plan leaves of nine tenths of the free memory, at most what the sequences that
+    are sampled together fill; on a CPU 4."""
 
     @property
     def truncated(self) -> bool:
         """True if some tokens cannot be drawn."""
         return self.top_p < 1 or self.top_k > 0
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        """kv_cache_gib in bytes; 0 while "auto" is not settled."""
+        return 0 if self.kv_cache_gib == "auto" else int(self.kv_cache_gib * 2**30)
 
 
 @dataclass(frozen=True, kw_only=True, config=checked)

@@ -12,6 +12,7 @@ pass of its shapes:
     positions    are given for each token, and a table of them is as long as a sequence
     vocabulary   token ids are below its size
     weights      are plain numbers, not quantised ones
+    loss         is the algorithm's: routers of experts add none of their own
 
 docs/architectures.md is the list of transformers' models, made by these rules and held against
 numbers by a test.
@@ -146,6 +147,11 @@ def _of_config(config: PretrainedConfig) -> str:
         return (
             f"its weights are quantised ({get('quant_method')}), and training needs plain ones: "
             "take the model before quantisation"
+        )
+    if getattr(config.get_text_config(), "output_router_logits", False):
+        return (
+            "its config asks for an auxiliary loss of its routers (output_router_logits is true), "
+            "which no algorithm adds: set output_router_logits to false in config.json"
         )
     if not getattr(config, "is_causal", True):
         return f"{config.model_type} attends to later tokens (is_causal is false in its config)"

@@ -21,6 +21,8 @@ from warpo.engine.models.batch import pack
 from warpo.engine.models.files import check_files, load_tokenizer
 from warpo.engine.models.score import device_of, score
 from warpo.engine.models.step_rollouts import StepRollouts, step_rollouts
+from warpo.engine.plan.memory import MIB, PHASES, MemoryPlan, plan_memory, resync_of
+from warpo.engine.plan.settle import settle
 from warpo.engine.preflight.check_step import TriedRun, measure_step
 from warpo.engine.preflight.invariance import (
     LAYOUTS,
@@ -35,7 +37,6 @@ from warpo.engine.preflight.invariance import (
     repeated_divergence,
     with_branches,
 )
-from warpo.engine.preflight.memory import MIB, PHASES, MemoryPlan, plan_memory, resync_of
 from warpo.engine.preflight.peak_memory import PeakMemory
 from warpo.engine.preflight.report import Line, Report
 from warpo.engine.rollout.sampler.base import Sampler, SamplingOptions
@@ -64,6 +65,9 @@ def run(config: Config, *, plan_only: bool = False, console: Console | None = No
     """
     console = console or OutputConsole()
     report = Report(console)
+    config, settled = settle(config)
+    if settled:
+        report.say(settled)
     check_limits(config, check_files(config.model), learner_device(config))
     check_run(config)
     tokenizer = load_tokenizer(config.model)

@@ -13,7 +13,7 @@ from warpo.engine.errors import WeightMismatch
 from warpo.engine.learner.agreement import relative
 from warpo.engine.learner.learner import Learner
 from warpo.engine.models.batch import Batch
-from warpo.engine.preflight.memory import MemoryPlan, rollouts_of
+from warpo.engine.plan.memory import MemoryPlan, rollouts_of
 from warpo.engine.preflight.peak_memory import PeakMemory, rehearse
 from warpo.engine.preflight.report import Line, Report
 from warpo.engine.rollout.collect import Rollouts

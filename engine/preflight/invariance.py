@@ -97,6 +97,8 @@ def load_cut_model(
     _cut_layers(model)
     number = _cut_vocabulary(model, sequences)
     model.get_output_embeddings().register_forward_hook(lambda _module, _args, out: out.float())
+    if dtype == torch.float64 and model._can_set_experts_implementation():
+        model.set_experts_implementation("eager")  # grouped products know no float64
     renumbered = [replace(x, token_ids=number[x.token_ids]) for x in sequences]
     return nn.Module.to(model, device, dtype), renumbered
 

@@ -18,7 +18,7 @@ from warpo.engine.learner.optimizer import AdamW
 from warpo.engine.learner.step import accumulate_gradients
 from warpo.engine.models.files import read_config
 from warpo.engine.models.model import load_model
-from warpo.engine.preflight.memory import Shape, rollouts_of
+from warpo.engine.plan.memory import Shape, rollouts_of
 from warpo.engine.rollout.sampler.base import SamplerSettings, SamplingOptions, open_sampler
 from warpo.engine.run.process import return_freed_memory
 from warpo.engine.weights.resync import Resync

@@ -52,11 +52,15 @@ class Run:
 def open_run(
     config: RunSettings,
     ranks: Ranks = ONE_RANK,
+    settled: str = "",
     *,
     columns: Sequence[Column] = COLUMNS,
     shown_every: int = 1,
 ) -> Iterator[Run]:
     """Hold output_dir, open the log, and let signals wait for a moment at which nothing is lost.
+
+    Args:
+        settled: line on the settings that were left to the machine.
 
     Raises:
         ConfigError, CheckpointError: see `claim`.
@@ -66,6 +70,8 @@ def open_run(
         _open_log(config, ranks, saved, columns, shown_every) as log,
         signals(log) as asked,
     ):
+        if settled:
+            log.say(settled)
         tell(config, saved, log)
         yield Run(log=log, stop=lambda: ranks.any(asked()), saved=saved, ranks=ranks)
 

@@ -1,5 +1,5 @@
 """Environment of a process: how threads wait, what becomes of freed memory, how many ranks there
-are. Imports nothing of torch, which reads the first when it loads.
+are. Imports nothing of torch, which reads the variables when it loads.
 """
 
 from __future__ import annotations
@@ -34,6 +34,17 @@ def set_thread_waiting(variables: MutableMapping[str, str] = os.environ) -> None
 def world_size() -> int:
     """The number of processes that torchrun has started; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def expand_segments(variables: MutableMapping[str, str] = os.environ) -> None:
+    """Let torch's allocator on CUDA grow the segments it has, unless the user has configured it.
+
+    Micro-batches differ in size, and in segments of fixed sizes what one leaves does not fit the
+    next. vLLM leaves this off in the pool that it puts to sleep (vllm/device_allocator/cumem.py).
+    To be called before torch loads.
+    """
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(variables):
+        variables["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def keep_freed_memory() -> None:

@@ -55,6 +55,12 @@ recipe.
 share one copy of the weights; copy: two, and why; seen on vLLM's CPU build with a model that took
 an update. "-": not tried.
 
+**Experts** are in a layer's `gate_up_proj` (experts, 2 x width, hidden) and `down_proj` (experts,
+hidden, width), expert i of the files at index i, and are saved under the names of the files.
+Routers get the gradient of the algorithm's loss and no other: a config with `output_router_logits`,
+which asks for an auxiliary loss, is refused, and `router_jitter_noise` is not drawn, by sampler and
+learner alike. vLLM's CPU build packs their weights and is refused: `sampler: transformers`.
+
 | type | rows | against eager | reward model | vLLM |
 |---|---|---|---|---|
 """

@@ -15,6 +15,7 @@ from warpo.engine.trainers.policy.train import run
 CONFIG = """
 model: {folder}/model
 output_dir: {folder}/out
+dtype: float32
 steps: 4
 data: {{train: {folder}/train.jsonl, eval: {folder}/eval.jsonl}}
 reward: {{sources: "token_rewards:low", deadline_s: 60}}

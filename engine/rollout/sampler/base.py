@@ -156,6 +156,11 @@ class SamplerSettings:
 class SamplerMemory(Protocol):
     """Device memory of a sampler with a KV cache, besides its weights and that cache."""
 
+    @property
+    def most_sequences(self) -> int:
+        """Sequences that it takes together at most."""
+        ...
+
     def cache_tokens(self, tokens: int) -> int:
         """Tokens that the KV cache must hold for one sequence of this many."""
         ...

@@ -29,6 +29,11 @@ class VllmMemory:
     hf_config: PretrainedConfig
     device: torch.device
 
+    @property
+    def most_sequences(self) -> int:
+        """vLLM's own limit."""
+        return _BATCH_LIMITS[_hardware(self.device)][1]
+
     def cache_tokens(self, tokens: int) -> int:
         """Whole blocks, and the one that vLLM keeps for itself."""
         block = CPU_BLOCK_SIZE if self.device.type == "cpu" else GPU_BLOCK_SIZE
@@ -81,7 +86,7 @@ class VllmMemory:
             return 0
         blocks = self.config.probe.num_sequences * -(-tokens // CPU_BLOCK_SIZE)
         size = blocks * CPU_BLOCK_SIZE * cache_width(self.hf_config) * self._itemsize
-        return min(size, int(self.config.rollout.kv_cache_gib * 2**30))
+        return min(size, self.config.rollout.kv_cache_bytes)
 
     @property
     def _itemsize(self) -> int:

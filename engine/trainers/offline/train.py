@@ -19,6 +19,7 @@ from warpo.engine.models.micro_batches import split_by_tokens
 from warpo.engine.models.model import is_packed, load_model
 from warpo.engine.models.scalar import load_scalar_model
 from warpo.engine.models.score import device_of, score
+from warpo.engine.plan.settle import settle_update, told
 from warpo.engine.ranks import ONE_RANK, Ranks
 from warpo.engine.run import checkpoint, plot
 from warpo.engine.run.device import learner_device
@@ -26,6 +27,7 @@ from warpo.engine.run.log import Column, Log, read_rows
 from warpo.engine.run.loop import Checkpoints, Contents, Run, evaluate_before_first_step, open_run
 from warpo.engine.run.resume import is_complete
 from warpo.engine.trainers.offline.learner import OfflineLearner
+from warpo.engine.trainers.offline.memory import offline_peak
 from warpo.engine.trainers.offline.objectives import (
     every_completion,
     make_objective,
@@ -77,7 +79,9 @@ def run(config: OfflineConfig, ranks: Ranks = ONE_RANK) -> None:
     """
     # a step takes moments: as many rows as one looks through
     shown_every = max(1, config.steps // SHOWN_ROWS)
-    with open_run(config, ranks, columns=COLUMNS, shown_every=shown_every) as run:
+    config, settled = settle_update(config, offline_peak)
+    said = told(config, settled)
+    with open_run(config, ranks, said, columns=COLUMNS, shown_every=shown_every) as run:
         log = run.log
         if not is_complete(config, run.saved):
             learner = build(config, run)

@@ -213,7 +213,7 @@ def _sampler(
         lm_head_dtype=config.lm_head_dtype,
         max_model_len=config.rollout.max_model_len,
         eos_token_ids=eos_token_ids(model, tokenizer),
-        kv_cache_gib=config.rollout.kv_cache_gib,
+        kv_cache_gib=config.rollout.kv_cache_bytes / 2**30,
         device=learner_device(config),
     )
     return open_sampler(config.sampler, settings)

@@ -12,10 +12,9 @@ from warpo.engine.config.policy import Config
 from warpo.engine.config.samplers import SAMPLERS
 from warpo.engine.errors import ConfigError
 from warpo.engine.models.files import max_positions
+from warpo.engine.plan.kv_cache import GIB, kv_bytes_per_token
 from warpo.engine.rollout.sampler.base import SamplerMemory, plan_sampler_memory
 from warpo.engine.run.free_memory import free_memory
-
-GIB = 2**30
 
 
 def check_limits(config: Config, hf_config: PretrainedConfig, device: torch.device) -> None:
@@ -48,11 +47,11 @@ def check_free_memory(config: Config, device: torch.device) -> None:
     Raises:
         ConfigError: it is larger than what is free.
     """
-    free = free_memory(device) / GIB
-    if SAMPLERS[config.sampler].has_kv_cache and config.rollout.kv_cache_gib > free:
+    free, size = free_memory(device), config.rollout.kv_cache_bytes
+    if SAMPLERS[config.sampler].has_kv_cache and size > free:
         raise ConfigError(
-            f"rollout.kv_cache_gib = {config.rollout.kv_cache_gib:g} is more than the {free:.1f} "
-            f"GiB that {device} has free: lower it"
+            f"rollout.kv_cache_gib = {size / GIB:g} is more than the {free / GIB:.1f} GiB that "
+            f"{device} has free: lower it"
         )
 
 
@@ -60,23 +59,9 @@ def _check_kv_cache(config: Config, text: Any, memory: SamplerMemory) -> None:
     rollout = config.rollout
     tokens = memory.cache_tokens(rollout.max_model_len)
     needed = tokens * kv_bytes_per_token(config.sampler_dtype, text) / GIB
-    if rollout.kv_cache_gib < needed:
+    if rollout.kv_cache_bytes / GIB < needed:
         raise ConfigError(
-            f"rollout.kv_cache_gib = {rollout.kv_cache_gib:g} cannot hold one sequence of "
+            f"rollout.kv_cache_gib = {rollout.kv_cache_gib} cannot hold one sequence of "
             f"rollout.max_model_len = {rollout.max_model_len}, which takes {needed:.3g} GiB: raise "
             "the one or lower the other"
         )
-
-
-def kv_bytes_per_token(dtype: str, text: Any) -> int:
-    """Keys and values of all layers; 0 where some layers keep less."""
-    if getattr(text, "kv_lora_rank", None) or getattr(text, "sliding_window", None):
-        return 0
-    if any(kind != "full_attention" for kind in getattr(text, "layer_types", None) or ()):
-        return 0
-    try:
-        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        return int(2 * text.num_hidden_layers * heads * width) * (4 if dtype == "float32" else 2)
-    except (AttributeError, TypeError, ZeroDivisionError):
-        return 0  # not a model of attention layers

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from warpo.engine.config.policy import Config
 from warpo.engine.learner.learner import Learner
+from warpo.engine.plan.settle import settle
 from warpo.engine.ranks import ONE_RANK, Ranks
 from warpo.engine.rollout.collect import Rollouts
 from warpo.engine.run import checkpoint, plot
@@ -29,7 +30,8 @@ def run(config: Config, ranks: Ranks = ONE_RANK) -> None:
             unless its state has diverged.
         KeyboardInterrupt: Ctrl-C, SIGTERM or the end of the terminal; likewise.
     """
-    with open_run(config, ranks) as run:
+    config, settled = settle(config)
+    with open_run(config, ranks, settled) as run:
         log = run.log
         if not is_complete(config, run.saved):
             with (

@@ -95,7 +95,7 @@ def test_the_tree_has_at_most_100_keys_each_with_a_text():
         ("update: {betas: [0.9]}\n", r"betas = \[0\.9\]: wanted 2 values, each a number >= 0 and"),
         ("rollout: {group_size: 0}\n", r"group_size = 0: wanted an integer >= 1"),
         ("seed: true\n", r"seed = True: wanted an integer >= 0"),
-        ("dtype: fp16\n", r"dtype = 'fp16': wanted float32 or bfloat16"),
+        ("dtype: fp16\n", r"dtype = 'fp16': wanted auto or float32 or bfloat16"),
         (
             "loss: {clip_range: [2, 1]}\n",
             r"clip_range = \[2, 1\]: wanted 2 values, each a number >= 0 ",

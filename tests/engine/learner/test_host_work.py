@@ -24,6 +24,7 @@ SHARE = 0.03
 CONFIG = """
 model: {folder}
 output_dir: {folder}/out
+dtype: float32
 algorithm: grpo
 steps: 99
 device: cpu

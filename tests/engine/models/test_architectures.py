@@ -19,8 +19,8 @@ from warpo.engine.models.architectures import check_tokens, plain_attention, ref
 from warpo.engine.models.attention import Mask, UnsupportedAttention, packed_attention
 from warpo.engine.models.batch import pack
 from warpo.engine.models.model import attention_of
+from warpo.engine.plan.memory import plan_memory
 from warpo.engine.preflight import check
-from warpo.engine.preflight.memory import plan_memory
 from warpo.engine.rollout.sampler.hf_sampler import TransformersSampler
 from warpo.engine.trainers.offline.train import run as run_offline
 from warpo.engine.trainers.policy.train import run
@@ -31,8 +31,9 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize(
     "model_type",
-    # soft caps, sinks, windows of 8 tokens, chunks of 8 tokens, values of another width than keys
-    ["gemma2", "gpt_oss", "mistral", "llama4_text", "deepseek_v3"],
+    # soft caps, sinks, windows of 8 tokens, chunks of 8 tokens, values of another width than keys,
+    # experts
+    ["gemma2", "gpt_oss", "mistral", "llama4_text", "deepseek_v3", "qwen3_moe", "mixtral"],
 )
 def test_packed_rows_are_the_models_eager_attention_alone(model_type):
     config = tiny_config(model_type)

@@ -18,7 +18,7 @@ from warpo.engine.models.architectures import shape_model
 from warpo.engine.models.batch import Batch, pack
 from warpo.engine.models.model import predict, set_lm_head_dtype, token_logprobs
 from warpo.engine.models.score import score
-from warpo.engine.preflight import memory
+from warpo.engine.plan import memory
 from warpo.engine.types import TokenSequence
 from warpo.kernels import dispatch, ops
 from warpo.kernels._linear_head_plan import CPU_WORKSPACE_BYTES

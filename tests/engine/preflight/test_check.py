@@ -20,6 +20,7 @@ from warpo.engine.config.policy import load_config
 from warpo.engine.learner import step
 from warpo.engine.learner.optimizer import AdamW
 from warpo.engine.models import model as models
+from warpo.engine.plan.memory import PHASES, plan_memory
 from warpo.engine.preflight import invariance
 from warpo.engine.preflight.invariance import (
     LAYOUTS,
@@ -28,13 +29,13 @@ from warpo.engine.preflight.invariance import (
     load_cut_model,
     repeated_divergence,
 )
-from warpo.engine.preflight.memory import PHASES, plan_memory
 from warpo.engine.types import TokenSequence
 from warpo.kernels.objectives import OBJECTIVES
 
 CONFIG = """
 model: {folder}/model
 output_dir: {folder}/out
+dtype: float32
 steps: 4
 data: {{train: {folder}/train.jsonl}}
 reward: {{sources: "some_rewards:length", deadline_s: 60}}

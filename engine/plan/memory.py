@@ -110,7 +110,7 @@ def plan_memory(
         "reference weights": weights if algorithm.has_reference else 0,
         "reward models": _reward_parameters(config, device, fake) * dtype_of(config.dtype).itemsize,
         "critic weights": critic * dtype_of(config.dtype).itemsize,
-        "KV cache": int(config.rollout.kv_cache_gib * 2**30) if sampler else 0,
+        "KV cache": config.rollout.kv_cache_bytes if sampler else 0,
         "optimizer state": optimizer_bytes(
             parameters + critic + _trained_reward_parameters(config, device, fake), config, device
         ),

@@ -16,7 +16,7 @@ from warpo.engine.models.architectures import shape_model
 from warpo.engine.models.checkpointing import checkpoint_layers
 from warpo.engine.models.files import max_positions, read_config
 from warpo.engine.models.model import is_packed
-from warpo.engine.preflight.memory import dtype_of, optimizer_bytes, peak_bytes
+from warpo.engine.plan.memory import dtype_of, optimizer_bytes, peak_bytes
 from warpo.engine.ranks import ONE_RANK
 from warpo.engine.trainers.offline.objectives import MicroBatch, make_objective, micro_batches
 
