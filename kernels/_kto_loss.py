@@ -207,8 +207,8 @@ def kto_metrics(metrics: Tensor) -> dict[str, float]:
 
     Returns:
         loss/kto. reward/desirable, reward/undesirable: beta x. reward/margin: their difference, 0
-        where there is only one kind. logprob/desirable, logprob/undesirable: of whole completions.
-        0 where there are none.
+            where there is only one kind. logprob/desirable, logprob/undesirable: of whole
+            completions. 0 where there are none.
     """
     row = dict(zip(KTO_METRICS, metrics.tolist(), strict=True))
     good, bad = max(row["desirable"], 1.0), max(row["undesirable"], 1.0)

@@ -80,7 +80,7 @@ def logprobs(
 
     Returns:
         (...) float32, natural log, <= 0. Differentiable twice and more often (create_graph=True),
-        then in plain PyTorch, with temporaries of the size of the logits.
+            then in plain PyTorch, with temporaries of the size of the logits.
 
     Raises:
         ValueError: a shape, dtype, stride, device or option is not as above.

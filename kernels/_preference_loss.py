@@ -194,9 +194,9 @@ def preference_metrics(metrics: Tensor) -> dict[str, float]:
 
     Returns:
         loss/preference. preference/accuracy: share of pairs whose chosen completion has the larger
-        reward. reward/chosen, reward/rejected: beta x. reward/margin: their difference.
-        logprob/chosen, logprob/rejected: of whole completions. nll/chosen: per token. All 0 without
-        pairs.
+            reward. reward/chosen, reward/rejected: beta x. reward/margin: their difference.
+            logprob/chosen, logprob/rejected: of whole completions. nll/chosen: per token. All 0
+            without pairs.
     """
     row = dict(zip(PREFERENCE_METRICS, metrics.tolist(), strict=True))
     pairs = max(row["pairs"], 1.0)

@@ -214,8 +214,8 @@ def reward_model_metrics(metrics: Tensor) -> dict[str, float]:
 
     Returns:
         loss/reward_model. reward_model/accuracy: share of pairs whose better completion has the
-        larger score. reward_model/margin: mean over pairs of the difference. score/mean, score/std
-        (population). All 0 without pairs.
+            larger score. reward_model/margin: mean over pairs of the difference. score/mean,
+            score/std (population). All 0 without pairs.
     """
     row = dict(zip(REWARD_METRICS, metrics.tolist(), strict=True))
     pairs = max(row["pairs"], 1.0)

@@ -102,7 +102,7 @@ def shaped_gae(
 
     Returns:
         advantages, returns, rewards: float32, of the shape of logprobs; rewards is None unless
-        return_rewards.
+            return_rewards.
 
     Raises:
         ValueError: a shape, dtype, device or option is not as above, or a tensor requires grad.

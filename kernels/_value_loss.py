@@ -166,8 +166,8 @@ def value_metrics(metrics: Tensor) -> dict[str, float]:
 
     Returns:
         loss/value. value/clip_frac: share of tokens at which the clipped branch is the larger one.
-        value/explained_variance: 1 - Var(R - v) / Var(R), 0 where all returns are equal.
-        value/mean, return/mean. All 0 without tokens.
+            value/explained_variance: 1 - Var(R - v) / Var(R), 0 where all returns are equal.
+            value/mean, return/mean. All 0 without tokens.
     """
     row = dict(zip(VALUE_METRICS, metrics.tolist(), strict=True))
     varies = row["return_m2"] > 0

@@ -106,10 +106,9 @@ def _cell(operation: Operation, promise: int, reasons: dict[str, str]) -> str:
 def objectives() -> str:
     lines = []
     for name, objective in OBJECTIVES.items():
-        row = ALGORITHMS.get(name)
-        paper = f"[{row.title}]({row.url})" if row else ""
-        lines.append([f"`{name}`", *_parts(objective), paper])
-    head = ["objective", "ratio", "surrogate", "bounds", "KL", "correction", "mean", "paper"]
+        title = f"[`{name}`]({ALGORITHMS[name].url})" if name in ALGORITHMS else f"`{name}`"
+        lines.append([title, *_parts(objective)])
+    head = ["objective", "ratio", "surrogate", "bounds", "KL", "correction", "mean"]
     return markdown(head, lines)
 
 

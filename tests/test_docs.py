@@ -1,6 +1,7 @@
 """README and docs/: generated parts are current, links lead somewhere, code runs."""
 
 import ast
+import inspect
 import re
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from warpo.engine.config.control import ControlConfig
 from warpo.engine.config.file import keys
 from warpo.engine.config.offline import OfflineConfig
 from warpo.engine.config.policy import Config
+from warpo.kernels import ops
 
 ROOT = docs.ROOT
 PAGES = [*docs.PAGES, *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"))]
@@ -57,6 +59,14 @@ def test_links_lead_somewhere(page):
         target = page.parent / name if name else page
         assert target.exists(), link
         assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("name", [name for name in ops.__all__ if name[0].islower()])
+def test_returns_are_read_as_one_value_or_as_named_ones(name):
+    """The site makes an item of every line that is not indented further."""
+    section = re.search(r"^Returns:\n((?:    .+\n?)+)", inspect.getdoc(getattr(ops, name)), re.M)
+    items = re.findall(r"(?m)^    (\S.*)", section[1]) if section else []
+    assert len(items) < 2 or all(re.match(r"[\w, ]+: ", item) for item in items)
 
 
 def anchors(page: Path) -> set[str]:
