@@ -13,7 +13,7 @@ from warpo.engine.config.algorithms import ALGORITHMS
 from warpo.engine.config.control import ControlConfig
 from warpo.engine.config.file import keys
 from warpo.engine.config.offline import OfflineConfig
-from warpo.engine.config.policy import Config
+from warpo.engine.config.policy import Config, load_config
 from warpo.kernels import ops
 
 ROOT = docs.ROOT
@@ -93,9 +93,14 @@ def test_python_that_does_not_run_is_python():
 
 
 @pytest.mark.parametrize("text", blocks("yaml"))
-def test_settings_of_yaml_exist(text):
+def test_settings_of_yaml_exist(text, tmp_path, monkeypatch):
     tree = yaml.safe_load(text)
     assert tree
+    if "model" in tree:
+        monkeypatch.chdir(tmp_path)
+        Path(tree["model"]).mkdir(parents=True)
+        Path("my.yaml").write_text(text)
+        assert load_config(Path("my.yaml"), ["--sampler", "transformers"]).steps == tree["steps"]
     for name, value in tree.items():
         inner = value if isinstance(value, dict) else {}
         assert {f"{name}.{key}" for key in inner} <= SETTINGS and name in SETTINGS | SECTIONS
