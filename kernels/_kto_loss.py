@@ -89,7 +89,7 @@ def kto_loss(
     """Loss of completions of which each is desirable or not.
 
     Args:
-        logprobs: one a token, (B, T) padded, or (N,) packed with cu_seqlens. float32 | bfloat16 |
+        logprobs: one per token, (B, T) padded, or (N,) packed with cu_seqlens. float32 | bfloat16 |
             float16, any strides. Differentiable. Sums over completions, (B,), are sums[:, None].
         ref_logprobs: like logprobs: of the reference. A constant.
         desirable: (B,) bool | uint8.
@@ -113,7 +113,7 @@ def kto_loss(
     Raises:
         ValueError: a shape, dtype, device or option is not as above.
 
-    Memory beyond arguments and results: 4 bytes a token (the gradient) and 0.5 KiB an example.
+    Memory beyond arguments and results: 4 bytes per token (the gradient) and 0.5 KiB per example.
     """
     examples = _check(logprobs, ref_logprobs, mask, cu_seqlens)
     check_mask("desirable", desirable, (examples,), logprobs)

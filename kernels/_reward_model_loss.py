@@ -105,7 +105,7 @@ def reward_model_loss(
     Raises:
         ValueError: a shape, dtype, device or option is not as above.
 
-    Memory beyond arguments and results: 8 bytes a pair, and 28 bytes for 256 pairs.
+    Memory beyond arguments and results: 8 bytes per pair, and 28 bytes for 256 pairs.
     """
     check_tensor("chosen_scores", chosen_scores, FLOATS)
     if chosen_scores.dim() != 1:
@@ -173,7 +173,7 @@ def ranking_loss(
     Raises:
         ValueError: a shape, dtype, device or option is not as above.
 
-    Memory beyond arguments and results: 4 bytes a score and 28 bytes a prompt.
+    Memory beyond arguments and results: 4 bytes per score and 28 bytes per prompt.
     """
     check_tensor("scores", scores, FLOATS)
     if scores.dim() != 1:

@@ -121,8 +121,8 @@ def value_loss(
     Raises:
         ValueError: a shape, dtype, device or option is not as above.
 
-    Memory beyond arguments and results: 4 bytes a token (the gradient) and 28 bytes a sequence, 14
-    KiB at least.
+    Memory beyond arguments and results: 4 bytes per token (the gradient) and 28 bytes per sequence,
+    14 KiB at least.
     """
     sequences = _check(values, old_values, returns, mask, cu_seqlens, clip_range)
     delta = _delta(loss, huber_delta)
