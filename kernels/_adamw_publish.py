@@ -145,7 +145,7 @@ def adamw_publish(
         master_update, published_update: () float32: sum of |new - old| over all elements, before
             and after rounding. 1 - published_update / master_update of all parameters together is
             the share of the step that rounding has lost.
-        All on the device.
+            All on the device.
 
     Raises:
         ValueError: a shape, dtype, device, layout or option is not as above.

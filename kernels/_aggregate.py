@@ -83,7 +83,7 @@ def aggregate(
     Raises:
         ValueError: a shape, dtype, device or option is not as above.
 
-    Memory beyond arguments and results: 12 bytes a sequence and at least 4 KiB.
+    Memory beyond arguments and results: 12 bytes per sequence and at least 4 KiB.
     """
     check_tensor("values", values, FLOATS)
     check_sequences("values", values, cu_seqlens)

@@ -85,8 +85,8 @@ def approx_kl(
 
     Returns:
         float32, of the shape of logprobs, differentiable with respect to logprobs and ref_logprobs.
-        k3 and reverse_k3 of a difference above 88 are inf before the clamp; the gradient is 0
-        there too.
+            k3 and reverse_k3 of a difference above 88 are inf before the clamp; the gradient is 0
+            there too.
 
     Raises:
         ValueError: a shape, dtype, device or option is not as above, or weight comes with gradient

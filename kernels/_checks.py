@@ -151,7 +151,7 @@ def as_plain(gradient: Tensor) -> Tensor:
 def as_int64(
     name: str, tensor: Tensor, shape: tuple[int, ...] | None = None, like: Tensor | None = None
 ) -> Tensor:
-    """Checked indices; int32 is converted, which takes 8 bytes an element."""
+    """Checked indices; int32 is converted, which takes 8 bytes per element."""
     check_tensor(name, tensor, (torch.int64, torch.int32), shape, like)
     return tensor if tensor.dtype == torch.int64 else tensor.long()
 
@@ -159,8 +159,8 @@ def as_int64(
 def as_temperature(
     temperature: float | Tensor, shape: tuple[int, ...], like: Tensor
 ) -> float | Tensor:
-    """A checked number, or one a token: of a scalar tensor the same for each, without a copy. What
-    is on the device is not looked at: a kernel poisons the tokens whose temperature is not
+    """A checked number, or one per token: of a scalar tensor the same for each, without a copy.
+    What is on the device is not looked at: a kernel poisons the tokens whose temperature is not
     finite and > 0.
     """
     if isinstance(temperature, Tensor):

@@ -69,7 +69,7 @@ def fingerprint_foreach(tensors: Sequence[Tensor], *, backend: str | None = None
     Raises:
         ValueError: a dtype, device or layout is not as above; the tensor is named.
 
-    Memory beyond arguments and results: with Triton 40 bytes a tensor, and no capture into a CUDA
+    Memory beyond arguments and results: with Triton 40 bytes per tensor, and no capture into a CUDA
     graph; else none.
     """
     tensors = list(tensors)

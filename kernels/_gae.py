@@ -69,7 +69,7 @@ def gae(
             results and gradients are 0 there. On a GPU those of a malformed sequence are NaN.
         terminated: like rewards, bool | uint8: the episode ended for good, the next value is 0.
         truncated: like rewards, bool | uint8: the episode was cut, the next value is final_values.
-        last_values: values after the last step, one a sequence or environment; 0 if not given, as
+        last_values: values after the last step, one per sequence or environment; 0 if not given, as
             after the last token of a response.
         final_values: like rewards: value of the final observation of step t, read where truncated
             only. Required with truncated.
@@ -92,7 +92,7 @@ def gae(
             not.
 
     Source: https://arxiv.org/abs/1506.02438 eq. 16. Memory beyond arguments and results: none;
-    with whiten one float32 a step.
+    with whiten one float32 per step.
     """
     steps = Steps(
         mask=mask,

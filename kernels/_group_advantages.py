@@ -122,7 +122,7 @@ def group_advantages(
     Raises:
         ValueError: a shape, dtype, device or option is not as above.
 
-    Memory beyond arguments and results: none with group_size alone; 24 bytes a completion with
+    Memory beyond arguments and results: none with group_size alone; 24 bytes per completion with
     group_ids or mask; 4 with lengths that are not float32.
     """
     groups = _check(rewards, group_size, group_ids, num_groups, mask, std, eps)

@@ -89,7 +89,7 @@ def kto_loss(
     """Loss of completions of which each is desirable or not.
 
     Args:
-        logprobs: one a token, (B, T) padded, or (N,) packed with cu_seqlens. float32 | bfloat16 |
+        logprobs: one per token, (B, T) padded, or (N,) packed with cu_seqlens. float32 | bfloat16 |
             float16, any strides. Differentiable. Sums over completions, (B,), are sums[:, None].
         ref_logprobs: like logprobs: of the reference. A constant.
         desirable: (B,) bool | uint8.
@@ -113,7 +113,7 @@ def kto_loss(
     Raises:
         ValueError: a shape, dtype, device or option is not as above.
 
-    Memory beyond arguments and results: 4 bytes a token (the gradient) and 0.5 KiB an example.
+    Memory beyond arguments and results: 4 bytes per token (the gradient) and 0.5 KiB per example.
     """
     examples = _check(logprobs, ref_logprobs, mask, cu_seqlens)
     check_mask("desirable", desirable, (examples,), logprobs)
@@ -207,8 +207,8 @@ def kto_metrics(metrics: Tensor) -> dict[str, float]:
 
     Returns:
         loss/kto. reward/desirable, reward/undesirable: beta x. reward/margin: their difference, 0
-        where there is only one kind. logprob/desirable, logprob/undesirable: of whole completions.
-        0 where there are none.
+            where there is only one kind. logprob/desirable, logprob/undesirable: of whole
+            completions. 0 where there are none.
     """
     row = dict(zip(KTO_METRICS, metrics.tolist(), strict=True))
     good, bad = max(row["desirable"], 1.0), max(row["undesirable"], 1.0)

@@ -95,14 +95,14 @@ class LinearHead:
         return rows[:, : self.vocab]
 
     def compact(self, per_token: Tensor | None) -> Any:
-        """One number a token -> (1, count): of the compacted tokens."""
+        """One number per token -> (1, count): of the compacted tokens."""
         if per_token is None:
             return None
         flat = per_token.reshape(-1)
         return (flat if self._index is None else flat[self._index])[None]
 
     def spread(self, compacted: Tensor) -> Tensor:
-        """(count,) -> one a token; 0 where it does not count, NaN where num_valid left it out."""
+        """(count,) -> one per token; 0 where it does not count, NaN where num_valid left it out."""
         if self._index is None:
             return torch.where(self._valid, compacted, 0)
         result = torch.where(self._valid, torch.nan, compacted.new_zeros(self._valid.shape))

@@ -83,11 +83,11 @@ def linear_logprobs(
         ValueError: a shape, dtype, stride, device or option is not as above.
 
     Source: online softmax, https://arxiv.org/abs/1805.02867. Memory beyond arguments and results:
-    workspace_bytes and 16 bytes a token; backward, 4 V H bytes for the gradient of a weight that is
-    not float32, on a GPU where the gradients of the logits of all tokens do not fit workspace_bytes
-    (8192 tokens of a vocabulary of 151936 take 3.2 GB); and workspace_bytes beside kept logits that
-    are not overwritten, as with a softcap, in a graph that is kept, and on a GPU where they are
-    float32 and hidden is not.
+    workspace_bytes and 16 bytes per token; backward, 4 V H bytes for the gradient of a weight that
+    is not float32, on a GPU where the gradients of the logits of all tokens do not fit
+    workspace_bytes (8192 tokens of a vocabulary of 151936 take 3.2 GB); and workspace_bytes beside
+    kept logits that are not overwritten, as with a softcap, in a graph that is kept, and on a GPU
+    where they are float32 and hidden is not.
     """
     return _run(
         hidden,

@@ -10,9 +10,9 @@ Backward, with p_j = e^(z_j - m) / d, upstream g for logp and h for the entropy:
 
     d logits_j = (g (1[j = y] - p_j) - h p_j (log p_j + entropy)) / T
 
-One read of the logits and one exponential an element give both results: online softmax,
+One read of the logits and one exponential per element give both results: online softmax,
 https://arxiv.org/abs/1805.02867 algorithm 3. Saved for backward: max_j logits_j and log d, 8 bytes
-a token.
+per token.
 """
 
 from typing import NamedTuple
@@ -74,21 +74,21 @@ def logprobs(
             else has saved them. Eager mode only.
         process_group: the vocabulary is split over its ranks in equal parts: logits are those of
             this rank, (..., V / ranks), in the order of the ranks; targets index the whole
-            vocabulary. Every rank gets the same results. Four numbers a token travel. Eager mode
+            vocabulary. Every rank gets the same results. Four numbers per token travel. Eager mode
             only.
         backend: reference | cpu | triton | cuda; chosen by device if not given.
 
     Returns:
         (...) float32, natural log, <= 0. Differentiable twice and more often (create_graph=True),
-        then in plain PyTorch, with temporaries of the size of the logits.
+            then in plain PyTorch, with temporaries of the size of the logits.
 
     Raises:
         ValueError: a shape, dtype, stride, device or option is not as above.
         RuntimeError: forward mode or a transform of torch.func, which are not computed; a second
             derivative with inplace_backward or process_group.
 
-    Source: https://arxiv.org/abs/1805.02867. Memory beyond the arguments: 12 bytes a token forward;
-    the size of the logits backward, nothing with inplace_backward.
+    Source: https://arxiv.org/abs/1805.02867. Memory beyond the arguments: 12 bytes per token
+    forward; the size of the logits backward, nothing with inplace_backward.
     """
     return _run(
         logits,

@@ -46,7 +46,7 @@ def pass_at_k_advantages(
 
     Returns:
         (B,) float32; exactly 0 in a group in which every k completions, with "pkpo" every k - 1,
-        have the same largest reward.
+            have the same largest reward.
 
     Raises:
         ValueError: a shape, dtype or option is not as above, or rewards require grad.

@@ -99,7 +99,7 @@ def policy_loss(
             strides. Differentiable.
         old_logprobs: like logprobs: of the policy when the step began. A constant. None: this
             policy is that one, in the first update on its own samples: the ratio is exactly 1.
-        advantages: like logprobs, or one a sequence: (B,). Where both fit, N = B, it is one a
+        advantages: like logprobs, or one per sequence: (B,). Where both fit, N = B, it is one per
             token. A constant.
         objective: name of a row ("grpo", "dapo", ...) or an `Objective`.
         mask: like logprobs, bool | uint8. Masked slots are never read (they may hold NaN); their
@@ -139,7 +139,7 @@ def policy_loss(
             not.
 
     Source: see the module and the row of the objective. Memory beyond arguments and results: 4
-    bytes a token for each of the two gradients, 64 bytes a sequence and at least 32 KiB.
+    bytes per token for each of the two gradients, 64 bytes per sequence and at least 32 KiB.
     """
     objective = get_objective(objective)
     if old_logprobs is None:
@@ -236,7 +236,7 @@ def check_tokens(
     check_no_grad("advantages", advantages)
     if advantages.shape != shape and advantages.shape != (num_sequences,):
         raise ValueError(
-            f"advantages must be one a token, {tuple(shape)}, or one a sequence, "
+            f"advantages must be one per token, {tuple(shape)}, or one per sequence, "
             f"({num_sequences},), got {tuple(advantages.shape)}{_one_a_sequence(advantages)}"
         )
     check_mask("mask", mask, shape, logprobs)

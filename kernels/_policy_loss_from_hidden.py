@@ -95,7 +95,7 @@ def policy_loss_from_hidden(
             Differentiable.
         weight: (V, H) in the dtype of hidden. Differentiable.
         targets: (B, T) or (N,) int64 | int32, the taken tokens.
-        advantages: like targets, or one a sequence: (B,).
+        advantages: like targets, or one per sequence: (B,).
         objective: name of a row ("grpo", "dapo", ...) or an `Objective`.
         old_logprobs: like targets: of the policy when the step began. None: this policy is that
             one, in the first update on its own samples, and the ratio is exactly 1.

@@ -5,15 +5,15 @@
     with g_t = d loss / d logp_t, h_t = d loss / d H_t
 
 Where g_t follows from the logits of its token alone, the gradient is written while the row is still
-in the cache, and the loss from the logprobs afterwards. So it is with a ratio a token; and, as a
-policy that has not moved has ratios of exactly 1, then also with one a sequence or a prefix:
+in the cache, and the loss from the logprobs afterwards. So it is with a ratio per token; and, as a
+policy that has not moved has ratios of exactly 1, then also with one per sequence or prefix:
 
-    old_logprobs   ratio a token   ratio a sequence   ratio a prefix   correction of a sequence
-    None           one read        one read (*)       one read         two reads
-    given          one read        two reads          two reads        two reads
+    old_logprobs   ratio per token   ratio per sequence   per prefix   correction per sequence
+    None           one read          one read (*)         one read     two reads
+    given          one read          two reads            two reads    two reads
 
-(*) where the advantages are one a sequence, and no correction is one a token; or the surrogate has
-no gradient through the ratio: of a product only the latter. A KL of the sequence takes two
+(*) where the advantages are one per sequence, and no correction is one per token; or the surrogate
+has no gradient through the ratio: of a product only the latter. A KL of the sequence takes two
 reads. Two reads are `logprobs_and_entropy` and `policy_loss`, with their gradients.
 
 Sources: those of `logprobs` and `policy_loss`.
@@ -111,7 +111,7 @@ def policy_loss_from_logits(
         logits: (B, T, V) padded, or (N, V) packed with cu_seqlens; otherwise as for `logprobs`.
             Differentiable.
         targets: (B, T) or (N,) int64 | int32, as for `logprobs`.
-        advantages: like targets or one a sequence, as for `policy_loss`.
+        advantages: like targets or one per sequence, as for `policy_loss`.
         objective: name of a row ("grpo", "dapo", ...) or an `Objective`. Its entropy bonus is
             differentiated too.
         old_logprobs: of the policy when the step began. None: this policy is that one, in the
@@ -137,7 +137,7 @@ def policy_loss_from_logits(
         RuntimeError: a second backward pass.
 
     Memory beyond the arguments: the size of the logits, nothing of that size with inplace; 8 bytes
-    a token for results, and what `policy_loss` takes.
+    per token for results, and what `policy_loss` takes.
     """
     objective = get_objective(objective)
     shape, targets, temperature = check_logits(logits, targets, temperature, mask)

@@ -30,11 +30,11 @@ def policy_metrics(metrics: Tensor) -> dict[str, float]:
 
     Returns:
         loss/policy, loss/kl, loss/entropy: as they enter the loss, before their coefficients.
-        ratio/clip_frac_low, _high, _dual: share of tokens at which that bound is active.
-        ratio/mean, ratio/min, ratio/max: at the level of the objective. kl/approx: k3 of old
-        against new policy. kl/ref: the estimator against the reference. entropy/mean: nats.
-        correction/mean: of the weights; correction/frac: share of them that a bound changed, or
-        that are masked as NaN. All 0 without tokens.
+            ratio/clip_frac_low, _high, _dual: share of tokens at which that bound is active.
+            ratio/mean, ratio/min, ratio/max: at the level of the objective. kl/approx: k3 of old
+            against new policy. kl/ref: the estimator against the reference. entropy/mean: nats.
+            correction/mean: of the weights; correction/frac: share of them that a bound changed, or
+            that are masked as NaN. All 0 without tokens.
     """
     row = dict(zip(METRICS, metrics.tolist(), strict=True))
     tokens = max(row["tokens"], 1.0)

@@ -101,7 +101,7 @@ def preference_loss(
     """Loss of pairs of completions under a row of `preferences.PREFERENCES`, or one of your own.
 
     Args:
-        chosen_logprobs: one a token, (B, T) padded, or (N,) packed with chosen_cu_seqlens.
+        chosen_logprobs: one per token, (B, T) padded, or (N,) packed with chosen_cu_seqlens.
             float32 | bfloat16 | float16, any strides. Differentiable. Sums over completions, (B,),
             are sums[:, None]. Of a forward pass over chosen and rejected completions together, pass
             logprobs[:B] and logprobs[B:]; packed, all logprobs twice with cu_seqlens[: B + 1] and
@@ -131,7 +131,7 @@ def preference_loss(
     Raises:
         ValueError: a shape, dtype, device or option is not as above.
 
-    Memory beyond arguments and results: 4 bytes a token (the gradients) and 1 KiB a pair.
+    Memory beyond arguments and results: 4 bytes per token (the gradients) and 1 KiB per pair.
     """
     row = get_preference(loss)
     chosen = (chosen_logprobs, ref_chosen_logprobs, chosen_mask, chosen_cu_seqlens)
@@ -194,9 +194,9 @@ def preference_metrics(metrics: Tensor) -> dict[str, float]:
 
     Returns:
         loss/preference. preference/accuracy: share of pairs whose chosen completion has the larger
-        reward. reward/chosen, reward/rejected: beta x. reward/margin: their difference.
-        logprob/chosen, logprob/rejected: of whole completions. nll/chosen: per token. All 0 without
-        pairs.
+            reward. reward/chosen, reward/rejected: beta x. reward/margin: their difference.
+            logprob/chosen, logprob/rejected: of whole completions. nll/chosen: per token. All 0
+            without pairs.
     """
     row = dict(zip(PREFERENCE_METRICS, metrics.tolist(), strict=True))
     pairs = max(row["pairs"], 1.0)

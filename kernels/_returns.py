@@ -40,7 +40,8 @@ def discounted_returns(
         rewards: `[B, T]`, `[N, T]` or `[T, N]`, or packed `(N,)` with cu_seqlens; float32 |
             bfloat16 | float16, any strides. Differentiable, as are last_values and final_values.
         gamma: discount in [0, 1].
-        last_values: the return after the last step, one a sequence or environment; 0 if not given.
+        last_values: the return after the last step, one per sequence or environment; 0 if not
+            given.
         final_values: like rewards: the return after a truncated step; required with truncated.
         mask, mask_mode, cu_seqlens, terminated, truncated, done_convention, last_terminated,
             last_truncated, time_dim: as in `gae`.

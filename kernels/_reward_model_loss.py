@@ -105,7 +105,7 @@ def reward_model_loss(
     Raises:
         ValueError: a shape, dtype, device or option is not as above.
 
-    Memory beyond arguments and results: 8 bytes a pair, and 28 bytes for 256 pairs.
+    Memory beyond arguments and results: 8 bytes per pair, and 28 bytes for 256 pairs.
     """
     check_tensor("chosen_scores", chosen_scores, FLOATS)
     if chosen_scores.dim() != 1:
@@ -173,7 +173,7 @@ def ranking_loss(
     Raises:
         ValueError: a shape, dtype, device or option is not as above.
 
-    Memory beyond arguments and results: 4 bytes a score and 28 bytes a prompt.
+    Memory beyond arguments and results: 4 bytes per score and 28 bytes per prompt.
     """
     check_tensor("scores", scores, FLOATS)
     if scores.dim() != 1:
@@ -214,8 +214,8 @@ def reward_model_metrics(metrics: Tensor) -> dict[str, float]:
 
     Returns:
         loss/reward_model. reward_model/accuracy: share of pairs whose better completion has the
-        larger score. reward_model/margin: mean over pairs of the difference. score/mean, score/std
-        (population). All 0 without pairs.
+            larger score. reward_model/margin: mean over pairs of the difference. score/mean,
+            score/std (population). All 0 without pairs.
     """
     row = dict(zip(REWARD_METRICS, metrics.tolist(), strict=True))
     pairs = max(row["pairs"], 1.0)

@@ -146,7 +146,7 @@ def scaled(gradient: Tensor, grad_loss: Tensor) -> Tensor:
 def of_sequences(
     advantages: Tensor, valid: Tensor, cu_seqlens: Tensor | None, sequence_mean: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """What is one a sequence, for each token: the advantage, and the number of valid tokens.
+    """What is one per sequence, for each token: the advantage, and the number of valid tokens.
 
     Advantages are NaN, and with them all gradients, where malformed offsets are on a GPU.
 

@@ -102,7 +102,7 @@ def shaped_gae(
 
     Returns:
         advantages, returns, rewards: float32, of the shape of logprobs; rewards is None unless
-        return_rewards.
+            return_rewards.
 
     Raises:
         ValueError: a shape, dtype, device or option is not as above, or a tensor requires grad.
@@ -192,7 +192,9 @@ def _check_rewards(
     cu_seqlens: Tensor | None,
 ) -> None:
     if rewards is None and terminal_rewards is None:
-        raise ValueError("give rewards (one a token), terminal_rewards (one a sequence) or both")
+        raise ValueError(
+            "give rewards (one per token), terminal_rewards (one per sequence) or both"
+        )
     if rewards is not None:
         check_tensor("rewards", rewards, FLOATS, logprobs.shape, logprobs)
     if terminal_rewards is not None:

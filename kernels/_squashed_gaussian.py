@@ -66,7 +66,7 @@ def squashed_gaussian(
     Returns:
         actions: (B, A) float32 in [-1, 1].
         logprobs: (B,) float32. Finite for finite arguments, also where an action rounds to 1.
-        Both are differentiable with respect to mean and log_std.
+            Both are differentiable with respect to mean and log_std.
 
     Raises:
         ValueError: a shape, dtype, device or option is not as above, or noise requires grad.

@@ -121,8 +121,8 @@ def value_loss(
     Raises:
         ValueError: a shape, dtype, device or option is not as above.
 
-    Memory beyond arguments and results: 4 bytes a token (the gradient) and 28 bytes a sequence, 14
-    KiB at least.
+    Memory beyond arguments and results: 4 bytes per token (the gradient) and 28 bytes per sequence,
+    14 KiB at least.
     """
     sequences = _check(values, old_values, returns, mask, cu_seqlens, clip_range)
     delta = _delta(loss, huber_delta)
@@ -166,8 +166,8 @@ def value_metrics(metrics: Tensor) -> dict[str, float]:
 
     Returns:
         loss/value. value/clip_frac: share of tokens at which the clipped branch is the larger one.
-        value/explained_variance: 1 - Var(R - v) / Var(R), 0 where all returns are equal.
-        value/mean, return/mean. All 0 without tokens.
+            value/explained_variance: 1 - Var(R - v) / Var(R), 0 where all returns are equal.
+            value/mean, return/mean. All 0 without tokens.
     """
     row = dict(zip(VALUE_METRICS, metrics.tolist(), strict=True))
     varies = row["return_m2"] > 0

@@ -6,8 +6,8 @@ entropy H_r. With m = max_r m_r and w_r = d_r e^(m_r - m) / d, the share of the 
     log d   = log sum_r d_r e^(m_r - m)
     entropy = sum_r w_r (H_r - log w_r)
 
-so four numbers a token travel, in one collective. The backward pass needs none: given m, log d and
-the entropy of the whole vocabulary, the gradient of a part is that of `logprobs`.
+so four numbers per token travel, in one collective. The backward pass needs none: given m, log d
+and the entropy of the whole vocabulary, the gradient of a part is that of `logprobs`.
 """
 
 from typing import Any

@@ -272,7 +272,7 @@ class Objective:
 # https://doi.org/10.1007/BF00992696 theorem 1, summed over the tokens of a completion.
 _REINFORCE = Objective(surrogate="reinforce", aggregation="sequence-mean-token-sum")
 # https://arxiv.org/abs/2402.03300 eq. 3 and 4. Outcome and process supervision differ in the
-# advantages, one a completion or one a token.
+# advantages, one per completion or one per token.
 _GRPO = Objective(kl_coef=0.04, aggregation="sequence-mean-token-mean")
 
 _OFF_POLICY = Objective(

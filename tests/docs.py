@@ -12,6 +12,7 @@ import json
 import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,10 @@ from warpo.bench.report import rows as report
 from warpo.bench.train import rows as train
 from warpo.engine.config import table
 from warpo.engine.config.algorithms import ALGORITHMS
+from warpo.engine.config.control import ControlConfig
+from warpo.engine.config.file import keys, sections
+from warpo.engine.config.offline import OfflineConfig
+from warpo.engine.config.policy import Config
 from warpo.kernels import ops
 from warpo.kernels.objectives import OBJECTIVES, Objective
 
@@ -67,6 +72,30 @@ def helpers() -> str:
     )
 
 
+def settings(tree: type) -> str:
+    """Every setting of a tree, a table per section."""
+    found: dict[str, list[list[str]]] = {}
+    for key in keys(tree).values():
+        section = key.name.rpartition(".")[0]
+        default = "required" if key.required else _shown(key.default)
+        line = [f"`{key.name}`", default, key.wanted, key.text]
+        found.setdefault(section, []).append([cell.replace("|", r"\|") for cell in line])
+    head = ["setting", "default", "values", ""]
+    return "\n\n".join(
+        (f"### {name}\n\n{' '.join(sections(tree)[name].split())}\n\n" if name else "")
+        + markdown(head, lines)
+        for name, lines in found.items()
+    )
+
+
+def _shown(default: Any) -> str:
+    if default == "":
+        return "empty"
+    parts = default if isinstance(default, tuple) else (default,)
+    text = " ".join(str(part) for part in parts)
+    return f"`{text.lower() if isinstance(default, bool) else text}`"
+
+
 def reference() -> str:
     """A directive of mkdocstrings for everything public."""
     classes = sorted(name for name in ops.__all__ if name[0].isupper() and not name.isupper())
@@ -106,10 +135,9 @@ def _cell(operation: Operation, promise: int, reasons: dict[str, str]) -> str:
 def objectives() -> str:
     lines = []
     for name, objective in OBJECTIVES.items():
-        row = ALGORITHMS.get(name)
-        paper = f"[{row.title}]({row.url})" if row else ""
-        lines.append([f"`{name}`", *_parts(objective), paper])
-    head = ["objective", "ratio", "surrogate", "bounds", "KL", "correction", "mean", "paper"]
+        title = f"[`{name}`]({ALGORITHMS[name].url})" if name in ALGORITHMS else f"`{name}`"
+        lines.append([title, *_parts(objective)])
+    head = ["objective", "ratio", "surrogate", "bounds", "KL", "correction", "mean"]
     return markdown(head, lines)
 
 
@@ -317,6 +345,9 @@ PARTS: dict[str, Callable[[], str]] = {
     "operations": operations,
     "helpers": helpers,
     "contract": contract,
+    "settings of sampled completions": partial(settings, Config),
+    "settings of given data": partial(settings, OfflineConfig),
+    "settings of gymnasium": partial(settings, ControlConfig),
     "reference": reference,
     "objectives": objectives,
     "kernel times": kernel_times,

@@ -1,6 +1,7 @@
 """README and docs/: generated parts are current, links lead somewhere, code runs."""
 
 import ast
+import inspect
 import re
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from warpo.engine.config.algorithms import ALGORITHMS
 from warpo.engine.config.control import ControlConfig
 from warpo.engine.config.file import keys
 from warpo.engine.config.offline import OfflineConfig
-from warpo.engine.config.policy import Config
+from warpo.engine.config.policy import Config, load_config
+from warpo.kernels import ops
 
 ROOT = docs.ROOT
 PAGES = [*docs.PAGES, *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"))]
@@ -59,6 +61,14 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in anchors(target), link
 
 
+@pytest.mark.parametrize("name", [name for name in ops.__all__ if name[0].islower()])
+def test_returns_are_read_as_one_value_or_as_named_ones(name):
+    """The site makes an item of every line that is not indented further."""
+    section = re.search(r"^Returns:\n((?:    .+\n?)+)", inspect.getdoc(getattr(ops, name)), re.M)
+    items = re.findall(r"(?m)^    (\S.*)", section[1]) if section else []
+    assert len(items) < 2 or all(re.match(r"[\w, ]+: ", item) for item in items)
+
+
 def anchors(page: Path) -> set[str]:
     """Of headings, and of what mkdocstrings shows."""
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
@@ -83,9 +93,14 @@ def test_python_that_does_not_run_is_python():
 
 
 @pytest.mark.parametrize("text", blocks("yaml"))
-def test_settings_of_yaml_exist(text):
+def test_settings_of_yaml_exist(text, tmp_path, monkeypatch):
     tree = yaml.safe_load(text)
     assert tree
+    if "model" in tree:
+        monkeypatch.chdir(tmp_path)
+        Path(tree["model"]).mkdir(parents=True)
+        Path("my.yaml").write_text(text)
+        assert load_config(Path("my.yaml"), ["--sampler", "transformers"]).steps == tree["steps"]
     for name, value in tree.items():
         inner = value if isinstance(value, dict) else {}
         assert {f"{name}.{key}" for key in inner} <= SETTINGS and name in SETTINGS | SECTIONS

@@ -4,7 +4,7 @@
 
 One job for both: a model of 32000 tokens, made on the spot, float32 or, by --bf16, autocast to
 bfloat16, which is TRL's default; AdamW, DAPO's loss with a KL term, two updates a sample. Each run
-is a process of its own; the two take turns. Prints seconds a step, their parts, peak memory, and
+is a process of its own; the two take turns. Prints seconds per step, their parts, peak memory, and
 how far the losses are apart. Writes OUT/grpo_trainer.jsonl, or grpo_trainer_bf16.jsonl: a row for
 each side with the losses of all steps, calls served and passed on, machine, versions, date and
 command.

@@ -175,7 +175,7 @@ OPERATIONS = (
             _offsets(inputs),
             count_of(inputs["scores"]),
         )[0],
-        # read scores (4 bytes) and ranks (8), write the gradient (4); one exponential a pair
+        # read scores (4 bytes) and ranks (8), write the gradient (4); one exponential per pair
         work=lambda sizes, itemsize, mode: Work(
             read=12 * sizes["prompts"] * sizes["group"],
             written=0 if mode == "fwd" else 4 * sizes["prompts"] * sizes["group"],

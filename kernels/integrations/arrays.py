@@ -353,7 +353,7 @@ def _check_shapes(
     rows = shape[1] if len(shape) == 2 else 1
     if not rows == math.prod(next_value.shape) == math.prod(next_done.shape):
         raise ValueError(
-            f"next_value and next_done must be one an environment, {rows}, got "
+            f"next_value and next_done must be one per environment, {rows}, got "
             f"{tuple(next_value.shape)} and {tuple(next_done.shape)}"
         )
 

@@ -248,7 +248,7 @@ def test_a_value_behind_the_end_of_an_episode_is_not_read():
     [
         ({"rewards": (2, 3, 4)}, r"\(T, N\) or \(T,\), got \(2, 3, 4\)"),
         ({"values": (2, 4)}, r"shape of rewards, \(2, 3\), got \(2, 4\)"),
-        ({"next_value": (2,)}, r"one an environment, 3, got \(2,\)"),
+        ({"next_value": (2,)}, r"one per environment, 3, got \(2,\)"),
         ({"gamma": 1.5}, "gamma must be in"),
         ({"dtype": "int32"}, "float32"),
     ],

@@ -31,7 +31,7 @@ PROMISES = {
     4: "masked slots are never read",
     5: "no host synchronisation",
     6: "deterministic; a row does not depend on how many rows there are",
-    7: "one exponential an element; 8 bytes a token saved for backward",
+    7: "one exponential per element; 8 bytes per token saved for backward",
     8: "-inf logits are legal; logprob <= 0; a target out of range poisons its row",
     9: "an option outside the supported set raises",
     10: "no graph break under torch.compile; opcheck",

@@ -518,7 +518,7 @@ X, STARTS = torch.zeros(2, 3), torch.tensor([0, 2, 3], dtype=torch.int32)
         ((X, X, X, "dr_grpo"), {}, "needs denominator = sequences x a constant length"),
         ((X, X, X, "ppo"), {"denominator": -1.0}, "denominator must be >= 0, got -1.0"),
         ((X, X[:1], X, "ppo"), {}, r"old_logprobs must be of shape \(2, 3\), got \(1, 3\)"),
-        ((X, X, X[:, :2], "ppo"), {}, r"one a token, \(2, 3\), or one a sequence, \(2,\)"),
+        ((X, X, X[:, :2], "ppo"), {}, r"one per token, \(2, 3\), or one per sequence, \(2,\)"),
         ((X[0], X[0], X[0], "ppo"), {}, r"or \(N,\) together with cu_seqlens"),
         ((X, X, X, "ppo"), {"cu_seqlens": STARTS}, r"with cu_seqlens logprobs must be \(N,\)"),
         ((X[0], X[0], X[0], "ppo"), {"cu_seqlens": STARTS.long()}, "cu_seqlens must be int32"),

@@ -329,7 +329,7 @@ OLD, A = torch.zeros(2, 3), torch.zeros(2)
             {"old_logprobs": OLD[:1]},
             r"must be of shape \(2, 3\)",
         ),
-        ((H, W, Y, A[:1], "dapo"), {}, "advantages must be one a token"),
+        ((H, W, Y, A[:1], "dapo"), {}, "advantages must be one per token"),
         ((H, W, Y, A, "grpo"), {}, "kl_coef = 0.04 needs ref_logprobs"),
         ((H, W, Y, A, "dr_grpo"), {}, "needs denominator"),
         ((H, W, Y, A, "grpo_tis"), {"ref_logprobs": OLD}, "needs sampler_logprobs"),

@@ -450,7 +450,7 @@ A = torch.zeros(2)
         ((X[0], Y[0], A, "ppo"), {}, r"logits must be \(B, T, V\), or \(N, V\) together with"),
         ((X.double(), Y, A, "ppo"), {}, r"logits must be float32"),
         ((X, Y[:1], A, "ppo"), {}, r"targets must be of shape \(2, 3\)"),
-        ((X, Y, A[:1], "ppo"), {}, r"one a token, \(2, 3\), or one a sequence, \(2,\)"),
+        ((X, Y, A[:1], "ppo"), {}, r"one per token, \(2, 3\), or one per sequence, \(2,\)"),
         ((X, Y, A, "ppo"), {"old_logprobs": A}, r"old_logprobs must be of shape \(2, 3\)"),
         ((X, Y, A, "grpo"), {}, "kl_coef = 0.04 needs ref_logprobs"),
         ((X, Y, A, "grpo_tis"), {"ref_logprobs": X[..., 0]}, "needs sampler_logprobs"),

@@ -231,7 +231,7 @@ X = torch.zeros(2, 3)
         ({"kl_coef": X}, r"kl_coef must be of shape \(\), got \(2, 3\)"),
         ({"entropy_coef": -0.1}, "entropy_coef must be finite and >= 0, got -0.1"),
         ({"kl_estimator": "k4"}, "kl_estimator must be one of k1, k2, k3, reverse_k3; got 'k4'"),
-        ({"rewards": None}, r"give rewards \(one a token\), terminal_rewards"),
+        ({"rewards": None}, r"give rewards \(one per token\), terminal_rewards"),
         ({"rewards": X[0]}, r"rewards must be of shape \(2, 3\), got \(3,\)"),
         ({"terminal_rewards": X[0]}, r"terminal_rewards must be of shape \(2,\), got \(3,\)"),
         ({"log_ratio_limit": 0.0}, r"log_ratio_limit must be in \(0, 80\], got 0.0"),

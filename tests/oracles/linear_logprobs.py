@@ -10,7 +10,7 @@ import numpy as np
 def linear_logprobs(
     hidden, weight, targets, *, bias=None, softcap=None, temperature=1.0, mask=None
 ):
-    """(logp, entropy) for hidden (N, H), weight (V, H), targets (N,); temperature one a token or
+    """(logp, entropy) for hidden (N, H), weight (V, H), targets (N,); temperature one per token or
     one number. 0 where masked.
     """
     tokens = len(targets)

@@ -14,7 +14,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Completion:
-    """Logprobs of the tokens of one completion; advantages one a token."""
+    """Logprobs of the tokens of one completion; advantages one per token."""
 
     logp: np.ndarray
     frozen: np.ndarray

@@ -1,8 +1,8 @@
 """OpenRLHF's losses of pairs: reward models and DPO.
 
-There is one number a pair, so that the whole is a few vector operations, and any of them costs less
-than the launch of a kernel with its workspace: these are the same formulas in fewer operations,
-through log(1 + e^x) = softplus(x), which does not overflow. No kernel runs.
+There is one number per pair, so that the whole is a few vector operations, and any of them costs
+less than the launch of a kernel with its workspace: these are the same formulas in fewer
+operations, through log(1 + e^x) = softplus(x), which does not overflow. No kernel runs.
 """
 
 from collections.abc import Callable

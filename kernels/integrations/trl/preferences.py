@@ -2,7 +2,7 @@
 CPO and ORPO.
 
 Left to TRL, as their losses of a handful of numbers stand amid methods of hundreds of lines: KTO,
-reward models, TPO and online DPO; so do the losses of CPO and ORPO, which keep one a pair.
+reward models, TPO and online DPO; so do the losses of CPO and ORPO, which keep one per pair.
 Log-probabilities of KTO and SFT come from the fused head all the same.
 """
 

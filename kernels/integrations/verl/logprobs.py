@@ -58,7 +58,7 @@ def entropy_from_logits(original: Callable, logits: Tensor) -> Tensor:
 def entropy_from_logits_with_chunking(
     original: Callable, logits: Tensor, chunk_size: int = 2048
 ) -> Tensor:
-    """No chunks: the pass needs 8 bytes a row. Differs as `entropy_from_logits`."""
+    """No chunks: the pass needs 8 bytes per row. Differs as `entropy_from_logits`."""
     require(logits.dim() == 2, "logits that are not (N, V)")
     _require_rows(logits)
     return _entropy(logits).to(torch.get_default_dtype())
