@@ -103,37 +103,50 @@ def optimizer(plan: Plan) -> Iterator[Row]:
 
 
 def attention(plan: Plan) -> Iterator[Row]:
-    """Forward and backward of the engine's attention of a packed row, and of the same product on a
-    batch that nobody had to gather.
+    """Forward and backward of the engine's attention of a packed row, of the padded batch that
+    defines it, and of the same product on a batch that nobody had to gather.
     """
     from transformers.masking_utils import causal_mask_function
 
-    from warpo.engine.models.attention import Mask, packed_attention
+    from warpo.engine.models.attention import Mask, packed_attention, padded_attention
+    from warpo.engine.models.batch import pack
+    from warpo.engine.types import TokenSequence
 
     batch, length, heads, kv, width = (16, 1024, 12, 2, 128)
     if plan.device == "cpu":
         batch, length, heads, kv, width = (2, 16, 4, 2, 8)
-    places = torch.arange(batch * length, device=plan.device)
+    # sequences that begin differently share nothing
+    rows = [TokenSequence.scored([number] * length) for number in range(batch)]
+    packed = pack(rows).to(plan.device)
+    causal = Mask(cast(Callable[..., Tensor], causal_mask_function), None)
 
     def leaf(*shape: int) -> Tensor:
         return torch.randn(shape, device=plan.device, dtype=torch.bfloat16).requires_grad_()
 
-    packed = [leaf(1, count, batch * length, width) for count in (heads, kv, kv)]
+    row = [leaf(1, count, batch * length, width) for count in (heads, kv, kv)]
     padded = [leaf(batch, count, length, width) for count in (heads, kv, kv)]
-    causal = Mask(cast(Callable[..., Tensor], causal_mask_function), None)
+    index: dict[str, Any] = {
+        "gather_index": packed.gather_index,
+        "scatter_index": packed.scatter_index,
+    }
 
     def ours() -> None:
-        query, key, value = packed
+        query, key, value = row
         out, _ = packed_attention(
             nn.Module(),
             query,
             key,
             value,
             causal,
-            gather_index=places.view(batch, length),
-            scatter_index=places,
+            **index,
+            subtree_end=packed.subtree_end,
+            segments=packed.segments,
         )
-        torch.autograd.grad(out.sum(), packed)
+        torch.autograd.grad(out.sum(), row)
+
+    def gathered() -> None:
+        out = padded_attention(*row, **index)
+        torch.autograd.grad(out.sum(), row)
 
     def eager() -> None:
         query, key, value = padded
@@ -143,11 +156,9 @@ def attention(plan: Plan) -> Iterator[Row]:
         torch.autograd.grad(out.sum(), padded)
 
     # two products forward and five backward, over the half that the causal mask leaves
-    work = Work(
-        read=sum(x.nbytes for x in packed), flops=7 * batch * heads * length * length * width
-    )
+    work = Work(read=sum(x.nbytes for x in row), flops=7 * batch * heads * length * length * width)
     sizes = {"sequences": batch, "steps": length, "heads": heads}
-    calls: dict[str, Call] = {plan.device: ours, "eager": eager}
+    calls: dict[str, Call] = {plan.device: ours, "padded": gathered, "eager": eager}
     yield from _timed(plan, "packed attention", sizes, calls, work, mode="fwd+bwd")
 
 

@@ -30,6 +30,8 @@ class Batch:
         scatter_index: (N,) int64, where in `gather_index`, flattened, each token is found.
         subtree_end: (N,) int64, the end of the tokens that follow each: token i continues token j,
             and attends to it, where j <= i < subtree_end[j].
+        segments: start, stop and end of each run of tokens of one subtree_end, in their order, on
+            the host.
         logit_positions: (M,) int64, index of the token whose logits predict each trained token.
         targets: (M,) int64, the trained tokens.
         cu_seqlens: (B + 1,) int32, where the trained tokens of each sequence start among the M.
@@ -50,6 +52,7 @@ class Batch:
     gather_index: Tensor
     scatter_index: Tensor
     subtree_end: Tensor
+    segments: tuple[tuple[int, int, int], ...]
     logit_positions: Tensor
     targets: Tensor
     cu_seqlens: Tensor
@@ -119,11 +122,18 @@ def pack(sequences: Sequence[TokenSequence]) -> Batch:
         gather_index=torch.from_numpy(gather_index),
         scatter_index=torch.from_numpy(scatter_index),
         subtree_end=torch.from_numpy(subtree_end),
+        segments=_segments(subtree_end),
         logit_positions=_joined([gather_index[i, a - 1 : b - 1] for i, a, b in spans]),
         targets=_joined([sequences[i].token_ids[a:b] for i, a, b in spans]),
         cu_seqlens=torch.from_numpy(starts_of(sequences)).to(torch.int32),
         sequence_tokens=int(lengths.sum()),
     )
+
+
+def _segments(subtree_end: np.ndarray) -> tuple[tuple[int, int, int], ...]:
+    starts = np.flatnonzero(np.diff(subtree_end, prepend=-1))
+    stops = np.append(starts[1:], len(subtree_end))
+    return tuple(zip(*np.stack([starts, stops, subtree_end[starts]]).tolist(), strict=True))
 
 
 def trie_order(sequences: Sequence[TokenSequence]) -> tuple[list[int], np.ndarray]:

@@ -172,6 +172,7 @@ def inputs_of(model: nn.Module, batch: Batch) -> dict[str, Any]:
         "gather_index": batch.gather_index,
         "scatter_index": batch.scatter_index,
         "subtree_end": batch.subtree_end,
+        "segments": batch.segments,
         "use_cache": False,
     }
 

@@ -1,13 +1,14 @@
 """Proof that the gradient of an optimizer step does not depend on how its rollouts are laid out.
 
-The same rollouts, some of which begin with the same sampled tokens, are laid out in four ways:
+The same rollouts, some of which begin with the same sampled tokens, are laid out in five ways:
 
     accumulation 1   one packed micro-batch, the trie of all
+    segments         the same, by the attention of a CPU's long rows where these are short ones
     accumulation n   micro-batches of one rollout each
     packed           a few micro-batches, filled by a token budget
     alone            each rollout in a row of its own, by the model's own eager attention
 
-The first three are `accumulate_gradients`, which training runs. The last shares with it the
+The first four are `accumulate_gradients`, which training runs. The last shares with it the
 parameters and the kernels of logprobs and loss, and nothing else: not the packing, not the
 attention, not the logits' choice, not the denominator. Each is compared with the first, over all
 parameters:
@@ -42,6 +43,7 @@ from transformers import PreTrainedModel
 
 from warpo.engine.learner.optimizer import float32_gradients
 from warpo.engine.learner.step import accumulate_gradients
+from warpo.engine.models.attention import segments_of_any_length
 from warpo.engine.models.batch import pack
 from warpo.engine.models.micro_batches import TokenCount, split_by_tokens
 from warpo.engine.models.model import load_model
@@ -52,7 +54,7 @@ from warpo.kernels import ops
 from warpo.kernels.objectives import Objective
 
 # Each layout and its bound.
-LAYOUTS = {"accumulation n": 1e-6, "packed": 1e-6, "alone": 1e-5}
+LAYOUTS = {"segments": 1e-6, "accumulation n": 1e-6, "packed": 1e-6, "alone": 1e-5}
 
 # A power of two, and the bound of what they add up to.
 REPEATS, REPEATED_BOUND = 16, 1e-6
@@ -172,6 +174,10 @@ def divergences(
             layout: _gradient(model, accumulate_gradients, batches, objective, **options)
             for layout, batches in layouts.items()
         }
+        with segments_of_any_length():
+            gradients["segments"] = _gradient(
+                model, accumulate_gradients, layouts["accumulation 1"], objective, **options
+            )
         gradients["alone"] = _gradient(model, _backward_alone, rollouts, objective, **options)
         for layout in LAYOUTS:
             relative = _relative(gradients[layout], gradients["accumulation 1"])

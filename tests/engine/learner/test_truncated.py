@@ -60,6 +60,8 @@ def test_a_cut_completion_has_the_value_of_its_last_state(
                     attention_mask=torch.ones_like(one.input_ids),
                     gather_index=one.gather_index,
                     scatter_index=one.scatter_index,
+                    subtree_end=one.subtree_end,
+                    segments=one.segments,
                 ).last_hidden_state
             last = head(hidden[:, -1]).item()
             expected.append(0.0 if made.finished[row] else last)

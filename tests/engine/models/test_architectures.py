@@ -15,6 +15,7 @@ from warpo.engine.config.file import read_tree
 from warpo.engine.config.offline import OfflineConfig
 from warpo.engine.config.policy import load_config
 from warpo.engine.errors import ConfigError, DataError
+from warpo.engine.models import attention
 from warpo.engine.models.architectures import check_tokens, plain_attention, refusal
 from warpo.engine.models.attention import Mask, UnsupportedAttention, packed_attention
 from warpo.engine.models.batch import pack
@@ -138,6 +139,8 @@ def one_call(**options):
         "attention_mask": mask,
         "gather_index": batch.gather_index,
         "scatter_index": batch.scatter_index,
+        "subtree_end": batch.subtree_end,
+        "segments": batch.segments,
     } | options
     return packed_attention(module, heads, heads, heads, **options)
 
@@ -249,6 +252,14 @@ def test_memory_of_every_architecture_is_planned(tmp_path, model_type):
     assert planned.held["sampler weights"] == sum(p.nbytes for p in model.parameters())
     # its gradients, and activations
     assert planned.phases["update"] > planned.phases["score"]
+
+
+def test_memory_of_a_gpus_attention_is_planned(tmp_path, monkeypatch):
+    """Of tensors that linear in the tokens are kept, none of which is padded."""
+    config = tiny_config("gemma2")
+    padded = plan(tmp_path, config).phases["update"]
+    monkeypatch.setattr(attention, "runs_flex", lambda query, value: query.device.type == "cpu")
+    assert plan(tmp_path, config).phases["update"] < padded
 
 
 @pytest.mark.slow
