@@ -14,6 +14,7 @@ from typing import Literal
 from pydantic.dataclasses import dataclass
 
 from warpo.engine.config.file import read_tree
+from warpo.engine.config.lora import LoraSettings, check_lora
 from warpo.engine.config.resolve import resolve
 from warpo.engine.config.reward_model import reward_sources
 from warpo.engine.config.reward_sources import parse_sources
@@ -77,6 +78,7 @@ class Config:
     critic: CriticSettings = field(default_factory=CriticSettings)
     pretraining: PretrainingSettings = field(default_factory=PretrainingSettings)
     update: UpdateSettings = field(default_factory=UpdateSettings)
+    lora: LoraSettings = field(default_factory=LoraSettings)
     probe: ProbeSettings = field(default_factory=ProbeSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
@@ -85,7 +87,7 @@ class Config:
         _check_inputs(self)
         _check_lengths(self)
         _check_schedule(self)
-        resolve(self)
+        check_lora(self, resolve(self))
         _check_label_field(self)
 
     @property

@@ -16,11 +16,12 @@ from warpo.engine.config.policy import Config
 from warpo.engine.config.resolve import resolve
 from warpo.engine.data.examples import Examples
 from warpo.engine.errors import TrainingError, WeightMismatch
+from warpo.engine.learner.adapters import Adapters
 from warpo.engine.learner.advantages import AdaptiveState, estimate
 from warpo.engine.learner.covariance import by_covariance
 from warpo.engine.learner.critic import Critic
 from warpo.engine.learner.drift import Drift, step_kl
-from warpo.engine.learner.losses import preference_gradients, supervised_gradients
+from warpo.engine.learner.losses import preference_gradients
 from warpo.engine.learner.minibatches import make_minibatches
 from warpo.engine.learner.old_logprobs import (
     are_the_updates,
@@ -54,6 +55,7 @@ class Learner:
         model: the policy, whose parameters lie where they stay.
         examples: examples of pretraining.data; None without.
         reward_model: the reward model that learns too; None without.
+        adapters: of the model, which learn instead of its weights; None without.
 
     Attributes:
         progress: steps that are complete, and whether the weights are those of a step.
@@ -69,13 +71,14 @@ class Learner:
         tokenizer: PreTrainedTokenizerBase,
         examples: Examples | None = None,
         reward_model: RewardModelLearner | None = None,
+        adapters: Adapters | None = None,
     ) -> None:
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.adapters = model, tokenizer, adapters
         self.algorithm = algorithm = resolve(config)
         self._config, self._run = config, run
         checkpoint_layers(model, config.update.activation_checkpointing)
         self.critic = Critic(config, model, run.ranks) if algorithm.has_critic else None
-        learned = [*model.named_parameters()]
+        learned = [*(adapters or model).named_parameters()]
         learned += [] if self.critic is None else self.critic.named_parameters()
         updates = (config.steps - config.critic.warmup_steps) * config.update.per_step
         self.optimizer, self.schedule = make_optimizer(
@@ -87,8 +90,8 @@ class Learner:
             adapts=algorithm.kl_target is not None,
             entropy_coef=algorithm.reward_entropy_coef if learns_entropy else None,
         )
-        self.reference = Reference(config, algorithm)
-        self.pretraining = None if examples is None else Pretraining(config, examples)
+        self.reference = Reference(config, algorithm, adapters)
+        self.pretraining = None if examples is None else Pretraining(config, examples, run.ranks)
         self.reward_model = reward_model
         self.progress = Progress()
         self.progress.track(adaptive=self.adaptive)
@@ -122,6 +125,8 @@ class Learner:
             parts["pretraining"] = self.pretraining.record
         if self.reward_model is not None:
             parts["reward_model"] = self.reward_model
+        if self.adapters is not None:
+            parts["adapters"] = self.adapters.record
         return parts if self.critic is None else parts | {"critic": self.critic}
 
     @property
@@ -290,8 +295,7 @@ class Learner:
                 prove(result.logprobs)
             weight_update = self.optimizer.step(config.update.max_grad_norm)
         self.schedule.step()
-        self._note(weight_update)
-        return result._replace(update=weight_update)
+        return result._replace(update=self._published(weight_update))
 
     @contextmanager
     def _between_steps(self, *, untouched: bool) -> Iterator[None]:
@@ -346,24 +350,18 @@ class Learner:
             parts = {name: part for name, part in found._asdict().items() if part is not None}
             result = result._replace(**parts)
         if algorithm.pretraining_coef and self.pretraining is not None:
-            count = sum(batch.num_sequences for batch in batches)
-            drawn = self.pretraining.batches(count, step, update)
-            loss = supervised_gradients(
-                self.model,
-                [batch.to(self.device) for batch in drawn],
-                coef=algorithm.pretraining_coef,
-                aggregation=config.pretraining.aggregation,
-                ranks=ranks,
-            )
+            coef = algorithm.pretraining_coef
+            loss = self.pretraining.gradients(self.model, batches, step, update, coef)
             result = result._replace(pretraining=loss)
         return result
 
-    def _note(self, update: WeightUpdate) -> None:
-        """Keep what an optimizer step says of the policy's weights, for the next publish."""
+    def _published(self, update: WeightUpdate) -> WeightUpdate:
+        """The effect of an optimizer step on the policy's weights, kept for the next publish."""
+        if self.adapters is not None:
+            update = self.adapters.after(update)
         others = {name for name, _ in self.critic.named_parameters()} if self.critic else set()
-        self.fingerprints = {
-            name: value for name, value in update.fingerprints.items() if name not in others
-        }
+        self.fingerprints = {n: x for n, x in update.fingerprints.items() if n not in others}
+        return update
 
     def _minibatches(self, rollouts: StepRollouts, epoch: int) -> list[list[Batch]]:
         """Those of an epoch, dealt by seed, step and epoch only."""
@@ -394,6 +392,9 @@ class Learner:
 
         Raises:
             TrainingError: they are not.
+            WeightMismatch: something has written to the base of the adapters.
         """
+        if self.adapters is not None:
+            self.adapters.check_base()
         loss, grad_norm = loss_and_gradient(self.model, sequences).tolist()
         check_state(self.step, loss, grad_norm, self._config.output_dir)

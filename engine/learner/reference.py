@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 from torch import Tensor
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 from warpo.engine.config.algorithm import Algorithm
 from warpo.engine.config.policy import Config
 from warpo.engine.errors import CheckpointError, ConfigError
+from warpo.engine.learner.adapters import Adapters
 from warpo.engine.models.batch import Batch
 from warpo.engine.models.model import load_model
 from warpo.engine.models.score import device_of, score
@@ -19,10 +21,16 @@ from warpo.engine.run import checkpoint, manifest
 
 
 class Reference:
-    """The reference of a run; none where the algorithm has no KL to one."""
+    """The reference of a run; none where the algorithm has no KL to one.
 
-    def __init__(self, config: Config, algorithm: Algorithm) -> None:
-        self._config, self._algorithm = config, algorithm
+    Args:
+        adapters: of the policy, whose base is the reference then: no second model, none on disk.
+    """
+
+    def __init__(
+        self, config: Config, algorithm: Algorithm, adapters: Adapters | None = None
+    ) -> None:
+        self._config, self._algorithm, self._adapters = config, algorithm, adapters
         self._model: PreTrainedModel | None = None
 
     def __bool__(self) -> bool:
@@ -31,17 +39,22 @@ class Reference:
     def logprobs(self, batch: Batch) -> Tensor:
         """(M,) float32 of the trained tokens of a micro-batch."""
         assert self._model is not None
-        return score(self._model, batch, self._config.rollout.temperature)
+        with nullcontext() if self._adapters is None else self._adapters.base():
+            return score(self._model, batch, self._config.rollout.temperature)
 
     def freeze(self, policy: PreTrainedModel) -> None:
         """Take the policy as it is."""
-        if self._algorithm.has_reference:
+        if not self._algorithm.has_reference:
+            return
+        if self._adapters is None:
             self._model = copy.deepcopy(policy).requires_grad_(False).eval()
+        else:
+            self._model = policy
 
     def begin(self, policy: PreTrainedModel) -> None:
         """Freeze the model that step 1 starts from, and keep it on disk."""
         self.freeze(policy)
-        if self._model is not None:
+        if self._model is not None and self._adapters is None:
             # what an earlier run without a checkpoint has left is not this run's
             shutil.rmtree(self._root, ignore_errors=True)
             checkpoint.save_model(self._root / _step_name(0), self._model)
@@ -62,7 +75,8 @@ class Reference:
 
     def load(self, policy: PreTrainedModel, step: int) -> None:
         """Take the reference that a resumed run had after the step that it resumes from."""
-        if not self._algorithm.has_reference:
+        if not self._algorithm.has_reference or self._adapters is not None:
+            self.freeze(policy)
             return
         before = [folder for folder in self._saved() if _step_of(folder) <= step]
         if not before:

@@ -40,7 +40,8 @@ def loss_and_gradient(model: PreTrainedModel, sequences: Sequence[Sequence[int]]
     batch = pack_scored(model, sequences)
     embedded: list[Tensor] = []
     hook = model.get_input_embeddings().register_forward_hook(
-        lambda module, inputs, output: embedded.append(output)
+        # of embeddings that stay, the output has no gradient by itself
+        lambda module, inputs, output: embedded.append(output.requires_grad_())
     )
     try:
         loss = -token_logprobs(model, batch, 1.0).logprobs.mean()

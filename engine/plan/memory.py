@@ -32,12 +32,14 @@ from warpo.engine.config.policy import Config
 from warpo.engine.config.resolve import resolve
 from warpo.engine.config.reward_model import reward_sources, reward_training
 from warpo.engine.config.reward_sources import parse_sources
+from warpo.engine.learner.adapters import TILE
 from warpo.engine.learner.optimizer import float32_gradients
 from warpo.engine.learner.step import accumulate_gradients
 from warpo.engine.models.architectures import shape_model, shapes_only
 from warpo.engine.models.batch import Batch
 from warpo.engine.models.checkpointing import checkpoint_layers
 from warpo.engine.models.files import read_config
+from warpo.engine.models.lora import LoraLinear, adapter_tensors, attach
 from warpo.engine.models.model import is_packed, set_lm_head_dtype
 from warpo.engine.models.score import device_of, score
 from warpo.engine.models.step_rollouts import StepRollouts
@@ -104,24 +106,27 @@ def plan_memory(
     # Besides its trunk it has one weight per hidden unit.
     has_critic = algorithm.has_critic and config.critic.model != "shared"
     critic = _trunk_parameters(model) if has_critic else 0
+    adapters = _adapter_bytes(config, model, device)
     held = {
         "sampler weights": parameters * dtype_of(config.sampler_dtype).itemsize,
         "learner weights": 0 if resync == "alias" else weights,
-        "reference weights": weights if algorithm.has_reference else 0,
+        "reference weights": weights if algorithm.has_reference and not config.lora.rank else 0,
+        "adapters": adapters,
         "reward models": _reward_parameters(config, device, fake) * dtype_of(config.dtype).itemsize,
         "critic weights": critic * dtype_of(config.dtype).itemsize,
         "KV cache": config.rollout.kv_cache_bytes if sampler else 0,
         "optimizer state": optimizer_bytes(
-            parameters + critic + _trained_reward_parameters(config, device, fake), config, device
-        ),
+            critic + _trained_reward_parameters(config, device, fake), config, device
+        )
+        + _policy_state_bytes(config, model, device),
     }
     kept = sum(held.values())
     learning = kept - held["KV cache"]
     before_training = kept - held["optimizer state"]
     if resync == "alias" and device.type == "cpu":
         # What is read from the checkpoint goes when the sampler's storage takes its place; the
-        # reference is made after that.
-        before_training += max(0, weights - held["reference weights"])
+        # reference and the adapters are made after that.
+        before_training += max(0, weights - held["reference weights"] - adapters)
     work = {
         shape: _update_bytes(config, shape, model, fake)
         for shape in _shapes(config, prompt_lengths, shared=is_packed(model))
@@ -137,13 +142,28 @@ def plan_memory(
             "load": before_training,
             "sample": kept + (sampler.sampling_bytes(max(prompt_lengths)) if sampler else 0),
             "score": learning + _score_bytes(shape, model, fake),
-            "update": learning + work[shape],
+            "update": learning + max(work[shape], _merge_bytes(model)),
             "publish": (kept if device.type == "cuda" else learning)
             + (sampler.probe_cache_bytes(longest) if sampler else 0)
             + max(_score_bytes(probe, model, fake), sampler.probe_bytes(longest) if sampler else 0),
         },
         shape=shape,
     )
+
+
+def _adapter_bytes(config: Config, model: PreTrainedModel, device: torch.device) -> int:
+    """A and B, and W0 where it is kept on the device."""
+    on_host = config.lora.base == "host" and device.type == "cuda"
+    return sum(x.nbytes for x in adapter_tensors(model) if x.requires_grad or not on_host)
+
+
+def _policy_state_bytes(config: Config, model: PreTrainedModel, device: torch.device) -> int:
+    """State of the optimizer for the policy: of its parameters, or of its float32 adapters."""
+    if not config.lora.rank:
+        return optimizer_bytes(sum(p.numel() for p in model.parameters()), config, device)
+    learned = sum(x.numel() for x in adapter_tensors(model) if x.requires_grad)
+    on_host = config.update.optimizer_state == "host" and device.type == "cuda"
+    return 0 if on_host else 8 * learned
 
 
 def optimizer_bytes(parameters: int, config: Config | OfflineConfig, device: torch.device) -> int:
@@ -241,6 +261,8 @@ def _fake_model(
 ) -> PreTrainedModel:
     with fake:
         model = shape_model(hf_config, device, dtype_of(config.dtype))
+        if config.lora.rank:
+            attach(model, config.lora, seed=0, computes_base=lambda: False)
     set_lm_head_dtype(model, config.lm_head_dtype)
     float32_gradients(model.parameters())
     checkpoint_layers(model, config.update.activation_checkpointing)
@@ -316,10 +338,11 @@ def _workspace_bytes(func: Any, args: tuple[Any, ...]) -> int:
 
 
 def peak_bytes(work: Callable[[], object], model: PreTrainedModel, fake: FakeTensorMode) -> int:
-    existing = [*model.parameters(), *model.buffers()]
+    existing = [*model.parameters(), *model.buffers(), *adapter_tensors(model)]
     with fake, _LiveBytes(existing) as live, shapes_only():
         work()
-    model.zero_grad(set_to_none=True)
+    for tensor in existing:
+        tensor.grad = None
     return live.peak
 
 
@@ -346,6 +369,13 @@ def _update_bytes(
         model,
         fake,
     )
+
+
+def _merge_bytes(model: PreTrainedModel) -> int:
+    """What `Adapters.merge` takes for the largest layer: its new weight, a mask, and tiles."""
+    weights = [m.weight for m in model.modules() if isinstance(m, LoraLinear)]
+    sizes = [w.nbytes + w.numel() + 3 * 4 * min(w.numel(), TILE) for w in weights]
+    return max(sizes, default=0)
 
 
 def _score_bytes(shape: Shape, model: PreTrainedModel, fake: FakeTensorMode) -> int:

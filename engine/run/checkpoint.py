@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from warpo.engine.errors import CheckpointError, ConfigError, TrainingError, one_line
 from warpo.engine.run import atomic, manifest
@@ -35,6 +36,16 @@ _NAME = re.compile(r"step-(\d{6,})")
 _TRAINER_FILE = "trainer.pt"
 # config, tokenizer and manifest besides the tensors of a checkpoint
 _SMALL_FILES = 2**20
+
+
+class Weights(Protocol):
+    """A model, or the adapters of one: what a checkpoint keeps in files of safetensors."""
+
+    def named_parameters(self) -> Iterable[tuple[str, Tensor]]: ...
+
+    def state_dict(self) -> Mapping[str, Tensor]: ...
+
+    def save_pretrained(self, *folder: Any, **options: Any) -> Any: ...
 
 
 class Stateful(Protocol):
@@ -65,7 +76,7 @@ def save(
     output_dir: str | Path,
     *,
     step: int,
-    model: PreTrainedModel | None,
+    model: Weights | None,
     tokenizer: PreTrainedTokenizerBase | None,
     parts: Mapping[str, Stateful],
     keep: int,
@@ -114,7 +125,7 @@ def save_model(
 
 def rehearse(
     output_dir: str | Path,
-    model: PreTrainedModel,
+    model: Weights,
     tokenizer: PreTrainedTokenizerBase,
     parameters: Iterable[Tensor],
     parts: Mapping[str, Stateful] | None = None,
@@ -192,7 +203,7 @@ def read(path: str | Path) -> Saved:
     return Saved(path=path, step=body["step"], settings=body["settings"], tensors=own)
 
 
-def load(saved: Saved, *, model: PreTrainedModel | None, parts: Mapping[str, Stateful]) -> int:
+def load(saved: Saved, *, model: Weights | None, parts: Mapping[str, Stateful]) -> int:
     """Put a checkpoint into `model` (in place, its storage stays), `parts` and the random states.
 
     Returns:
@@ -245,7 +256,7 @@ def set_random_state(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def _load_weights(path: Path, model: PreTrainedModel) -> None:
+def _load_weights(path: Path, model: Weights) -> None:
     own = model.state_dict()
     files: dict[str, Path] = {}
     for file in sorted(path.glob(manifest.WEIGHTS)):
@@ -255,9 +266,11 @@ def _load_weights(path: Path, model: PreTrainedModel) -> None:
     written = {own[name].data_ptr() for name in own.keys() & files.keys()}
     shared = {name for name in own.keys() - files.keys() if own[name].data_ptr() in written}
     if own.keys() - shared != files.keys():
-        _check_same(path, own, converted := _converted(path, model))
-        model.load_state_dict(converted)
-        return
+        if isinstance(model, nn.Module):
+            _check_same(path, own, converted := _converted(path, model))
+            model.load_state_dict(converted)
+            return
+        _check_same(path, own, {n: x for f in {*files.values()} for n, x in load_file(f).items()})
     for name, file in files.items():
         with safe_open(file, framework="pt") as tensors:
             tensor = tensors.get_tensor(name)
@@ -271,14 +284,14 @@ def _load_weights(path: Path, model: PreTrainedModel) -> None:
                 own[name].copy_(tensor)
 
 
-def _converted(path: Path, model: PreTrainedModel) -> dict[str, Tensor]:
+def _converted(path: Path, model: Weights) -> dict[str, Tensor]:
     """The weights by the names of the model, where those of its files are others: transformers
     fuses the experts of some architectures.
     """
     try:
         # float32 holds every value of the narrower types, so a model of mixed types is exact too.
-        loading: Any = type(model).from_pretrained
-        loaded, report = loading(path, dtype=torch.float32, output_loading_info=True)
+        kind: Any = type(model)
+        loaded, report = kind.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path} belongs to another model: {error}") from error
     state: dict[str, Tensor] = loaded.state_dict()
@@ -319,7 +332,7 @@ def _is_whole(path: Path) -> bool:
 
 
 def _check_finite(
-    output_dir: str | Path, step: int, model: PreTrainedModel | None, parts: Mapping[str, Any]
+    output_dir: str | Path, step: int, model: Weights | None, parts: Mapping[str, Any]
 ) -> None:
     named = [] if model is None else list(model.named_parameters())
     if name := first_not_finite([*named, *manifest.tensors_in(parts, "state of the run")]):
@@ -345,7 +358,7 @@ def last_good(output_dir: str | Path) -> str:
     return f"Lower the learning rate and --resume from the last good one, {path.name}"
 
 
-def _num_bytes(model: PreTrainedModel | None, state: Any) -> int:
+def _num_bytes(model: Weights | None, state: Any) -> int:
     """Estimate the size of a checkpoint on disk; a tensor of two names counts once."""
     named = [] if model is None else list(model.state_dict().items())
     tensors = [tensor for _, tensor in [*named, *manifest.tensors_in(state, "")]]

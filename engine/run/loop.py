@@ -14,13 +14,13 @@ from warpo.engine.config.sections import CheckpointSettings
 from warpo.engine.errors import CheckpointError, TrainingError, WarpoError
 from warpo.engine.ranks import ONE_RANK, Ranks
 from warpo.engine.run import checkpoint
-from warpo.engine.run.checkpoint import Saved, Stateful
+from warpo.engine.run.checkpoint import Saved, Stateful, Weights
 from warpo.engine.run.log import COLUMNS, Column, Log, NoLog, RunLog, plain
 from warpo.engine.run.resume import RunSettings, claim, tell
 from warpo.engine.types import Metrics
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -153,7 +153,7 @@ class Contents:
 
     parts: Mapping[str, Stateful]
     check: Callable[[], None]
-    model: PreTrainedModel | None = None
+    model: Weights | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
 
 

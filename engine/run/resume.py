@@ -17,7 +17,10 @@ from warpo.engine.run.log import Log, Settings, plain
 
 # What the states of a checkpoint depend on. The number of steps is free, as is what loss, update
 # and rewards read: the rows of metrics.jsonl after the step are then of the new settings.
-FIXED = ("algorithm", "dtype", "seed", "environment", "num_envs")
+FIXED = (
+    *("algorithm", "dtype", "seed", "environment", "num_envs"),
+    *("lora.rank", "lora.alpha", "lora.targets"),
+)
 
 
 class RunSettings(Settings, Protocol):
@@ -88,12 +91,19 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "
 def _check_fixed(config: RunSettings, saved: Saved) -> None:
     now = plain(config)
     for name in FIXED:
-        old, new = saved.settings.get(name, "absent"), now.get(name, "absent")
-        if old != new:
+        old, new = _value(saved.settings, name), _value(now, name)
+        # an older version of warpo has saved no setting that it had not
+        if old != new and old != "absent":
             raise ConfigError(
                 f"{name} = {new}, but the run in {config.output_dir} has {name} = {old}: it cannot "
                 "be changed by --resume: set it back, or choose another output_dir"
             )
+
+
+def _value(settings: Mapping[str, Any], name: str) -> Any:
+    """That of a dotted name; "absent" where there is no such setting."""
+    section, dot, leaf = name.rpartition(".")
+    return (settings.get(section, {}) if dot else settings).get(leaf, "absent")
 
 
 @contextmanager

@@ -65,6 +65,9 @@ class WeightSync:
             # what overwrites the sampler's weights overwrites the learner's where they are one
             with self._lost_unless(self.resync.mode == "copy"):
                 self.resync.verify()
+                # with one memory for both, what the sampler holds was compared with the merge
+                if self._learner.adapters is not None and self.resync.mode == "copy":
+                    self._learner.adapters.check_merged()
             if probe and sequences:
                 self._sampler.check_prefixes(max(sequences, key=len))
         config, learner = self._config, self._learner

@@ -19,6 +19,7 @@ from warpo.engine.data.examples import Examples
 from warpo.engine.data.pretraining import load_pretraining
 from warpo.engine.data.prompts import Prompt, Prompts, load_prompts, split_prompts
 from warpo.engine.errors import ConfigError, DataError
+from warpo.engine.learner.adapters import Adapters
 from warpo.engine.learner.learner import Learner
 from warpo.engine.learner.reward_model import RewardModelLearner
 from warpo.engine.models.architectures import check_run, check_tokens
@@ -32,7 +33,7 @@ from warpo.engine.rollout.rewards.fields import check_fields
 from warpo.engine.rollout.sampler.base import ColocatedSampler, SamplerSettings, open_sampler
 from warpo.engine.run.device import learner_device
 from warpo.engine.run.loop import Run
-from warpo.engine.trainers.policy.limits import check_free_memory, check_limits
+from warpo.engine.trainers.policy.limits import check_adapters, check_free_memory, check_limits
 from warpo.engine.types import Completion
 from warpo.engine.weights.resync import Resync
 from warpo.engine.weights.sync import WeightSync
@@ -69,11 +70,13 @@ def build(config: Config, run: Run) -> Iterator[tuple[Rollouts, Learner, WeightS
 def _check(config: Config) -> None:
     torch.manual_seed(config.seed)
     device = learner_device(config)
-    check_limits(config, check_files(config.model), device)
+    hf_config = check_files(config.model)
+    check_limits(config, hf_config, device)
     check_free_memory(config, device)
     if resolve(config).has_critic and config.critic.model not in ("policy", "shared"):
         check_files(config.critic.model)
     check_run(config)
+    check_adapters(config, hf_config)
 
 
 def load_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> Data:
@@ -124,7 +127,10 @@ def _build(
         sampler.load_weights, sampler.module, model, config.resync, device=learner_device(config)
     )
     pairs, reward_model = _reward_model(config, run, rewards)
-    learner = Learner(config, run, model, tokenizer, data.examples, reward_model)
+    adapters = None
+    if config.lora.rank:
+        adapters = Adapters(model, config.lora, seed=config.seed, path=config.model)
+    learner = Learner(config, run, model, tokenizer, data.examples, reward_model, adapters)
     rollouts = Rollouts(
         config,
         run,

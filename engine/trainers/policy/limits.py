@@ -11,7 +11,9 @@ from transformers import PretrainedConfig
 from warpo.engine.config.policy import Config
 from warpo.engine.config.samplers import SAMPLERS
 from warpo.engine.errors import ConfigError
+from warpo.engine.models.architectures import shape_model
 from warpo.engine.models.files import max_positions
+from warpo.engine.models.lora import targets_of
 from warpo.engine.plan.kv_cache import GIB, kv_bytes_per_token
 from warpo.engine.rollout.sampler.base import SamplerMemory, plan_sampler_memory
 from warpo.engine.run.free_memory import free_memory
@@ -39,6 +41,16 @@ def check_limits(config: Config, hf_config: PretrainedConfig, device: torch.devi
         )
     if memory := plan_sampler_memory(config, hf_config, device):
         _check_kv_cache(config, text, memory)
+
+
+def check_adapters(config: Config, hf_config: PretrainedConfig) -> None:
+    """Refuse adapters that the model's layers cannot have.
+
+    Raises:
+        ConfigError: see `targets_of`.
+    """
+    if config.lora.rank:
+        targets_of(shape_model(hf_config, torch.device("meta")), config.lora)
 
 
 def check_free_memory(config: Config, device: torch.device) -> None:

@@ -39,6 +39,8 @@ def run(config: Config, ranks: Ranks = ONE_RANK) -> None:
                 _checkpoints(config, run, rollouts, learner) as checkpoints,
             ):
                 log.say(_describe(config, learner))
+                if learner.adapters is not None:
+                    log.say(str(learner.adapters))
                 log.say(str(weights))
                 _prepare(config, run, rollouts, learner, checkpoints)
                 weights.publish(learner.step)
@@ -75,7 +77,7 @@ def _describe(config: Config, learner: Learner) -> str:
 
 def _checkpoints(config: Config, run: Run, rollouts: Rollouts, learner: Learner) -> Checkpoints:
     contents = Contents(
-        model=learner.model,
+        model=learner.adapters or learner.model,
         tokenizer=learner.tokenizer,
         parts={**learner.stateful, "stream": rollouts.stream},
         check=lambda: learner.check_state(rollouts.probe_sequences),
@@ -89,6 +91,8 @@ def _prepare(
     """Bring learner and reference to the state that the next step starts from."""
     if run.saved:
         checkpoints.load()
+        if learner.adapters is not None:
+            learner.adapters.merge()
         learner.reference.load(learner.model, learner.step)
         run.say_resumed()
         for change in (rollouts.stream.changes, learner.pretraining_changes):
@@ -99,7 +103,7 @@ def _prepare(
     learner.progress.mark()
     checkpoint.rehearse(
         config.output_dir,
-        learner.model,
+        learner.adapters or learner.model,
         learner.tokenizer,
         parameters=learner.stepped,
         parts=learner.stateful,
