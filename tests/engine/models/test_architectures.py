@@ -32,9 +32,9 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize(
     "model_type",
-    # soft caps, sinks, windows of 8 tokens, chunks of 8 tokens, values of another width than keys,
-    # experts
-    ["gemma2", "gpt_oss", "mistral", "llama4_text", "deepseek_v3", "qwen3_moe", "mixtral"],
+    # plain, soft caps, sinks, windows of 8 tokens, chunks of 8 tokens, values of another width than
+    # keys, experts
+    ["qwen2", "gemma2", "gpt_oss", "mistral", "llama4_text", "deepseek_v3", "qwen3_moe", "mixtral"],
 )
 def test_packed_rows_are_the_models_eager_attention_alone(model_type):
     config = tiny_config(model_type)
