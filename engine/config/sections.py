@@ -189,50 +189,50 @@ class LossSettings:
     kl_estimator: KlEstimator | Literal["algorithm"] = "algorithm"
     """Estimator of that KL. reverse_k3: of KL(reference || policy)."""
     kl_in: Literal["algorithm", "reward", "loss"] = "algorithm"
-    """Where that KL stands: subtracted from the reward of each token, or added to the loss."""
+    """Where that KL goes: subtracted from the reward of each token, or added to the loss."""
     kl_gradient: Literal["algorithm", "estimator", "k2"] = "algorithm"
     """Gradient of the KL in the loss: that of its estimator, or of k2, whose expectation is the
     gradient of the KL."""
     kl_level: Literal["algorithm", "token", "sequence"] = "algorithm"
-    """The KL in the loss is one per token, or one per completion, of its summed log ratio."""
+    """The KL in the loss is per token, or per completion, from its summed log ratio."""
     kl_target: Positive | Literal["algorithm", "fixed"] = "algorithm"
-    """KL in nats per token that kl_coef is adapted to after every step. fixed: kl_coef stays. In
-    ppo_kl the KL is measured after the last optimizer step, on one completion of each prompt."""
+    """KL in nats per token that kl_coef is adapted towards after every step. fixed: kl_coef stays.
+    In ppo_kl the KL is measured after the last optimizer step, on one completion per prompt."""
     reference_every_steps: NonNegativeInt | Literal["algorithm"] = "algorithm"
     """Replace the reference with the policy every N steps; 0: never."""
     entropy_coef: NonNegative | Literal["algorithm"] = "algorithm"
     """Weight of the entropy bonus."""
     aggregation: Aggregation | Literal["algorithm"] = "algorithm"
-    """How the losses of the tokens become one: token-mean: mean over all tokens of an optimizer
-    step. sequence-mean-...: mean over completions of the mean over their tokens (token-mean), the
-    sum (token-sum), or the sum / rollout.max_new_tokens (token-sum-norm)."""
+    """How token losses are aggregated. token-mean: mean over all tokens of an optimizer step.
+    sequence-mean-...: mean over completions of the mean over their tokens (token-mean), the sum
+    (token-sum), or the sum / rollout.max_new_tokens (token-sum-norm)."""
     reward_entropy_coef: NonNegative | Literal["algorithm"] = "algorithm"
     """Weight of the entropy in the reward: -log of the old policy's probability of each token is
     added to its reward."""
     reward_entropy_target: tuple[Positive, Positive] | Literal["none"] = "none"
-    """Entropy in nats per token that reward_entropy_coef learns to keep, as SAC's temperature does,
-    and the learning rate of its logarithm: after a step the coefficient is multiplied by
-    exp(-rate x (entropy - target)). none: the coefficient stays."""
+    """Target entropy in nats per token, which reward_entropy_coef learns to hold as SAC's
+    temperature does, and the learning rate of its logarithm: after a step the coefficient is
+    multiplied by exp(-rate x (entropy - target)). none: the coefficient stays."""
     gamma: Unit | Literal["algorithm"] = "algorithm"
     """Discount of rewards and values from token to token."""
     gae_lambda: tuple[Unit | LengthAdaptive, Unit] | Literal["algorithm"] = "algorithm"
-    """Lambda of the advantages and lambda of the critic's returns, where there is a critic. Given
-    as "length:ALPHA" the first is 1 - 1 / (ALPHA x tokens of the completion), at least 0."""
+    """Lambda of the advantages and lambda of the critic's returns, with a critic. "length:ALPHA" as
+    the first means 1 - 1 / (ALPHA x tokens of the completion), at least 0."""
     baseline: BaselineName | Literal["algorithm"] = "algorithm"
     """What is subtracted from the reward of a completion. history: mean of the rewards of all
     earlier steps. moving: their moving average. batch: mean of the step. group: mean of the
     completions of the prompt. leave_one_out: of the others. optimal: of all, weighted by length.
     greedy: reward of the most probable completion of the prompt."""
     baseline_decay: Fraction | Literal["algorithm"] = "algorithm"
-    """Share of the old average in the new one, of baseline: moving."""
+    """Weight of the old average in the new one, for baseline: moving."""
     reward_to_go: bool | Literal["algorithm"] = "algorithm"
-    """A token has what is still to come of the rewards and the KL, instead of the whole."""
+    """Credit a token with the rewards and the KL from its position on, instead of all of them."""
     advantage_std: Literal["algorithm", "sample", "population", "none"] = "algorithm"
-    """Divisor of reward - baseline, for baselines of the group: the group's standard deviation
-    (n - 1 or n in the denominator) or none."""
+    """Divide reward - baseline by the group's standard deviation (n - 1 or n in the denominator),
+    for baselines of the group. none: do not."""
     pass_at_k: Count | Literal["algorithm"] = "algorithm"
-    """Number k of completions of which pass_at_k and pkpo raise the best reward, instead of the
-    mean reward of all."""
+    """The k of pass_at_k and pkpo, which raise the best reward among k completions instead of the
+    mean reward."""
     whiten: bool | Literal["algorithm"] = "algorithm"
     """Normalise the advantages to mean 0 and deviation 1 over the tokens of a step."""
     nll_coef: NonNegative | Literal["algorithm"] = "algorithm"
@@ -246,17 +246,17 @@ class LossSettings:
     logprob and advantage; at least one token. Every optimizer step of a step but the first takes
     a forward pass over its rollouts."""
     covariance_range: tuple[float, float] | Literal["algorithm"] = "algorithm"
-    """Lowest and highest covariance of the tokens of which clip_cov draws those that have no policy
+    """Lowest and highest covariance of the tokens among which clip_cov draws those without policy
     loss."""
     covariance_kl_coef: Positive | Literal["algorithm"] = "algorithm"
     """Weight of the KL to the old policy, |logp - old_logp|, that kl_cov adds to the losses of the
     tokens with the largest covariances."""
     sequence_mask: NonNegative | Literal["algorithm"] = "algorithm"
-    """Off-policy sequence masking: in completions that the policy is more than this less likely to
-    draw than when they were drawn, in nats per token, tokens with a negative advantage have no
-    policy loss. "algorithm": none."""
+    """Off-policy sequence masking: tokens with a negative advantage have no policy loss in a
+    completion whose mean logprob has fallen by more than this many nats per token since it was
+    sampled. "algorithm": none."""
     pairs: Literal["algorithm", "ranked", "extremes", "all"] = "algorithm"
-    """In iterative_dpo the completions of a prompt that are compared. ranked: best with worst,
+    """Which completions of a prompt iterative_dpo compares. ranked: best with worst,
     second best with second worst, and so on. extremes: best with worst. all: each with every
     worse one, at the cost of as many forward and backward passes."""
     correction: Literal[
@@ -267,7 +267,7 @@ class LossSettings:
     either, old_logprobs are the learner's in every step. none: they are only where the sampler's
     differ, and the run says that nothing corrects for it."""
     correction_range: tuple[NonNegative, NonNegative] | Literal["algorithm"] = "algorithm"
-    """Lowest and highest w of that correction."""
+    """Lowest and highest weight w of that correction."""
 
 
 @dataclass(frozen=True, kw_only=True, config=checked)
@@ -279,19 +279,19 @@ class CriticSettings:
     the policy's own trunk. Otherwise the directory of a reward model, or of any classifier of one
     label."""
     lr: Positive = 1e-5
-    """Learning rate of a network of its own; the rest of update holds for it too."""
+    """Learning rate of a separate critic, to which the other settings of update apply too."""
     warmup_steps: NonNegativeInt = 0
-    """Steps at the beginning in which only the critic learns and the policy stays."""
+    """First steps, in which only the critic learns and the policy stays fixed."""
     clip_range: Positive | Literal["none"] = 0.2
-    """Distance from its old value that a value may move to lower the loss. none: any."""
+    """How far a value may move from its old one and still lower the loss. none: any distance."""
     coef: Positive = 0.5
     """Weight of the value loss next to the policy's, if the critic is shared. That loss is half the
     squared error: coef is twice the c1 of papers that write c1 (V - R)^2."""
     aggregation: Aggregation = "token-mean"
-    """How the value losses of the tokens become one, as loss.aggregation."""
+    """How the value losses of tokens are aggregated, as loss.aggregation."""
     bootstrap: bool = False
-    """Count what would still have come of a completion that the length limit cut: the value of the
-    state after its last token, instead of 0 (https://arxiv.org/abs/1712.00378)."""
+    """Bootstrap truncated completions: what would have followed counts as the value of the state
+    after the last token, instead of 0 (https://arxiv.org/abs/1712.00378)."""
 
 
 @dataclass(frozen=True, kw_only=True, config=checked)
@@ -318,16 +318,16 @@ class UpdateSettings:
     weight_decay: NonNegative = 0.0
     """Decoupled weight decay."""
     max_grad_norm: Positive = 1.0
-    """The gradient is scaled down to this L2 norm. A large number switches it off."""
+    """Gradients of a larger L2 norm are scaled down to it. A large number switches it off."""
     optimizer_state: Literal["device", "host"] = "device"
-    """Where moments and float32 master weights lie and AdamW runs. host: 8 (float32) or 12
-    (bfloat16) bytes per weight less on the GPU, for a step on the CPU."""
+    """Where moments and float32 master weights are kept and AdamW runs. host: saves 8 (float32) or
+    12 (bfloat16) bytes per weight on the GPU, at the cost of an optimizer step on the CPU."""
     warmup_steps: NonNegativeInt = 0
     """Optimizer steps in which the learning rate rises linearly to lr."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """After warm-up the learning rate stays, or falls to 0 at the end of the run, linearly or by
-    half a cosine. Optimizer steps that a step does without, by max_kl or for want of pairs, count
-    as taken."""
+    half a cosine. Optimizer steps that are skipped, by max_kl or for want of pairs, count as
+    taken."""
     epochs: Count = 1
     """Passes over the rollouts of a step, each in an order of its own."""
     max_kl: Positive | Literal["none"] = "none"
