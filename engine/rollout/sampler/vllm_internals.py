@@ -276,7 +276,8 @@ def build_llm(
 
     Raises:
         SamplerError: vLLM is missing or of an unsupported version; several ranks and no process
-            group; vLLM refuses the model or the options.
+            group; vLLM refuses the model or the options; the model cannot be published to
+            (quantised; mixture of experts on a CPU).
     """
     _check_ranks()
     with _process_state_kept(), warnings.catch_warnings():
@@ -298,6 +299,7 @@ def build_llm(
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             options["distributed_executor_backend"] = "external_launcher"
         try:
+            _check_model(vllm.EngineArgs(**options).create_model_config())
             llm = _build(vllm, options)
         except SamplerError:
             raise
@@ -309,6 +311,19 @@ def build_llm(
         _check_features(llm)
         _keep_process_groups(llm)
         return vllm, llm
+
+
+def _check_model(config: Any) -> None:
+    """Refuse, before its weights are read, a model that cannot be published to."""
+    if config.quantization is not None:
+        raise SamplerError(
+            f"{config.model} is quantised ({config.quantization}): publishing needs plain weights"
+        )
+    if config.is_moe and is_cpu_build():
+        raise SamplerError(
+            f"{config.model} is a mixture of experts: vLLM's CPU build packs its weights and "
+            "computes with the old ones after an update; set sampler: transformers"
+        )
 
 
 def _keep_process_groups(llm: Any) -> None:

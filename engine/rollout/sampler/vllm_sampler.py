@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from warpo.engine.errors import SamplerError, WeightMismatch
+from warpo.engine.errors import WeightMismatch
 from warpo.engine.rollout.sampler.base import (
     ColocatedSampler,
     Interrupted,
@@ -31,7 +31,6 @@ from warpo.engine.rollout.sampler.vllm_internals import (
     build_llm,
     can_release_kv,
     count_cached_blocks,
-    is_cpu_build,
     torch_generators_kept,
 )
 from warpo.engine.types import Completion
@@ -90,16 +89,6 @@ class VllmSampler:
         from vllm.sampling_params import RequestOutputKind
 
         config = self._llm.llm_engine.model_config
-        if config.quantization is not None:
-            raise SamplerError(
-                f"{model_path} is quantised ({config.quantization}): publishing needs plain weights"
-            )
-        on_cpu = is_cpu_build()
-        if config.is_moe and on_cpu:
-            raise SamplerError(
-                f"{model_path} is a mixture of experts: vLLM's CPU build packs its weights and "
-                "computes with the old ones after an update; set sampler: transformers"
-            )
         self.module: nn.Module = self._llm.apply_model(lambda module: module)[0]
         self.weights_changed(0)
         self._max_model_len = max_model_len
