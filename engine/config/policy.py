@@ -14,6 +14,7 @@ from typing import Literal
 from pydantic.dataclasses import dataclass
 
 from warpo.engine.config.file import read_tree
+from warpo.engine.config.log import LogSettings
 from warpo.engine.config.lora import LoraSettings, check_lora
 from warpo.engine.config.resolve import resolve
 from warpo.engine.config.reward_model import reward_sources
@@ -82,6 +83,7 @@ class Config:
     probe: ProbeSettings = field(default_factory=ProbeSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    log: LogSettings = field(default_factory=LogSettings)
 
     def __post_init__(self) -> None:
         _check_inputs(self)

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
+from statistics import pstdev
 from typing import NamedTuple
 
 import torch
@@ -123,6 +124,7 @@ class Rollouts:
                 drawn = drawn.joined(self._draw(step, draws))
                 draws += 1
             kept = drawn.select(drawn.unequal[:wanted]) if drawn.unequal else kept
+        self._show(kept, step)
         rollouts = self._columns(kept, step)
         with self._run.log.phase("release"):
             self.sampler.release_kv()
@@ -157,6 +159,25 @@ class Rollouts:
             run.raise_if_stopped()
             judged = judge(self.rewards, run.log, self._eval_prompts, groups)
         return evaluation_metrics(judged, samples, config.reward.success)
+
+    def _show(self, drawn: _Draw, step: int) -> None:
+        """Now and then, where somebody looks on, the best and the worst completion of a prompt, one
+        of unequal rewards if there is one.
+        """
+        every, log = self._config.log.completions_every_steps, self._run.log
+        if not (log.is_watched and every and due(step, every, self._config.steps)):
+            return
+        teaching = drawn.unequal or range(len(drawn.prompts))
+        number = teaching[step % len(teaching)]
+        group, verdicts = drawn.groups[number], drawn.verdicts[number]
+        rewards = [verdict.total for verdict in verdicts]
+        # one completion where all rewards are equal
+        shown = dict.fromkeys(rewards.index(reward) for reward in (max(rewards), min(rewards)))
+        prompt, *texts = self.rewards.raw_texts(
+            [drawn.prompts[number].token_ids, *(group[i].token_ids.tolist() for i in shown)]
+        )
+        title = f"step {step}, {len(shown)} of the {len(group)} completions of a prompt:"
+        log.show(title, prompt, [(rewards[i], text) for i, text in zip(shown, texts, strict=True)])
 
     def _columns(self, drawn: _Draw, step: int) -> StepRollouts:
         verdicts = drawn.flat_verdicts
@@ -240,9 +261,10 @@ class Rollouts:
         finished = gather([completion.finished for completion in completions])
         return {
             "reward/mean": sum(rewards) / len(rewards),
+            "reward/std": pstdev(rewards),
             "reward/accuracy": accuracy(rewards, self._config.reward.success),
             "completion/length_mean": sum(lengths) / len(lengths),
-            "completion/finished_frac": sum(finished) / len(finished),
+            "completion/truncated_frac": 1 - sum(finished) / len(finished),
         }
 
 

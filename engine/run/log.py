@@ -24,8 +24,11 @@ from torch.utils.tensorboard import SummaryWriter
 
 from warpo.engine.errors import CheckpointError
 from warpo.engine.redact import redact
+from warpo.engine.run import samples
+from warpo.engine.run.columns import COLUMNS, Column, Table
 from warpo.engine.run.device import finish_device_work
 from warpo.engine.run.terminal import OutputConsole
+from warpo.engine.run.watch import Watch
 from warpo.engine.types import ReportProgress
 
 
@@ -43,41 +46,21 @@ def plain(settings: Settings) -> dict[str, Any]:
     return {name: value for name, value in tree.items() if name != "resume"}
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Column:
-    """A column of the terminal table: the metric, its short and long head, its number format."""
-
-    metric: str
-    short: str
-    long: str
-    form: str
-
-
-# From the first to the last in the order in which a narrow terminal keeps them.
-COLUMNS = (
-    Column("step", "step", "step", "d"),
-    Column("reward/mean", "reward", "reward", ".4f"),
-    Column("reward/accuracy", "acc", "accuracy", ".3f"),
-    Column("eval/accuracy", "eval", "eval accuracy", ".3f"),
-    Column("kl/mean", "KL", "KL", ".2e"),
-    Column("ratio/clip_frac", "clip", "clip fraction", ".4f"),
-    Column("entropy/mean", "entropy", "entropy", ".4f"),
-    Column("completion/length_mean", "length", "length", ".1f"),
-    Column("perf/tokens_per_s", "tok/s", "tokens/s", ".0f"),
-    Column("perf/step_s", "sec", "seconds", ".1f"),
-)
-_HEAD_EVERY_ROWS = 25
-_WIDTH_WITHOUT_TERMINAL = 120
-
-
 class Log(Protocol):
-    """Interface through which the parts of a run report, time and count."""
+    """Interface through which the parts of a run report, time and count.
 
+    Attributes:
+        is_watched: True if somebody may look on: the output is a terminal.
+    """
+
+    @property
+    def is_watched(self) -> bool: ...
     def phase(self, name: str) -> AbstractContextManager[ReportProgress]: ...
     def start_step(self) -> None: ...
     def count(self, metric: str, number: int) -> None: ...
     def say(self, text: str) -> None: ...
     def say_once(self, topic: str, text: str) -> None: ...
+    def show(self, title: str, prompt: str, completions: Sequence[tuple[float, str]]) -> None: ...
     def is_evaluated(self, step: int) -> bool: ...
     def add(self, step: int, metrics: Mapping[str, Any]) -> None: ...
     def write(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]: ...
@@ -86,6 +69,8 @@ class Log(Protocol):
 
 class NoLog:
     """Keeps and shows nothing."""
+
+    is_watched = False
 
     @contextmanager
     def phase(self, name: str) -> Iterator[ReportProgress]:
@@ -101,6 +86,9 @@ class NoLog:
         pass
 
     def say_once(self, topic: str, text: str) -> None:
+        pass
+
+    def show(self, title: str, prompt: str, completions: Sequence[tuple[float, str]]) -> None:
         pass
 
     def is_evaluated(self, step: int) -> bool:
@@ -145,8 +133,12 @@ class RunLog:
         self._path = directory / "metrics.jsonl"
         directory.mkdir(parents=True, exist_ok=True)
         self._evaluated: set[int] = set()
+        self._watch = Watch()
         if resume_step is not None:
-            self._evaluated = _keep_rows(self._path, resume_step)
+            for row in _keep_rows(self._path, resume_step):
+                self._watch.take(_numbers(row))
+                if any(name.startswith("eval/") for name in row):
+                    self._evaluated.add(row["step"])
         elif self._path.exists():
             os.replace(self._path, self._path.with_suffix(".jsonl.old"))
         _write_settings(directory, config, resume_step)
@@ -156,7 +148,7 @@ class RunLog:
             str(directory / "tensorboard"), purge_step=0 if resume_step is None else resume_step + 1
         )
         self._console = console or OutputConsole()
-        self._table = _Table(self._console, columns)
+        self._table = Table(self._console, columns)
         self._shown_every = shown_every
         self._live = _live_line(self._console)
         self._seconds: dict[str, float] = {}
@@ -220,6 +212,22 @@ class RunLog:
         """A line above the live line, which stays."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
+    def say_once(self, topic: str, text: str) -> None:
+        """The same, the first time that something is said of the topic."""
+        if topic not in self._said:
+            self._said.add(topic)
+            self.say(text)
+
+    @property
+    def is_watched(self) -> bool:
+        return self._console.is_terminal
+
+    def show(self, title: str, prompt: str, completions: Sequence[tuple[float, str]]) -> None:
+        """The end of a prompt and completions of it with their rewards, in a few lines."""
+        console = self._console
+        for line in samples.describe(title, prompt, completions, console.width, console.encoding):
+            self.say(line)
+
     def is_evaluated(self, step: int) -> bool:
         """True if the row of a step of an earlier process has the metrics of its evaluation."""
         return step in self._evaluated
@@ -240,12 +248,6 @@ class RunLog:
     def flush(self) -> None:
         """Bring the rows to the disk: a checkpoint must not be newer than they are."""
         os.fsync(self._file.fileno())
-
-    def say_once(self, topic: str, text: str) -> None:
-        """The same, the first time that something is said of the topic."""
-        if topic not in self._said:
-            self._said.add(topic)
-            self.say(text)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """Keep and show the metrics of a step, with the seconds of its phases.
@@ -274,6 +276,8 @@ class RunLog:
                 "resume the run"
             ) from None
         self._show(step, row)
+        for warning in self._watch.warnings({**row, "step": step}):
+            self.say(warning)
         return written
 
     def _show(self, step: int, row: Mapping[str, float]) -> None:
@@ -284,39 +288,13 @@ class RunLog:
                 self.say(line)
 
 
+def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
+    """A row of the file, whose nulls are values that were not finite."""
+    return {name: math.nan if value is None else value for name, value in row.items()}
+
+
 def _finite(row: Mapping[str, float]) -> dict[str, float | None]:
     return {name: value if math.isfinite(value) else None for name, value in row.items()}
-
-
-class _Table:
-    """Rows of fixed width, as wide as fits; the head comes again from time to time."""
-
-    def __init__(self, console: Console, columns: Sequence[Column]) -> None:
-        width = console.width if console.is_terminal else _WIDTH_WITHOUT_TERMINAL
-        long = sum(max(8, len(c.long)) + 2 for c in columns) <= width
-        self._cells: list[tuple[Column, str, int]] = []
-        for column in columns:
-            head = column.long if long else column.short
-            cell = max(8 if long else 6, len(head), 8 if column.form == ".2e" else 0)
-            used = sum(size + 1 + long for _, _, size in self._cells)
-            if used + cell <= width:
-                self._cells.append((column, head, cell))
-        self._gap = "  " if long else " "
-        self._rows = 0
-
-    def lines(self, row: Mapping[str, float]) -> list[str]:
-        body = self._gap.join(
-            format(row[column.metric], column.form).rjust(size)
-            if column.metric in row
-            else " " * size
-            for column, _, size in self._cells
-        ).rstrip()
-        lines = [body]
-        if self._rows % _HEAD_EVERY_ROWS == 0:
-            head = self._gap.join(head.rjust(size) for _, head, size in self._cells)
-            lines = [head, body]
-        self._rows += 1
-        return lines
 
 
 def _live_line(console: Console) -> Progress | None:
@@ -364,11 +342,11 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _keep_rows(path: Path, step: int) -> set[int]:
-    """Drop the rows after a step; those of the others that have an evaluation."""
+def _keep_rows(path: Path, step: int) -> list[dict[str, Any]]:
+    """Drop the rows after a step; the others."""
     rows = [row for row in read_rows(path) if row["step"] <= step] if path.exists() else []
     _write_rows(path, rows)
-    return {row["step"] for row in rows if any(name.startswith("eval/") for name in row)}
+    return rows
 
 
 def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

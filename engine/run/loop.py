@@ -15,7 +15,8 @@ from warpo.engine.errors import CheckpointError, TrainingError, WarpoError
 from warpo.engine.ranks import ONE_RANK, Ranks
 from warpo.engine.run import checkpoint
 from warpo.engine.run.checkpoint import Saved, Stateful, Weights
-from warpo.engine.run.log import COLUMNS, Column, Log, NoLog, RunLog, plain
+from warpo.engine.run.columns import COLUMNS, Column
+from warpo.engine.run.log import Log, NoLog, RunLog, plain
 from warpo.engine.run.resume import RunSettings, claim, tell
 from warpo.engine.types import Metrics
 

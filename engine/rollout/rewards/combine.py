@@ -103,6 +103,10 @@ class RewardSources:
         ids = [completion.token_ids.tolist() for completion in completions]
         return list(self._tokenizer.batch_decode(ids, skip_special_tokens=True))
 
+    def raw_texts(self, token_ids: list[list[int]]) -> list[str]:
+        """The text of each, with special tokens."""
+        return list(self._tokenizer.batch_decode(token_ids, skip_special_tokens=False))
+
     def source(self, name: str) -> RewardSource:
         """The one with this name in the metrics."""
         return next(opened for source, opened in self._opened if source.name == name)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from warpo.engine.config.control import ControlConfig
-from warpo.engine.run.log import Column
+from warpo.engine.run.columns import Column
 from warpo.engine.run.plot import Panel
 from warpo.engine.trainers.control.environments import Environments, Spaces
 from warpo.engine.trainers.control.on_policy import OnPolicyLearner

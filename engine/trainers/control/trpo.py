@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from warpo.engine.config.control import ControlConfig
-from warpo.engine.run.log import Column
+from warpo.engine.run.columns import Column
 from warpo.engine.run.plot import Panel
 from warpo.engine.trainers.control.environments import Environments, Spaces
 from warpo.engine.trainers.control.networks import ActorCritic

@@ -22,8 +22,9 @@ from warpo.engine.models.score import device_of, score
 from warpo.engine.plan.settle import settle_update, told
 from warpo.engine.ranks import ONE_RANK, Ranks
 from warpo.engine.run import checkpoint, plot
+from warpo.engine.run.columns import Column
 from warpo.engine.run.device import learner_device
-from warpo.engine.run.log import Column, Log, read_rows
+from warpo.engine.run.log import Log, read_rows
 from warpo.engine.run.loop import Checkpoints, Contents, Run, evaluate_before_first_step, open_run
 from warpo.engine.run.resume import is_complete
 from warpo.engine.trainers.offline.learner import OfflineLearner

@@ -85,6 +85,54 @@ def completions_of(rollouts: StepRollouts) -> list[list[int]]:
     return [x.token_ids[x.prompt_length :].tolist() for x in rollouts.sequences]
 
 
+def test_what_is_sampled_is_measured(collected: Collect) -> None:
+    rollouts, metrics, _ = collected("unequal_for_odd", "--algorithm", "grpo")
+    rewards = rollouts.rewards.numpy()
+    assert metrics["reward/mean"] == pytest.approx(rewards.mean())
+    assert metrics["reward/std"] == pytest.approx(rewards.std())
+    cut = [not finished for finished in rollouts.finished.tolist()]
+    assert metrics["completion/truncated_frac"] == pytest.approx(sum(cut) / len(cut))
+
+
+class Watched(NoLog):
+    """Keeps what is shown."""
+
+    is_watched = True
+
+    def __init__(self) -> None:
+        self.shown: list[tuple[str, str, list[tuple[float, str]]]] = []
+
+    def show(self, title: str, prompt: str, completions: list[tuple[float, str]]) -> None:
+        self.shown.append((title, prompt, completions))
+
+
+def test_the_best_and_the_worst_completion_of_a_prompt_are_shown(folder: Path) -> None:
+    log = Watched()
+    words = ["--sampler", "transformers", "--log.completions_every_steps", "2", "--steps", "3"]
+    config = load_config(folder / "config.yaml", words)
+    with build(config, Run(log=log)) as (rollouts, _, weights):
+        collected = {}
+        for step in (1, 2, 3):
+            weights.publish(step - 1)
+            collected[step], _ = rollouts.collect(step)
+    assert [title for title, _, _ in log.shown] == [
+        f"step {step}, 2 of the 4 completions of a prompt:" for step in (2, 3)
+    ]
+    for step, (_, prompt, completions) in zip((2, 3), log.shown, strict=True):
+        groups = [collected[step].rewards[i : i + 4].tolist() for i in range(0, 12, 4)]
+        teaching = [i for i, group in enumerate(groups) if len(set(group)) > 1]
+        first = 4 * teaching[step % len(teaching)]
+        rows = range(first, first + 4)
+        rewards = collected[step].rewards[rows.start : rows.stop].tolist()
+        assert [reward for reward, _ in completions] == [max(rewards), min(rewards)]
+        for reward, text in completions:
+            row = rows[rewards.index(reward)]
+            ids = [*prompt_of(collected[step], row), *completions_of(collected[step])[row]]
+            assert [int(t[1:]) for t in f"{prompt} {text}".split() if t[0] == "t"] == [
+                token for token in ids if token > 1
+            ]
+
+
 DAPO = ("--algorithm", "dapo", "--loss.kl_coef", "0")
 
 

@@ -17,11 +17,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from warpo.engine.config.policy import Config
 from warpo.engine.errors import CheckpointError
 from warpo.engine.run import log as metrics
-from warpo.engine.run.log import COLUMNS, RunLog, read_rows
+from warpo.engine.run.columns import COLUMNS
+from warpo.engine.run.log import RunLog, read_rows
 from warpo.engine.run.plot import plot_run
 
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
-STEP = {column.metric: 0.5 for column in COLUMNS[1:-2]}
+STEP = {c.metric: 0.5 for c in COLUMNS[1:] if not c.metric.startswith("perf/")}
 
 
 @pytest.fixture
@@ -76,7 +77,7 @@ def test_a_step_becomes_a_json_row_a_tensorboard_point_and_a_table_row(open_log,
     assert [(e.step, e.value) for e in board.Scalars("loss/policy")] == [(1, 0.25)]
     head, body = shown(log).splitlines()
     assert re.split("  +", head.strip()) == [column.long for column in COLUMNS]
-    assert body.split()[:5] == ["1", "0.5000", "0.500", "0.500", "5.00e-01"]
+    assert body.split()[:5] == ["1", "0.5000", "0.500", "0.500", "0.500"]
 
 
 def test_a_pipe_gets_rows_and_no_control_codes(open_log):
@@ -100,7 +101,7 @@ def test_a_terminal_has_a_live_line_above_which_rows_stay(open_log):
 
 
 @pytest.mark.parametrize(
-    ("width", "columns", "last"), [(60, 8, "length"), (80, 10, "sec"), (120, 10, "seconds")]
+    ("width", "columns", "last"), [(60, 8, "KL"), (80, 11, "clip"), (140, 12, "tokens/s")]
 )
 def test_the_table_fits_its_terminal(open_log, width, columns, last):
     with open_log(width=width, terminal=True) as log:
@@ -112,9 +113,34 @@ def test_the_table_fits_its_terminal(open_log, width, columns, last):
     assert max(len(line) for line in lines) <= width
 
 
+def test_a_run_that_does_not_learn_is_warned_of_once_by_all_its_processes(open_log):
+    equal = STEP | {"reward/degenerate_frac": 1.0}
+    with open_log() as log:
+        for step in range(1, 9):
+            log.write(step, equal)
+    assert "warning" not in shown(log)
+    with open_log(resume_step=8) as log:
+        for step in range(9, 20):
+            log.write(step, equal)
+    lines = shown(log).splitlines()
+    (at,) = [i for i, line in enumerate(lines) if line.startswith("warning: since step 1 all ")]
+    assert lines[at - 1].split()[0] == "10"
+
+
+def test_completions_are_shown_on_a_terminal_without_its_control_codes(open_log):
+    with open_log(terminal=True, width=60) as log:
+        assert log.is_watched
+        log.show("step 3:", "a[b]\x1b[2J", [(1.0, "right\n"), (0.0, "wrong")])
+    text = CONTROL.sub("", shown(log))
+    assert "prompt    a[b]\\x1b[2J" in text
+    assert "reward 1  right\\n" in text and "reward 0  wrong" in text
+    with open_log() as log:
+        assert not log.is_watched
+
+
 def test_columns_without_a_value_stay_empty(open_log):
     with open_log() as log:
-        first = log._table.lines({"step": 1, "reward/mean": 1.0, "entropy/mean": 2.0})[1]
+        first = log._table.lines({"step": 1, "reward/mean": 1.0, "ratio/clip_frac": 2.0})[1]
         second = log._table.lines({"step": 2} | STEP)[0]
     assert first.split() == ["1", "1.0000", "2.0000"]
     assert first.index("2.0000") == second.rindex("0.5000")
