@@ -18,7 +18,7 @@ from warpo.engine.learner.optimizer import AdamW
 from warpo.engine.learner.schedule import make_optimizer
 from warpo.engine.learner.step import denominator
 from warpo.engine.models.batch import Batch
-from warpo.engine.models.checkpointing import checkpoint_layers
+from warpo.engine.models.layers import prepare_layers
 from warpo.engine.models.model import token_values
 from warpo.engine.models.scalar import load_scalar_model, token_scores
 from warpo.engine.models.score import device_of
@@ -51,7 +51,7 @@ class Critic:
             return
         path = config.model if config.critic.model == "policy" else config.critic.model
         self._network = load_scalar_model(path, config.dtype, device)
-        checkpoint_layers(self._network, config.update.activation_checkpointing)
+        prepare_layers(self._network, config.update)
         self._optimizer, self._schedule = make_optimizer(
             self._network.named_parameters(),
             config.update,

@@ -37,7 +37,7 @@ from warpo.engine.learner.schedule import make_optimizer
 from warpo.engine.learner.step import StepResult, accumulate_gradients
 from warpo.engine.learner.step_metrics import step_metrics
 from warpo.engine.models.batch import Batch
-from warpo.engine.models.checkpointing import checkpoint_layers
+from warpo.engine.models.layers import prepare_layers
 from warpo.engine.models.micro_batches import split_rows, tokens_read
 from warpo.engine.models.model import is_packed
 from warpo.engine.models.score import device_of, loss_and_gradient, score
@@ -76,7 +76,7 @@ class Learner:
         self.model, self.tokenizer, self.adapters = model, tokenizer, adapters
         self.algorithm = algorithm = resolve(config)
         self._config, self._run = config, run
-        checkpoint_layers(model, config.update.activation_checkpointing)
+        prepare_layers(model, config.update)
         self.critic = Critic(config, model, run.ranks) if algorithm.has_critic else None
         learned = [*(adapters or model).named_parameters()]
         learned += [] if self.critic is None else self.critic.named_parameters()

@@ -28,8 +28,8 @@ from warpo.engine.config.policy import Config
 from warpo.engine.learner.losses import pair_gradients
 from warpo.engine.learner.schedule import make_optimizer
 from warpo.engine.models.batch import pack
-from warpo.engine.models.checkpointing import checkpoint_layers
 from warpo.engine.models.files import load_tokenizer
+from warpo.engine.models.layers import prepare_layers
 from warpo.engine.models.micro_batches import TokenCount, split_rows
 from warpo.engine.models.model import is_packed
 from warpo.engine.models.score import device_of
@@ -55,7 +55,7 @@ class RewardModelLearner:
         self._config, self._settings = config, config.reward_model
         self._source, self._every_steps, self._ranks = source, every_steps, ranks
         self._model = source.model.requires_grad_(True)
-        checkpoint_layers(self._model, config.update.activation_checkpointing)
+        prepare_layers(self._model, config.update)
         self._most_steps = self._batches(every_steps * self._settings.pairs_per_step)
         self._optimizer, self._schedule = make_optimizer(
             self._model.named_parameters(),

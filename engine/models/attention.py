@@ -10,7 +10,7 @@ sequence instead of on those of the row. Soft caps and attention sinks follow th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -21,8 +21,9 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
 
+from warpo.engine.models.batch import Segments
 from warpo.engine.models.flex import MaskFunction, block_mask, row_attention, runs_flex
-from warpo.engine.models.trie_attention import Segment, trie_attention
+from warpo.engine.models.trie_attention import trie_attention
 
 ATTENTION = "warpo_packed"
 
@@ -90,6 +91,8 @@ def _make_mask(
     return Mask(mask_function, local_size)
 
 
+# It decides by sizes and sets hooks in the graph: compiled layers call it as it is.
+@torch.compiler.disable
 def packed_attention(
     module: nn.Module,
     query: Tensor,
@@ -100,7 +103,7 @@ def packed_attention(
     gather_index: Tensor | None = None,
     scatter_index: Tensor | None = None,
     subtree_end: Tensor | None = None,
-    segments: Sequence[Segment] | None = None,
+    segments: Segments | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
@@ -161,7 +164,7 @@ def _path(
     query: Tensor,
     value: Tensor,
     gather_index: Tensor,
-    segments: Sequence[Segment],
+    segments: Segments,
     *,
     plain: bool,
 ) -> Literal["blocks", "segments", "padded"]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import Any
@@ -12,6 +12,24 @@ import torch
 from torch import Tensor
 
 from warpo.engine.types import TokenSequence
+
+Segment = tuple[int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """Start, stop and end of each run of tokens of one subtree_end, in their order, on the host.
+
+    Not the tuple itself, for each length of which torch.compile would make code anew.
+    """
+
+    runs: tuple[Segment, ...]
+
+    def __iter__(self) -> Iterator[Segment]:
+        return iter(self.runs)
+
+    def __len__(self) -> int:
+        return len(self.runs)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -30,8 +48,7 @@ class Batch:
         scatter_index: (N,) int64, where in `gather_index`, flattened, each token is found.
         subtree_end: (N,) int64, the end of the tokens that follow each: token i continues token j,
             and attends to it, where j <= i < subtree_end[j].
-        segments: start, stop and end of each run of tokens of one subtree_end, in their order, on
-            the host.
+        segments: the runs of tokens of one subtree_end.
         logit_positions: (M,) int64, index of the token whose logits predict each trained token.
         targets: (M,) int64, the trained tokens.
         cu_seqlens: (B + 1,) int32, where the trained tokens of each sequence start among the M.
@@ -52,7 +69,7 @@ class Batch:
     gather_index: Tensor
     scatter_index: Tensor
     subtree_end: Tensor
-    segments: tuple[tuple[int, int, int], ...]
+    segments: Segments
     logit_positions: Tensor
     targets: Tensor
     cu_seqlens: Tensor
@@ -130,10 +147,11 @@ def pack(sequences: Sequence[TokenSequence]) -> Batch:
     )
 
 
-def _segments(subtree_end: np.ndarray) -> tuple[tuple[int, int, int], ...]:
+def _segments(subtree_end: np.ndarray) -> Segments:
     starts = np.flatnonzero(np.diff(subtree_end, prepend=-1))
     stops = np.append(starts[1:], len(subtree_end))
-    return tuple(zip(*np.stack([starts, stops, subtree_end[starts]]).tolist(), strict=True))
+    runs = np.stack([starts, stops, subtree_end[starts]])
+    return Segments(tuple(zip(*runs.tolist(), strict=True)))
 
 
 def trie_order(sequences: Sequence[TokenSequence]) -> tuple[list[int], np.ndarray]:

@@ -6,8 +6,9 @@ tokens x vocabulary where that would be larger than LOGITS_BYTES.
 The head is fused with what is made of its logits where these are what one linear layer returns, and
 nothing else: a stand-in for the result of that layer has to come out of the model as its logits,
 untouched, in each pass. Smaller logits of that kind are made, and their gradient is written over
-them. Soft caps, scales and conversions of the logits make another tensor of it; such models make
-their logits and keep them, and so do heads with hooks, and in dtypes that no kernel has.
+them; those of a float32 head of a narrower weight are not, as that takes a float32 copy of it. Soft
+caps, scales and conversions of the logits make another tensor of it; such models make their logits
+and keep them, and so do heads with hooks, and in dtypes that no kernel has.
 """
 
 from __future__ import annotations
@@ -111,17 +112,18 @@ def predictions_of(
     if model in _transforming or not _is_linear(head):
         output = run()
         return FromLogits(output.logits.squeeze(0)), output
-    is_large = num_tokens * head.weight.shape[0] * 4 > LOGITS_BYTES
-    with _watched(head, stand_in=is_large) as calls:
+    logits_bytes = num_tokens * head.weight.shape[0] * 4
+    fuses = logits_bytes > LOGITS_BYTES or _widens(head)
+    with _watched(head, stand_in=fuses) as calls:
         output = run()
     if _is_result(output.logits, calls, head.weight.dtype):
-        if is_large:
+        if fuses:
             return FromHidden(calls[0][0].squeeze(0), head), output
         # the reference keeps what it reads
         owned = dispatch.choose(output.logits, None) != "reference"
         return FromLogits(output.logits.squeeze(0), owned), output
     _transforming.add(model)
-    if is_large:
+    if fuses:
         output = run()
     return FromLogits(output.logits.squeeze(0)), output
 
@@ -133,6 +135,11 @@ def _is_linear(head: Any) -> bool:
         and not head._forward_pre_hooks
         and head.weight.dtype in _KERNEL_DTYPES
     )
+
+
+def _widens(head: Any) -> bool:
+    """True if a float32 copy of the weight would have to be made for the logits."""
+    return type(head) is Float32Head and head.weight.dtype != torch.float32
 
 
 def _is_result(logits: Tensor, calls: list[tuple[Tensor, Tensor]], dtype: torch.dtype) -> bool:

@@ -8,7 +8,7 @@ weights took 672 ms of CPU time instead of 720, 32 x 64 from 21 M 2103 instead o
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-@functools.cache
-def onednn_is_faster() -> bool:
+def _onednn_is_faster() -> bool:
     """True on a processor of AMD, as Linux names its vendor, with a PyTorch that has oneDNN."""
     if not torch.backends.mkldnn.is_available():
         return False
@@ -26,35 +25,55 @@ def onednn_is_faster() -> bool:
     return cpuinfo.exists() and "AuthenticAMD" in cpuinfo.read_text(encoding="utf-8")
 
 
+ONEDNN_IS_FASTER = _onednn_is_faster()
+
+
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+@torch.library.custom_op("warpo::onednn_linear", mutates_args=())
+def _compiled(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """As `_onednn`, which torch.compile would take apart and not get together again."""
+    return _onednn(x, weight, bias)
+
+
+@_compiled.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _onednn(x, weight, bias)
+        return _product()(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad
         return (
-            _onednn(grad, weight.t(), None) if need_x else None,
+            _product()(grad, weight.t(), None) if need_x else None,
             grad.t() @ x if need_weight else None,
             grad.sum(0) if need_bias else None,
         )
 
 
+def _product() -> Callable[..., Tensor]:
+    return _compiled if torch.compiler.is_compiling() else _onednn
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weight^T + bias, as torch.nn.functional.linear, within rounding."""
     float32_on_cpu = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
-    if not (float32_on_cpu and onednn_is_faster()):
+    if not (float32_on_cpu and ONEDNN_IS_FASTER):
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled():
         # Only rows: a view made in a Function cannot be changed in place, as Gemma 3n does.
         return _Linear.apply(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
+    if torch.compiler.is_compiling():
+        return _compiled(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
     return _onednn(x, weight, bias)
 
 

@@ -31,7 +31,8 @@ ATTENTION_LAYERS = {"attention", "full_attention", "sliding_attention", "chunked
 def set_lm_head_dtype(model: PreTrainedModel, lm_head_dtype: str) -> None:
     """Let the model compute its logits in float32, where lm_head_dtype is not "same".
 
-    Where logits are made, a float32 copy of the weight lives for a forward pass and its backward.
+    Their gradients are rounded to the dtype of the weight, for products with it, where the head is
+    fused, see `head`; elsewhere a float32 copy of the weight lives for both passes.
 
     Raises:
         ConfigError: the head is not a linear layer.

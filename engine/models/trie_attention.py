@@ -15,14 +15,12 @@ The shared prompt of a group is read once for all of its completions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# start, stop and end of a segment
-Segment = tuple[int, int, int]
+from warpo.engine.models.batch import Segments
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -32,7 +30,7 @@ def trie_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    segments: Sequence[Segment],
+    segments: Segments,
     scaling: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
@@ -60,7 +58,7 @@ class _TrieAttention(torch.autograd.Function):
         key: Tensor,
         value: Tensor,
         sinks: Tensor | None,
-        segments: Sequence[Segment],
+        segments: Segments,
         scale: float,
     ) -> Tensor:
         inputs = query, key, value, sinks

@@ -135,9 +135,8 @@ def _report_memory(report: Report, plan: MemoryPlan, meter: PeakMemory, config: 
             f"predicted {predicted / MIB:9.1f}  measured {measured / MIB:9.1f}  "
             f"difference {difference / MIB:+8.1f} ({difference / predicted:+.1%})"
         )
-        if name in ("sample", "publish") and not SAMPLERS[config.sampler].has_kv_cache:
-            planned = " and ".join(kind.title for kind in SAMPLERS.values() if kind.has_kv_cache)
-            report.say(f"        {name:16}  {text}, not judged: only {planned}'s memory is planned")
+        if unplanned := _unplanned(name, config):
+            report.say(f"        {name:16}  {text}, not judged: {unplanned}")
             continue
         report.add(
             Line(
@@ -148,6 +147,16 @@ def _report_memory(report: Report, plan: MemoryPlan, meter: PeakMemory, config: 
                 "fits; leave room for the difference, and report it",
             )
         )
+
+
+def _unplanned(phase: str, config: Config) -> str:
+    """Why the memory of a phase is not as planned, or nothing."""
+    if phase in ("sample", "publish") and not SAMPLERS[config.sampler].has_kv_cache:
+        planned = " and ".join(kind.title for kind in SAMPLERS.values() if kind.has_kv_cache)
+        return f"only {planned}'s memory is planned"
+    if config.update.compile:
+        return "what torch.compile takes, and spares in compiled layers, is not planned"
+    return ""
 
 
 def _sample(config: Config, sampler: Sampler, prompts: Prompts) -> StepRollouts:

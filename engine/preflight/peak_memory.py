@@ -17,6 +17,7 @@ from warpo.engine.config.policy import Config
 from warpo.engine.learner.optimizer import AdamW
 from warpo.engine.learner.step import accumulate_gradients
 from warpo.engine.models.files import read_config
+from warpo.engine.models.layers import prepare_layers
 from warpo.engine.models.model import load_model
 from warpo.engine.plan.memory import Shape, rollouts_of
 from warpo.engine.rollout.sampler.base import SamplerSettings, SamplingOptions, open_sampler
@@ -88,6 +89,7 @@ def rehearse(config: Config, device: torch.device) -> object:
     with tempfile.TemporaryDirectory() as folder:
         AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32).save_pretrained(folder)
         model = load_model(folder, config.dtype, device)
+        prepare_layers(model, config.update)
         settings = SamplerSettings(
             model_path=folder,
             dtype=config.dtype,

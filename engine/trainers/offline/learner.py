@@ -15,7 +15,7 @@ from warpo.engine.errors import TrainingError
 from warpo.engine.learner.losses import sequence_scores
 from warpo.engine.learner.optimizer import gradient_norm, update_metrics
 from warpo.engine.learner.schedule import make_optimizer
-from warpo.engine.models.checkpointing import checkpoint_layers
+from warpo.engine.models.layers import prepare_layers
 from warpo.engine.models.micro_batches import split_by_tokens
 from warpo.engine.models.model import is_packed
 from warpo.engine.models.score import device_of
@@ -55,7 +55,7 @@ class OfflineLearner:
         self.model, self.tokenizer, self.objective = model, tokenizer, objective
         self.examples, self.stream = examples, stream
         self._config, self._run, self._eval_examples = config, run, list(eval_examples)
-        checkpoint_layers(model, config.update.activation_checkpointing)
+        prepare_layers(model, config.update)
         self.optimizer, self.schedule = make_optimizer(
             model.named_parameters(),
             config.update,

@@ -74,12 +74,13 @@ def test_a_fused_head_has_the_logprobs_and_gradients_of_logits(fused, monkeypatc
     assert len(fused) == 1
 
 
-def test_a_float32_head_is_fused_by_bfloat16_operands(fused, monkeypatch):
+def test_a_float32_head_of_bfloat16_weights_is_fused_at_any_size(fused, monkeypatch):
     model = new_learner("qwen2").bfloat16()
     set_lm_head_dtype(model, "float32")
-    wanted = token_logprobs(model, batch(), 1.0).logprobs
-    monkeypatch.setattr(heads, "LOGITS_BYTES", 0)
     found = token_logprobs(model, batch(), 1.0).logprobs
+    assert len(fused) == 1
+    monkeypatch.setattr(heads, "_widens", lambda head: False)
+    wanted = token_logprobs(model, batch(), 1.0).logprobs
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
     assert len(fused) == 1
 

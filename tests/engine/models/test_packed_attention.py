@@ -159,7 +159,7 @@ def test_segments_of_groups(dtype, sinks):
 def test_segments_are_runs_of_the_trie():
     batch = pack([scored(ids) for ids in ([1, 2, 3, 4], [1, 2, 5], [1, 2, 3], [6, 7])])
     assert batch.input_ids[0].tolist() == [1, 2, 3, 4, 5, 6, 7]
-    assert batch.segments == ((0, 2, 5), (2, 4, 4), (4, 5, 5), (5, 7, 7))
+    assert batch.segments.runs == ((0, 2, 5), (2, 4, 4), (4, 5, 5), (5, 7, 7))
 
 
 def test_a_gradient_has_the_same_bits_in_every_run():
