@@ -306,7 +306,7 @@ def test_a_run_that_does_not_fit_is_refused_before_it_starts(folder, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", ["none", "block"])
 def test_the_memory_plan_holds_within_5_percent(tmp_path, checkpointing):
-    """66 M parameters; 64 MiB are left to what a process holds beside tensors, as in the verdict."""
+    """66 M parameters; 64 MiB are left to what a process holds beside tensors, as in check."""
     sizes = dict(
         hidden_size=512, intermediate_size=1536, num_hidden_layers=16, num_attention_heads=8
     )
