@@ -116,8 +116,8 @@ class OfflineUpdate:
     block where a step without it does not fit, by the plan of a micro-batch whose tokens are all
     learned, else none; on a CPU none."""
     compile: bool = False
-    """Compile what surrounds the attention of a layer with torch.compile: 30 to 45 seconds once,
-    for 6 to 12 % of an update's time on a CPU. Not for mixtures of experts."""
+    """Compile what surrounds the attention of a layer with torch.compile: the first step takes
+    longer, later ones less. Not for mixtures of experts."""
 
 
 @dataclass(frozen=True, kw_only=True, config=checked)

@@ -345,8 +345,8 @@ class UpdateSettings:
     critic and reward model too. auto: on CUDA block where the memory plan of a run without it does
     not fit, else none; on a CPU none."""
     compile: bool = False
-    """Compile what surrounds the attention of a layer with torch.compile: 30 to 45 seconds once,
-    for 6 to 12 % of an update's time on a CPU. Not for mixtures of experts."""
+    """Compile what surrounds the attention of a layer with torch.compile: the first step takes
+    longer, later ones less. Not for mixtures of experts."""
 
     @property
     def per_step(self) -> int:

@@ -4,6 +4,9 @@ activations, residuals) runs as a few generated kernels instead of an operator a
 The attention stays as it is: it decides by its values. Numbers of tokens are symbols of the graphs,
 so a layer is compiled once for each way it is called (with and without a gradient, each kind of
 mask), and not again for another micro-batch.
+
+On a core of a Xeon, 2026-12-01, CPU time of an update of 16 x (128 + 64) tokens: 1.7 M weights
+163 ms instead of 185, 21 M 1298 instead of 1380; the first took 42 and 31 s.
 """
 
 from __future__ import annotations
@@ -41,13 +44,13 @@ def compile_layers(model: PreTrainedModel) -> None:
             f"update.compile = true: {kind} has no layers of attention that transformers lets run "
             "by themselves: set it to false"
         )
-    check_compiler(next(model.parameters()).device)
+    _check_compiler(next(model.parameters()).device)
     for layer in layers:
         cls: Any = type(layer)
         layer.__class__ = _compiled(cls)
 
 
-def check_compiler(device: torch.device) -> None:
+def _check_compiler(device: torch.device) -> None:
     """Refuse to compile where a compiler is missing; a run would find out in its first step.
 
     Raises:
