@@ -306,12 +306,13 @@ def test_a_run_that_does_not_fit_is_refused_before_it_starts(folder, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", ["none", "block"])
 def test_the_memory_plan_holds_within_5_percent(tmp_path, checkpointing):
-    """66 M parameters; 64 MiB are left to what a process holds beside tensors, as in check."""
+    """123 M parameters: what a process holds beside tensors is small against them."""
     sizes = dict(
-        hidden_size=512, intermediate_size=1536, num_hidden_layers=16, num_attention_heads=8
+        hidden_size=512, intermediate_size=1536, num_hidden_layers=32, num_attention_heads=8
     )
     folder = make_run(tmp_path, vocab_size=32000, kv_cache_gib=0.25, **sizes)
     result = command(folder, "--update.activation_checkpointing", checkpointing)
     assert result.returncode == 0, result.stdout + result.stderr
     differences = re.findall(r"difference .*\(([-+][0-9.]+)%\)", result.stdout)
-    assert len(differences) == 5, result.stdout
+    assert len(differences) == 5
+    assert max(abs(float(percent)) for percent in differences) <= 5, result.stdout
